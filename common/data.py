@@ -1,0 +1,122 @@
+"""Real text, tokens, and batches that depend on the seed and the step only."""
+
+from __future__ import annotations
+
+import hashlib
+import pydoc_data.topics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.spec import RunConfig
+
+HELD_OUT_FRACTION = 0.1
+"""The end of the corpus, kept for evaluation."""
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be read or is too short."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One mini-batch. `targets[b, s]` is the token that follows `inputs[b, s]`."""
+
+    step: int
+    inputs: NDArray[np.int64]  # (B, S)
+    targets: NDArray[np.int64]  # (B, S)
+
+    @property
+    def num_tokens(self) -> int:
+        """What the summed loss is divided by: the targets of the whole mini-batch."""
+        return int(self.targets.size)
+
+    def micro_batches(self, count: int) -> list[MicroBatch]:
+        """`count` equal pieces, in order. Raises ValueError if they cannot be equal."""
+        if self.inputs.shape[0] % count:
+            raise ValueError(f"{self.inputs.shape[0]} sequences cannot be cut into {count} equal micro-batches")
+        size = self.inputs.shape[0] // count
+        return [
+            MicroBatch(self.inputs[i : i + size], self.targets[i : i + size], np.arange(i, i + size))
+            for i in range(0, count * size, size)
+        ]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A piece of a mini-batch; `samples` are its rows' indices there."""
+
+    inputs: NDArray[np.int64]  # (b, S)
+    targets: NDArray[np.int64]  # (b, S)
+    samples: NDArray[np.int64]  # (b,)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens, split into a training part and a held-out end."""
+
+    train: NDArray[np.int64]  # (n,)
+    held_out: NDArray[np.int64]  # (n,)
+    digest: str
+    """SHA-256 of the text, so that two results are known to be about the same data."""
+    num_bytes: int
+
+    def batch(self, step: int, seed: int, batch_size: int, context_length: int) -> Batch:
+        """The training mini-batch of `step`: random windows, a function of (seed, step) only."""
+        return _windows(self.train, step, (seed, 0), batch_size, context_length)
+
+    def held_out_batch(self, index: int, seed: int, batch_size: int, context_length: int) -> Batch:
+        """A mini-batch of windows of the held-out text."""
+        return _windows(self.held_out, index, (seed, 1), batch_size, context_length)
+
+
+def load_corpus(config: RunConfig) -> Corpus:
+    """Reads and tokenizes the text of `config`. Raises CorpusError."""
+    data = _read(config.corpus)
+    tokens = _bytes_as_tokens(data) if config.tokenizer == "bytes" else _byte_pairs(data, config.model.vocab_size)
+    cut = int(len(tokens) * (1 - HELD_OUT_FRACTION))
+    needed = config.model.context_length + 1
+    if min(cut, len(tokens) - cut) < needed:
+        raise CorpusError(
+            f"the corpus has {len(tokens)} tokens; right would be at least {int(needed / HELD_OUT_FRACTION) + 1}, "
+            f"so that a tenth of it holds one sequence of {needed}"
+        )
+    return Corpus(tokens[:cut], tokens[cut:], hashlib.sha256(data).hexdigest(), len(data))
+
+
+def _read(paths: Sequence[str]) -> bytes:
+    if not paths:
+        topics: dict[str, str] = pydoc_data.topics.topics
+        return "\n".join(topics[name] for name in sorted(topics)).encode()
+    pieces = []
+    for path in paths:
+        try:
+            pieces.append(Path(path).read_bytes())
+        except OSError as error:
+            raise CorpusError(f"corpus {path}: {error.strerror}; right would be a readable text file") from None
+    return b"\n".join(pieces)
+
+
+def _bytes_as_tokens(data: bytes) -> NDArray[np.int64]:
+    return np.frombuffer(data, np.uint8).astype(np.int64)
+
+
+def _byte_pairs(data: bytes, vocab_size: int) -> NDArray[np.int64]:
+    """Byte-pair encoding (Sennrich et al. 2016) trained on the corpus itself; deterministic."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer: Any = ByteLevelBPETokenizer()
+    lines = data.decode("utf-8", errors="replace").splitlines(keepends=True)
+    tokenizer.train_from_iterator(lines, vocab_size=vocab_size, show_progress=False)
+    return np.asarray([token for line in tokenizer.encode_batch(lines) for token in line.ids], np.int64)
+
+
+def _windows(tokens: NDArray[np.int64], step: int, key: tuple[int, int], batch_size: int, context_length: int) -> Batch:
+    bits = np.random.Philox(np.random.SeedSequence([*key, step]))
+    starts = np.random.Generator(bits).integers(0, len(tokens) - context_length, batch_size)
+    windows = tokens[starts[:, None] + np.arange(context_length + 1)]  # (B, S + 1)
+    return Batch(step, windows[:, :-1], windows[:, 1:])

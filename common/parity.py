@@ -1,0 +1,146 @@
+"""Comparing tensors by name, in the order of computation, so that a failure names the first place that differs.
+
+Metrics: relative error in the Frobenius norm, ||observed - expected|| / ||expected||, and the largest absolute difference.
+Limits are those of `docs/numerics.md`; a limit is never loosened without a measured reason beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Check = Literal["activation", "loss", "gradient", "optimizer_step", "trained_parameter", "loss_curve"]
+
+LIMITS: dict[Check, dict[str, float]] = {
+    "activation": {"float64": 1e-13, "float32": 3e-6},
+    "loss": {"float64": 1e-13, "float32": 1e-6},
+    "gradient": {"float64": 1e-12, "float32": 1e-5},
+    "optimizer_step": {"float64": 1e-14, "float32": 5e-7},
+    "trained_parameter": {"float64": 1e-10, "float32": 1e-4},
+    "loss_curve": {"float64": 1e-11, "float32": 1e-5},
+}
+
+
+class TensorKey(NamedTuple):
+    """Where in a run a tensor lives. Micro-batch -1: the whole mini-batch."""
+
+    step: int
+    phase: str
+    stage: int
+    micro_batch: int
+    unit: str
+    tensor: str
+
+    def __str__(self) -> str:
+        micro_batch = "all" if self.micro_batch < 0 else str(self.micro_batch)
+        return (
+            f"step={self.step}/phase={self.phase}/stage={self.stage}/micro_batch={micro_batch}"
+            f"/unit={self.unit}/tensor={self.tensor}"
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> TensorKey:
+        """Reads the text form. Raises ValueError."""
+        try:
+            fields = dict(part.split("=", 1) for part in text.split("/"))
+            micro_batch = -1 if fields["micro_batch"] == "all" else int(fields["micro_batch"])
+            return cls(
+                int(fields["step"]),
+                fields["phase"],
+                int(fields["stage"]),
+                micro_batch,
+                fields["unit"],
+                fields["tensor"],
+            )
+        except (KeyError, ValueError):
+            raise ValueError(f"{text!r} is not a tensor key") from None
+
+
+class Difference(NamedTuple):
+    """One compared tensor."""
+
+    key: TensorKey
+    check: Check
+    relative: float
+    largest: float
+    limit: float
+    where: tuple[int, ...]
+    observed: float
+    expected: float
+
+    @property
+    def passed(self) -> bool:
+        return self.relative <= self.limit  # False for NaN
+
+    def __str__(self) -> str:
+        return (
+            f"{self.check} {self.key}: relative error {self.relative:.2e}, limit {self.limit:.0e}; "
+            f"largest difference {self.largest:.2e} at {list(self.where)}: "
+            f"observed {self.observed!r}, expected {self.expected!r}"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All compared tensors, in the order of computation."""
+
+    differences: tuple[Difference, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(difference.passed for difference in self.differences)
+
+    @property
+    def first_failure(self) -> Difference | None:
+        return next((difference for difference in self.differences if not difference.passed), None)
+
+    def margins(self) -> dict[Check, float]:
+        """The worst observed value over its limit, per check; below 1 passes."""
+        worst: dict[Check, float] = {}
+        for difference in self.differences:
+            ratio = difference.relative / difference.limit
+            worst[difference.check] = max(worst.get(difference.check, 0.0), ratio)
+        return worst
+
+    def report(self) -> str:
+        failed = [difference for difference in self.differences if not difference.passed]
+        if not failed:
+            return f"all {len(self.differences)} tensors agree"
+        return f"{len(failed)} of {len(self.differences)} tensors differ; the first: {failed[0]}"
+
+
+def difference(
+    key: TensorKey, check: Check, observed: NDArray[Any], expected: NDArray[Any], limit: float
+) -> Difference:
+    """Compares one tensor. A wrong shape counts as an infinite difference."""
+    a, b = np.asarray(observed, np.float64), np.asarray(expected, np.float64)
+    if a.shape != b.shape:
+        shape = f"{key.tensor} (shape {list(a.shape)}, expected {list(b.shape)})"
+        return Difference(key._replace(tensor=shape), check, np.inf, np.inf, limit, (), float("nan"), float("nan"))
+    gap = np.abs(a - b)
+    where = np.unravel_index(int(np.argmax(np.where(np.isnan(gap), np.inf, gap))), gap.shape) if gap.size else ()
+    norm, scale = float(np.linalg.norm(gap)), float(np.linalg.norm(b))
+    relative = norm if scale == 0 else norm / scale
+    return Difference(
+        key, check, relative, float(gap[where]), limit, tuple(int(i) for i in where), float(a[where]), float(b[where])
+    )
+
+
+def compare(
+    observed: Mapping[TensorKey, NDArray[Any]],
+    expected: Mapping[TensorKey, NDArray[Any]],
+    check: Check,
+    dtype: str,
+) -> Comparison:
+    """Compares what `expected` lists, in its order. A tensor that `observed` lacks fails."""
+    limit = LIMITS[check][dtype]
+    by_place = {key._replace(stage=0): (key, value) for key, value in observed.items()}
+    result = []
+    for key, value in expected.items():
+        found, array = by_place.get(key._replace(stage=0), (key, np.full(0, np.nan)))
+        result.append(difference(found, check, array, value, limit))
+    return Comparison(tuple(result))

@@ -1,0 +1,126 @@
+"""Which units of the model lie on which stage.
+
+A unit is what a partition may not cut: the embedding, one block, the head. A plan cuts the row of units into consecutive
+parts, one for every virtual stage, none of them empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.spec import RunConfig, TrainSpec, TransformerSpec
+from common.weights import parameter_shapes, unit_names, unit_of
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What one unit costs for one micro-batch, counted (not measured)."""
+
+    unit: str
+    parameters: int
+    forward_flops: int
+    activation_bytes: int
+    """Size of the unit's output, which is what a cut after it has to send."""
+
+
+@dataclass(frozen=True)
+class PartitionPlan:
+    """`parts[k]` names the units of virtual stage k."""
+
+    parts: tuple[tuple[str, ...], ...]
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """The first unit of every part, and the number of units: (0, ..., n)."""
+        return tuple(itertools.accumulate((len(part) for part in self.parts), initial=0))
+
+    def part_of(self, unit: str) -> int:
+        return next(k for k, part in enumerate(self.parts) if unit in part)
+
+
+def unit_costs(model: TransformerSpec, train: TrainSpec) -> list[UnitCost]:
+    """Parameters, forward FLOPs and output bytes of every unit, for one micro-batch.
+
+    A multiply-add counts as 2 FLOPs, only matrix products count (Narayanan et al. 2021, appendix): per token
+    2 x weights of the linear layers, and 4 x S x D for the two products of attention (not halved for the causal
+    mask, since none of the implementations skips masked scores).
+    """
+    size = dict.fromkeys(unit_names(model), 0)
+    products = dict.fromkeys(unit_names(model), 0)
+    for name, shape in parameter_shapes(model).items():
+        count = shape[0] * (shape[1] if len(shape) == 2 else 1)
+        size[unit_of(name)] += count
+        if len(shape) == 2 and not name.startswith("embedding."):
+            products[unit_of(name)] += count
+    if model.tied_head:
+        products["head"] = model.d_model * model.vocab_size
+    tokens = train.micro_batch_size * model.context_length
+    element_bytes = 4 if train.dtype == "float32" else 8
+    costs = []
+    for unit in size:
+        flops = 2 * products[unit] * tokens
+        if unit.startswith("block."):
+            flops += 4 * model.context_length * model.d_model * tokens
+        output_bytes = element_bytes if unit == "head" else element_bytes * tokens * model.d_model
+        costs.append(UnitCost(unit, size[unit], flops, output_bytes))
+    return costs
+
+
+def plan_partition(config: RunConfig) -> PartitionPlan:
+    """The plan that `config.partition` asks for, over `stages * chunks` virtual stages."""
+    units = unit_names(config.model)
+    parts = config.stages * config.chunks
+    match config.partition:
+        case "even":
+            inner = even_boundaries(config.model.num_layers, parts)
+        case "balanced":
+            # The backward costs twice the forward in every unit, so forward FLOPs alone order the plans.
+            costs = [cost.forward_flops for cost in unit_costs(config.model, config.train)]
+            inner = balanced_boundaries(costs, parts)
+        case boundaries:
+            inner = list(boundaries)
+    edges = [0, *inner, len(units)]
+    return PartitionPlan(tuple(tuple(units[a:b]) for a, b in itertools.pairwise(edges)))
+
+
+def even_boundaries(num_layers: int, parts: int) -> list[int]:
+    """Blocks as evenly as they go, the embedding in the first part and the head in the last.
+
+    A remainder goes to the middle parts first, since the outer ones also hold the embedding and the head. With more
+    parts than blocks the units themselves are spread evenly, so that no part is empty.
+    """
+    if parts > num_layers:
+        num_units = num_layers + 2
+        return [round(k * num_units / parts) for k in range(1, parts)]
+    base, extra = divmod(num_layers, parts)
+    from_the_middle = sorted(range(parts), key=lambda k: abs(2 * k - (parts - 1)))
+    counts = [base + (k in from_the_middle[:extra]) for k in range(parts)]
+    return [1 + blocks for blocks in itertools.accumulate(counts)][:-1]
+
+
+def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
+    """Boundaries with the smallest possible largest part, by dynamic programming over (units, parts).
+
+    The slowest stage sets the pace of a pipeline (time = sum t_i + (m - 1) max t_i), so the largest part is what to
+    minimise, not the variance. Among equals the first cut is as late as possible. O(units^2 x parts).
+    """
+    n = len(costs)
+    if not 1 <= parts <= n:
+        raise ValueError(f"parts = {parts}; right would be 1 to {n}, the number of units")
+    total = [0.0, *itertools.accumulate(float(cost) for cost in costs)]
+    best = [[float("inf")] * (n + 1) for _ in range(parts + 1)]
+    cut = [[0] * (n + 1) for _ in range(parts + 1)]
+    best[0][0] = 0.0
+    for k in range(1, parts + 1):
+        for end in range(k, n - (parts - k) + 1):
+            for start in range(k - 1, end):
+                largest = max(best[k - 1][start], total[end] - total[start])
+                if largest <= best[k][end]:
+                    best[k][end], cut[k][end] = largest, start
+    boundaries, end = [], n
+    for k in range(parts, 1, -1):
+        end = cut[k][end]
+        boundaries.append(end)
+    return boundaries[::-1]

@@ -1,0 +1,61 @@
+"""What the harness asks of an implementation: `build_engine(config) -> Engine` in `<implementation>/engine.py`.
+
+An engine holds some of the pipeline's devices: all of them where stages are threads (torch, TensorFlow), one where a stage
+is a process (Paddle). Every dictionary of tensors it returns covers the devices that it holds, keyed by canonical names
+with canonical shapes (`common.weights`), as NumPy arrays of the training dtype. Where stages are processes, all ranks
+call the same methods in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from common.data import Batch
+from common.parity import TensorKey
+from common.runtime.executor import Event
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class Engine(Protocol):
+    """One model, cut over devices, with its optimizer, in one framework."""
+
+    devices: tuple[int, ...]
+    """The pipeline devices whose stages live in this process."""
+
+    def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Starts over: these weights (all of them, canonical), zeroed optimizer state and gradients."""
+
+    def forward_backward(self, batch: Batch) -> float:
+        """Runs the schedule over the mini-batch, replacing the gradients. Returns the mean loss per token."""
+
+    def apply_gradients(self, step: int) -> float:
+        """Clips over all stages, then one optimizer step (from 0). Returns the global norm before clipping."""
+
+    def evaluate(self, batch: Batch) -> float:
+        """Mean loss per token without dropout; leaves weights and gradients as they are."""
+
+    def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
+        """The output of every unit for every micro-batch: key (step, "forward", stage, micro-batch, unit, "output")."""
+
+    def weights(self) -> Arrays: ...
+
+    def gradients(self) -> Arrays:
+        """The mini-batch's gradients, not clipped; those of a tied weight are the sum over its uses."""
+
+    def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
+        """Replaces the gradients (to test one optimizer step from the same gradient everywhere)."""
+
+    def events(self) -> dict[int, list[Event]]:
+        """What the last `forward_backward` did, per device."""
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, devices, threads and flags, read back from the framework rather than assumed."""
+
+    def peak_memory_bytes(self) -> dict[int, int]:
+        """CUDA: the allocator's peak per device. CPU: the process' peak resident size, under its first device."""
+
+    def close(self) -> None: ...

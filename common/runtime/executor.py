@@ -1,0 +1,118 @@
+"""The one executor: walks one device's list of actions, whatever the framework and whatever the schedule.
+
+    device 0   F0 ──► F1 ──► ........ BW0 ──► BW1         every arrow to the right is the order of the list,
+                │      │              ▲       ▲           every message between the lines a `Channel` call:
+                ▼      ▼              │       │           F sends an activation to the next virtual stage,
+    device 1    ...... F0 ──► BW0 ────┘ F1 ──► BW1        B (or BW) a gradient to the one before
+
+A `Stage` does the arithmetic in its framework's own tensors, a `Channel` moves them; this loop does neither.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+from common.schedule.action import Action, Op, Schedule
+from common.schedule.dependencies import Step, sends_to
+
+Tensor = TypeVar("Tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """The address of a tensor on its way: what it is, whose micro-batch, and the virtual stage that will use it."""
+
+    kind: Literal["activation", "gradient"]
+    micro_batch: int
+    virtual_stage: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} of micro-batch {self.micro_batch} into virtual stage {self.virtual_stage}"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One executed action. Times are seconds of the monotonic clock, comparable between processes of one machine."""
+
+    action: Action
+    ready_seconds: float  # the previous action had ended and this one began to wait for its input
+    start_seconds: float  # the input was there
+    end_seconds: float
+
+
+class Stage(Protocol[Tensor]):
+    """The model chunks of one device. Inputs and gradients are None at the two ends of the model."""
+
+    def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
+        """Runs the chunk and holds what its backward needs. The last virtual stage returns None and keeps its loss."""
+
+    def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
+        """B and W at once: adds to the weight gradients, returns the input's gradient (None on virtual stage 0)."""
+
+    def backward_input(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
+        """Only the input's gradient; holds what `backward_weight` needs."""
+
+    def backward_weight(self, micro_batch: int, chunk: int) -> None:
+        """Only the weight gradients, added to those of the earlier micro-batches."""
+
+
+class Channel(Protocol[Tensor]):
+    """Moves tensors between devices. Sends never wait for the receiver."""
+
+    def send(self, message: Message, tensor: Tensor, device: int) -> None:
+        """Hands `tensor` to `device`, which may be the sender itself (a vee's turning point)."""
+
+    def receive(self, message: Message, device: int) -> Tensor:
+        """Waits for the tensor that `device` sends or has sent under this address."""
+
+
+class StageFailure(RuntimeError):
+    """An action failed: says which, on which device, with the original error as its cause."""
+
+
+def run_stage(
+    schedule: Schedule,
+    device: int,
+    stage: Stage[Any],
+    channel: Channel[Any],
+    before: Callable[[Action], None] = lambda action: None,
+) -> list[Event]:
+    """Executes `schedule.devices[device]` in its order and returns what was done when.
+
+    `before` is called ahead of every action (fault injection and progress hook into it). Raises StageFailure.
+    """
+    last = schedule.num_virtual_stages - 1
+    events: list[Event] = []
+    for action in schedule.devices[device]:
+        k = schedule.virtual_stage(device, action.chunk)
+        i, chunk = action.micro_batch, action.chunk
+        try:
+            before(action)
+            ready = time.perf_counter()
+            received = None
+            if action.op is Op.F and k > 0:
+                received = channel.receive(Message("activation", i, k), schedule.location[k - 1][0])
+            elif action.op in (Op.B, Op.BW) and k < last:
+                received = channel.receive(Message("gradient", i, k), schedule.location[k + 1][0])
+            start = time.perf_counter()
+            match action.op:
+                case Op.F:
+                    result = stage.forward(i, chunk, received)
+                case Op.B:
+                    result = stage.backward_input(i, chunk, received)
+                case Op.BW:
+                    result = stage.backward(i, chunk, received)
+                case Op.W:
+                    result = stage.backward_weight(i, chunk)
+            to = sends_to(Step(action.op, i, k), last + 1)
+            if to is not None:
+                kind: Literal["activation", "gradient"] = "activation" if action.op is Op.F else "gradient"
+                channel.send(Message(kind, i, to), result, schedule.location[to][0])
+            del received, result  # a reference held here would keep an activation alive through the next wait
+            events.append(Event(action, ready, start, time.perf_counter()))
+        except Exception as error:
+            raise StageFailure(f"device {device}, action {action}: {type(error).__name__}: {error}") from error
+    return events

@@ -1,0 +1,78 @@
+"""What the parent hands to a child: a list of jobs in a JSON file. What the child hands back: files in each job's folder.
+
+progress.jsonl        lines as they happen, from the process that holds device 0 (read by the progress bar)
+part-<device>.json    one `Part` per process, named after its first device
+part-<device>.safetensors   step 0's gradients; for a probe also activations, one optimizer step, trained weights
+failed-<device>.txt   the traceback, where a job failed
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from common.spec import RunConfig
+
+
+class Job(BaseModel):
+    """One run to do in a child process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: RunConfig
+    out: str
+    """The job's folder; the parent makes it."""
+    kind: Literal["train", "probe"] = "train"
+    """probe: also write the tensors of the parity ladder."""
+    noise: float = 0.0
+    """Added to the initial weights (times standard normal), so that no bias is 0 and no norm weight 1 in a test."""
+
+
+class JobFile(BaseModel):
+    """All jobs of one child process; they share framework, device and number of stages."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    jobs: tuple[Job, ...]
+
+    @classmethod
+    def read(cls, path: str | Path) -> JobFile:
+        return cls.model_validate_json(Path(path).read_text())
+
+    def write(self, path: str | Path) -> None:
+        Path(path).write_text(self.model_dump_json(indent=1))
+
+
+class EventRecord(BaseModel):
+    """One executed action with its times, in seconds of the monotonic clock."""
+
+    action: str
+    ready_seconds: float
+    start_seconds: float
+    end_seconds: float
+
+
+class StepRecord(BaseModel):
+    """One optimizer step as one process saw it."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    seconds: float
+    events: dict[int, list[EventRecord]]
+    """By device."""
+
+
+class Part(BaseModel):
+    """What one child process of a run reports."""
+
+    devices: tuple[int, ...]
+    steps: list[StepRecord]
+    held_out_loss: float
+    build_seconds: float
+    peak_memory_bytes: dict[int, int]
+    environment: dict[str, Any]
+    corpus_digest: str
+    corpus_bytes: int

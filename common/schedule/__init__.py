@@ -1,0 +1,1 @@
+"""Pipeline schedules as data: actions, dependencies, generators, validation, simulation, drawing. Knows no framework."""

@@ -1,0 +1,243 @@
+"""What is trained and how: the one description that all three implementations read.
+
+`TransformerSpec` is the model, `TrainSpec` the optimization, `RunConfig` one run of one framework. All are frozen and
+validated on construction; a wrong value raises `pydantic.ValidationError`, which `explain` turns into one line per
+field that says what is wrong and what would be right.
+
+Every floating-point hyperparameter is rounded to float32 once, here (see `common.rounding.round_to_float32`).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from common.rounding import round_to_float32
+
+Float32 = Annotated[float, AfterValidator(round_to_float32)]
+
+Framework = Literal["torch", "tensorflow", "paddle"]
+FRAMEWORKS: tuple[Framework, ...] = ("torch", "tensorflow", "paddle")
+
+
+class Frozen(BaseModel):
+    """Base of all specifications: no unknown fields, no changes after construction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TransformerSpec(Frozen):
+    """A decoder-only causal Transformer language model.
+
+    Pre-norm is GPT-2's (Radford et al. 2019): `x + f(norm(x))`, with a last norm in the head. Post-norm is the original
+    (Vaswani et al. 2017): `norm(x + f(x))`, with none in the head. The key projection has no bias: softmax cancels it,
+    its exact gradient is 0, and Adam would turn the rounding noise of that 0 into full steps.
+    """
+
+    vocab_size: int = Field(256, ge=2, description="size of the vocabulary; 256 for bytes")
+    context_length: int = Field(64, ge=1, description="tokens in one sequence (S)")
+    num_layers: int = Field(4, ge=1, description="Transformer blocks")
+    d_model: int = Field(64, ge=1, description="width of the residual stream (D)")
+    num_heads: int = Field(4, ge=1, description="attention heads (H); divides d_model")
+    d_ff: int = Field(256, ge=1, description="width of the feed-forward layer")
+    norm: Literal["pre", "post"] = Field("pre", description="where LayerNorm stands")
+    activation: Literal["gelu", "relu"] = Field("gelu", description="gelu is the exact one, with erf")
+    tied_head: bool = Field(False, description="the head uses the token embedding, transposed")
+    dropout: Float32 = Field(0.0, ge=0.0, lt=1.0, description="probability of dropping an element")
+    norm_epsilon: Float32 = Field(1e-5, gt=0.0, description="added to the variance in LayerNorm")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> TransformerSpec:
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"num_heads = {self.num_heads} does not divide d_model = {self.d_model}; "
+                f"right would be one of {_divisors(self.d_model)}"
+            )
+        return self
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.num_heads
+
+
+class TrainSpec(Frozen):
+    """How the model is trained: mini-batches, optimizer, learning rate, clipping, precision."""
+
+    steps: int = Field(20, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="sequences in one mini-batch (one optimizer step)")
+    micro_batches: int = Field(4, ge=1, description="equal pieces the mini-batch is cut into (m)")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="update rule")
+    learning_rate: Float32 = Field(1e-3, gt=0.0, description="peak learning rate")
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after the warm-up: stay, fall linearly, or fall as a half cosine to 0"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up before the schedule")
+    beta1: Float32 = Field(0.9, ge=0.0, lt=1.0, description="AdamW: decay of the first moment")
+    beta2: Float32 = Field(0.95, ge=0.0, lt=1.0, description="AdamW: decay of the second moment")
+    epsilon: Float32 = Field(1e-8, gt=0.0, description="AdamW: added to sqrt(v / (1 - beta2^t))")
+    momentum: Float32 = Field(0.0, ge=0.0, lt=1.0, description="SGD: momentum")
+    weight_decay: Float32 = Field(0.1, ge=0.0, description="AdamW: decoupled; SGD: L2 added to the gradient")
+    no_decay: tuple[str, ...] = Field(
+        ("*.bias", "*norm*"), description="patterns of parameter names that are not decayed"
+    )
+    clip_norm: Float32 | None = Field(1.0, gt=0.0, description="largest global gradient norm over all stages")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the initial values, the batches and the dropout masks")
+    dtype: Literal["float32", "float64"] = Field("float32", description="precision of weights and arithmetic")
+
+    @model_validator(mode="after")
+    def _micro_batches_divide(self) -> TrainSpec:
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"micro_batches = {self.micro_batches} does not divide batch_size = {self.batch_size}; "
+                f"right would be one of {_divisors(self.batch_size)}"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} is more than steps = {self.steps}; "
+                f"right would be 0 to {self.steps}"
+            )
+        return self
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.batch_size // self.micro_batches
+
+    def decays(self, name: str) -> bool:
+        """Whether weight decay applies to the parameter of this canonical name."""
+        return self.weight_decay > 0 and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.no_decay)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of `step` (from 0): linear warm-up, then the schedule down to 0 after the last step."""
+        if step < self.warmup_steps:
+            return round_to_float32(self.learning_rate * (step + 1) / self.warmup_steps)
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        scale = {
+            "constant": 1.0,
+            "linear": 1.0 - done,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+        }[self.learning_rate_schedule]
+        return round_to_float32(self.learning_rate * max(0.0, scale))
+
+
+class RunConfig(Frozen):
+    """One run: a model, its training, one framework, one partition, one schedule."""
+
+    framework: Framework = Field("torch", description="which implementation runs")
+    model: TransformerSpec = TransformerSpec()
+    train: TrainSpec = TrainSpec()
+    stages: int = Field(2, ge=1, description="devices in the pipeline (p)")
+    chunks: int = Field(1, ge=1, description="model chunks per device (v), for interleaved schedules")
+    schedule: str = Field("1f1b", min_length=1, description="name of the pipeline schedule, or file:PATH")
+    executor: Literal["table", "native"] = Field(
+        "table", description="table: our schedule tables; native: the framework's own pipeline (paddle: fleet's 1F1B)"
+    )
+    partition: Literal["even", "balanced"] | tuple[int, ...] = Field(
+        "even", description="even, balanced (by cost), or the first unit of every stage after the first"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where the framework sees it")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the whole run; default: all cores")
+    corpus: tuple[str, ...] = Field((), description="text files; default: the manual that CPython carries")
+    tokenizer: Literal["bytes", "bpe"] = Field("bytes", description="bytes, or byte-pair encoding trained at run time")
+
+    @field_validator("partition", mode="before")
+    @classmethod
+    def _read_partition(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in ("even", "balanced"):
+            try:
+                return tuple(int(part) for part in value.split(","))
+            except ValueError:
+                raise ValueError(f"{value!r}; right would be even, balanced, or boundaries such as 2,5") from None
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.tokenizer == "bytes" and self.model.vocab_size != 256:
+            raise ValueError(f"vocab_size = {self.model.vocab_size}; the tokenizer 'bytes' has 256 tokens")
+        units, parts = self.model.num_layers + 2, self.stages * self.chunks
+        if parts > units:
+            raise ValueError(
+                f"stages x chunks = {parts} is more than the {units} units (embedding, {self.model.num_layers} blocks, "
+                f"head); right would be at most {units}"
+            )
+        if isinstance(self.partition, tuple):
+            edges = (0, *self.partition, units)
+            if len(self.partition) != parts - 1 or any(a >= b for a, b in itertools.pairwise(edges)):
+                raise ValueError(
+                    f"partition = {self.partition} needs {parts - 1} increasing boundaries between 1 and {units - 1}"
+                )
+        return self
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # Trains in seconds everywhere; the tests use it.
+    "tiny": {
+        "model": {"context_length": 16, "num_layers": 2, "d_model": 32, "num_heads": 2, "d_ff": 64},
+        "train": {"steps": 10, "batch_size": 8, "micro_batches": 4},
+    },
+    # The default of the benchmark: large enough that arithmetic, not Python, takes the time.
+    "small": {
+        "model": {"context_length": 128, "num_layers": 6, "d_model": 256, "num_heads": 8, "d_ff": 1024},
+        "train": {"steps": 12, "batch_size": 16, "micro_batches": 8, "learning_rate": 1e-3, "warmup_steps": 4},
+    },
+    # The shape of GPT-2 small (124 M parameters); the vocabulary needs the bpe tokenizer.
+    "gpt2-small": {
+        "model": {
+            "vocab_size": 50257,
+            "context_length": 1024,
+            "num_layers": 12,
+            "d_model": 768,
+            "num_heads": 12,
+            "d_ff": 3072,
+            "tied_head": True,
+            "dropout": 0.1,
+        },
+        "train": {
+            "steps": 10,
+            "batch_size": 8,
+            "micro_batches": 8,
+            "learning_rate": 6e-4,
+            "warmup_steps": 2,
+            "learning_rate_schedule": "cosine",
+        },
+        "run": {"tokenizer": "bpe"},
+    },
+    # The textbook case: 48 layers over 4 stages with 4 micro-batches, narrow enough to run on a laptop.
+    "deep48": {
+        "model": {"context_length": 32, "num_layers": 48, "d_model": 64, "num_heads": 4, "d_ff": 256},
+        "train": {"steps": 10, "batch_size": 8, "micro_batches": 4},
+        "run": {"stages": 4},
+    },
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The named preset as a `RunConfig`. Raises `KeyError` for an unknown name."""
+    parts = PRESETS[name]
+    return RunConfig(
+        model=TransformerSpec(**parts.get("model", {})),
+        train=TrainSpec(**parts.get("train", {})),
+        **parts.get("run", {}),
+    )
+
+
+def explain(error: ValidationError) -> str:
+    """One line per wrong field: its name, the value, what would be right."""
+    lines = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"]) or "configuration"
+        message = item["msg"].removeprefix("Value error, ")
+        shown = (
+            ""
+            if isinstance(item["input"], dict | BaseModel) or item["type"] == "value_error"
+            else f" = {item['input']!r}"
+        )
+        lines.append(f"{field}{shown}: {message}")
+    return "\n".join(lines)
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
