@@ -121,7 +121,7 @@ def attention_backward(grad: Array, w: Mapping[str, Array], unit: str, heads: in
         "key": d_scores.swapaxes(-1, -2) @ q,
         "value": (weights * mask).swapaxes(-1, -2) @ d_heads,
     }
-    dx = np.zeros_like(x)
+    dx: Array = np.zeros_like(x)
     for part, d_part in per_head.items():
         joined = d_part.transpose(0, 2, 1, 3).reshape(b, s, d)  # (B, S, D)
         more, grads[f"{name}.{part}.weight"], d_bias = linear_backward(joined, x, w[f"{name}.{part}.weight"])

@@ -106,7 +106,8 @@ def run_stage(
                 case Op.BW:
                     result = stage.backward(i, chunk, received)
                 case Op.W:
-                    result = stage.backward_weight(i, chunk)
+                    stage.backward_weight(i, chunk)
+                    result = None
             to = sends_to(Step(action.op, i, k), last + 1)
             if to is not None:
                 kind: Literal["activation", "gradient"] = "activation" if action.op is Op.F else "gradient"
