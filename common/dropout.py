@@ -37,8 +37,12 @@ def mix(x: IntLike) -> IntLike:
 
 
 def step_key(seed: int, step: int) -> int:
-    """The key of one optimizer step, in [0, 2^32)."""
-    return mix(mix(seed & MASK32) ^ (step & MASK32))
+    """The key of one optimizer step, in [0, 2^32).
+
+    The constant (the golden ratio's bits) keeps seed 0, step 0 away from the mixer's fixed point 0, where step and site
+    could change places.
+    """
+    return mix(mix(0x9E3779B9 ^ (seed & MASK32)) ^ (step & MASK32))
 
 
 def site_number(unit: str, place: int) -> int:

@@ -27,7 +27,7 @@ FRAMEWORKS: tuple[Framework, ...] = ("torch", "tensorflow", "paddle")
 class Frozen(BaseModel):
     """Base of all specifications: no unknown fields, no changes after construction."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 class TransformerSpec(Frozen):

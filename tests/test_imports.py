@@ -1,0 +1,63 @@
+"""The import rules: `common` knows no framework, an implementation only its own, bench_all none."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FRAMEWORK_OF = {"torch_impl": {"torch"}, "tf_impl": {"tensorflow", "keras"}, "paddle_impl": {"paddle"}}
+FRAMEWORKS = set().union(*FRAMEWORK_OF.values())
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of all modules that the file imports, at any depth."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def top(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("room", ["common", "bench_all.py", "torch_impl", "tf_impl", "paddle_impl"])
+def test_who_may_import_a_framework_or_an_implementation(room: str) -> None:
+    files = [ROOT / room] if room.endswith(".py") else sorted((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        found = top(imported(path))
+        assert found & FRAMEWORKS <= FRAMEWORK_OF.get(room, set()), path
+        assert found & set(FRAMEWORK_OF) <= {room}, path
+
+
+def test_imports_point_one_way_inside_common() -> None:
+    below = {
+        "schedule": {"schedule"},
+        "spec": {"rounding"},
+        "weights": {"spec"},
+        "partition": {"spec", "weights"},
+        "data": {"spec"},
+        "parity": set(),
+        "dropout": set(),
+        "reference": {"spec", "weights", "data", "parity", "dropout"},
+    }
+    for room, allowed in below.items():
+        path = ROOT / "common" / room
+        for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+            used = {name.split(".")[1] for name in imported(file) if name.startswith("common.")}
+            assert used <= allowed, f"{file} imports {used - allowed}"
+    for file in (ROOT / "common" / "runtime").rglob("*.py"):
+        assert not any(name.startswith(("common.report", "common.cli")) for name in imported(file)), file
+
+
+def test_only_child_processes_of_tests_import_a_framework() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        if "children" not in path.parts:
+            assert not top(imported(path)) & FRAMEWORKS, path

@@ -1,0 +1,43 @@
+"""The comparison itself: it must fail where it should, and name the first place."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from common.parity import LIMITS, TensorKey, compare
+
+KEYS = [TensorKey(0, "forward", 0, i, f"block.{i}", "output") for i in range(3)]
+
+
+def test_keys_read_back() -> None:
+    for key in [*KEYS, TensorKey(3, "backward", 2, -1, "head", "head.norm.bias")]:
+        assert TensorKey.parse(str(key)) == key
+
+
+def test_the_first_tensor_that_differs_is_named_with_both_values() -> None:
+    expected = {key: np.arange(6.0).reshape(2, 3) for key in KEYS}
+    observed = {key._replace(stage=1): value.copy() for key, value in expected.items()}
+    observed[KEYS[1]._replace(stage=1)][1, 2] = 5.5
+    observed[KEYS[2]._replace(stage=1)][0, 0] = 7.0
+    comparison = compare(observed, expected, "activation", "float64")
+    assert not comparison.passed
+    first = comparison.first_failure
+    assert first is not None and (first.key.unit, first.key.stage, first.where) == ("block.1", 1, (1, 2))
+    assert (first.observed, first.expected) == (5.5, 5.0)
+    for part in ("step=0", "phase=forward", "stage=1", "micro_batch=1", "unit=block.1", "5.5", "5.0", "2 of 3"):
+        assert part in comparison.report()
+
+
+def test_missing_misshaped_and_nan_tensors_fail() -> None:
+    expected = {KEYS[0]: np.ones(4)}
+    for wrong in ({}, {KEYS[0]: np.ones(3)}, {KEYS[0]: np.array([1, 1, np.nan, 1])}):
+        assert not compare(wrong, expected, "gradient", "float32").passed
+
+
+def test_margins_are_over_the_limit() -> None:
+    expected = {KEYS[0]: np.ones(4)}
+    observed = {KEYS[0]: np.ones(4) * (1 + 5e-6)}
+    margin = compare(observed, expected, "gradient", "float32").margins()["gradient"]
+    assert math.isclose(margin, 5e-6 / LIMITS["gradient"]["float32"], rel_tol=1e-6)
