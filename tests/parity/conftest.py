@@ -1,0 +1,49 @@
+"""Starts the probes of a framework once per session, and prints the margins at the end."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import pytest
+
+from common.parity import Comparison
+from tests.parity.ladder import CASES, Run, config, run_probes
+
+MARGINS: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+
+
+@pytest.fixture(scope="session")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Run]]:
+    """The runs of all ladder cases, by framework."""
+    done: dict[str, dict[str, Run]] = {}
+
+    def runs(framework: str) -> dict[str, Run]:
+        if framework not in done:
+            cases = {name: config(framework, *case) for name, case in CASES.items()}
+            done[framework] = run_probes(cases, tmp_path_factory.mktemp(framework))
+        return done[framework]
+
+    return runs
+
+
+@pytest.fixture
+def judge() -> Callable[[str, str, Comparison], None]:
+    """Fails with the first tensor that differs; records how much of each limit was used."""
+
+    def check(framework: str, dtype: str, comparison: Comparison) -> None:
+        worst = MARGINS[framework, dtype]
+        for name, ratio in comparison.margins().items():
+            worst[name] = max(worst.get(name, 0.0), ratio)
+        assert comparison.passed, comparison.report()
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not MARGINS:
+        return
+    terminalreporter.section("parity margins: worst observed value / its limit (below 1 passes)")
+    for (framework, dtype), worst in sorted(MARGINS.items()):
+        cells = "  ".join(f"{name} {ratio:.3f}" for name, ratio in worst.items())
+        terminalreporter.write_line(f"{framework:<11}{dtype:<9}{cells}")

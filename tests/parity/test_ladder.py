@@ -1,0 +1,107 @@
+"""Every framework against the oracle, tensor by tensor, and against itself, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.parity import Comparison, TensorKey, compare
+from common.schedule.generators import make_schedule
+from common.spec import FRAMEWORKS
+from tests.parity.ladder import CASES, Run, config, expected, first_different_bits, run_probes
+
+Ladder = Callable[[str], dict[str, Run]]
+Judge = Callable[[str, str, Comparison], None]
+
+every_case = pytest.mark.parametrize("case", CASES)
+every_framework = pytest.mark.parametrize("framework", FRAMEWORKS)
+
+
+def losses_as_tensors(losses: list[float], micro_batch: int = -1) -> dict[TensorKey, np.ndarray]:
+    return {
+        TensorKey(step, "forward", 0, micro_batch, "head", "loss"): np.array(loss) for step, loss in enumerate(losses)
+    }
+
+
+@every_framework
+@every_case
+def test_against_the_oracle(framework: str, case: str, ladder: Ladder, judge: Judge) -> None:
+    one, run = config(framework, *CASES[case]), ladder(framework)[case]
+    want, dtype = expected(one), one.train.dtype
+    judge(framework, dtype, compare(run.phase("forward"), want.unit_outputs, "activation", dtype))
+    curve = losses_as_tensors(run.losses), losses_as_tensors(want.losses)
+    first = [{key: value for key, value in side.items() if key.step == 0} for side in curve]
+    judge(framework, dtype, compare(*first, "loss", dtype))
+    judge(framework, dtype, compare(run.phase("backward"), want.gradients, "gradient", dtype))
+    judge(framework, dtype, compare(run.phase("optimizer"), want.optimizer, "optimizer_step", dtype))
+    judge(framework, dtype, compare(*curve, "loss_curve", dtype))
+    judge(framework, dtype, compare(run.phase("trained"), want.trained, "trained_parameter", dtype))
+    held_out = [losses_as_tensors([value]) for value in (run.parts[0].held_out_loss, want.held_out_loss)]
+    judge(framework, dtype, compare(*held_out, "loss_curve", dtype))
+    assert want.losses[-1] < want.losses[0] - 0.3, "the run must learn, or its curve proves nothing"
+
+
+@every_framework
+@every_case
+def test_executed_equals_planned(framework: str, case: str, ladder: Ladder) -> None:
+    one, run = config(framework, *CASES[case]), ladder(framework)[case]
+    schedule = make_schedule(one.schedule, one.stages, one.train.micro_batches, one.chunks)
+    for step in (0, one.train.steps - 1):
+        done = {
+            device: [event.action for event in events]
+            for part in run.parts
+            for device, events in part.steps[step].events.items()
+        }
+        assert done == {device: list(map(str, actions)) for device, actions in enumerate(schedule.devices)}
+
+
+# name: p, partition, schedule, chunks; all with m = 4 and equal to the first to the bit
+SPLIT = """# schedule: split micro_batches=4
+0: F0 F1 F2 B0 W0 F3 B1 W1 B2 B3 W2 W3
+1: F0 B0 F1 B1 W0 F2 B2 F3 B3 W1 W2 W3
+"""
+VARIANTS: dict[str, tuple[int, str, str, int]] = {
+    "one-stage": (1, "even", "gpipe", 1),
+    "one-stage-1f1b": (1, "even", "1f1b", 1),
+    "rerun": (2, "even", "1f1b", 1),
+    "rerun-again": (2, "even", "1f1b", 1),
+    "naive": (2, "even", "naive", 1),
+    "gpipe": (2, "even", "gpipe", 1),
+    "split": (2, "even", "file:SPLIT", 1),
+    "uneven": (2, "1", "1f1b", 1),
+    "four": (4, "even", "1f1b", 1),
+    "four-uneven": (4, "1,2,3", "gpipe", 1),
+}
+
+
+@every_framework
+@pytest.mark.parametrize(
+    ("dtype", "head", "norm"), [("float32", "tied", "pre"), ("float64", "untied", "post")]
+)  # fmt: skip
+def test_every_schedule_and_partition_gives_the_same_bits(
+    framework: str, dtype: str, head: str, norm: str, tmp_path: Path
+) -> None:
+    (tmp_path / "split.txt").write_text(SPLIT)
+    configs = {
+        name: config(
+            framework, p, 4, dtype, head, norm, "gelu", partition, 0.1,
+            schedule.replace("SPLIT", str(tmp_path / "split.txt")), steps=4, chunks=chunks,
+        )
+        for name, (p, partition, schedule, chunks) in VARIANTS.items()
+    }  # fmt: skip
+    runs = run_probes(configs, tmp_path / "runs")
+    different = {name: first_different_bits(runs["one-stage"], run) for name, run in runs.items()}
+    assert not any(different.values()), {name: where for name, where in different.items() if where}
+
+
+def test_a_wrong_model_fails_and_the_first_place_is_named(ladder: Ladder) -> None:
+    """An epsilon of 1e-3 (Keras' default) instead of 1e-5: the first norm is in block 0."""
+    case = "2-4-float64"
+    one = config("torch", *CASES[case])
+    wrong = one.model_copy(update={"model": one.model.model_copy(update={"norm_epsilon": 1e-3})})
+    comparison = compare(ladder("torch")[case].phase("forward"), expected(wrong).unit_outputs, "activation", "float64")
+    first = comparison.first_failure
+    assert first is not None and first.key.unit == "block.0" and first.key.micro_batch == 0
