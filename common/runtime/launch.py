@@ -1,0 +1,249 @@
+"""The parent side of a run: starts a child process, watches it, ends it, and says what came of every job.
+
+A child leads its own session, and with it a process group that holds all it starts (Paddle's ranks, for one), so that a
+timeout or an interruption ends all of them. A child that dies, in whatever way, is an `Outcome` that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import psutil
+from pydantic import ValidationError
+
+from common.runtime.job import Job, JobFile, Part
+
+Status = Literal["ok", "failed", "skipped"]
+
+ORACLE_MODULE = "common.runtime.oracle_worker"
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+POLL_SECONDS = 0.1
+TERMINATE_SECONDS = 3.0
+"""What a child gets to end by itself after SIGTERM; then SIGKILL."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What the parent knows about one framework: names only."""
+
+    module: str
+    """Started as `python -m module JOBS.json`."""
+    package: str
+    """What the module imports; looked for, never imported here."""
+    install: str
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "torch": Implementation("torch_impl", "torch", "make install, or pip install 'torch==2.13.*'"),
+    "tensorflow": Implementation(
+        "tf_impl", "tensorflow", "make install, or pip install 'tensorflow-cpu==2.21.*' 'keras==3.15.*'"
+    ),
+    "paddle": Implementation("paddle_impl", "paddle", "make install, or pip install 'paddlepaddle==3.3.*'"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one job. `parts` is complete where `status` is "ok", else empty."""
+
+    status: Status
+    reason: str
+    log: Path | None
+    parts: tuple[Part, ...]
+    wall_seconds: float
+
+
+class Interrupted(Exception):
+    """The user or the system asked to stop (Ctrl-C, SIGTERM, a closed terminal)."""
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Turns SIGINT, SIGTERM and SIGHUP into a flag, so that nothing is cut off half-way; yields the flag's reader."""
+    stop = threading.Event()
+
+    def set_flag(signal_number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous = {name: signal.signal(getattr(signal, name), set_flag) for name in names}
+    try:
+        yield stop.is_set
+    finally:
+        for name, handler in previous.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def why_missing(implementation: Implementation) -> str | None:
+    """Why this implementation cannot start, with what to do about it; None if it can. Imports nothing."""
+    if importlib.util.find_spec(implementation.package) is None:
+        return f"{implementation.package} is not installed; {implementation.install}"
+    return None
+
+
+def run_jobs_in_child(
+    module: str,
+    jobs: Sequence[Job],
+    folder: Path,
+    timeout_seconds: float,
+    on_step: Callable[[int, int, float], None] = lambda job, step, loss: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[Outcome]:
+    """Runs `python -m module` over all jobs and returns one outcome per job.
+
+    Makes the jobs' folders; writes `jobs.json` and `child.log` into `folder`. `timeout_seconds` is for the whole child.
+    `on_step(job, step, loss)` is called as steps end. Raises Interrupted, with the child ended, once `stopped()`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        Path(job.out).mkdir(parents=True, exist_ok=True)
+    job_file, log = folder / "jobs.json", folder / "child.log"
+    JobFile(jobs=tuple(jobs)).write(job_file)
+    progress = [_Progress(Path(job.out) / "progress.jsonl") for job in jobs]
+    began = time.monotonic()
+    timed_out = False
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, str(job_file)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+            start_new_session=True,
+        )
+        try:
+            while child.poll() is None:
+                if stopped():
+                    raise Interrupted
+                if time.monotonic() - began > timeout_seconds:
+                    timed_out = True
+                    break
+                for number, file in enumerate(progress):
+                    for step, loss in file.new_steps():
+                        on_step(number, step, loss)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(POLL_SECONDS)
+        finally:
+            # Also after a good end: nothing that the child started may outlive it.
+            end_group(child)
+    for number, file in enumerate(progress):
+        for step, loss in file.new_steps():
+            on_step(number, step, loss)
+    seconds = time.monotonic() - began
+    why = f"no result within {timeout_seconds:g} s (--timeout)" if timed_out else _why_it_ended(child.returncode, log)
+    return [_outcome(job, log, why, seconds / len(jobs)) for job in jobs]
+
+
+def end_group(child: subprocess.Popen[bytes]) -> None:
+    """Ends every process of the child's group: SIGTERM, a moment, SIGKILL."""
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        if not _members(child):
+            break
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal_number)
+        deadline = time.monotonic() + TERMINATE_SECONDS
+        while _members(child) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    child.wait()
+
+
+def _members(child: subprocess.Popen[bytes]) -> list[int]:
+    """The living processes of the child's group. Zombies are dead, whoever has yet to collect them."""
+    child.poll()
+    living = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess, PermissionError):
+            if os.getpgid(process.pid) == child.pid and process.status() != psutil.STATUS_ZOMBIE:
+                living.append(process.pid)
+    return living
+
+
+def _environment() -> dict[str, str]:
+    """The parent's environment, with this project importable from any working directory and a log that is up to date."""
+    paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }
+
+
+class _Progress:
+    """Reads what was added to a progress.jsonl since the last time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.position = path, 0
+
+    def new_steps(self) -> list[tuple[int, float]]:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.position)
+                whole_lines, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self.position += len(whole_lines) + len(newline)
+        records = [json.loads(line) for line in whole_lines.splitlines()]
+        return [(int(record["step"]), float(record["loss"])) for record in records]
+
+
+# ------------------------------------------------------------------------------------------------- what came of it
+
+
+def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outcome:
+    out = Path(job.out)
+    reason = ""
+    failures = sorted(out.glob("failed-*.txt"))
+    parts: list[Part] = []
+    if failures:
+        reason = last_error(failures[0].read_text(errors="replace"))
+    else:
+        try:
+            parts = [Part.model_validate_json(path.read_text()) for path in out.glob("part-*.json")]
+        except ValidationError as error:
+            reason = f"a part of the result cannot be read: {error}".splitlines()[0]
+        parts.sort(key=lambda part: part.devices)
+        lacking = set(range(job.config.stages)) - {device for part in parts for device in part.devices}
+        if lacking and not reason:
+            reason = why_child_ended
+            if parts:
+                reason += f"; no result from device {', '.join(map(str, sorted(lacking)))}"
+    if reason:
+        return Outcome("failed", reason, failures[0] if failures else log, (), seconds)
+    return Outcome("ok", "", log, tuple(parts), seconds)
+
+
+def _why_it_ended(return_code: int, log: Path) -> str:
+    killed = -return_code if return_code < 0 else return_code - 128  # 128 + n: a shell's way to say signal n
+    if killed == signal.SIGKILL:
+        return "killed by SIGKILL: most likely out of memory"
+    error = last_error(log.read_text(errors="replace"))
+    if return_code < 0:
+        name = signal.Signals(killed).name
+        return f"crashed with {name}" + (f": {error}" if error else "")
+    return error or f"ended with status {return_code} and without a result"
+
+
+_ERROR_LINE = re.compile(r"(?:[\w.]*(?:Error|Exception|Failure|Interrupt|Exit)\b|Fatal Python error).*")
+
+
+def last_error(text: str) -> str:
+    """The line of a log or traceback that names the error: the last `SomeError: ...`, else the last line."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if _ERROR_LINE.match(line)]
+    return (named or lines or [""])[-1].strip()

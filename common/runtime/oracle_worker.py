@@ -1,0 +1,75 @@
+"""The oracle as a child process: `python -m common.runtime.oracle_worker JOBS.json` leaves the same files as a framework.
+
+So the parent starts, watches, ends and reads it like any other run.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.data import Batch
+from common.parity import TensorKey
+from common.reference import Oracle
+from common.runtime.engine import Arrays
+from common.runtime.executor import Event
+from common.runtime.job import JobFile
+from common.runtime.worker import run_jobs
+from common.spec import RunConfig
+
+
+class OracleEngine:
+    """The float64 model of `common.reference` behind the `Engine` protocol. Knows neither stages nor schedules."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.devices = tuple(range(config.stages))
+
+    def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        self.oracle = Oracle(self.config.model, self.config.train, dict(weights))
+
+    def forward_backward(self, batch: Batch) -> float:
+        return self.oracle.forward_backward(batch)
+
+    def apply_gradients(self, step: int) -> float:
+        return self.oracle.apply_gradients(step)
+
+    def evaluate(self, batch: Batch) -> float:
+        return self.oracle.forward(batch, training=False)[0]
+
+    def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
+        return dict(self.oracle.unit_outputs(batch, self.config.train.micro_batches))
+
+    def weights(self) -> Arrays:
+        return {name: value.copy() for name, value in self.oracle.weights.items()}
+
+    def gradients(self) -> Arrays:
+        return dict(self.oracle.gradients)
+
+    def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
+        self.oracle.gradients = {name: np.asarray(value, np.float64) for name, value in gradients.items()}
+
+    def events(self) -> dict[int, list[Event]]:
+        return {device: [] for device in self.devices}
+
+    def environment(self) -> dict[str, Any]:
+        return {"framework": "oracle", "version": f"numpy {np.__version__}", "device": "cpu", "dtype": "float64"}
+
+    def peak_memory_bytes(self) -> dict[int, int]:
+        unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
+        return {0: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+    def close(self) -> None: ...
+
+
+def main() -> int:
+    return run_jobs(JobFile.read(sys.argv[1]), OracleEngine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

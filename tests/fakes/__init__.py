@@ -1,0 +1,1 @@
+"""A stand-in for an implementation, for tests of the harness."""
