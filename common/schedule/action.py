@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -62,6 +62,8 @@ class Schedule:
     num_micro_batches: int
     num_chunks: int = 1
     placement: Placement = "loop"
+    first_micro_batch: int = field(default=0, compare=False)
+    """How its text numbers the micro-batches, for messages; the actions themselves always count from 0."""
 
     @property
     def num_devices(self) -> int:
@@ -173,4 +175,5 @@ def build_schedule(rows: list[list[Action]], name: str, options: dict[str, str] 
         tuple(Action(Op.BW if merged and a.op is Op.B else a.op, a.micro_batch - base, a.chunk) for a in row)
         for row in rows
     )
-    return Schedule(name, devices, stated or last + 1 - base, num_chunks, "vee" if placement == "vee" else "loop")
+    num_micro_batches = last + 1 - base if stated is None else stated
+    return Schedule(name, devices, num_micro_batches, num_chunks, "vee" if placement == "vee" else "loop", base)

@@ -15,6 +15,21 @@ from dataclasses import dataclass
 
 from common.schedule.action import Op
 
+NEEDS: dict[Op, tuple[tuple[Op, int], ...]] = {
+    Op.F: ((Op.F, -1),),
+    Op.B: ((Op.F, 0), (Op.B, +1)),
+    Op.W: ((Op.B, 0),),
+    Op.BW: ((Op.F, 0), (Op.B, +1)),
+}
+"""What an operation on virtual stage k needs: operations of the same micro-batch on virtual stage k + offset. At the two
+ends of the model, where there is no such stage, nothing. "B" stands for whichever of B and BW the schedule has."""
+
+GIVES: dict[Op, tuple[Op, ...]] = {Op.F: (Op.F,), Op.B: (Op.B,), Op.W: (Op.W,), Op.BW: (Op.B, Op.W)}
+"""Whose results an action leaves behind."""
+
+MESSAGE_OFFSET: dict[Op, int | None] = {Op.F: +1, Op.B: -1, Op.BW: -1, Op.W: None}
+"""Where a result goes: F hands its output to the next virtual stage, B its input gradient back; W keeps all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -30,23 +45,13 @@ class Step:
 
 def dependencies(step: Step, num_virtual_stages: int) -> tuple[Step, ...]:
     """The steps that must end before `step` starts. "B" stands for whichever of B and BW the schedule has."""
-    i, k = step.micro_batch, step.virtual_stage
-    match step.op:
-        case Op.F:
-            return (Step(Op.F, i, k - 1),) if k > 0 else ()
-        case Op.B | Op.BW:
-            own = Step(Op.F, i, k)
-            return (own, Step(Op.B, i, k + 1)) if k < num_virtual_stages - 1 else (own,)
-        case Op.W:
-            return (Step(Op.B, i, k),)
+    needed = ((op, step.virtual_stage + offset) for op, offset in NEEDS[step.op])
+    return tuple(Step(op, step.micro_batch, k) for op, k in needed if 0 <= k < num_virtual_stages)
 
 
 def sends_to(step: Step, num_virtual_stages: int) -> int | None:
-    """The virtual stage that gets the step's result: F hands its output on, B its input gradient back; W keeps all."""
-    match step.op:
-        case Op.F:
-            return step.virtual_stage + 1 if step.virtual_stage < num_virtual_stages - 1 else None
-        case Op.B | Op.BW:
-            return step.virtual_stage - 1 if step.virtual_stage > 0 else None
-        case Op.W:
-            return None
+    """The virtual stage that gets the step's result, if any."""
+    offset = MESSAGE_OFFSET[step.op]
+    if offset is None or not 0 <= step.virtual_stage + offset < num_virtual_stages:
+        return None
+    return step.virtual_stage + offset

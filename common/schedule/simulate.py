@@ -1,0 +1,194 @@
+"""Times a schedule without running it: costs in, start times, bubbles and memory out.
+
+The model (that of the Zero Bubble paper's tables): the order on every device is fixed; an action starts when the previous
+one has ended and its message has arrived, `communication` after the sender's action ended; sending costs no time.
+Costs are for a device's whole share of the model; with v chunks each takes 1/v of them, but every hop its full time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.schedule.action import Op, Schedule, ScheduleError
+from common.schedule.play import play
+from common.schedule.table import OP_CODE, OPS, Table, tabulate
+from common.schedule.validate import require_valid
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a stage takes for one micro-batch, one entry per stage, all times in one unit of your choice."""
+
+    forward: tuple[float, ...]
+    backward_input: tuple[float, ...]
+    backward_weight: tuple[float, ...]
+    communication: tuple[float, ...]
+    """Of a message that leaves this stage, to whichever other device."""
+    activation_bytes: tuple[int, ...] | None = None
+    """Of one micro-batch on the whole stage."""
+    kept_by_backward_input: float = 1.0
+    """The share of the activation that B leaves held for W: 1 if B frees nothing. F adds it all, W frees the rest."""
+
+    @classmethod
+    def uniform(
+        cls,
+        stages: int,
+        forward: float = 1.0,
+        backward_input: float = 1.0,
+        backward_weight: float = 1.0,
+        communication: float = 0.0,
+    ) -> Costs:
+        """The same costs for every stage."""
+        return cls(
+            forward=(forward,) * stages,
+            backward_input=(backward_input,) * stages,
+            backward_weight=(backward_weight,) * stages,
+            communication=(communication,) * stages,
+        )
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.forward), len(self.backward_input), len(self.backward_weight), len(self.communication)}
+        if self.activation_bytes is not None:
+            lengths.add(len(self.activation_bytes))
+        if len(lengths) > 1:
+            raise ScheduleError(f"costs for {sorted(lengths)} stages; right would be the same number for every cost")
+        times = (*self.forward, *self.backward_input, *self.backward_weight, *self.communication)
+        if any(not 0 <= time < float("inf") for time in times):
+            raise ScheduleError(f"costs {self}: a time is negative or not a number; right would be 0 or more")
+        if not 0 <= self.kept_by_backward_input <= 1:
+            raise ScheduleError(f"kept_by_backward_input={self.kept_by_backward_input}; right would be 0 to 1")
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.forward)
+
+    def of(self, op: Op) -> tuple[float, ...]:
+        """The time of `op` on every stage."""
+        match op:
+            case Op.F:
+                return self.forward
+            case Op.B:
+                return self.backward_input
+            case Op.W:
+                return self.backward_weight
+            case Op.BW:
+                return tuple(b + w for b, w in zip(self.backward_input, self.backward_weight, strict=True))
+
+    @property
+    def per_micro_batch(self) -> FloatArray:
+        """(p,): F + B + W."""
+        return np.add(self.forward, self.of(Op.BW), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A schedule with a start and an end for every action, row by row as in its `table`."""
+
+    table: Table
+    costs: Costs
+    start: FloatArray  # (n,)
+    end: FloatArray  # (n,)
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.table.schedule
+
+    @cached_property
+    def makespan(self) -> float:
+        return float(self.end.max())
+
+    @cached_property
+    def busy(self) -> FloatArray:
+        """(p,): the time that each stage works."""
+        spent = self.end - self.start
+        return np.add.reduceat(spent, self.table.bounds[:-1], dtype=np.float64)
+
+    @property
+    def bubble_fraction(self) -> float:
+        """The idle share of all devices: 1 - busy time / (stages x makespan), for equal stages (makespan - m T) / makespan."""
+        return _idle_share(self.busy.mean(), self.makespan)
+
+    @property
+    def bubble_fraction_per_stage(self) -> list[float]:
+        return [_idle_share(busy, self.makespan) for busy in self.busy.tolist()]
+
+    @property
+    def warm_start_bubble_fraction(self) -> float:
+        """The bubble fraction if each stage's clock starts with its own first forward.
+
+        The makespan is then the largest over stages of (end - start of the first forward). That is what a step costs
+        where the next step's forwards may begin before the last backwards have ended (Qi et al. 2024, section 4: the
+        optimizer without a barrier); their ZB-H2 figures are counted in this way.
+        """
+        first = self.start[self.table.bounds[:-1]]
+        last = np.maximum.reduceat(self.end, self.table.bounds[:-1])
+        return _idle_share(self.busy.mean(), float((last - first).max()))
+
+    @cached_property
+    def peak_chunks_in_flight_per_stage(self) -> list[int]:
+        """How many forwards' activations are held at most; F adds one, W or BW frees it. Depends on the order alone."""
+        change = np.zeros(len(OPS))
+        change[OP_CODE[Op.F]], change[OP_CODE[Op.W]], change[OP_CODE[Op.BW]] = 1, -1, -1
+        return [int(peak) for peak in self._peak(change)]
+
+    @property
+    def peak_in_flight_per_stage(self) -> list[float]:
+        """The same in units of a whole stage's activation of one micro-batch: a chunk counts 1/v."""
+        return [chunks / self.schedule.num_chunks for chunks in self.peak_chunks_in_flight_per_stage]
+
+    @property
+    def peak_bytes_per_stage(self) -> list[int] | None:
+        """Activation memory, if the costs say how large an activation is and what of it B keeps for W."""
+        if self.costs.activation_bytes is None:
+            return None
+        kept = self.costs.kept_by_backward_input
+        change = np.zeros(len(OPS))
+        change[OP_CODE[Op.F]], change[OP_CODE[Op.B]], change[OP_CODE[Op.W]] = 1, kept - 1, -kept
+        change[OP_CODE[Op.BW]] = -1
+        whole = self._peak(change) / self.schedule.num_chunks
+        return [round(peak * size) for peak, size in zip(whole, self.costs.activation_bytes, strict=True)]
+
+    def _peak(self, change: FloatArray) -> FloatArray:
+        """(p,): the largest running sum of the changes over each device's actions."""
+        held = np.cumsum(change[self.table.op])
+        first = self.table.bounds[:-1]
+        before = np.where(first > 0, held[first - 1], 0.0)
+        return np.asarray(np.maximum.reduceat(held, first) - before)
+
+
+def simulate(schedule: Schedule, costs: Costs | None = None, check: bool = True) -> Simulation:
+    """Plays the schedule with these costs (by default F = B = W = 1 and no communication).
+
+    `check=False` trusts that it is valid. Raises ScheduleError for a schedule that cannot run or costs that do not fit.
+    """
+    costs = costs or Costs.uniform(schedule.num_devices)
+    if costs.num_stages != schedule.num_devices:
+        raise ScheduleError(f"costs for {costs.num_stages} stages; the schedule has {schedule.num_devices}")
+    if check:
+        require_valid(schedule)
+    table = tabulate(schedule)
+    cost = np.array([costs.of(op) for op in OPS])[table.op, table.device] / schedule.num_chunks
+    sender = np.where(table.source >= 0, table.device[table.source], 0)
+    delay = np.array(costs.communication, np.float64)[sender]
+    played = play(table, cost.tolist(), delay.tolist())
+    return Simulation(table, costs, np.array(played.start), np.array(played.end))
+
+
+def per_stage(values: Sequence[float], stages: int, what: str) -> tuple[float, ...]:
+    """One number for all stages, or one for each. Raises ScheduleError."""
+    if len(values) == 1:
+        return (values[0],) * stages
+    if len(values) != stages:
+        raise ScheduleError(f"{what}: {len(values)} numbers for {stages} stages; right would be 1 or {stages}")
+    return tuple(values)
+
+
+def _idle_share(busy: float, time: float) -> float:
+    return 1.0 - busy / time if time else 0.0

@@ -1,0 +1,136 @@
+"""A schedule as flat arrays, for the paths that must take a million actions in seconds.
+
+Rows are the actions of device 0, then those of device 1, and so on. A slot is the place of one result:
+(operation F, B or W; micro-batch; virtual stage), numbered so that slots fit one array.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.schedule.action import Action, Op, Schedule
+from common.schedule.dependencies import GIVES, NEEDS
+
+IntArray = NDArray[np.int64]
+
+OPS = tuple(Op)
+OP_CODE = {op: code for code, op in enumerate(OPS)}
+_RESULT_CODE = {Op.F: 0, Op.B: 1, Op.W: 2}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of a schedule's actions. `n` is their number; only actions within range get a slot."""
+
+    schedule: Schedule
+    bounds: IntArray
+    """(p + 1,): device d has the rows bounds[d] to bounds[d + 1]."""
+    device: IntArray  # (n,)
+    op: IntArray  # (n,) index into OPS
+    micro_batch: IntArray  # (n,)
+    chunk: IntArray  # (n,)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.op)
+
+    @cached_property
+    def in_range(self) -> NDArray[np.bool_]:
+        """(n,): whether the schedule has this micro-batch and this chunk."""
+        return (self.micro_batch < self.schedule.num_micro_batches) & (self.chunk < self.schedule.num_chunks)
+
+    @cached_property
+    def virtual_stage(self) -> IntArray:
+        """(n,); -1 for a chunk that is out of range."""
+        schedule = self.schedule
+        of = np.array(
+            [[schedule.virtual_stage(d, c) for c in range(schedule.num_chunks)] for d in range(schedule.num_devices)]
+        )
+        known = self.chunk < schedule.num_chunks
+        return np.where(known, of[self.device, np.where(known, self.chunk, 0)], -1)
+
+    def slots(self, result: Op, rows: IntArray, offset: int = 0) -> IntArray:
+        """The slot of `result` for each row's micro-batch, `offset` virtual stages on; -1 beyond the model's ends."""
+        stages = self.schedule.num_virtual_stages
+        k = self.virtual_stage[rows] + offset
+        slot = (_RESULT_CODE[result] * self.schedule.num_micro_batches + self.micro_batch[rows]) * stages + k
+        return np.where((k >= 0) & (k < stages), slot, -1)
+
+    def describe_slot(self, slot: int) -> tuple[Op, int, int]:
+        """(operation, micro-batch, virtual stage) of a slot."""
+        rest, k = divmod(slot, self.schedule.num_virtual_stages)
+        code, micro_batch = divmod(rest, self.schedule.num_micro_batches)
+        return next(op for op, c in _RESULT_CODE.items() if c == code), micro_batch, k
+
+    @property
+    def num_slots(self) -> int:
+        return 3 * self.schedule.num_micro_batches * self.schedule.num_virtual_stages
+
+    def rows_of(self, op: Op) -> IntArray:
+        return np.flatnonzero((self.op == OP_CODE[op]) & self.in_range)
+
+    @cached_property
+    def results(self) -> tuple[IntArray, IntArray]:
+        """(slots, rows): which row fills which slot, one entry per result."""
+        pairs = [(self.slots(result, self.rows_of(op)), self.rows_of(op)) for op in Op for result in GIVES[op]]
+        return np.concatenate([s for s, _ in pairs]), np.concatenate([r for _, r in pairs])
+
+    @cached_property
+    def producer(self) -> IntArray:
+        """(num_slots,): the first row that fills each slot, -1 where none does."""
+        slots, rows = self.results
+        producer = np.full(self.num_slots, self.num_rows, np.int64)
+        np.minimum.at(producer, slots, rows)
+        return np.where(producer < self.num_rows, producer, -1)
+
+    @cached_property
+    def needs(self) -> tuple[tuple[Op, Op, int, IntArray, IntArray], ...]:
+        """Every dependency: (operation, needed operation, offset, rows, slots that these rows need)."""
+        found = []
+        for op, needed in NEEDS.items():
+            for result, offset in needed:
+                rows = self.rows_of(op)
+                slots = self.slots(result, rows, offset)
+                found.append((op, result, offset, rows[slots >= 0], slots[slots >= 0]))
+        return tuple(found)
+
+    @cached_property
+    def source(self) -> IntArray:
+        """(n,): the row on another device whose message each row waits for, -1 for none.
+
+        One is enough: no operation has two neighbours in `NEEDS`, and what lies on the same device is in list order.
+        """
+        source = np.full(self.num_rows, -1, np.int64)
+        for _, _, _, rows, slots in self.needs:
+            producer = self.producer[slots]
+            remote = (producer >= 0) & (self.device[producer] != self.device[rows])
+            source[rows[remote]] = producer[remote]
+        return source
+
+    def action(self, row: int) -> Action:
+        return Action(OPS[self.op[row]], int(self.micro_batch[row]), int(self.chunk[row]))
+
+    def position(self, row: int) -> int:
+        """The row's place in its device's list, from 0."""
+        return int(row - self.bounds[self.device[row]])
+
+
+def tabulate(schedule: Schedule) -> Table:
+    """The arrays of a schedule. Actions that are shared between lists (generators share them) are looked at once."""
+    lengths = np.array([len(row) for row in schedule.devices], np.int64)
+    total = int(lengths.sum())
+    identities = np.fromiter(map(id, chain.from_iterable(schedule.devices)), np.int64, total)
+    _, first, inverse = np.unique(identities, return_index=True, return_inverse=True)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    device_of_first = np.searchsorted(bounds, first, side="right") - 1
+    distinct = [
+        schedule.devices[d][row - bounds[d]] for d, row in zip(device_of_first.tolist(), first.tolist(), strict=True)
+    ]
+    columns = np.array([(OP_CODE[a.op], a.micro_batch, a.chunk) for a in distinct], np.int64).reshape(-1, 3)
+    op, micro_batch, chunk = columns[inverse].T
+    return Table(schedule, bounds, np.repeat(np.arange(len(lengths)), lengths), op, micro_batch, chunk)

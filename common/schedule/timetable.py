@@ -1,0 +1,132 @@
+"""A schedule with times, as charts in papers and blogs give it.
+
+Two text forms. A Markdown chart, with a time in every row and a device in every column (or the other way round); an
+action lasts to the next row, and the same action in neighbouring rows is one longer action:
+
+    | t | GPU0 | GPU1 |
+    | --- | --- | --- |
+    | 0 | F1 | |
+    | 1 |  | F1 |
+
+And the text form of schedules with start and end after every action:
+
+    0: F0@0-1 BW0@4-6
+    1: F0@1-2 BW0@2-4
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.schedule.action import Action, Schedule, ScheduleError, build_schedule, parse_action, parse_schedule
+
+_TIMED = re.compile(r"(?P<action>\w+(?:\.\d+)?)@(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """`spans[d][n]` is (start, end) of the action `schedule.devices[d][n]`; actions are in order of their start."""
+
+    schedule: Schedule
+    spans: tuple[tuple[tuple[float, float], ...], ...]
+    tolerance: float = 1e-9
+    """How much earlier an action may seem to start because of rounding."""
+
+    def times(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(starts, ends) of all actions, those of device 0 first."""
+        flat = np.array([span for row in self.spans for span in row], np.float64).reshape(-1, 2)
+        return flat[:, 0], flat[:, 1]
+
+
+_TimedRow = list[tuple[float, float, Action]]
+
+
+def read_table(text: str, name: str = "file") -> Schedule | Timetable:
+    """Reads any text form: a schedule, a schedule with times, or a Markdown chart. Raises ScheduleError."""
+    lines = [line.strip() for line in text.splitlines()]
+    if any(line.startswith("|") for line in lines):
+        return _parse_chart([line for line in lines if line.startswith("|")], name)
+    if any("@" in line.split("#", 1)[0] for line in lines):
+        return _parse_timed(text, name)
+    return parse_schedule(text, name)
+
+
+def _build(rows: list[_TimedRow], schedule_of_order: Schedule | None, name: str) -> Timetable:
+    rows = [sorted(row, key=lambda timed: timed[:2]) for row in rows]
+    spans = tuple(tuple((start, end) for start, end, _ in row) for row in rows)
+    schedule = schedule_of_order or build_schedule([[action for _, _, action in row] for row in rows], name)
+    return Timetable(schedule, spans)
+
+
+def _parse_timed(text: str, name: str) -> Timetable:
+    # The order and the header are read as the untimed form is; only the times are taken out before.
+    without = parse_schedule(_TIMED.sub(lambda match: match["action"], text), name)
+    rows: list[_TimedRow] = []
+    for device, line in enumerate(line for line in text.splitlines() if line.split("#", 1)[0].strip()):
+        words = line.split("#", 1)[0].partition(":")[2].split() if ":" in line else line.split("#", 1)[0].split()
+        matches = [_TIMED.fullmatch(word) for word in words]
+        row: _TimedRow = []
+        for word, match, action in zip(words, matches, without.devices[device], strict=True):
+            if match is None:
+                raise ScheduleError(f"device {device}: {word!r} has no times; right would be F0@0-1 for every action")
+            start, end = float(match["start"]), float(match["end"])
+            if end < start:
+                raise ScheduleError(f"device {device}: {word} ends before it starts")
+            row.append((start, end, action))
+        rows.append(sorted(row, key=lambda timed: timed[:2]))
+    schedule = replace(without, devices=tuple(tuple(action for _, _, action in row) for row in rows))
+    return _build(rows, schedule, name)
+
+
+def _parse_chart(lines: list[str], name: str) -> Timetable:
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    cells = [row for row in cells if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
+    width = len(cells[0])
+    for row in cells:
+        if len(row) != width:
+            raise ScheduleError(f"chart: row {row[0]!r} has {len(row)} columns; the header has {width}")
+    if not _is_number(cells[1][0] if len(cells) > 1 else ""):
+        cells = [list(column) for column in zip(*cells, strict=True)]
+    times = [_time(row[0]) for row in cells[1:]]
+    if times != sorted(set(times)):
+        raise ScheduleError(f"chart: the times {times} do not increase")
+    last = times[-1] - times[-2] if len(times) > 1 else 1.0
+    ends = [*times[1:], times[-1] + last]
+    rows: list[_TimedRow] = [[] for _ in cells[0][1:]]
+    for device, row in enumerate(rows):
+        running: dict[Action, int] = {}
+        for line, start, end in zip(cells[1:], times, ends, strict=True):
+            now: dict[Action, int] = {}
+            for word in re.split(r"[\s,;]+", line[1 + device]):
+                if word in ("", "-", "·", "."):
+                    continue
+                action = _parse_cell(word, line[0])
+                if action in running and action not in now:
+                    row[running[action]] = (row[running[action]][0], end, action)
+                    now[action] = running[action]
+                else:
+                    now[action] = len(row)
+                    row.append((start, end, action))
+            running = now
+    return _build(rows, None, name)
+
+
+def _parse_cell(word: str, time: str) -> Action:
+    try:
+        return parse_action(word)
+    except ScheduleError as error:
+        raise ScheduleError(f"chart, time {time}: {error}") from None
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\d+(\.\d+)?", text) is not None
+
+
+def _time(text: str) -> float:
+    if not _is_number(text):
+        raise ScheduleError(f"chart: {text!r} is not a time; right would be a number in the first column or row")
+    return float(text)

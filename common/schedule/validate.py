@@ -1,0 +1,237 @@
+"""Says everything that is wrong with a schedule, each violation by the name of its rule and its place.
+
+>>> from common.schedule.action import parse_schedule
+>>> for violation in validate(parse_schedule("F0 BW0\\nBW0 F0")):
+...     print(violation)
+[backward-before-forward] device 1, action 0 (BW0): needs F0 of the same device, which comes later, at action 1
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.schedule.action import Action, Op, Schedule, ScheduleError
+from common.schedule.play import play
+from common.schedule.table import OP_CODE, IntArray, Table, tabulate
+from common.schedule.timetable import Timetable
+
+
+class Rule(enum.StrEnum):
+    """The rules that a schedule must keep."""
+
+    UNKNOWN_ACTION = "unknown-action"
+    """A micro-batch or chunk that the schedule does not have."""
+    MISSING_ACTION = "missing-action"
+    """Every micro-batch needs F, and B and W or BW, on every virtual stage."""
+    REPEATED_ACTION = "repeated-action"
+    """... exactly once; BW counts as B and as W."""
+    ACTION_COUNT = "action-count"
+    """A device runs m x v forwards, backwards for the input and backwards for the weights."""
+    FORWARD_BEFORE_INPUT = "forward-before-input"
+    """F on virtual stage k comes after F on k - 1."""
+    BACKWARD_BEFORE_FORWARD = "backward-before-forward"
+    """B comes after its own F."""
+    BACKWARD_BEFORE_NEXT_STAGE = "backward-before-next-stage"
+    """B on virtual stage k comes after B on k + 1."""
+    WEIGHT_BEFORE_BACKWARD = "weight-before-backward"
+    """W comes after its own B."""
+    RECEIVE_WITHOUT_SEND = "receive-without-send"
+    """An action that waits for a message that no device ever sends."""
+    DEADLOCK = "deadlock"
+    """Devices that wait for one another in a circle."""
+    OVERLAP = "overlap"
+    """Only with times: a device does one thing at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One broken rule. `position` is the action's place in the device's list, from 0; None where there is none."""
+
+    rule: Rule
+    device: int
+    position: int | None
+    action: str
+    message: str
+
+    def __str__(self) -> str:
+        place = f"device {self.device}"
+        if self.position is not None:
+            place += f", action {self.position} ({self.action})"
+        return f"[{self.rule}] {place}: {self.message}"
+
+
+_RULE_OF_NEED = {
+    (Op.F, -1): Rule.FORWARD_BEFORE_INPUT,
+    (Op.F, 0): Rule.BACKWARD_BEFORE_FORWARD,
+    (Op.B, +1): Rule.BACKWARD_BEFORE_NEXT_STAGE,
+    (Op.B, 0): Rule.WEIGHT_BEFORE_BACKWARD,
+}
+_PART_OF = {Op.F: (Op.F, Op.BW), Op.B: (Op.B, Op.BW), Op.W: (Op.W, Op.BW)}
+
+
+def validate(schedule: Schedule) -> list[Violation]:
+    """All violations, by device and position; an empty list means that the schedule runs to its end."""
+    report = _Report(tabulate(schedule))
+    report.check_actions()
+    report.check_order()
+    report.check_deadlock()
+    return report.sorted()
+
+
+def validate_timetable(timetable: Timetable) -> list[Violation]:
+    """All violations of a schedule with times: what is done, and that nothing starts before what it needs has ended."""
+    report = _Report(tabulate(timetable.schedule))
+    report.check_actions()
+    report.check_times(timetable)
+    return report.sorted()
+
+
+def require_valid(schedule: Schedule) -> None:
+    """Raises ScheduleError with all violations, if there are any."""
+    violations = validate(schedule)
+    if violations:
+        lines = "\n".join(f"  {violation}" for violation in violations[:50])
+        more = f"\n  and {len(violations) - 50} more" if len(violations) > 50 else ""
+        raise ScheduleError(f"schedule {schedule.name} breaks {len(violations)} rules:\n{lines}{more}")
+
+
+class _Report:
+    """Collects violations. Arrays find the few rows that break a rule; only those are looked at one by one."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.schedule = table.schedule
+        self.violations: list[Violation] = []
+
+    def sorted(self) -> list[Violation]:
+        # Counts and missing actions (no position) first within their device.
+        return sorted(self.violations, key=lambda v: (v.device, -1 if v.position is None else v.position))
+
+    def check_actions(self) -> None:
+        """Every action exactly once, none unknown."""
+        table, schedule = self.table, self.schedule
+        for row in np.flatnonzero(~table.in_range).tolist():
+            right = f"micro-batches {self.label(0)} to {self.label(schedule.num_micro_batches - 1)}"
+            self.add(Rule.UNKNOWN_ACTION, row, f"the schedule has {right} and chunks 0 to {schedule.num_chunks - 1}")
+        slots, rows = table.results
+        for slot, row in sorted(zip(*_repeats(slots, rows), strict=True), key=lambda pair: pair[1]):
+            op, _, _ = table.describe_slot(slot)
+            first = int(table.producer[slot])
+            done = f"{self.name(first)} at action {table.position(first)} has done this {op.value} already"
+            self.add(Rule.REPEATED_ACTION, row, done)
+        for slot in np.flatnonzero(table.producer < 0).tolist():
+            self.add_missing(*table.describe_slot(slot))
+        self.check_counts()
+
+    def check_counts(self) -> None:
+        table, right = self.table, self.schedule.num_micro_batches * self.schedule.num_chunks
+        count = np.zeros((self.schedule.num_devices, len(OP_CODE)), np.int64)
+        np.add.at(count, (table.device, table.op), 1)
+        for result, (op, merged) in _PART_OF.items():
+            found = count[:, OP_CODE[op]] + (0 if op is Op.F else count[:, OP_CODE[merged]])
+            for device in np.flatnonzero(found != right).tolist():
+                has = f"{found[device]} {result.value}" + ("" if op is Op.F else " (BW included)")
+                message = f"{has}; right would be {right}, one per micro-batch and chunk"
+                self.violations.append(Violation(Rule.ACTION_COUNT, device, None, "", message))
+
+    def check_order(self) -> None:
+        """Everything needed is there, and what is needed from the same device comes earlier in its list."""
+        table = self.table
+        for _, result, offset, rows, slots in table.needs:
+            self.check_present(result, offset, rows, slots)
+            producer = table.producer[slots]
+            late = (producer > rows) & (table.device[producer] == table.device[rows])
+            for row, needed in zip(rows[late].tolist(), producer[late].tolist(), strict=True):
+                comes = f"which comes later, at action {table.position(needed)}"
+                self.add(_RULE_OF_NEED[result, offset], row, f"needs {self.name(needed)} of the same device, {comes}")
+
+    def check_present(self, result: Op, offset: int, rows: IntArray, slots: IntArray) -> None:
+        table = self.table
+        absent = table.producer[slots] < 0
+        for row, slot in zip(rows[absent].tolist(), slots[absent].tolist(), strict=True):
+            op, micro_batch, k = table.describe_slot(slot)
+            device, chunk = self.schedule.location[k]
+            needed = self.name_of(Action(op, micro_batch, chunk))
+            if device == table.device[row]:
+                self.add(_RULE_OF_NEED[result, offset], row, f"needs {needed} of the same device, which is missing")
+            else:
+                message = f"waits for the message of {needed} of device {device}, which never runs"
+                self.add(Rule.RECEIVE_WITHOUT_SEND, row, message)
+
+    def check_deadlock(self) -> None:
+        """Plays the schedule; devices that stand still wait in a circle, and each circle is shown once."""
+        table = self.table
+        zeros = [0.0] * table.num_rows
+        reached = play(table, zeros, zeros).reached
+        stuck = {d: row for d, row in enumerate(reached) if row < table.bounds[d + 1]}
+        waits_for = {d: int(table.device[table.source[row]]) for d, row in stuck.items()}
+        seen: set[int] = set()
+        for device in stuck:
+            path: list[int] = []
+            while device not in seen:
+                seen.add(device)
+                path.append(device)
+                device = waits_for[device]
+            if device in path:
+                self.add_cycle([stuck[d] for d in path[path.index(device) :]])
+
+    def check_times(self, timetable: Timetable) -> None:
+        """Nothing starts before what it needs has ended, and a device does one thing at a time."""
+        table, (start, end) = self.table, timetable.times()
+        for _, result, offset, rows, slots in table.needs:
+            self.check_present(result, offset, rows, slots)
+            producer = table.producer[slots]
+            early = (producer >= 0) & (end[producer] > start[rows] + timetable.tolerance)
+            for row, needed in zip(rows[early].tolist(), producer[early].tolist(), strict=True):
+                where = f"{self.name(needed)} of device {table.device[needed]}"
+                message = f"starts at {start[row]:g}, before {where} ends at {end[needed]:g}"
+                self.add(_RULE_OF_NEED[result, offset], row, message)
+        for device in range(self.schedule.num_devices):
+            rows = np.arange(table.bounds[device], table.bounds[device + 1])
+            if not len(rows):
+                continue
+            latest = np.maximum.accumulate(end[rows])
+            for at in (1 + np.flatnonzero(latest[:-1] > start[rows][1:] + timetable.tolerance)).tolist():
+                row, other = rows[at], rows[int(np.argmax(end[rows[:at]]))]
+                message = f"starts at {start[row]:g}, while {self.name(other)} runs until {end[other]:g}"
+                self.add(Rule.OVERLAP, int(row), message)
+
+    def label(self, micro_batch: int) -> int:
+        return micro_batch + self.schedule.first_micro_batch
+
+    def name_of(self, action: Action) -> str:
+        """The action as the schedule's own text writes it."""
+        return str(Action(action.op, self.label(action.micro_batch), action.chunk))
+
+    def name(self, row: int) -> str:
+        return self.name_of(self.table.action(row))
+
+    def add(self, rule: Rule, row: int, message: str) -> None:
+        device, position = int(self.table.device[row]), self.table.position(row)
+        self.violations.append(Violation(rule, device, position, self.name(row), message))
+
+    def add_missing(self, op: Op, micro_batch: int, k: int) -> None:
+        device, chunk = self.schedule.location[k]
+        name = self.name_of(Action(op, micro_batch, chunk))
+        either = "" if op is Op.F else f" (or {self.name_of(Action(Op.BW, micro_batch, chunk))})"
+        self.violations.append(Violation(Rule.MISSING_ACTION, device, None, name, f"{name}{either} is missing"))
+
+    def add_cycle(self, rows: list[int]) -> None:
+        table = self.table
+        steps = []
+        for row in rows:
+            sender = int(table.source[row])
+            waits = f"device {table.device[row]} at action {table.position(row)} ({self.name(row)})"
+            steps.append(f"{waits} waits for {self.name(sender)} of device {table.device[sender]}")
+        self.add(Rule.DEADLOCK, rows[0], f"a circle of {len(rows)}: {'; '.join(steps)}")
+
+
+def _repeats(slots: IntArray, rows: IntArray) -> tuple[list[int], list[int]]:
+    """The (slots, rows) that fill a slot which an earlier row has filled."""
+    order = np.lexsort((rows, slots))
+    slots, rows = slots[order], rows[order]
+    again = np.flatnonzero(slots[1:] == slots[:-1]) + 1
+    return slots[again].tolist(), rows[again].tolist()
