@@ -57,6 +57,8 @@ class EventRecord(BaseModel):
 class StepRecord(BaseModel):
     """One optimizer step as one process saw it."""
 
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # a loss that diverged is a result too
+
     step: int
     loss: float
     gradient_norm: float
@@ -67,6 +69,8 @@ class StepRecord(BaseModel):
 
 class Part(BaseModel):
     """What one child process of a run reports."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     devices: tuple[int, ...]
     steps: list[StepRecord]

@@ -1,0 +1,73 @@
+"""A run against the oracle: the loss of every step, and the gradients of step 0 by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from common.parity import LIMITS, Comparison, Difference, TensorKey, compare, difference
+from common.report.result import Parity, RunResult, Step
+from common.spec import RunConfig, TrainSpec
+from common.weights import parameter_shapes
+
+
+def oracle_config(config: RunConfig) -> RunConfig:
+    """The one run of the oracle that `config` is compared with: what does not change the numbers is set aside."""
+    train = TrainSpec(**config.train.model_dump() | {"micro_batches": 1, "dtype": "float64"})
+    return RunConfig(
+        model=config.model,
+        train=train,
+        corpus=config.corpus,
+        tokenizer=config.tokenizer,
+        stages=1,
+        schedule="naive",
+        device="cpu",
+    )
+
+
+def read_gradients(folder: Path) -> dict[TensorKey, NDArray[Any]]:
+    """Step 0's gradients from all parts of a run."""
+    arrays = {}
+    for path in sorted(folder.glob("part-*.safetensors")):
+        arrays |= {TensorKey.parse(name): array for name, array in load_file(path).items()}
+    return {key: array for key, array in arrays.items() if key.phase == "backward"}
+
+
+def parity(result: RunResult, folder: Path, oracle: RunResult, oracle_folder: Path) -> Parity:
+    """Compares a finished run with a finished oracle."""
+    comparison = compare_runs(
+        result.steps, read_gradients(folder), oracle.steps, read_gradients(oracle_folder), result.config
+    )
+    first = comparison.first_failure
+    return Parity(
+        status="pass" if comparison.passed else "FAIL",
+        reason="" if first is None else str(first),
+        tensors=len(comparison.differences),
+        margins={str(check): margin for check, margin in comparison.margins().items()},
+    )
+
+
+def compare_runs(
+    steps: tuple[Step, ...],
+    gradients: dict[TensorKey, NDArray[Any]],
+    expected_steps: tuple[Step, ...],
+    expected_gradients: dict[TensorKey, NDArray[Any]],
+    config: RunConfig,
+) -> Comparison:
+    """In the order of computation: step 0's loss, its gradients from the head to the embedding, the later losses."""
+    dtype = config.train.dtype
+    order = list(parameter_shapes(config.model))[::-1]
+    backwards = dict(sorted(expected_gradients.items(), key=lambda item: order.index(item[0].tensor)))
+    losses = [_loss(config, seen, expected) for seen, expected in zip(steps, expected_steps, strict=True)]
+    return Comparison((*losses[:1], *compare(gradients, backwards, "gradient", dtype).differences, *losses[1:]))
+
+
+def _loss(config: RunConfig, seen: Step, expected: Step) -> Difference:
+    check = "loss" if seen.step == 0 else "loss_curve"
+    key = TensorKey(seen.step, "forward", config.stages - 1, -1, "head", "loss")
+    limit = LIMITS[check][config.train.dtype]
+    return difference(key, check, np.array(seen.loss), np.array(expected.loss), limit)

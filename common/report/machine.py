@@ -1,0 +1,72 @@
+"""The machine and the code that a result came from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+class Machine(BaseModel):
+    """What a throughput figure means nothing without."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cpu: str
+    cores: int
+    """Physical cores of the machine."""
+    usable_cpus: int
+    """Logical CPUs that this process may use."""
+    memory_bytes: int
+    system: str
+    python: str
+
+    @property
+    def one_line(self) -> str:
+        return (
+            f"{self.cpu}, {self.usable_cpus} usable CPUs of {self.cores} cores, "
+            f"{self.memory_bytes / 2**30:.0f} GiB, {self.system}, Python {self.python}"
+        )
+
+
+def this_machine() -> Machine:
+    logical = psutil.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    return Machine(
+        cpu=_cpu_model(),
+        cores=psutil.cpu_count(logical=False) or logical,
+        usable_cpus=usable,
+        memory_bytes=psutil.virtual_memory().total,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of this project's working tree, with "+changes" where files differ from it; None without git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(PROJECT_ROOT), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    if not (PROJECT_ROOT / ".git").exists():
+        return None
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
