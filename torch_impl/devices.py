@@ -1,0 +1,78 @@
+"""Where the stages run, and every setting of PyTorch that changes numbers or speed."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def threads_per_stage(stages: int, threads: int | None) -> int:
+    """CPU threads of each stage when `threads` (default: all cores) are shared by `stages`."""
+    return max(1, (threads or len(os.sched_getaffinity(0))) // stages)
+
+
+def configure(stages: int, threads: int | None, device: str) -> None:
+    """Sets what must be set before PyTorch computes anything. Raises ValueError for CUDA where there is none.
+
+    PyTorch is imported in here, after the environment is set.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+    import torch
+
+    torch.set_num_threads(threads_per_stage(stages, threads))
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if stage_devices(stages, device)[0].type == "cuda":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def stage_devices(stages: int, device: str) -> list[torch.device]:
+    """One device per stage; neighbours share a GPU where there are fewer GPUs than stages. Raises ValueError."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and not count:
+        raise ValueError("device = cuda, but this PyTorch sees no CUDA device; right would be cpu or auto")
+    if device == "cpu" or not count:
+        return [torch.device("cpu")] * stages
+    used = min(count, stages)
+    return [torch.device("cuda", i * used // stages) for i in range(stages)]
+
+
+def prepare_thread(device: torch.device, threads: int) -> None:
+    """Gives the calling thread its share of the cores and, on CUDA, a stream of its own.
+
+    Both settings belong to the thread. The GPU's default stream stays idle: a copy between GPUs waits for the current
+    stream of its destination, and must not wait for that stage's computing.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, threads and flags as the calling thread finds them."""
+    import torch
+
+    cuda = torch.cuda.is_available() and torch.cuda.current_stream() != torch.cuda.default_stream()
+    return {
+        "framework": "torch",
+        "version": torch.__version__,
+        "python": platform.python_version(),
+        "device_kind": "cuda" if cuda else "cpu",
+        "device_name": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads_per_stage": torch.get_num_threads(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "onednn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }

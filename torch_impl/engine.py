@@ -1,0 +1,206 @@
+"""The engine: one thread per device, each walking its own line of the schedule."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from numpy.typing import NDArray
+
+from common.data import Batch
+from common.parity import TensorKey
+from common.partition import plan_partition
+from common.reference import clip_scale, global_norm
+from common.runtime.engine import Arrays
+from common.runtime.executor import Event, run_stage
+from common.schedule.action import Op, Schedule
+from common.schedule.generators import make_schedule
+from common.spec import RunConfig
+from common.weights import TOKEN_EMBEDDING, parameter_shapes, unit_names
+from torch_impl import devices
+from torch_impl.optimizer import Optimizer
+from torch_impl.stage import Channel, Mode, Stage
+from torch_impl.weights import (
+    export_gradients,
+    export_weights,
+    load_gradients,
+    load_weights,
+)
+
+Result = TypeVar("Result")
+
+
+def build_engine(config: RunConfig) -> TorchEngine:
+    """The engine of `config`. Raises ScheduleError or ValueError for a run that cannot be."""
+    return TorchEngine(config)
+
+
+class TorchEngine:
+    """All stages in this process, each with a thread of its own (`common.runtime.engine.Engine`).
+
+    PyTorch's operators release Python's lock, so the threads compute at the same time.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+        self.devices = tuple(range(config.stages))
+        self._torch_devices = devices.stage_devices(config.stages, config.device)
+        parts = plan_partition(config).parts
+        threads = devices.threads_per_stage(config.stages, config.threads)
+        self._threads = [
+            ThreadPoolExecutor(1, f"stage-{d}", devices.prepare_thread, (self._torch_devices[d], threads))
+            for d in self.devices
+        ]
+        self.stages = self._on_all(
+            lambda d: Stage(
+                config,
+                [parts[self.schedule.virtual_stage(d, chunk)] for chunk in range(config.chunks)],
+                self._torch_devices[d],
+            )
+        )
+        self._named = [item for stage in self.stages for item in stage.named]
+        self._events: dict[int, list[Event]] = {}
+        self._reset_optimizers()
+
+    def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        self._on_all(lambda d: load_weights(self.stages[d].named, weights))
+        self._reset_optimizers()
+        for device in self._cuda_devices():
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def forward_backward(self, batch: Batch) -> float:
+        loss = self._run(self.schedule, batch, Mode.TRAIN)
+        if self.config.model.tied_head:
+            self._add_tied_gradients()
+        return loss
+
+    def apply_gradients(self, step: int) -> float:
+        """As the protocol says. The gradients are clipped in place: read them before."""
+        squares = self._on_all(lambda d: self._optimizers[d].squared_norms())
+        norm = global_norm([square for stage in squares for square in stage])
+        scale = clip_scale(norm, self.config.train.clip_norm)
+        self._on_all(lambda d: self._optimizers[d].step(step, scale))
+        return norm
+
+    def evaluate(self, batch: Batch) -> float:
+        return self._run(_only_forward(self.schedule), batch, Mode.EVALUATE)
+
+    def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
+        self._run(_only_forward(self.schedule), batch, Mode.RECORD)
+        where = {key: (d, tensor) for d, stage in enumerate(self.stages) for key, tensor in stage.outputs.items()}
+        outputs = {}
+        for unit in unit_names(self.config.model):
+            for i in range(self.config.train.micro_batches):
+                device, tensor = where[unit, i]
+                outputs[TensorKey(batch.step, "forward", device, i, unit, "output")] = tensor.cpu().numpy()
+        for stage in self.stages:
+            stage.outputs = {}
+        return outputs
+
+    def weights(self) -> Arrays:
+        return self._in_order(self._on_all(lambda d: export_weights(self.stages[d].named)))
+
+    def gradients(self) -> Arrays:
+        """As the protocol says, until `apply_gradients` clips them in place."""
+        return self._in_order(self._on_all(lambda d: export_gradients(self.stages[d].named)))
+
+    def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
+        self._on_all(lambda d: load_gradients(self.stages[d].named, gradients))
+
+    def events(self) -> dict[int, list[Event]]:
+        return self._events
+
+    def environment(self) -> dict[str, Any]:
+        return self._on(0, devices.environment)
+
+    def peak_memory_bytes(self) -> dict[int, int]:
+        """As the protocol says; stages that share a GPU are counted together, under the first of them."""
+        peaks = {
+            self._torch_devices.index(device): torch.cuda.max_memory_allocated(device)
+            for device in self._cuda_devices()
+        }
+        return peaks or {0: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.shutdown()
+
+    def _run(self, schedule: Schedule, batch: Batch, mode: Mode) -> float:
+        """Every stage walks its line of the schedule. Returns the mean loss; raises the first stage's failure."""
+        channel = Channel(self._torch_devices)
+
+        def walk(d: int) -> tuple[list[Event], list[float]]:
+            try:
+                stage = self.stages[d]
+                stage.begin(batch, mode)
+                events = run_stage(schedule, d, stage, channel, before=lambda action: channel.check())
+                return events, stage.losses()
+            except Exception as error:
+                channel.stop(error)
+                return [], []
+
+        results = self._on_all(walk)
+        if channel.failure is not None:
+            raise channel.failure
+        if mode is Mode.TRAIN:
+            self._events = {d: events for d, (events, _) in enumerate(results)}
+        return math.fsum(loss for _, losses in results for loss in losses)
+
+    def _add_tied_gradients(self) -> None:
+        """The token embedding's gradient: that of its own use plus that of the head's copy, put in both."""
+        own, copy = (
+            next(
+                (d, item.parameter.grad)
+                for d, stage in enumerate(self.stages)
+                for item in stage.named
+                if item.name == TOKEN_EMBEDDING and item.is_copy == is_copy
+            )
+            for is_copy in (False, True)
+        )
+        self._on(own[0], lambda: own[1].add_(copy[1].to(own[1].device)))
+        self._on(copy[0], lambda: copy[1].copy_(own[1]))
+
+    def _reset_optimizers(self) -> None:
+        def reset(d: int) -> Optimizer:
+            stage = self.stages[d]
+            for item in stage.named:
+                item.parameter.grad.zero_()
+            return Optimizer(self.config.train, stage.named)
+
+        self._optimizers = self._on_all(reset)
+
+    def _on(self, device: int, work: Callable[[], Result]) -> Result:
+        """Runs `work` in the thread of a device, to its end on the GPU too."""
+
+        def finish() -> Result:
+            result = work()
+            if self._torch_devices[device].type == "cuda":
+                torch.cuda.current_stream().synchronize()
+            return result
+
+        return self._threads[device].submit(finish).result()
+
+    def _on_all(self, work: Callable[[int], Result]) -> list[Result]:
+        """Runs `work(device)` in the threads of all devices at once."""
+        futures = [self._threads[d].submit(work, d) for d in self.devices]
+        return [future.result() for future in futures]
+
+    def _in_order(self, found: list[Arrays]) -> Arrays:
+        """The arrays of all devices in canonical order."""
+        merged = {name: array for arrays in found for name, array in arrays.items()}
+        return {name: merged[name] for name in parameter_shapes(self.config.model)}
+
+    def _cuda_devices(self) -> set[torch.device]:
+        return {device for device in self._torch_devices if device.type == "cuda"}
+
+
+def _only_forward(schedule: Schedule) -> Schedule:
+    """The forwards of a schedule, in its order."""
+    rows = tuple(tuple(action for action in row if action.op is Op.F) for row in schedule.devices)
+    return replace(schedule, devices=rows)

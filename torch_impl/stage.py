@@ -1,0 +1,244 @@
+"""One device's part of the pipeline: `Stage` computes, `Channel` hands tensors from device to device.
+
+The backward comes in two halves. B asks autograd for the gradients of the stage's input *and of the output of every
+linear and embedding layer* (autograd takes a place in its graph, a `GradientEdge`, wherever it takes a tensor):
+
+    input ◄── linear ◄── gelu ◄── linear ◄── output's gradient
+                 └─ tap              └─ tap
+
+W needs no graph any more: a layer's weight gradient is a product of what went in and what its tap gave. So the forward
+is never repeated, no work is done twice, the graph is freed in B, and products add straight into the gradients.
+Both halves in a row are the whole backward, so every schedule gives the same bits.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from common.data import Batch
+from common.dropout import step_key
+from common.runtime.executor import Message
+from common.spec import RunConfig
+from torch_impl.dropout import DropoutContext
+from torch_impl.layers import build_unit, summed_loss
+from torch_impl.weights import named_parameters
+
+
+class Mode(enum.Enum):
+    """What a pass over a mini-batch is for."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    """Only forward, without dropout."""
+    RECORD = "record"
+    """Only forward, with the dropout of a training step, keeping every unit's output."""
+
+
+class Tap(NamedTuple):
+    """A layer whose weight gradient waits for W."""
+
+    layer: nn.Linear | nn.Embedding
+    x: Tensor  # what went in, without its graph
+    output: GradientEdge
+
+
+@dataclass(slots=True)
+class Forward:
+    """What B needs of a micro-batch in flight."""
+
+    x: Tensor | None
+    output: GradientEdge  # not the tensor: the next stage owns that
+    taps: list[Tap]
+
+
+class Chunk(nn.Module):
+    """Consecutive units of the model, with the places where their weight gradients are tapped."""
+
+    def __init__(self, config: RunConfig, part: Sequence[str], device: torch.device) -> None:
+        super().__init__()
+        self.part = part
+        self.units = nn.ModuleList(build_unit(config.model, name) for name in part)
+        self.to(device=device, dtype=getattr(torch, config.train.dtype))
+        self.named = named_parameters(part, list(self.units), config.model.tied_head)
+        for item in self.named:
+            item.parameter.grad = torch.zeros_like(item.parameter)
+        self.taps: list[Tap] = []
+        tapped = [layer for layer in self.modules() if isinstance(layer, nn.Linear | nn.Embedding)]
+        for layer in tapped:
+            layer.register_forward_hook(self._tap)
+        deferred = {id(parameter) for layer in tapped for parameter in layer.parameters()}
+        self.direct = [p for p in self.parameters() if id(p) not in deferred]
+        """Parameters whose gradients B gives along the way: those of the norms, which are small."""
+
+    def _tap(self, layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        if output.requires_grad:
+            self.taps.append(Tap(layer, inputs[0].detach(), get_gradient_edge(output)))
+
+    def take_taps(self) -> list[Tap]:
+        """The taps since the last call."""
+        taps, self.taps = self.taps, []
+        return taps
+
+
+class Stage:
+    """The model chunks of one device (`common.runtime.executor.Stage`), for one mini-batch after another.
+
+    `parts` names the units of each chunk; the stage that holds the head computes the loss.
+    """
+
+    def __init__(self, config: RunConfig, parts: Sequence[Sequence[str]], device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.chunks = [Chunk(config, part, device) for part in parts]
+        self.named = [item for chunk in self.chunks for item in chunk.named]
+        self._gradients = [item.parameter.grad for item in self.named]
+        self.in_flight: dict[tuple[int, int], Forward] = {}
+        """By (micro-batch, chunk): forward done, B not yet."""
+        self.waiting: dict[tuple[int, int], list[tuple[nn.Linear | nn.Embedding, Tensor, Tensor]]] = {}
+        """By (micro-batch, chunk): B done, W not yet; each layer with its input and its output's gradient."""
+        self.outputs: dict[tuple[str, int], Tensor] = {}
+        """By (unit, micro-batch), in `Mode.RECORD`."""
+
+    def begin(self, batch: Batch, mode: Mode) -> None:
+        """Makes ready for a pass over `batch`; a training pass starts with zero gradients."""
+        pieces = batch.micro_batches(self.config.train.micro_batches)
+        key = step_key(self.config.train.seed, batch.step)
+        self._mode = mode
+        self._num_tokens = batch.num_tokens
+        self._tokens = [torch.from_numpy(piece.inputs).to(self.device) for piece in pieces]  # (b, S) each
+        self._targets = [torch.from_numpy(piece.targets).to(self.device) for piece in pieces]  # (b, S) each
+        self._contexts = [
+            None if mode is Mode.EVALUATE else DropoutContext(key, torch.from_numpy(piece.samples).to(self.device))
+            for piece in pieces
+        ]
+        self._losses: list[Tensor] = []
+        self.in_flight.clear()
+        self.waiting.clear()
+        self.outputs = {}
+        if mode is Mode.TRAIN:
+            torch._foreach_zero_(self._gradients)
+
+    def losses(self) -> list[float]:
+        """Each micro-batch's share of the mean loss; empty without the head."""
+        return [loss.item() for loss in self._losses]
+
+    def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
+        """Runs the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
+        module = self.chunks[chunk]
+        with torch.set_grad_enabled(self._mode is Mode.TRAIN):
+            if x is not None and self._mode is Mode.TRAIN:
+                x.requires_grad_()
+            y = self._tokens[micro_batch] if x is None else x
+            for name, unit in zip(module.part, module.units, strict=True):
+                y = unit(y, self._contexts[micro_batch])
+                if self._mode is Mode.RECORD:
+                    self.outputs[name, micro_batch] = y
+            has_loss = module.part[-1] == "head"
+            if has_loss:
+                y = summed_loss(y, self._targets[micro_batch], self._num_tokens)
+                self._losses.append(y.detach())
+        if self._mode is Mode.TRAIN:
+            self.in_flight[micro_batch, chunk] = Forward(x, get_gradient_edge(y), module.take_taps())
+        self._finish()
+        return None if has_loss else y.detach()
+
+    def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
+        """B and W in a row."""
+        result = self.backward_input(micro_batch, chunk, gradient)
+        self.backward_weight(micro_batch, chunk)
+        return result
+
+    def backward_input(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
+        """B: from the output's gradient (b, S, D), None for the loss, to that of the input, None for tokens."""
+        saved = self.in_flight.pop((micro_batch, chunk))
+        taps, direct = saved.taps, self.chunks[chunk].direct
+        inputs = [] if saved.x is None else [saved.x]
+        wanted = [*inputs, *direct, *(tap.output for tap in taps)]
+        found = torch.autograd.grad(saved.output, wanted, gradient)
+        first_direct, first_tap = len(inputs), len(inputs) + len(direct)
+        for parameter, piece in zip(direct, found[first_direct:first_tap], strict=True):
+            parameter.grad += piece
+        self.waiting[micro_batch, chunk] = [
+            (tap.layer, tap.x, piece) for tap, piece in zip(taps, found[first_tap:], strict=True)
+        ]
+        self._finish()
+        return found[0] if inputs else None
+
+    @torch.no_grad()
+    def backward_weight(self, micro_batch: int, chunk: int) -> None:
+        """W: adds the products that B left over to the weight gradients."""
+        for layer, x, gradient in self.waiting.pop((micro_batch, chunk)):
+            add_weight_gradient(layer, x, gradient)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Waits for the GPU, so that an action's times are those of its work and a sent tensor is complete."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+
+def add_weight_gradient(layer: nn.Linear | nn.Embedding, x: Tensor, gradient: Tensor) -> None:
+    """Adds to the layer's gradients what `x` (..., I) and the gradient of its output (..., O) give."""
+    rows = gradient.flatten(0, -2)  # (N, O)
+    match layer:
+        case nn.Linear():
+            layer.weight.grad.addmm_(rows.T, x.flatten(0, -2))  # (O, I) += (O, N) (N, I)
+            if layer.bias is not None:
+                layer.bias.grad += rows.sum(0)
+        case nn.Embedding():
+            layer.weight.grad.index_add_(0, x.flatten(), rows)
+
+
+class PipelineStopped(RuntimeError):
+    """Another stage has failed, so what this one waits for will never come."""
+
+
+class Channel:
+    """Hands tensors between the threads of one process; made anew for every pass.
+
+    A tensor moves to its receiver's device in `send`, in plain sight. Sends never wait.
+    """
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._devices = devices
+        self._mail: dict[Message, tuple[Tensor, torch.cuda.Event | None]] = {}
+        self._changed = threading.Condition()
+        self.failure: BaseException | None = None
+        """Why the pass was stopped: the first error of any stage."""
+
+    def send(self, message: Message, tensor: Tensor, device: int) -> None:
+        moved = tensor.to(self._devices[device], non_blocking=True)
+        arrived = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+        with self._changed:
+            self._mail[message] = moved, arrived
+            self._changed.notify_all()
+
+    def receive(self, message: Message, device: int) -> Tensor:
+        """Raises PipelineStopped if a stage fails before the tensor is there."""
+        with self._changed:
+            self._changed.wait_for(lambda: message in self._mail or self.failure)
+            self.check()
+            tensor, arrived = self._mail.pop(message)
+        if arrived is not None:
+            arrived.synchronize()
+            tensor.record_stream(torch.cuda.current_stream())  # its memory came from another stream
+        return tensor
+
+    def check(self) -> None:
+        """Raises PipelineStopped once a stage has failed."""
+        if self.failure is not None:
+            raise PipelineStopped("another stage failed")
+
+    def stop(self, failure: BaseException) -> None:
+        """Ends the pass for all stages; the first failure is kept."""
+        with self._changed:
+            self.failure = self.failure or failure
+            self._changed.notify_all()

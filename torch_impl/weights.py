@@ -1,0 +1,106 @@
+"""Canonical names to PyTorch's parameters, one by one, and NumPy arrays in and out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from common.weights import TOKEN_EMBEDDING
+from torch_impl.layers import Block, Embedding, Head
+
+
+class NamedParameter(NamedTuple):
+    """A parameter and its canonical name."""
+
+    name: str
+    parameter: nn.Parameter
+    transposed: bool = False
+    """nn.Linear stores (out, in), the canonical shape is (in, out)."""
+    is_copy: bool = False
+    """A tied head's copy of the token embedding; the embedding's own comes first in the model."""
+
+
+def named_parameters(part: Sequence[str], units: Sequence[nn.Module], tied_head: bool) -> list[NamedParameter]:
+    """Every parameter of `units`, whose names are `part`, in canonical order."""
+    named: list[NamedParameter] = []
+    for name, unit in zip(part, units, strict=True):
+        match unit:
+            case Embedding():
+                named += [
+                    NamedParameter(TOKEN_EMBEDDING, unit.token.weight),
+                    NamedParameter("embedding.position.weight", unit.position.weight),
+                ]
+            case Block():
+                named += _block_parameters(name, unit)
+            case Head():
+                if isinstance(unit.norm, nn.LayerNorm):
+                    named += [
+                        NamedParameter("head.norm.weight", unit.norm.weight),
+                        NamedParameter("head.norm.bias", unit.norm.bias),
+                    ]
+                if tied_head:
+                    named.append(NamedParameter(TOKEN_EMBEDDING, unit.output.weight, is_copy=True))
+                else:
+                    named.append(NamedParameter("head.output.weight", unit.output.weight, transposed=True))
+    return named
+
+
+def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
+    attention, feed_forward = block.attention, block.feed_forward
+    return [
+        NamedParameter(f"{name}.norm_1.weight", block.norm_1.weight),
+        NamedParameter(f"{name}.norm_1.bias", block.norm_1.bias),
+        NamedParameter(f"{name}.attention.query.weight", attention.query.weight, transposed=True),
+        NamedParameter(f"{name}.attention.query.bias", attention.query.bias),
+        NamedParameter(f"{name}.attention.key.weight", attention.key.weight, transposed=True),
+        NamedParameter(f"{name}.attention.value.weight", attention.value.weight, transposed=True),
+        NamedParameter(f"{name}.attention.value.bias", attention.value.bias),
+        NamedParameter(f"{name}.attention.output.weight", attention.output.weight, transposed=True),
+        NamedParameter(f"{name}.attention.output.bias", attention.output.bias),
+        NamedParameter(f"{name}.norm_2.weight", block.norm_2.weight),
+        NamedParameter(f"{name}.norm_2.bias", block.norm_2.bias),
+        NamedParameter(f"{name}.feed_forward.up.weight", feed_forward.up.weight, transposed=True),
+        NamedParameter(f"{name}.feed_forward.up.bias", feed_forward.up.bias),
+        NamedParameter(f"{name}.feed_forward.down.weight", feed_forward.down.weight, transposed=True),
+        NamedParameter(f"{name}.feed_forward.down.bias", feed_forward.down.bias),
+    ]
+
+
+@torch.no_grad()
+def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Copies canonical arrays into the parameters. Raises KeyError for a missing one."""
+    for item in named:
+        _copy(arrays[item.name], item.parameter, item.transposed)
+
+
+@torch.no_grad()
+def load_gradients(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Copies canonical arrays into the parameters' gradients. Raises KeyError for a missing one."""
+    for item in named:
+        _copy(arrays[item.name], item.parameter.grad, item.transposed)
+
+
+def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
+    """The weights as canonical arrays of their own memory."""
+    return {item.name: _export(item.parameter, item.transposed) for item in named}
+
+
+def export_gradients(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
+    """The gradients as canonical arrays of their own memory."""
+    return {item.name: _export(item.parameter.grad, item.transposed) for item in named}
+
+
+def _copy(array: NDArray[Any], tensor: Tensor, transposed: bool) -> None:
+    source = torch.from_numpy(array.T if transposed else array)
+    if source.shape != tensor.shape:  # `copy_` would broadcast
+        raise ValueError(f"an array of shape {list(source.shape)} for a parameter of shape {list(tensor.shape)}")
+    tensor.copy_(source)
+
+
+def _export(tensor: Tensor, transposed: bool) -> NDArray[Any]:
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    return array.T.copy() if transposed else array.copy()
