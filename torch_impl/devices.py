@@ -59,17 +59,17 @@ def prepare_thread(device: torch.device, threads: int) -> None:
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device, threads and flags as the calling thread finds them."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, threads and flags as the calling thread finds them, and what `device` is."""
     import torch
 
-    cuda = torch.cuda.is_available() and torch.cuda.current_stream() != torch.cuda.default_stream()
+    cuda = device.type == "cuda"
     return {
         "framework": "torch",
         "version": torch.__version__,
         "python": platform.python_version(),
-        "device_kind": "cuda" if cuda else "cpu",
-        "device_name": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "device_kind": device.type,
+        "device_name": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads_per_stage": torch.get_num_threads(),
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

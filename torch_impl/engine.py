@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -117,7 +118,7 @@ class TorchEngine:
         return self._events
 
     def environment(self) -> dict[str, Any]:
-        return self._on(0, devices.environment)
+        return self._on(0, lambda: devices.environment(self._torch_devices[0]))
 
     def peak_memory_bytes(self) -> dict[int, int]:
         """As the protocol says; stages that share a GPU are counted together, under the first of them."""
@@ -175,20 +176,23 @@ class TorchEngine:
 
         self._optimizers = self._on_all(reset)
 
-    def _on(self, device: int, work: Callable[[], Result]) -> Result:
-        """Runs `work` in the thread of a device, to its end on the GPU too."""
+    def _submit(self, device: int, work: Callable[[], Result]) -> Future[Result]:
+        """Starts `work` in the thread of a device; it ends when the GPU has ended too."""
 
-        def finish() -> Result:
+        def run() -> Result:
             result = work()
             if self._torch_devices[device].type == "cuda":
                 torch.cuda.current_stream().synchronize()
             return result
 
-        return self._threads[device].submit(finish).result()
+        return self._threads[device].submit(run)
+
+    def _on(self, device: int, work: Callable[[], Result]) -> Result:
+        return self._submit(device, work).result()
 
     def _on_all(self, work: Callable[[int], Result]) -> list[Result]:
-        """Runs `work(device)` in the threads of all devices at once."""
-        futures = [self._threads[d].submit(work, d) for d in self.devices]
+        """Runs `work(device)` for all devices at once, each in its own thread."""
+        futures = [self._submit(d, partial(work, d)) for d in self.devices]
         return [future.result() for future in futures]
 
     def _in_order(self, found: list[Arrays]) -> Arrays:

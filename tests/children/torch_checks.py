@@ -1,0 +1,228 @@
+"""What only PyTorch's own process can see: graphs, forward calls, copies of a tied weight. Prints JSON."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common import dropout as reference
+from common.data import load_corpus
+from common.runtime.executor import StageFailure
+from common.spec import PRESETS, RunConfig, TrainSpec, TransformerSpec
+from common.weights import initial_weights
+from torch_impl import devices
+from torch_impl.dropout import DropoutContext, keep_mask
+from torch_impl.engine import TorchEngine, build_engine
+from torch_impl.stage import Mode
+
+SPLIT = "0: F0 F1 B0 F2 B1 W0 F3 B2 W1 B3 W2 W3\n1: F0 B0 F1 B1 W0 F2 B2 W1 F3 W2 B3 W3\n"
+
+
+def make(stages: int, schedule: str = "1f1b", dtype: str = "float32", threads: int | None = None, **model: Any) -> Any:
+    """A small engine with its weights, and a function from a step to its mini-batch."""
+    config = RunConfig(
+        stages=stages,
+        schedule=schedule,
+        threads=threads or stages,
+        device="cpu",
+        model=TransformerSpec(**PRESETS["tiny"]["model"] | model),
+        train=TrainSpec(**PRESETS["tiny"]["train"], dtype=dtype),
+    )
+    engine = build_engine(config)
+    engine.reset(initial_weights(config.model, 0, dtype))
+    corpus = load_corpus(config)
+    return engine, lambda step: corpus.batch(step, 0, config.train.batch_size, config.model.context_length)
+
+
+def train(engine: TorchEngine, batches: Any, steps: int) -> list[Any]:
+    """Losses, then the last gradients and weights."""
+    losses = []
+    for step in range(steps):
+        losses.append(engine.forward_backward(batches(step)))
+        gradients = engine.gradients()
+        engine.apply_gradients(step)
+    return [np.array(losses), *gradients.values(), *engine.weights().values()]
+
+
+def split_backward() -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as table:
+        table.write(SPLIT)
+        table.flush()
+        found, calls = {}, {}
+        for name, stages, schedule in (("merged", 1, "gpipe"), ("split", 2, f"file:{table.name}")):
+            engine, batches = make(stages, schedule, dropout=0.1)
+            calls[name] = 0
+
+            def count(*_: Any, name: str = name) -> None:
+                calls[name] += 1
+
+            for stage in engine.stages:
+                for chunk in stage.chunks:
+                    for unit in chunk.units:
+                        unit.register_forward_hook(count)
+            found[name] = train(engine, batches, 3)
+            engine.close()
+    equal = all(np.array_equal(a, b) for a, b in zip(found["merged"], found["split"], strict=True))
+    return {"bitwise": equal, "forward_calls": calls, "expected_calls": 3 * 4 * 4}
+
+
+def against_plain_autograd() -> float:
+    """The largest relative difference between our gradients and those of one `loss.backward()`."""
+    engine, batches = make(1, dtype="float64", dropout=0.1, tied_head=False)
+    batch = batches(0)
+    engine.forward_backward(batch)
+    stage = engine.stages[0]
+    ours = [item.parameter.grad.clone() for item in stage.named]
+    logits = torch.from_numpy(batch.inputs)
+    context = DropoutContext(reference.step_key(0, 0), torch.arange(batch.inputs.shape[0]))
+    for unit in stage.chunks[0].units:
+        logits = unit(logits, context)
+    targets = torch.from_numpy(batch.targets).flatten()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
+    theirs = torch.autograd.grad(loss, [item.parameter for item in stage.named])
+    engine.close()
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True))
+
+
+def watch_in_flight(stage: Any) -> list[int]:
+    """How many micro-batches the stage holds after each of its forwards."""
+    seen: list[int] = []
+    original = stage.forward
+
+    def forward(*arguments: Any) -> Any:
+        result = original(*arguments)
+        seen.append(len(stage.in_flight))
+        return result
+
+    stage.forward = forward
+    return seen
+
+
+def activations() -> dict[str, Any]:
+    """Tensors that autograd holds for a micro-batch: after its forward, after B, after W."""
+    engine, batches = make(2)
+    stage = engine.stages[0]
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    class Saved:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor.detach()
+            alive.add(self)
+
+    stage.begin(batches(0), Mode.TRAIN)
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        output = stage.forward(0, 0, None)
+    counts = [len(alive)]
+    stage.backward_input(0, 0, torch.ones_like(output))
+    counts += [len(alive), len(stage.waiting)]
+    stage.backward_weight(0, 0)
+    counts += [len(stage.waiting), len(stage.in_flight)]
+
+    peaks = {}
+    for schedule in ("gpipe", "1f1b"):
+        other, _ = make(2, schedule)
+        watched = [watch_in_flight(one) for one in other.stages]
+        other.forward_backward(batches(0))
+        peaks[schedule] = [max(seen) for seen in watched]
+        other.close()
+    engine.close()
+    return {"counts": counts, "peak_in_flight": peaks}
+
+
+def dropout_bits() -> bool:
+    samples = np.array([3, 0, 7, 200_000])
+    context = DropoutContext(reference.step_key(5, 11), torch.from_numpy(samples))
+    return all(
+        np.array_equal(
+            keep_mask(context, site, torch.Size(shape), probability).numpy(),
+            reference.keep_mask(context.step_key, site, samples, shape, probability),
+        )
+        for site in (0, 6, 1021)
+        for shape in ((4, 16, 32), (4, 2, 16, 16), (4, 1))
+        for probability in (0.1, 0.5, 0.999)
+    )
+
+
+def tied_head() -> dict[str, bool]:
+    """Whether both copies stay equal, and equal to those of one stage."""
+    results, same = [], []
+    for stages in (1, 2):
+        engine, batches = make(stages, tied_head=True)
+        results.append(train(engine, batches, 3))
+        first = engine.stages[0].chunks[0].units[0].token.weight
+        last = engine.stages[-1].chunks[-1].units[-1].output.weight
+        same.append(first is not last and torch.equal(first, last) and torch.equal(first.grad, last.grad))
+        engine.close()
+    return {
+        "copies_equal": all(same),
+        "partition_bitwise": all(np.array_equal(a, b) for a, b in zip(*results, strict=True)),
+    }
+
+
+def failure() -> dict[str, Any]:
+    """The last stage fails while the others wait for it; then the engine is used again."""
+    engine, batches = make(4, num_layers=4)
+    expected = engine.forward_backward(batches(0))
+    last = engine.stages[-1]
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("injected")
+
+    last.forward, original = fail, last.forward
+    began = time.perf_counter()
+    message, cause = "", ""
+    try:
+        engine.forward_backward(batches(0))
+    except StageFailure as error:
+        message, cause = str(error), type(error.__cause__).__name__
+    seconds = time.perf_counter() - began
+    last.forward = original
+    again = engine.forward_backward(batches(0))
+    engine.close()
+    return {"message": message, "cause": cause, "seconds": seconds, "again": again == expected}
+
+
+def settings() -> dict[str, Any]:
+    message = ""
+    if not torch.cuda.is_available():
+        try:
+            devices.configure(2, None, "cuda")
+        except ValueError as error:
+            message = str(error)
+    found = {}
+    for threads in (2, 4):
+        engine, batches = make(2, threads=threads)
+        found[threads] = engine.environment()["threads_per_stage"]
+        engine.close()
+    engine, batches = make(2, "gpipe")
+    engine.forward_backward(batches(0))
+    events = {d: [str(event.action) for event in done] for d, done in engine.events().items()}
+    rows = {d: [str(action) for action in row] for d, row in enumerate(engine.schedule.devices)}
+    peak = engine.peak_memory_bytes()
+    engine.close()
+    return {
+        "cuda": torch.cuda.is_available(),
+        "no_cuda_message": message,
+        "threads_per_stage": found,
+        "events_are_schedule": events == rows,
+        "peak_devices": list(peak),
+        "peak_over_status": peak[0] / _resident_bytes(),
+    }
+
+
+def _resident_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    devices.configure(4, 4, "cpu")
+    checks = (split_backward, against_plain_autograd, activations, dropout_bits, tied_head, failure, settings)
+    print(json.dumps({check.__name__: check() for check in checks}))

@@ -1,0 +1,74 @@
+"""PyTorch's own promises, checked in a child process; numbers against the oracle are for `tests/parity`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """What the child saw."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.children.torch_checks"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_split_backward_gives_the_bits_of_the_merged_one_and_runs_no_second_forward(found: Any) -> None:
+    split = found["split_backward"]
+    assert split["bitwise"]
+    assert split["forward_calls"] == {"merged": split["expected_calls"], "split": split["expected_calls"]}
+
+
+def test_tapped_gradients_are_those_of_plain_autograd(found: Any) -> None:
+    assert found["against_plain_autograd"] < 1e-13
+
+
+def test_b_frees_the_graph_and_w_frees_the_rest(found: Any) -> None:
+    after_forward, after_b, waiting, waiting_after_w, in_flight = found["activations"]["counts"]
+    assert after_forward > 0
+    assert (after_b, waiting, waiting_after_w, in_flight) == (0, 1, 0, 0)
+
+
+def test_micro_batches_in_flight_are_as_many_as_the_schedule_says(found: Any) -> None:
+    assert found["activations"]["peak_in_flight"] == {"gpipe": [4, 4], "1f1b": [2, 1]}
+
+
+def test_dropout_masks_are_numpys_to_the_bit(found: Any) -> None:
+    assert found["dropout_bits"]
+
+
+def test_tied_copies_stay_equal_and_do_not_depend_on_the_partition(found: Any) -> None:
+    assert found["tied_head"] == {"copies_equal": True, "partition_bitwise": True}
+
+
+def test_a_failing_stage_ends_the_step_with_its_own_error(found: Any) -> None:
+    failure = found["failure"]
+    assert failure["message"] == "device 3, action F0: ZeroDivisionError: injected"
+    assert failure["cause"] == "ZeroDivisionError"
+    assert failure["seconds"] < 5
+    assert failure["again"]
+
+
+def test_settings_are_read_back(found: Any) -> None:
+    settings = found["settings"]
+    assert settings["threads_per_stage"] == {"2": 1, "4": 2}
+    assert settings["events_are_schedule"]
+    assert settings["peak_devices"] == [0]
+    assert settings["peak_over_status"] == pytest.approx(1, abs=0.02)
+    if not settings["cuda"]:
+        assert "sees no CUDA" in settings["no_cuda_message"]
