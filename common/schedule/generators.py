@@ -1,22 +1,29 @@
 """Every named schedule, generated for p devices and m micro-batches.
 
-Drawings use unit costs F = 1, BW = 2, time to the right; digits are forwards, letters' places in `docs/schedules.md`.
+Drawings are those of `triptych draw`: time to the right, with F = B = W = 1 and BW = 2; `·` is idle.
+The order within every operation and chunk is that of the micro-batches, so that weight gradients add up in one order
+whatever the schedule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.schedule.action import Action, Op, Schedule, ScheduleError, parse_schedule
+from common.schedule.zero_bubble import zb_h1, zb_h2, zb_v
 
 
 def naive(p: int, m: int) -> Schedule:
     """One micro-batch at a time through the whole pipeline: all devices but one are idle.
 
-    With m = 1 this is plain model parallelism, bubble fraction (p-1)/p.
+    With m = 1 this is plain model parallelism. Bubble fraction (p-1)/p; one activation in flight.
+
+        device 0 F0 ·  ·  ·  BW0── F1 ·  ·  ·  BW1──
+        device 1 ·  F0 BW0── ·  ·  ·  F1 BW1── ·  ·
     """
-    row = tuple(Action(op, i) for i in range(m) for op in (Op.F, Op.BW))
+    row = tuple(action for pair in zip(_actions(Op.F, m), _actions(Op.BW, m), strict=True) for action in pair)
     return Schedule("naive", (row,) * p, m)
 
 
@@ -24,45 +31,110 @@ def gpipe(p: int, m: int) -> Schedule:
     """All forwards, then all backwards (Huang et al. 2019). Bubble fraction (p-1)/(m+p-1); m activations in flight.
 
     The drain runs in the order of the fill, so that weight gradients add up as in every other schedule.
+
+        device 0 F0 F1 F2 F3 ·  ·  BW0── BW1── BW2── BW3──
+        device 1 ·  F0 F1 F2 F3 BW0── BW1── BW2── BW3── ·
     """
-    row = tuple(Action(Op.F, i) for i in range(m)) + tuple(Action(Op.BW, i) for i in range(m))
-    return Schedule("gpipe", (row,) * p, m)
+    return Schedule("gpipe", ((*_actions(Op.F, m), *_actions(Op.BW, m)),) * p, m)
 
 
 def one_f_one_b(p: int, m: int) -> Schedule:
     """Warm-up forwards, then one forward and one backward in turn (Narayanan et al. 2019, PipeDream-Flush).
 
     GPipe's bubble, but only min(p - i, m) activations in flight on device i.
+
+        device 0 F0 F1 ·  ·  BW0── F2 BW1── F3 BW2── ·  BW3──
+        device 1 ·  F0 BW0── F1 BW1── F2 BW2── F3 BW3── ·  ·
     """
-    devices = []
-    for device in range(p):
-        warmup = min(p - 1 - device, m)
-        row = [Action(Op.F, i) for i in range(warmup)]
-        for i in range(m - warmup):
-            row += [Action(Op.F, warmup + i), Action(Op.BW, i)]
-        row += [Action(Op.BW, i) for i in range(m - warmup, m)]
-        devices.append(tuple(row))
-    return Schedule("1f1b", tuple(devices), m)
+    forwards, backwards = _actions(Op.F, m), _actions(Op.BW, m)
+    return Schedule("1f1b", tuple(_one_forward_one_backward(forwards, backwards, p - 1 - d) for d in range(p)), m)
 
 
-GENERATORS: dict[str, Callable[[int, int], Schedule]] = {"naive": naive, "gpipe": gpipe, "1f1b": one_f_one_b}
+def interleaved(p: int, m: int, v: int) -> Schedule:
+    """1F1B with v chunks per device (Narayanan et al. 2021, section 2.2): the bubble time of 1F1B divided by v.
+
+    The micro-batches go through the chunks in groups: one group through chunk 0, the same through chunk 1, and so on.
+    Megatron-LM's groups have p micro-batches, so that its m is a multiple of p. Here m is cut into m // p groups that
+    differ by one at most, which is Megatron's schedule where it exists, and keeps the bubble of (p-1)(F+B+W)/v for every m
+    from p upwards; for m < p there is one group. Warm-up on device i: 2(p-i-1) + (v-1)(largest group) chunks, so
+    2(p-i-1) + (v-1)p + 1 chunks in flight where p divides m.
+
+        device 0 F0   F1   F0.1 F1.1 BW0.1──── F2   BW1.1──── F3   BW0────── F2.1 BW1────── F3.1 BW2.1──── BW3.1──── BW2──...
+        device 1 ·    F0   F1   F0.1 BW0.1──── F1.1 BW1.1──── F2   BW0────── F3   BW1────── F2.1 BW2.1──── F3.1 BW3.1────...
+    """
+    groups = _groups(m, max(1, m // p))
+    forwards = [Action(Op.F, i, c) for group in groups for c in range(v) for i in group]
+    backwards = [Action(Op.BW, i, c) for group in groups for c in reversed(range(v)) for i in group]
+    first_chunks = (v - 1) * max(len(group) for group in groups)
+    rows = (_one_forward_one_backward(forwards, backwards, 2 * (p - 1 - d) + first_chunks) for d in range(p))
+    return Schedule("interleaved", tuple(rows), m, v)
+
+
+def _actions(op: Op, m: int) -> list[Action]:
+    return [Action(op, i) for i in range(m)]
+
+
+def _one_forward_one_backward(forwards: list[Action], backwards: list[Action], warmup: int) -> tuple[Action, ...]:
+    """`warmup` forwards, then one of each in turn, then the backwards that are left."""
+    warmup = min(warmup, len(forwards))
+    steady = (action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair)
+    return (*forwards[:warmup], *steady, *backwards[len(forwards) - warmup :])
+
+
+def _groups(m: int, count: int) -> list[range]:
+    """0 to m - 1 in `count` runs, the longer ones first."""
+    size, longer = divmod(m, count)
+    starts = [g * size + min(g, longer) for g in range(count + 1)]
+    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """How to make a named schedule, and how many chunks per device it has (None: as many as one likes)."""
+
+    make: Callable[[int, int, int], Schedule]
+    """(p, m, v) -> schedule"""
+    chunks: int | None = 1
+
+
+GENERATORS: dict[str, Generator] = {
+    "naive": Generator(lambda p, m, v: naive(p, m)),
+    "gpipe": Generator(lambda p, m, v: gpipe(p, m)),
+    "1f1b": Generator(lambda p, m, v: one_f_one_b(p, m)),
+    "interleaved": Generator(interleaved, chunks=None),
+    "zb-h1": Generator(lambda p, m, v: zb_h1(p, m)),
+    "zb-h2": Generator(lambda p, m, v: zb_h2(p, m)),
+    "zb-v": Generator(lambda p, m, v: zb_v(p, m), chunks=2),
+}
 
 
 def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
     """The named schedule, or the one in `file:PATH`. Raises ScheduleError."""
+    if min(p, m, chunks) < 1:
+        raise ScheduleError(f"{p} stages, {m} micro-batches, {chunks} chunks; right would be at least 1 of each")
     if name.startswith("file:"):
-        path = Path(name.removeprefix("file:"))
-        try:
-            schedule = parse_schedule(path.read_text(), path.stem)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ScheduleError(f"schedule {path}: {error}; right would be a readable schedule in text form") from None
-        asked = (p, m, chunks)
-        has = (schedule.num_devices, schedule.num_micro_batches, schedule.num_chunks)
-        if asked != has:
-            raise ScheduleError(f"schedule {path} has (stages, micro-batches, chunks) = {has}; the run has {asked}")
-        return schedule
+        return _from_file(Path(name.removeprefix("file:")), p, m, chunks)
     if name not in GENERATORS:
         raise ScheduleError(f"schedule {name!r} is unknown; right would be one of {', '.join(GENERATORS)} or file:PATH")
-    if chunks != 1:
-        raise ScheduleError(f"schedule {name} has one chunk per device, not {chunks}")
-    return GENERATORS[name](p, m)
+    generator = GENERATORS[name]
+    if generator.chunks not in (None, chunks):
+        has = "1 chunk" if generator.chunks == 1 else f"{generator.chunks} chunks"
+        raise ScheduleError(f"schedule {name} has {has} per device, not {chunks}")
+    return generator.make(p, m, chunks)
+
+
+def default_chunks(name: str) -> int:
+    """The chunks per device of a named schedule where nobody says how many."""
+    return (GENERATORS[name].chunks or 2) if name in GENERATORS else 1
+
+
+def _from_file(path: Path, p: int, m: int, chunks: int) -> Schedule:
+    try:
+        schedule = parse_schedule(path.read_text(), path.stem)
+    except (OSError, UnicodeDecodeError, ScheduleError) as error:
+        raise ScheduleError(f"schedule {path}: {error}; right would be a readable schedule in text form") from None
+    asked = (p, m, chunks)
+    has = (schedule.num_devices, schedule.num_micro_batches, schedule.num_chunks)
+    if asked != has:
+        raise ScheduleError(f"schedule {path} has (stages, micro-batches, chunks) = {has}; the run has {asked}")
+    return schedule

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.schedule.table import Table
+from common.schedule.table import IntArray, Table
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,13 @@ class Played:
     reached: list[int]  # (p,)
 
 
-def play(table: Table, durations: Sequence[float], delays: Sequence[float]) -> Played:
+def play(table: Table, durations: Sequence[float], delays: Sequence[float], source: IntArray | None = None) -> Played:
     """Runs the table. `durations` (n,) per row; `delays` (n,) is what the message that a row waits for takes on its way.
 
     start = max(end of the device's previous action, end of the sender + delay); sending takes the sender no time.
+    `source` (n,) replaces the rows that are waited for.
     """
-    source = table.source.tolist()
+    sources = (table.source if source is None else source).tolist()
     bounds = table.bounds.tolist()
     start, end = [-1.0] * table.num_rows, [-1.0] * table.num_rows
     reached = bounds[:-1]
@@ -37,7 +38,7 @@ def play(table: Table, durations: Sequence[float], delays: Sequence[float]) -> P
         device = runnable.pop()
         row, now, stop = reached[device], clock[device], bounds[device + 1]
         while row < stop:
-            sender = source[row]
+            sender = sources[row]
             if sender >= 0:
                 sent = end[sender]
                 if sent < 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,12 @@ from common.schedule.table import OP_CODE, OPS, Table, tabulate
 from common.schedule.validate import require_valid
 
 FloatArray = NDArray[np.float64]
+
+WrapAround = Literal["every", "first"]
+"""With several chunks in a loop: which messages from the last device round to the first are waited for (and, for gradients,
+from the first to the last). "every": all of them, as a run does. "first": only that of a group's first micro-batch, as the
+program behind the Zero Bubble paper's tables does; its interleaved figures come out of this rule only, and are lower than any
+run can be by up to one trip around the devices, p x communication."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Simulation:
 
     @property
     def bubble_fraction(self) -> float:
-        """The idle share of all devices: 1 - busy time / (stages x makespan), for equal stages (makespan - m T) / makespan."""
+        """The idle share of all devices: 1 - busy time / (stages x makespan), (makespan - m T) / makespan if equal."""
         return _idle_share(self.busy.mean(), self.makespan)
 
     @property
@@ -163,7 +170,9 @@ class Simulation:
         return np.asarray(np.maximum.reduceat(held, first) - before)
 
 
-def simulate(schedule: Schedule, costs: Costs | None = None, check: bool = True) -> Simulation:
+def simulate(
+    schedule: Schedule, costs: Costs | None = None, check: bool = True, wrap_around: WrapAround = "every"
+) -> Simulation:
     """Plays the schedule with these costs (by default F = B = W = 1 and no communication).
 
     `check=False` trusts that it is valid. Raises ScheduleError for a schedule that cannot run or costs that do not fit.
@@ -175,9 +184,9 @@ def simulate(schedule: Schedule, costs: Costs | None = None, check: bool = True)
         require_valid(schedule)
     table = tabulate(schedule)
     cost = np.array([costs.of(op) for op in OPS])[table.op, table.device] / schedule.num_chunks
-    sender = np.where(table.source >= 0, table.device[table.source], 0)
-    delay = np.array(costs.communication, np.float64)[sender]
-    played = play(table, cost.tolist(), delay.tolist())
+    source = np.where(table.trusted_wrap_arounds, -1, table.source) if wrap_around == "first" else table.source
+    delay = np.array(costs.communication, np.float64)[table.device[source]]
+    played = play(table, cost.tolist(), delay.tolist(), source)
     return Simulation(table, costs, np.array(played.start), np.array(played.end))
 
 

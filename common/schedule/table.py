@@ -112,6 +112,26 @@ class Table:
             source[rows[remote]] = producer[remote]
         return source
 
+    @cached_property
+    def trusted_wrap_arounds(self) -> NDArray[np.bool_]:
+        """(n,): rows that receive from the other end of the devices and are not the first of their group.
+
+        A group is a run of micro-batches that pass through one chunk after the other: on one device, the rows of one
+        operation with the same chunk as the row of that operation before. Only a loop of chunks has any.
+        """
+        follows = np.zeros(self.num_rows, np.bool_)
+        for op in (Op.F, Op.B, Op.BW):
+            rows = self.rows_of(op)
+            same = (self.device[rows][1:] == self.device[rows][:-1]) & (self.chunk[rows][1:] == self.chunk[rows][:-1])
+            follows[rows[1:]] = same
+        distance = np.abs(self.device[self.source] - self.device)
+        wraps = (self.source >= 0) & (distance == self.schedule.num_devices - 1) & (distance > 1)
+        if self.schedule.num_devices == 2 and self.schedule.placement == "loop":
+            # The way around is as short as the way on; only the direction tells them apart.
+            forward = self.op == OP_CODE[Op.F]
+            wraps = (self.source >= 0) & (self.device[self.source] == np.where(forward, 1, 0))
+        return follows & wraps
+
     def action(self, row: int) -> Action:
         return Action(OPS[self.op[row]], int(self.micro_batch[row]), int(self.chunk[row]))
 

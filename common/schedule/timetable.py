@@ -97,7 +97,7 @@ def _parse_chart(lines: list[str], name: str) -> Timetable:
     last = times[-1] - times[-2] if len(times) > 1 else 1.0
     ends = [*times[1:], times[-1] + last]
     rows: list[_TimedRow] = [[] for _ in cells[0][1:]]
-    for device, row in enumerate(rows):
+    for device, timed in enumerate(rows):
         running: dict[Action, int] = {}
         for line, start, end in zip(cells[1:], times, ends, strict=True):
             now: dict[Action, int] = {}
@@ -106,11 +106,11 @@ def _parse_chart(lines: list[str], name: str) -> Timetable:
                     continue
                 action = _parse_cell(word, line[0])
                 if action in running and action not in now:
-                    row[running[action]] = (row[running[action]][0], end, action)
+                    timed[running[action]] = (timed[running[action]][0], end, action)
                     now[action] = running[action]
                 else:
-                    now[action] = len(row)
-                    row.append((start, end, action))
+                    now[action] = len(timed)
+                    timed.append((start, end, action))
             running = now
     return _build(rows, None, name)
 

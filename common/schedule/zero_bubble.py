@@ -1,0 +1,97 @@
+"""The zero-bubble schedules (Qi et al. 2024): the backward is split, and W, which nobody waits for, fills the bubbles."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+
+from common.schedule.action import Action, Op, Schedule
+
+
+def zb_h1(p: int, m: int) -> Schedule:
+    """1F1B's order and memory, with W put off to the end (Qi et al. 2024, section 2.1 and figure 2).
+
+    Device d begins W only after d further backwards, so that all devices hold p activations at most: 1F1B's peak.
+    Bubble time (p-1)(F+B-W), a third of 1F1B's when F = B = W.
+
+        device 0 F0 F1 F2 ·  ·  B0 W0 F3 B1 W1 B2 W2 B3 W3
+        device 1 ·  F0 F1 ·  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3
+        device 2 ·  ·  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3
+    """
+    return Schedule("zb-h1", _handcrafted(p, m, 1), m)
+
+
+def zb_h2(p: int, m: int) -> Schedule:
+    """Fills the warm-up with twice as many forwards, for 2p - 1 activations (Qi et al. 2024, section 2.2 and figure 3).
+
+    Counted from each device's own first forward the bubble time is (p-1)(F+B-2W), none when F = B = W: the devices
+    then start and end one after the other, and the next step may follow without a gap.
+
+        device 0 F0 F1 F2 F3 F4 B0 W0 F5 B1 W1 B2 W2 B3 W3 B4 W4 B5 W5
+        device 1 ·  F0 F1 F2 B0 F3 B1 F4 B2 W0 F5 B3 W1 B4 W2 B5 W3 W4 W5
+        device 2 ·  ·  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 W0 F5 B5 W1 W2 W3 W4 W5
+    """
+    return Schedule("zb-h2", _handcrafted(p, m, 2), m)
+
+
+def _handcrafted(p: int, m: int, forwards_per_device: int) -> tuple[tuple[Action, ...], ...]:
+    """Warm-up of `forwards_per_device` for every device behind; then F B in turn, with W following that much later."""
+    forwards, inputs, weights = ([Action(op, i) for i in range(m)] for op in (Op.F, Op.B, Op.W))
+    rows = []
+    for device in range(p):
+        warmup = forwards_per_device * (p - 1 - device)
+        delay = forwards_per_device * device
+        steps = (
+            (*forwards[warmup + i : warmup + i + 1], inputs[i], *weights[max(i - delay, 0) : max(i - delay + 1, 0)])
+            for i in range(m)
+        )
+        rows.append((*forwards[:warmup], *chain.from_iterable(steps), *weights[max(m - delay, 0) :]))
+    return tuple(rows)
+
+
+def zb_v(p: int, m: int) -> Schedule:
+    """Two chunks per device, placed in a V: down the devices with the first, up with the second (Qi et al. 2024, section 6).
+
+    Device 0 holds the first and the last part of the model, so that the first backward comes back to it early.
+    When F = B = W and no hop costs anything, the bubble counted from each device's own first forward is 0 (for m >= 2p),
+    and every device holds 2p chunks at most, which is p whole stages: 1F1B's peak.
+
+        device 0 F0   F1   F2   F0.1 B0.1 W0.1 F1.1 B1.1 W1.1 F3   B0   W0   F2.1 B2.1 W2.1 B1   W1   F3.1 B3.1 W3.1 B2 ...
+        device 1 ·    F0   F0.1 F1   F1.1 B0.1 W0.1 B0   W0   F2   F2.1 B1.1 W1.1 F3   B1   W1   F3.1 B2.1 W2.1 B2  B3.1 ...
+    """
+    # The pattern needs 2p - 1 micro-batches; for fewer, the others are left out of it, which breaks no dependency.
+    full = max(m, 2 * p - 1)
+    rows = (_zb_v_row(p, full, device) for device in range(p))
+    return Schedule("zb-v", tuple(tuple(a for a in row if a.micro_batch < m) for row in rows), m, 2, "vee")
+
+
+def _zb_v_row(p: int, m: int, device: int) -> list[Action]:
+    done: Counter[tuple[Op, int]] = Counter()
+    row: list[Action] = []
+
+    def add(*actions: tuple[Op, int]) -> None:
+        for op, chunk in actions:
+            if done[op, chunk] < m:
+                row.append(Action(op, done[op, chunk], chunk))
+                done[op, chunk] += 1
+
+    down, up = 0, 1
+    up_whole = ((Op.F, up), (Op.B, up), (Op.W, up))
+    # Fill: forwards until the first one has come back up, then the second chunk's backwards begin.
+    for _ in range(2 * (p - device) - 1):
+        add((Op.F, down))
+    for _ in range(device):
+        add((Op.F, up), (Op.F, down))
+    for _ in range(p - device):
+        add(*up_whole)
+    # Steady state: every micro-batch's six actions in turn.
+    while done[Op.F, up] < m:
+        add((Op.F, down), (Op.B, down), (Op.W, down), *up_whole)
+    # Drain: the backwards that others wait for first, W where there would be a bubble.
+    for _ in range(device):
+        add((Op.B, down), (Op.B, up))
+    for _ in range(p - device):
+        add((Op.B, down), (Op.W, down))
+    add(*[(Op.W, up)] * (m - done[Op.W, up]))
+    add(*[(Op.W, down)] * (m - done[Op.W, down]))
+    return row
