@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from common.parity import LIMITS, Comparison, Difference, TensorKey, compare, difference
+from common.parity import LIMITS, Check, Comparison, Difference, TensorKey, compare, difference
+from common.partition import plan_partition
 from common.report.result import Parity, RunResult, Step
 from common.spec import RunConfig, TrainSpec
 from common.weights import parameter_shapes
@@ -31,7 +32,7 @@ def oracle_config(config: RunConfig) -> RunConfig:
 
 def read_gradients(folder: Path) -> dict[TensorKey, NDArray[Any]]:
     """Step 0's gradients from all parts of a run."""
-    arrays = {}
+    arrays: dict[TensorKey, NDArray[Any]] = {}
     for path in sorted(folder.glob("part-*.safetensors")):
         arrays |= {TensorKey.parse(name): array for name, array in load_file(path).items()}
     return {key: array for key, array in arrays.items() if key.phase == "backward"}
@@ -60,14 +61,21 @@ def compare_runs(
 ) -> Comparison:
     """In the order of computation: step 0's loss, its gradients from the head to the embedding, the later losses."""
     dtype = config.train.dtype
-    order = list(parameter_shapes(config.model))[::-1]
-    backwards = dict(sorted(expected_gradients.items(), key=lambda item: order.index(item[0].tensor)))
+    plan = plan_partition(config)
+    order = {name: -i for i, name in enumerate(parameter_shapes(config.model))}
+
+    def in_stages(arrays: dict[TensorKey, NDArray[Any]]) -> dict[TensorKey, NDArray[Any]]:
+        return {key._replace(stage=plan.part_of(key.unit)): array for key, array in arrays.items()}
+
+    backwards = dict(sorted(expected_gradients.items(), key=lambda item: order[item[0].tensor]))
     losses = [_loss(config, seen, expected) for seen, expected in zip(steps, expected_steps, strict=True)]
-    return Comparison((*losses[:1], *compare(gradients, backwards, "gradient", dtype).differences, *losses[1:]))
+    return Comparison(
+        (*losses[:1], *compare(in_stages(gradients), in_stages(backwards), "gradient", dtype).differences, *losses[1:])
+    )
 
 
 def _loss(config: RunConfig, seen: Step, expected: Step) -> Difference:
-    check = "loss" if seen.step == 0 else "loss_curve"
+    check: Check = "loss" if seen.step == 0 else "loss_curve"
     key = TensorKey(seen.step, "forward", config.stages - 1, -1, "head", "loss")
     limit = LIMITS[check][config.train.dtype]
     return difference(key, check, np.array(seen.loss), np.array(expected.loss), limit)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.report.machine import Machine
-from common.runtime.job import EventRecord, Part
+from common.runtime.job import EventRecord
 from common.runtime.launch import Outcome, Status
 from common.spec import RunConfig
 

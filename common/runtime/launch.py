@@ -103,16 +103,18 @@ def run_jobs_in_child(
     timeout_seconds: float,
     on_step: Callable[[int, int, float], None] = lambda job, step, loss: None,
     stopped: Callable[[], bool] = lambda: False,
+    log: Path | None = None,
 ) -> list[Outcome]:
     """Runs `python -m module` over all jobs and returns one outcome per job.
 
-    Makes the jobs' folders; writes `jobs.json` and `child.log` into `folder`. `timeout_seconds` is for the whole child.
+    Makes the jobs' folders; writes `jobs.json` and, unless `log` is another place, `child.log` into `folder`.
+    `timeout_seconds` is for the whole child.
     `on_step(job, step, loss)` is called as steps end. Raises Interrupted, with the child ended, once `stopped()`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         Path(job.out).mkdir(parents=True, exist_ok=True)
-    job_file, log = folder / "jobs.json", folder / "child.log"
+    job_file, log = folder / "jobs.json", log or folder / "child.log"
     JobFile(jobs=tuple(jobs)).write(job_file)
     progress = [_Progress(Path(job.out) / "progress.jsonl") for job in jobs]
     began = time.monotonic()
@@ -224,7 +226,7 @@ def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outco
             if parts:
                 reason += f"; no result from device {', '.join(map(str, sorted(lacking)))}"
     if reason:
-        return Outcome("failed", reason, failures[0] if failures else log, (), seconds)
+        return Outcome("failed", reason, log, (), seconds)
     return Outcome("ok", "", log, tuple(parts), seconds)
 
 

@@ -78,7 +78,7 @@ class FakeEngine(OracleEngine):
         return {"framework": self.config.framework, "version": "0.0", "device": "cpu", "numpy": np.__version__}
 
     def peak_memory_bytes(self) -> dict[int, int]:
-        return {device: 100_000_000 for device in self.devices}
+        return dict.fromkeys(self.devices, 100_000_000)
 
 
 if __name__ == "__main__":

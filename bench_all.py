@@ -1,0 +1,8 @@
+"""Trains the same Transformer with every framework and compares them: `python bench_all.py --help`."""
+
+import sys
+
+from common.cli import bench_main
+
+if __name__ == "__main__":
+    sys.exit(bench_main())

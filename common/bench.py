@@ -1,0 +1,342 @@
+"""The benchmark: oracle, runs, comparison, table. `bench_all.py` and `triptych bench` are this."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from common.config import Bench, UsageError
+from common.partition import plan_partition, unit_costs
+from common.report import compare, tables
+from common.report.machine import Machine, git_commit, this_machine
+from common.report.progress import ProgressView, progress_view
+from common.report.result import Parity, RunResult, measured
+from common.runtime.job import Job
+from common.runtime.launch import (
+    IMPLEMENTATIONS,
+    ORACLE_MODULE,
+    Implementation,
+    Interrupted,
+    Outcome,
+    run_jobs_in_child,
+    stop_on_signals,
+    why_missing,
+)
+from common.schedule.action import ScheduleError
+from common.schedule.draw import draw_color
+from common.schedule.generators import make_schedule
+from common.spec import RunConfig
+
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+
+ORACLE_NAME = "oracle (NumPy float64)"
+IS_ORACLE = "this is the oracle"
+
+
+def run_bench(
+    bench: Bench, command: str, console: Console, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
+) -> int:
+    """Runs everything, writes `results/<run>/`, prints the table. Returns the exit status. Raises UsageError."""
+    folder = make_folder(Path(bench.options.out), bench.options.preset)
+    oracles = (
+        list(dict.fromkeys(compare.oracle_config(point) for point in bench.points)) if bench.options.parity else []
+    )
+    console.print(f"results in {folder}/", highlight=False, soft_wrap=True)
+    with stop_on_signals() as stopped:
+        with progress_view(console, len(oracles) + len(bench.points) * bench.options.repeats) as view:
+            session = _Session(bench, command, folder, implementations, view, stopped)
+            try:
+                for config in oracles:
+                    session.run_oracle(config)
+                for repeat in range(bench.options.repeats):
+                    for config in bench.points:
+                        session.run(config, repeat)
+                interrupted = False
+            except Interrupted:
+                interrupted = True
+        session.clean_up()
+        _report(session, console)
+    if interrupted:
+        done = sum(len(results) for results in session.results.values())
+        console.print(f"interrupted: {done} of {len(bench.points) * bench.options.repeats} runs finished")
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if session.failed else EXIT_OK
+
+
+def make_folder(out: Path, preset: str) -> Path:
+    """A new folder named after the time and the preset; never an old one. Raises UsageError."""
+    name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{preset}"
+    for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+        try:
+            (out / (name + suffix)).mkdir(parents=True)
+            return out / (name + suffix)
+        except FileExistsError:
+            if not out.is_dir():
+                raise UsageError(f"--out {out}: is a file; right would be a folder") from None
+        except OSError as error:
+            raise UsageError(f"--out {out}: {error.strerror}; right would be a folder that can be written") from None
+    raise UsageError(f"--out {out}: holds 99 runs of this second; right would be another folder")
+
+
+def run_name(config: RunConfig, repeat: int | None = None) -> str:
+    """The run's folder: framework, schedule, and what else tells it from the others of its grid."""
+    schedule = Path(config.schedule.removeprefix("file:")).stem
+    name = f"{config.framework}-{schedule}-p{config.stages}-m{config.train.micro_batches}"
+    name += f"-v{config.chunks}" if config.chunks > 1 else ""
+    name += "-native" if config.executor == "native" else ""
+    name += f"-{config.train.dtype}" if config.train.dtype != "float32" else ""
+    return name if repeat is None else f"{name}-r{repeat}"
+
+
+def describe(config: RunConfig) -> str:
+    """The run in words, for the progress bar."""
+    chunks = f" v={config.chunks}" if config.chunks > 1 else ""
+    native = " native" if config.executor == "native" else ""
+    dtype = f" {config.train.dtype}" if config.train.dtype != "float32" else ""
+    return (
+        f"{config.framework} {config.schedule}{native} p={config.stages}{chunks} m={config.train.micro_batches}{dtype}"
+    )
+
+
+@dataclass
+class _Session:
+    """The state of one benchmark as it goes on."""
+
+    bench: Bench
+    command: str
+    folder: Path
+    implementations: Mapping[str, Implementation]
+    view: ProgressView
+    stopped: Callable[[], bool]
+    started: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+    machine: Machine = field(default_factory=this_machine)
+    commit: str | None = field(default_factory=git_commit)
+    results: dict[RunConfig, list[RunResult]] = field(default_factory=dict)
+    oracles: dict[RunConfig, tuple[RunResult, Path]] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a run failed, or trained something else than the oracle; an oracle that failed counts too."""
+        runs = [result for results in self.results.values() for result in results]
+        oracles = [result for result, _ in self.oracles.values()]
+        return any(run.status == "failed" or run.parity.status == "FAIL" for run in (*runs, *oracles))
+
+    def run_oracle(self, config: RunConfig) -> None:
+        name = "oracle" if not self.oracles else f"oracle-{len(self.oracles) + 1}"
+        self.view.start(ORACLE_NAME, config.train.steps)
+        outcome = self._child(ORACLE_MODULE, config, name)
+        result = self._result(config, outcome, 0, name)
+        self.oracles[config] = result, self.folder / name
+        self.view.finish(f"{ORACLE_NAME}: {_summary(result)}")
+
+    def run(self, config: RunConfig, repeat: int) -> None:
+        name = run_name(config, repeat if self.bench.options.repeats > 1 else None)
+        self.view.start(describe(config), config.train.steps)
+        implementation = self.implementations[config.framework]
+        missing = why_missing(implementation)
+        if missing is None:
+            outcome = self._child(implementation.module, config, name)
+        else:
+            (self.folder / name).mkdir()
+            outcome = Outcome("skipped", missing, None, (), 0.0)
+        result = self._result(config, outcome, repeat, name)
+        self.results.setdefault(config, []).append(result)
+        self.view.finish(f"{describe(config)}: {_summary(result)}")
+
+    def clean_up(self) -> None:
+        """Gradients are as large as the model; they stay only where they are evidence of a difference."""
+        for _, folder in self.oracles.values():
+            _drop_tensors(folder)
+
+    def _child(self, module: str, config: RunConfig, name: str) -> Outcome:
+        if self.stopped():
+            raise Interrupted
+        logs = self.folder / "logs"
+        logs.mkdir(exist_ok=True)
+        return run_jobs_in_child(
+            module,
+            [Job(config=config, out=str(self.folder / name))],
+            self.folder / name,
+            self.bench.options.timeout,
+            on_step=lambda _, step, loss: self.view.step(step, loss),
+            stopped=self.stopped,
+            log=logs / f"{name}.log",
+        )[0]
+
+    def _result(self, config: RunConfig, outcome: Outcome, repeat: int, name: str) -> RunResult:
+        result = RunResult(
+            **measured(outcome),
+            log=None if outcome.log is None else str(outcome.log.relative_to(self.folder)),
+            preset=self.bench.options.preset,
+            repeat=repeat,
+            config=config,
+            command=self.command,
+            machine=self.machine,
+            git_commit=self.commit,
+            started=self.started.isoformat(timespec="seconds"),
+        )
+        if name.startswith("oracle"):
+            verdict = Parity(reason=IS_ORACLE)
+        else:
+            verdict = self._parity(result, self.folder / name)
+            if verdict.status != "FAIL":
+                _drop_tensors(self.folder / name)
+        result = result.model_copy(update={"parity": verdict})
+        result.write(self.folder / name / "result.json")
+        return result
+
+    def _parity(self, result: RunResult, folder: Path) -> Parity:
+        if result.status != "ok":
+            return Parity(reason=f"the run {'has failed' if result.status == 'failed' else 'was skipped'}")
+        oracle, oracle_folder = self.oracles.get(compare.oracle_config(result.config), (None, None))
+        if oracle is None or oracle_folder is None:
+            return Parity(reason="--no-parity")
+        if oracle.status != "ok":
+            return Parity(reason=f"the oracle has failed: {oracle.reason}")
+        try:
+            return compare.parity(result, folder, oracle, oracle_folder)
+        except (ValueError, OSError) as error:  # a child that leaves other files than it should
+            return Parity(status="FAIL", reason=f"cannot be compared: {error}")
+
+
+def _drop_tensors(folder: Path) -> None:
+    for path in folder.glob("part-*.safetensors"):
+        path.unlink()
+
+
+def _summary(result: RunResult) -> str:
+    if result.status != "ok":
+        return f"{result.status}: {result.reason}"
+    words = ["ok", f"loss {result.final_loss:.5f}"]
+    if result.parity.reason != IS_ORACLE:
+        words.insert(1, f"parity {result.parity.status}")
+        words += [f"{result.tokens_per_second:,.0f} tokens/s"] if result.tokens_per_second else []
+    return ", ".join([*words, f"{result.wall_seconds:.0f} s"])
+
+
+# ------------------------------------------------------------------------------------------------- what the user sees
+
+
+def _report(session: _Session, console: Console) -> None:
+    """Prints the table and what went wrong; writes table.md and table.csv."""
+    rows = tables.make_rows(list(session.results.values()))
+    if not rows:
+        return
+    console.print()
+    dropped = tables.print_table(rows, console)
+    console.print()
+    problems = _problems(session)
+    for line in problems:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    (session.folder / "table.csv").write_text(tables.csv_table(rows))
+    (session.folder / "table.md").write_text(_markdown(session, rows, problems))
+    note = "; this terminal is too narrow for all columns" if dropped else ""
+    console.print(f"table: {session.folder / 'table.md'}{note}", highlight=False, soft_wrap=True)
+
+
+def _problems(session: _Session) -> list[str]:
+    """One line for every run that is not as it should be, in the order of the table."""
+    lines = []
+    oracles = [(ORACLE_NAME, result) for result, _ in session.oracles.values()]
+    for name, result in [*oracles, *((describe(c), r) for c, results in session.results.items() for r in results)]:
+        repeat = f" repeat {result.repeat}" if session.bench.options.repeats > 1 else ""
+        if result.status != "ok":
+            log = f" (log: {session.folder / result.log})" if result.log else ""
+            lines.append(f"{name}{repeat}: {result.status}: {result.reason}{log}")
+        elif result.parity.status == "FAIL":
+            lines.append(f"{name}{repeat}: parity: FAIL {result.parity.reason}")
+    return lines
+
+
+def _markdown(session: _Session, rows: list[tables.Row], problems: list[str]) -> str:
+    first = next(iter(session.results.values()))[0]
+    model, train = first.config.model, first.config.train
+    digests = {r.corpus_digest for results in session.results.values() for r in results if r.corpus_digest}
+    facts = [
+        f"Command: `{session.command}`",
+        f"Model: {model.num_layers} blocks, d_model {model.d_model}, {model.num_heads} heads, d_ff {model.d_ff}, "
+        f"context {model.context_length}, vocabulary {model.vocab_size}, {train.dtype}",
+        f"Training: {train.steps} steps of {train.batch_size} sequences, {train.optimizer}, seed {train.seed}, "
+        f"{session.bench.options.repeats} run(s) per row",
+        f"Machine: {session.machine.one_line}",
+        f"Corpus: SHA-256 {', '.join(sorted(digest[:16] for digest in digests)) or 'not read'}",
+        f"Commit: {session.commit or 'unknown'}; started {session.started.isoformat(timespec='seconds')}",
+    ]
+    lines = [f"# Pipeline-parallel training, preset {session.bench.options.preset}", "", tables.markdown_table(rows)]
+    lines += [f"- {line}" for line in problems] + ([""] if problems else [])
+    return "\n".join([*lines, tables.LEGEND, "", *(f"- {fact}" for fact in facts)]) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------- dry run
+
+
+def print_dry_run(bench: Bench, console: Console) -> None:
+    """Prints every distinct partition plan and every distinct schedule of the grid."""
+    plans = {
+        (c.model, c.stages, c.chunks, c.partition, c.train.micro_batch_size, c.train.dtype): c for c in bench.points
+    }
+    for config in plans.values():
+        console.print(_plan_table(config))
+        console.print()
+    schedules = {(c.schedule, c.stages, c.train.micro_batches, c.chunks) for c in bench.points}
+    for name, stages, micro_batches, chunks in sorted(schedules):
+        console.print(f"{name}, {stages} stages, {micro_batches} micro-batches", style="bold", highlight=False)
+        try:
+            console.print(draw_color(make_schedule(name, stages, micro_batches, chunks), width=console.width))
+        except ScheduleError as error:
+            console.print(f"not drawn: {error}\n", highlight=False)
+    repeats = f" x {bench.options.repeats} repeats" if bench.options.repeats > 1 else ""
+    console.print(f"{len(bench.points)} runs{repeats}:", highlight=False)
+    for config in bench.points:
+        console.print(f"  {describe(config)}", highlight=False)
+
+
+def _plan_table(config: RunConfig) -> Table:
+    costs = {cost.unit: cost for cost in unit_costs(config.model, config.train)}
+    element_bytes = 4 if config.train.dtype == "float32" else 8
+    total = sum(cost.forward_flops for cost in costs.values())
+    parts = plan_partition(config).parts
+    partition = config.partition if isinstance(config.partition, str) else ",".join(map(str, config.partition))
+    table = Table(
+        title=f"{len(parts)} stages, partition {partition}, micro-batches of {config.train.micro_batch_size} sequences",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for title in ("stage", "units", "parameters", "MB", "forward MFLOP", "share", "sends kB"):
+        table.add_column(title, justify="left" if title == "units" else "right", no_wrap=title != "units")
+    for k, units in enumerate(parts):
+        parameters = sum(costs[unit].parameters for unit in units)
+        flops = sum(costs[unit].forward_flops for unit in units)
+        sends = costs[units[-1]].activation_bytes / 1e3 if k + 1 < len(parts) else 0
+        table.add_row(
+            str(k),
+            shorten(units),
+            f"{parameters:,}",
+            f"{parameters * element_bytes / 1e6:,.1f}",
+            f"{flops / 1e6:,.1f}",
+            f"{flops / total:.1%}",
+            f"{sends:,.1f}",
+        )
+    table.caption = "MB: parameters alone; forward MFLOP and what a stage sends on: for one micro-batch"
+    table.caption_justify = "left"
+    return table
+
+
+def shorten(units: Sequence[str]) -> str:
+    """`embedding, block.0 .. block.5` for a consecutive run of units."""
+    blocks = [unit for unit in units if unit.startswith("block.")]
+    if len(blocks) < 3:
+        return ", ".join(units)
+    return ", ".join(
+        [
+            *(["embedding"] if units[0] == "embedding" else []),
+            f"{blocks[0]} .. {blocks[-1]}",
+            *(["head"] if units[-1] == "head" else []),
+        ]
+    )

@@ -1,0 +1,394 @@
+"""From a command line and a TOML file to the runs of a benchmark.
+
+Every field of `TransformerSpec`, `TrainSpec` and `RunConfig` is an option and a TOML key, made from the field itself. The
+order of precedence is preset < TOML < command line. Wrong input is a `UsageError`: one line with what is wrong, where
+it stands, and what would be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from pydantic import BaseModel, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from common.data import CorpusError, load_corpus
+from common.schedule.action import ScheduleError
+from common.schedule.generators import GENERATORS, make_schedule
+from common.schedule.validate import validate
+from common.spec import FRAMEWORKS, PRESETS, Frozen, RunConfig, TrainSpec, TransformerSpec
+
+
+class UsageError(ValueError):
+    """Wrong input from the user; its text is one line."""
+
+
+class BenchOptions(Frozen):
+    """What concerns the benchmark as a whole."""
+
+    preset: str = Field("small", description=f"where to start from: {', '.join(PRESETS)}")
+    repeats: int = Field(1, ge=1, description="runs per row, each in a fresh process; the table shows medians")
+    timeout: float = Field(600, gt=0, description="seconds that one run may take; then it is ended and has failed")
+    out: str = Field("results", min_length=1, description="folder in which the benchmark makes a folder of its own")
+    parity: bool = Field(True, description="run the float64 oracle first and compare every run with it")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark: every point of the grid, in the order of the table's rows."""
+
+    options: BenchOptions
+    points: tuple[RunConfig, ...]
+    dry_run: bool = False
+
+
+Key = tuple[str, str]
+"""(section, field)"""
+
+SECTIONS: Mapping[str, type[BaseModel]] = {
+    "run": RunConfig,
+    "bench": BenchOptions,
+    "model": TransformerSpec,
+    "train": TrainSpec,
+}
+
+# The last one changes fastest, so the frameworks of one schedule stand side by side.
+GRID: tuple[Key, ...] = (
+    ("train", "dtype"),
+    ("run", "executor"),
+    ("run", "chunks"),
+    ("train", "micro_batches"),
+    ("run", "stages"),
+    ("run", "schedule"),
+    ("run", "framework"),
+)
+
+PLURALS = {"framework": "frameworks", "schedule": "schedules"}
+"""Fields whose option has another name."""
+
+NATIVE_SCHEDULES: Mapping[str, tuple[str, ...]] = {"paddle": ("1f1b",)}
+"""What `executor = native` offers, by framework."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and where it comes from, as an error names it."""
+
+    value: Any
+    where: str
+
+
+Settings = dict[Key, Setting]
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line: usually the usage message drowns them."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("usage", "%(prog)s [options]")
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            word = message.removeprefix(prefix).split()[0]
+            if not word.startswith("-"):
+                raise UsageError(f"{word!r}: belongs to no option; a list takes commas, such as 1,2,4")
+            known = [option for action in self._actions for option in action.option_strings]
+            message = f"{word}: unknown option{_close(word.split('=')[0], known, 'see --help')}"
+        raise UsageError(message.removeprefix("argument "))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All options of the benchmark, in groups. Only those that the user gives appear in the namespace."""
+    groups = {
+        "grid": parser.add_argument_group(
+            "what to compare", "Each of these takes a list, such as 1,2,4; several lists make a grid."
+        ),
+        "bench": parser.add_argument_group("the benchmark"),
+        "run": parser.add_argument_group("the run"),
+        "model": parser.add_argument_group("the model", "Defaults are those of the preset 'small'."),
+        "train": parser.add_argument_group("the training", "Defaults are those of the preset 'small'."),
+    }
+    groups["bench"].add_argument(
+        "--config",
+        metavar="FILE.toml",
+        help="settings in TOML, with tables [model] and [train]; the command line goes before it",
+    )
+    groups["bench"].add_argument(
+        "--dry-run", action="store_true", help="check everything, print the partition plans and schedules, run nothing"
+    )
+    defaults = _base_settings("small")
+    ordered = [*reversed(GRID), *((section, name) for section in SECTIONS for name in SECTIONS[section].model_fields)]
+    for section, name in dict.fromkeys(ordered):
+        if section == "run" and name in ("model", "train"):
+            continue
+        field = SECTIONS[section].model_fields[name]
+        group = groups["grid" if (section, name) in GRID else section]
+        default = defaults[section, name].value if (section, name) in defaults else field.default
+        _add_option(group, section, name, field, default)
+
+
+def _add_option(group: Any, section: str, name: str, field: FieldInfo, default: Any) -> None:
+    shown = ",".join(map(str, default)) if isinstance(default, tuple | list) else default
+    text = field.description or ""
+    if shown not in ("", None):
+        text += f" (default: {shown})"
+    options: dict[str, Any] = {"dest": f"{section}.{name}", "default": argparse.SUPPRESS, "help": text}
+    if field.annotation is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif name == "corpus":
+        options |= {"nargs": "+", "metavar": "FILE"}
+    else:
+        options["metavar"] = _metavar(section, name, field)
+    group.add_argument(_flag(name), **options)
+    if name in PLURALS:  # the singular works too
+        group.add_argument(f"--{name}", **options | {"help": argparse.SUPPRESS})
+
+
+def _flag(name: str) -> str:
+    return "--" + PLURALS.get(name, name).replace("_", "-")
+
+
+def _metavar(section: str, name: str, field: FieldInfo) -> str:
+    words = [word for part in _alternatives(field.annotation) for word in _words(part)]
+    text = "|".join(words) or {int: "N", float: "X"}.get(_alternatives(field.annotation)[0], "NAME")
+    if name == "partition":
+        text += "|B1,B2,.."
+    return f"{text},.." if (section, name) in GRID else text
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of a union; a plain type is its own only member."""
+    if get_origin(annotation) in (None, Literal, tuple):
+        return [annotation]
+    return [float if get_origin(part) not in (None, Literal, tuple) else part for part in get_args(annotation)]
+
+
+def _words(annotation: Any) -> list[str]:
+    if annotation is type(None):
+        return []
+    return [str(word) for word in get_args(annotation)] if get_origin(annotation) is Literal else []
+
+
+# ------------------------------------------------------------------------------------------------- layers
+
+
+def read_bench(arguments: argparse.Namespace) -> Bench:
+    """The benchmark that the command line (and the TOML file it names) asks for. Raises UsageError."""
+    given: Settings = {}
+    for dest, value in vars(arguments).items():
+        section, _, name = dest.partition(".")
+        if section in SECTIONS and name:
+            given[section, name] = Setting(value, _flag(name))
+    if arguments.config is not None:
+        given = _read_toml(Path(arguments.config)) | given
+    preset = given.get(("bench", "preset"), Setting("small", ""))
+    if preset.value not in PRESETS:
+        raise UsageError(f"{preset.where} = {preset.value!r}: unknown{_close(str(preset.value), PRESETS)}")
+    settings = _base_settings(preset.value) | given
+    _adapt(settings, given)
+    options = BenchOptions(**_validated("bench", settings))
+    points = _grid(settings)
+    _check_corpora(points)
+    return Bench(options, points, bool(arguments.dry_run))
+
+
+def _base_settings(preset: str) -> Settings:
+    """What holds where the user says nothing: the preset, all frameworks, and two schedules to compare."""
+    settings: Settings = {
+        ("run", "framework"): Setting(list(FRAMEWORKS), "default"),
+        ("run", "schedule"): Setting(["gpipe", "1f1b"], "default"),
+    }
+    for section, values in PRESETS[preset].items():
+        for name, value in values.items():
+            settings[section, name] = Setting(value, f"preset {preset}, {name}")
+    return settings
+
+
+def _adapt(settings: Settings, given: Settings) -> None:
+    """Lets what the user did not give follow what they gave: the warm-up fits into the steps, the vocabulary is bytes."""
+    steps, warmup = settings.get(("train", "steps")), settings.get(("train", "warmup_steps"))
+    if steps and warmup and ("train", "warmup_steps") not in given:
+        # What is no number stays, for validation to say so.
+        shorter = min(warmup.value, int(steps.value)) if str(steps.value).isdigit() else warmup.value
+        settings["train", "warmup_steps"] = Setting(shorter, warmup.where)
+    tokenizer = settings.get(("run", "tokenizer"), Setting("bytes", ""))
+    if tokenizer.value == "bytes" and ("model", "vocab_size") not in given:
+        settings["model", "vocab_size"] = Setting(256, "tokenizer bytes")
+
+
+def _read_toml(path: Path) -> Settings:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}; right would be a readable TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not TOML: {error}") from None
+    settings: Settings = {}
+    top = {PLURALS.get(name, name): ("run", name) for name in RunConfig.model_fields if name not in ("model", "train")}
+    top |= {name: ("run", name) for name in PLURALS}
+    top |= {name: ("bench", name) for name in BenchOptions.model_fields}
+    for name, value in content.items():
+        if name in ("model", "train"):
+            if not isinstance(value, dict):
+                raise UsageError(f"{path}: {name} = {value!r}; right would be a table [{name}]")
+            for inner, inner_value in value.items():
+                if inner not in SECTIONS[name].model_fields:
+                    close = _close(inner, SECTIONS[name].model_fields)
+                    raise UsageError(f"{path}: [{name}] {inner}: unknown{close}")
+                settings[name, inner] = Setting(inner_value, f"{path}: [{name}] {inner}")
+        elif name in top:
+            settings[top[name]] = Setting(value, f"{path}: {name}")
+        else:
+            tables = [table for table in ("model", "train") if name in SECTIONS[table].model_fields]
+            hint = f"; right would be under [{tables[0]}]" if tables else _close(name, [*top, "model", "train"])
+            raise UsageError(f"{path}: {name}: unknown at the top level{hint}")
+    return settings
+
+
+# ------------------------------------------------------------------------------------------------- validation
+
+
+def _grid(settings: Settings) -> tuple[RunConfig, ...]:
+    """Every combination of the listed values, each validated before anything runs."""
+    axes = [[(key, value) for value in _listed(settings[key].value)] for key in GRID if key in settings]
+    points, errors = [], []
+    for combination in itertools.product(*axes):
+        chosen = settings | {key: Setting(value, settings[key].where) for key, value in combination}
+        try:
+            points.append(_point(chosen))
+        except UsageError as error:
+            errors.append(str(error))
+    if errors:
+        distinct = list(dict.fromkeys(errors))
+        more = f" (and {len(distinct) - 1} more points of the grid are impossible)" if len(distinct) > 1 else ""
+        raise UsageError(distinct[0] + more)
+    return tuple(dict.fromkeys(points))
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        return list(dict.fromkeys(word.strip() for word in value.split(",")))
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _point(settings: Settings) -> RunConfig:
+    model = TransformerSpec(**_validated("model", settings))
+    train = TrainSpec(**_validated("train", settings))
+    config = RunConfig(**_validated("run", settings, model=model, train=train))
+    where = settings[("run", "schedule")].where
+    try:
+        schedule = make_schedule(config.schedule, config.stages, train.micro_batches, config.chunks)
+    except ScheduleError as error:
+        guess = difflib.get_close_matches(config.schedule, GENERATORS, 1)
+        hint = f"; did you mean {guess[0]}?" if guess and guess[0] != config.schedule else ""
+        raise UsageError(f"{where}: {' '.join(str(error).split())}{hint}") from None
+    violations = validate(schedule)
+    if violations:
+        raise UsageError(
+            f"{where} = {config.schedule}: breaks {len(violations)} rules, the first: {violations[0]}; "
+            f"`triptych validate FILE` lists them all"
+        )
+    if config.executor == "native" and config.schedule not in NATIVE_SCHEDULES.get(config.framework, ()):
+        origin = settings[("run", "executor")].where
+        offered = "; ".join(f"{name} with {', '.join(schedules)}" for name, schedules in NATIVE_SCHEDULES.items())
+        raise UsageError(
+            f"{origin} = native: {config.framework} has no pipeline of its own with the schedule {config.schedule}; "
+            f"right would be {offered}"
+        )
+    return config
+
+
+def _validated(section: str, settings: Settings, **fixed: Any) -> dict[str, Any]:
+    """The section's values, checked. Raises UsageError with the first wrong one and its origin."""
+    model = SECTIONS[section]
+    values = {name: _from_text(model, name, setting.value) for (s, name), setting in settings.items() if s == section}
+    try:
+        return dict(model.model_validate(values | fixed))
+    except ValidationError as error:
+        item = error.errors()[0]
+        if not item["loc"]:  # a rule between fields; its message names them
+            raise UsageError(item["msg"].removeprefix("Value error, ")) from None
+        name = str(item["loc"][0])
+        where = settings[section, name].where
+        what = _wrong(model.model_fields[name], item)
+        raise UsageError(f"{where} = {_shown(values[name])}: {what}") from None
+
+
+def _from_text(model: type[BaseModel], name: str, value: Any) -> Any:
+    alternatives = _alternatives(model.model_fields[name].annotation)
+    if isinstance(value, str) and value.lower() == "none" and type(None) in alternatives:
+        return None
+    if isinstance(value, str) and name == "no_decay":
+        return tuple(word.strip() for word in value.split(",") if word.strip())
+    if isinstance(value, str) and name == "corpus":
+        return (value,)
+    return value
+
+
+def _wrong(field: FieldInfo, item: Any) -> str:
+    """What is wrong with a field's value, and what would be right."""
+    kind = str(item["type"])
+    if kind == "literal_error":
+        words = [word for part in _alternatives(field.annotation) for word in _words(part)]
+        return f"unknown{_close(str(item['input']), words)}"
+    if kind == "value_error":
+        return str(item["msg"]).removeprefix("Value error, ").partition("; ")[2] or str(item["msg"])
+    numbers = {int: "a whole number", float: "a number"}
+    number = next((numbers[part] for part in _alternatives(field.annotation) if part in numbers), None)
+    if number is None:
+        return str(item["msg"])
+    signs = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    bounds = [
+        f"{word} {getattr(limit, sign)}"
+        for limit in field.metadata
+        for sign, word in signs.items()
+        if hasattr(limit, sign)
+    ]
+    optional = " or none" if type(None) in _alternatives(field.annotation) else ""
+    return f"right would be {', '.join([number, ' and '.join(bounds)]) if bounds else number}{optional}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _close(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """`; right would be ...`: the closest known word, or all of them if they are few."""
+    names: Sequence[str] = list(known)
+    guesses = difflib.get_close_matches(word, names, 1)
+    if guesses:
+        others = [name for name in names if name != guesses[0]]
+        rest = f" (or {', '.join(others)})" if 0 < len(others) <= 6 else ""
+        return f"; right would be {guesses[0]}{rest}"
+    if otherwise:
+        return f"; {otherwise}"
+    return f"; right would be one of {', '.join(names)}"
+
+
+def _check_corpora(points: Sequence[RunConfig]) -> None:
+    """Reads every corpus once, so that a wrong path or a text that is too short is known before anything runs."""
+    distinct = {(c.corpus, c.tokenizer, c.model.vocab_size, c.model.context_length): c for c in points}
+    for config in distinct.values():
+        try:
+            corpus = load_corpus(config)
+        except CorpusError as error:
+            raise UsageError(f"--corpus: {error}") from None
+        largest = int(max(corpus.train.max(), corpus.held_out.max()))
+        if largest >= config.model.vocab_size:
+            raise UsageError(
+                f"vocab_size = {config.model.vocab_size}: the tokenizer {config.tokenizer!r} uses {largest + 1} tokens; "
+                f"right would be at least {largest + 1}"
+            )

@@ -1,0 +1,101 @@
+"""What a running benchmark shows: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+PLAIN_SECONDS = 10.0
+"""Time between two lines of the same run where there is no terminal."""
+
+
+class ProgressView(Protocol):
+    """Told about runs one after the other."""
+
+    def __enter__(self) -> ProgressView: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def start(self, name: str, steps: int) -> None: ...
+
+    def step(self, step: int, loss: float) -> None: ...
+
+    def finish(self, summary: str) -> None: ...
+
+
+def progress_view(console: Console, runs: int) -> ProgressView:
+    """The live bar where the console is a terminal, else plain lines."""
+    return LiveProgress(console, runs) if console.is_terminal else PlainProgress(console, runs)
+
+
+class LiveProgress:
+    """Two bars: the runs, and the steps of the present one with its framework, schedule and loss."""
+
+    def __init__(self, console: Console, runs: int) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self.all = self.bars.add_task("runs", total=runs, note="")
+        self.one = self.bars.add_task("", total=1, note="", visible=False)
+
+    def __enter__(self) -> LiveProgress:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def start(self, name: str, steps: int) -> None:
+        self.bars.reset(self.one, description=name, total=steps, note="starting", visible=True)
+
+    def step(self, step: int, loss: float) -> None:
+        self.bars.update(self.one, completed=step + 1, note=f"step {step + 1}, loss {loss:.4f}")
+
+    def finish(self, summary: str) -> None:
+        self.bars.console.print(summary, highlight=False, markup=False)
+        self.bars.advance(self.all)
+
+
+class PlainProgress:
+    """One line as a run starts, one every few seconds while it trains, one as it ends."""
+
+    def __init__(self, console: Console, runs: int) -> None:
+        self.console, self.runs = console, runs
+        self.started, self.name, self.steps, self.shown = 0, "", 0, 0.0
+
+    def __enter__(self) -> PlainProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def start(self, name: str, steps: int) -> None:
+        self.started, self.name, self.steps, self.shown = self.started + 1, name, steps, time.monotonic()
+        self._line(f"[{self.started}/{self.runs}] {name}: {steps} steps")
+
+    def step(self, step: int, loss: float) -> None:
+        if time.monotonic() - self.shown >= PLAIN_SECONDS:
+            self.shown = time.monotonic()
+            self._line(f"      {self.name}: step {step + 1} of {self.steps}, loss {loss:.4f}")
+
+    def finish(self, summary: str) -> None:
+        self._line(f"      {summary}")
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
