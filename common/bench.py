@@ -283,6 +283,9 @@ def print_dry_run(bench: Bench, console: Console) -> None:
     for config in plans.values():
         console.print(_plan_table(config))
         console.print()
+    console.print(
+        "MB: parameters alone; forward MFLOP and what a stage sends on are for one micro-batch\n", soft_wrap=True
+    )
     schedules = {(c.schedule, c.stages, c.train.micro_batches, c.chunks) for c in bench.points}
     for name, stages, micro_batches, chunks in sorted(schedules):
         console.print(f"{name}, {stages} stages, {micro_batches} micro-batches", style="bold", highlight=False)
@@ -291,7 +294,7 @@ def print_dry_run(bench: Bench, console: Console) -> None:
         except ScheduleError as error:
             console.print(f"not drawn: {error}\n", highlight=False)
     repeats = f" x {bench.options.repeats} repeats" if bench.options.repeats > 1 else ""
-    console.print(f"{len(bench.points)} runs{repeats}:", highlight=False)
+    console.print(f"runs ({len(bench.points)}{repeats}):", highlight=False)
     for config in bench.points:
         console.print(f"  {describe(config)}", highlight=False)
 
@@ -323,8 +326,6 @@ def _plan_table(config: RunConfig) -> Table:
             f"{flops / total:.1%}",
             f"{sends:,.1f}",
         )
-    table.caption = "MB: parameters alone; forward MFLOP and what a stage sends on: for one micro-batch"
-    table.caption_justify = "left"
     return table
 
 

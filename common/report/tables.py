@@ -11,6 +11,7 @@ import pandas as pd
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from common.report.result import RunResult
 
@@ -175,7 +176,7 @@ def print_table(rows: Sequence[Row], console: Console) -> bool:
     columns = columns_for(rows)
     table = _rich_table(rows, columns)
     dropped = False
-    while Measurement.get(console, console.options, table).minimum > console.width and any(c.keep for c in columns):
+    while _width(table, console) > console.width and any(column.keep for column in columns):
         least = min((column for column in columns if column.keep), key=lambda column: column.keep)
         columns.remove(least)
         table, dropped = _rich_table(rows, columns), True
@@ -183,10 +184,16 @@ def print_table(rows: Sequence[Row], console: Console) -> bool:
     return dropped
 
 
+def _width(table: Table, console: Console) -> int:
+    """Columns that the table needs to be shown unfolded."""
+    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+
+
 def _rich_table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.title, justify="right" if column.numeric else "left", no_wrap=True)
+        title = Text(column.title.replace("micro-", "micro- ").replace(" ", "\n", 1))
+        table.add_column(title, justify="right" if column.numeric else "left", no_wrap=True)
     for row in rows:
         style = None if row.ranked else ("dim" if row.status == "skipped" else "red")
         table.add_row(*(column.cell(row) for column in columns), style=style)

@@ -1,0 +1,39 @@
+# make install   an environment in .venv (CPU builds) and all that is needed
+# make bench     the benchmark; make bench ARGS="--preset tiny --stages 1,2" passes options to bench_all.py
+# make test      lint, types, tests; make test ARGS="-k parity" passes options to pytest
+# make clean     removes the environment and all caches; results stay
+
+# Where the package index has PyTorch with CUDA only (Linux on PyPI), this takes the CPU build instead:
+#   make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: install bench test clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "missing: Python 3.11, 3.12 or 3.13 (name one with make PYTHON=...)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "wrong Python: $(PYTHON) is not 3.11, 3.12 or 3.13" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "missing: the venv module of $(PYTHON) (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv with $(PYTHON): three frameworks, some minutes"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[cpu,dev]"
+	@touch $@
+
+bench: install
+	@$(BIN)/python bench_all.py $(ARGS)
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
