@@ -1,0 +1,40 @@
+"""`python -m tf_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for what cannot start."""
+
+from __future__ import annotations
+
+import sys
+
+from pydantic import ValidationError
+
+from common.runtime.job import JobFile
+from common.runtime.worker import run_jobs
+from common.spec import explain
+from tf_impl.devices import configure
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        return _refuse("usage: python -m tf_impl JOBS.json")
+    try:
+        jobs = JobFile.read(arguments[0])
+        largest = max((job.config for job in jobs.jobs), key=lambda config: config.stages)
+        configure(largest.stages, largest.threads, largest.device)
+        from tf_impl.engine import build_engine  # after `configure`, since it imports TensorFlow
+    except OSError as error:
+        return _refuse(f"{arguments[0]}: {error.strerror}; right would be a readable file of jobs")
+    except ValidationError as error:
+        return _refuse(f"{arguments[0]}: {explain(error)}")
+    except ImportError as error:
+        return _refuse(f"TensorFlow cannot be imported ({error}); right would be: pip install 'triptych[cpu]'")
+    except ValueError as error:
+        return _refuse(str(error))
+    return run_jobs(jobs, build_engine)
+
+
+def _refuse(line: str) -> int:
+    print(f"tf_impl: {line}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,127 @@
+"""Everything that must be set before TensorFlow starts, and what it says afterwards.
+
+TensorFlow reads its environment on import and fixes devices and thread pools with the first operation, so `configure`
+runs first and imports TensorFlow itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+def configure(stages: int, threads: int | None = None, device: str = "auto") -> None:
+    """Makes one logical device per stage, with `threads // stages` CPU threads each (default: all cores, shared evenly).
+
+    For parity oneDNN and TF32 are off, and so are the graph rewrites of Grappler: they merge operations across units
+    (additions of the residual stream, for one), so that bits would depend on where the model is cut.
+
+    Raises ValueError if `device` is "cuda" and TensorFlow sees no GPU.
+    """
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    tf.get_logger().setLevel("ERROR")  # a stage's functions are many by design, and each is traced once
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    threads_per_stage = max(1, (threads or os.cpu_count() or 1) // stages)
+    tf.config.threading.set_intra_op_parallelism_threads(threads_per_stage)
+    # A function that runs on one thread still starts on the pool's; two for each stage never make one wait.
+    tf.config.threading.set_inter_op_parallelism_threads(2 * stages if threads_per_stage == 1 else threads_per_stage)
+    if kind(device) == "GPU":
+        for gpu in tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.set_memory_growth(gpu, True)
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(stages)])
+
+
+def kind(device: str) -> str:
+    """ "CPU" or "GPU" for the request "auto", "cpu" or "cuda". Raises ValueError."""
+    import tensorflow as tf
+
+    has_gpu = bool(tf.config.list_physical_devices("GPU"))
+    if device == "cuda" and not has_gpu:
+        raise ValueError("device = 'cuda', but TensorFlow sees no GPU; right would be 'cpu' or 'auto'")
+    return "GPU" if has_gpu and device != "cpu" else "CPU"
+
+
+def stage_devices(stages: int, device: str = "auto") -> list[str]:
+    """The logical device of every stage. GPUs are dealt round, so that several stages may share one.
+
+    Raises ValueError if there are fewer logical CPU devices than stages.
+    """
+    import tensorflow as tf
+
+    found = [logical.name for logical in tf.config.list_logical_devices(kind(device))]
+    if kind(device) == "CPU" and len(found) < stages:
+        raise ValueError(
+            f"{stages} stages need {stages} logical devices, TensorFlow has {len(found)}; right would be "
+            f"tf_impl.devices.configure(stages={stages}) before the first TensorFlow operation"
+        )
+    return [found[s % len(found)] for s in range(stages)]
+
+
+def stage_strategies(devices: list[str]) -> list[tf.distribute.Strategy]:
+    """One strategy per stage, over that stage's device of every replica (here: one replica).
+
+    Reducing to one device keeps the strategies of different stages apart; collectives would share one group key.
+    """
+    import tensorflow as tf
+
+    reduction = tf.distribute.ReductionToOneDevice
+    return [tf.distribute.MirroredStrategy([device], cross_device_ops=reduction()) for device in devices]
+
+
+def one_core_per_stage() -> bool:
+    """Whether each stage is to compute on one core, as if it were a device of its own."""
+    import tensorflow as tf
+
+    options = tf.config.optimizer.get_experimental_options()
+    return tf.config.threading.get_intra_op_parallelism_threads() == 1 and options.get("disable_meta_optimizer", False)
+
+
+def stage_thread(device: str) -> contextlib.AbstractContextManager[Any]:
+    """What the thread of a stage runs in: its device and, with one core per stage, TensorFlow's executor on one thread.
+
+    The normal executor spreads independent operations over all cores, so that a lone stage would borrow those of the
+    idle ones, and the bubble would hardly show.
+    """
+    import tensorflow as tf
+    from tensorflow.python.eager import context  # no public name for the executor
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(tf.device(device))
+    if "CPU" in device and one_core_per_stage():
+        stack.enter_context(context.function_executor_type("SINGLE_THREADED_EXECUTOR"))
+    return stack
+
+
+def environment() -> dict[str, Any]:
+    """What TensorFlow says about itself."""
+    import keras
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
+    return {
+        "framework": "tensorflow",
+        "version": tf.__version__,
+        "keras": keras.__version__,
+        "python": platform.python_version(),
+        "device_kind": "cuda" if gpus else "cpu",
+        "device_name": names[0] if gpus else platform.processor() or platform.machine(),
+        "logical_devices": [device.name for device in tf.config.list_logical_devices("GPU" if gpus else "CPU")],
+        "threads_per_stage": tf.config.threading.get_intra_op_parallelism_threads(),
+        "inter_op_threads": tf.config.threading.get_inter_op_parallelism_threads(),
+        "one_core_per_stage": one_core_per_stage(),
+        "tf32": tf.config.experimental.tensor_float_32_execution_enabled(),
+        "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") != "0",
+        "graph_rewrites": not tf.config.optimizer.get_experimental_options().get("disable_meta_optimizer", False),
+    }

@@ -1,0 +1,47 @@
+"""`common.dropout` in TensorFlow's 64-bit integers: the same lines, the same bits, on the stage's own device."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from common.dropout import MASK32, MULTIPLIERS, mix, threshold
+
+
+class DropoutContext(NamedTuple):
+    """What the masks of one micro-batch depend on, besides their site. Tensors, so that one trace serves all steps."""
+
+    step_key: tf.Tensor  # () int64
+    samples: tf.Tensor  # (b,) int64, indices in the mini-batch
+
+
+def mix_tensor(x: tf.Tensor) -> tf.Tensor:
+    """`common.dropout.mix` of int64 values in [0, 2^32)."""
+    x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _int64(16)))
+    x = tf.bitwise.bitwise_and(x * MULTIPLIERS[0], _int64(MASK32))
+    x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _int64(15)))
+    x = tf.bitwise.bitwise_and(x * MULTIPLIERS[1], _int64(MASK32))
+    return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _int64(15)))
+
+
+def keep_mask(context: DropoutContext, site: int, shape: tf.TensorShape, probability: float) -> tf.Tensor:
+    """True where the element is kept; bool of `shape`, which is (b, ...) and static."""
+    site_key = mix_tensor(tf.bitwise.bitwise_xor(context.step_key, _int64(mix(site))))  # ()
+    row = mix_tensor(tf.bitwise.bitwise_xor(site_key, mix_tensor(context.samples)))  # (b,)
+    elements = mix_tensor(tf.range(math.prod(shape[1:]), dtype=tf.int64))  # (n,)
+    bits = mix_tensor(tf.bitwise.bitwise_xor(row[:, None], elements[None, :]))  # (b, n)
+    return tf.reshape(bits >= threshold(probability), shape)
+
+
+def dropout(x: tf.Tensor, probability: float, site: int, context: DropoutContext | None) -> tf.Tensor:
+    """Inverted dropout (Srivastava et al. 2014); `x` itself without a context or with probability 0."""
+    if context is None or probability == 0:
+        return x
+    kept = keep_mask(context, site, x.shape, probability)
+    return tf.where(kept, x * (1.0 / (1.0 - probability)), tf.zeros((), x.dtype))
+
+
+def _int64(value: int) -> tf.Tensor:
+    return tf.constant(value, tf.int64)

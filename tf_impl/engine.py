@@ -1,0 +1,115 @@
+"""The engine: the harness' view of a `GPipeModel`, in canonical names and NumPy arrays."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from common.data import Batch
+from common.parity import TensorKey
+from common.partition import plan_partition
+from common.runtime.engine import Arrays
+from common.runtime.executor import Event
+from common.schedule.generators import make_schedule
+from common.spec import RunConfig
+from common.weights import parameter_shapes, unit_names
+from tf_impl import devices
+from tf_impl.gpipe_model import GPipeModel
+from tf_impl.optimizer import make_optimizer
+from tf_impl.weights import export_gradients, export_weights, load_gradients, load_weights, named_parameters
+
+
+def build_engine(config: RunConfig) -> TensorFlowEngine:
+    """The engine of `config`. Raises ScheduleError or ValueError for a run that cannot be."""
+    return TensorFlowEngine(config)
+
+
+class TensorFlowEngine:
+    """All stages in this process, each with a thread of its own (`common.runtime.engine.Engine`).
+
+    Differs: the stages, threads and optimizers are those of the Keras model, so that the harness measures
+    what a Keras user gets.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        model, train = config.model, config.train
+        plan = plan_partition(config)
+        self.model = GPipeModel(
+            model,
+            config.stages,
+            train.micro_batches,
+            make_schedule(config.schedule, config.stages, train.micro_batches, config.chunks),
+            partition=plan.boundaries[1:-1],
+            device=config.device,
+            dtype=train.dtype,
+            seed=train.seed,
+        )
+        self.devices = tuple(range(config.stages))
+        self.model.build((None, model.context_length))
+        self._named = named_parameters(unit_names(model), self.model.units, model.tied_head)
+        not_decayed = [item.parameter for item in self._named if not train.decays(item.name)]
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        self.model.compile(make_optimizer(train, not_decayed), loss)
+        self._stage_of = {unit: plan.part_of(unit) for unit in unit_names(model)}
+
+    def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        load_weights(self._named, weights)
+        for chunk in self.model.chunks:
+            chunk.clear_gradients()
+        self.model.reset_optimizer()
+
+    def forward_backward(self, batch: Batch) -> float:
+        return self.model.forward_backward(batch.inputs, batch.targets, step=batch.step)
+
+    def apply_gradients(self, step: int) -> float:
+        self.model.optimizer.learning_rate = self.config.train.learning_rate_at(step)
+        return self.model.apply_gradients(step)
+
+    def evaluate(self, batch: Batch) -> float:
+        m = self.config.train.micro_batches
+        pieces = batch.micro_batches(m)
+        return math.fsum(float(self.model.summed_loss(self.model(p.inputs), p.targets, pieces=m)) for p in pieces)
+
+    def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
+        found = {}
+        for i, piece in enumerate(batch.micro_batches(self.config.train.micro_batches)):
+            for unit, output in zip(self._stage_of, self.model.unit_outputs(piece.inputs, batch.step, i), strict=True):
+                stage = self.model.schedule.location[self._stage_of[unit]][0]
+                found[TensorKey(batch.step, "forward", stage, i, unit, "output")] = output.numpy()
+        return found
+
+    def weights(self) -> Arrays:
+        return self._in_order(export_weights(self._named))
+
+    def gradients(self) -> Arrays:
+        return self._in_order(export_gradients(self._named, self.model.gradient_of))
+
+    def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
+        load_gradients(self._named, gradients, self.model.gradient_of)
+
+    def events(self) -> dict[int, list[Event]]:
+        return self.model.events
+
+    def environment(self) -> dict[str, Any]:
+        return devices.environment()
+
+    def peak_memory_bytes(self) -> dict[int, int]:
+        """As the protocol says; stages that share a GPU are counted together, under the first of them."""
+        names = self.model.stage_devices
+        if "GPU" in names[0]:
+            short = {name: name.split("device:")[-1] for name in names}
+            return {names.index(n): tf.config.experimental.get_memory_info(short[n])["peak"] for n in dict.fromkeys(names)}
+        return {0: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+    def close(self) -> None:
+        self.model.close()
+
+    def _in_order(self, found: Arrays) -> Arrays:
+        return {name: found[name] for name in parameter_shapes(self.config.model)}

@@ -1,0 +1,403 @@
+"""A Keras model that trains as a pipeline: `GPipeModel(layers, num_stages=4, num_micro_batches=8)`.
+
+    model = GPipeModel([Dense(256, "relu"), Dense(256, "relu"), Dense(10)], num_stages=3, num_micro_batches=4)
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    model.fit(dataset, validation_data=held_out, epochs=3)
+
+It is the synchronous pipeline of GPipe (Huang et al. 2019), with any schedule: the same weights as training the layers
+on one device, because a mini-batch's gradients are added up over its micro-batches before the optimizer sees them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from common.dropout import step_key
+from common.partition import even_boundaries
+from common.reference import clip_scale, global_norm
+from common.runtime.executor import Event, run_stage
+from common.schedule.action import Action, Schedule
+from common.schedule.generators import make_schedule
+from common.spec import TransformerSpec
+from common.weights import unit_names
+from tf_impl import devices
+from tf_impl.layers import Embedding, build_unit
+from tf_impl.optimizer import StageOptimizer, check_optimizer
+from tf_impl.stage import Channel, Chunk, Stage, apply_layer
+
+Result = TypeVar("Result")
+
+
+class GPipeModel(keras.Model):
+    """A row of Keras layers, or the Transformer of a `TransformerSpec`, cut over several devices.
+
+    `partition` gives the first layer of every virtual stage after the first; "even" spreads the layers evenly. `schedule` is a
+    name (gpipe, 1f1b, ...), `file:PATH`, or a `Schedule`. `dtype` and `seed` (of the dropout masks) are the
+    Transformer's; ordinary layers have their own. One logical device per stage must exist, see `tf_impl.devices.configure`.
+
+    Raises ValueError for more stages than layers, a partition that does not fit, missing devices, a layer that already has
+    weights (they would be on the wrong device) or comes twice; ScheduleError for a schedule that cannot be made.
+    """
+
+    def __init__(
+        self,
+        layers: TransformerSpec | Sequence[keras.layers.Layer],
+        num_stages: int,
+        num_micro_batches: int,
+        schedule: str | Schedule = "gpipe",
+        *,
+        num_chunks: int = 1,
+        partition: str | Sequence[int] = "even",
+        device: str = "auto",
+        dtype: str = "float32",
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        self.spec = layers if isinstance(layers, TransformerSpec) else None
+        self.seed = seed
+        if isinstance(layers, TransformerSpec):
+            self.units = [build_unit(layers, unit, dtype) for unit in unit_names(layers)]
+        else:
+            self.units = list(layers)
+            _check_layers(self.units)
+        if isinstance(schedule, str):
+            schedule = make_schedule(schedule, num_stages, num_micro_batches, num_chunks)
+        self.schedule = schedule
+        edges = _edges(self.spec, len(self.units), schedule.num_virtual_stages, partition)
+        names = devices.stage_devices(num_stages, device)
+        strategies = devices.stage_strategies(names)
+        self.chunks = [
+            Chunk(
+                self.units[edges[k] : edges[k + 1]],
+                strategies[schedule.location[k][0]],
+                is_first=k == 0,
+                is_last=k == schedule.num_virtual_stages - 1,
+            )
+            for k in range(schedule.num_virtual_stages)
+        ]
+        self.stages = [
+            Stage([self.chunks[schedule.virtual_stage(d, c)] for c in range(schedule.num_chunks)])
+            for d in range(num_stages)
+        ]
+        self.stage_devices = names
+        self.events: dict[int, list[Event]] = {}
+        """What the last `forward_backward` did, per device."""
+        self.before_action: Callable[[Action], None] = lambda action: None
+        """Called ahead of every action, on the stage's thread."""
+        self._strategies = strategies
+        self._threads = [ThreadPoolExecutor(1, f"stage-{d}") for d in range(num_stages)]
+        self._optimizers: list[StageOptimizer] = []
+        self._traced: dict[Any, list[Any]] = {}
+        self._reports = False
+
+    # ------------------------------------------------------------------------------------------- Keras' own methods
+
+    def build(self, input_shape: Sequence[int | None], dtype: str | None = None) -> None:
+        """Makes all weights, each on its stage's device. Called by the first step; needed before `load_weights`."""
+        if dtype is None:
+            dtype = "int32" if isinstance(self.units[0], Embedding | keras.layers.Embedding) else keras.config.floatx()
+        x = keras.KerasTensor((None, *input_shape[1:]), dtype)
+        for chunk in self.chunks:
+            x = chunk.build(x)
+        if self.losses:
+            raise ValueError("losses of layers (regularizers) are not supported; right would be weight_decay")
+        if self._tied is not None:
+            own, copy = self._tied
+            copy.assign(own)
+
+    def compile(
+        self,
+        optimizer: str | keras.optimizers.Optimizer = "adam",
+        loss: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+    ) -> None:
+        """As `keras.Model.compile`. Clipping by `global_clipnorm` is over all stages."""
+        if loss is None:
+            raise ValueError("compile needs a loss; right would be for example loss='mse'")
+        self._loss = _unreduced(loss)
+        self._reports = bool(metrics or weighted_metrics)
+        # Eager, since the step is Python's: it starts functions that are already traced, from several threads.
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            run_eagerly=True,
+            jit_compile=False,
+        )
+        check_optimizer(self.optimizer)
+        self._optimizers, self._traced = [], {}
+
+    def call(self, x: Any, training: bool = False) -> tf.Tensor:
+        """The forward pass alone, stage after stage, without dropout."""
+        if training:
+            raise ValueError("a pipeline trains in forward_backward, not in call(training=True)")
+        for chunk in self.chunks:
+            with tf.device(chunk.device):
+                x = chunk.evaluate(tf.identity(x))
+        return x
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        loss = self.forward_backward(x, y, sample_weight)
+        self.apply_gradients()
+        prediction = tf.concat(self._collected_predictions(), 0) if self._reports else None
+        return self._update_metrics(loss, x, y, prediction, sample_weight)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        self._ensure_built(x)
+        prediction = self(x)
+        loss = self.summed_loss(prediction, *_labels(y, sample_weight))
+        return self._update_metrics(loss, x, y, prediction, sample_weight)
+
+    def predict_step(self, data: Any) -> tf.Tensor:
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        self._ensure_built(x)
+        return self(x)
+
+    # ------------------------------------------------------------------------------------------- one training step
+
+    def forward_backward(self, x: Any, y: Any, sample_weight: Any = None, step: int | None = None) -> float:
+        """Runs the schedule over a mini-batch, replacing the gradients. Returns the mini-batch's loss.
+
+        `step` (default: the optimizer's) chooses the Transformer's dropout masks. Raises ValueError for a batch that does not
+        divide into micro-batches, RuntimeError before `compile`, and a failed stage's StageFailure.
+        """
+        if not self.compiled:
+            raise RuntimeError("the model has no optimizer and no loss yet; right would be compile(optimizer, loss)")
+        m = self.schedule.num_micro_batches
+        if len(x) % m:
+            raise ValueError(
+                f"a batch of {len(x)} samples cannot be cut into {m} equal micro-batches; right would be a multiple of {m} "
+                f"(drop_remainder=True where a data set is batched)"
+            )
+        self._ensure_built(x)
+        labels = _labels(y, sample_weight)
+        self._ensure_traced(x, labels)
+        context = self._dropout_context(len(x), int(self.optimizer.iterations) if step is None else step)
+        channel = Channel()
+
+        def walk(d: int) -> list[Event]:
+            try:
+                stage = self.stages[d]
+                for chunk in stage.chunks:
+                    chunk.clear_gradients()
+                first, last = (any(getattr(c, end) for c in stage.chunks) for end in ("is_first", "is_last"))
+                stage.begin(
+                    tf.split(tf.convert_to_tensor(x), m) if first else [],
+                    list(zip(*(tf.split(tf.convert_to_tensor(t), m) for t in labels), strict=True)) if last else [],
+                    [(tf.constant(key, tf.int64), tf.constant(samples)) for key, samples in context],
+                )
+
+                def before(action: Action) -> None:
+                    channel.check()
+                    self.before_action(action)
+
+                return run_stage(self.schedule, d, stage, channel, before)
+            except Exception as error:
+                channel.stop(error)
+                return []
+
+        self.events = dict(enumerate(self.on_all_stages(walk)))
+        if channel.failure is not None:
+            raise channel.failure
+        self._add_tied_gradients()
+        losses = self.stages[self.schedule.location[-1][0]].losses
+        return math.fsum(float(loss) for loss in losses.values())
+
+    def apply_gradients(self, step: int | None = None) -> float:
+        """Clips over all stages, then one optimizer step (default: the next). Returns the norm before clipping."""
+        if not self._optimizers:
+            self._optimizers = self._make_optimizers()
+        step = int(self.optimizer.iterations) if step is None else step
+        self.optimizer.iterations.assign(step)
+        rate = float(self.optimizer.learning_rate)
+        norm, scale = 0.0, 1.0
+        if self.optimizer.global_clipnorm is not None:
+            squares = self.on_all_stages(lambda d: self._optimizers[d].squared_norms())
+            norm = global_norm([square for stage in squares for square in stage])
+            scale = clip_scale(norm, self.optimizer.global_clipnorm)
+        self.on_all_stages(lambda d: self._optimizers[d].step(step, rate, scale))
+        self.optimizer.iterations.assign(step + 1)
+        return norm
+
+    def reset_optimizer(self) -> None:
+        """Forgets the optimizer's moments and steps."""
+        self.optimizer.iterations.assign(0)
+        for optimizer in self._optimizers:
+            optimizer.reset()
+
+    def summed_loss(self, prediction: tf.Tensor, *labels: tf.Tensor, pieces: int = 1) -> tf.Tensor:
+        """What one of `pieces` equal parts of a mini-batch adds to its loss.
+
+        Where Keras' loss is a mean, this is the sum over the part, divided by the count of the whole mini-batch: never a
+        mean of means.
+        """
+        function, is_mean = self._loss
+        values = function(labels[0], prediction)
+        if len(labels) == 2:
+            weight = tf.cast(labels[1], values.dtype)
+            values *= tf.reshape(weight, (*weight.shape, *[1] * (len(values.shape) - len(weight.shape))))
+        count = values.shape.num_elements() * pieces if is_mean else 1
+        return tf.reduce_sum(values) / count
+
+    def gradient_of(self, variable: keras.Variable) -> tf.Variable:
+        """Where the gradients of a weight are added up."""
+        return next(
+            gradient
+            for chunk in self.chunks
+            for own, gradient in zip(chunk.variables, chunk.gradients, strict=True)
+            if own is variable
+        )
+
+    def unit_outputs(self, x: Any, step: int, micro_batch: int) -> list[tf.Tensor]:
+        """The output of every layer for one micro-batch, with the dropout of a training step (to compare them)."""
+        m = self.schedule.num_micro_batches
+        context = [tf.constant(value, tf.int64) for value in self._dropout_context(len(x) * m, step)[micro_batch : micro_batch + 1] for value in value]
+        outputs = []
+        for chunk in self.chunks:
+            with tf.device(chunk.device):
+                for layer in chunk.layers:
+                    x = apply_layer(layer, tf.identity(x), chunk._split(context)[1], training=True)
+                    outputs.append(x)
+        return outputs
+
+    def on_all_stages(self, work: Callable[[int], Result]) -> list[Result]:
+        """Runs `work(device)` on the threads of all devices at once."""
+
+        def on_device(d: int) -> Result:
+            with devices.stage_thread(self.stage_devices[d]):
+                return work(d)
+
+        futures = [thread.submit(on_device, d) for d, thread in enumerate(self._threads)]
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """Ends the stages' threads; the model can no longer train."""
+        for thread in self._threads:
+            thread.shutdown()
+
+    # ------------------------------------------------------------------------------------------- inside
+
+    @property
+    def _tied(self) -> tuple[keras.Variable, keras.Variable] | None:
+        """The token embedding and the tied head's copy of it."""
+        if self.spec is None or not self.spec.tied_head:
+            return None
+        return self.units[0].token, self.units[-1].token
+
+    def _add_tied_gradients(self) -> None:
+        """The token embedding's gradient: that of its own use plus that of the head's copy, put in both."""
+        if self._tied is not None:
+            own, copy = (self.gradient_of(variable) for variable in self._tied)
+            own.assign_add(copy)
+            copy.assign(own)
+
+    def _make_optimizers(self) -> list[StageOptimizer]:
+        made = []
+        for d, stage in enumerate(self.stages):
+            pairs = [pair for chunk in stage.chunks for pair in zip(chunk.variables, chunk.gradients, strict=True)]
+            variables, gradients = [v for v, _ in pairs], [g for _, g in pairs]
+            counted = [g for v, g in pairs if self._tied is None or v is not self._tied[1]]
+            made.append(StageOptimizer(self.optimizer, self._strategies[d], variables, gradients, counted))
+        return made
+
+    def _ensure_built(self, x: Any) -> None:
+        if not self.built:
+            self.build(tuple(x.shape), keras.backend.standardize_dtype(x.dtype))
+
+    def _ensure_traced(self, x: Any, labels: Sequence[Any]) -> None:
+        """Traces and cuts every chunk, once for every shape of a batch."""
+        m, specs = self.schedule.num_micro_batches, []
+        for tensor in (x, *labels):
+            shape = (len(tensor) // m, *tensor.shape[1:])
+            specs.append(tf.TensorSpec(shape, tf.as_dtype(tensor.dtype)))
+        key = tuple(specs)
+        if key not in self._traced:
+            signature, traced = specs[0], []
+            context = []
+            if self._has_dropout:
+                context = [tf.TensorSpec((), tf.int64), tf.TensorSpec((len(x) // m,), tf.int64)]
+            for chunk in self.chunks:
+                extra = [*(specs[1:] if chunk.is_last else []), *context]
+
+                def loss(prediction: tf.Tensor, *labels: tf.Tensor) -> tf.Tensor:
+                    return self.summed_loss(prediction, *labels, pieces=m)
+
+                traced.append(chunk.trace([signature, *extra], loss, reports=self._reports and chunk.is_last))
+                signature = traced[-1].output
+            self._traced[key] = traced
+        for chunk, functions in zip(self.chunks, self._traced[key], strict=True):
+            chunk.functions = functions
+
+    @property
+    def _has_dropout(self) -> bool:
+        return self.spec is not None and self.spec.dropout > 0
+
+    def _dropout_context(self, batch_size: int, step: int) -> list[tuple[int, np.ndarray]]:
+        """Key and sample indices of every micro-batch; nothing without dropout."""
+        if not self._has_dropout:
+            return []
+        samples = np.split(np.arange(batch_size), self.schedule.num_micro_batches)
+        return [(step_key(self.seed, step), piece) for piece in samples]
+
+    def _collected_predictions(self) -> list[tf.Tensor]:
+        predictions = self.stages[self.schedule.location[-1][0]].predictions
+        return [predictions[i] for i in range(self.schedule.num_micro_batches)]
+
+    def _update_metrics(self, loss: Any, x: Any, y: Any, prediction: Any, sample_weight: Any) -> dict[str, Any]:
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss, sample_weight=len(x))
+            else:
+                metric.update_state(y, prediction, sample_weight=sample_weight)
+        return self.get_metrics_result()
+
+
+def _labels(y: Any, sample_weight: Any) -> list[Any]:
+    return [y] if sample_weight is None else [y, sample_weight]
+
+
+def _unreduced(loss: Any) -> tuple[Callable[[Any, Any], tf.Tensor], bool]:
+    """A Keras loss as a function that gives one value per element, and whether Keras takes their mean (else: sum)."""
+    found = keras.losses.get(loss)
+    if not isinstance(found, keras.losses.Loss):
+        return found, True
+    if found.reduction not in ("sum_over_batch_size", "mean", "sum"):
+        raise ValueError(f"loss reduction {found.reduction!r} is not supported; right would be sum_over_batch_size or sum")
+    return found.call, found.reduction != "sum"
+
+
+def _check_layers(layers: Sequence[keras.layers.Layer]) -> None:
+    for i, layer in enumerate(layers):
+        if layer.weights:
+            raise ValueError(f"layer {i} ({layer.name}) already has weights; right would be a new layer, not built yet")
+        if any(layer is other for other in layers[:i]):
+            raise ValueError(f"layer {i} ({layer.name}) comes twice; right would be two layers")
+
+
+def _edges(spec: TransformerSpec | None, num_layers: int, parts: int, partition: str | Sequence[int]) -> list[int]:
+    """The first layer of every virtual stage, and the number of layers."""
+    if parts > num_layers:
+        raise ValueError(f"{parts} virtual stages for {num_layers} layers; right would be at most {num_layers}")
+    if isinstance(partition, str):
+        if partition != "even":
+            raise ValueError(f"partition {partition!r}; right would be 'even' or boundaries such as [2, 5]")
+        inner = even_boundaries(spec.num_layers, parts) if spec else [k * num_layers // parts for k in range(1, parts)]
+    else:
+        inner = list(partition)
+    edges = [0, *inner, num_layers]
+    if len(inner) != parts - 1 or any(a >= b for a, b in itertools.pairwise(edges)):
+        raise ValueError(f"partition {inner} needs {parts - 1} increasing boundaries between 1 and {num_layers - 1}")
+    return edges

@@ -1,0 +1,156 @@
+"""The model as Keras layers.
+
+Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E = D / H, F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from common.dropout import site_number
+from common.spec import TransformerSpec
+from tf_impl.dropout import DropoutContext, dropout
+
+
+def gelu(x: tf.Tensor) -> tf.Tensor:
+    """The exact GELU (Hendrycks and Gimpel 2016).
+
+    `tf.nn.gelu` divides by a constant with 12 digits, `keras.ops.gelu` is the tanh approximation by default.
+    """
+    return 0.5 * x * (1.0 + tf.math.erf(x / math.sqrt(2.0)))
+
+
+class Unit(keras.layers.Layer):
+    """What a partition may not cut: `unit(x, context)`, in the precision of its `dtype`."""
+
+    def __init__(self, spec: TransformerSpec, name: str, dtype: str) -> None:
+        super().__init__(name=name.replace(".", "_"), dtype=dtype)
+        self.spec = spec
+        self.unit_name = name
+
+    def linear(self, units: int, name: str, bias: bool = True) -> keras.layers.Dense:
+        return keras.layers.Dense(units, use_bias=bias, name=name, dtype=self.dtype)  # kernel (in, out), as canonical
+
+    def layer_norm(self, name: str) -> keras.layers.LayerNormalization:
+        return keras.layers.LayerNormalization(epsilon=self.spec.norm_epsilon, name=name, dtype=self.dtype)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return tuple(input_shape)
+
+
+class Embedding(Unit):
+    """Token plus learned position."""
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        d = self.spec.d_model
+        self.token = self.add_weight(shape=(self.spec.vocab_size, d), initializer="random_normal", name="token")
+        self.position = self.add_weight(
+            shape=(self.spec.context_length, d), initializer="random_normal", name="position"
+        )
+
+    def call(self, tokens: tf.Tensor, context: DropoutContext | None = None) -> tf.Tensor:
+        x = tf.gather(self.token, tokens) + self.position[: tokens.shape[1]]  # (B, S, D)
+        return dropout(x, self.spec.dropout, site_number("embedding", 0), context)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return (*input_shape, self.spec.d_model)
+
+
+class Attention(Unit):
+    """Causal self-attention (Vaswani et al. 2017, section 3.2) with dropout on its weights."""
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        d = self.spec.d_model
+        self.query, self.key, self.value, self.projection = (
+            self.linear(d, "query"),
+            self.linear(d, "key", bias=False),
+            self.linear(d, "value"),
+            self.linear(d, "output"),
+        )
+        for layer in (self.query, self.key, self.value, self.projection):
+            layer.build(input_shape)
+
+    def call(self, x: tf.Tensor, context: DropoutContext | None = None) -> tf.Tensor:
+        s, d, h = x.shape[1], x.shape[2], self.spec.num_heads
+
+        def split(y: tf.Tensor) -> tf.Tensor:
+            return tf.transpose(tf.reshape(y, (-1, s, h, d // h)), (0, 2, 1, 3))
+
+        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))  # (B, H, S, E)
+        causal = tf.constant(np.triu(np.full((s, s), -np.inf), 1), self.dtype)  # (S, S), added
+        scores = tf.matmul(q, k, transpose_b=True) / math.sqrt(d // h) + causal  # (B, H, S, S)
+        weights = dropout(tf.nn.softmax(scores), self.spec.dropout, site_number(self.unit_name, 0), context)
+        mixed = tf.reshape(tf.transpose(tf.matmul(weights, v), (0, 2, 1, 3)), (-1, s, d))  # (B, S, D)
+        return self.projection(mixed)
+
+
+class FeedForward(Unit):
+    """Two linear layers with a GELU or ReLU between."""
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.up, self.down = self.linear(self.spec.d_ff, "up"), self.linear(self.spec.d_model, "down")
+        self.up.build(input_shape)
+        self.down.build((*input_shape[:-1], self.spec.d_ff))
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        hidden = self.up(x)  # (B, S, F)
+        return self.down(gelu(hidden) if self.spec.activation == "gelu" else tf.nn.relu(hidden))  # (B, S, D)
+
+
+class Block(Unit):
+    """A Transformer block, pre-norm `x + f(norm(x))` or post-norm `norm(x + f(x))`."""
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.norm_1, self.norm_2 = self.layer_norm("norm_1"), self.layer_norm("norm_2")
+        self.attention = Attention(self.spec, self.unit_name, self.dtype)
+        self.feed_forward = FeedForward(self.spec, self.unit_name, self.dtype)
+        for layer in (self.norm_1, self.attention, self.norm_2, self.feed_forward):
+            layer.build(input_shape)
+
+    def call(self, x: tf.Tensor, context: DropoutContext | None = None) -> tf.Tensor:
+        rate, name = self.spec.dropout, self.unit_name
+        if self.spec.norm == "pre":
+            x = x + dropout(self.attention(self.norm_1(x), context), rate, site_number(name, 1), context)
+            return x + dropout(self.feed_forward(self.norm_2(x)), rate, site_number(name, 2), context)
+        x = self.norm_1(x + dropout(self.attention(x, context), rate, site_number(name, 1), context))
+        return self.norm_2(x + dropout(self.feed_forward(x), rate, site_number(name, 2), context))
+
+
+class Head(Unit):
+    """The last norm (pre-norm only) and the logits. A tied head holds its own copy of the token embedding.
+
+    Differs: the loss is not in here but the `loss` that the Keras model is compiled with.
+    """
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.norm = self.layer_norm("norm") if self.spec.norm == "pre" else None
+        if self.norm is not None:
+            self.norm.build(input_shape)
+        if self.spec.tied_head:
+            shape = (self.spec.vocab_size, self.spec.d_model)
+            self.token = self.add_weight(shape=shape, initializer="random_normal", name="token")
+        else:
+            self.projection = self.linear(self.spec.vocab_size, "output", bias=False)
+            self.projection.build(input_shape)
+
+    def call(self, x: tf.Tensor, context: DropoutContext | None = None) -> tf.Tensor:
+        if self.norm is not None:
+            x = self.norm(x)
+        if not self.spec.tied_head:
+            return self.projection(x)  # (B, S, V)
+        logits = tf.matmul(tf.reshape(x, (-1, x.shape[2])), self.token, transpose_b=True)  # (B S, V)
+        return tf.reshape(logits, (-1, x.shape[1], self.spec.vocab_size))  # (B, S, V)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return (*input_shape[:-1], self.spec.vocab_size)
+
+
+def build_unit(spec: TransformerSpec, name: str, dtype: str) -> Unit:
+    """The unit of this name (see `common.weights.unit_names`), without weights yet: Keras makes them in `build`."""
+    if name == "embedding":
+        return Embedding(spec, name, dtype)
+    return Head(spec, name, dtype) if name == "head" else Block(spec, name, dtype)

@@ -1,0 +1,149 @@
+"""The optimizers of `TrainSpec` as Keras optimizers, and one device's copy of any Keras optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from common.spec import TrainSpec
+
+
+class AdamW(keras.optimizers.AdamW):
+    """Keras' AdamW with epsilon where the others have it.
+
+    Loshchilov and Hutter 2019: w -= rate x m_hat / (sqrt(v_hat) + epsilon). Keras has sqrt(v) + epsilon instead, before
+    the bias correction of v ("epsilon hat", Kingma and Ba 2015, section 2). Its fused kernel computes
+
+        w -= rate' x m / (sqrt(v) + epsilon')
+
+    which is the first formula for rate' = rate x sqrt(c2) / c1, epsilon' = epsilon x sqrt(c2), c = 1 - beta^t. Both are
+    computed in float64: in float32, 1 - 0.999^2 would keep only three digits.
+    """
+
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+        dtype, index = variable.dtype, self._get_variable_index(variable)
+        t = tf.cast(self.iterations, tf.float64) + 1.0
+        c1 = 1.0 - tf.pow(tf.constant(self.beta_1, tf.float64), t)
+        root = tf.sqrt(1.0 - tf.pow(tf.constant(self.beta_2, tf.float64), t))
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=tf.zeros((), dtype),  # its own bias correction, switched off
+            beta2_power=tf.zeros((), dtype),
+            lr=tf.cast(tf.cast(learning_rate, tf.float64) * root / c1, dtype),
+            beta1=tf.constant(self.beta_1, dtype),
+            beta2=tf.constant(self.beta_2, dtype),
+            epsilon=tf.cast(self.epsilon * root, dtype),
+            grad=gradient,
+        )
+
+
+class SGD(keras.optimizers.SGD):
+    """SGD with momentum as PyTorch has it: m = momentum x m + g + decay x w; w -= rate x m.
+
+    Keras' momentum holds the rate as well, so a changing rate gives other numbers, and its weight decay is decoupled.
+    """
+
+    def __init__(self, learning_rate: float = 0.01, momentum: float = 0.0, l2: float = 0.0, **options: Any) -> None:
+        super().__init__(learning_rate=learning_rate, momentum=momentum, **options)
+        self.l2 = l2
+
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+        rate = tf.cast(learning_rate, variable.dtype)
+        if self.l2 and self._use_weight_decay(variable):
+            gradient = gradient + self.l2 * variable
+        if self.momentum:
+            m = self.momentums[self._get_variable_index(variable)].value
+            self.assign(m, self.momentum * m + gradient)
+            gradient = m
+        self.assign_sub(variable, rate * gradient)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"l2": self.l2}
+
+
+def make_optimizer(train: TrainSpec, not_decayed: Sequence[keras.Variable]) -> keras.optimizers.Optimizer:
+    """The optimizer that `train` asks for; the variables in `not_decayed` have no weight decay."""
+    optimizer: keras.optimizers.Optimizer
+    if train.optimizer == "adamw":
+        optimizer = AdamW(
+            learning_rate=train.learning_rate,
+            beta_1=train.beta1,
+            beta_2=train.beta2,
+            epsilon=train.epsilon,
+            weight_decay=train.weight_decay or None,
+            global_clipnorm=train.clip_norm,
+        )
+    else:
+        optimizer = SGD(train.learning_rate, train.momentum, train.weight_decay, global_clipnorm=train.clip_norm)
+    optimizer.exclude_from_weight_decay(var_list=list(not_decayed))
+    return optimizer
+
+
+def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
+    """Raises ValueError for what a pipeline does in another way or not at all."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor:
+        raise ValueError("loss scaling is not supported; right would be bfloat16, which needs none")
+    if optimizer.gradient_accumulation_steps:
+        raise ValueError("gradient_accumulation_steps is not supported; right would be more micro-batches")
+    if optimizer.use_ema:
+        raise ValueError("use_ema is not supported; right would be use_ema=False")
+
+
+class StageOptimizer:
+    """A copy of `optimizer` for the weights on one device, with its slots beside them.
+
+    It never clips by the global norm, since it sees only a part of the gradients: the model does, over all stages.
+    """
+
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        strategy: tf.distribute.Strategy,
+        variables: Sequence[keras.Variable],
+        gradients: Sequence[tf.Variable],
+        counted: Sequence[tf.Variable],
+    ) -> None:
+        """`counted` are the gradients that the global norm is over: a tied weight's second copy is not."""
+        config = optimizer.get_config() | {"learning_rate": 0.0, "global_clipnorm": None}
+        with strategy.scope():
+            self.optimizer = type(optimizer).from_config(config)
+            for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+                if hasattr(optimizer, name):  # not part of the configuration
+                    setattr(self.optimizer, name, getattr(optimizer, name))
+            self.optimizer.build(variables)
+
+        @tf.function(autograph=False)
+        def squares() -> list[tf.Tensor]:
+            return [tf.reduce_sum(tf.square(tf.cast(g, tf.float64))) for g in counted]
+
+        @tf.function(autograph=False)
+        def update(scale: tf.Tensor | None) -> None:
+            def on_replica() -> None:
+                # An identity, since a variable's plain read has no device to be reduced to.
+                scaled = [tf.identity(g) if scale is None else g * tf.cast(scale, g.dtype) for g in gradients]
+                self.optimizer.apply(scaled, variables)
+
+            strategy.run(on_replica)
+
+        self._squares, self._update, self._is_empty = squares, update, not variables
+
+    def squared_norms(self) -> list[float]:
+        """Each tensor's sum of squared gradients, in float64."""
+        return [float(square) for square in self._squares()]
+
+    def step(self, step: int, learning_rate: float, scale: float) -> None:
+        """Updates the weights for `step` (from 0) with the gradients times `scale`."""
+        if not self._is_empty:
+            self.optimizer.iterations.assign(step)
+            self.optimizer.learning_rate = learning_rate
+            self._update(None if scale == 1 else tf.constant(scale, tf.float64))
+
+    def reset(self) -> None:
+        """Forgets all moments."""
+        for variable in self.optimizer.variables:
+            variable.assign(tf.zeros(variable.shape, variable.dtype))

@@ -1,0 +1,197 @@
+"""One device's part of the pipeline: `Stage` computes, `Channel` hands tensors from device to device.
+
+A stage calls the functions that `cut` made of its graph. Between the calls it holds what they pass on:
+
+    forward(i)          saved tensors of micro-batch i          dropped by backward or backward_input
+    backward_input(i)   what W needs of them, and of B          dropped by backward_weight
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import keras
+import tensorflow as tf
+
+from common.runtime.executor import Message
+from tf_impl.cut import StageFunctions, cut_stage
+from tf_impl.dropout import DropoutContext
+from tf_impl.layers import Unit
+
+SummedLoss = Callable[..., tf.Tensor]
+"""(prediction, *labels) -> what a micro-batch adds to the mini-batch's loss."""
+
+
+def apply_layer(layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext | None, training: bool) -> tf.Tensor:
+    """Calls a unit of the Transformer with its dropout context, any other Keras layer with `training`."""
+    return layer(x, context=context) if isinstance(layer, Unit) else layer(x, training=training)
+
+
+class Chunk:
+    """Consecutive layers of the model on one device, with the sums of their gradients: a virtual stage."""
+
+    def __init__(
+        self, layers: Sequence[keras.layers.Layer], strategy: tf.distribute.Strategy, is_first: bool, is_last: bool
+    ) -> None:
+        self.layers, self.strategy, self.is_first, self.is_last = list(layers), strategy, is_first, is_last
+        self.device: str = strategy.extended.worker_devices[0]
+        self.variables: list[keras.Variable] = []
+        self.gradients: list[tf.Variable] = []
+        self.functions: StageFunctions
+        self.evaluate = tf.function(self._evaluate, autograph=False)
+
+    def build(self, x: keras.KerasTensor) -> keras.KerasTensor:
+        """Makes the weights, on the chunk's device, for an input like `x`. Returns what the output is like."""
+        with self.strategy.scope():
+            for layer in self.layers:
+                x = layer(x)
+        self.variables = [variable for layer in self.layers for variable in layer.trainable_variables]
+        with tf.device(self.device):
+            zeros = [tf.zeros(v.shape, v.dtype) for v in self.variables]
+            self.gradients = [tf.Variable(zero, trainable=False, name="gradient") for zero in zeros]
+        return x
+
+    def trace(self, signature: Sequence[tf.TensorSpec], loss: SummedLoss, reports: bool) -> StageFunctions:
+        """The chunk's functions for (x, *labels, *dropout context). `reports`: the last one also gives its prediction."""
+        first, rest = (self.layers[0], self.layers[1:]) if self.is_first else (None, self.layers)
+
+        def run_first(x: tf.Tensor, *extra: tf.Tensor) -> tf.Tensor:
+            return apply_layer(first, x, self._split(extra)[1], training=True)
+
+        def run_rest(x: tf.Tensor, *extra: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+            labels, context = self._split(extra)
+            for layer in rest:
+                x = apply_layer(layer, x, context, training=True)
+            return (loss(x, *labels), [x] if reports else []) if self.is_last else (x, [])
+
+        def cut() -> StageFunctions:
+            variables = [self.strategy.experimental_local_results(v.value)[0] for v in self.variables]
+            return cut_stage(
+                run_first if self.is_first else None,
+                run_rest,
+                variables,
+                self.gradients,
+                signature,
+                self.device,
+                self.is_last,
+            )
+
+        with self.strategy.scope():
+            return cut()
+
+    def clear_gradients(self) -> None:
+        for gradient in self.gradients:
+            gradient.assign(tf.zeros(gradient.shape, gradient.dtype))
+
+    def _split(self, extra: Sequence[tf.Tensor]) -> tuple[Sequence[tf.Tensor], DropoutContext | None]:
+        """Labels and dropout context."""
+        with_dropout = any(isinstance(layer, Unit) and layer.spec.dropout > 0 for layer in self.layers)
+        return (extra[:-2], DropoutContext(*extra[-2:])) if with_dropout else (extra, None)
+
+    def _evaluate(self, x: tf.Tensor) -> tf.Tensor:
+        """The chunk without dropout, for any batch size."""
+        with tf.device(self.device):
+            for layer in self.layers:
+                x = apply_layer(layer, x, None, training=False)
+        return x
+
+
+class Stage:
+    """The chunks of one device, as `common.runtime.executor.run_stage` drives them."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self.chunks = chunks
+        self.begin([], [], [])
+
+    def begin(
+        self,
+        inputs: Sequence[tf.Tensor],
+        labels: Sequence[Sequence[tf.Tensor]],
+        contexts: Sequence[Sequence[tf.Tensor]],
+    ) -> None:
+        """Takes the micro-batches of a step: their inputs (first stage), labels (last) and dropout contexts."""
+        self._inputs, self._labels, self._contexts = inputs, labels, contexts
+        self._saved: dict[tuple[int, int], list[tf.Tensor]] = {}
+        self._waiting: dict[tuple[int, int], list[tf.Tensor]] = {}
+        self.losses: dict[int, tf.Tensor] = {}
+        self.predictions: dict[int, tf.Tensor] = {}
+
+    def forward(self, micro_batch: int, chunk: int, x: tf.Tensor | None) -> tf.Tensor | None:
+        part = self.chunks[chunk]
+        arguments = [self._inputs[micro_batch] if x is None else x]
+        if part.is_last:
+            arguments += self._labels[micro_batch]
+        if self._contexts:
+            arguments += self._contexts[micro_batch]
+        y, *results = part.functions.forward(*arguments)
+        reported = part.functions.num_reported
+        self._saved[micro_batch, chunk] = results[reported:]
+        if not part.is_last:
+            return y
+        self.losses[micro_batch] = y
+        if reported:
+            self.predictions[micro_batch] = results[0]
+        return None
+
+    def backward(self, micro_batch: int, chunk: int, gradient: tf.Tensor | None) -> tf.Tensor | None:
+        saved = self._saved.pop((micro_batch, chunk))
+        found = self.chunks[chunk].functions.backward(*_given(gradient), *saved)
+        return found[0] if found else None
+
+    def backward_input(self, micro_batch: int, chunk: int, gradient: tf.Tensor | None) -> tf.Tensor | None:
+        part, saved = self.chunks[chunk], self._saved.pop((micro_batch, chunk))
+        functions = part.functions
+        found = functions.backward_input(*_given(gradient), *(saved[i] for i in functions.saved_for_input))
+        if not part.is_first:
+            input_gradient, *found = found
+        self._waiting[micro_batch, chunk] = [*(saved[i] for i in functions.saved_for_weight), *found]
+        return None if part.is_first else input_gradient
+
+    def backward_weight(self, micro_batch: int, chunk: int) -> None:
+        self.chunks[chunk].functions.backward_weight(*self._waiting.pop((micro_batch, chunk)))
+
+
+def _given(gradient: tf.Tensor | None) -> tuple[tf.Tensor, ...]:
+    return () if gradient is None else (gradient,)
+
+
+class PipelineStopped(RuntimeError):
+    """Another stage has failed, so what this one waits for will never come."""
+
+
+class Channel:
+    """Hands tensors between the threads of one process; made anew for every pass.
+
+    A tensor moves to its receiver's device in `receive`, on the receiver's thread. Sends never wait.
+    """
+
+    def __init__(self) -> None:
+        self._mail: dict[Message, tf.Tensor] = {}
+        self._changed = threading.Condition()
+        self.failure: BaseException | None = None
+        """Why the pass was stopped: the first error of any stage."""
+
+    def send(self, message: Message, tensor: tf.Tensor, device: int) -> None:
+        with self._changed:
+            self._mail[message] = tensor
+            self._changed.notify_all()
+
+    def receive(self, message: Message, device: int) -> tf.Tensor:
+        """Raises PipelineStopped if a stage fails before the tensor is there."""
+        with self._changed:
+            self._changed.wait_for(lambda: message in self._mail or self.failure)
+            self.check()
+            tensor = self._mail.pop(message)
+        return tf.identity(tensor)  # on the thread's own device
+
+    def check(self) -> None:
+        """Raises PipelineStopped once a stage has failed."""
+        if self.failure is not None:
+            raise PipelineStopped("another stage failed")
+
+    def stop(self, failure: BaseException) -> None:
+        """Ends the pass for all stages; the first failure is kept."""
+        with self._changed:
+            self.failure = self.failure or failure
+            self._changed.notify_all()
