@@ -38,11 +38,11 @@ def config(
     framework: str, p: int, m: int, dtype: str, head: str, norm: str, activation: str, partition: str, dropout: float,
     schedule: str = "1f1b", steps: int = 100, chunks: int = 1, executor: str = "table",
 ) -> RunConfig:  # fmt: skip
-    """One run: a model with no square weights beside attention's, so that a wrong transpose cannot hide."""
+    """One run, with one CPU thread per stage: a kernel splits its sums by the number of threads, so bits depend on it."""
     return RunConfig.model_validate(
         {
             "framework": framework, "stages": p, "chunks": chunks, "schedule": schedule, "partition": partition,
-            "device": "cpu", "executor": executor,
+            "device": "cpu", "threads": p, "executor": executor,
             "model": {
                 "context_length": 12, "num_layers": 4, "d_model": 24, "num_heads": 2, "d_ff": 40, "norm": norm,
                 "activation": activation, "tied_head": head == "tied", "dropout": dropout,
