@@ -1,0 +1,1 @@
+"""The pipeline in PaddlePaddle: one process per stage, through fleet's pipeline API."""

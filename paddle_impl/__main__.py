@@ -1,0 +1,47 @@
+"""`python -m paddle_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for what cannot start.
+
+Differs: this process only starts one process per stage and waits for them (`paddle_impl.ranks`).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pydantic import ValidationError
+
+from common.runtime.job import JobFile
+from common.spec import explain
+from paddle_impl.devices import configure
+from paddle_impl.ranks import run_on_ranks
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        return _refuse("usage: python -m paddle_impl JOBS.json")
+    try:
+        jobs = JobFile.read(arguments[0]).jobs
+        first = jobs[0].config if jobs else None
+        if first is None:
+            return 0
+        if any((job.config.stages, job.config.device) != (first.stages, first.device) for job in jobs):
+            raise ValueError("the jobs of one file share stages and device; right would be one file for each")
+        configure(first.stages, first.threads, first.device)
+        import paddle_impl.engine  # noqa: F401  after `configure`, since it imports Paddle; the ranks inherit it
+    except OSError as error:
+        return _refuse(f"{arguments[0]}: {error.strerror}; right would be a readable file of jobs")
+    except ValidationError as error:
+        return _refuse(f"{arguments[0]}: {explain(error)}")
+    except ImportError as error:
+        return _refuse(f"PaddlePaddle cannot be imported ({error}); right would be: pip install 'triptych[cpu]'")
+    except ValueError as error:
+        return _refuse(str(error))
+    return run_on_ranks(jobs)
+
+
+def _refuse(line: str) -> int:
+    print(f"paddle_impl: {line}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,120 @@
+"""Where the stages run, and every setting of Paddle that changes numbers or speed.
+
+Differs: a stage is a process, so there is also `join_pipeline`, which makes a process one stage of fleet's pipeline.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def threads_per_stage(stages: int, threads: int | None) -> int:
+    """CPU threads of each stage when `threads` (default: all cores) are shared by `stages`."""
+    return max(1, (threads or len(os.sched_getaffinity(0))) // stages)
+
+
+def configure(stages: int, threads: int | None, device: str) -> None:
+    """Sets what must be set before Paddle computes anything. Raises ValueError for CUDA where there is none.
+
+    Paddle is imported in here, after the environment is set.
+    """
+    count = str(threads_per_stage(stages, threads))
+    os.environ.update(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count, OPENBLAS_NUM_THREADS=count)
+    os.environ.update(NVIDIA_TF32_OVERRIDE="0", FLAGS_cudnn_deterministic="1", FLAGS_embedding_deterministic="1")
+    os.environ.update(FLAGS_use_onednn="0")
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    warnings.filterwarnings("ignore", message="No ccache found")  # said by the import, needed for C++ extensions only
+    stage_devices(stages, device)
+
+
+def stage_devices(stages: int, device: str) -> list[str]:
+    """One device per stage, by Paddle's names: "cpu" or "gpu:0". Raises ValueError.
+
+    Differs: a GPU holds one stage only, since NCCL refuses two processes on one GPU.
+    """
+    import paddle
+
+    count = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    if device == "cuda" and not count:
+        raise ValueError("device = cuda, but this Paddle sees no CUDA device; right would be cpu or auto")
+    if device == "cpu" or not count:
+        return ["cpu"] * stages
+    if count < stages:
+        raise ValueError(f"stages = {stages}, but Paddle sees {count} GPUs and needs one a stage; right would be cpu")
+    return [f"gpu:{i}" for i in range(stages)]
+
+
+def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
+    """Makes this process stage `rank` of a pipeline whose processes listen at `endpoints` (host:port).
+
+    Waits until all have joined. Raises ConnectionError if one of them does not.
+    """
+    import paddle
+    from paddle.distributed import fleet
+    from paddle.distributed.fleet.utils.log_util import set_log_level
+
+    from paddle_impl import cpu_pipeline
+
+    set_log_level("ERROR")
+    warnings.filterwarnings("ignore", message="No shared comm will be constructed")  # any model without a tied head
+
+    name = stage_devices(len(endpoints), device)[rank]
+    os.environ.update(
+        PADDLE_TRAINER_ID=str(rank),
+        PADDLE_TRAINERS_NUM=str(len(endpoints)),
+        PADDLE_TRAINER_ENDPOINTS=",".join(endpoints),
+        PADDLE_CURRENT_ENDPOINT=endpoints[rank],
+        PADDLE_MASTER=endpoints[0],
+    )
+    if name == "cpu":
+        os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
+        cpu_pipeline.enable()
+    else:
+        os.environ.update(FLAGS_selected_gpus=name.removeprefix("gpu:"))
+    paddle.set_device(name)
+    strategy = fleet.DistributedStrategy()
+    strategy.hybrid_configs = {
+        "dp_degree": 1,
+        "mp_degree": 1,
+        "pp_degree": len(endpoints),
+        # Fleet would divide every micro-batch's loss by their number; ours is divided by the tokens already.
+        "pp_configs": {"delay_scale_loss": True},
+    }
+    fleet.init(is_collective=True, strategy=strategy, log_level="ERROR")
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of this process from now on."""
+    from paddle.base import core
+
+    core.set_num_threads(threads)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, threads and flags as Paddle reports them."""
+    import paddle
+
+    flags = paddle.get_flags(["FLAGS_use_onednn", "FLAGS_paddle_num_threads"])
+    kind = "cuda" if paddle.device.get_device().startswith("gpu") else "cpu"
+    return {
+        "framework": "paddle",
+        "version": paddle.__version__,
+        "python": platform.python_version(),
+        "device_kind": kind,
+        "device_name": paddle.device.cuda.get_device_name() if kind == "cuda" else _cpu_name(),
+        "threads_per_stage": flags["FLAGS_paddle_num_threads"],
+        "tf32": kind == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0",
+        "onednn": flags["FLAGS_use_onednn"],
+        "default_dtype": paddle.get_default_dtype(),
+    }
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()  # platform.processor() is empty on many Linux systems
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,155 @@
+"""The engine: this process' stage of fleet's pipeline. All processes call the same methods in the same order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import paddle
+from numpy.typing import NDArray
+from paddle.distributed import fleet
+
+from common.data import Batch
+from common.parity import TensorKey
+from common.partition import plan_partition
+from common.reference import clip_scale, global_norm
+from common.runtime.engine import Arrays
+from common.runtime.executor import Event
+from common.schedule.generators import make_schedule
+from common.spec import RunConfig
+from common.weights import TOKEN_EMBEDDING, parameter_shapes
+from paddle_impl import devices
+from paddle_impl.dropout import DropoutContext
+from paddle_impl.optimizer import Optimizer
+from paddle_impl.pipeline import StageLayers, build_pipeline, only_forward, tied_over_ranks
+from paddle_impl.stage import Mode, Stage
+from paddle_impl.weights import (
+    export_gradients,
+    export_weights,
+    load_gradients,
+    load_weights,
+    named_parameters,
+)
+
+
+def build_engine(config: RunConfig) -> PaddleEngine:
+    """The engine of `config`, after `devices.join_pipeline`. Raises ScheduleError or ValueError."""
+    return PaddleEngine(config)
+
+
+class PaddleEngine:
+    """One stage, in a process of its own (`common.runtime.engine.Engine`)."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+        if config.executor == "native" and (self.schedule.name != "1f1b" or config.chunks > 1):
+            raise ValueError(f"schedule = {config.schedule}; right for executor = native would be 1f1b, fleet's own")
+        group = fleet.get_hybrid_communicate_group()
+        if group.get_pipe_parallel_world_size() != config.stages:
+            raise ValueError(f"stages = {config.stages}; the processes have joined a pipeline of another length")
+        self._rank = group.get_stage_id()
+        self.devices = (self._rank,)
+        devices.set_threads(devices.threads_per_stage(config.stages, config.threads))
+        _forget_peak_memory()
+        paddle.set_default_dtype(config.train.dtype)
+        plan, context = plan_partition(config), DropoutContext()
+        layers = StageLayers(config, plan, self.schedule, context)
+        parts = [plan.parts[self.schedule.virtual_stage(self._rank, chunk)] for chunk in range(config.chunks)]
+        chunks = layers.chunks()
+        self._named = [
+            item
+            for part, units in zip(parts, chunks, strict=True)
+            for item in named_parameters(part, units, config.model.tied_head)
+        ]
+        self.stage = Stage(config.train, parts, chunks, self._named, context)
+        self.pipeline = build_pipeline(config, layers, self.schedule)
+        self._events: list[Event] = []
+        self._optimizer = Optimizer(config.train, self._named)
+
+    def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        load_weights(self._named, weights)
+        self._optimizer = Optimizer(self.config.train, self._named)
+
+    def forward_backward(self, batch: Batch) -> float:
+        self._begin(batch, Mode.TRAIN)
+        loss = self.pipeline.forward_backward_pipeline(self.pipeline.micro_batches())
+        self._events = self.pipeline.events
+        if self.config.model.tied_head and not tied_over_ranks(self.config.model, self.schedule):
+            self._add_tied_gradients()
+        return loss.item()
+
+    def apply_gradients(self, step: int) -> float:
+        """As the protocol says. The gradients are clipped in place: read them before."""
+        norm = global_norm(self._squared_norms())
+        self._optimizer.step(step, clip_scale(norm, self.config.train.clip_norm))
+        return norm
+
+    def evaluate(self, batch: Batch) -> float:
+        self._begin(batch, Mode.EVALUATE)
+        self.pipeline.walk(only_forward(self.schedule))
+        return self.pipeline._broadcast_final_loss().item()
+
+    def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
+        self._begin(batch, Mode.RECORD)
+        self.pipeline.walk(only_forward(self.schedule))
+        return {
+            TensorKey(batch.step, "forward", self._rank, i, unit, "output"): output.numpy().copy()
+            for (unit, i), output in self.stage.outputs.items()
+        }
+
+    def weights(self) -> Arrays:
+        return export_weights(self._named)
+
+    def gradients(self) -> Arrays:
+        """As the protocol says, until `apply_gradients` clips them in place."""
+        return export_gradients(self._named)
+
+    def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
+        load_gradients(self._named, gradients)
+
+    def events(self) -> dict[int, list[Event]]:
+        return {self._rank: self._events}
+
+    def environment(self) -> dict[str, Any]:
+        return devices.environment()
+
+    def peak_memory_bytes(self) -> dict[int, int]:
+        """As the protocol says. CPU: since this engine was built, where Linux lets the peak be reset."""
+        if paddle.device.get_device().startswith("gpu"):
+            return {self._rank: paddle.device.cuda.max_memory_allocated()}
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return {self._rank: next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))}
+
+    def close(self) -> None:
+        self.stage.in_flight.clear()
+        self.stage.waiting.clear()
+
+    def _begin(self, batch: Batch, mode: Mode) -> None:
+        self.stage.begin(batch, mode)
+        self.pipeline.begin_pass(self.stage)
+
+    def _squared_norms(self) -> list[float]:
+        """Every tensor's sum of squares, in canonical order, from all stages."""
+        own = self._optimizer.squared_norms()
+        squares = paddle.to_tensor([own.get(name, 0.0) for name in parameter_shapes(self.config.model)], "float64")
+        if self.config.stages > 1:
+            paddle.distributed.all_reduce(squares, group=self.pipeline.pp_group)  # all but one rank add 0
+        return squares.tolist()
+
+    def _add_tied_gradients(self) -> None:
+        """The token embedding's gradient: that of its own use plus that of the head's copy, put in both."""
+        embedding, copy = (item.parameter for item in self._named if item.name == TOKEN_EMBEDDING)
+        with paddle.no_grad():
+            embedding.grad.add_(copy.grad)
+            copy.grad.copy_(embedding.grad, True)
+
+
+def _forget_peak_memory() -> None:
+    """Makes the peak that the kernel keeps for this process start anew (proc(5), clear_refs)."""
+    if paddle.device.get_device().startswith("gpu"):
+        paddle.device.cuda.reset_max_memory_allocated()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,190 @@
+"""Fleet's pipeline and ours on top of it.
+
+    PipelineLayer       ◄── StageLayers      the units of one rank, placed as the schedule says
+    PipelineParallel    ◄── NativePipeline   fleet's own 1F1B, with float64 losses and a record of what ran when
+                        ◄── TablePipeline    the same layers, walking a schedule table
+
+Both pipelines are what `fleet.distributed_model` returns, so fleet's `train_batch` runs them too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import paddle
+from paddle import Tensor, nn
+from paddle.distributed import fleet
+from paddle.distributed.fleet import model as fleet_model
+from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer, PipelineParallel, SharedLayerDesc
+
+from common.partition import PartitionPlan
+from common.runtime.executor import Event, run_stage
+from common.schedule.action import Action, Op, Schedule
+from common.spec import RunConfig, TransformerSpec
+from common.weights import unit_names
+from paddle_impl.dropout import DropoutContext
+from paddle_impl.layers import Block, Embedding, Head
+from paddle_impl.stage import Channel, Stage
+
+
+class StageLayers(PipelineLayer):
+    """This rank's units, cut by our plan instead of fleet's `seg_method`.
+
+    Fleet takes explicit boundaries for one chunk per rank only, and knows no "vee". So the cut is made in the method
+    that fleet calls for it.
+    """
+
+    def __init__(self, config: RunConfig, plan: PartitionPlan, schedule: Schedule, context: DropoutContext) -> None:
+        self._plan, self._schedule = plan, schedule
+        super().__init__(
+            layers=unit_descriptions(config.model, context, tied_over_ranks(config.model, schedule)),
+            num_stages=schedule.num_devices,
+            topology=fleet.get_hybrid_communicate_group()._topo,
+            loss_fn=lambda logits, targets: self.loss(logits, targets),
+            seg_method=list(plan.boundaries) if schedule.num_chunks == 1 else "layer:Block",
+            num_virtual_pipeline_stages=schedule.num_chunks,
+        )
+
+    def _segment_network_for_interleave(self, seg_method: str) -> None:
+        self.segment_parts = list(self._plan.boundaries)
+        for chunk in range(self._schedule.num_chunks):
+            k = self._schedule.virtual_stage(self._stage_id, chunk)
+            self._start_poss.append(self.segment_parts[k])
+            self._end_poss.append(self.segment_parts[k + 1])
+
+    def chunks(self) -> list[list[nn.Layer]]:
+        """The units of every chunk of this rank, in the order of the model."""
+        return [list(chunk) for chunk in self.get_model_chunks() or [self.run_function]]
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """What fleet's own schedule calls after the head; the pipeline puts its stage's loss here."""
+        raise NotImplementedError
+
+
+def unit_descriptions(spec: TransformerSpec, context: DropoutContext, tied_over_ranks: bool) -> list[LayerDesc]:
+    """One description per unit; fleet builds those of this rank only.
+
+    A tied head's copy of the token embedding is shared by SharedLayerDesc, under a key, if the two are on different
+    ranks: both add the other's gradient to their own. On one rank SharedLayerDesc would make them one parameter, with
+    the gradients of both uses mixed in the order of the schedule; there they stay two, and the engine adds.
+    """
+
+    def describe(layer: type[nn.Layer], *arguments: Any) -> LayerDesc:
+        if tied_over_ranks and layer is not Block:
+            return SharedLayerDesc("token", layer, None, "tied_weight", spec, *arguments)
+        return LayerDesc(layer, spec, *arguments)
+
+    blocks = [LayerDesc(Block, spec, name, context) for name in unit_names(spec)[1:-1]]
+    return [describe(Embedding, context), *blocks, describe(Head)]
+
+
+def tied_over_ranks(spec: TransformerSpec, schedule: Schedule) -> bool:
+    """Whether the head is tied to an embedding on another rank."""
+    return spec.tied_head and schedule.location[0][0] != schedule.location[-1][0]
+
+
+class NativePipeline(PipelineParallel):
+    """Fleet's own 1F1B (`PipelineParallel.forward_backward_pipeline`), unchanged but for what it lacks.
+
+    It records its actions, sets the dropout masks of each micro-batch, and hands on losses of any precision: fleet's
+    broadcast sends all but float32 as float16.
+    """
+
+    config: RunConfig
+    schedule: Schedule
+    stage: Stage
+    events: list[Event]
+    _ready_seconds: float
+
+    def begin_pass(self, stage: Stage) -> None:
+        """Ties the pipeline to its stage, whose `begin` the engine has called."""
+        self.stage, self.events, self._ready_seconds = stage, [], time.perf_counter()
+        self._layers.loss = stage.loss
+
+    def walk(self, schedule: Schedule) -> None:
+        """This rank's line of the schedule, by our executor."""
+        shape = [*self.stage.tokens[0].shape, self.config.model.d_model]  # (b, S, D), what is sent at every cut
+        channel = Channel(schedule, self.stage_id, shape, self.config.train.dtype, self.pp_group)
+        self.events = run_stage(schedule, self.stage_id, self.stage, channel)
+
+    def micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What fleet's schedule reads. It reads once for the input and once for the target."""
+        reads = self.is_pipeline_first_stage(ignore_virtual=True) + self.is_pipeline_last_stage(ignore_virtual=True)
+        for piece in zip(self.stage.tokens, self.stage.targets, strict=True):
+            yield from [piece] * reads
+
+    def _forward_step(self, input_tensor: Any, micro_dataset: Any, chunk_id: Any = None, step_id: Any = None) -> Any:
+        start = time.perf_counter()
+        self.stage.prepare(step_id)
+        result = super()._forward_step(input_tensor, micro_dataset, chunk_id, step_id)
+        self._record(Action(Op.F, step_id), start)
+        return result
+
+    def _backward_step(
+        self, input_tensor: Any, output_tensor: Any, output_tensor_grad: Any, chunk_id: Any = None, step_id: Any = None
+    ) -> Any:
+        start = time.perf_counter()
+        result = super()._backward_step(input_tensor, output_tensor, output_tensor_grad, chunk_id, step_id)
+        self._record(Action(Op.BW, step_id), start)
+        return result
+
+    def _record(self, action: Action, start: float) -> None:
+        end = time.perf_counter()
+        self.events.append(Event(action, self._ready_seconds, start, end))
+        self._ready_seconds = end
+
+    def _broadcast_final_loss(self, return_micro_batch_loss: bool = False) -> Tensor:
+        """The mean loss () or, if asked, the micro-batches' shares of it (m,), float64, on every rank."""
+        shares = paddle.zeros([self.accumulate_steps], "float64")
+        for i, share in enumerate(self.stage.losses()):
+            shares[i] = share
+        if self.num_stages > 1:
+            paddle.distributed.all_reduce(shares, group=self.pp_group)  # all but one rank add 0
+        return shares if return_micro_batch_loss else shares.sum()
+
+
+class TablePipeline(NativePipeline):
+    """Fleet's pipeline, with our executor in place of its loop: any schedule, of F and BW or of F, B and W."""
+
+    def forward_backward_pipeline(
+        self,
+        data: Any,
+        scaler: Any = None,
+        static_scheduler: bool = False,
+        return_micro_batch_loss: bool = False,
+    ) -> Any:
+        """As fleet's, but `data` is unused: the stage has its mini-batch already. There is no loss scaling."""
+        if static_scheduler:
+            return " ".join(map(str, self.schedule.devices[self.stage_id]))
+        self.walk(self.schedule)
+        self._layers.allreduce_shared_weight_gradients()
+        return self._broadcast_final_loss(return_micro_batch_loss)
+
+
+def build_pipeline(config: RunConfig, layers: StageLayers, schedule: Schedule) -> NativePipeline:
+    """`fleet.distributed_model` with our class in the place of fleet's. Its strategy says how many micro-batches."""
+    strategy = fleet.fleet._user_defined_strategy
+    strategy.pipeline_configs = {
+        "accumulate_steps": config.train.micro_batches,
+        "micro_batch_size": config.train.micro_batch_size,
+    }
+    chosen = NativePipeline if config.executor == "native" else TablePipeline
+    if schedule.num_devices == 1:
+        # distributed_model takes another class for one process, one that can walk no table and records nothing.
+        pipeline = chosen(layers, fleet.get_hybrid_communicate_group(), strategy)
+    else:
+        names = ("PipelineParallel", "PipelineParallelWithInterleave", "PipelineParallelWithInterleaveFthenB")
+        with mock.patch.multiple(fleet_model, **dict.fromkeys(names, chosen)):
+            pipeline = fleet.distributed_model(layers)
+    pipeline.config, pipeline.schedule = config, schedule
+    return pipeline
+
+
+def only_forward(schedule: Schedule) -> Schedule:
+    """The forwards of a schedule, in its order."""
+    rows = tuple(tuple(action for action in row if action.op is Op.F) for row in schedule.devices)
+    return replace(schedule, devices=rows)

@@ -1,0 +1,195 @@
+"""One device's part of the pipeline: `Stage` computes, `Channel` moves tensors between the processes of the stages.
+
+F runs the chunk and keeps input and output for the backward, B and BW run Paddle's autograd from the output, and what B
+leaves of the weight gradients (`paddle_impl.split`) W adds later. A product is added to its weight's gradient when its
+W or BW runs, so schedules that keep the micro-batches' order give the same bits.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import paddle
+from paddle import Tensor, nn
+
+from common.data import Batch
+from common.dropout import step_key
+from common.runtime.executor import Message
+from common.schedule.action import Op, Schedule
+from common.schedule.dependencies import Step, sends_to
+from common.spec import TrainSpec
+from paddle_impl.dropout import DropoutContext
+from paddle_impl.layers import Head, summed_loss
+from paddle_impl.split import Product, defer_weight_gradients
+from paddle_impl.weights import NamedParameter
+
+
+class Mode(enum.Enum):
+    """What a pass over a mini-batch is for."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    """Only forward, without dropout."""
+    RECORD = "record"
+    """Only forward, with the dropout of a training step, keeping every unit's output."""
+
+
+@dataclass(slots=True)
+class Forward:
+    """What B needs of a micro-batch in flight."""
+
+    x: Tensor | None
+    output: Tensor  # the loss, or a tensor that is left without memory: the next stage has the values
+
+
+class Stage:
+    """The model chunks of one device (`common.runtime.executor.Stage`), for one mini-batch after another.
+
+    `chunks` are the units of each chunk, `parts` their names; the stage that holds the head computes the loss.
+    Differs: the units come from fleet's PipelineLayer, and `context` is the one that they share.
+    """
+
+    def __init__(
+        self,
+        train: TrainSpec,
+        parts: Sequence[Sequence[str]],
+        chunks: Sequence[Sequence[nn.Layer]],
+        named: Sequence[NamedParameter],
+        context: DropoutContext,
+    ) -> None:
+        self._train = train
+        self._parts, self._chunks, self._context = parts, chunks, context
+        self.named = named
+        self.in_flight: dict[tuple[int, int], Forward] = {}
+        """By (micro-batch, chunk): forward done, B not yet."""
+        self.waiting: dict[tuple[int, int], list[Product]] = {}
+        """By (micro-batch, chunk): B done, W not yet; the products for the weight gradients."""
+        self.outputs: dict[tuple[str, int], Tensor] = {}
+        """By (unit, micro-batch), in `Mode.RECORD`."""
+
+    def begin(self, batch: Batch, mode: Mode) -> None:
+        """Makes ready for a pass over `batch`; a training pass starts without gradients."""
+        pieces = batch.micro_batches(self._train.micro_batches)
+        self._mode = mode
+        self._num_tokens = batch.num_tokens
+        self._key = None if mode is Mode.EVALUATE else step_key(self._train.seed, batch.step)
+        self.tokens = [paddle.to_tensor(piece.inputs) for piece in pieces]  # (b, S) each
+        self.targets = [paddle.to_tensor(piece.targets) for piece in pieces]  # (b, S) each
+        self._samples = [paddle.to_tensor(piece.samples) for piece in pieces]  # (b,) each
+        self._losses: list[Tensor] = []
+        self.in_flight.clear()
+        self.waiting.clear()
+        self.outputs = {}
+        if mode is Mode.TRAIN:
+            for item in self.named:
+                item.parameter.clear_gradient(set_to_zero=False)
+
+    def losses(self) -> list[float]:
+        """Each micro-batch's share of the mean loss; empty without the head."""
+        return [loss.item() for loss in self._losses]
+
+    def prepare(self, micro_batch: int) -> None:
+        """Makes the dropout masks of the coming forward those of `micro_batch`."""
+        self._context.step_key, self._context.samples = self._key, self._samples[micro_batch]
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The micro-batch's share of the mean loss, also kept for `losses`."""
+        loss = summed_loss(logits, targets, self._num_tokens)
+        self._losses.append(loss.detach())
+        return loss
+
+    def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
+        """Runs the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
+        training = self._mode is Mode.TRAIN
+        self.prepare(micro_batch)
+        with paddle.set_grad_enabled(training):
+            if x is not None:
+                x.stop_gradient = not training
+            y = self.tokens[micro_batch] if x is None else x
+            for name, unit in zip(self._parts[chunk], self._chunks[chunk], strict=True):
+                y = unit(y)
+                if self._mode is Mode.RECORD:
+                    self.outputs[name, micro_batch] = y
+            has_loss = isinstance(unit, Head)
+            if has_loss:
+                y = self.loss(y, self.targets[micro_batch])
+        result = None if has_loss else y.detach()
+        if training:
+            if not has_loss:
+                y._clear_dataptr()  # the backward of a unit's last operation needs its inputs, not this
+            self.in_flight[micro_batch, chunk] = Forward(x, y)
+        return result
+
+    def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
+        """B and W at once."""
+        saved = self.in_flight.pop((micro_batch, chunk))
+        paddle.autograd.backward([saved.output], [gradient])
+        return None if saved.x is None else saved.x.grad
+
+    def backward_input(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
+        """B: from the output's gradient (b, S, D), None for the loss, to that of the input, None for tokens."""
+        saved = self.in_flight.pop((micro_batch, chunk))
+        self.waiting[micro_batch, chunk] = defer_weight_gradients(
+            lambda: paddle.autograd.backward([saved.output], [gradient])
+        )
+        return None if saved.x is None else saved.x.grad
+
+    def backward_weight(self, micro_batch: int, chunk: int) -> None:
+        """W: adds the products that B left over to the weight gradients."""
+        for add_product in self.waiting.pop((micro_batch, chunk)):
+            add_product()
+
+
+class Channel:
+    """Moves tensors between the processes of a pipeline, by fleet's process group; made anew for every pass.
+
+    Messages carry no address: a pair of processes exchanges them in order, and the order in which a device sends is
+    written in the schedule. One that comes before it is asked for is kept.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        device: int,
+        shape: Sequence[int],
+        dtype: str,
+        group: paddle.distributed.collective.Group,
+    ) -> None:
+        self._device, self._shape, self._dtype, self._group = device, list(shape), dtype, group
+        self._coming = {
+            sender: deque(message for message, to in sent_by(schedule, sender) if to == device)
+            for sender in range(schedule.num_devices)
+            if sender != device
+        }
+        self._arrived: dict[Message, Tensor] = {}
+
+    def send(self, message: Message, tensor: Tensor, device: int) -> None:
+        if device == self._device:
+            self._arrived[message] = tensor
+        else:
+            paddle.distributed.isend(tensor, dst=self._group.ranks[device], group=self._group)
+
+    def receive(self, message: Message, device: int) -> Tensor:
+        """Raises ConnectionError if the other process ends, KeyError for what `device` does not send."""
+        while message not in self._arrived:
+            if not self._coming.get(device):
+                raise KeyError(f"device {device} sends no {message}")
+            tensor = paddle.empty(self._shape, self._dtype)
+            paddle.distributed.recv(tensor, src=self._group.ranks[device], group=self._group)
+            self._arrived[self._coming[device].popleft()] = tensor
+        return self._arrived.pop(message)
+
+
+def sent_by(schedule: Schedule, device: int) -> list[tuple[Message, int]]:
+    """What `device` sends, in its order, each with the receiving device."""
+    sent = []
+    for action in schedule.devices[device]:
+        step = Step(action.op, action.micro_batch, schedule.virtual_stage(device, action.chunk))
+        to = sends_to(step, schedule.num_virtual_stages)
+        if to is not None:
+            kind = "activation" if action.op is Op.F else "gradient"
+            sent.append((Message(kind, action.micro_batch, to), schedule.location[to][0]))
+    return sent

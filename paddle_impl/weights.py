@@ -1,0 +1,100 @@
+"""Canonical names to Paddle's parameters, one by one, and NumPy arrays in and out of them.
+
+Differs: nothing is transposed. Paddle's Linear stores (in, out), which is the canonical shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import paddle
+from numpy.typing import NDArray
+from paddle import Tensor, nn
+
+from common.weights import TOKEN_EMBEDDING
+from paddle_impl.layers import Block, Embedding, Head
+
+
+class NamedParameter(NamedTuple):
+    """A parameter and its canonical name."""
+
+    name: str
+    parameter: Tensor
+    is_copy: bool = False
+    """A tied head's copy of the token embedding; the embedding's own comes first in the model."""
+
+
+def named_parameters(part: Sequence[str], units: Sequence[nn.Layer], tied_head: bool) -> list[NamedParameter]:
+    """Every parameter of `units`, whose names are `part`, in canonical order."""
+    named: list[NamedParameter] = []
+    for name, unit in zip(part, units, strict=True):
+        match unit:
+            case Embedding():
+                named += [
+                    NamedParameter(TOKEN_EMBEDDING, unit.token.weight),
+                    NamedParameter("embedding.position.weight", unit.position.weight),
+                ]
+            case Block():
+                named += _block_parameters(name, unit)
+            case Head():
+                if isinstance(unit.norm, nn.LayerNorm):
+                    named += [
+                        NamedParameter("head.norm.weight", unit.norm.weight),
+                        NamedParameter("head.norm.bias", unit.norm.bias),
+                    ]
+                if tied_head:
+                    named.append(NamedParameter(TOKEN_EMBEDDING, unit.tied_weight, is_copy=True))
+                else:
+                    named.append(NamedParameter("head.output.weight", unit.output.weight))
+    return named
+
+
+def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
+    attention, feed_forward = block.attention, block.feed_forward
+    return [
+        NamedParameter(f"{name}.norm_1.weight", block.norm_1.weight),
+        NamedParameter(f"{name}.norm_1.bias", block.norm_1.bias),
+        NamedParameter(f"{name}.attention.query.weight", attention.query.weight),
+        NamedParameter(f"{name}.attention.query.bias", attention.query.bias),
+        NamedParameter(f"{name}.attention.key.weight", attention.key.weight),
+        NamedParameter(f"{name}.attention.value.weight", attention.value.weight),
+        NamedParameter(f"{name}.attention.value.bias", attention.value.bias),
+        NamedParameter(f"{name}.attention.output.weight", attention.output.weight),
+        NamedParameter(f"{name}.attention.output.bias", attention.output.bias),
+        NamedParameter(f"{name}.norm_2.weight", block.norm_2.weight),
+        NamedParameter(f"{name}.norm_2.bias", block.norm_2.bias),
+        NamedParameter(f"{name}.feed_forward.up.weight", feed_forward.up.weight),
+        NamedParameter(f"{name}.feed_forward.up.bias", feed_forward.up.bias),
+        NamedParameter(f"{name}.feed_forward.down.weight", feed_forward.down.weight),
+        NamedParameter(f"{name}.feed_forward.down.bias", feed_forward.down.bias),
+    ]
+
+
+@paddle.no_grad()
+def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Copies canonical arrays into the parameters. Raises KeyError for a missing one."""
+    for item in named:
+        item.parameter.set_value(_checked(arrays[item.name], item))
+
+
+def load_gradients(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Makes canonical arrays the parameters' gradients. Raises KeyError for a missing one."""
+    for item in named:
+        item.parameter.grad = paddle.to_tensor(_checked(arrays[item.name], item))
+
+
+def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
+    """The weights as canonical arrays of their own memory."""
+    return {item.name: item.parameter.numpy().copy() for item in named}
+
+
+def export_gradients(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
+    """The gradients as canonical arrays of their own memory."""
+    return {item.name: item.parameter.grad.numpy().copy() for item in named}
+
+
+def _checked(array: NDArray[Any], item: NamedParameter) -> NDArray[Any]:
+    if list(array.shape) != list(item.parameter.shape):
+        raise ValueError(f"{item.name} has shape {list(item.parameter.shape)}, the array {list(array.shape)}")
+    return array
