@@ -10,7 +10,7 @@ import pytest
 
 from common.parity import Comparison, TensorKey, compare
 from common.schedule.generators import make_schedule
-from common.spec import FRAMEWORKS
+from common.spec import FRAMEWORKS, RunConfig
 from tests.parity.ladder import CASES, Run, config, expected, first_different_bits, run_probes
 
 Ladder = Callable[[str], dict[str, Run]]
@@ -47,7 +47,10 @@ def test_against_the_oracle(framework: str, case: str, ladder: Ladder, judge: Ju
 @every_framework
 @every_case
 def test_executed_equals_planned(framework: str, case: str, ladder: Ladder) -> None:
-    one, run = config(framework, *CASES[case]), ladder(framework)[case]
+    assert_executed_equals_planned(config(framework, *CASES[case]), ladder(framework)[case])
+
+
+def assert_executed_equals_planned(one: RunConfig, run: Run) -> None:
     schedule = make_schedule(one.schedule, one.stages, one.train.micro_batches, one.chunks)
     for step in (0, one.train.steps - 1):
         done = {
@@ -74,6 +77,11 @@ VARIANTS: dict[str, tuple[int, str, str, int]] = {
     "uneven": (2, "1", "1f1b", 1),
     "four": (4, "even", "1f1b", 1),
     "four-uneven": (4, "1,2,3", "gpipe", 1),
+    "interleaved": (2, "even", "interleaved", 2),
+    "interleaved-uneven": (2, "1,2,4", "interleaved", 2),
+    "zb-h1": (4, "even", "zb-h1", 1),
+    "zb-h2": (2, "even", "zb-h2", 1),
+    "zb-v": (2, "even", "zb-v", 2),
 }
 
 
@@ -93,6 +101,8 @@ def test_every_schedule_and_partition_gives_the_same_bits(
         for name, (p, partition, schedule, chunks) in VARIANTS.items()
     }  # fmt: skip
     runs = run_probes(configs, tmp_path / "runs")
+    for name, run in runs.items():
+        assert_executed_equals_planned(configs[name], run)
     different = {name: first_different_bits(runs["one-stage"], run) for name, run in runs.items()}
     assert not any(different.values()), {name: where for name, where in different.items() if where}
 
