@@ -232,7 +232,7 @@ def explain(error: ValidationError) -> str:
         message = item["msg"].removeprefix("Value error, ")
         shown = (
             ""
-            if isinstance(item["input"], dict | BaseModel) or item["type"] == "value_error"
+            if isinstance(item["input"], dict | BaseModel) or item["type"] in ("value_error", "json_invalid")
             else f" = {item['input']!r}"
         )
         lines.append(f"{field}{shown}: {message}")

@@ -24,7 +24,7 @@ from common.schedule.generators import make_schedule
 from common.spec import RunConfig
 from common.weights import TOKEN_EMBEDDING, parameter_shapes, unit_names
 from torch_impl import devices
-from torch_impl.optimizer import Optimizer
+from torch_impl.optimizer import StageOptimizer
 from torch_impl.stage import Channel, Mode, Stage
 from torch_impl.weights import (
     export_gradients,
@@ -168,11 +168,11 @@ class TorchEngine:
         self._on(copy[0], lambda: copy[1].copy_(own[1]))
 
     def _reset_optimizers(self) -> None:
-        def reset(d: int) -> Optimizer:
+        def reset(d: int) -> StageOptimizer:
             stage = self.stages[d]
             for item in stage.named:
                 item.parameter.grad.zero_()
-            return Optimizer(self.config.train, stage.named)
+            return StageOptimizer(self.config.train, stage.named)
 
         self._optimizers = self._on_all(reset)
 

@@ -10,7 +10,7 @@ from common.spec import TrainSpec
 from torch_impl.weights import NamedParameter
 
 
-class Optimizer:
+class StageOptimizer:
     """AdamW (Loshchilov and Hutter 2019: decay first, epsilon after the bias correction) or SGD over `named`.
 
     Gradients are clipped in place. A tied weight's copies get the same gradient and so stay equal, bit for bit.

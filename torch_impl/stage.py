@@ -59,6 +59,18 @@ class Forward:
     taps: list[Tap]
 
 
+@dataclass(slots=True)
+class Pass:
+    """A mini-batch on its way through a stage, cut into micro-batches."""
+
+    mode: Mode
+    num_tokens: int
+    tokens: list[Tensor]  # (b, S) each
+    targets: list[Tensor]  # (b, S) each
+    contexts: list[DropoutContext | None]
+    losses: list[Tensor]  # scalars, in the order of the schedule
+
+
 class Chunk(nn.Module):
     """Consecutive units of the model, with the places where their weight gradients are tapped."""
 
@@ -111,15 +123,17 @@ class Stage:
         """Makes ready for a pass over `batch`; a training pass starts with zero gradients."""
         pieces = batch.micro_batches(self.config.train.micro_batches)
         key = step_key(self.config.train.seed, batch.step)
-        self._mode = mode
-        self._num_tokens = batch.num_tokens
-        self._tokens = [torch.from_numpy(piece.inputs).to(self.device) for piece in pieces]  # (b, S) each
-        self._targets = [torch.from_numpy(piece.targets).to(self.device) for piece in pieces]  # (b, S) each
-        self._contexts = [
-            None if mode is Mode.EVALUATE else DropoutContext(key, torch.from_numpy(piece.samples).to(self.device))
-            for piece in pieces
-        ]
-        self._losses: list[Tensor] = []
+        self._pass = Pass(
+            mode,
+            batch.num_tokens,
+            [torch.from_numpy(piece.inputs).to(self.device) for piece in pieces],
+            [torch.from_numpy(piece.targets).to(self.device) for piece in pieces],
+            [
+                None if mode is Mode.EVALUATE else DropoutContext(key, torch.from_numpy(piece.samples).to(self.device))
+                for piece in pieces
+            ],
+            [],
+        )
         self.in_flight.clear()
         self.waiting.clear()
         self.outputs = {}
@@ -128,24 +142,22 @@ class Stage:
 
     def losses(self) -> list[float]:
         """Each micro-batch's share of the mean loss; empty without the head."""
-        return [loss.item() for loss in self._losses]
+        return [loss.item() for loss in self._pass.losses]
 
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
         """Runs the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
-        module = self.chunks[chunk]
-        with torch.set_grad_enabled(self._mode is Mode.TRAIN):
-            if x is not None and self._mode is Mode.TRAIN:
-                x.requires_grad_()
-            y = self._tokens[micro_batch] if x is None else x
+        module, now = self.chunks[chunk], self._pass
+        has_loss = module.part[-1] == "head"
+        with torch.set_grad_enabled(now.mode is Mode.TRAIN):
+            y = now.tokens[micro_batch] if x is None else x.requires_grad_(now.mode is Mode.TRAIN)
             for name, unit in zip(module.part, module.units, strict=True):
-                y = unit(y, self._contexts[micro_batch])
-                if self._mode is Mode.RECORD:
+                y = unit(y, now.contexts[micro_batch])
+                if now.mode is Mode.RECORD:
                     self.outputs[name, micro_batch] = y
-            has_loss = module.part[-1] == "head"
             if has_loss:
-                y = summed_loss(y, self._targets[micro_batch], self._num_tokens)
-                self._losses.append(y.detach())
-        if self._mode is Mode.TRAIN:
+                y = summed_loss(y, now.targets[micro_batch], now.num_tokens)
+                now.losses.append(y.detach())
+        if now.mode is Mode.TRAIN:
             self.in_flight[micro_batch, chunk] = Forward(x, get_gradient_edge(y), module.take_taps())
         self._finish()
         return None if has_loss else y.detach()
