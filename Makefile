@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "missing: Python 3.11, 3.12 or 3.13 (name one with make PYTHON=...)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "wrong Python: $(PYTHON) is not 3.11, 3.12 or 3.13" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "missing: the venv module of $(PYTHON) (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "installing into .venv with $(PYTHON): three frameworks, some minutes"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[cpu,dev]"
 	@touch $@

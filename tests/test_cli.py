@@ -1,0 +1,236 @@
+"""What a user types and sees: options, precedence, wrong input, exit status, interruption."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from common import cli
+from common.config import Bench, Parser, UsageError, add_options, read_bench
+from common.report.result import RunResult
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--preset", "tiny", "--steps", "3", "--schedules", "1f1b"]
+
+
+def bench(*argv: str) -> Bench:
+    parser = Parser(prog="bench_all.py")
+    add_options(parser)
+    return read_bench(parser.parse_args(argv))
+
+
+def config_file(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "bench.toml"
+    path.write_text(text)
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------- right input
+
+
+def test_the_default_compares_all_frameworks_over_two_stages() -> None:
+    points = bench().points
+    assert [(c.framework, c.schedule) for c in points] == [
+        (framework, schedule) for schedule in ("gpipe", "1f1b") for framework in ("torch", "tensorflow", "paddle")
+    ]
+    assert {c.stages for c in points} == {2}
+
+
+def test_lists_make_a_grid() -> None:
+    points = bench("--preset", "tiny", "--stages", "1,2,4", "--micro-batches", "4,8", "--dtype", "float64").points
+    assert len(points) == len(set(points)) == 3 * 2 * 3 * 2
+    assert {(c.stages, c.train.micro_batches) for c in points} == {(p, m) for p in (1, 2, 4) for m in (4, 8)}
+
+
+def test_precedence_is_preset_then_file_then_command_line(tmp_path: Path) -> None:
+    toml = 'preset = "tiny"\nstages = [1, 2]\nschedules = "gpipe"\nrepeats = 3\n[model]\nd_model = 48\nnum_heads = 3\n'
+    toml += "[train]\nsteps = 7\nclip_norm = 'none'\n"
+    found = bench("--config", config_file(tmp_path, toml), "--steps", "5")
+    config = found.points[0]
+    assert (config.model.num_layers, config.model.d_model, config.train.steps) == (2, 48, 5)  # preset, file, line
+    assert (config.train.clip_norm, found.options.repeats, {c.stages for c in found.points}) == (None, 3, {1, 2})
+
+
+def test_every_field_of_the_specification_is_an_option() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    text = parser.format_help()
+    for flag in ("--d-model", "--tied-head", "--learning-rate-schedule", "--no-decay", "--partition", "--corpus"):
+        assert flag in text
+    point = bench("--framework", "torch", "--tied-head", "--no-decay", "*.bias", "--partition", "1").points[0]
+    assert (point.model.tied_head, point.train.no_decay, point.partition) == (True, ("*.bias",), (1,))
+
+
+def test_the_warm_up_of_a_preset_follows_fewer_steps() -> None:
+    assert bench("--steps", "2").points[0].train.warmup_steps == 2
+
+
+# ------------------------------------------------------------------------------------------------- wrong input
+
+WRONG = {
+    "--preset tinny": "--preset = 'tinny': unknown; right would be tiny",
+    "--frameworks torch,jax": "--frameworks = 'jax': unknown; right would be one of torch, tensorflow, paddle",
+    "--frameworks tensorfow": "right would be tensorflow",
+    "--schedules gpip": "did you mean gpipe?",
+    "--schedules file:/no/such": "/no/such",
+    "--stages 9": "right would be at most 8",
+    "--stages 0": "--stages = '0': right would be a whole number, at least 1",
+    "--stages two": "--stages = 'two': right would be a whole number, at least 1",
+    "--stages 1.5": "--stages = '1.5': right would be a whole number, at least 1",
+    "--stages 2 4": "'4': belongs to no option; a list takes commas",
+    "--micro-batches 3": "right would be one of [1, 2, 4, 8, 16]",
+    "--dtype float16": "right would be float64 (or float32)",
+    "--norm per": "--norm = 'per': unknown; right would be pre (or post)",
+    "--d-model 100": "num_heads = 8 does not divide d_model = 100",
+    "--d-modle 64": "--d-modle: unknown option; right would be --d-model",
+    "--learning-rate fast": "--learning-rate = 'fast': right would be a number, more than 0.0",
+    "--learning-rate nan": "--learning-rate = 'nan': right would be a number, more than 0.0",
+    "--dropout 1": "right would be a number, at least 0.0 and less than 1.0",
+    "--clip-norm 0": "right would be a number, more than 0.0 or none",
+    "--steps": "--steps: expected one argument",
+    "--steps 3 --warmup-steps 4": "right would be 0 to 3",
+    "--partition 9,2": "--partition",
+    "--partition odd": "right would be even, balanced, or boundaries such as 2,5",
+    "--vocab-size 100": "the tokenizer 'bytes' has 256 tokens",
+    "--repeats 0": "--repeats = '0': right would be a whole number, at least 1",
+    "--timeout -1": "--timeout = '-1': right would be a number, more than 0",
+    "--executor native": "right would be paddle with 1f1b",
+    "--corpus /no/such/text": "/no/such/text: No such file or directory",
+    "--config /no/such.toml": "right would be a readable TOML file",
+    "--out /dev/null": "--out /dev/null",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_input_is_one_line_and_status_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.bench_main(line.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("bench_all.py: ") and captured.err.count("\n") == 1
+    expected = WRONG[line]
+    assert expected.removeprefix("--partition") in captured.err
+    assert not captured.out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model]\nd_modle = 3\n", "[model] d_modle: unknown; right would be d_model"),
+        ("d_model = 3\n", "d_model: unknown at the top level; right would be under [model]"),
+        ("stagse = 2\n", "stagse: unknown at the top level; right would be stages"),
+        ("model = 3\n", "right would be a table [model]"),
+        ("[train]\nsteps = 'x'\n", "[train] steps = 'x': right would be a whole number, at least 1"),
+        ("stages = \n", "not TOML"),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_place(tmp_path: Path, text: str, message: str) -> None:
+    path = config_file(tmp_path, text)
+    with pytest.raises(UsageError) as error:
+        bench("--config", path)
+    assert str(error.value).startswith(path) and message in str(error.value)
+
+
+def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(UsageError, match="the corpus has 9 tokens; right would be at least"):
+        bench("--corpus", str(tmp_path / "short.txt"))
+
+
+def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_text("0: BW0 F0\n1: F0 BW0\n")
+    with pytest.raises(UsageError, match=r"bad.txt: breaks"):
+        bench("--preset", "tiny", "--micro-batches", "1", "--schedules", f"file:{tmp_path / 'bad.txt'}")
+
+
+# ------------------------------------------------------------------------------------------------- runs
+
+
+def start(tmp_path: Path, *argv: str, **variables: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "fakes.bench", *QUICK, "--out", str(tmp_path), *argv],
+        env=os.environ | {"PYTHONPATH": paths} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def table(tmp_path: Path) -> list[dict[str, str]]:
+    with next(tmp_path.glob("*/table.csv")).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_dry_run_prints_plan_and_schedule_and_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.bench_main([*QUICK, "--stages", "4", "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "embedding" in text and "parameters" in text and "BW0" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_fail_leave_the_others_intact(tmp_path: Path) -> None:
+    run = start(tmp_path, FAKE_FAULTS="paddle=raise", FAKE_MISSING="tensorflow")
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 1, errors
+    rows = {row["framework"]: row for row in table(tmp_path)}
+    assert [rows[name]["status"] for name in ("torch", "tensorflow", "paddle")] == ["ok", "skipped", "failed"]
+    assert rows["torch"]["parity"] == "pass" and float(rows["torch"]["tokens_per_second"]) > 0
+    assert "no_such_package is not installed; pip install tensorflow" in output
+    assert "ValueError: a fault in step 1 (log: " in output
+    log = next(tmp_path.glob("*/logs/paddle-1f1b-p2-m4.log"))
+    assert "a fault in step 1" in log.read_text()
+    results = {p.parent.name: RunResult.read(p) for p in tmp_path.glob("*/*/result.json")}
+    assert results["torch-1f1b-p2-m4"].actions[1] == "F0 BW0 F1 BW1 F2 BW2 F3 BW3"
+    assert results["tensorflow-1f1b-p2-m4"].status == "skipped"
+    assert not list(tmp_path.glob("*/*/*.safetensors"))
+
+
+def test_repeats_are_interleaved_and_a_difference_fails_the_run(tmp_path: Path) -> None:
+    run = start(tmp_path, "--repeats", "2", "--frameworks", "torch,paddle", FAKE_FAULTS="paddle=wrong-loss")
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 1
+    started = [line.split("] ")[1].split()[0] for line in output.splitlines() if line.startswith("[")]
+    assert started == ["oracle", "torch", "paddle", "torch", "paddle"]
+    assert "parity: FAIL loss_curve step=1/phase=forward/stage=1/micro_batch=all/unit=head/tensor=loss" in output
+    assert [(row["status"], row["parity"], row["ratio"]) for row in table(tmp_path)] == [
+        ("ok", "pass", "1.0"),
+        ("ok", "FAIL", ""),
+    ]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_keeps_finished_rows_and_leaves_no_process(
+    tmp_path: Path, signal_number: signal.Signals
+) -> None:
+    mark = uuid.uuid4().hex
+    run = start(tmp_path, FAKE_FAULTS="tensorflow=stubborn", FAKE_MARK=mark)
+    deadline = time.monotonic() + 60
+    while not marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(signal_number)
+    output, errors = run.communicate(timeout=30)
+    assert run.returncode == 130, errors
+    assert [(row["framework"], row["status"]) for row in table(tmp_path)] == [("torch", "ok")]
+    assert "interrupted: 1 of 3 runs finished" in output
+    assert "Traceback" not in output + errors
+    assert not marked(mark)
+
+
+def marked(mark: str) -> list[int]:
+    """Living processes that the fake has started."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline", "status"])
+        if mark in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
