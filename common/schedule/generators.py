@@ -7,6 +7,7 @@ whatever the schedule.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +60,8 @@ def interleaved(p: int, m: int, v: int) -> Schedule:
     from p upwards; for m < p there is one group. Warm-up on device i: 2(p-i-1) + (v-1)(largest group) chunks, so
     2(p-i-1) + (v-1)p + 1 chunks in flight where p divides m.
 
-        device 0 F0   F1   F0.1 F1.1 BW0.1──── F2   BW1.1──── F3   BW0────── F2.1 BW1────── F3.1 BW2.1──── BW3.1──── BW2──...
-        device 1 ·    F0   F1   F0.1 BW0.1──── F1.1 BW1.1──── F2   BW0────── F3   BW1────── F2.1 BW2.1──── F3.1 BW3.1────...
+        device 0 F0   F1   F0.1 F1.1 BW0.1──── F2   BW1.1──── F3   BW0────── F2.1 BW1────── F3.1 BW2.1──── BW3.1──── ...
+        device 1 ·    F0   F1   F0.1 BW0.1──── F1.1 BW1.1──── F2   BW0────── F3   BW1────── F2.1 BW2.1──── F3.1 ...
     """
     groups = _groups(m, max(1, m // p))
     forwards = [Action(Op.F, i, c) for group in groups for c in range(v) for i in group]
@@ -85,7 +86,7 @@ def _groups(m: int, count: int) -> list[range]:
     """0 to m - 1 in `count` runs, the longer ones first."""
     size, longer = divmod(m, count)
     starts = [g * size + min(g, longer) for g in range(count + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class Table:
             # The way around is as short as the way on; only the direction tells them apart.
             forward = self.op == OP_CODE[Op.F]
             wraps = (self.source >= 0) & (self.device[self.source] == np.where(forward, 1, 0))
-        return follows & wraps
+        return np.array(follows & wraps, np.bool_)
 
     def action(self, row: int) -> Action:
         return Action(OPS[self.op[row]], int(self.micro_batch[row]), int(self.chunk[row]))

@@ -11,7 +11,8 @@ from common.schedule.action import Action, Op, Schedule
 def zb_h1(p: int, m: int) -> Schedule:
     """1F1B's order and memory, with W put off to the end (Qi et al. 2024, section 2.1 and figure 2).
 
-    Device d begins W only after d further backwards, so that all devices hold p activations at most: 1F1B's peak.
+    Device d begins W only after d further backwards. In flight is what 1F1B has, min(p - d, m), and with what up to d
+    delayed Ws hold no device has more than p activations, 1F1B's peak.
     Bubble time (p-1)(F+B-W), a third of 1F1B's when F = B = W.
 
         device 0 F0 F1 F2 ·  ·  B0 W0 F3 B1 W1 B2 W2 B3 W3
@@ -22,8 +23,9 @@ def zb_h1(p: int, m: int) -> Schedule:
 
 
 def zb_h2(p: int, m: int) -> Schedule:
-    """Fills the warm-up with twice as many forwards, for 2p - 1 activations (Qi et al. 2024, section 2.2 and figure 3).
+    """Fills the warm-up with twice as many forwards (Qi et al. 2024, section 2.2 and figure 3).
 
+    In flight on device d are up to 2(p - d) - 1, so 2p - 1 on the first; the delayed Ws fill the others up to the same.
     Counted from each device's own first forward the bubble time is (p-1)(F+B-2W), none when F = B = W: the devices
     then start and end one after the other, and the next step may follow without a gap.
 
@@ -50,7 +52,7 @@ def _handcrafted(p: int, m: int, forwards_per_device: int) -> tuple[tuple[Action
 
 
 def zb_v(p: int, m: int) -> Schedule:
-    """Two chunks per device, placed in a V: down the devices with the first, up with the second (Qi et al. 2024, section 6).
+    """Two chunks per device, in a V: down the devices with the first, up with the second (Qi et al. 2024, section 6).
 
     Device 0 holds the first and the last part of the model, so that the first backward comes back to it early.
     When F = B = W and no hop costs anything, the bubble counted from each device's own first forward is 0 (for m >= 2p),
