@@ -23,7 +23,7 @@ from common.weights import TOKEN_EMBEDDING, parameter_shapes
 from paddle_impl import devices
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.optimizer import Optimizer
-from paddle_impl.pipeline import StageLayers, build_pipeline, only_forward, tied_over_ranks
+from paddle_impl.pipeline import StageLayers, build_pipeline, only_forward
 from paddle_impl.stage import Mode, Stage
 from paddle_impl.weights import (
     export_gradients,
@@ -77,8 +77,7 @@ class PaddleEngine:
         self._begin(batch, Mode.TRAIN)
         loss = self.pipeline.forward_backward_pipeline(self.pipeline.micro_batches())
         self._events = self.pipeline.events
-        if self.config.model.tied_head and not tied_over_ranks(self.config.model, self.schedule):
-            self._add_tied_gradients()
+        self._add_tied_gradients()
         return loss.item()
 
     def apply_gradients(self, step: int) -> float:
@@ -140,11 +139,15 @@ class PaddleEngine:
         return squares.tolist()
 
     def _add_tied_gradients(self) -> None:
-        """The token embedding's gradient: that of its own use plus that of the head's copy, put in both."""
-        embedding, copy = (item.parameter for item in self._named if item.name == TOKEN_EMBEDDING)
-        with paddle.no_grad():
-            embedding.grad.add_(copy.grad)
-            copy.grad.copy_(embedding.grad, True)
+        """The token embedding's gradient: that of its own use plus that of the head's copy, put in both.
+
+        Where the two are on different ranks, fleet has done it (`PipelineLayer.allreduce_shared_weight_gradients`).
+        """
+        both = [item.parameter for item in self._named if item.name == TOKEN_EMBEDDING]
+        if len(both) == 2:
+            with paddle.no_grad():
+                both[0].grad.add_(both[1].grad)
+                both[1].grad.copy_(both[0].grad, True)
 
 
 def _forget_peak_memory() -> None:

@@ -1,0 +1,73 @@
+"""Paddle's own promises, checked in a child process; numbers against the oracle are for `tests/parity`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """What the child saw."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.children.paddle_checks"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_split_backward_gives_the_bits_of_the_merged_one_and_runs_no_second_forward(found: Any) -> None:
+    split = found["split_backward"]
+    assert split["bitwise"] == [True] * 4
+    assert split["forward_calls"] == split["expected_calls"]
+
+
+def test_dropout_masks_are_numpys_to_the_bit(found: Any) -> None:
+    assert found["dropout_bits"]
+
+
+def test_fleets_own_schedule_is_our_1f1b(found: Any) -> None:
+    assert found["fleet_order"] == []
+
+
+def test_fleets_own_pipeline_and_our_executor_give_the_same_bits(found: Any) -> None:
+    native = found["native_against_table"]
+    assert min(native["tensors"]) > 0
+    assert (native["numbers_bitwise"], native["gradients_bitwise"]) == (True, True)
+    assert native["events_are_schedule"]
+
+
+def test_a_killed_rank_ends_the_run_in_seconds_and_says_so(found: Any) -> None:
+    killed = found["killed_rank"]
+    assert killed["ranks"] == 2
+    assert killed["status"] == 1
+    assert killed["seconds"] < 10
+    assert killed["left"] == []
+    assert killed["log"] == "paddle_impl: stage 1 was ended by SIGKILL"
+    assert killed["told"]["failed-1.txt"] == "stage 1 was ended by SIGKILL"
+    assert "stage 1 has ended" in killed["told"]["failed-0.txt"]
+
+
+def test_no_rank_outlives_the_process_that_started_it(found: Any) -> None:
+    assert found["killed_parent"] == {"ranks": 2, "left": []}
+
+
+def test_a_job_that_fails_on_one_rank_ends_on_all_and_the_next_one_runs(found: Any) -> None:
+    failed = found["failed_job"]
+    assert failed["status"] == 1
+    assert failed["seconds"] < 30
+    assert "failed-1.txt" in failed["failed"]
+    assert failed["reason"] == "IsADirectoryError"
+    assert failed["second"] == ["part-0.json", "part-1.json"]
