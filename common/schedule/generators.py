@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.schedule.action import Action, Op, Schedule, ScheduleError, parse_schedule
+from common.schedule.search import limits, search
+from common.schedule.simulate import Costs
 from common.schedule.zero_bubble import zb_h1, zb_h2, zb_v
 
 
@@ -89,6 +91,14 @@ def _groups(m: int, count: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
+def _searched(p: int, m: int) -> Schedule:
+    """The search's schedule for F = B = W and twice 1F1B's memory; for other costs `triptych simulate` writes a file."""
+    return search(p, m, Costs.uniform(p), limits(p, m, [2.0]))
+
+
+SEARCH = "search"
+
+
 @dataclass(frozen=True)
 class Generator:
     """How to make a named schedule, and how many chunks per device it has (None: as many as one likes)."""
@@ -106,6 +116,7 @@ GENERATORS: dict[str, Generator] = {
     "zb-h1": Generator(lambda p, m, v: zb_h1(p, m)),
     "zb-h2": Generator(lambda p, m, v: zb_h2(p, m)),
     "zb-v": Generator(lambda p, m, v: zb_v(p, m), chunks=2),
+    SEARCH: Generator(lambda p, m, v: _searched(p, m)),
 }
 
 

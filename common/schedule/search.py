@@ -25,7 +25,8 @@ from common.schedule.simulate import Costs, simulate
 from common.schedule.zero_bubble import zb_h1, zb_h2
 
 ACTIONS_TO_TRY = 5_000_000
-"""How many actions the search lays out in all, with at least the grid's coarse part."""
+"""How many actions the search lays out in all, a few layouts at least."""
+MIN_TRIALS, MAX_TRIALS = 12, 3000
 _INFINITY = math.inf
 _ROUNDING = 1e-9
 
@@ -110,16 +111,15 @@ def _schedule(layout: Layout, m: int) -> Schedule:
 def _best_layout(
     p: int, m: int, costs: Costs, memory_limit: Sequence[float], actions_to_try: int, good_enough: float
 ) -> Layout:
-    trials = actions_to_try // (3 * p * m)
+    trials = min(max(actions_to_try // (3 * p * m), MIN_TRIALS), MAX_TRIALS)
     best: Layout | None = None
     knobs: list[Knobs] = []
     for trial, candidate in enumerate(_grid(p, m, costs, memory_limit)):
-        if trial >= max(trials, 12):
+        if trial >= trials:
             break
         layout = build(m, costs, memory_limit, candidate)
         if best is None or layout.score < best.score:
             best, knobs = layout, candidate
-        trials -= 1
     assert best is not None
     chance = random.Random(p * m)
     for _ in range(trials):

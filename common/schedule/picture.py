@@ -1,0 +1,88 @@
+"""A simulated schedule as a picture (PNG or SVG): devices downwards, time to the right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from common.schedule.action import Op
+from common.schedule.simulate import Simulation
+from common.schedule.table import OPS
+
+COLORS = {Op.F: "#7eb0d5", Op.B: "#ffb55a", Op.W: "#8bd3a0", Op.BW: "#fd8f6a"}
+MEANINGS = {Op.F: "forward", Op.B: "backward, input", Op.W: "backward, weights", Op.BW: "backward"}
+MAX_LABELS = 1500
+INCHES_PER_ACTION = 0.32
+"""Of the shortest action, as long as the whole fits MAX_WIDTH_INCHES."""
+MAX_WIDTH_INCHES, MIN_WIDTH_INCHES = 24.0, 6.0
+POINTS_PER_CHARACTER = 4.6
+LABEL_POINTS = 7.5
+
+
+def draw_picture(simulation: Simulation, path: str | Path) -> None:
+    """Writes the chart to `path`; the suffix (.png or .svg) says which. Later chunks are paler."""
+    schedule, table = simulation.schedule, simulation.table
+    spent = simulation.end - simulation.start
+    shortest = float(spent[spent > 0].min()) if (spent > 0).any() else 1.0
+    room = simulation.makespan / shortest * INCHES_PER_ACTION
+    width = min(max(room, MIN_WIDTH_INCHES), MAX_WIDTH_INCHES)
+    figure = Figure(figsize=(width + 1, 0.34 * schedule.num_devices + 1.1), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor("#f2f2f2")
+    top, bottom = table.device - 0.46, table.device + 0.46
+    corners = np.stack(
+        [
+            np.stack([simulation.start, top], 1),
+            np.stack([simulation.end, top], 1),
+            np.stack([simulation.end, bottom], 1),
+            np.stack([simulation.start, bottom], 1),
+        ],
+        axis=1,
+    )  # (n, 4, 2)
+    tones = np.array(
+        [[_tone(COLORS[op], chunk, schedule.num_chunks) for chunk in range(schedule.num_chunks)] for op in OPS]
+    )
+    few = table.num_rows <= MAX_LABELS
+    edge = "white" if few else "none"
+    axes.add_collection(
+        PolyCollection(list(corners), facecolors=tones[table.op, table.chunk], edgecolors=edge, linewidths=0.8)
+    )
+    if few:
+        points_per_unit = width * 72 / simulation.makespan
+        for row in range(table.num_rows):
+            # The colour says the operation, so the micro-batch is all that a label has to say.
+            text = str(int(table.micro_batch[row]) + schedule.first_micro_batch)
+            if len(text) * POINTS_PER_CHARACTER < spent[row] * points_per_unit:
+                middle = (simulation.start[row] + simulation.end[row]) / 2
+                axes.text(middle, float(table.device[row]), text, ha="center", va="center", fontsize=LABEL_POINTS)
+    axes.set_xlim(0, simulation.makespan)
+    axes.set_ylim(schedule.num_devices - 0.5, -0.5)
+    axes.set_yticks(range(schedule.num_devices), [f"device {d}" for d in range(schedule.num_devices)])
+    axes.set_xlabel("time")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    peak = max(simulation.peak_in_flight_per_stage)
+    figure.suptitle(
+        f"{schedule.name}: {schedule.num_devices} stages, {schedule.num_micro_batches} micro-batches, "
+        f"bubble {simulation.bubble_fraction:.1%}, {peak:g} in flight",
+        fontsize=10,
+    )
+    used = [op for code, op in enumerate(OPS) if (table.op == code).any()]
+    keys = [Patch(color=COLORS[op], label=f"{op.value}  {MEANINGS[op]}") for op in used]
+    figure.legend(handles=keys, loc="outside lower right", ncols=len(keys), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _tone(color: str, chunk: int, num_chunks: int) -> tuple[float, float, float]:
+    """The colour, mixed with white: not at all for chunk 0, by more than half for the last."""
+    white = 0.55 * chunk / max(num_chunks - 1, 1)
+    red, green, blue = to_rgb(color)
+    return red + (1 - red) * white, green + (1 - green) * white, blue + (1 - blue) * white
