@@ -137,6 +137,8 @@ class Stage:
         self.in_flight.clear()
         self.waiting.clear()
         self.outputs = {}
+        for chunk in self.chunks:
+            chunk.take_taps()  # left by a forward that failed
         if mode is Mode.TRAIN:
             torch._foreach_zero_(self._gradients)
 
