@@ -105,7 +105,9 @@ class TensorFlowEngine:
         names = self.model.stage_devices
         if "GPU" in names[0]:
             short = {name: name.split("device:")[-1] for name in names}
-            return {names.index(n): tf.config.experimental.get_memory_info(short[n])["peak"] for n in dict.fromkeys(names)}
+            return {
+                names.index(n): tf.config.experimental.get_memory_info(short[n])["peak"] for n in dict.fromkeys(names)
+            }
         return {0: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
     def close(self) -> None:

@@ -10,10 +10,11 @@ on one device, because a mini-batch's gradients are added up over its micro-batc
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import keras
@@ -39,9 +40,10 @@ Result = TypeVar("Result")
 class GPipeModel(keras.Model):
     """A row of Keras layers, or the Transformer of a `TransformerSpec`, cut over several devices.
 
-    `partition` gives the first layer of every virtual stage after the first; "even" spreads the layers evenly. `schedule` is a
-    name (gpipe, 1f1b, ...), `file:PATH`, or a `Schedule`. `dtype` and `seed` (of the dropout masks) are the
-    Transformer's; ordinary layers have their own. One logical device per stage must exist, see `tf_impl.devices.configure`.
+    `partition` gives the first layer of every virtual stage after the first; "even" spreads the layers evenly.
+    `schedule` is a name (gpipe, 1f1b, ...), `file:PATH`, or a `Schedule`. `dtype` and `seed` (of the dropout masks) are
+    the Transformer's; ordinary layers have their own. One logical device per stage must exist
+    (`tf_impl.devices.configure`).
 
     Raises ValueError for more stages than layers, a partition that does not fit, missing devices, a layer that already has
     weights (they would be on the wrong device) or comes twice; ScheduleError for a schedule that cannot be made.
@@ -106,8 +108,8 @@ class GPipeModel(keras.Model):
         if dtype is None:
             dtype = "int32" if isinstance(self.units[0], Embedding | keras.layers.Embedding) else keras.config.floatx()
         x = keras.KerasTensor((None, *input_shape[1:]), dtype)
-        for chunk in self.chunks:
-            x = chunk.build(x)
+        for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
+            x = self.on_stage(d, functools.partial(chunk.build, x))
         if self.losses:
             raise ValueError("losses of layers (regularizers) are not supported; right would be weight_decay")
         if self._tied is not None:
@@ -171,8 +173,8 @@ class GPipeModel(keras.Model):
     def forward_backward(self, x: Any, y: Any, sample_weight: Any = None, step: int | None = None) -> float:
         """Runs the schedule over a mini-batch, replacing the gradients. Returns the mini-batch's loss.
 
-        `step` (default: the optimizer's) chooses the Transformer's dropout masks. Raises ValueError for a batch that does not
-        divide into micro-batches, RuntimeError before `compile`, and a failed stage's StageFailure.
+        `step` (default: the optimizer's) chooses the Transformer's dropout masks. Raises ValueError for a batch that
+        does not divide into micro-batches, RuntimeError before `compile`, and a failed stage's StageFailure.
         """
         if not self.compiled:
             raise RuntimeError("the model has no optimizer and no loss yet; right would be compile(optimizer, loss)")
@@ -219,7 +221,7 @@ class GPipeModel(keras.Model):
     def apply_gradients(self, step: int | None = None) -> float:
         """Clips over all stages, then one optimizer step (default: the next). Returns the norm before clipping."""
         if not self._optimizers:
-            self._optimizers = self._make_optimizers()
+            self._optimizers = self.on_all_stages(self._make_optimizer)
         step = int(self.optimizer.iterations) if step is None else step
         self.optimizer.iterations.assign(step)
         rate = float(self.optimizer.learning_rate)
@@ -264,7 +266,11 @@ class GPipeModel(keras.Model):
     def unit_outputs(self, x: Any, step: int, micro_batch: int) -> list[tf.Tensor]:
         """The output of every layer for one micro-batch, with the dropout of a training step (to compare them)."""
         m = self.schedule.num_micro_batches
-        context = [tf.constant(value, tf.int64) for value in self._dropout_context(len(x) * m, step)[micro_batch : micro_batch + 1] for value in value]
+        context = [
+            tf.constant(value, tf.int64)
+            for of_micro_batch in self._dropout_context(len(x) * m, step)[micro_batch : micro_batch + 1]
+            for value in of_micro_batch
+        ]
         outputs = []
         for chunk in self.chunks:
             with tf.device(chunk.device):
@@ -273,14 +279,16 @@ class GPipeModel(keras.Model):
                     outputs.append(x)
         return outputs
 
+    def on_stage(self, d: int, work: Callable[[], Result]) -> Result:
+        """Runs `work` on a stage's thread, where its device and its strategy may be entered.
+
+        Not so on the caller's: `fit` calls `train_step` within Keras' own strategy.
+        """
+        return self._submit(d, work).result()
+
     def on_all_stages(self, work: Callable[[int], Result]) -> list[Result]:
-        """Runs `work(device)` on the threads of all devices at once."""
-
-        def on_device(d: int) -> Result:
-            with devices.stage_thread(self.stage_devices[d]):
-                return work(d)
-
-        futures = [thread.submit(on_device, d) for d, thread in enumerate(self._threads)]
+        """Runs `work(device)` on the threads of all stages at once."""
+        futures = [self._submit(d, functools.partial(work, d)) for d in range(len(self.stages))]
         return [future.result() for future in futures]
 
     def close(self) -> None:
@@ -289,6 +297,13 @@ class GPipeModel(keras.Model):
             thread.shutdown()
 
     # ------------------------------------------------------------------------------------------- inside
+
+    def _submit(self, d: int, work: Callable[[], Result]) -> Future[Result]:
+        def on_device() -> Result:
+            with devices.stage_thread(self.stage_devices[d]):
+                return work()
+
+        return self._threads[d].submit(on_device)
 
     @property
     def _tied(self) -> tuple[keras.Variable, keras.Variable] | None:
@@ -304,14 +319,11 @@ class GPipeModel(keras.Model):
             own.assign_add(copy)
             copy.assign(own)
 
-    def _make_optimizers(self) -> list[StageOptimizer]:
-        made = []
-        for d, stage in enumerate(self.stages):
-            pairs = [pair for chunk in stage.chunks for pair in zip(chunk.variables, chunk.gradients, strict=True)]
-            variables, gradients = [v for v, _ in pairs], [g for _, g in pairs]
-            counted = [g for v, g in pairs if self._tied is None or v is not self._tied[1]]
-            made.append(StageOptimizer(self.optimizer, self._strategies[d], variables, gradients, counted))
-        return made
+    def _make_optimizer(self, d: int) -> StageOptimizer:
+        pairs = [p for chunk in self.stages[d].chunks for p in zip(chunk.variables, chunk.gradients, strict=True)]
+        variables, gradients = [v for v, _ in pairs], [g for _, g in pairs]
+        counted = [g for v, g in pairs if self._tied is None or v is not self._tied[1]]
+        return StageOptimizer(self.optimizer, self._strategies[d], variables, gradients, counted)
 
     def _ensure_built(self, x: Any) -> None:
         if not self.built:
@@ -329,13 +341,11 @@ class GPipeModel(keras.Model):
             context = []
             if self._has_dropout:
                 context = [tf.TensorSpec((), tf.int64), tf.TensorSpec((len(x) // m,), tf.int64)]
-            for chunk in self.chunks:
+            loss = functools.partial(self.summed_loss, pieces=m)
+            for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
                 extra = [*(specs[1:] if chunk.is_last else []), *context]
-
-                def loss(prediction: tf.Tensor, *labels: tf.Tensor) -> tf.Tensor:
-                    return self.summed_loss(prediction, *labels, pieces=m)
-
-                traced.append(chunk.trace([signature, *extra], loss, reports=self._reports and chunk.is_last))
+                work = functools.partial(chunk.trace, [signature, *extra], loss, self._reports and chunk.is_last)
+                traced.append(self.on_stage(d, work))
                 signature = traced[-1].output
             self._traced[key] = traced
         for chunk, functions in zip(self.chunks, self._traced[key], strict=True):
@@ -375,7 +385,9 @@ def _unreduced(loss: Any) -> tuple[Callable[[Any, Any], tf.Tensor], bool]:
     if not isinstance(found, keras.losses.Loss):
         return found, True
     if found.reduction not in ("sum_over_batch_size", "mean", "sum"):
-        raise ValueError(f"loss reduction {found.reduction!r} is not supported; right would be sum_over_batch_size or sum")
+        raise ValueError(
+            f"loss reduction {found.reduction!r} is not supported; right would be sum_over_batch_size or sum"
+        )
     return found.call, found.reduction != "sum"
 
 

@@ -1,0 +1,219 @@
+"""What `tests/test_tf_impl.py` looks at, computed with TensorFlow in a process of its own. Prints one JSON object."""
+
+# ruff: noqa: E402 (the environment is set before TensorFlow is imported)
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tf_impl import devices
+
+devices.configure(stages=3, threads=3, device="cpu")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from common.dropout import keep_mask as numpy_keep_mask
+from common.schedule.action import Action, Op
+from common.spec import RunConfig, TransformerSpec, preset
+from common.weights import initial_weights
+from tf_impl.cut import REPEATED, Scissors, trace_stage
+from tf_impl.dropout import DropoutContext, keep_mask
+from tf_impl.engine import build_engine
+from tf_impl.gpipe_model import GPipeModel
+
+SAMPLES, FEATURES, CLASSES = 48, 6, 5
+
+
+def layers() -> list[keras.layers.Layer]:
+    """Sizes that differ, and one layer without weights."""
+    return [
+        keras.layers.Dense(16, activation="relu"),
+        keras.layers.Dense(12),
+        keras.layers.Activation("tanh"),
+        keras.layers.LayerNormalization(),
+        keras.layers.Dense(CLASSES),
+    ]
+
+
+def data(batch: int) -> tf.data.Dataset:
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((SAMPLES, FEATURES)).astype(np.float32)
+    y = generator.integers(0, CLASSES, SAMPLES)
+    weight = generator.uniform(0.5, 2.0, SAMPLES).astype(np.float32)
+    return tf.data.Dataset.from_tensor_slices((x, y, weight)).batch(batch)
+
+
+def compiled(model: keras.Model) -> keras.Model:
+    rate = keras.optimizers.schedules.ExponentialDecay(0.01, 2, 0.9)
+    model.compile(
+        optimizer=keras.optimizers.AdamW(rate, weight_decay=0.1, global_clipnorm=0.1),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def as_keras_user(schedule: str) -> dict[str, Any]:
+    """The pipeline against `keras.Sequential` with the same layers and the same start."""
+    plain = compiled(keras.Sequential([keras.Input((FEATURES,)), *layers()]))
+    model = compiled(GPipeModel(layers(), num_stages=3, num_micro_batches=4, schedule=schedule))
+    model.build((None, FEATURES))
+    model.set_weights(plain.get_weights())
+    seen: list[int] = []
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(epoch))
+    options: dict[str, Any] = {
+        "epochs": 3,
+        "verbose": 0,
+        "validation_data": data(20),
+    }  # 20 does not divide 48, nor 4 20
+    history = model.fit(data(16), callbacks=[callback], **options).history
+    expected = plain.fit(data(16), **options).history
+    scores = model.evaluate(data(20), verbose=0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.weights.h5")
+        model.save_weights(path)
+        other = GPipeModel(layers(), num_stages=2, num_micro_batches=1)
+        other.build((None, FEATURES))
+        other.load_weights(path)
+    prediction, again = model.predict(data(20), verbose=0), other.predict(data(20), verbose=0)
+    return {
+        "history": {
+            name: max(abs(a - b) for a, b in zip(history[name], expected[name], strict=True)) for name in expected
+        },
+        "falls": history["loss"][-1] < history["loss"][0],
+        "epochs": seen,
+        "weights": max(
+            float(np.abs(a - b).max()) for a, b in zip(model.get_weights(), plain.get_weights(), strict=True)
+        ),
+        "evaluate": max(abs(a - b) for a, b in zip(scores, plain.evaluate(data(20), verbose=0), strict=True)),
+        "predict": float(np.abs(prediction - plain.predict(data(20), verbose=0)).max()),
+        "reloaded": bool(np.array_equal(prediction, again)),
+        "devices": [chunk.variables[0].value.device[-5:] for chunk in model.chunks],
+    }
+
+
+def config(**changes: Any) -> RunConfig:
+    base = preset("tiny").model_dump()
+    base["model"] |= {"dropout": 0.1, "tied_head": True}
+    return RunConfig(**(base | {"framework": "tensorflow", "device": "cpu"} | changes))
+
+
+def cut_in_two() -> dict[str, Any]:
+    """Merged and split backward of the same step, and which operations the two halves repeat."""
+    gradients = []
+    for split in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            table = Path(folder) / "table.txt"
+            backward = "B{0} W{0}" if split else "BW{0}"
+            line = " ".join(f"F{i} {backward.format(i)}" for i in range(4))
+            table.write_text(f"# schedule: one micro_batches=4\n0: {line}\n1: {line}\n")
+            engine = build_engine(config(stages=2, schedule=f"file:{table}"))
+        run = engine.config
+        engine.reset(initial_weights(run.model, 0, "float32"))
+        tokens = np.random.default_rng(0).integers(0, 256, (8, 16))
+        engine.model.forward_backward(tokens, np.roll(tokens, -1, 1), step=3)
+        gradients.append(engine.gradients())
+    merged, split_up = gradients
+    return {
+        "equal": all(np.array_equal(merged[name], split_up[name]) for name in merged),
+        "nonzero": all(np.any(value) for value in merged.values()),
+        "repeated": sorted(repeated_operations()),
+    }
+
+
+def repeated_operations() -> set[str]:
+    """Operations that depend on data and are in more than one of F, B and W."""
+    dense = [keras.layers.Dense(8, activation="gelu"), keras.layers.LayerNormalization(), keras.layers.Dense(3)]
+    for layer, width in zip(dense, (5, 8, 8), strict=True):
+        layer.build((None, width))
+    variables = [variable.value for layer in dense for variable in layer.trainable_variables]
+    sums = [tf.Variable(tf.zeros_like(variable)) for variable in variables]
+
+    def rest(h: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        return dense[2](dense[1](h)), []
+
+    trace, _ = trace_stage(dense[0], rest, variables, sums, [tf.TensorSpec((4, 5))], False)
+    scissors = Scissors(trace)
+    parts = []
+    dy, f, b = trace.output_gradient, scissors.forward, scissors.backward_input
+    w = scissors.backward_weight
+    saved = scissors.crossing(b - {dy[0].op}, f, [])
+    for_weight = [*scissors.crossing(w, f, trace.weight_gradients), *scissors.crossing(w, b, trace.weight_gradients)]
+    handed_on = scissors.crossing(w, b, trace.weight_gradients)
+    for arguments, results in (
+        (trace.inputs, [trace.output, *saved]),
+        ([*dy, *saved], handed_on),
+        (for_weight, trace.weight_gradients),
+    ):
+        graph = scissors.function(arguments, results).graph
+        parts.append({op.name for op in graph.get_operations() if op.type != "Placeholder"})
+    dependent = {op.name for op in scissors.dependent if op.type not in REPEATED}
+    return {name for i, part in enumerate(parts) for other in parts[i + 1 :] for name in part & other & dependent}
+
+
+def dropout_bits() -> bool:
+    samples, shape = np.array([5, 0, 7]), (3, 4, 33)
+    context = DropoutContext(tf.constant(0x9ABCDEF0, tf.int64), tf.constant(samples))
+    observed = keep_mask(context, 6, tf.TensorShape(shape), 0.1).numpy()
+    return bool(np.array_equal(observed, numpy_keep_mask(0x9ABCDEF0, 6, samples, shape, 0.1)))
+
+
+def message(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def errors() -> dict[str, str]:
+    x, y = np.zeros((10, FEATURES), np.float32), np.zeros(10, np.int64)
+    model = GPipeModel(layers(), 2, 4)
+    built = layers()
+    built[1].build((None, 16))
+    found = {
+        "compile": message(lambda: model.forward_backward(x, y)),
+        "divide": message(lambda: compiled(model).forward_backward(x, y)),
+        "stages": message(lambda: GPipeModel(layers(), 6, 4)),
+        "devices": message(lambda: GPipeModel(layers(), 4, 4)),
+        "built": message(lambda: GPipeModel(built, 2, 4)),
+        "partition": message(lambda: GPipeModel(layers(), 3, 4, partition=[3, 3])),
+        "cuda": message(lambda: devices.stage_devices(1, "cuda")),
+        "spec": message(lambda: GPipeModel(TransformerSpec(num_layers=1), 4, 4)),
+    }
+    failing = compiled(GPipeModel(layers(), 3, 2, schedule="1f1b"))
+
+    def fail(action: Action) -> None:
+        if action == Action(Op.BW, 1):
+            raise MemoryError("no memory left")
+
+    failing.before_action = fail
+    found["stage"] = message(lambda: failing.forward_backward(x, y))
+    failing.before_action = lambda action: None
+    found["after"] = message(lambda: failing.forward_backward(x, y))
+    return found
+
+
+def main() -> None:
+    print(
+        json.dumps(
+            {
+                "gpipe": as_keras_user("gpipe"),
+                "1f1b": as_keras_user("1f1b"),
+                "cut": cut_in_two(),
+                "dropout": dropout_bits(),
+                "errors": errors(),
+                "environment": devices.environment(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

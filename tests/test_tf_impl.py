@@ -1,0 +1,94 @@
+"""TensorFlow's own promises, checked in a child process; numbers against the oracle are for `tests/parity`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """What the child saw."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.children.tf_checks"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    if "No module named 'tensorflow'" in done.stderr:
+        pytest.skip("TensorFlow is not installed")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_a_keras_user_gets_what_plain_keras_gives(found: Any, schedule: str) -> None:
+    seen = found[schedule]
+    assert set(seen["history"]) == {"loss", "accuracy", "val_loss", "val_accuracy"}
+    assert max(seen["history"].values()) < 2e-6
+    assert seen["weights"] < 2e-6
+    assert seen["evaluate"] < 2e-6
+    assert seen["predict"] < 1e-5
+    assert seen["falls"]
+    assert seen["epochs"] == [0, 1, 2]
+
+
+def test_saved_weights_fit_another_partition(found: Any) -> None:
+    assert found["1f1b"]["reloaded"]
+
+
+def test_every_stage_has_its_weights_on_its_own_device(found: Any) -> None:
+    assert found["gpipe"]["devices"] == ["CPU:0", "CPU:1", "CPU:2"]
+
+
+def test_the_split_backward_has_the_bits_of_the_merged_one(found: Any) -> None:
+    assert found["cut"]["equal"]
+    assert found["cut"]["nonzero"]
+
+
+def test_no_operation_on_data_runs_twice(found: Any) -> None:
+    assert found["cut"]["repeated"] == []
+
+
+def test_dropout_masks_have_numpys_bits(found: Any) -> None:
+    assert found["dropout"] is True
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "text"),
+    [
+        ("compile", "RuntimeError", "compile(optimizer, loss)"),
+        ("divide", "ValueError", "10 samples cannot be cut into 4"),
+        ("stages", "ValueError", "6 virtual stages for 5 layers"),
+        ("devices", "ValueError", "tf_impl.devices.configure(stages=4)"),
+        ("built", "ValueError", "already has weights"),
+        ("partition", "ValueError", "2 increasing boundaries"),
+        ("cuda", "ValueError", "sees no GPU"),
+        ("spec", "ValueError", "4 virtual stages for 3 layers"),
+        ("stage", "StageFailure", "no memory left"),
+    ],
+)
+def test_errors_say_what_is_wrong(found: Any, case: str, kind: str, text: str) -> None:
+    if case == "cuda" and found["environment"]["device_kind"] == "cuda":
+        pytest.skip("there is a GPU")
+    assert found["errors"][case].startswith(kind)
+    assert text in found["errors"][case]
+
+
+def test_a_model_runs_again_after_a_failed_step(found: Any) -> None:
+    assert found["errors"]["after"] == "no error"
+
+
+def test_the_environment_is_the_parity_one(found: Any) -> None:
+    seen = found["environment"]
+    assert (seen["onednn"], seen["tf32"], seen["graph_rewrites"]) == (False, False, False)
+    assert seen["threads_per_stage"] == 1
