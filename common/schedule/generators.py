@@ -24,7 +24,7 @@ def naive(p: int, m: int) -> Schedule:
     With m = 1 this is plain model parallelism. Bubble fraction (p-1)/p; one activation in flight.
 
         device 0 F0 ·  ·  ·  BW0── F1 ·  ·  ·  BW1──
-        device 1 ·  F0 BW0── ·  ·  ·  F1 BW1── ·  ·
+        device 1 ·  F0 BW0── ·  ·  ·  F1 BW1──
     """
     row = tuple(action for pair in zip(_actions(Op.F, m), _actions(Op.BW, m), strict=True) for action in pair)
     return Schedule("naive", (row,) * p, m)
@@ -35,8 +35,8 @@ def gpipe(p: int, m: int) -> Schedule:
 
     The drain runs in the order of the fill, so that weight gradients add up as in every other schedule.
 
-        device 0 F0 F1 F2 F3 ·  ·  BW0── BW1── BW2── BW3──
-        device 1 ·  F0 F1 F2 F3 BW0── BW1── BW2── BW3── ·
+        device 0 F0 F1 F2 F3 ·  ·  ·  BW0── BW1── BW2── BW3──
+        device 1 ·  F0 F1 F2 F3 BW0── BW1── BW2── BW3──
     """
     return Schedule("gpipe", ((*_actions(Op.F, m), *_actions(Op.BW, m)),) * p, m)
 
@@ -47,7 +47,7 @@ def one_f_one_b(p: int, m: int) -> Schedule:
     GPipe's bubble, but only min(p - i, m) activations in flight on device i.
 
         device 0 F0 F1 ·  ·  BW0── F2 BW1── F3 BW2── ·  BW3──
-        device 1 ·  F0 BW0── F1 BW1── F2 BW2── F3 BW3── ·  ·
+        device 1 ·  F0 BW0── F1 BW1── F2 BW2── F3 BW3──
     """
     forwards, backwards = _actions(Op.F, m), _actions(Op.BW, m)
     return Schedule("1f1b", tuple(_one_forward_one_backward(forwards, backwards, p - 1 - d) for d in range(p)), m)
@@ -62,8 +62,8 @@ def interleaved(p: int, m: int, v: int) -> Schedule:
     from p upwards; for m < p there is one group. Warm-up on device i: 2(p-i-1) + (v-1)(largest group) chunks, so
     2(p-i-1) + (v-1)p + 1 chunks in flight where p divides m.
 
-        device 0 F0   F1   F0.1 F1.1 BW0.1──── F2   BW1.1──── F3   BW0────── F2.1 BW1────── F3.1 BW2.1──── BW3.1──── ...
-        device 1 ·    F0   F1   F0.1 BW0.1──── F1.1 BW1.1──── F2   BW0────── F3   BW1────── F2.1 BW2.1──── F3.1 ...
+        device 0 F0── F1── F0.1 F1.1 F2── ·    BW0.1──── F3── BW1.1──── F2.1 BW0────── F3.1 BW1────── · ...
+        device 1 ·    F0── F1── F0.1 BW0.1──── F1.1 BW1.1──── F2── BW0────── F3── BW1────── F2.1 BW2.1──── F3.1 ...
     """
     groups = _groups(m, max(1, m // p))
     forwards = [Action(Op.F, i, c) for group in groups for c in range(v) for i in group]

@@ -263,8 +263,9 @@ def lower_bound(m: int, costs: Costs, memory_limit: Sequence[float]) -> float:
         bounds.append(held / memory_limit[d])
         bounds.append(_last_forward(m, costs, memory_limit[d], d, wait[d]) + round_trip[d] + backward[d] + weight[d])
         for e in range(d, p):
-            forced = m - 1 - (memory_limit[e] - 1) / kept if kept else 0
-            last = m * (forward[e] + backward[e]) + wait[e] + max(0, math.ceil(forced - _ROUNDING)) * weight[e]
+            # Before the last forward, even if all other backwards are done.
+            forced = _weights_to_free(1 + kept * (m - 1) - memory_limit[e], kept, m - 1)
+            last = m * (forward[e] + backward[e]) + wait[e] + forced * weight[e]
             bounds.append(sum(down[d:e]) + last + sum(up[d:e]) + weight[d])
     return max(bounds)
 
@@ -274,9 +275,15 @@ def _last_forward(m: int, costs: Costs, limit: float, d: int, wait: float) -> fl
     kept = costs.kept_by_backward_input
     earliest = _INFINITY
     for backwards in range(m):
-        over = m - backwards + kept * backwards - limit  # of the limit, if no W were done
-        weights = max(0, math.ceil(over / kept - _ROUNDING)) if kept else (0 if over <= _ROUNDING else m)
+        weights = _weights_to_free(m - backwards + kept * backwards - limit, kept, backwards)
         if weights <= backwards:
             spent = backwards * costs.backward_input[d] + weights * costs.backward_weight[d]
             earliest = min(earliest, (m - 1) * costs.forward[d] + spent + (wait if backwards else 0.0))
     return earliest
+
+
+def _weights_to_free(over: float, kept: float, most: int) -> int:
+    """How many Ws free `over` activations; more than `most` if that many do not."""
+    if over <= _ROUNDING:
+        return 0
+    return math.ceil(over / kept - _ROUNDING) if over <= kept * most + _ROUNDING else most + 1

@@ -1,0 +1,127 @@
+"""Charts: the text says what the simulator says, colours cover the actions, pictures and traces are well-formed."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from common.schedule.action import ScheduleError, parse_action
+from common.schedule.draw import draw_color, draw_text
+from common.schedule.generators import make_schedule
+from common.schedule.picture import draw_picture
+from common.schedule.simulate import Costs, simulate
+from common.schedule.trace import chrome_trace
+
+CHART = """\
+time     0  1  2  3  4  5  6  7  8  9  10 11 12 13
+device 0 F0 F1 F2 ·  ·  B0 W0 F3 B1 W1 B2 W2 B3 W3
+device 1 ·  F0 F1 ·  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3
+device 2 ·  ·  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3"""
+
+
+def test_the_chart_of_zb_h1() -> None:
+    assert draw_text(make_schedule("zb-h1", 3, 4)) == CHART
+
+
+@pytest.mark.parametrize(
+    ("name", "p", "m", "v"),
+    [("naive", 2, 2, 1), ("gpipe", 2, 4, 1), ("1f1b", 2, 4, 1), ("zb-h1", 3, 4, 1), ("zb-h2", 3, 6, 1)],
+)
+def test_docstrings_show_what_is_drawn(name: str, p: int, m: int, v: int) -> None:
+    generators = importlib.import_module("common.schedule.generators")
+    zero_bubble = importlib.import_module("common.schedule.zero_bubble")
+    function = {
+        "naive": generators.naive,
+        "gpipe": generators.gpipe,
+        "1f1b": generators.one_f_one_b,
+        "zb-h1": zero_bubble.zb_h1,
+        "zb-h2": zero_bubble.zb_h2,
+    }[name]
+    for line in draw_text(make_schedule(name, p, m, v)).splitlines()[1:]:
+        # Docstrings leave out the idle ends of lines.
+        assert line.rstrip("· ") in function.__doc__, line
+
+
+@pytest.mark.parametrize("name", ["interleaved", "zb-v"])
+def test_docstrings_with_chunks_show_the_beginning_of_what_is_drawn(name: str) -> None:
+    generators = importlib.import_module("common.schedule.generators")
+    schedule = make_schedule(name, 2, 4, 2)
+    doc = getattr(generators, "zb_v" if name == "zb-v" else name).__doc__
+    shown = [
+        line.strip().removesuffix("...").rstrip() for line in doc.splitlines() if line.strip().startswith("device")
+    ]
+    drawn = draw_text(schedule).splitlines()[1:]
+    assert len(shown) == 2
+    for line, whole in zip(shown, drawn, strict=True):
+        assert len(line) > 60
+        assert whole.startswith(line)
+
+
+def test_doctests() -> None:
+    for name in ("action", "draw", "validate"):
+        result = doctest.testmod(importlib.import_module(f"common.schedule.{name}"))
+        assert result.attempted > 0
+        assert result.failed == 0
+
+
+def test_cells_stand_where_the_simulator_says() -> None:
+    schedule = make_schedule("interleaved", 3, 5, 2)
+    simulation = simulate(schedule)
+    lines = draw_text(schedule).splitlines()
+    width = lines[0].index("0.5") - lines[0].index("0")  # half a unit: the shortest action, a chunk's forward
+    head = lines[0].index("0")
+    for row in range(simulation.table.num_rows):
+        line = lines[1 + simulation.table.device[row]]
+        at = head + round(float(simulation.start[row]) / 0.5 * width)
+        assert parse_action(line[at:].split(" ")[0].rstrip("─")) == simulation.table.action(row)
+
+
+def test_folded_charts_keep_every_action() -> None:
+    schedule = make_schedule("1f1b", 4, 8)
+    folded = draw_text(schedule, width=60)
+    assert max(map(len, folded.splitlines())) <= 60
+    assert folded.count("F") == 32
+    assert draw_text(schedule).count("BW") == 32
+
+
+def test_colour_covers_every_action() -> None:
+    schedule = make_schedule("zb-v", 2, 4, 2)
+    text = draw_color(schedule)
+    assert text.plain.rstrip("\n").splitlines()[1].rstrip() == draw_text(schedule).splitlines()[1].rstrip()
+    assert len(text.spans) == schedule.num_actions
+
+
+def test_a_chart_too_wide_is_refused() -> None:
+    with pytest.raises(ScheduleError, match="too many for text"):
+        draw_text(make_schedule("1f1b", 8, 4000))
+
+
+def test_odd_costs_still_fit_the_labels() -> None:
+    chart = draw_text(make_schedule("1f1b", 3, 12), Costs.uniform(3, 18.5, 18.1, 9.3, 0.6))
+    for i in range(12):
+        assert chart.count(f"BW{i}─") + chart.count(f"BW{i} ") + chart.count(f"BW{i}\n") + chart.endswith(f"BW{i}") >= 3
+
+
+def test_trace_has_every_action_once_per_device() -> None:
+    schedule = make_schedule("zb-h1", 3, 4)
+    simulation = simulate(schedule)
+    trace = json.loads(json.dumps(chrome_trace(simulation)))
+    complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    for device, row in enumerate(schedule.devices):
+        on_device = [event for event in complete if event["tid"] == device]
+        assert [event["name"] for event in on_device] == [str(action) for action in row]
+        ends = [event["ts"] + event["dur"] for event in on_device]
+        assert all(end <= event["ts"] + 1e-6 for end, event in zip(ends, on_device[1:], strict=False))
+    assert max(event["ts"] + event["dur"] for event in complete) == simulation.makespan * 1000
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_pictures_are_written(tmp_path: Path, suffix: str, magic: bytes) -> None:
+    path = tmp_path / f"chart.{suffix}"
+    draw_picture(simulate(make_schedule("zb-v", 3, 6, 2)), path)
+    assert path.read_bytes().startswith(magic)
+    assert path.stat().st_size > 5000
