@@ -111,8 +111,8 @@ class SocketGroup:
         self._rank, self._size = rank, size
         self._batch: list[tuple[Tensor, int]] | None = None
         self._links = {peer: Link(connection, peer) for peer, connection in _connect(store, rank, size, group).items()}
-        # Not atexit, whose functions a process made by fork does not run.
-        Finalize(None, self.close, exitpriority=0)
+        # When nobody uses the group any more, or at the end: atexit would not run in a process made by fork.
+        Finalize(self, _close, args=(self._links,), exitpriority=0)
 
     def name(self) -> str:
         return "GLOO"
@@ -168,12 +168,6 @@ class SocketGroup:
     def barrier(self, *_: Any) -> Done:
         return self.all_reduce(paddle.zeros([1], "int32"), "SUM")
 
-    def close(self) -> None:
-        """Sends what is queued, then closes all connections."""
-        for link in self._links.values():
-            link.close()
-        self._links = {}
-
 
 def enable() -> None:
     """Gives fleet `SocketGroup` for its process groups, in this process. Call before `fleet.init`."""
@@ -194,6 +188,11 @@ def enable() -> None:
     collective._new_process_group_impl = parallel._new_process_group_impl = new_group
     if int(os.environ.get("PADDLE_TRAINER_ID", 0)) > 0:
         _wait_for_store(os.environ["PADDLE_MASTER"])
+
+
+def _close(links: dict[int, Link]) -> None:
+    for link in links.values():
+        link.close()
 
 
 def _wait_for_store(endpoint: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class PaddleEngine:
         self._rank = group.get_stage_id()
         self.devices = (self._rank,)
         devices.set_threads(devices.threads_per_stage(config.stages, config.threads))
+        gc.collect()  # an earlier engine of this process: fleet's objects refer to each other
         _forget_peak_memory()
         paddle.set_default_dtype(config.train.dtype)
         plan, context = plan_partition(config), DropoutContext()
@@ -125,6 +127,8 @@ class PaddleEngine:
     def close(self) -> None:
         self.stage.in_flight.clear()
         self.stage.waiting.clear()
+        for shared in self.pipeline._layers.shared_comm.values():  # fleet makes these groups anew for every model
+            paddle.distributed.destroy_process_group(shared["group"])
 
     def _begin(self, batch: Batch, mode: Mode) -> None:
         self.stage.begin(batch, mode)
