@@ -13,6 +13,7 @@ from rich.console import Console
 from common.bench import print_dry_run, run_bench
 from common.config import Parser, UsageError, add_options, read_bench
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
+from common.verbs import schedules
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
@@ -37,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = verbs.add_parser("bench", help="train and compare the frameworks", description=BENCH_DESCRIPTION)
     add_options(bench)
     bench.set_defaults(run=_bench)
-    from common.verbs import schedules
-
     schedules.register(verbs)
     return _run(parser, sys.argv[1:] if argv is None else argv)
 

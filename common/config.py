@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from common.data import CorpusError, load_corpus
 from common.schedule.action import ScheduleError
-from common.schedule.generators import GENERATORS, make_schedule
+from common.schedule.generators import GENERATORS, default_chunks, make_schedule
 from common.schedule.validate import validate
 from common.spec import FRAMEWORKS, PRESETS, Frozen, RunConfig, TrainSpec, TransformerSpec
 
@@ -141,6 +141,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_option(group: Any, section: str, name: str, field: FieldInfo, default: Any) -> None:
     shown = ",".join(map(str, default)) if isinstance(default, tuple | list) else default
+    if name == "chunks":
+        shown = "what the schedule has"
     text = field.description or ""
     if shown not in ("", None):
         text += f" (default: {shown})"
@@ -284,6 +286,9 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _point(settings: Settings) -> RunConfig:
+    name = settings["run", "schedule"].value
+    if ("run", "chunks") not in settings:
+        settings["run", "chunks"] = Setting(default_chunks(str(name)), f"schedule {name}, chunks")
     model = TransformerSpec(**_validated("model", settings))
     train = TrainSpec(**_validated("train", settings))
     config = RunConfig(**_validated("run", settings, model=model, train=train))

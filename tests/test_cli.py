@@ -52,6 +52,11 @@ def test_lists_make_a_grid() -> None:
     assert {(c.stages, c.train.micro_batches) for c in points} == {(p, m) for p in (1, 2, 4) for m in (4, 8)}
 
 
+def test_a_schedule_brings_its_own_number_of_chunks() -> None:
+    points = bench("--preset", "tiny", "--framework", "torch", "--schedules", "1f1b,interleaved,zb-v").points
+    assert {c.schedule: c.chunks for c in points} == {"1f1b": 1, "interleaved": 2, "zb-v": 2}
+
+
 def test_precedence_is_preset_then_file_then_command_line(tmp_path: Path) -> None:
     toml = 'preset = "tiny"\nstages = [1, 2]\nschedules = "gpipe"\nrepeats = 3\n[model]\nd_model = 48\nnum_heads = 3\n'
     toml += "[train]\nsteps = 7\nclip_norm = 'none'\n"
@@ -99,6 +104,7 @@ WRONG = {
     "--clip-norm 0": "right would be a number, more than 0.0 or none",
     "--steps": "--steps: expected one argument",
     "--steps 3 --warmup-steps 4": "right would be 0 to 3",
+    "--schedules zb-v --chunks 3": "--schedules: schedule zb-v has 2 chunks per device, not 3",
     "--partition 9,2": "--partition",
     "--partition odd": "right would be even, balanced, or boundaries such as 2,5",
     "--vocab-size 100": "the tokenizer 'bytes' has 256 tokens",

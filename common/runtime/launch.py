@@ -125,7 +125,7 @@ def run_jobs_in_child(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_environment(),
+            env=_environment(module),
             start_new_session=True,
         )
         try:
@@ -175,10 +175,14 @@ def _members(child: subprocess.Popen[bytes]) -> list[int]:
     return living
 
 
-def _environment() -> dict[str, str]:
+def _environment(module: str) -> dict[str, str]:
     """The parent's environment, with this project importable from any working directory and a log that is up to date."""
     paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
+    # OpenBLAS' threads wait busily: on a machine with other work, two are five times slower than one. A variable that
+    # the user has set stays. Frameworks set their own threads.
+    one_thread = {"OPENBLAS_NUM_THREADS": "1"} if module == ORACLE_MODULE else {}
     return {
+        **one_thread,
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
