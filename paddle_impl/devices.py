@@ -5,6 +5,7 @@ Differs: a stage is a process, so there is also `join_pipeline`, which makes a p
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import warnings
@@ -99,7 +100,6 @@ def environment() -> dict[str, Any]:
     """Versions, device, threads and flags as Paddle reports them."""
     import paddle
 
-    flags = paddle.get_flags(["FLAGS_use_onednn", "FLAGS_paddle_num_threads"])
     kind = "cuda" if paddle.device.get_device().startswith("gpu") else "cpu"
     return {
         "framework": "paddle",
@@ -107,11 +107,19 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "device_kind": kind,
         "device_name": paddle.device.cuda.get_device_name() if kind == "cuda" else _cpu_name(),
-        "threads_per_stage": flags["FLAGS_paddle_num_threads"],
+        "threads_per_stage": _cpu_threads(),
         "tf32": kind == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0",
-        "onednn": flags["FLAGS_use_onednn"],
+        "onednn": paddle.get_flags("FLAGS_use_onednn")["FLAGS_use_onednn"],
         "default_dtype": paddle.get_default_dtype(),
     }
+
+
+def _cpu_threads() -> int | None:
+    """What the OpenMP runtime under Paddle's kernels says; Paddle's own flag does not follow `set_threads`."""
+    import paddle
+
+    library = Path(paddle.__file__).parent / "libs" / "libiomp5.so"
+    return ctypes.CDLL(str(library)).omp_get_max_threads() if library.exists() else None
 
 
 def _cpu_name() -> str:
