@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,7 @@ from common.report import compare, tables
 from common.report.machine import Machine, git_commit, this_machine
 from common.report.progress import ProgressView, progress_view
 from common.report.result import Parity, RunResult, measured
+from common.runtime import oracle_worker
 from common.runtime.job import Job
 from common.runtime.launch import (
     IMPLEMENTATIONS,
@@ -129,7 +131,13 @@ class _Session:
     def run_oracle(self, config: RunConfig) -> None:
         name = "oracle" if not self.oracles else f"oracle-{len(self.oracles) + 1}"
         self.view.start(ORACLE_NAME, config.train.steps)
-        outcome = self._child(ORACLE_MODULE, config, name)
+        needed, free = oracle_worker.memory_bytes(config), psutil.virtual_memory().available
+        if needed < free:
+            outcome = self._child(ORACLE_MODULE, config, name)
+        else:
+            (self.folder / name).mkdir()
+            reason = f"needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
+            outcome = Outcome("skipped", reason, None, (), 0.0)
         result = self._result(config, outcome, 0, name)
         self.oracles[config] = result, self.folder / name
         self.view.finish(f"{ORACLE_NAME}: {_summary(result)}")
@@ -197,7 +205,7 @@ class _Session:
         if oracle is None or oracle_folder is None:
             return Parity(reason="--no-parity")
         if oracle.status != "ok":
-            return Parity(reason=f"the oracle has failed: {oracle.reason}")
+            return Parity(reason=f"the oracle {oracle.status}: {oracle.reason}")
         try:
             return compare.parity(result, folder, oracle, oracle_folder)
         except (ValueError, OSError) as error:  # a child that leaves other files than it should
@@ -247,7 +255,8 @@ def _problems(session: _Session) -> list[str]:
         repeat = f" repeat {result.repeat}" if session.bench.options.repeats > 1 else ""
         if result.status != "ok":
             log = f" (log: {session.folder / result.log})" if result.log else ""
-            lines.append(f"{name}{repeat}: {result.status}: {result.reason}{log}")
+            hint = "; --no-parity goes without it" if name == ORACLE_NAME else ""
+            lines.append(f"{name}{repeat}: {result.status}: {result.reason}{hint}{log}")
         elif result.parity.status == "FAIL":
             lines.append(f"{name}{repeat}: parity: FAIL {result.parity.reason}")
     return lines

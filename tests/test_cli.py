@@ -18,6 +18,8 @@ import pytest
 from common import cli
 from common.config import Bench, Parser, UsageError, add_options, read_bench
 from common.report.result import RunResult
+from common.runtime import oracle_worker
+from common.runtime.launch import Implementation
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--preset", "tiny", "--steps", "3", "--schedules", "1f1b"]
@@ -200,6 +202,18 @@ def test_rows_that_fail_leave_the_others_intact(tmp_path: Path) -> None:
     assert results["torch-1f1b-p2-m4"].actions[1] == "F0 BW0 F1 BW1 F2 BW2 F3 BW3"
     assert results["tensorflow-1f1b-p2-m4"].status == "skipped"
     assert not list(tmp_path.glob("*/*/*.safetensors"))
+
+
+def test_an_oracle_that_does_not_fit_is_skipped_and_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(oracle_worker, "memory_bytes", lambda config: 10**18)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    implementations = {"torch": Implementation("fakes.impl", "numpy", "")}
+    argv = [*QUICK, "--frameworks", "torch", "--out", str(tmp_path)]
+    assert cli.bench_main(argv, implementations) == 0
+    assert "oracle (NumPy float64): skipped: needs about 1000000000 GB of memory" in capsys.readouterr().out
+    assert [(row["status"], row["parity"], row["ratio"]) for row in table(tmp_path)] == [("ok", "not checked", "1.0")]
 
 
 def test_repeats_are_interleaved_and_a_difference_fails_the_run(tmp_path: Path) -> None:

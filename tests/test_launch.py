@@ -12,7 +12,8 @@ import pytest
 from common.runtime import launch
 from common.runtime.job import Job
 from common.runtime.launch import ORACLE_MODULE, Implementation, Interrupted, Outcome, run_jobs_in_child, why_missing
-from common.spec import RunConfig, TrainSpec, TransformerSpec
+from common.runtime.oracle_worker import memory_bytes
+from common.spec import RunConfig, TrainSpec, TransformerSpec, preset
 
 CONFIG = RunConfig(
     model=TransformerSpec(context_length=4, num_layers=1, d_model=8, num_heads=2, d_ff=8),
@@ -58,6 +59,11 @@ def test_the_oracle_runs_as_a_child(tmp_path: Path) -> None:
     jobs = [Job(config=CONFIG, out=str(tmp_path / "job"), kind="probe", noise=0.1)]
     assert run_jobs_in_child(ORACLE_MODULE, jobs, tmp_path, 60.0)[0].status == "ok"
     assert (tmp_path / "job" / "part-0.safetensors").exists()
+
+
+def test_the_oracle_knows_what_memory_it_needs() -> None:
+    assert memory_bytes(preset("small")) == pytest.approx(0.9e9, rel=0.05)  # measured
+    assert memory_bytes(preset("gpt2-small")) > 20e9
 
 
 @pytest.mark.parametrize(
