@@ -36,7 +36,7 @@ CHILD_TIMEOUT_SECONDS = 600
 
 def config(
     framework: str, p: int, m: int, dtype: str, head: str, norm: str, activation: str, partition: str, dropout: float,
-    schedule: str = "1f1b", steps: int = 100, chunks: int = 1, executor: str = "table",
+    schedule: str = "1f1b", steps: int = 100, chunks: int = 1, executor: str = "table", num_layers: int = 4,
 ) -> RunConfig:  # fmt: skip
     """One run, with one CPU thread per stage: a kernel splits its sums by the number of threads, so bits depend on it."""
     return RunConfig.model_validate(
@@ -44,7 +44,7 @@ def config(
             "framework": framework, "stages": p, "chunks": chunks, "schedule": schedule, "partition": partition,
             "device": "cpu", "threads": p, "executor": executor,
             "model": {
-                "context_length": 12, "num_layers": 4, "d_model": 24, "num_heads": 2, "d_ff": 40, "norm": norm,
+                "context_length": 12, "num_layers": num_layers, "d_model": 24, "num_heads": 2, "d_ff": 40, "norm": norm,
                 "activation": activation, "tied_head": head == "tied", "dropout": dropout,
             },
             "train": {

@@ -61,7 +61,7 @@ def assert_executed_equals_planned(one: RunConfig, run: Run) -> None:
         assert done == {device: list(map(str, actions)) for device, actions in enumerate(schedule.devices)}
 
 
-# name: p, partition, schedule, chunks; all with m = 4 and equal to the first to the bit
+# name: p, partition, schedule, chunks; all with m = 4, over 4 units, and equal to the first to the bit
 SPLIT = """# schedule: split micro_batches=4
 0: F0 F1 F2 B0 W0 F3 B1 W1 B2 B3 W2 W3
 1: F0 B0 F1 B1 W0 F2 B2 F3 B3 W1 W2 W3
@@ -76,9 +76,8 @@ VARIANTS: dict[str, tuple[int, str, str, int]] = {
     "split": (2, "even", "file:SPLIT", 1),
     "uneven": (2, "1", "1f1b", 1),
     "four": (4, "even", "1f1b", 1),
-    "four-uneven": (4, "1,2,3", "gpipe", 1),
+    "three-uneven": (3, "1,3", "gpipe", 1),
     "interleaved": (2, "even", "interleaved", 2),
-    "interleaved-uneven": (2, "1,2,4", "interleaved", 2),
     "zb-h1": (4, "even", "zb-h1", 1),
     "zb-h2": (2, "even", "zb-h2", 1),
     "zb-v": (2, "even", "zb-v", 2),
@@ -96,7 +95,7 @@ def test_every_schedule_and_partition_gives_the_same_bits(
     configs = {
         name: config(
             framework, p, 4, dtype, head, norm, "gelu", partition, 0.1,
-            schedule.replace("SPLIT", str(tmp_path / "split.txt")), steps=4, chunks=chunks,
+            schedule.replace("SPLIT", str(tmp_path / "split.txt")), steps=3, chunks=chunks, num_layers=2,
         )
         for name, (p, partition, schedule, chunks) in VARIANTS.items()
     }  # fmt: skip
