@@ -144,6 +144,8 @@ class _Session:
 
     def run(self, config: RunConfig, repeat: int) -> None:
         name = run_name(config, repeat if self.bench.options.repeats > 1 else None)
+        while (self.folder / name).exists():  # two schedule files of one name
+            name += "-other"
         self.view.start(describe(config), config.train.steps)
         implementation = self.implementations[config.framework]
         missing = why_missing(implementation)

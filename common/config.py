@@ -141,6 +141,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_option(group: Any, section: str, name: str, field: FieldInfo, default: Any) -> None:
     shown = ",".join(map(str, default)) if isinstance(default, tuple | list) else default
+    if name == "schedule":
+        text = f"{text}: {', '.join(GENERATORS)}"
     if name == "chunks":
         shown = "what the schedule has"
     text = field.description or ""

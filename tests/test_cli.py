@@ -204,6 +204,19 @@ def test_rows_that_fail_leave_the_others_intact(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/*/*.safetensors"))
 
 
+def test_two_schedule_files_of_one_name_do_not_share_a_folder(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.txt").write_text("0: F0 BW0\n1: F0 BW0\n")
+    files = ",".join(f"file:{tmp_path / folder / 'mine.txt'}" for folder in ("a", "b"))
+    argv = ["--schedules", files, "--frameworks", "torch", "--micro-batches", "1", "--no-parity"]
+    run = start(tmp_path / "out", *argv)
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, output + errors
+    schedules = {RunResult.read(path).config.schedule for path in tmp_path.glob("out/*/*/result.json")}
+    assert schedules == set(files.split(","))
+
+
 def test_an_oracle_that_does_not_fit_is_skipped_and_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
