@@ -141,11 +141,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_option(group: Any, section: str, name: str, field: FieldInfo, default: Any) -> None:
     shown = ",".join(map(str, default)) if isinstance(default, tuple | list) else default
-    if name == "schedule":
-        text = f"{text}: {', '.join(GENERATORS)}"
+    text = field.description or ""
     if name == "chunks":
         shown = "what the schedule has"
-    text = field.description or ""
+    if name == "schedule":
+        text += f": {', '.join(GENERATORS)}"
     if shown not in ("", None):
         text += f" (default: {shown})"
     options: dict[str, Any] = {"dest": f"{section}.{name}", "default": argparse.SUPPRESS, "help": text}
