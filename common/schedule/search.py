@@ -2,7 +2,7 @@
 
 Two layers. The inner one, `build`, lays the pipeline out in time, greedily: B before F before W, within the memory limit.
 What makes a greedy order good or bad is when it waits instead of starting what it could: a forward started just before a
-backward arrives delays that backward, and with it every stage above. So each stage has four numbers (`Knobs`), and the
+backward arrives delays that backward, and with it every stage above. So each stage has five numbers (`Knobs`), and the
 outer layer looks for good ones: first a grid with the same numbers for all stages, then random changes that are kept if
 they are no worse. The number of trials depends on the size only, so that a search gives the same result everywhere.
 
@@ -24,7 +24,7 @@ from common.schedule.action import Action, Op, Schedule, ScheduleError
 from common.schedule.simulate import Costs, simulate
 from common.schedule.zero_bubble import zb_h1, zb_h2
 
-ACTIONS_TO_TRY = 5_000_000
+ACTIONS_TO_TRY = 4_000_000
 """How many actions the search lays out in all, a few layouts at least."""
 MIN_TRIALS, MAX_TRIALS = 12, 3000
 _INFINITY = math.inf
@@ -43,6 +43,8 @@ class Knobs:
     """Rather than start F, wait for a B that arrives within this time."""
     weight_patience: float
     """Rather than start W, wait for an F or B that arrives within this time."""
+    allowance: float
+    """No waiting beyond this idle time in all: what another stage must idle anyway costs nothing here."""
 
 
 @dataclass(frozen=True)
@@ -134,17 +136,20 @@ def _best_layout(
 
 def _grid(p: int, m: int, costs: Costs, memory_limit: Sequence[float]) -> Iterator[list[Knobs]]:
     """The same knobs for all stages, in units of their costs; the usual good ones first."""
-    shares = (0.1, 0.0, 0.25, 0.5, 0.75, 1.0)
-    # Twice the distance to the end is what the first backward's round trip has room for.
+    # Twice the distance to the end is what the wait for the first backward has room for.
     caps = [
-        [int(limit) for limit in memory_limit],
         [min(int(limit), 2 * (p - d)) for d, limit in enumerate(memory_limit)],
-        [min(int(limit), 2 * (p - d) - 1) for d, limit in enumerate(memory_limit)],
+        [int(limit) for limit in memory_limit],
     ]
-    for cap in caps:
-        for f in shares:
-            for w in shares:
-                yield [Knobs(cap[d], _INFINITY, f * costs.forward[d], w * costs.backward_weight[d]) for d in range(p)]
+    unavoidable = max(0.0, lower_bound(m, costs, memory_limit) - m * float(costs.per_micro_batch.max()))
+    for allowance in (unavoidable, unavoidable + 0.25 * max(costs.forward), 2 * unavoidable, _INFINITY):
+        for f in (1.0, 0.1, 0.0, 0.25, 0.5):
+            for w in (0.0, 0.25, 0.75):
+                for cap in caps:
+                    yield [
+                        Knobs(cap[d], _INFINITY, f * costs.forward[d], w * costs.backward_weight[d], allowance)
+                        for d in range(p)
+                    ]
 
 
 def _changed(
@@ -155,7 +160,7 @@ def _changed(
     for _ in range(chance.choice((1, 1, 2, 3))):
         d = chance.randrange(len(knobs))
         longest = max(costs.forward[d], costs.backward_weight[d])
-        match chance.randrange(4):
+        match chance.randrange(5):
             case 0:
                 changed[d] = replace(changed[d], most_in_flight=chance.randint(1, int(memory_limit[d])))
             case 1:
@@ -166,6 +171,9 @@ def _changed(
             case 3:
                 patience = longest * chance.random() * chance.random()
                 changed[d] = replace(changed[d], weight_patience=patience)
+            case 4:
+                allowance = chance.choice((_INFINITY, costs.forward[d] * chance.random() * 2))
+                changed[d] = replace(changed[d], allowance=allowance)
     return changed
 
 
@@ -203,11 +211,11 @@ def build(m: int, costs: Costs, memory_limit: Sequence[float], knobs: Sequence[K
         elif backlog > knob.most_backlog:
             op = Op.W
         elif forward_ready <= now:
-            if backward_ready <= now + knob.forward_patience:
+            if backward_ready <= now + min(knob.forward_patience, knob.allowance - idle[d]):
                 heapq.heappush(events, (backward_ready, d))
                 continue
             op = Op.F
-        elif backlog and wake > now + knob.weight_patience:
+        elif backlog and wake > now + min(knob.weight_patience, knob.allowance - idle[d]):
             op = Op.W
         else:
             if wake < _INFINITY:
@@ -284,6 +292,7 @@ def _last_forward(m: int, costs: Costs, limit: float, d: int, wait: float) -> fl
 
 def _weights_to_free(over: float, kept: float, most: int) -> int:
     """How many Ws free `over` activations; more than `most` if that many do not."""
-    if over <= _ROUNDING:
+    over -= _ROUNDING
+    if over <= 0:
         return 0
-    return math.ceil(over / kept - _ROUNDING) if over <= kept * most + _ROUNDING else most + 1
+    return math.ceil(over / kept) if over <= kept * most else most + 1

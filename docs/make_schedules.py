@@ -1,0 +1,166 @@
+"""Remakes what docs/schedules.md shows: its drawings, its tables and its curve. Run it in the repository's root.
+
+    python docs/make_schedules.py            everything, about four minutes (the searches take most of it)
+    python docs/make_schedules.py drawings published   only these parts
+
+Tables stand between `<!-- made: NAME -->` and `<!-- end -->`; pictures are files in docs/images/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from common.cli import main as triptych
+from common.schedule.draw import draw_text
+from common.schedule.generators import default_chunks, make_schedule
+from common.schedule.search import limits, lower_bound, search
+from common.schedule.simulate import Costs, simulate
+from common.schedule.validate import validate
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "schedules.md"
+IMAGES = DOCS / "images"
+GOLDEN = DOCS.parent / "tests" / "golden"
+STAGES, MICRO_BATCHES = 4, 8
+DRAWN = ("naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v")
+PUBLISHED = ("1f1b", "interleaved", "zb-h1", "zb-h2")
+
+
+def drawings() -> None:
+    """One picture per schedule, each by `triptych draw`, and the text chart of 1f1b."""
+    for name in DRAWN:
+        size = ["--stages", str(STAGES), "--micro-batches", "2" if name == "naive" else str(MICRO_BATCHES)]
+        status = triptych(["draw", "--schedule", name, *size, "--output", str(IMAGES / f"schedule-{name}.png")])
+        if status:
+            raise SystemExit(status)
+    fill("text-chart", "```text\n" + draw_text(make_schedule("1f1b", STAGES, MICRO_BATCHES)) + "\n```")
+
+
+def published() -> None:
+    """Published against simulated bubbles, all rows and schedules."""
+    lines = [
+        "| p | m | " + " | ".join(f"{name}" for name in PUBLISHED) + " | interleaved as it runs |",
+        "| ---: | ---: |" + " ---: |" * (len(PUBLISHED) + 1),
+    ]
+    for row in rows():
+        cells, as_run = [], "-"
+        for name in PUBLISHED:
+            if name not in row["bubble_fraction"]:
+                cells.append("-")
+                continue
+            v = row["layers"] // row["stages"] if name == "interleaved" else 1
+            schedule, costs = make_schedule(name, row["stages"], row["micro_batches"], v), costs_of(row)
+            simulation = simulate(schedule, costs, wrap_around="first")
+            got = simulation.warm_start_bubble_fraction if name == "zb-h2" else simulation.bubble_fraction
+            cells.append(f"{row['bubble_fraction'][name]:.4f} / {got:.4f}")
+            if name == "interleaved":
+                as_run = f"{simulate(schedule, costs).bubble_fraction:.4f}"
+        lines.append(f"| {row['stages']} | {row['micro_batches']} | {' | '.join(cells)} | {as_run} |")
+    fill("published", "\n".join(lines))
+
+
+def searches() -> None:
+    """The search's bubbles, at twice 1f1b's memory and at once, against the published ones and the lower bound."""
+    lines = [
+        "| p | m | zb-2p published | search, 2x | bound | zb-h1 published | search, 1x | bound | seconds, 2x |",
+        "| ---: |" + " ---: |" * 8,
+    ]
+    for row in rows():
+        p, m, costs = row["stages"], row["micro_batches"], costs_of(row)
+        whole = float(costs.per_micro_batch.mean()) * m
+        cells = []
+        began = time.perf_counter()
+        for share, name in ((2.0, "zb-2p"), (1.0, "zb-h1")):
+            limit = limits(p, m, [share])
+            found = simulate(search(p, m, costs, limit), costs).warm_start_bubble_fraction
+            bound = 1 - whole / lower_bound(m, costs, limit)
+            cells += [f"{row['bubble_fraction'][name]:.4f}", f"{found:.4f}", f"{max(bound, 0):.4f}"]
+            if share == 2.0:
+                seconds = time.perf_counter() - began
+        lines.append(f"| {p} | {m} | {' | '.join(cells)} | {seconds:.0f} |")
+    fill("searches", "\n".join(lines))
+
+
+def curve() -> None:
+    """Time to generate, validate and simulate against the number of actions."""
+    steps: dict[str, list[float]] = {"generate": [], "validate": [], "simulate": []}
+    actions, table = [], ["| m | actions | generate | validate | simulate |", "| ---: | ---: | ---: | ---: | ---: |"]
+    for m in (64, 128, 256, 512, 1024, 2048, 4096):
+        began = time.perf_counter()
+        schedule = make_schedule("interleaved", 64, m, 4)
+        generated = time.perf_counter()
+        if validate(schedule):
+            raise SystemExit(f"interleaved is not valid for m = {m}")
+        validated = time.perf_counter()
+        simulate(schedule, check=False)
+        simulated = time.perf_counter()
+        actions.append(schedule.num_actions)
+        seconds = (generated - began, validated - generated, simulated - validated)
+        for name, spent in zip(steps, seconds, strict=True):
+            steps[name].append(spent)
+        table.append(f"| {m} | {schedule.num_actions:,} | " + " | ".join(f"{s:.2f} s" for s in seconds) + " |")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for (name, values), marker in zip(steps.items(), "os^", strict=True):
+        axes.loglog(actions, values, marker=marker, label=name)
+    slope = [steps["simulate"][-1] * n / actions[-1] for n in actions]
+    axes.loglog(actions, slope, color="gray", linestyle=":", label="proportional to the actions")
+    axes.set_xlabel("actions (p = 64, v = 4, m = 64 to 4096)")
+    axes.set_ylabel("seconds")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(IMAGES / "schedule-curve.png", dpi=130)
+    fill("curve", "\n".join(table))
+
+
+def overview() -> None:
+    """All schedules side by side at the size of the drawings."""
+    lines = [
+        "| schedule | chunks | bubble fraction | with a warm start | peak in flight, stage 0 to 3 | peak memory |",
+        "| --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for name in DRAWN:
+        simulation = simulate(make_schedule(name, STAGES, MICRO_BATCHES, default_chunks(name)))
+        peaks = ", ".join(f"{peak:g}" for peak in simulation.peak_in_flight_per_stage)
+        lines.append(
+            f"| {name} | {simulation.schedule.num_chunks} | {simulation.bubble_fraction:.4f} | "
+            f"{simulation.warm_start_bubble_fraction:.4f} | {peaks} | {max(simulation.peak_memory_per_stage):g} |"
+        )
+    fill("overview", "\n".join(lines))
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    for name in ("zero_bubble_tables.json", "zero_bubble_more_rows.json"):
+        yield from json.loads((GOLDEN / name).read_text())["rows"]
+
+
+def costs_of(row: dict[str, Any]) -> Costs:
+    return Costs.uniform(row["stages"], **row["milliseconds"])
+
+
+def fill(name: str, content: str) -> None:
+    """Replaces the part `name` of the page."""
+    part = re.compile(rf"(<!-- made: {name} -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL)
+    text, found = part.subn(lambda match: match[1] + content + "\n" + match[2], PAGE.read_text())
+    if found != 1:
+        raise SystemExit(f"{PAGE}: {found} parts named {name}; right would be 1")
+    PAGE.write_text(text)
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    part.__name__: part for part in (drawings, overview, published, curve, searches)
+}
+
+if __name__ == "__main__":
+    for part_name in sys.argv[1:] or PARTS:
+        PARTS[part_name]()
