@@ -132,8 +132,15 @@ class RunConfig(Frozen):
     stages: int = Field(2, ge=1, description="devices in the pipeline (p)")
     chunks: int = Field(1, ge=1, description="model chunks per device (v), for interleaved schedules")
     schedule: str = Field("1f1b", min_length=1, description="name of the pipeline schedule, or file:PATH")
-    executor: Literal["table", "native"] = Field(
-        "table", description="table: our schedule tables; native: the framework's own pipeline (paddle: fleet's 1F1B)"
+    executor: Literal["table", "native", "plain"] = Field(
+        "table",
+        description="table: our schedule tables; native: the framework's own pipeline (torch.distributed.pipelining, "
+        "Paddle's fleet); plain: a simple loop on one device, as its users would write it",
+    )
+    track: Literal["matched", "best"] = Field(
+        "matched",
+        description="matched: the same precision, threads and operations everywhere; best: what makes this framework "
+        "fastest within the limits of parity",
     )
     partition: Literal["even", "balanced"] | tuple[int, ...] = Field(
         "even", description="even, balanced (by cost), or the first unit of every stage after the first"
@@ -163,6 +170,8 @@ class RunConfig(Frozen):
                 f"stages x chunks = {parts} is more than the {units} units (embedding, {self.model.num_layers} blocks, "
                 f"head); right would be at most {units}"
             )
+        if self.executor == "plain" and parts > 1:
+            raise ValueError(f"stages x chunks = {parts}; executor = plain has 1, with all the threads")
         if isinstance(self.partition, tuple):
             edges = (0, *self.partition, units)
             if len(self.partition) != parts - 1 or any(a >= b for a, b in itertools.pairwise(edges)):

@@ -77,6 +77,10 @@ class Part(BaseModel):
     held_out_loss: float
     build_seconds: float
     peak_memory_bytes: dict[int, int]
+    held_activation_peak_bytes: dict[int, int] = {}
+    """By device; empty where the executor does not say (`Engine.held_bytes_peak`)."""
+    in_flight_peak: dict[int, int] = {}
+    """By device; empty where the executor does not say (`Engine.in_flight_peak`)."""
     environment: dict[str, Any]
     corpus_digest: str
     corpus_bytes: int
