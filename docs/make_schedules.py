@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,7 +24,7 @@ from common.cli import main as triptych
 from common.schedule.draw import draw_text
 from common.schedule.generators import default_chunks, make_schedule
 from common.schedule.search import limits, lower_bound, search
-from common.schedule.simulate import Costs, simulate
+from common.schedule.simulate import Costs, replay_makespan, simulate
 from common.schedule.validate import validate
 
 DOCS = Path(__file__).parent
@@ -139,6 +140,51 @@ def overview() -> None:
     fill("overview", "\n".join(lines))
 
 
+def measured() -> None:
+    """One training step of every schedule with PyTorch: how long, and how long by the simulator for the same durations."""
+    # Imported here: the other parts need no framework.
+    from common.data import load_corpus
+    from common.spec import RunConfig, TrainSpec, TransformerSpec
+    from common.weights import initial_weights
+    from torch_impl.engine import build_engine
+
+    stages, rounds = 2, 7
+    model = TransformerSpec(context_length=64, num_layers=6, d_model=256, num_heads=8, d_ff=1024)
+    train = TrainSpec(batch_size=32, micro_batches=8)
+    engines = {}
+    for name in DRAWN:
+        config = RunConfig(model=model, train=train, stages=stages, schedule=name, chunks=default_chunks(name))
+        engines[name] = build_engine(config.model_copy(update={"device": "cpu"}))
+        engines[name].reset(initial_weights(model, train.seed, train.dtype))
+    corpus = load_corpus(config)
+    batch = corpus.batch(0, train.seed, train.batch_size, model.context_length)
+    seconds: dict[str, list[float]] = {name: [] for name in DRAWN}
+    overhead: dict[str, list[float]] = {name: [] for name in DRAWN}
+    for turn in range(rounds + 1):
+        for name, engine in engines.items():
+            engine.forward_backward(batch)
+            events = engine.events()
+            took = max(e.end_seconds for row in events.values() for e in row)
+            took -= min(e.ready_seconds for row in events.values() for e in row)
+            durations = [[e.end_seconds - e.start_seconds for e in events[d]] for d in range(stages)]
+            if turn > 0:  # the first one warms up
+                seconds[name].append(took)
+                overhead[name].append(took / replay_makespan(engine.schedule, durations))
+    lines = [
+        "| schedule | step, to 1f1b | simulated, F = B = W, to 1f1b | step, to the simulator with its own durations |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    plain = {
+        name: simulate(make_schedule(name, stages, train.micro_batches, default_chunks(name))).makespan
+        for name in DRAWN
+    }
+    for name in DRAWN:
+        ratio = median(s / other for s, other in zip(seconds[name], seconds["1f1b"], strict=True))
+        lines.append(f"| {name} | {ratio:.2f} | {plain[name] / plain['1f1b']:.2f} | {median(overhead[name]):.3f} |")
+        engines[name].close()
+    fill("measured", "\n".join(lines))
+
+
 def rows() -> Iterator[dict[str, Any]]:
     for name in ("zero_bubble_tables.json", "zero_bubble_more_rows.json"):
         yield from json.loads((GOLDEN / name).read_text())["rows"]
@@ -158,7 +204,7 @@ def fill(name: str, content: str) -> None:
 
 
 PARTS: dict[str, Callable[[], None]] = {
-    part.__name__: part for part in (drawings, overview, published, curve, searches)
+    part.__name__: part for part in (drawings, overview, published, curve, measured, searches)
 }
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from common.schedule.action import Action, Op, Schedule, ScheduleError
 from common.schedule.dependencies import Step, dependencies
 from common.schedule.generators import GENERATORS, SEARCH, make_schedule
-from common.schedule.simulate import Costs, Simulation, per_stage, simulate
+from common.schedule.simulate import Costs, Simulation, per_stage, replay_makespan, simulate
 from common.schedule.validate import validate
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -225,6 +225,14 @@ def test_memory_counts_what_is_kept_for_the_weights(kept: float) -> None:
 def test_zb_v_has_no_bubble_for_equal_costs(p: int, m: int) -> None:
     assume(m >= 2 * p)
     assert simulate(make_schedule("zb-v", p, m, 2)).warm_start_bubble_fraction == pytest.approx(0, abs=1e-12)
+
+
+def test_replay_takes_each_actions_own_duration() -> None:
+    schedule = make_schedule("1f1b", 2, 2)  # F0 F1 BW0 BW1 / F0 BW0 F1 BW1
+    assert replay_makespan(schedule, [[1, 5, 1, 1], [2, 2, 1, 1]]) == 1 + 5 + 1 + 1 + 1
+    assert replay_makespan(schedule, [[1, 1, 1, 1], [2, 7, 1, 3]]) == 1 + 2 + 7 + 1 + 3 + 1
+    with pytest.raises(ScheduleError, match="another schedule"):
+        replay_makespan(schedule, [[1, 1, 1], [1, 1, 1, 1]])
 
 
 def test_costs_that_do_not_fit_are_refused() -> None:

@@ -200,6 +200,18 @@ def simulate(
     return Simulation(table, costs, np.array(played.start), np.array(played.end))
 
 
+def replay_makespan(schedule: Schedule, durations: Sequence[Sequence[float]]) -> float:
+    """The makespan if every action took its own duration, `durations[device][position]`, and messages took no time.
+
+    With durations from a run it says what the schedule alone makes of them: what the run took longer is overhead.
+    """
+    table = tabulate(schedule)
+    flat = [duration for row in durations for duration in row]
+    if [len(row) for row in durations] != [len(row) for row in schedule.devices]:
+        raise ScheduleError("durations for another schedule; right would be one per action, device by device")
+    return max(play(table, flat, [0.0] * table.num_rows).end)
+
+
 def per_stage(values: Sequence[float], stages: int, what: str) -> tuple[float, ...]:
     """One number for all stages, or one for each. Raises ScheduleError."""
     if len(values) == 1:
