@@ -300,7 +300,8 @@ class GPipeModel(keras.Model):
 
     def _submit(self, d: int, work: Callable[[], Result]) -> Future[Result]:
         def on_device() -> Result:
-            with devices.stage_thread(self.stage_devices[d]):
+            only_own_device = all(chunk.only_own_device for chunk in self.stages[d].chunks)
+            with devices.stage_thread(self.stage_devices[d], only_own_device):
                 return work()
 
         return self._threads[d].submit(on_device)

@@ -39,6 +39,8 @@ class Chunk:
         self.variables: list[keras.Variable] = []
         self.gradients: list[tf.Variable] = []
         self.functions: StageFunctions
+        self.only_own_device = True
+        """Whether all variables lie here. The seed of a Keras Dropout does not: it is made along with the layer."""
         self.evaluate = tf.function(self._evaluate, autograph=False)
 
     def build(self, x: keras.KerasTensor) -> keras.KerasTensor:
@@ -78,7 +80,10 @@ class Chunk:
             )
 
         with self.strategy.scope():
-            return cut()
+            functions = cut()
+        captured = [outer.device.split("device:")[-1] for outer, _ in functions.forward.graph.captures]
+        self.only_own_device = all(device == self.device.split("device:")[-1] for device in captured)
+        return functions
 
     def clear_gradients(self) -> None:
         for gradient in self.gradients:
