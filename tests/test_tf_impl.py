@@ -63,6 +63,10 @@ def test_dropout_masks_have_numpys_bits(found: Any) -> None:
     assert found["dropout"] is True
 
 
+def test_a_seed_on_another_device_neither_hangs_nor_stands_still(found: Any) -> None:
+    assert found["seed"] == {"losses_differ": True, "own_device": [[True, False], [True, True]]}
+
+
 @pytest.mark.parametrize(
     ("case", "kind", "text"),
     [

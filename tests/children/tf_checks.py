@@ -164,6 +164,22 @@ def dropout_bits() -> bool:
     return bool(np.array_equal(observed, numpy_keep_mask(0x9ABCDEF0, 6, samples, shape, 0.1)))
 
 
+def seed_elsewhere() -> dict[str, Any]:
+    """A Keras Dropout on the second device: its seed lies on the first one. Also whether the engine's stages are alone."""
+    model = GPipeModel(
+        [keras.layers.Dense(8), keras.layers.Dropout(0.5), keras.layers.Dense(CLASSES)], 2, 2, partition=[1]
+    )
+    x, y = np.ones((4, FEATURES), np.float32), np.zeros(4, np.int64)
+    losses = [compiled(model).forward_backward(x, y) for _ in range(2)]
+    engine = build_engine(config(stages=2))
+    tokens = np.zeros((8, 16), np.int64)
+    engine.model.forward_backward(tokens, tokens)
+    return {
+        "losses_differ": losses[0] != losses[1],
+        "own_device": [[chunk.only_own_device for chunk in m.chunks] for m in (model, engine.model)],
+    }
+
+
 def message(work: Callable[[], Any]) -> str:
     try:
         work()
@@ -208,6 +224,7 @@ def main() -> None:
                 "1f1b": as_keras_user("1f1b"),
                 "cut": cut_in_two(),
                 "dropout": dropout_bits(),
+                "seed": seed_elsewhere(),
                 "errors": errors(),
                 "environment": devices.environment(),
             }
