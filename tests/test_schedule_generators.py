@@ -38,6 +38,13 @@ def test_all_sizes_are_valid_and_in_micro_batch_order(name: str) -> None:
                             assert order == sorted(order)
 
 
+@pytest.mark.parametrize(("p", "m"), [(1, 1), (1, 5), (2, 8), (4, 2), (4, 8), (8, 8)])
+def test_search_is_a_named_schedule_too(p: int, m: int) -> None:
+    schedule = make_schedule(SEARCH, p, m)
+    assert (schedule.name, schedule.num_devices, schedule.num_micro_batches) == (SEARCH, p, m)
+    assert validate(schedule) == []
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(FIXED), st.integers(1, 12), st.integers(1, 40), st.integers(1, 5))
 def test_larger_sizes_are_valid_and_read_back(name: str, p: int, m: int, v: int) -> None:

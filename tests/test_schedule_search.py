@@ -110,3 +110,6 @@ def test_limits() -> None:
         limits(4, 8, [1.0, 2.0])
     with pytest.raises(ScheduleError, match="1 or more"):
         search(2, 4, Costs.uniform(2), [0.5, 2.0])
+    with pytest.raises(ScheduleError, match="1 or more"):
+        search(2, 4, Costs.uniform(2), [float("nan"), 2.0])
+    assert search(2, 4, Costs.uniform(2), [float("inf")] * 2).num_actions == 24

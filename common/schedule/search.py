@@ -70,8 +70,9 @@ def search(
     """
     if len(memory_limit) != p or costs.num_stages != p:
         raise ScheduleError(f"{len(memory_limit)} memory limits and costs of {costs.num_stages} stages for {p} stages")
-    if min(memory_limit) < 1:
+    if not all(limit >= 1 for limit in memory_limit):
         raise ScheduleError(f"memory limit {min(memory_limit):g} activations; right would be 1 or more on every stage")
+    memory_limit = [min(limit, m) for limit in memory_limit]  # there are no more than m activations
     good_enough = lower_bound(m, costs, memory_limit) * (1 + _ROUNDING)
     # The handcrafted schedules are candidates too, where they fit.
     candidates = [s for s in (zb_h1(p, m), zb_h2(p, m)) if _fits(s, costs, memory_limit)]
@@ -81,11 +82,14 @@ def search(
 
 
 def limits(p: int, m: int, memory_limit: Sequence[float]) -> list[float]:
-    """Activations per stage from a limit in units of 1F1B's peak, min(p, m): one number for all, or one per stage."""
+    """Activations per stage from a limit in units of 1F1B's peak, min(p, m): one number for all, or one per stage.
+
+    Never more than m, which is all there are.
+    """
     if len(memory_limit) not in (1, p):
         raise ScheduleError(f"memory limit: {len(memory_limit)} numbers for {p} stages; right would be 1 or {p}")
     each = memory_limit if len(memory_limit) == p else [memory_limit[0]] * p
-    return [limit * min(p, m) for limit in each]
+    return [min(limit * min(p, m), m) for limit in each]
 
 
 def _measure(schedule: Schedule, costs: Costs) -> tuple[float, float]:
@@ -255,6 +259,7 @@ def lower_bound(m: int, costs: Costs, memory_limit: Sequence[float]) -> float:
     memory allows; and the memory that all micro-batches occupy, spread over the limit.
     """
     p, kept = costs.num_stages, costs.kept_by_backward_input
+    memory_limit = [min(limit, m) for limit in memory_limit]
     forward, backward, weight, hop = costs.forward, costs.backward_input, costs.backward_weight, costs.communication
     down = [forward[d] + hop[d] for d in range(p)]  # until the next stage can start its forward
     up = [hop[d + 1] + backward[d] if d < p - 1 else 0.0 for d in range(p)]  # from the next stage's backward to the own
