@@ -124,6 +124,12 @@ class PaddleEngine:
         lines = Path("/proc/self/status").read_text().splitlines()
         return {self._rank: next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))}
 
+    def held_bytes_peak(self) -> dict[int, int]:
+        return {} if self.config.executor == "native" else {self._rank: self.stage.held.peak_bytes}
+
+    def in_flight_peak(self) -> dict[int, int]:
+        return {} if self.config.executor == "native" else {self._rank: self.stage.held.peak_in_flight}
+
     def close(self) -> None:
         self.stage.in_flight.clear()
         self.stage.waiting.clear()

@@ -9,6 +9,7 @@ Source: Zero Bubble Pipeline Parallelism (Qi et al. 2024, section 2).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import paddle
@@ -17,9 +18,9 @@ from paddle.autograd import PyLayer
 from paddle.distributed.fleet.meta_parallel.zero_bubble_utils import SplitBWLinear as Linear
 from paddle.distributed.fleet.meta_parallel.zero_bubble_utils import WeightGradStore
 
-__all__ = ["Linear", "defer_weight_gradients", "tied_projection"]
+__all__ = ["Linear", "defer_weight_gradients", "tensors_of", "tied_projection"]
 
-Product = Callable[[], None]
+Product = partial[None]
 
 
 def defer_weight_gradients(backward: Callable[[], None]) -> list[Product]:
@@ -30,6 +31,11 @@ def defer_weight_gradients(backward: Callable[[], None]) -> list[Product]:
         return WeightGradStore.cache
     finally:
         WeightGradStore.enabled, WeightGradStore.cache = False, []
+
+
+def tensors_of(product: Product) -> list[Tensor]:
+    """What a product that waits for W holds: the layer's input, its weight, its output's gradient."""
+    return list(product.args)
 
 
 class _TiedProjection(PyLayer):
@@ -44,16 +50,17 @@ class _TiedProjection(PyLayer):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         x, weight = ctx.saved_tensor()
 
-        @paddle.no_grad()
-        def add_weight_gradient() -> None:
-            product = paddle.matmul(gradient.flatten(0, -2), x.flatten(0, -2), transpose_x=True)  # (V, D)
-            weight.grad = product if weight.grad is None else weight.grad.add_(product)
-
         if WeightGradStore.enabled:
-            WeightGradStore.put(add_weight_gradient)
+            WeightGradStore.put(partial(_add_tied_gradient, x, weight, gradient))
         else:
-            add_weight_gradient()
+            _add_tied_gradient(x, weight, gradient)
         return paddle.matmul(gradient, weight), None
+
+
+@paddle.no_grad()
+def _add_tied_gradient(x: Tensor, weight: Tensor, gradient: Tensor) -> None:
+    product = paddle.matmul(gradient.flatten(0, -2), x.flatten(0, -2), transpose_x=True)  # (V, D)
+    weight.grad = product if weight.grad is None else weight.grad.add_(product)
 
 
 def tied_projection(x: Tensor, weight: Tensor) -> Tensor:

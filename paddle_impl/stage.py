@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import paddle
@@ -18,12 +19,14 @@ from paddle import Tensor, nn
 from common.data import Batch
 from common.dropout import step_key
 from common.runtime.executor import Message
+from common.runtime.held import HeldActivations
 from common.schedule.action import Op, Schedule
 from common.schedule.dependencies import Step, sends_to
 from common.spec import TrainSpec
 from paddle_impl.dropout import DropoutContext
+from paddle_impl.held import memory_bytes, saved_tensors
 from paddle_impl.layers import Head, summed_loss
-from paddle_impl.split import Product, defer_weight_gradients
+from paddle_impl.split import Product, defer_weight_gradients, tensors_of
 from paddle_impl.weights import NamedParameter
 
 
@@ -67,6 +70,7 @@ class Stage:
         """By (micro-batch, chunk): forward done, B not yet."""
         self.waiting: dict[tuple[int, int], list[Product]] = {}
         """By (micro-batch, chunk): B done, W not yet; the products for the weight gradients."""
+        self.held = HeldActivations(len(chunks))
         self.outputs: dict[tuple[str, int], Tensor] = {}
         """By (unit, micro-batch), in `Mode.RECORD`."""
 
@@ -104,8 +108,10 @@ class Stage:
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
         """Runs the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
         training = self._mode is Mode.TRAIN
+        measures = training and not self.held.forward_bytes[chunk]
+        saved: list[Tensor] = []
         self.prepare(micro_batch)
-        with paddle.set_grad_enabled(training):
+        with paddle.set_grad_enabled(training), saved_tensors(saved) if measures else nullcontext():
             if x is not None:
                 x.stop_gradient = not training
             y = self.tokens[micro_batch] if x is None else x
@@ -121,6 +127,10 @@ class Stage:
             if not has_loss:
                 y._clear_dataptr()  # the backward of a unit's last operation needs its inputs, not this
             self.in_flight[micro_batch, chunk] = Forward(x, y)
+            if measures:
+                weights = [item.parameter for item in self.named]
+                self.held.forward_bytes[chunk] = memory_bytes(saved, [*weights, *self.tokens, *self.targets])
+            self.held.note(self.in_flight, self.waiting)
         return result
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
@@ -135,6 +145,10 @@ class Stage:
         self.waiting[micro_batch, chunk] = defer_weight_gradients(
             lambda: paddle.autograd.backward([saved.output], [gradient])
         )
+        if not self.held.waiting_bytes[chunk]:
+            kept = [tensor for product in self.waiting[micro_batch, chunk] for tensor in tensors_of(product)]
+            self.held.waiting_bytes[chunk] = memory_bytes(kept, [item.parameter for item in self.named])
+        self.held.note(self.in_flight, self.waiting)
         return None if saved.x is None else saved.x.grad
 
     def backward_weight(self, micro_batch: int, chunk: int) -> None:

@@ -110,6 +110,12 @@ class TensorFlowEngine:
             }
         return {0: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
+    def held_bytes_peak(self) -> dict[int, int]:
+        return {d: stage.held.peak_bytes for d, stage in enumerate(self.model.stages)}
+
+    def in_flight_peak(self) -> dict[int, int]:
+        return {d: stage.held.peak_in_flight for d, stage in enumerate(self.model.stages)}
+
     def close(self) -> None:
         self.model.close()
 

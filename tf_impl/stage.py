@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from common.runtime.executor import Message
+from common.runtime.held import HeldActivations
 from tf_impl.cut import StageFunctions, cut_stage
 from tf_impl.dropout import DropoutContext
 from tf_impl.layers import Unit
@@ -107,6 +108,7 @@ class Stage:
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self.chunks = chunks
+        self.held = HeldActivations(len(chunks))
         self.begin([], [], [])
 
     def begin(
@@ -132,6 +134,9 @@ class Stage:
         y, *results = part.functions.forward(*arguments)
         reported = part.functions.num_reported
         self._saved[micro_batch, chunk] = results[reported:]
+        if not self.held.forward_bytes[chunk]:
+            self.held.forward_bytes[chunk] = memory_bytes(results[reported:])
+        self.held.note(self._saved, self._waiting)
         if not part.is_last:
             return y
         self.losses[micro_batch] = y
@@ -150,11 +155,19 @@ class Stage:
         found = functions.backward_input(*_given(gradient), *(saved[i] for i in functions.saved_for_input))
         if not part.is_first:
             input_gradient, *found = found
-        self._waiting[micro_batch, chunk] = [*(saved[i] for i in functions.saved_for_weight), *found]
+        self._waiting[micro_batch, chunk] = waiting = [*(saved[i] for i in functions.saved_for_weight), *found]
+        if not self.held.waiting_bytes[chunk]:
+            self.held.waiting_bytes[chunk] = memory_bytes(waiting)
+        self.held.note(self._saved, self._waiting)
         return None if part.is_first else input_gradient
 
     def backward_weight(self, micro_batch: int, chunk: int) -> None:
         self.chunks[chunk].functions.backward_weight(*self._waiting.pop((micro_batch, chunk)))
+
+
+def memory_bytes(tensors: Sequence[tf.Tensor]) -> int:
+    """Their sizes in memory. Some may share it (a reshape, for one), so it is an upper bound."""
+    return sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in tensors)
 
 
 def _given(gradient: tf.Tensor | None) -> tuple[tf.Tensor, ...]:

@@ -10,6 +10,7 @@ from common.runtime.job import JobFile
 from common.runtime.worker import run_jobs
 from common.spec import explain
 from torch_impl.devices import configure
+from torch_impl.ranks import run_on_ranks
 
 
 def main(arguments: list[str]) -> int:
@@ -30,7 +31,12 @@ def main(arguments: list[str]) -> int:
         return _refuse(f"PyTorch cannot be imported ({error}); right would be: pip install 'triptych[cpu]'")
     except ValueError as error:
         return _refuse(str(error))
-    return run_jobs(jobs, build_engine)
+    native = [job for job in jobs.jobs if job.config.executor == "native"]
+    status = 0
+    for stages in sorted({job.config.stages for job in native}):  # first, since a process with threads must not fork
+        status |= run_on_ranks([job for job in native if job.config.stages == stages])
+    others = [job for job in jobs.jobs if job not in native]
+    return status | run_jobs(JobFile(jobs=tuple(others)), build_engine)
 
 
 def _refuse(line: str) -> int:

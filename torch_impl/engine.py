@@ -17,7 +17,7 @@ from common.data import Batch
 from common.parity import TensorKey
 from common.partition import plan_partition
 from common.reference import clip_scale, global_norm
-from common.runtime.engine import Arrays
+from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, run_stage
 from common.schedule.action import Op, Schedule
 from common.schedule.generators import make_schedule
@@ -36,8 +36,12 @@ from torch_impl.weights import (
 Result = TypeVar("Result")
 
 
-def build_engine(config: RunConfig) -> TorchEngine:
+def build_engine(config: RunConfig) -> Engine:
     """The engine of `config`. Raises ScheduleError or ValueError for a run that cannot be."""
+    if config.executor != "table":
+        from torch_impl.peer import build_peer  # imports much that a table does not need
+
+        return build_peer(config)
     return TorchEngine(config)
 
 
@@ -127,6 +131,12 @@ class TorchEngine:
             for device in self._cuda_devices()
         }
         return peaks or {0: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+    def held_bytes_peak(self) -> dict[int, int]:
+        return {d: stage.held.peak_bytes for d, stage in enumerate(self.stages)}
+
+    def in_flight_peak(self) -> dict[int, int]:
+        return {d: stage.held.peak_in_flight for d, stage in enumerate(self.stages)}
 
     def close(self) -> None:
         for thread in self._threads:

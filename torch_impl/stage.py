@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,8 +27,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from common.data import Batch
 from common.dropout import step_key
 from common.runtime.executor import Message
+from common.runtime.held import HeldActivations
 from common.spec import RunConfig
 from torch_impl.dropout import DropoutContext
+from torch_impl.held import memory_bytes, saved_tensors
 from torch_impl.layers import build_unit, summed_loss
 from torch_impl.weights import named_parameters
 
@@ -116,6 +119,7 @@ class Stage:
         """By (micro-batch, chunk): forward done, B not yet."""
         self.waiting: dict[tuple[int, int], list[tuple[nn.Linear | nn.Embedding, Tensor, Tensor]]] = {}
         """By (micro-batch, chunk): B done, W not yet; each layer with its input and its output's gradient."""
+        self.held = HeldActivations(len(self.chunks))
         self.outputs: dict[tuple[str, int], Tensor] = {}
         """By (unit, micro-batch), in `Mode.RECORD`."""
 
@@ -150,7 +154,9 @@ class Stage:
         """Runs the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
         module, now = self.chunks[chunk], self._pass
         has_loss = module.part[-1] == "head"
-        with torch.set_grad_enabled(now.mode is Mode.TRAIN):
+        measures = now.mode is Mode.TRAIN and not self.held.forward_bytes[chunk]
+        saved: list[Tensor] = []
+        with torch.set_grad_enabled(now.mode is Mode.TRAIN), saved_tensors(saved) if measures else nullcontext():
             y = now.tokens[micro_batch] if x is None else x.requires_grad_(now.mode is Mode.TRAIN)
             for name, unit in zip(module.part, module.units, strict=True):
                 y = unit(y, now.contexts[micro_batch])
@@ -161,17 +167,29 @@ class Stage:
                 now.losses.append(y.detach())
         if now.mode is Mode.TRAIN:
             self.in_flight[micro_batch, chunk] = Forward(x, get_gradient_edge(y), module.take_taps())
+            if measures:
+                others = [*module.parameters(), *module.buffers(), *now.tokens, *now.targets]
+                self.held.forward_bytes[chunk] = memory_bytes(saved, others)
+            self.held.note(self.in_flight, self.waiting)
         self._finish()
         return None if has_loss else y.detach()
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
         """B and W in a row."""
-        result = self.backward_input(micro_batch, chunk, gradient)
+        result = self._input_gradient(micro_batch, chunk, gradient)
         self.backward_weight(micro_batch, chunk)
         return result
 
     def backward_input(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
         """B: from the output's gradient (b, S, D), None for the loss, to that of the input, None for tokens."""
+        result = self._input_gradient(micro_batch, chunk, gradient)
+        if not self.held.waiting_bytes[chunk]:
+            waiting = [tensor for _, *pair in self.waiting[micro_batch, chunk] for tensor in pair]
+            self.held.waiting_bytes[chunk] = memory_bytes(waiting, self._pass.tokens)
+        self.held.note(self.in_flight, self.waiting)
+        return result
+
+    def _input_gradient(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
         saved = self.in_flight.pop((micro_batch, chunk))
         taps, direct = saved.taps, self.chunks[chunk].direct
         inputs = [] if saved.x is None else [saved.x]

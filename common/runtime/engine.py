@@ -58,4 +58,15 @@ class Engine(Protocol):
     def peak_memory_bytes(self) -> dict[int, int]:
         """CUDA: the allocator's peak per device. CPU: the process' peak resident size, under its first device."""
 
+    def held_bytes_peak(self) -> dict[int, int]:
+        """The most bytes of activations that each device held for its backwards, by tensors and not by the allocator.
+
+        Counted after every action: tensors that autograd has saved and, where B and W are apart, those that W waits with;
+        memory that several of them share counts once; weights and the mini-batch itself do not. Empty where the
+        executor is the framework's own.
+        """
+
+    def in_flight_peak(self) -> dict[int, int]:
+        """The most chunks of micro-batches per device whose F had run and whose B (or BW) had not; empty as above."""
+
     def close(self) -> None: ...

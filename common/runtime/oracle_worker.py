@@ -77,6 +77,12 @@ class OracleEngine:
         unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
         return {0: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
+    def held_bytes_peak(self) -> dict[int, int]:
+        return {}
+
+    def in_flight_peak(self) -> dict[int, int]:
+        return {}
+
     def close(self) -> None: ...
 
 

@@ -74,6 +74,8 @@ def _run_job(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
             held_out_loss=engine.evaluate(_batch(config, corpus, 0, held_out=True)),
             build_seconds=build_seconds,
             peak_memory_bytes=engine.peak_memory_bytes(),
+            held_activation_peak_bytes=engine.held_bytes_peak(),
+            in_flight_peak=engine.in_flight_peak(),
             environment=engine.environment(),
             corpus_digest=corpus.digest,
             corpus_bytes=corpus.num_bytes,

@@ -1,0 +1,27 @@
+"""Counts what a device holds for backwards to come: micro-batches and bytes, the same way for threads and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+class HeldActivations:
+    """The most that a device's stage has held after any of its actions.
+
+    Every micro-batch holds the same, so a stage measures each chunk once and afterwards only counts: `forward_bytes` of a
+    chunk is what its F leaves for B, `waiting_bytes` what its B leaves for W.
+    """
+
+    def __init__(self, chunks: int) -> None:
+        self.forward_bytes = [0] * chunks
+        self.waiting_bytes = [0] * chunks
+        self.peak_bytes = 0
+        self.peak_in_flight = 0
+        """Of chunks: each counts as one (`common.schedule.simulate.Simulation.peak_chunks_in_flight_per_stage`)."""
+
+    def note(self, in_flight: Collection[tuple[int, int]], waiting: Collection[tuple[int, int]]) -> None:
+        """Takes the (micro-batch, chunk) pairs that wait for their B and for their W."""
+        held = sum(self.forward_bytes[chunk] for _, chunk in in_flight)
+        held += sum(self.waiting_bytes[chunk] for _, chunk in waiting)
+        self.peak_bytes = max(self.peak_bytes, held)
+        self.peak_in_flight = max(self.peak_in_flight, len(in_flight))

@@ -1,0 +1,154 @@
+"""One process per stage: started together, ended together.
+
+The framework is imported once and then forked, which starts two stages in about half the time of its own launcher. A rank
+dies with its parent; if one rank fails, the others end at once, and the jobs after the failed one get new ranks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from common.runtime.engine import Engine
+from common.runtime.job import Job, JobFile
+from common.runtime.worker import run_jobs
+from common.spec import RunConfig
+
+GRACE_SECONDS = 5.0
+"""What the other ranks have to write down how the failure of one looked to them."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What an implementation says about its processes. All three run inside a rank, after the fork."""
+
+    name: str
+    """Of the implementation, for messages."""
+    join: Callable[[int, Sequence[str], RunConfig], Callable[[RunConfig], Engine]]
+    """(rank, addresses of all ranks as host:port, first config) -> build_engine; returns when all have joined."""
+    wait_for_all: Callable[[int], None]
+    """(number of ranks): returns when all have called it."""
+
+
+def run_on_ranks(ranks: Ranks, jobs: Sequence[Job]) -> int:
+    """Runs the jobs, which share `stages` and `device`, on one process per stage. Returns the exit status."""
+    status, remaining = 0, list(jobs)
+    with _signals_as_exit():
+        while remaining:
+            failed = _run_until_failure(ranks, remaining)
+            if failed is None:
+                break
+            status, remaining = 1, remaining[failed + 1 :]
+    return status
+
+
+def _run_until_failure(ranks: Ranks, jobs: Sequence[Job]) -> int | None:
+    """The index of the first job that failed, or None."""
+    fork = multiprocessing.get_context("fork")
+    stages = jobs[0].config.stages
+    endpoints = _free_endpoints(stages)
+    progress = fork.Array("i", stages, lock=False)  # the job that each rank is at
+    arguments = (ranks, jobs, endpoints, os.getpid(), progress)
+    processes = [fork.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(stages)]
+    try:
+        for process in processes:
+            process.start()
+        if _all_end_well(processes):
+            return None
+        failed = min(progress)
+        _report(ranks.name, jobs[failed], processes)
+        return failed
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _all_end_well(processes: Sequence[Any]) -> bool:
+    """Waits for the first failure, then for the grace time; or for all."""
+    running = {process.sentinel: process for process in processes}
+    deadline = None
+    while running:
+        ended = wait(list(running), None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if not ended:
+            return False
+        if any(running.pop(sentinel).exitcode for sentinel in ended) and deadline is None:
+            deadline = time.monotonic() + GRACE_SECONDS
+    return deadline is None
+
+
+def _report(name: str, job: Job, processes: Sequence[Any]) -> None:
+    """Says which rank was ended from outside, where it could not say so itself."""
+    for rank, process in enumerate(processes):
+        if process.exitcode is not None and process.exitcode < 0:
+            line = f"stage {rank} was ended by {signal.Signals(-process.exitcode).name}"
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+            (Path(job.out) / f"failed-{rank}.txt").write_text(line + "\n")
+
+
+def _rank_main(
+    rank: int, ranks: Ranks, jobs: Sequence[Job], endpoints: Sequence[str], parent: int, progress: Any
+) -> None:
+    """The life of one rank. It ends with status 1 at the first job that fails here or on another rank."""
+    _die_with(parent)
+    try:
+        build_engine = ranks.join(rank, endpoints, jobs[0].config)
+        for index, job in enumerate(jobs):
+            progress[rank] = index
+            if run_jobs(JobFile(jobs=(job,)), build_engine, first_device=rank):
+                # Not sys.exit: whoever waits for this rank is to know now, not after a farewell to all.
+                sys.stdout.flush()
+                os._exit(1)
+            ranks.wait_for_all(len(endpoints))  # no rank goes on before all have ended this job well
+    except Exception:
+        text = traceback.format_exc()
+        print(text, flush=True)
+        (Path(jobs[progress[rank]].out) / f"failed-{rank}.txt").write_text(text)
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when its parent ends, however that happens (prctl(2), PR_SET_PDEATHSIG)."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the parent ends its ranks
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+@contextmanager
+def _signals_as_exit() -> Iterator[None]:
+    """SIGTERM and SIGINT leave by SystemExit, so that the ranks are ended on the way out."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_endpoints(count: int) -> list[str]:
+    """Addresses on the loopback device that nobody listens at."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    endpoints = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    return endpoints
