@@ -67,7 +67,7 @@ def _run_until_failure(ranks: Ranks, jobs: Sequence[Job]) -> int | None:
             process.start()
         if _all_end_well(processes):
             return None
-        failed = min(progress)
+        failed: int = min(progress)
         _report(ranks.name, jobs[failed], processes)
         return failed
     finally:

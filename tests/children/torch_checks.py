@@ -112,6 +112,7 @@ def watch_in_flight(stage: Any) -> list[int]:
 def activations() -> dict[str, Any]:
     """Tensors that autograd holds for a micro-batch: after its forward, after B, after W."""
     engine, batches = make(2)
+    engine.forward_backward(batches(0))  # in its first forward a stage looks at the saved tensors itself
     stage = engine.stages[0]
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
