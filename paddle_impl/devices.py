@@ -5,6 +5,7 @@ Differs: a stage is a process, so there is also `join_pipeline`, which makes a p
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -96,6 +97,26 @@ def set_threads(threads: int) -> None:
     from paddle.base import core
 
     core.set_num_threads(threads)
+
+
+def forget_peak_memory() -> None:
+    """Makes `peak_memory_bytes` start anew (CPU: proc(5), clear_refs)."""
+    import paddle
+
+    if paddle.device.get_device().startswith("gpu"):
+        paddle.device.cuda.reset_max_memory_allocated()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes() -> int:
+    """CUDA: the allocator's peak. CPU: the peak resident size of this process."""
+    import paddle
+
+    if paddle.device.get_device().startswith("gpu"):
+        return int(paddle.device.cuda.max_memory_allocated())
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def environment() -> dict[str, Any]:

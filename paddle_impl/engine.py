@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import paddle
@@ -16,7 +14,7 @@ from common.data import Batch
 from common.parity import TensorKey
 from common.partition import plan_partition
 from common.reference import clip_scale, global_norm
-from common.runtime.engine import Arrays
+from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event
 from common.schedule.generators import make_schedule
 from common.spec import RunConfig
@@ -35,8 +33,12 @@ from paddle_impl.weights import (
 )
 
 
-def build_engine(config: RunConfig) -> PaddleEngine:
+def build_engine(config: RunConfig) -> Engine:
     """The engine of `config`, after `devices.join_pipeline`. Raises ScheduleError or ValueError."""
+    if config.executor == "plain":
+        from paddle_impl.peer import build_peer
+
+        return build_peer(config)
     return PaddleEngine(config)
 
 
@@ -55,7 +57,7 @@ class PaddleEngine:
         self.devices = (self._rank,)
         devices.set_threads(devices.threads_per_stage(config.stages, config.threads))
         gc.collect()  # an earlier engine of this process: fleet's objects refer to each other
-        _forget_peak_memory()
+        devices.forget_peak_memory()
         paddle.set_default_dtype(config.train.dtype)
         plan, context = plan_partition(config), DropoutContext()
         layers = StageLayers(config, plan, self.schedule, context)
@@ -119,10 +121,7 @@ class PaddleEngine:
 
     def peak_memory_bytes(self) -> dict[int, int]:
         """As the protocol says. CPU: since this engine was built, where Linux lets the peak be reset."""
-        if paddle.device.get_device().startswith("gpu"):
-            return {self._rank: paddle.device.cuda.max_memory_allocated()}
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return {self._rank: next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))}
+        return {self._rank: devices.peak_memory_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
         return {} if self.config.executor == "native" else {self._rank: self.stage.held.peak_bytes}
@@ -158,11 +157,3 @@ class PaddleEngine:
             with paddle.no_grad():
                 both[0].grad.add_(both[1].grad)
                 both[1].grad.copy_(both[0].grad, True)
-
-
-def _forget_peak_memory() -> None:
-    """Makes the peak that the kernel keeps for this process start anew (proc(5), clear_refs)."""
-    if paddle.device.get_device().startswith("gpu"):
-        paddle.device.cuda.reset_max_memory_allocated()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")

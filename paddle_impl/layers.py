@@ -135,6 +135,13 @@ class Head(nn.Layer):
         return tied_projection(x, self.tied_weight) if self.tied else self.output(x)  # (B, S, V)
 
 
+def build_unit(spec: TransformerSpec, name: str, context: DropoutContext) -> nn.Layer:
+    """The unit of this canonical name; its weights are still to be loaded."""
+    if name == "embedding":
+        return Embedding(spec, context)
+    return Head(spec) if name == "head" else Block(spec, name, context)
+
+
 def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
     """The sum of the tokens' cross-entropies over `num_tokens`, those of the whole mini-batch.
 

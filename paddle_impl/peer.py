@@ -1,0 +1,135 @@
+"""What a Paddle user would write without this project: a plain training loop. Paddle's own pipeline is fleet's.
+
+That one, `pipeline.NativePipeline`, lives beside our own because both share fleet's layers; here is the loop. It trains
+the same model, from the same weights, on the same batches, with the same optimizer and threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import paddle
+from numpy.typing import NDArray
+from paddle import Tensor, nn
+
+from common.data import Batch
+from common.dropout import step_key
+from common.parity import TensorKey
+from common.reference import clip_scale, global_norm
+from common.runtime.engine import Arrays, Engine
+from common.runtime.executor import Event
+from common.spec import RunConfig
+from common.weights import parameter_shapes, unit_names
+from paddle_impl import devices
+from paddle_impl.dropout import DropoutContext
+from paddle_impl.layers import build_unit, summed_loss
+from paddle_impl.optimizer import Optimizer
+from paddle_impl.split import Linear
+from paddle_impl.weights import (
+    export_gradients,
+    export_weights,
+    load_gradients,
+    load_weights,
+    named_parameters,
+)
+
+
+class PlainEngine:
+    """The loop of every tutorial: the whole model, the whole mini-batch at once, `loss.backward()`.
+
+    It answers what the harness asks (`common.runtime.engine.Engine`).
+    """
+
+    devices = (0,)
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        devices.set_threads(devices.threads_per_stage(1, config.threads))
+        devices.forget_peak_memory()
+        paddle.set_default_dtype(config.train.dtype)
+        self._context, part = DropoutContext(), unit_names(config.model)
+        self.units = nn.LayerList([build_unit(config.model, name, self._context) for name in part])
+        for layer in self.units.sublayers():
+            if isinstance(layer, Linear):
+                layer.__class__ = nn.Linear  # its backward in one piece
+        self._named = named_parameters(part, list(self.units), config.model.tied_head)
+        if config.model.tied_head:  # as its users tie it: one parameter, used twice
+            self.units[-1].tied_weight = token = self.units[0].token.weight
+            head = self.units[-1]
+            head.forward = lambda x: paddle.matmul(head.norm(x), token, transpose_y=True)
+            self._named = [item for item in self._named if not item.is_copy]
+        self._optimizer = Optimizer(config.train, self._named)
+
+    def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        load_weights(self._named, weights)
+        self._optimizer = Optimizer(self.config.train, self._named)
+
+    def forward_backward(self, batch: Batch) -> float:
+        for item in self._named:
+            item.parameter.clear_gradient(set_to_zero=False)
+        loss = self._loss(batch, training=True)[0]
+        loss.backward()
+        return loss.item()
+
+    def apply_gradients(self, step: int) -> float:
+        norm = global_norm(self._optimizer.squared_norms().values())
+        self._optimizer.step(step, clip_scale(norm, self.config.train.clip_norm))
+        return norm
+
+    @paddle.no_grad()
+    def evaluate(self, batch: Batch) -> float:
+        return self._loss(batch, training=False)[0].item()
+
+    @paddle.no_grad()
+    def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
+        return {
+            TensorKey(batch.step, "forward", 0, i, unit, "output"): piece.numpy().copy()
+            for unit, output in zip(unit_names(self.config.model), self._loss(batch, training=True)[1], strict=True)
+            for i, piece in enumerate(output.chunk(self.config.train.micro_batches))
+        }
+
+    def weights(self) -> Arrays:
+        return self._in_order(export_weights(self._named))
+
+    def gradients(self) -> Arrays:
+        """As the protocol says, until `apply_gradients` clips them in place."""
+        return self._in_order(export_gradients(self._named))
+
+    def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
+        load_gradients(self._named, gradients)
+
+    def events(self) -> dict[int, list[Event]]:
+        return {0: []}
+
+    def environment(self) -> dict[str, Any]:
+        return devices.environment()
+
+    def peak_memory_bytes(self) -> dict[int, int]:
+        return {0: devices.peak_memory_bytes()}
+
+    def held_bytes_peak(self) -> dict[int, int]:
+        return {}
+
+    def in_flight_peak(self) -> dict[int, int]:
+        return {}
+
+    def close(self) -> None: ...
+
+    def _loss(self, batch: Batch, training: bool) -> tuple[Tensor, list[Tensor]]:
+        """The mean loss per token, and every unit's output."""
+        whole = batch.micro_batches(1)[0]
+        self._context.step_key = step_key(self.config.train.seed, batch.step) if training else None
+        self._context.samples = paddle.to_tensor(whole.samples)
+        outputs = [paddle.to_tensor(whole.inputs)]
+        for unit in self.units:
+            outputs.append(unit(outputs[-1]))
+        return summed_loss(outputs[-1], paddle.to_tensor(whole.targets), batch.num_tokens), outputs[1:]
+
+    def _in_order(self, found: Arrays) -> Arrays:
+        return {name: found[name] for name in parameter_shapes(self.config.model)}
+
+
+def build_peer(config: RunConfig) -> Engine:
+    """The engine for `executor` = plain. (For native, `build_engine` takes fleet's pipeline in place of our table.)"""
+    return PlainEngine(config)
