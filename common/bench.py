@@ -14,9 +14,12 @@ from rich.table import Table
 from common.config import Bench, UsageError
 from common.partition import plan_partition, unit_costs
 from common.report import compare, tables
+from common.report.collect import collect
+from common.report.facts import parity_verdict
 from common.report.machine import Machine, git_commit, this_machine
 from common.report.progress import ProgressView, progress_view
-from common.report.result import Parity, RunResult, measured
+from common.report.publish import publish
+from common.report.result import IS_ORACLE, Parity, RunResult, measured
 from common.runtime import oracle_worker
 from common.runtime.job import Job
 from common.runtime.launch import (
@@ -37,7 +40,6 @@ from common.spec import RunConfig
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
 ORACLE_NAME = "oracle (NumPy float64)"
-IS_ORACLE = "this is the oracle"
 
 
 def run_bench(
@@ -56,7 +58,8 @@ def run_bench(
                 for config in oracles:
                     session.run_oracle(config)
                 for repeat in range(bench.options.repeats):
-                    for config in bench.points:
+                    # There and back again: a machine that slows down steadily slows all rows down alike.
+                    for config in bench.points if repeat % 2 == 0 else reversed(bench.points):
                         session.run(config, repeat)
                 interrupted = False
             except Interrupted:
@@ -90,7 +93,8 @@ def run_name(config: RunConfig, repeat: int | None = None) -> str:
     schedule = Path(config.schedule.removeprefix("file:")).stem
     name = f"{config.framework}-{schedule}-p{config.stages}-m{config.train.micro_batches}"
     name += f"-v{config.chunks}" if config.chunks > 1 else ""
-    name += "-native" if config.executor == "native" else ""
+    name += f"-{config.executor}" if config.executor != "table" else ""
+    name += f"-{config.track}" if config.track != "matched" else ""
     name += f"-{config.train.dtype}" if config.train.dtype != "float32" else ""
     return name if repeat is None else f"{name}-r{repeat}"
 
@@ -98,11 +102,11 @@ def run_name(config: RunConfig, repeat: int | None = None) -> str:
 def describe(config: RunConfig) -> str:
     """The run in words, for the progress bar."""
     chunks = f" v={config.chunks}" if config.chunks > 1 else ""
-    native = " native" if config.executor == "native" else ""
+    executor = f" {config.executor}" if config.executor != "table" else ""
+    track = f" {config.track}" if config.track != "matched" else ""
     dtype = f" {config.train.dtype}" if config.train.dtype != "float32" else ""
-    return (
-        f"{config.framework} {config.schedule}{native} p={config.stages}{chunks} m={config.train.micro_batches}{dtype}"
-    )
+    size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
+    return f"{config.framework} {config.schedule}{executor} {size}{dtype}{track}"
 
 
 @dataclass
@@ -180,9 +184,10 @@ class _Session:
 
     def _result(self, config: RunConfig, outcome: Outcome, repeat: int, name: str) -> RunResult:
         result = RunResult(
-            **measured(outcome),
+            **measured(outcome, config, self.bench.options.untimed_steps),
             log=None if outcome.log is None else str(outcome.log.relative_to(self.folder)),
             preset=self.bench.options.preset,
+            row=self.bench.points.index(config) if config in self.bench.points else 0,
             repeat=repeat,
             config=config,
             command=self.command,
@@ -223,7 +228,7 @@ def _summary(result: RunResult) -> str:
     if result.status != "ok":
         return f"{result.status}: {result.reason}"
     words = ["ok", f"loss {result.final_loss:.5f}"]
-    if result.parity.reason != IS_ORACLE:
+    if not result.is_oracle:
         words.insert(1, f"parity {result.parity.status}")
         words += [f"{result.tokens_per_second:,.0f} tokens/s"] if result.tokens_per_second else []
     return ", ".join([*words, f"{result.wall_seconds:.0f} s"])
@@ -233,54 +238,25 @@ def _summary(result: RunResult) -> str:
 
 
 def _report(session: _Session, console: Console) -> None:
-    """Prints the table and what went wrong; writes table.md and table.csv."""
-    rows = tables.make_rows(list(session.results.values()))
-    if not rows:
+    """Prints the tables and what went wrong; writes the report."""
+    if not session.results:
         return
+    collection = collect([session.folder])
     console.print()
-    dropped = tables.print_table(rows, console)
-    console.print()
-    problems = _problems(session)
-    for line in problems:
+    dropped = False
+    several = tables.by_track(collection.rows)
+    for track, rows in several.items():
+        if len(several) > 1:
+            console.print(f"track {track}", style="bold")
+        dropped |= tables.print_table(rows, console)
+        console.print()
+    for line in collection.problems:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    (session.folder / "table.csv").write_text(tables.csv_table(rows))
-    (session.folder / "table.md").write_text(_markdown(session, rows, problems))
-    note = "; this terminal is too narrow for all columns" if dropped else ""
-    console.print(f"table: {session.folder / 'table.md'}{note}", highlight=False, soft_wrap=True)
-
-
-def _problems(session: _Session) -> list[str]:
-    """One line for every run that is not as it should be, in the order of the table."""
-    lines = []
-    oracles = [(ORACLE_NAME, result) for result, _ in session.oracles.values()]
-    for name, result in [*oracles, *((describe(c), r) for c, results in session.results.items() for r in results)]:
-        repeat = f" repeat {result.repeat}" if session.bench.options.repeats > 1 else ""
-        if result.status != "ok":
-            log = f" (log: {session.folder / result.log})" if result.log else ""
-            hint = "; --no-parity goes without it" if name == ORACLE_NAME else ""
-            lines.append(f"{name}{repeat}: {result.status}: {result.reason}{hint}{log}")
-        elif result.parity.status == "FAIL":
-            lines.append(f"{name}{repeat}: parity: FAIL {result.parity.reason}")
-    return lines
-
-
-def _markdown(session: _Session, rows: list[tables.Row], problems: list[str]) -> str:
-    first = next(iter(session.results.values()))[0]
-    model, train = first.config.model, first.config.train
-    digests = {r.corpus_digest for results in session.results.values() for r in results if r.corpus_digest}
-    facts = [
-        f"Command: `{session.command}`",
-        f"Model: {model.num_layers} blocks, d_model {model.d_model}, {model.num_heads} heads, d_ff {model.d_ff}, "
-        f"context {model.context_length}, vocabulary {model.vocab_size}, {train.dtype}",
-        f"Training: {train.steps} steps of {train.batch_size} sequences, {train.optimizer}, seed {train.seed}, "
-        f"{session.bench.options.repeats} run(s) per row",
-        f"Machine: {session.machine.one_line}",
-        f"Corpus: SHA-256 {', '.join(sorted(digest[:16] for digest in digests)) or 'not read'}",
-        f"Commit: {session.commit or 'unknown'}; started {session.started.isoformat(timespec='seconds')}",
-    ]
-    lines = [f"# Pipeline-parallel training, preset {session.bench.options.preset}", "", tables.markdown_table(rows)]
-    lines += [f"- {line}" for line in problems] + ([""] if problems else [])
-    return "\n".join([*lines, tables.LEGEND, "", *(f"- {fact}" for fact in facts)]) + "\n"
+    console.print(parity_verdict(collection).text, highlight=False, soft_wrap=True)
+    if dropped:
+        console.print("This terminal is too narrow for all columns.")
+    publish(collection, session.folder, session.bench.options.sweep)
+    console.print(f"report: {session.folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------- dry run

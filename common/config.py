@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
+import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,10 +35,14 @@ class BenchOptions(Frozen):
     """What concerns the benchmark as a whole."""
 
     preset: str = Field("small", description=f"where to start from: {', '.join(PRESETS)}")
-    repeats: int = Field(1, ge=1, description="runs per row, each in a fresh process; the table shows medians")
+    repeats: int = Field(2, ge=1, description="runs per row, each in a fresh process, taking turns with the other rows")
+    untimed_steps: int = Field(2, ge=0, description="first steps of a run that no statistics count")
     timeout: float = Field(600, gt=0, description="seconds that one run may take; then it is ended and has failed")
     out: str = Field("results", min_length=1, description="folder in which the benchmark makes a folder of its own")
     parity: bool = Field(True, description="run the float64 oracle first and compare every run with it")
+    sweep: bool = Field(
+        False, description="draw throughput against micro-batches, or stages, beside the ideal, and name the knee"
+    )
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
 
 # The last one changes fastest, so the frameworks of one schedule stand side by side.
 GRID: tuple[Key, ...] = (
+    ("run", "track"),
     ("train", "dtype"),
     ("run", "executor"),
     ("run", "chunks"),
@@ -86,6 +92,9 @@ class Setting:
 
 
 Settings = dict[Key, Setting]
+
+MAX_SWEPT_MICRO_BATCHES = 1024
+"""More would make a mini-batch that nobody asked for."""
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -204,6 +213,7 @@ def read_bench(arguments: argparse.Namespace) -> Bench:
     _adapt(settings, given)
     options = BenchOptions(**_validated("bench", settings))
     points = _grid(settings)
+    _check_bench(options, points, settings)
     _check_corpora(points)
     return Bench(options, points, bool(arguments.dry_run))
 
@@ -227,9 +237,24 @@ def _adapt(settings: Settings, given: Settings) -> None:
         # What is no number stays, for validation to say so.
         shorter = min(warmup.value, int(steps.value)) if str(steps.value).isdigit() else warmup.value
         settings["train", "warmup_steps"] = Setting(shorter, warmup.where)
+    if steps and ("bench", "untimed_steps") not in given and str(steps.value).isdigit():
+        fewer = max(1, min(BenchOptions().untimed_steps, int(steps.value) - 1))
+        settings["bench", "untimed_steps"] = Setting(fewer, "default")
+    _fit_batch(settings, given)
     tokenizer = settings.get(("run", "tokenizer"), Setting("bytes", ""))
     if tokenizer.value == "bytes" and ("model", "vocab_size") not in given:
         settings["model", "vocab_size"] = Setting(256, "tokenizer bytes")
+
+
+def _fit_batch(settings: Settings, given: Settings) -> None:
+    """In a sweep the mini-batch grows until every number of micro-batches divides it, if the user did not give it."""
+    sweep, batch = settings.get(("bench", "sweep")), settings.get(("train", "batch_size"))
+    pieces = [str(word) for word in _listed(settings.get(("train", "micro_batches"), Setting([], "")).value)]
+    if not (sweep and sweep.value and batch) or ("train", "batch_size") in given:
+        return
+    if all(word.isdigit() and 0 < int(word) <= MAX_SWEPT_MICRO_BATCHES for word in pieces):
+        fitting = math.lcm(batch.value, *map(int, pieces))
+        settings["train", "batch_size"] = Setting(fitting, "--sweep, batch_size")
 
 
 def _read_toml(path: Path) -> Settings:
@@ -279,6 +304,18 @@ def _grid(settings: Settings) -> tuple[RunConfig, ...]:
         more = f" (and {len(distinct) - 1} more points of the grid are impossible)" if len(distinct) > 1 else ""
         raise UsageError(distinct[0] + more)
     return tuple(dict.fromkeys(points))
+
+
+def _check_bench(options: BenchOptions, points: Sequence[RunConfig], settings: Settings) -> None:
+    steps = min(point.train.steps for point in points)
+    if options.untimed_steps and options.untimed_steps >= steps > 1:
+        where = settings["bench", "untimed_steps"].where
+        raise UsageError(
+            f"{where} = {options.untimed_steps} leaves none of {steps} steps; right would be 0 to {steps - 1}"
+        )
+    swept = {(point.stages, point.train.micro_batches) for point in points}
+    if options.sweep and len(swept) < 2:
+        raise UsageError("--sweep: one point only; right would be with a list, --micro-batches 1,2,4 or --stages 1,2,4")
 
 
 def _listed(value: Any) -> list[Any]:

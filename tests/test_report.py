@@ -35,6 +35,7 @@ def result(
     known = {
         "status": "ok",
         "preset": "tiny",
+        "untimed_steps": 1,
         "config": config,
         "steps": steps,
         "held_out_loss": 4.5,
@@ -52,7 +53,7 @@ def failed(framework: str) -> RunResult:
 
 
 def test_a_result_reads_back(tmp_path: Path) -> None:
-    before = result(actions={0: "F0 BW0"}, last_step_events={0: []})
+    before = result(actions={0: "F0 BW0"}, median_step_events={0: []})
     before.write(tmp_path / "result.json")
     assert RunResult.read(tmp_path / "result.json") == before
     derived = json.loads((tmp_path / "result.json").read_text())["derived"]
@@ -71,7 +72,7 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     result().write(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    with pytest.raises(ResultError, match=r"schema_version = 99; this program reads 1"):
+    with pytest.raises(ResultError, match=r"schema_version = 99; this program reads 1 and 2"):
         RunResult.read(path)
     for text in ("{}", "[]", "not JSON", '{"schema_version": 1}'):
         path.write_text(text)
@@ -94,7 +95,8 @@ def test_parts_of_several_processes_become_one_result() -> None:
             corpus_bytes=1,
         )
 
-    fields = measured(Outcome("ok", "", None, (part(0, 1.0, 1), part(1, 2.0, 3)), 9.0))
+    fields = measured(Outcome("ok", "", None, (part(0, 1.0, 1), part(1, 2.0, 3)), 9.0), CONFIG, 2)
+    assert fields["timing"] is None  # no step is timed
     assert fields["steps"][0].seconds == 2.0
     assert fields["actions"] == {0: "F0", 1: "F0"}
     assert fields["peak_memory_bytes"] == {0: 10, 1: 10}
@@ -104,7 +106,11 @@ def test_parts_of_several_processes_become_one_result() -> None:
 def test_a_table_from_known_results() -> None:
     groups = [
         [failed("paddle")],
-        [result("torch"), result("torch", (800, 200, 200, 200)), result("torch", (700, 400, 400, 400))],
+        [
+            result("torch"),
+            result("torch", (800, 200, 200, 200), repeat=1),
+            result("torch", (700, 400, 400, 400), repeat=2),
+        ],
         [result("tensorflow", (900, 100, 100, 100))],
     ]
     rows = make_rows(groups)
@@ -112,12 +118,16 @@ def test_a_table_from_known_results() -> None:
     assert rows[0].tokens_per_second is None and rows[0].ratio is None
     assert rows[1].tokens_per_second == pytest.approx(128 / 0.2)  # the middle one of three runs
     assert (rows[1].ratio, rows[2].ratio) == (1.0, pytest.approx(2.0))
+    assert (rows[1].ratio_low, rows[2].verdict) == (None, "faster")
     assert rows[1].step_ms_median == pytest.approx(200)
     assert rows[1].first_step_seconds == pytest.approx(0.8)
     assert rows[1].peak_memory_mb == pytest.approx(200)
     lines = markdown_table(rows).splitlines()
     assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
-    assert "| tensorflow | 1.0 | 1f1b | 2 | 4 | table | ok | pass | 4.70000 | 4.50000 | 1,280 | 2.00 |" in lines[-1]
+    assert (
+        "| tensorflow | 1.0 | 1f1b | 2 | 4 | ok | pass | 4.70000 | 4.50000 | 1,280 | 2.00 [1.10, 4.00] | faster |"
+        in lines[-1]
+    )
     records = list(csv.DictReader(io.StringIO(csv_table(rows))))
     assert [record["framework"] for record in records] == ["paddle", "torch", "tensorflow"]
     assert float(records[2]["tokens_per_second"]) == pytest.approx(1280)

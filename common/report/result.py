@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.report.machine import Machine
+from common.report.timing import Timing, executed_schedule, measure
 from common.runtime.job import EventRecord
 from common.runtime.launch import Outcome, Status
+from common.schedule.action import Placement, ScheduleError
+from common.schedule.generators import make_schedule
 from common.spec import RunConfig
 
-SCHEMA_VERSION = 1
+IS_ORACLE = "this is the oracle"
+
+SCHEMA_VERSION = 2
+"""2 added the timing, the held activations, the untimed steps, and the events of the median step in place of the last."""
 
 
 class ResultError(ValueError):
@@ -59,6 +65,8 @@ class RunResult(BaseModel):
     log: str | None = None
     """Path of the child's log or traceback, relative to the folder of the whole benchmark."""
     preset: str
+    row: int = 0
+    """Place in the table of its benchmark, from 0."""
     repeat: int = 0
     config: RunConfig
     environment: dict[str, Any] = {}
@@ -73,8 +81,16 @@ class RunResult(BaseModel):
     """By device on CUDA; by the first device of each process on the CPU."""
     actions: dict[int, str] = {}
     """What each device did in one step, as executed, in the schedule's text form."""
-    last_step_events: dict[int, list[EventRecord]] = {}
-    """The actions of the last step with their times."""
+    untimed_steps: int = 2
+    """The first steps, which no statistics count: they trace, compile and fill caches."""
+    timing: Timing | None = None
+    """Measured against simulated; None where the executor does not say what it did when."""
+    median_step_events: dict[int, list[EventRecord]] = {}
+    """The actions of the step that `timing` names, with their times."""
+    held_activation_peak_bytes: dict[int, int] = {}
+    """By device: the most bytes of activations held for a backward, by tensors and not by the allocator."""
+    in_flight_peak: dict[int, int] = {}
+    """By device: the most chunks of micro-batches held at once, as the executor counted them."""
     corpus_digest: str | None = None
     corpus_bytes: int | None = None
     parity: Parity = Parity()
@@ -82,6 +98,10 @@ class RunResult(BaseModel):
     machine: Machine
     git_commit: str | None = None
     started: str = Field("", description="ISO 8601, UTC")
+
+    @property
+    def is_oracle(self) -> bool:
+        return self.parity.reason == IS_ORACLE
 
     @property
     def tokens_per_step(self) -> int:
@@ -94,12 +114,12 @@ class RunResult(BaseModel):
 
     @property
     def steady_seconds(self) -> tuple[float, ...]:
-        """Seconds of every step after the first."""
-        return tuple(step.seconds for step in self.steps[1:])
+        """Seconds of every timed step."""
+        return tuple(step.seconds for step in self.steps[self.untimed_steps :])
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Trained tokens over the median time of the steps after the first."""
+        """Trained tokens over the median time of the timed steps."""
         return self.tokens_per_step / statistics.median(self.steady_seconds) if self.steady_seconds else None
 
     @property
@@ -127,8 +147,10 @@ class RunResult(BaseModel):
             content.pop("derived", None)
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise ResultError(f"{path}: not a result ({type(error).__name__}: {error})") from None
-        if found != SCHEMA_VERSION:
-            raise ResultError(f"{path}: schema_version = {found}; this program reads {SCHEMA_VERSION}")
+        if found == 1:
+            content = _from_version_1(content)
+        elif found != SCHEMA_VERSION:
+            raise ResultError(f"{path}: schema_version = {found}; this program reads 1 and {SCHEMA_VERSION}")
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -136,38 +158,75 @@ class RunResult(BaseModel):
             raise ResultError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def measured(outcome: Outcome) -> dict[str, Any]:
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 timed all steps but the first, and kept the events of the last."""
+    return {key: value for key, value in content.items() if key != "last_step_events"} | {
+        "untimed_steps": 1,
+        "median_step_events": content.get("last_step_events", {}),
+    }
+
+
+def measured(outcome: Outcome, config: RunConfig, untimed_steps: int) -> dict[str, Any]:
     """The fields of a `RunResult` that come from the child."""
     fields: dict[str, Any] = {
         "status": outcome.status,
         "reason": outcome.reason,
         "wall_seconds": outcome.wall_seconds,
+        "untimed_steps": untimed_steps,
     }
     if not outcome.parts:
         return fields
     last = outcome.parts[-1]
-    events = {device: records for part in outcome.parts for device, records in part.steps[-1].events.items()}
+    steps = [
+        Step(
+            step=records[-1].step,
+            loss=records[-1].loss,
+            gradient_norm=records[-1].gradient_norm,
+            seconds=max(record.seconds for record in records),
+        )
+        for records in zip(*(part.steps for part in outcome.parts), strict=True)
+    ]
+    events = [
+        {device: records for part in outcome.parts for device, records in part.steps[step.step].events.items()}
+        for step in steps
+    ]
+    timing = _timing(events, steps, config, untimed_steps)
+    kept = events[timing.median_step if timing else -1]
     return fields | {
         "environment": _merged([part.environment for part in outcome.parts]),
-        "steps": tuple(
-            Step(
-                step=records[-1].step,
-                loss=records[-1].loss,
-                gradient_norm=records[-1].gradient_norm,
-                seconds=max(record.seconds for record in records),
-            )
-            for records in zip(*(part.steps for part in outcome.parts), strict=True)
-        ),
+        "steps": tuple(steps),
         "held_out_loss": last.held_out_loss,
         "build_seconds": max(part.build_seconds for part in outcome.parts),
-        "peak_memory_bytes": {
-            device: peak for part in outcome.parts for device, peak in part.peak_memory_bytes.items()
-        },
-        "actions": {device: " ".join(record.action for record in records) for device, records in events.items()},
-        "last_step_events": events,
+        "peak_memory_bytes": _by_device(part.peak_memory_bytes for part in outcome.parts),
+        "held_activation_peak_bytes": _by_device(part.held_activation_peak_bytes for part in outcome.parts),
+        "in_flight_peak": _by_device(part.in_flight_peak for part in outcome.parts),
+        "actions": {device: " ".join(record.action for record in records) for device, records in kept.items()},
+        "timing": timing,
+        "median_step_events": kept,
         "corpus_digest": last.corpus_digest,
         "corpus_bytes": last.corpus_bytes,
     }
+
+
+def _timing(
+    events: Sequence[dict[int, list[EventRecord]]], steps: Sequence[Step], config: RunConfig, untimed_steps: int
+) -> Timing | None:
+    """None where the executor recorded nothing, or something that is no schedule."""
+    try:
+        schedule = executed_schedule(
+            events[-1], config.schedule, config.train.micro_batches, config.chunks, _placement(config)
+        )
+        return measure(events, [step.seconds for step in steps], schedule, untimed_steps)
+    except ScheduleError:
+        return None
+
+
+def _placement(config: RunConfig) -> Placement:
+    return make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks).placement
+
+
+def _by_device(parts: Iterable[dict[int, int]]) -> dict[int, int]:
+    return {device: value for part in parts for device, value in part.items()}
 
 
 def _merged(environments: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.measure import Measurement
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.report.result import RunResult
+from common.report.statistics import Samples, speed_ratio, summarize
 
 
 @dataclass(frozen=True)
@@ -27,46 +27,103 @@ class Row:
     chunks: int
     micro_batches: int
     executor: str
+    track: str
     dtype: str
     status: str
     parity: str
+    repeats: int
     final_loss: float | None
     held_out_loss: float | None
     tokens_per_second: float | None
     """Median over the repeats of each run's own median."""
     ratio: float | None
-    """To the first row that is ranked; None for a row that is not."""
+    """To the first ranked row of its track; None for a row that is not ranked."""
+    ratio_low: float | None
+    ratio_high: float | None
+    """95 % bootstrap interval of the ratio; None for the first ranked row."""
     step_ms_median: float | None
-    """Over the steps after the first, of all repeats."""
+    """Over the timed steps of all repeats."""
     step_ms_p10: float | None
     step_ms_p90: float | None
     first_step_seconds: float | None
+    bubble_fraction: float | None
+    """Measured; median over the repeats."""
+    simulated_bubble_fraction: float | None
+    simulated_step_difference: float | None
+    """Simulated over measured step time, less 1; median over the repeats."""
     peak_memory_mb: float | None
     """10^6 bytes, added over the processes (or CUDA devices) of a run; the largest of the repeats."""
+    held_activation_mb: float | None
+    """10^6 bytes of activations held for the backward on the stage that holds most."""
+    source: str = ""
+    """The benchmark's folder, where several are shown together."""
 
     @property
     def ranked(self) -> bool:
         """Whether the throughput counts: every repeat ended well and none trained something else."""
         return self.status == "ok" and self.parity != "FAIL"
 
+    @property
+    def name(self) -> str:
+        """The row in words, as the progress bar says it."""
+        words = [self.framework, self.schedule, self.executor if self.executor != "table" else ""]
+        words += [f"p={self.stages}", f"v={self.chunks}" if self.chunks > 1 else "", f"m={self.micro_batches}"]
+        words += [
+            self.source,
+            self.dtype if self.dtype != "float32" else "",
+            self.track if self.track != "matched" else "",
+        ]
+        return " ".join(filter(None, words))
+
+    @property
+    def verdict(self) -> str:
+        """What the ratio shows, in words."""
+        if not self.ranked:
+            return "not ranked"
+        if self.ratio is None:
+            return ""
+        if self.ratio_low is None or self.ratio_high is None:
+            return "baseline"
+        if self.ratio_low > 1:
+            return "faster"
+        return "slower" if self.ratio_high < 1 else "no difference shown"
+
 
 def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
-    """One row per group; a group holds the repeats of one configuration."""
-    rows = [_row(group) for group in groups if group]
-    ranked = [row.tokens_per_second for row in rows if row.ranked and row.tokens_per_second]
-    return [
-        Row(**asdict(row) | {"ratio": row.tokens_per_second / ranked[0]})
-        if row.ranked and row.tokens_per_second
-        else row
-        for row in rows
-    ]
+    """One row per group; a group holds the repeats of one configuration. The ratio is taken within a track."""
+    groups = [group for group in groups if group]
+    rows = [_row(group) for group in groups]
+    baselines: dict[str, Samples] = {}
+    rated = []
+    for row, group in zip(rows, groups, strict=True):
+        samples = seconds_per_token(group)
+        if not (row.ranked and samples):
+            rated.append(row)
+        elif row.track not in baselines:
+            baselines[row.track] = samples
+            rated.append(replace(row, ratio=1.0))
+        else:
+            ratio = speed_ratio(samples, baselines[row.track])
+            rated.append(
+                row if ratio is None else replace(row, ratio=ratio.value, ratio_low=ratio.low, ratio_high=ratio.high)
+            )
+    return rated
+
+
+def seconds_per_token(repeats: Sequence[RunResult]) -> Samples:
+    """The timed steps by repeat; repeats without any are left out."""
+    return {
+        result.repeat: [second / result.tokens_per_step for second in result.steady_seconds]
+        for result in repeats
+        if result.status == "ok" and result.steady_seconds
+    }
 
 
 def _row(repeats: Sequence[RunResult]) -> Row:
     config = repeats[0].config
     good = [result for result in repeats if result.status == "ok"]
-    seconds = [second for result in good for second in result.steady_seconds]
-    p10, median, p90 = np.percentile(seconds, [10, 50, 90]) * 1e3 if seconds else (None, None, None)
+    step = summarize([second * 1e3 for result in good for second in result.steady_seconds])
+    timings = [result.timing for result in good if result.timing]
     return Row(
         framework=config.framework,
         version=next((result.version for result in good), ""),
@@ -75,18 +132,28 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         chunks=config.chunks,
         micro_batches=config.train.micro_batches,
         executor=config.executor,
+        track=config.track,
         dtype=config.train.dtype,
         status=_status(repeats),
         parity=_parity(good),
+        repeats=len(repeats),
         final_loss=good[0].final_loss if good else None,
         held_out_loss=good[0].held_out_loss if good else None,
         tokens_per_second=_median([result.tokens_per_second for result in good]),
         ratio=None,
-        step_ms_median=median,
-        step_ms_p10=p10,
-        step_ms_p90=p90,
+        ratio_low=None,
+        ratio_high=None,
+        step_ms_median=step.median if step else None,
+        step_ms_p10=step.p10 if step else None,
+        step_ms_p90=step.p90 if step else None,
         first_step_seconds=_median([result.first_step_seconds for result in good]),
+        bubble_fraction=_median([timing.measured_bubble_fraction for timing in timings]),
+        simulated_bubble_fraction=_median([timing.simulated_bubble_fraction for timing in timings]),
+        simulated_step_difference=_median([timing.step_difference for timing in timings]),
         peak_memory_mb=max((sum(result.peak_memory_bytes.values()) / 1e6 for result in good), default=None),
+        held_activation_mb=max(
+            (held / 1e6 for result in good for held in result.held_activation_peak_bytes.values()), default=None
+        ),
     )
 
 
@@ -132,10 +199,21 @@ def _step(row: Row) -> str:
 
 
 def _ratio(row: Row) -> str:
-    return "not ranked" if row.parity == "FAIL" else _number(row.ratio, ".2f")
+    if row.parity == "FAIL":
+        return "not ranked"
+    if row.ratio is None or row.ratio_low is None or row.ratio_high is None:
+        return _number(row.ratio, ".2f")
+    return f"{row.ratio:.2f} [{row.ratio_low:.2f}, {row.ratio_high:.2f}]"
+
+
+def _bubble(row: Row) -> str:
+    if row.bubble_fraction is None or row.simulated_bubble_fraction is None:
+        return ""
+    return f"{row.bubble_fraction:.1%} / {row.simulated_bubble_fraction:.1%}"
 
 
 COLUMNS: tuple[Column, ...] = (
+    Column("run", lambda row: row.source, numeric=False),
     Column("framework", lambda row: row.framework, numeric=False),
     Column("version", lambda row: row.version, numeric=False, keep=3),
     Column("schedule", lambda row: row.schedule, numeric=False),
@@ -149,26 +227,44 @@ COLUMNS: tuple[Column, ...] = (
     Column("final loss", lambda row: _number(row.final_loss, ".5f"), keep=8),
     Column("held-out loss", lambda row: _number(row.held_out_loss, ".5f"), keep=2),
     Column("tokens/s", lambda row: _number(row.tokens_per_second, ",.0f")),
-    Column("ratio", _ratio, keep=7),
-    Column("step ms [p10, p90]", _step, keep=6),
-    Column("first step s", lambda row: _number(row.first_step_seconds, ".2f"), keep=5),
+    Column("ratio [95 %]", _ratio, keep=10),
+    Column("verdict", lambda row: row.verdict, numeric=False, keep=9),
+    Column("step ms [p10, p90]", _step, keep=7),
+    Column("first step s", lambda row: _number(row.first_step_seconds, ".2f"), keep=6),
+    Column("bubble / sim.", _bubble, keep=5),
+    Column("sim. step", lambda row: _number(row.simulated_step_difference, "+.1%"), keep=4),
     Column("peak MB", lambda row: _number(row.peak_memory_mb, ",.0f"), keep=4),
+    Column("held MB", lambda row: _number(row.held_activation_mb, ",.1f"), keep=3),
 )
 
 LEGEND = (
-    "tokens/s, step ms: medians of the steps after the first (brackets: 10th and 90th percentile); first step: apart, "
-    "it traces and fills caches; ratio: tokens/s to the first ranked row; a row that fails parity is not ranked; peak MB: "
-    "10^6 bytes, all processes of a run; parity: against the float64 NumPy oracle, loss of every step and all gradients."
+    "tokens/s, step ms: medians of the timed steps (brackets: 10th and 90th percentile). First step: apart, it traces "
+    "and fills caches. Ratio: tokens/s to the first ranked row, with a 95 % bootstrap interval (repeats, then steps); "
+    "paired by repeat, so that a drifting machine cancels; where the interval includes 1, no difference is shown. A row "
+    "that fails parity is not ranked. Parity: against the float64 NumPy oracle, loss of every step and all gradients. "
+    "Bubble: idle share of all stages, measured / simulated from the run's own costs; sim. step: simulated step time "
+    "against the measured median. Peak MB: 10^6 bytes, all processes of a run; held MB: activations held for the "
+    "backward, on the stage that holds most."
 )
 
 
 def columns_for(rows: Sequence[Row]) -> list[Column]:
-    """All columns but those that say the same in every row without having been asked for."""
+    """All columns but those that say the same in every row without having been asked for, or nothing."""
     constant = {
+        "run": all(not row.source for row in rows),
         "chunks": all(row.chunks == 1 for row in rows),
         "dtype": len({row.dtype for row in rows}) == 1,
+        "executor": all(row.executor == "table" for row in rows),
+        "bubble / sim.": all(row.bubble_fraction is None for row in rows),
+        "sim. step": all(row.simulated_step_difference is None for row in rows),
+        "held MB": all(row.held_activation_mb is None for row in rows),
     }
     return [column for column in COLUMNS if not constant.get(column.title, False)]
+
+
+def by_track(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of every track; they are never shown in one table."""
+    return {track: [row for row in rows if row.track == track] for track in dict.fromkeys(row.track for row in rows)}
 
 
 def print_table(rows: Sequence[Row], console: Console) -> bool:

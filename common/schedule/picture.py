@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from common.schedule.action import Op
+from common.schedule.action import Op, Schedule
 from common.schedule.simulate import Simulation
 from common.schedule.table import OPS
 
@@ -27,14 +29,36 @@ LABEL_POINTS = 7.5
 
 def draw_picture(simulation: Simulation, path: str | Path) -> None:
     """Writes the chart to `path`; the suffix (.png or .svg) says which. Later chunks are paler."""
+    schedule = simulation.schedule
+    peak = max(simulation.peak_in_flight_per_stage)
+    title = f"{_size(schedule)}, bubble {simulation.bubble_fraction:.1%}, {peak:g} in flight"
+    draw_pictures({title: simulation}, path)
+
+
+def draw_pictures(charts: Mapping[str, Simulation], path: str | Path, time_label: str = "time") -> None:
+    """Writes charts one below the other, each under its title, with one time axis for all."""
+    simulations = list(charts.values())
+    makespan = max(simulation.makespan for simulation in simulations)
+    room = max(sim.makespan / _shortest(sim) for sim in simulations) * INCHES_PER_ACTION
+    width = min(max(room, MIN_WIDTH_INCHES), MAX_WIDTH_INCHES)
+    heights = [0.34 * simulation.schedule.num_devices + 0.3 for simulation in simulations]
+    figure = Figure(figsize=(width + 1, sum(heights) + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(charts), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, simulation) in zip(rows, charts.items(), strict=True):
+        _draw(axes, simulation, width * 72 / makespan)
+        axes.set_title(title, fontsize=10)
+    rows[-1].set_xlim(0, makespan)
+    rows[-1].set_xlabel(time_label)
+    used = [op for code, op in enumerate(OPS) if any((sim.table.op == code).any() for sim in simulations)]
+    keys = [Patch(color=COLORS[op], label=f"{op.value}  {MEANINGS[op]}") for op in used]
+    figure.legend(handles=keys, loc="outside lower right", ncols=len(keys), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _draw(axes: Axes, simulation: Simulation, points_per_unit: float) -> None:
     schedule, table = simulation.schedule, simulation.table
     spent = simulation.end - simulation.start
-    shortest = float(spent[spent > 0].min()) if (spent > 0).any() else 1.0
-    room = simulation.makespan / shortest * INCHES_PER_ACTION
-    width = min(max(room, MIN_WIDTH_INCHES), MAX_WIDTH_INCHES)
-    figure = Figure(figsize=(width + 1, 0.34 * schedule.num_devices + 1.1), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     axes.set_facecolor("#f2f2f2")
     top, bottom = table.device - 0.46, table.device + 0.46
     corners = np.stack(
@@ -55,30 +79,26 @@ def draw_picture(simulation: Simulation, path: str | Path) -> None:
         PolyCollection(list(corners), facecolors=tones[table.op, table.chunk], edgecolors=edge, linewidths=0.8)
     )
     if few:
-        points_per_unit = width * 72 / simulation.makespan
         for row in range(table.num_rows):
             # The colour says the operation, so the micro-batch is all that a label has to say.
             text = str(int(table.micro_batch[row]) + schedule.first_micro_batch)
             if len(text) * POINTS_PER_CHARACTER < spent[row] * points_per_unit:
                 middle = (simulation.start[row] + simulation.end[row]) / 2
                 axes.text(middle, float(table.device[row]), text, ha="center", va="center", fontsize=LABEL_POINTS)
-    axes.set_xlim(0, simulation.makespan)
     axes.set_ylim(schedule.num_devices - 0.5, -0.5)
     axes.set_yticks(range(schedule.num_devices), [f"device {d}" for d in range(schedule.num_devices)])
-    axes.set_xlabel("time")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    peak = max(simulation.peak_in_flight_per_stage)
-    figure.suptitle(
-        f"{schedule.name}: {schedule.num_devices} stages, {schedule.num_micro_batches} micro-batches, "
-        f"bubble {simulation.bubble_fraction:.1%}, {peak:g} in flight",
-        fontsize=10,
-    )
-    used = [op for code, op in enumerate(OPS) if (table.op == code).any()]
-    keys = [Patch(color=COLORS[op], label=f"{op.value}  {MEANINGS[op]}") for op in used]
-    figure.legend(handles=keys, loc="outside lower right", ncols=len(keys), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+
+
+def _shortest(simulation: Simulation) -> float:
+    spent = simulation.end - simulation.start
+    return float(spent[spent > 0].min()) if (spent > 0).any() else 1.0
+
+
+def _size(schedule: Schedule) -> str:
+    return f"{schedule.name}: {schedule.num_devices} stages, {schedule.num_micro_batches} micro-batches"
 
 
 def _tone(color: str, chunk: int, num_chunks: int) -> tuple[float, float, float]:

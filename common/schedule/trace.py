@@ -1,7 +1,8 @@
-"""A simulated schedule as a Chrome trace, which Perfetto (ui.perfetto.dev) and chrome://tracing open."""
+"""Schedules with times as a Chrome trace, which Perfetto (ui.perfetto.dev) and chrome://tracing open."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from common.schedule.action import Op
@@ -10,36 +11,64 @@ from common.schedule.simulate import Simulation
 MICROSECONDS_PER_UNIT = 1000.0
 """One unit of the costs is shown as a millisecond."""
 
+INSIDE = 0.01
+"""An arrow begins and ends this share of an action inside it: on the very edge a viewer takes it for the neighbour's."""
+
 _COLORS = {Op.F: "thread_state_running", Op.B: "thread_state_iowait", Op.W: "good", Op.BW: "rail_idle"}
 
 
 def chrome_trace(simulation: Simulation) -> dict[str, Any]:
-    """The trace: one process, one thread per device, one complete event per action."""
-    schedule, table = simulation.schedule, simulation.table
-    events: list[dict[str, Any]] = [
-        {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": f"{schedule.name}, simulated"}}
+    """One process with a thread per device, a complete event per action, and an arrow per message between devices."""
+    return chrome_traces({f"{simulation.schedule.name}, simulated": simulation})
+
+
+def chrome_traces(charts: Mapping[str, Simulation]) -> dict[str, Any]:
+    """The same with a process for every chart, under its name."""
+    events = [
+        event for pid, (name, simulation) in enumerate(charts.items()) for event in _events(simulation, name, pid)
     ]
-    for device in range(schedule.num_devices):
-        name = {"name": f"device {device}"}
-        events.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": device, "args": name})
-        events.append({"name": "thread_sort_index", "ph": "M", "pid": 0, "tid": device, "args": {"sort_index": device}})
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _events(simulation: Simulation, name: str, pid: int) -> list[dict[str, Any]]:
+    schedule, table = simulation.schedule, simulation.table
+    start = (simulation.start * MICROSECONDS_PER_UNIT).tolist()
+    duration = ((simulation.end - simulation.start) * MICROSECONDS_PER_UNIT).tolist()
+    device = table.device.tolist()
+    events: list[dict[str, Any]] = [
+        {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}},
+        {"name": "process_sort_index", "ph": "M", "pid": pid, "args": {"sort_index": pid}},
+    ]
+    for d in range(schedule.num_devices):
+        lane = {"ph": "M", "pid": pid, "tid": d}
+        events.append(lane | {"name": "thread_name", "args": {"name": f"device {d}"}})
+        events.append(lane | {"name": "thread_sort_index", "args": {"sort_index": d}})
     for row in range(table.num_rows):
-        action, device = table.action(row), int(table.device[row])
+        action = table.action(row)
         events.append(
             {
                 "name": str(action),
                 "cat": action.op.value,
                 "ph": "X",
-                "pid": 0,
-                "tid": device,
-                "ts": float(simulation.start[row]) * MICROSECONDS_PER_UNIT,
-                "dur": float(simulation.end[row] - simulation.start[row]) * MICROSECONDS_PER_UNIT,
+                "pid": pid,
+                "tid": device[row],
+                "ts": start[row],
+                "dur": duration[row],
                 "cname": _COLORS[action.op],
                 "args": {
                     "micro_batch": action.micro_batch,
                     "chunk": action.chunk,
-                    "virtual_stage": schedule.virtual_stage(device, action.chunk),
+                    "virtual_stage": schedule.virtual_stage(device[row], action.chunk),
                 },
             }
         )
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    for row, sender in enumerate(table.source.tolist()):
+        if sender < 0:
+            continue
+        kind = "activation" if table.action(row).op is Op.F else "gradient"
+        arrow = {"name": kind, "cat": "message", "id": f"{pid}.{row}", "pid": pid}
+        leaves, arrives = start[sender] + (1 - INSIDE) * duration[sender], start[row] + INSIDE * duration[row]
+        # Clocks are read on two threads: a message may seem to arrive before it left, which viewers drop.
+        events.append(arrow | {"ph": "s", "tid": device[sender], "ts": min(leaves, arrives)})
+        events.append(arrow | {"ph": "f", "bp": "e", "tid": device[row], "ts": arrives})
+    return events

@@ -1,0 +1,97 @@
+"""What a report says in words: the verdict, what was run, on what."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from common.report.collect import Collection
+
+TIMING_LEGEND = (
+    "Simulated: every action takes the median it took on its stage in this run, every message the median hop; replayed: "
+    "every action takes what it took in that very step and messages nothing, so what the run took longer is waiting for "
+    "messages and the host. Parts of a stage's step are means over the timed steps and add up. Communication wait: the "
+    "sender had ended and the message was not there; schedule wait: the sender had not ended; host: between two actions; "
+    "rest: outside of the pipeline, mostly the optimizer."
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to: did they all train the same?"""
+
+    good: bool
+    text: str
+
+
+def parity_verdict(collection: Collection) -> Verdict:
+    """Over all runs that ended; a run that was not compared is said so."""
+    parities = [result.parity for result in collection.results if result.status == "ok"]
+    passed = sum(parity.status == "pass" for parity in parities)
+    failed = sum(parity.status == "FAIL" for parity in parities)
+    unchecked = len(parities) - passed - failed
+    lost = len(collection.results) - len(parities)
+    words = [f"Parity: {passed} of {len(parities)} runs train what the float64 oracle trains"]
+    if margins := [(m, check) for parity in parities for check, m in parity.margins.items() if parity.status == "pass"]:
+        worst, check = max(margins)
+        words.append(f"the largest error is {worst:.1%} of its limit ({check.replace('_', ' ')})")
+    if failed:
+        words.append(f"{failed} differ{'s' if failed == 1 else ''}")
+    if unchecked:
+        words.append(f"{unchecked} not checked")
+    if lost:
+        words.append(f"{lost} failed or skipped")
+    return Verdict(good=failed == 0 and passed > 0, text="; ".join(words) + ".")
+
+
+def timing_note(collection: Collection) -> str:
+    """How near the simulator comes, and why it does not come nearer."""
+    timings = [g.shown.result.timing for g in collection.groups if g.shown and g.shown.result.timing]
+    if not timings:
+        return ""
+    differences = [abs(timing.step_difference) for timing in timings]
+    near = sum(difference <= 0.05 for difference in differences)
+    overhead = [t.measured_pipeline_seconds / t.replayed_pipeline_seconds - 1 for t in timings]
+    spread = [t.replayed_pipeline_seconds / t.simulated_pipeline_seconds - 1 for t in timings]
+    return (
+        f"The simulated step is within 5 % of the measured median in {near} of {len(timings)} rows (median difference "
+        f"{statistics.median(differences):.1%}, largest {max(differences):.1%}). Messages and the host explain "
+        f"{statistics.median(overhead):+.1%} of the pipeline's time (measured over replayed); the rest is actions that do "
+        f"not take their median: {min(spread):+.1%} to {max(spread):+.1%} (replayed over simulated). {TIMING_LEGEND}"
+    )
+
+
+def facts(collection: Collection) -> list[tuple[str, str]]:
+    """What was run, on what, by name; what differs between merged benchmarks is listed."""
+    results = collection.results
+    first = results[0]
+    model, train = first.config.model, first.config.train
+    digests = sorted({result.corpus_digest[:16] for result in results if result.corpus_digest})
+    repeats = sorted({len(group.runs) for group in collection.groups})
+    return [
+        ("Command", _distinct(f"`{result.command}`" for result in results)),
+        (
+            "Model",
+            f"{model.num_layers} blocks, d_model {model.d_model}, {model.num_heads} heads, d_ff {model.d_ff}, "
+            f"context {model.context_length}, vocabulary {model.vocab_size}",
+        ),
+        (
+            "Training",
+            f"{train.steps} steps of {train.batch_size} sequences, {train.optimizer}, seed {train.seed}, "
+            f"{_distinct(r.config.train.dtype for r in results)}",
+        ),
+        (
+            "Statistics",
+            f"{' or '.join(map(str, repeats))} runs per row, each in a fresh process, rows taking turns; the first "
+            f"{_distinct(str(r.untimed_steps) for r in results)} steps of each are not counted",
+        ),
+        ("Machine", _distinct(result.machine.one_line for result in results)),
+        ("Corpus", f"SHA-256 {', '.join(digests)}" if digests else "not read"),
+        ("Commit", _distinct(result.git_commit or "unknown" for result in results)),
+        ("Started", _distinct(result.started for result in results)),
+    ]
+
+
+def _distinct(values: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(values))

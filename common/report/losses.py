@@ -1,0 +1,41 @@
+"""Loss curves beside the oracle's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.parity import LIMITS
+from common.report.collect import Collection
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """One row's losses, and how far they are from the oracle's."""
+
+    name: str
+    framework: str
+    losses: tuple[float, ...]
+    oracle: tuple[float, ...]
+    """Empty where there was none."""
+    limit: float
+    """Of the relative difference, by the row's precision."""
+
+    @property
+    def differences(self) -> tuple[float, ...]:
+        """Relative; empty without an oracle."""
+        return tuple(abs(seen / right - 1) for seen, right in zip(self.losses, self.oracle, strict=False))
+
+
+def loss_curves(collection: Collection) -> list[LossCurve]:
+    """One for every row that trained."""
+    return [
+        LossCurve(
+            name=row.name,
+            framework=row.framework,
+            losses=tuple(step.loss for step in trained.steps),
+            oracle=tuple(step.loss for step in group.oracle.steps) if group.oracle else (),
+            limit=LIMITS["loss_curve"][trained.config.train.dtype],
+        )
+        for row, group in zip(collection.rows, collection.groups, strict=True)
+        if (trained := group.trained)
+    ]

@@ -1,0 +1,43 @@
+"""Everything that a benchmark leaves besides its result files, made from these alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.report import plots, tables
+from common.report.collect import Collection
+from common.report.html import write_html
+from common.report.losses import loss_curves
+from common.report.markdown import markdown_report
+from common.report.sweep import Axis, Curve, curves
+from common.report.timeline import timelines, write_timelines
+
+AXES: tuple[Axis, ...] = ("micro_batches", "stages")
+
+
+def publish(collection: Collection, folder: Path, sweep: bool = False) -> None:
+    """Writes report.html, report.md, table.csv and pictures into `folder`, timelines and traces beside their results.
+
+    `sweep` adds throughput over micro-batches and over stages, where several of them ran.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    swept = {axis: found for axis in AXES if (found := curves(collection.rows, axis))} if sweep else {}
+    (folder / "table.csv").write_text(tables.csv_table(collection.rows))
+    (folder / "report.md").write_text(markdown_report(collection, swept))
+    write_html(collection, swept, folder / "report.html")
+    _pictures(collection, swept, folder)
+    for group in collection.groups:
+        if group.shown and (charts := timelines(group.shown.result)):
+            write_timelines(charts, group.shown.folder)
+
+
+def _pictures(collection: Collection, swept: dict[Axis, list[Curve]], folder: Path) -> None:
+    losses = loss_curves(collection)
+    if losses:
+        plots.draw_losses(losses, folder / "loss.png")
+    if any(row.tokens_per_second for row in collection.rows):
+        plots.draw_throughput(collection, folder / "throughput.png")
+    if any(group.shown and group.shown.result.timing for group in collection.groups):
+        plots.draw_time_split(collection, folder / "time_split.png")
+    for axis, found in swept.items():
+        plots.draw_sweep(found, folder / f"sweep_{axis}.png")

@@ -1,0 +1,94 @@
+"""Medians, percentiles and bootstrap intervals of step times.
+
+A sample is what one step took per token. Samples stay apart by repeat (one process each), because steps of one process
+resemble each other more than steps of two: an interval that ignored this would be too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 4000
+CONFIDENCE = 0.95
+SEED = 0
+"""Fixed: the same samples give the same interval."""
+
+Samples = Mapping[int, Sequence[float]]
+"""Seconds per token of every timed step, by repeat."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median, 10th and 90th percentile, in the unit of the samples."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast a row is as its baseline, with a 95 % bootstrap interval. All numbers are plain ratios."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def shows_difference(self) -> bool:
+        """Whether the interval leaves 1 out."""
+        return self.low > 1 or self.high < 1
+
+
+def summarize(values: Sequence[float]) -> Summary | None:
+    """None for no values."""
+    if not values:
+        return None
+    p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
+    return Summary(median, p10, p90)
+
+
+def speed_ratio(row: Samples, baseline: Samples, same_session: bool = True) -> Ratio | None:
+    """The baseline's median time over the row's; above 1 the row is faster. None if either has no samples.
+
+    Where both have the same repeats, of one session, the ratio is the median of the ratios within each repeat: the runs of
+    one repeat follow each other closely, so that a machine that drifts from repeat to repeat changes both. The interval is
+    a percentile bootstrap in two stages (Davison and Hinkley 1997, section 3.8): repeats, then steps within each. With one
+    repeat it knows nothing of the variation between processes and is too narrow.
+    """
+    if not row or not baseline or not all(map(len, (*row.values(), *baseline.values()))):
+        return None
+    paired = same_session and set(row) == set(baseline)
+    order = sorted(row)
+    rows = [np.asarray(row[repeat], np.float64) for repeat in order]
+    baselines = [np.asarray(baseline[repeat], np.float64) for repeat in (order if paired else sorted(baseline))]
+    generator = np.random.default_rng(SEED)
+    which = generator.integers(len(rows), size=(RESAMPLES, len(rows)))  # (B, R)
+    which_baseline = which if paired else generator.integers(len(baselines), size=(RESAMPLES, len(baselines)))
+    above = _resampled_medians(baselines, which_baseline, generator)  # (B, R)
+    below = _resampled_medians(rows, which, generator)
+    if paired:
+        value = float(np.median([np.median(b) / np.median(r) for b, r in zip(baselines, rows, strict=True)]))
+        draws = np.median(above / below, axis=1)
+    else:
+        value = float(np.median([np.median(b) for b in baselines]) / np.median([np.median(r) for r in rows]))
+        draws = np.median(above, axis=1) / np.median(below, axis=1)
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(draws, [tail, 100 - tail]).tolist()
+    return Ratio(value, low, high)
+
+
+def _resampled_medians(
+    repeats: Sequence[NDArray[np.float64]], which: NDArray[np.int64], generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """(B, R): for every drawn repeat the median of its steps, drawn anew with replacement."""
+    medians = np.empty(which.shape)
+    for number, steps in enumerate(repeats):
+        chosen = which == number
+        drawn = steps[generator.integers(len(steps), size=(int(chosen.sum()), len(steps)))]
+        medians[chosen] = np.median(drawn, axis=1)
+    return medians

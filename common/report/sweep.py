@@ -1,0 +1,91 @@
+"""Throughput against the number of micro-batches, or of stages, beside what the bubble alone would leave of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from common.report.tables import Row
+
+KNEE_GAIN = 0.10
+
+Axis = Literal["micro_batches", "stages"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One configuration over one axis. Throughput in tokens/s; the range is that of the steps, 10th to 90th percentile."""
+
+    name: str
+    framework: str
+    axis: Axis
+    x: tuple[int, ...]
+    tokens_per_second: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    ideal: tuple[float, ...]
+    """The first point's throughput, scaled by the ideal efficiency: what the bubble alone would leave."""
+
+    @property
+    def knee(self) -> int | None:
+        """The first x from which the next one gains less than `KNEE_GAIN`; None if every step gains more."""
+        for here, now, after in zip(self.x, self.tokens_per_second, self.tokens_per_second[1:], strict=False):
+            if after / now - 1 < KNEE_GAIN:
+                return here
+        return None
+
+    @property
+    def sentence(self) -> str:
+        what = self.axis.replace("_", "-")
+        if self.knee is None:
+            return f"{self.name}: no knee up to {self.x[-1]} {what}, every step gains at least {KNEE_GAIN:.0%}"
+        return f"{self.name}: knee at {self.knee} {what}, the next step gains less than {KNEE_GAIN:.0%}"
+
+
+def ideal_efficiency(axis: Axis, stages: int, micro_batches: int) -> float:
+    """m / (m + p - 1), the busy share of GPipe and 1F1B (Huang et al. 2019); times p where p is what is varied."""
+    efficiency = micro_batches / (micro_batches + stages - 1)
+    return efficiency * stages if axis == "stages" else efficiency
+
+
+def curves(rows: Sequence[Row], axis: Axis) -> list[Curve]:
+    """One curve for every set of ranked rows that differ in `axis` alone; sets of one are left out."""
+    together: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        if row.ranked and row.tokens_per_second:
+            together.setdefault(_shared(row, axis), []).append(row)
+    found = []
+    for same in together.values():
+        same.sort(key=lambda row: int(getattr(row, axis)))
+        if len(same) < 2:
+            continue
+        throughput = [row.tokens_per_second or 0.0 for row in same]
+        efficiency = [ideal_efficiency(axis, row.stages, row.micro_batches) for row in same]
+        both = list(zip(throughput, same, strict=True))
+        found.append(
+            Curve(
+                name=" ".join(word for word in same[0].name.split() if not word.startswith(_MARK[axis])),
+                framework=same[0].framework,
+                axis=axis,
+                x=tuple(int(getattr(row, axis)) for row in same),
+                tokens_per_second=tuple(throughput),
+                low=tuple(speed * _over(row.step_ms_median, row.step_ms_p90) for speed, row in both),
+                high=tuple(speed * _over(row.step_ms_median, row.step_ms_p10) for speed, row in both),
+                ideal=tuple(throughput[0] * each / efficiency[0] for each in efficiency),
+            )
+        )
+    return found
+
+
+_MARK = {"micro_batches": "m=", "stages": "p="}
+
+
+def _over(above: float | None, below: float | None) -> float:
+    return above / below if above and below else 1.0
+
+
+def _shared(row: Row, axis: Axis) -> tuple[object, ...]:
+    """What the rows of one curve have in common."""
+    names = ("framework", "schedule", "stages", "chunks", "micro_batches", "executor", "track", "dtype", "source")
+    return tuple(getattr(row, name) for name in names if name != axis)

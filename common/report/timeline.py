@@ -1,0 +1,40 @@
+"""The actions of a run's median step beside the simulated ones: pictures and a trace for Perfetto."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.report.result import RunResult
+from common.report.timing import executed, executed_schedule, simulated
+from common.schedule.picture import draw_pictures
+from common.schedule.simulate import Simulation
+from common.schedule.trace import chrome_traces
+
+PICTURES = ("timeline.png", "timeline.svg")
+TRACE = "trace.json"
+
+
+def timelines(result: RunResult) -> dict[str, Simulation]:
+    """By title: the executed median step, and the same schedule with its median costs, in milliseconds.
+
+    Empty for a run without a record of its actions.
+    """
+    events, config, timing = result.median_step_events, result.config, result.timing
+    if not events or not all(events.values()) or timing is None:
+        return {}
+    schedule = executed_schedule(events, config.schedule, config.train.micro_batches, config.chunks, timing.placement)
+    charts = {"measured": executed(schedule, events), "simulated": simulated(schedule, timing)}
+    return {_title(config.framework, kind, chart): chart for kind, chart in charts.items()}
+
+
+def write_timelines(charts: Mapping[str, Simulation], folder: Path) -> None:
+    """`timeline.png`, `timeline.svg` and `trace.json` in `folder`."""
+    for name in PICTURES:
+        draw_pictures(charts, folder / name, "ms since the step's first action")
+    (folder / TRACE).write_text(json.dumps(chrome_traces(charts)))
+
+
+def _title(framework: str, kind: str, chart: Simulation) -> str:
+    return f"{framework} {chart.schedule.name}, {kind}: {chart.makespan:,.0f} ms, bubble {chart.bubble_fraction:.1%}"

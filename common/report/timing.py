@@ -1,0 +1,279 @@
+"""Where a run's step time went, and what the simulator makes of the costs that were measured in it.
+
+One step of one stage, from the first action of any stage to the last:
+
+    ├ host ┤ schedule wait │ communication wait ├ compute ┤ host ├ compute ┤ schedule wait ┤ then: rest (the optimizer)
+           the sender has    its message is on             between           done before the
+           not ended yet     the way or is read            two actions       others are
+
+The five parts add up to the step's time, on every stage.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from common.report.statistics import summarize
+from common.runtime.job import EventRecord
+from common.schedule.action import Op, Placement, Schedule, parse_action
+from common.schedule.play import play
+from common.schedule.simulate import Costs, Simulation
+from common.schedule.table import OPS, Table, tabulate
+
+Events = Mapping[int, Sequence[EventRecord]]
+"""One step's actions by device."""
+
+
+class ActionCost(BaseModel):
+    """What an operation took on a virtual stage, over all micro-batches and timed steps, in seconds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    virtual_stage: int
+    op: str
+    median_seconds: float
+    p10_seconds: float
+    p90_seconds: float
+    count: int
+
+
+class StageTime(BaseModel):
+    """A stage's mean step, in seconds; the parts add up to the mean step time."""
+
+    model_config = ConfigDict(frozen=True)
+
+    compute: float
+    communication_wait: float
+    """The sender had ended, the message was not there yet."""
+    schedule_wait: float
+    """The sender had not ended; or this stage was done and others were not."""
+    host: float
+    """Between two actions, and before the first."""
+    rest: float
+    """Outside of the pipeline: norm, clipping, optimizer, handing the batch in and the loss out."""
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.communication_wait + self.schedule_wait + self.host + self.rest
+
+
+class Timing(BaseModel):
+    """One run, measured and simulated. Medians over the timed steps unless it says otherwise."""
+
+    model_config = ConfigDict(frozen=True)
+
+    costs: tuple[ActionCost, ...]
+    hop_seconds: float
+    """From the end of a sender to the start of a receiver that was waiting."""
+    placement: Placement
+    measured_pipeline_seconds: float
+    """From the first action of any stage to the last."""
+    simulated_pipeline_seconds: float
+    """With every action taking its median cost and every message one hop."""
+    replayed_pipeline_seconds: float
+    """With every action taking the time it took in that step, and messages none."""
+    measured_bubble_fraction: float
+    simulated_bubble_fraction: float
+    measured_step_seconds: float
+    simulated_step_seconds: float
+    """The simulated pipeline and the median measured rest."""
+    median_step: int
+    """The timed step whose pipeline time is nearest to the median; its events are in the result."""
+    stages: dict[int, StageTime]
+
+    @property
+    def step_difference(self) -> float:
+        """Simulated over measured step time, less 1."""
+        return self.simulated_step_seconds / self.measured_step_seconds - 1
+
+    @property
+    def pipeline_difference(self) -> float:
+        return self.simulated_pipeline_seconds / self.measured_pipeline_seconds - 1
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step's times row by row as in the schedule's table, in seconds from the step's first action."""
+
+    table: Table
+    previous_end: np.ndarray  # (n,) the end of the row before on the same device; the pipeline's begin for its first
+    ready: np.ndarray  # (n,)
+    start: np.ndarray  # (n,)
+    end: np.ndarray  # (n,)
+
+    @property
+    def span(self) -> float:
+        return float(self.end.max())
+
+    @property
+    def sender_end(self) -> np.ndarray:
+        """(n,): the end of the row whose message is waited for; minus infinity where there is none."""
+        return np.where(self.table.source >= 0, self.end[self.table.source], -np.inf)
+
+
+def executed_schedule(events: Events, name: str, micro_batches: int, chunks: int, placement: Placement) -> Schedule:
+    """The schedule that the events amount to."""
+    rows = tuple(tuple(parse_action(event.action) for event in events[device]) for device in sorted(events))
+    return Schedule(name, rows, micro_batches, chunks, placement)
+
+
+def executed(schedule: Schedule, events: Events) -> Simulation:
+    """The events of one step in the simulator's form, so that whatever draws a simulation draws a run.
+
+    Times are in milliseconds from the step's first action.
+    """
+    step = _step(tabulate(schedule), events)
+    return Simulation(step.table, Costs.uniform(schedule.num_devices), step.start * 1e3, step.end * 1e3)
+
+
+def simulated(schedule: Schedule, timing: Timing) -> Simulation:
+    """The same schedule with the run's median costs, in milliseconds."""
+    table = tabulate(schedule)
+    cost = {(c.virtual_stage, c.op): c.median_seconds for c in timing.costs}
+    return _simulate(table, cost, timing.hop_seconds, 1e3)
+
+
+def measure(
+    steps: Sequence[Events], step_seconds: Sequence[float], schedule: Schedule, untimed_steps: int
+) -> Timing | None:
+    """The timing of a run from the events of all its steps; None if no step is timed or the events are not the schedule's.
+
+    `step_seconds` is each whole step, with the optimizer. The first `untimed_steps` are left out.
+    """
+    timed = list(range(untimed_steps, len(steps)))
+    devices = range(schedule.num_devices)
+    complete = all(
+        sorted(steps[i]) == list(devices)
+        and all([e.action for e in steps[i][d]] == [str(a) for a in schedule.devices[d]] for d in devices)
+        for i in timed
+    )
+    if not timed or not complete or not schedule.num_actions:
+        return None
+    table = tabulate(schedule)
+    measured = [_step(table, steps[i]) for i in timed]
+    seconds = [step_seconds[i] for i in timed]
+    costs = _costs(measured)
+    hop = _hop_seconds(measured)
+    model = _simulate(table, {(c.virtual_stage, c.op): c.median_seconds for c in costs}, hop, 1.0)
+    spans = [step.span for step in measured]
+    middle = statistics.median(spans)
+    rest = statistics.median([whole - span for whole, span in zip(seconds, spans, strict=True)])
+    busy = [float((step.end - step.start).sum()) for step in measured]
+    free = [0.0] * table.num_rows
+    return Timing(
+        costs=costs,
+        hop_seconds=hop,
+        placement=schedule.placement,
+        measured_pipeline_seconds=middle,
+        simulated_pipeline_seconds=model.makespan,
+        replayed_pipeline_seconds=statistics.median(
+            max(play(table, (step.end - step.start).tolist(), free).end) for step in measured
+        ),
+        measured_bubble_fraction=statistics.median(
+            1 - b / (schedule.num_devices * span) for b, span in zip(busy, spans, strict=True)
+        ),
+        simulated_bubble_fraction=model.bubble_fraction,
+        measured_step_seconds=statistics.median(seconds),
+        simulated_step_seconds=model.makespan + rest,
+        median_step=min(zip(timed, spans, strict=True), key=lambda pair: abs(pair[1] - middle))[0],
+        stages={device: _stage_time(measured, seconds, device) for device in devices},
+    )
+
+
+def _step(table: Table, events: Events) -> _Step:
+    flat = [event for device in sorted(events) for event in events[device]]
+    begin = min(event.ready_seconds for event in flat)
+    ready, start, end = (
+        np.array([getattr(event, name) for event in flat]) - begin
+        for name in ("ready_seconds", "start_seconds", "end_seconds")
+    )
+    previous = np.concatenate([[0.0], end[:-1]])
+    previous[table.bounds[:-1]] = 0.0
+    return _Step(table, previous, ready, start, end)
+
+
+def _costs(steps: Sequence[_Step]) -> tuple[ActionCost, ...]:
+    table = steps[0].table
+    durations: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for step in steps:
+        for k, op, spent in zip(
+            table.virtual_stage.tolist(), table.op.tolist(), (step.end - step.start).tolist(), strict=True
+        ):
+            durations[k, OPS[op].value].append(spent)
+    costs = []
+    for (k, op), values in sorted(durations.items()):
+        summary = summarize(values)
+        assert summary is not None  # no key without a value
+        costs.append(
+            ActionCost(
+                virtual_stage=k,
+                op=op,
+                median_seconds=summary.median,
+                p10_seconds=summary.p10,
+                p90_seconds=summary.p90,
+                count=len(values),
+            )
+        )
+    return tuple(costs)
+
+
+def _hop_seconds(steps: Sequence[_Step]) -> float:
+    """The median time from a sender's end to the start of a receiver that was waiting; 0 if none ever waited."""
+    hops: list[float] = []
+    for step in steps:
+        sent = step.sender_end
+        waited = (step.table.source >= 0) & (step.ready < sent)
+        # A receiver may be off before its sender's clock has said that the sender ended.
+        hops += np.maximum(step.start - sent, 0.0)[waited].tolist()
+    return statistics.median(hops) if hops else 0.0
+
+
+def _simulate(table: Table, cost: Mapping[tuple[int, str], float], hop_seconds: float, unit: float) -> Simulation:
+    """Plays the table with a cost for each (virtual stage, operation); times are seconds x `unit`.
+
+    Differs from `common.schedule.simulate` in the costs alone: there they are per device, here per virtual stage, since
+    the embedding's and the head's chunks are unlike the others.
+    """
+    stages = table.virtual_stage.tolist()
+    spent = [unit * cost[k, OPS[op].value] for k, op in zip(stages, table.op.tolist(), strict=True)]
+    played = play(table, spent, [unit * hop_seconds] * table.num_rows)
+    schedule = table.schedule
+
+    def of_device(op: Op) -> tuple[float, ...]:
+        chunks = range(schedule.num_chunks)
+        return tuple(
+            unit * sum(cost.get((schedule.virtual_stage(d, chunk), op.value), 0.0) for chunk in chunks)
+            for d in range(schedule.num_devices)
+        )
+
+    whole = tuple(map(sum, zip(of_device(Op.B), of_device(Op.BW), strict=True)))
+    costs = Costs(of_device(Op.F), whole, of_device(Op.W), (unit * hop_seconds,) * schedule.num_devices)
+    return Simulation(table, costs, np.array(played.start), np.array(played.end))
+
+
+def _stage_time(steps: Sequence[_Step], seconds: Sequence[float], device: int) -> StageTime:
+    """Means, not medians: those of the parts would not add up to that of the whole."""
+    table = steps[0].table
+    rows = slice(int(table.bounds[device]), int(table.bounds[device + 1]))
+    parts = []
+    for step, whole in zip(steps, seconds, strict=True):
+        previous, ready, start, end = (a[rows] for a in (step.previous_end, step.ready, step.start, step.end))
+        sent = np.clip(step.sender_end[rows], ready, start)
+        schedule_wait = float((sent - ready).sum()) + step.span - float(end[-1])
+        parts.append(
+            [
+                float((end - start).sum()),
+                float((start - sent).sum()),
+                schedule_wait,
+                float((ready - previous).sum()),
+                whole - step.span,
+            ]
+        )
+    compute, communication, schedule, host, rest = np.mean(parts, axis=0).tolist()
+    return StageTime(compute=compute, communication_wait=communication, schedule_wait=schedule, host=host, rest=rest)
