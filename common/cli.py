@@ -13,7 +13,7 @@ from rich.console import Console
 from common.bench import print_dry_run, run_bench
 from common.config import Parser, UsageError, add_options, read_bench
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
-from common.verbs import schedules
+from common.verbs import report, schedules
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
@@ -34,10 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="One Transformer, one partition plan and one pipeline schedule in three frameworks.",
         usage="%(prog)s VERB [options]",
     )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser, prog="triptych")
     bench = verbs.add_parser("bench", help="train and compare the frameworks", description=BENCH_DESCRIPTION)
     add_options(bench)
     bench.set_defaults(run=_bench)
+    report.register(verbs)
     schedules.register(verbs)
     return _run(parser, sys.argv[1:] if argv is None else argv)
 

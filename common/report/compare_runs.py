@@ -1,0 +1,126 @@
+"""Two benchmarks row by row: which rows moved beyond their noise, and which no longer end well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from common.report.collect import Collection, RowRuns
+from common.report.statistics import Ratio, speed_ratio
+from common.report.tables import Row, seconds_per_token
+
+NOT_COMPARED = "not compared"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row of both benchmarks. `ratio` is B's throughput over A's; None where one of them was not ranked."""
+
+    name: str
+    before: Row
+    after: Row
+    ratio: Ratio | None
+
+    @property
+    def verdict(self) -> str:
+        if self.broke:
+            return f"no longer ok: {self.after.status if self.after.status != 'ok' else 'parity ' + self.after.parity}"
+        if self.ratio is None:
+            return NOT_COMPARED
+        if not self.ratio.shows_difference:
+            return "no difference shown"
+        return "faster" if self.ratio.value > 1 else "slower"
+
+    @property
+    def broke(self) -> bool:
+        """It was ranked in A and is not in B."""
+        return self.before.ranked and not self.after.ranked
+
+    def slower_than(self, limit: float) -> bool:
+        """Whether B has lost more than `limit` (0.05 for 5 %) of A's throughput with the whole interval."""
+        return self.ratio is not None and self.ratio.high < 1 - limit
+
+
+@dataclass(frozen=True)
+class ComparedRuns:
+    """All rows of two benchmarks."""
+
+    changes: tuple[Change, ...]
+    only_before: tuple[str, ...]
+    only_after: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def failures(self, limit: float) -> list[str]:
+        """Why a gate with this limit would not let B pass, one line each."""
+        return [
+            f"{change.name}: {change.verdict if change.broke else f'slower by more than {limit:.3%}'}"
+            for change in self.changes
+            if change.broke or change.slower_than(limit)
+        ]
+
+
+def compare_collections(before: Collection, after: Collection) -> ComparedRuns:
+    """Matches rows by their whole configuration."""
+    old = {group.results[0].config: (row, group) for row, group in _pairs(before)}
+    new = {group.results[0].config: (row, group) for row, group in _pairs(after)}
+    changes = []
+    for config in old.keys() & new.keys():
+        (row, group), (after_row, after_group) = old[config], new[config]
+        both = row.ranked and after_row.ranked
+        a, b = seconds_per_token(group.results), seconds_per_token(after_group.results)
+        changes.append(Change(row.name, row, after_row, speed_ratio(b, a, same_session=False) if both else None))
+    order = [row.name for row in before.rows]
+    return ComparedRuns(
+        changes=tuple(sorted(changes, key=lambda change: order.index(change.name))),
+        only_before=tuple(row.name for config, (row, _) in old.items() if config not in new),
+        only_after=tuple(row.name for config, (row, _) in new.items() if config not in old),
+        notes=tuple(_notes(before, after)),
+    )
+
+
+def _pairs(collection: Collection) -> list[tuple[Row, RowRuns]]:
+    return list(zip(collection.rows, collection.groups, strict=True))
+
+
+def _notes(before: Collection, after: Collection) -> list[str]:
+    """What makes the comparison weaker than it looks."""
+    notes = []
+    machines = [{result.machine.one_line for result in each.results} for each in (before, after)]
+    if machines[0] != machines[1]:
+        notes.append(f"different machines: {'; '.join(sorted(machines[0]))} against {'; '.join(sorted(machines[1]))}")
+    if any(len(group.runs) < 2 for each in (before, after) for group in each.groups):
+        notes.append("rows with one run: their intervals know nothing of the variation between processes")
+    return notes
+
+
+def print_comparison(compared: ComparedRuns, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("row", "tokens/s A", "tokens/s B", "B / A [95 %]", "verdict"):
+        table.add_column(title, justify="left" if title in ("row", "verdict") else "right", no_wrap=True)
+    for change in compared.changes:
+        ratio = change.ratio
+        table.add_row(
+            change.name,
+            _throughput(change.before),
+            _throughput(change.after),
+            "" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]",
+            change.verdict,
+            style="red" if change.broke or change.verdict == "slower" else None,
+        )
+    console.print(table)
+    _print_names("only in A", compared.only_before, console)
+    _print_names("only in B", compared.only_after, console)
+    for note in compared.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_names(what: str, names: Sequence[str], console: Console) -> None:
+    if names:
+        console.print(f"{what}: {', '.join(names)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _throughput(row: Row) -> str:
+    return "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
