@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from common.data import Batch
 from common.parity import TensorKey
 from common.partition import plan_partition
-from common.runtime.engine import Arrays
+from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event
 from common.schedule.generators import make_schedule
 from common.spec import RunConfig
@@ -25,8 +25,12 @@ from tf_impl.optimizer import make_optimizer
 from tf_impl.weights import export_gradients, export_weights, load_gradients, load_weights, named_parameters
 
 
-def build_engine(config: RunConfig) -> TensorFlowEngine:
+def build_engine(config: RunConfig) -> Engine:
     """The engine of `config`. Raises ScheduleError or ValueError for a run that cannot be."""
+    if config.executor != "table":
+        from tf_impl.peer import build_peer
+
+        return build_peer(config)
     return TensorFlowEngine(config)
 
 

@@ -1,0 +1,199 @@
+"""What a Keras user would write without this project: `model.compile`, `model.fit`. TensorFlow has no pipeline of its own.
+
+It trains the same model, from the same weights, on the same batches, with the same optimizer and threads.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from common.data import Batch, MicroBatch
+from common.dropout import step_key
+from common.parity import TensorKey
+from common.runtime.engine import Arrays, Engine
+from common.runtime.executor import Event
+from common.spec import RunConfig, TransformerSpec
+from common.weights import parameter_shapes, unit_names
+from tf_impl import devices
+from tf_impl.dropout import DropoutContext
+from tf_impl.layers import Embedding, Head, build_unit
+from tf_impl.optimizer import make_optimizer
+from tf_impl.weights import export_weights, load_weights, named_parameters
+
+Inputs = tuple[tf.Tensor, ...]
+"""Tokens (B, S); with dropout also the step's key (B,) and the sample indices (B,)."""
+
+
+class TiedHead(Head):
+    """A head tied as its users tie it: one variable, used twice."""
+
+    def __init__(self, spec: TransformerSpec, dtype: str, embedding: Embedding) -> None:
+        super().__init__(spec, "head", dtype)
+        self.embedding = embedding
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.norm = self.layer_norm("norm") if self.spec.norm == "pre" else None
+        if self.norm is not None:
+            self.norm.build(input_shape)
+
+    @property
+    def token(self) -> keras.Variable:
+        return self.embedding.token
+
+
+class LanguageModel(keras.Model):
+    """The Transformer as an ordinary Keras model."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        spec = config.model
+        units = [build_unit(spec, name, config.train.dtype) for name in unit_names(spec)]
+        if spec.tied_head:
+            units[-1] = TiedHead(spec, config.train.dtype, units[0])
+        self.units = units
+        shape: tuple[int | None, ...] = (None, spec.context_length)
+        for unit in self.units:
+            unit.build(shape)
+            shape = unit.compute_output_shape(shape)
+        self.built = True
+
+    def call(self, inputs: Inputs, training: bool = False) -> tf.Tensor:
+        return self.outputs_of_units(inputs, training)[-1]
+
+    def outputs_of_units(self, inputs: Inputs, training: bool) -> list[tf.Tensor]:
+        tokens, *dropout = inputs
+        context = DropoutContext(dropout[0][0], dropout[1]) if dropout and training else None
+        outputs = [tokens]
+        for unit in self.units:
+            outputs.append(unit(outputs[-1], context=context))
+        return outputs[1:]
+
+
+class PlainEngine:
+    """`keras.Model.fit`, a step at a time: `train_on_batch` calls the function that `fit` calls for every batch.
+
+    The whole mini-batch at once. That function also updates the weights, so here `forward_backward` does, and
+    `apply_gradients` only reports; it answers all else that the harness asks (`common.runtime.engine.Engine`).
+    """
+
+    devices = (0,)
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        train = config.train
+        keras.config.set_floatx(train.dtype)  # of the loss that Keras reports
+        self.model = LanguageModel(config)
+        named = named_parameters(unit_names(config.model), self.model.units, config.model.tied_head)
+        self._named = [item for item in named if not item.is_copy]
+        optimizer = make_optimizer(train, [item.parameter for item in self._named if not train.decays(item.name)])
+        self._norm = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+        apply = optimizer.apply
+
+        def apply_dense(gradients: list[Any], *arguments: Any) -> Any:
+            """An embedding's gradient comes as rows, one per token: squared one by one, they give another norm."""
+            dense = [tf.convert_to_tensor(gradient) for gradient in gradients]
+            self._norm.assign(tf.cast(tf.linalg.global_norm(dense), tf.float64))
+            return apply(dense, *arguments)
+
+        optimizer.apply = apply_dense
+        optimizer.build([item.parameter for item in self._named])
+        self._loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        self.model.compile(optimizer, self._loss, jit_compile=config.track == "best")
+        self._given: dict[str, tf.Tensor] = {}
+        self._first: tuple[Mapping[str, NDArray[Any]], Batch | None] = ({}, None)
+
+    def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        load_weights(self._named, weights)
+        for variable in self.model.optimizer.variables:
+            variable.assign(tf.zeros(variable.shape, variable.dtype))
+        self._given, self._first = {}, (weights, None)
+
+    def forward_backward(self, batch: Batch) -> float:
+        if self._first[1] is None:
+            self._first = self._first[0], batch
+        self.model.reset_metrics()
+        self.model.optimizer.learning_rate = self.config.train.learning_rate_at(batch.step)
+        return float(self.model.train_on_batch(self._inputs(batch), batch.targets))
+
+    def apply_gradients(self, step: int) -> float:
+        if self._given:
+            self.model.optimizer.learning_rate = self.config.train.learning_rate_at(step)
+            gradients = [self._given[item.name] for item in self._named]
+            self.model.optimizer.apply(gradients, [item.parameter for item in self._named])
+            self._given = {}
+        return float(self._norm)
+
+    def evaluate(self, batch: Batch) -> float:
+        return float(self._loss(batch.targets, self.model(self._inputs(batch))))
+
+    def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
+        m, found = self.config.train.micro_batches, {}
+        outputs = self.model.outputs_of_units(self._inputs(batch), training=True)
+        for unit, output in zip(unit_names(self.config.model), outputs, strict=True):
+            for i, piece in enumerate(tf.split(output, m)):
+                found[TensorKey(batch.step, "forward", 0, i, unit, "output")] = piece.numpy()
+        return found
+
+    def weights(self) -> Arrays:
+        return self._in_order(export_weights(self._named))
+
+    def gradients(self) -> Arrays:
+        """Those of the first step after `reset` only, computed again: Keras keeps none. Raises RuntimeError."""
+        start, batch = self._first
+        if batch is None or int(self.model.optimizer.iterations) > 1:
+            raise RuntimeError("Keras keeps no gradients; right would be to ask after the first step")
+        now = export_weights(self._named)
+        load_weights(self._named, start)
+        with tf.GradientTape() as tape:
+            loss = self._loss(batch.targets, self.model(self._inputs(batch), training=True))
+        found = tape.gradient(loss, [item.parameter.value for item in self._named])
+        load_weights(self._named, now)
+        names = [item.name for item in self._named]
+        return self._in_order({name: np.array(tf.convert_to_tensor(g)) for name, g in zip(names, found, strict=True)})
+
+    def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
+        self._given = {name: tf.constant(value) for name, value in gradients.items()}
+
+    def events(self) -> dict[int, list[Event]]:
+        return {0: []}
+
+    def environment(self) -> dict[str, Any]:
+        return devices.environment() | {"jit_compile": self.model.jit_compile}
+
+    def peak_memory_bytes(self) -> dict[int, int]:
+        if devices.kind(self.config.device) == "GPU":
+            return {0: tf.config.experimental.get_memory_info("GPU:0")["peak"]}
+        return {0: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+    def held_bytes_peak(self) -> dict[int, int]:
+        return {}
+
+    def in_flight_peak(self) -> dict[int, int]:
+        return {}
+
+    def close(self) -> None:
+        keras.config.set_floatx("float32")
+
+    def _inputs(self, batch: Batch) -> Any:
+        if not self.config.model.dropout:
+            return (batch.inputs,)
+        whole: MicroBatch = batch.micro_batches(1)[0]
+        key = np.full(len(whole.samples), step_key(self.config.train.seed, batch.step), np.int64)
+        return batch.inputs, key, whole.samples.astype(np.int64)
+
+    def _in_order(self, found: Arrays) -> Arrays:
+        return {name: found[name] for name in parameter_shapes(self.config.model)}
+
+
+def build_peer(config: RunConfig) -> Engine:
+    """The engine for `executor` = plain. Raises ValueError for native."""
+    if config.executor == "native":
+        raise ValueError("executor = native: TensorFlow has no pipeline of its own; right would be table or plain")
+    return PlainEngine(config)
