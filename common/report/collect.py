@@ -95,7 +95,9 @@ def collect(folders: Sequence[Path]) -> Collection:
     """
     groups: list[RowRuns] = []
     oracles: list[Run] = []
+    same_names = len({folder.name for folder in folders}) < len(folders)
     for folder in folders:
+        name = str(folder) if same_names else folder.name
         runs = [Run(RunResult.read(path), path.parent) for path in sorted(folder.glob("*/result.json"))]
         if not runs:
             raise ResultError(f"{folder}: holds no */result.json; right would be a folder that a benchmark has made")
@@ -107,7 +109,6 @@ def collect(folders: Sequence[Path]) -> Collection:
             if not run.result.is_oracle:
                 rows.setdefault(run.result.config, []).append(run)
         groups += [
-            RowRuns(tuple(each), references.get(oracle_config(each[0].result.config)), folder.name)
-            for each in rows.values()
+            RowRuns(tuple(each), references.get(oracle_config(each[0].result.config)), name) for each in rows.values()
         ]
     return Collection(tuple(groups), tuple(oracles), tuple(folders))

@@ -31,7 +31,8 @@ def parity_verdict(collection: Collection) -> Verdict:
     passed = sum(parity.status == "pass" for parity in parities)
     failed = sum(parity.status == "FAIL" for parity in parities)
     unchecked = len(parities) - passed - failed
-    lost = len(collection.results) - len(parities)
+    failures = sum(result.status == "failed" for result in collection.results)
+    skipped = sum(result.status == "skipped" for result in collection.results)
     words = [f"Parity: {passed} of {len(parities)} runs train what the float64 oracle trains"]
     if margins := [(m, check) for parity in parities for check, m in parity.margins.items() if parity.status == "pass"]:
         worst, check = max(margins)
@@ -40,9 +41,11 @@ def parity_verdict(collection: Collection) -> Verdict:
         words.append(f"{failed} differ{'s' if failed == 1 else ''}")
     if unchecked:
         words.append(f"{unchecked} not checked")
-    if lost:
-        words.append(f"{lost} failed or skipped")
-    return Verdict(good=failed == 0 and passed > 0, text="; ".join(words) + ".")
+    if failures:
+        words.append(f"{failures} failed")
+    if skipped:
+        words.append(f"{skipped} skipped")
+    return Verdict(good=failed + failures == 0 and passed > 0, text="; ".join(words) + ".")
 
 
 def timing_note(collection: Collection) -> str:
@@ -83,8 +86,8 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
         ),
         (
             "Statistics",
-            f"{' or '.join(map(str, repeats))} runs per row, each in a fresh process, rows taking turns; the first "
-            f"{_distinct(str(r.untimed_steps) for r in results)} steps of each are not counted",
+            f"runs per row: {' or '.join(map(str, repeats))}, each in a fresh process, rows taking turns; first steps that "
+            f"are not counted: {_distinct(str(r.untimed_steps) for r in results)}",
         ),
         ("Machine", _distinct(result.machine.one_line for result in results)),
         ("Corpus", f"SHA-256 {', '.join(digests)}" if digests else "not read"),

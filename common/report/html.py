@@ -21,7 +21,8 @@ from common.schedule.simulate import Simulation
 
 PARTS = ("compute", "communication_wait", "schedule_wait", "host", "rest")
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
-TEXT_COLUMNS = ("verdict", "status", "parity")
+SHOWN_ELSEWHERE = ("version", "bubble / sim.", "sim. step")
+"""Columns of the table that the page has in a section of their own."""
 
 
 def write_html(collection: Collection, swept: Mapping[Axis, Sequence[Curve]], path: Path) -> None:
@@ -56,7 +57,7 @@ def write_html(collection: Collection, swept: Mapping[Axis, Sequence[Curve]], pa
 
 
 def _track(track: str, rows: Sequence[Row]) -> dict[str, Any]:
-    columns = tables.columns_for(rows)
+    columns = [column for column in tables.columns_for(rows) if column.title not in SHOWN_ELSEWHERE]
     fastest = max((_speed(row, row.step_ms_p10) for row in rows), default=0.0) or 1.0
     return {
         "name": track,

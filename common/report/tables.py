@@ -93,17 +93,18 @@ def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
     """One row per group; a group holds the repeats of one configuration. The ratio is taken within a track."""
     groups = [group for group in groups if group]
     rows = [_row(group) for group in groups]
-    baselines: dict[str, Samples] = {}
+    baselines: dict[str, tuple[str, Samples]] = {}
     rated = []
     for row, group in zip(rows, groups, strict=True):
         samples = seconds_per_token(group)
         if not (row.ranked and samples):
             rated.append(row)
         elif row.track not in baselines:
-            baselines[row.track] = samples
+            baselines[row.track] = group[0].started, samples
             rated.append(replace(row, ratio=1.0))
         else:
-            ratio = speed_ratio(samples, baselines[row.track])
+            started, baseline = baselines[row.track]
+            ratio = speed_ratio(samples, baseline, same_session=group[0].started == started)
             rated.append(
                 row if ratio is None else replace(row, ratio=ratio.value, ratio_low=ratio.low, ratio_high=ratio.high)
             )

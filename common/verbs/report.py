@@ -25,7 +25,9 @@ PLAIN_WIDTH = 200
 def register(verbs: Any) -> None:
     """Adds the verbs to argparse's subparsers."""
     report = verbs.add_parser(
-        "report", help="make the report of one benchmark, or of several together, from its results"
+        "report",
+        help="make the report of one benchmark, or of several together, from its results",
+        usage="%(prog)s RUN.. [options]",
     )
     report.add_argument(
         "runs", nargs="+", metavar="RUN", help="a folder that a benchmark has made, such as results/..."
@@ -34,7 +36,11 @@ def register(verbs: Any) -> None:
     report.add_argument("--sweep", action="store_true", help="add throughput over micro-batches and over stages")
     report.set_defaults(run=_reporting(_report))
 
-    compare = verbs.add_parser("compare", help="say which rows of two benchmarks differ by more than their noise")
+    compare = verbs.add_parser(
+        "compare",
+        help="say which rows of two benchmarks differ by more than their noise",
+        usage="%(prog)s RUN_A RUN_B [--fail-on LIMIT]",
+    )
     compare.add_argument("before", metavar="RUN_A", help="a folder that a benchmark has made")
     compare.add_argument("after", metavar="RUN_B", help="another one")
     compare.add_argument(

@@ -1,0 +1,214 @@
+"""Statistics with known answers, and the split of a step's time and its simulation from events that are made up."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.report.statistics import speed_ratio, summarize
+from common.report.sweep import curves, ideal_efficiency
+from common.report.tables import Row
+from common.report.timeline import write_timelines
+from common.report.timing import executed, measure, simulated
+from common.runtime.job import EventRecord
+from common.schedule.action import Schedule
+from common.schedule.generators import make_schedule
+from common.schedule.simulate import Costs, simulate
+
+# ------------------------------------------------------------------------------------------------- intervals
+
+
+def test_percentiles_of_known_numbers() -> None:
+    summary = summarize([float(i) for i in range(1, 12)])
+    assert summary is not None
+    assert (summary.p10, summary.median, summary.p90) == (2.0, 6.0, 10.0)
+    assert summarize([]) is None
+
+
+def test_a_ratio_without_noise_is_exact() -> None:
+    ratio = speed_ratio({0: [2.0] * 5, 1: [2.0] * 5}, {0: [3.0] * 5, 1: [3.0] * 5})
+    assert ratio is not None and (ratio.value, ratio.low, ratio.high) == (1.5, 1.5, 1.5) and ratio.shows_difference
+    assert speed_ratio({}, {0: [1.0]}) is None and speed_ratio({0: []}, {0: [1.0]}) is None
+
+
+def test_pairing_by_repeat_cancels_a_drift_that_both_share() -> None:
+    drift = {0: 1.0, 1: 2.0, 2: 4.0}
+    row = {repeat: [1.00 * slow] * 8 for repeat, slow in drift.items()}
+    baseline = {repeat: [1.10 * slow] * 8 for repeat, slow in drift.items()}
+    paired, unpaired = speed_ratio(row, baseline), speed_ratio(row, baseline, same_session=False)
+    assert paired is not None and (paired.low, paired.high) == pytest.approx((1.1, 1.1)) and paired.shows_difference
+    assert unpaired is not None and unpaired.low < 1 < unpaired.high
+
+
+@pytest.mark.parametrize("truth", [1.0, 1.2])
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(truth: float) -> None:
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(60):
+        row, baseline = (
+            {repeat: generator.lognormal(math.log(scale), 0.1, 30).tolist() for repeat in range(5)}
+            for scale in (1.0, truth)
+        )
+        ratio = speed_ratio(row, baseline)
+        assert ratio is not None
+        covered += ratio.low <= truth <= ratio.high
+    assert covered >= 51  # 95 % of 60 are 57; fewer than 51 would happen once in 300 times
+
+
+# ------------------------------------------------------------------------------------------------- timing
+
+
+def played(schedule: Schedule, costs: Costs, scale: float = 1.0, begin: float = 100.0) -> dict[int, list[EventRecord]]:
+    """The events of a step that goes exactly as the simulator says; a stage is ready when its last action ended."""
+    simulation = simulate(schedule, costs)
+    events: dict[int, list[EventRecord]] = {}
+    for device, actions in enumerate(schedule.devices):
+        ready = 0.0
+        events[device] = []
+        for action, row in zip(actions, range(*simulation.table.bounds[device : device + 2]), strict=True):
+            start, end = float(simulation.start[row]), float(simulation.end[row])
+            times = (begin + scale * time for time in (ready, start, end))
+            ready_seconds, start_seconds, end_seconds = times
+            events[device].append(
+                EventRecord(
+                    action=str(action),
+                    ready_seconds=ready_seconds,
+                    start_seconds=start_seconds,
+                    end_seconds=end_seconds,
+                )
+            )
+            ready = end
+    return events
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2)])
+def test_a_step_that_goes_as_simulated_is_simulated_exactly(name: str, chunks: int) -> None:
+    schedule = make_schedule(name, 3, 6, chunks)
+    costs = Costs((1.0, 2.0, 1.5), (1.0, 1.0, 2.0), (0.5, 1.0, 0.5), (0.25, 0.25, 0.25))
+    makespan = simulate(schedule, costs).makespan
+    steps = [played(schedule, costs, scale) for scale in (9.0, 1.0, 1.0, 1.0)]
+    timing = measure(steps, [100.0, *[makespan + 2] * 3], schedule, untimed_steps=1)
+    assert timing is not None
+    assert timing.measured_pipeline_seconds == pytest.approx(makespan)
+    assert timing.simulated_pipeline_seconds == pytest.approx(makespan)
+    assert timing.simulated_step_seconds == pytest.approx(makespan + 2)
+    assert timing.measured_bubble_fraction == pytest.approx(simulate(schedule, costs).bubble_fraction)
+    assert timing.simulated_bubble_fraction == pytest.approx(timing.measured_bubble_fraction)
+    assert timing.hop_seconds == pytest.approx(0.25)
+    assert timing.replayed_pipeline_seconds < makespan  # without the hops
+    cost = {(each.virtual_stage, each.op): each.median_seconds for each in timing.costs}
+    assert cost[schedule.virtual_stage(1, 0), "F"] == pytest.approx(2.0 / chunks)
+    for stage in timing.stages.values():
+        assert stage.total == pytest.approx(makespan + 2)
+        assert (stage.rest, stage.host) == pytest.approx((2.0, 0.0))
+        assert stage.schedule_wait > 0
+    assert timing.stages[1].compute == pytest.approx(6 * 4.0)
+
+
+def test_the_parts_of_a_step_by_hand() -> None:
+    """gpipe, p=2, m=1: the message takes 0.5 to stage 1, stage 0 waits 3 for stage 1 and 0.25 for its message."""
+
+    def event(action: str, ready: float, start: float, end: float) -> EventRecord:
+        return EventRecord(action=action, ready_seconds=ready, start_seconds=start, end_seconds=end)
+
+    schedule = make_schedule("gpipe", 2, 1)
+    events = {
+        0: [event("F0", 10.0, 10.0, 11.0), event("BW0", 11.5, 14.75, 16.0)],
+        1: [event("F0", 10.25, 11.5, 12.5), event("BW0", 12.5, 12.5, 14.5)],
+    }
+    timing = measure([events], [7.0], schedule, untimed_steps=0)
+    assert timing is not None
+    first, second = timing.stages[0], timing.stages[1]
+    assert (first.compute, first.schedule_wait, first.communication_wait, first.host, first.rest) == (
+        2.25,
+        3.0,
+        0.25,
+        0.5,
+        1.0,
+    )
+    assert (second.compute, second.schedule_wait, second.communication_wait, second.host) == (
+        3.0,
+        0.75 + 1.5,
+        0.5,
+        0.25,
+    )
+    assert timing.hop_seconds == pytest.approx(0.375)  # the median of 0.5 and 0.25
+    assert timing.measured_bubble_fraction == pytest.approx(1 - 5.25 / 12)
+
+
+def test_what_is_no_record_of_the_schedule_has_no_timing() -> None:
+    schedule = make_schedule("1f1b", 2, 2)
+    events = played(schedule, Costs.uniform(2))
+    assert measure([events], [1.0], schedule, untimed_steps=1) is None
+    assert measure([{0: events[0]}], [1.0], schedule, untimed_steps=0) is None
+    assert measure([{0: events[0][:2], 1: events[1]}], [1.0], schedule, untimed_steps=0) is None
+
+
+def test_a_timeline_has_both_charts_and_an_arrow_per_message(tmp_path: Path) -> None:
+    schedule = make_schedule("1f1b", 2, 3)
+    events = played(schedule, Costs.uniform(2, communication=0.5))
+    timing = measure([events], [20.0], schedule, untimed_steps=0)
+    assert timing is not None
+    charts = {"measured": executed(schedule, events), "simulated": simulated(schedule, timing)}
+    assert charts["measured"].start == pytest.approx(charts["simulated"].start)
+    write_timelines(charts, tmp_path)
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    actions = [event for event in trace if event["ph"] == "X"]
+    assert [len([a for a in actions if a["pid"] == pid]) for pid in (0, 1)] == [schedule.num_actions] * 2
+    arrows = {event["id"]: event for event in trace if event["ph"] == "s"}
+    ends = {event["id"]: event for event in trace if event["ph"] == "f"}
+    assert arrows.keys() == ends.keys() and len(arrows) == 2 * 2 * 3  # charts x directions x micro-batches
+    for key, arrow in arrows.items():
+        assert arrow["ts"] < ends[key]["ts"] and arrow["tid"] != ends[key]["tid"]
+        for event in (arrow, ends[key]):  # a viewer drops an arrow that touches no action
+            around = [a for a in actions if (a["pid"], a["tid"]) == (event["pid"], event["tid"])]
+            assert any(a["ts"] < event["ts"] < a["ts"] + a["dur"] for a in around)
+    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (tmp_path / "timeline.svg").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------- sweeps
+
+
+def row(**fields: object) -> Row:
+    known = dict.fromkeys(Row.__dataclass_fields__) | {
+        "framework": "torch",
+        "schedule": "1f1b",
+        "stages": 2,
+        "chunks": 1,
+        "executor": "table",
+        "track": "matched",
+        "dtype": "float32",
+        "status": "ok",
+        "parity": "pass",
+        "source": "",
+        "step_ms_median": 10.0,
+        "step_ms_p10": 8.0,
+        "step_ms_p90": 20.0,
+    }
+    return Row(**(known | fields))  # type: ignore[arg-type]
+
+
+def test_a_sweep_names_its_knee() -> None:
+    throughput = {1: 100.0, 2: 130.0, 4: 150.0, 8: 155.0, 16: 140.0}
+    rows = [row(micro_batches=m, tokens_per_second=t) for m, t in reversed(throughput.items())]
+    rows += [row(micro_batches=4, framework="paddle", tokens_per_second=9.0)]  # one point is no curve
+    rows += [row(micro_batches=32, tokens_per_second=999.0, parity="FAIL")]
+    (curve,) = curves(rows, "micro_batches")
+    assert curve.x == (1, 2, 4, 8, 16) and curve.name == "torch 1f1b p=2"
+    assert curve.knee == 4  # 4 to 8 gains 3 %
+    assert curve.ideal == pytest.approx([100 * 2 * m / (m + 1) for m in curve.x])
+    assert (curve.low[0], curve.high[0]) == pytest.approx((50.0, 125.0))
+    assert "knee at 4 micro-batches" in curve.sentence
+
+
+def test_a_sweep_over_stages_may_have_no_knee() -> None:
+    rows = [row(stages=p, micro_batches=8, tokens_per_second=t) for p, t in ((1, 100.0), (2, 170.0), (4, 290.0))]
+    (curve,) = curves(rows, "stages")
+    assert curve.knee is None and "no knee up to 4 stages" in curve.sentence
+    assert curve.ideal == pytest.approx([100.0, 100 * 2 * 8 / 9, 100 * 4 * 8 / 11])
+    assert ideal_efficiency("micro_batches", 4, 4) == pytest.approx(4 / 7)
