@@ -40,6 +40,10 @@ class BenchOptions(Frozen):
     timeout: float = Field(600, gt=0, description="seconds that one run may take; then it is ended and has failed")
     out: str = Field("results", min_length=1, description="folder in which the benchmark makes a folder of its own")
     parity: bool = Field(True, description="run the float64 oracle first and compare every run with it")
+    peers: bool = Field(
+        False,
+        description="also run each framework's own pipeline, where it has one for the schedule, and a plain loop on a device",
+    )
     sweep: bool = Field(
         False, description="draw throughput against micro-batches, or stages, beside the ideal, and name the knee"
     )
@@ -79,7 +83,10 @@ GRID: tuple[Key, ...] = (
 PLURALS = {"framework": "frameworks", "schedule": "schedules"}
 """Fields whose option has another name."""
 
-NATIVE_SCHEDULES: Mapping[str, tuple[str, ...]] = {"paddle": ("1f1b",)}
+NATIVE_SCHEDULES: Mapping[str, tuple[str, ...]] = {
+    "torch": ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
+    "paddle": ("1f1b",),
+}
 """What `executor = native` offers, by framework."""
 
 
@@ -213,6 +220,8 @@ def read_bench(arguments: argparse.Namespace) -> Bench:
     _adapt(settings, given)
     options = BenchOptions(**_validated("bench", settings))
     points = _grid(settings)
+    if options.peers:
+        points = tuple(dict.fromkeys((*points, *_native_peers(points), *_plain_peers(points))))
     _check_bench(options, points, settings)
     _check_corpora(points)
     return Bench(options, points, bool(arguments.dry_run))
@@ -304,6 +313,32 @@ def _grid(settings: Settings) -> tuple[RunConfig, ...]:
         more = f" (and {len(distinct) - 1} more points of the grid are impossible)" if len(distinct) > 1 else ""
         raise UsageError(distinct[0] + more)
     return tuple(dict.fromkeys(points))
+
+
+def _native_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
+    """The framework's own pipeline for every point that it has a schedule for."""
+    return [
+        point.model_copy(update={"executor": "native", "track": "matched"})
+        for point in points
+        if point.executor == "table" and point.schedule in NATIVE_SCHEDULES.get(point.framework, ())
+    ]
+
+
+def _plain_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
+    """The plain loop of every framework: one device, the whole mini-batch at once, all the threads."""
+    alone = {
+        "executor": "plain",
+        "track": "matched",
+        "stages": 1,
+        "chunks": 1,
+        "schedule": "naive",
+        "partition": "even",
+    }
+    return [
+        point.model_copy(update=alone | {"train": point.train.model_copy(update={"micro_batches": 1})})
+        for point in points
+        if point.executor == "table"
+    ]
 
 
 def _check_bench(options: BenchOptions, points: Sequence[RunConfig], settings: Settings) -> None:

@@ -112,7 +112,7 @@ WRONG = {
     "--vocab-size 100": "the tokenizer 'bytes' has 256 tokens",
     "--repeats 0": "--repeats = '0': right would be a whole number, at least 1",
     "--timeout -1": "--timeout = '-1': right would be a number, more than 0",
-    "--executor native": "right would be paddle with 1f1b",
+    "--executor native": "paddle with 1f1b",
     "--corpus /no/such/text": "/no/such/text: No such file or directory",
     "--config /no/such.toml": "right would be a readable TOML file",
     "--out /dev/null": "--out /dev/null",

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from common.report.collect import Collection
 
 TIMING_LEGEND = (
-    "Simulated: every action takes the median it took on its stage in this run, every message the median hop; replayed: "
-    "every action takes what it took in that very step and messages nothing, so what the run took longer is waiting for "
-    "messages and the host. Parts of a stage's step are means over the timed steps and add up. Communication wait: the "
-    "sender had ended and the message was not there; schedule wait: the sender had not ended; host: between two actions; "
-    "rest: outside of the pipeline, mostly the optimizer."
+    "Simulated: every action takes what it took on its stage in this run (the mean of a step, of that the median over "
+    "steps), every message one hop; replayed: every action takes what it took in that very step and messages nothing, so "
+    "what the run took longer is waiting for messages and the host. Parts of a stage's step are means over the timed "
+    "steps and add up. Communication wait: the sender had ended and the message was not there; schedule wait: the sender "
+    "had not ended; host: between two actions; rest: outside of the pipeline, mostly the optimizer."
 )
 
 
@@ -61,7 +61,7 @@ def timing_note(collection: Collection) -> str:
         f"The simulated step is within 5 % of the measured median in {near} of {len(timings)} rows (median difference "
         f"{statistics.median(differences):.1%}, largest {max(differences):.1%}). Messages and the host explain "
         f"{statistics.median(overhead):+.1%} of the pipeline's time (measured over replayed); the rest is actions that do "
-        f"not take their median: {min(spread):+.1%} to {max(spread):+.1%} (replayed over simulated). {TIMING_LEGEND}"
+        f"not all take the same: {min(spread):+.1%} to {max(spread):+.1%} (replayed over simulated). {TIMING_LEGEND}"
     )
 
 

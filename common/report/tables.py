@@ -221,7 +221,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("stages", lambda row: str(row.stages)),
     Column("chunks", lambda row: str(row.chunks)),
     Column("micro-batches", lambda row: str(row.micro_batches), keep=4),
-    Column("executor", lambda row: row.executor, numeric=False, keep=1),
+    Column("executor", lambda row: row.executor, numeric=False, keep=12),
     Column("dtype", lambda row: row.dtype, numeric=False),
     Column("status", lambda row: row.status, numeric=False),
     Column("parity", lambda row: row.parity, numeric=False),

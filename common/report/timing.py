@@ -12,14 +12,12 @@ The five parts add up to the step's time, on every stage.
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from common.report.statistics import summarize
 from common.runtime.job import EventRecord
 from common.schedule.action import Op, Placement, Schedule, parse_action
 from common.schedule.play import play
@@ -31,15 +29,18 @@ Events = Mapping[int, Sequence[EventRecord]]
 
 
 class ActionCost(BaseModel):
-    """What an operation took on a virtual stage, over all micro-batches and timed steps, in seconds."""
+    """What an operation took on a virtual stage, in seconds."""
 
     model_config = ConfigDict(frozen=True)
 
     virtual_stage: int
     op: str
-    median_seconds: float
+    seconds: float
+    """The mean over a step's micro-batches; of that the median over the timed steps. A pipeline sums actions up, so
+    within a step the mean counts; a step that the machine disturbed should not."""
     p10_seconds: float
     p90_seconds: float
+    """Of single actions."""
     count: int
 
 
@@ -75,7 +76,7 @@ class Timing(BaseModel):
     measured_pipeline_seconds: float
     """From the first action of any stage to the last."""
     simulated_pipeline_seconds: float
-    """With every action taking its median cost and every message one hop."""
+    """With every action taking its cost (`ActionCost.seconds`) and every message one hop."""
     replayed_pipeline_seconds: float
     """With every action taking the time it took in that step, and messages none."""
     measured_bubble_fraction: float
@@ -135,7 +136,7 @@ def executed(schedule: Schedule, events: Events) -> Simulation:
 def simulated(schedule: Schedule, timing: Timing) -> Simulation:
     """The same schedule with the run's median costs, in milliseconds."""
     table = tabulate(schedule)
-    cost = {(c.virtual_stage, c.op): c.median_seconds for c in timing.costs}
+    cost = {(c.virtual_stage, c.op): c.seconds for c in timing.costs}
     return _simulate(table, cost, timing.hop_seconds, 1e3)
 
 
@@ -160,7 +161,7 @@ def measure(
     seconds = [step_seconds[i] for i in timed]
     costs = _costs(measured)
     hop = _hop_seconds(measured)
-    model = _simulate(table, {(c.virtual_stage, c.op): c.median_seconds for c in costs}, hop, 1.0)
+    model = _simulate(table, {(c.virtual_stage, c.op): c.seconds for c in costs}, hop, 1.0)
     spans = [step.span for step in measured]
     middle = statistics.median(spans)
     rest = statistics.median([whole - span for whole, span in zip(seconds, spans, strict=True)])
@@ -200,38 +201,34 @@ def _step(table: Table, events: Events) -> _Step:
 
 def _costs(steps: Sequence[_Step]) -> tuple[ActionCost, ...]:
     table = steps[0].table
-    durations: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for step in steps:
-        for k, op, spent in zip(
-            table.virtual_stage.tolist(), table.op.tolist(), (step.end - step.start).tolist(), strict=True
-        ):
-            durations[k, OPS[op].value].append(spent)
     costs = []
-    for (k, op), values in sorted(durations.items()):
-        summary = summarize(values)
-        assert summary is not None  # no key without a value
+    for k, op in sorted(set(zip(table.virtual_stage.tolist(), table.op.tolist(), strict=True))):
+        rows = (table.virtual_stage == k) & (table.op == op)
+        spent = np.array([(step.end - step.start)[rows] for step in steps])  # (steps, m)
+        p10, p90 = np.percentile(spent, [10, 90]).tolist()
         costs.append(
             ActionCost(
                 virtual_stage=k,
-                op=op,
-                median_seconds=summary.median,
-                p10_seconds=summary.p10,
-                p90_seconds=summary.p90,
-                count=len(values),
+                op=OPS[op].value,
+                seconds=float(np.median(spent.mean(axis=1))),
+                p10_seconds=p10,
+                p90_seconds=p90,
+                count=spent.size,
             )
         )
     return tuple(costs)
 
 
 def _hop_seconds(steps: Sequence[_Step]) -> float:
-    """The median time from a sender's end to the start of a receiver that was waiting; 0 if none ever waited."""
-    hops: list[float] = []
+    """From a sender's end to a waiting receiver's start, mean and median as for `ActionCost`; 0 if none waited."""
+    means = []
     for step in steps:
         sent = step.sender_end
         waited = (step.table.source >= 0) & (step.ready < sent)
-        # A receiver may be off before its sender's clock has said that the sender ended.
-        hops += np.maximum(step.start - sent, 0.0)[waited].tolist()
-    return statistics.median(hops) if hops else 0.0
+        if waited.any():
+            # A receiver may be off before its sender's clock has said that the sender ended.
+            means.append(float(np.maximum(step.start - sent, 0.0)[waited].mean()))
+    return statistics.median(means) if means else 0.0
 
 
 def _simulate(table: Table, cost: Mapping[tuple[int, str], float], hop_seconds: float, unit: float) -> Simulation:

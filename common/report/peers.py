@@ -1,0 +1,51 @@
+"""Our rows beside what a framework offers by itself: its own pipeline, and a plain loop on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.report.collect import Collection
+from common.report.statistics import Ratio, speed_ratio
+from common.report.tables import Row, seconds_per_token
+
+LEGEND = (
+    "Ratio: our tokens/s over the peer's, with a 95 % bootstrap interval, paired by repeat; above 1 ours is faster. "
+    "native: the framework's own pipeline with the same stages, schedule, weights, data and threads. plain: a simple loop "
+    "on one device with the whole mini-batch at once and all the threads, so it has no bubble and no messages."
+)
+
+
+@dataclass(frozen=True)
+class PeerRatio:
+    """A row of ours and a peer that trained the same."""
+
+    ours: Row
+    peer: Row
+    ratio: Ratio
+
+    @property
+    def verdict(self) -> str:
+        if not self.ratio.shows_difference:
+            return "no difference shown"
+        return "faster" if self.ratio.value > 1 else "slower"
+
+
+def peer_ratios(collection: Collection) -> list[PeerRatio]:
+    """Every ranked row of ours with every ranked peer of the same framework, precision and benchmark."""
+    pairs = list(zip(collection.rows, collection.groups, strict=True))
+    found = []
+    for ours, group in pairs:
+        for peer, peer_group in pairs:
+            if not (ours.executor == "table" and ours.ranked and peer.ranked and _is_peer(ours, peer)):
+                continue
+            ratio = speed_ratio(seconds_per_token(group.results), seconds_per_token(peer_group.results))
+            if ratio is not None:
+                found.append(PeerRatio(ours, peer, ratio))
+    return found
+
+
+def _is_peer(ours: Row, peer: Row) -> bool:
+    if (ours.framework, ours.dtype, ours.track, ours.source) != (peer.framework, peer.dtype, peer.track, peer.source):
+        return False
+    same = all(getattr(ours, name) == getattr(peer, name) for name in ("schedule", "stages", "chunks", "micro_batches"))
+    return peer.executor == "plain" or (peer.executor == "native" and same)
