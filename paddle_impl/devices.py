@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.runtime.memory import peak_resident_bytes
+
 
 def threads_per_stage(stages: int, threads: int | None) -> int:
     """CPU threads of each stage when `threads` (default: all cores) are shared by `stages`."""
@@ -115,8 +117,7 @@ def peak_memory_bytes() -> int:
 
     if paddle.device.get_device().startswith("gpu"):
         return int(paddle.device.cuda.max_memory_allocated())
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return peak_resident_bytes()
 
 
 def environment() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from common.parity import TensorKey
 from common.partition import plan_partition
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event
+from common.runtime.memory import peak_resident_bytes
 from common.schedule.generators import make_schedule
 from common.spec import RunConfig
 from common.weights import parameter_shapes, unit_names
@@ -112,7 +112,7 @@ class TensorFlowEngine:
             return {
                 names.index(n): tf.config.experimental.get_memory_info(short[n])["peak"] for n in dict.fromkeys(names)
             }
-        return {0: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {0: peak_resident_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
         return {d: stage.held.peak_bytes for d, stage in enumerate(self.model.stages)}

@@ -5,7 +5,6 @@ It trains the same model, from the same weights, on the same batches, with the s
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from common.dropout import step_key
 from common.parity import TensorKey
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event
+from common.runtime.memory import peak_resident_bytes
 from common.spec import RunConfig, TransformerSpec
 from common.weights import parameter_shapes, unit_names
 from tf_impl import devices
@@ -170,7 +170,7 @@ class PlainEngine:
     def peak_memory_bytes(self) -> dict[int, int]:
         if devices.kind(self.config.device) == "GPU":
             return {0: tf.config.experimental.get_memory_info("GPU:0")["peak"]}
-        return {0: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {0: peak_resident_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
         return {}

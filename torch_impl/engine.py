@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +18,7 @@ from common.partition import plan_partition
 from common.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, run_stage
+from common.runtime.memory import peak_resident_bytes
 from common.schedule.action import Op, Schedule
 from common.schedule.generators import make_schedule
 from common.spec import RunConfig
@@ -130,7 +130,7 @@ class TorchEngine:
             self._torch_devices.index(device): torch.cuda.max_memory_allocated(device)
             for device in self._cuda_devices()
         }
-        return peaks or {0: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return peaks or {0: peak_resident_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
         return {d: stage.held.peak_bytes for d, stage in enumerate(self.stages)}

@@ -6,7 +6,6 @@ Both train the same model, from the same weights, on the same batches, with the 
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,6 +29,7 @@ from common.partition import plan_partition
 from common.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays
 from common.runtime.executor import Event
+from common.runtime.memory import peak_resident_bytes
 from common.schedule.action import Action, Op
 from common.schedule.generators import make_schedule
 from common.spec import RunConfig
@@ -108,7 +108,7 @@ class Peer:
     def peak_memory_bytes(self) -> dict[int, int]:
         if self._device.type == "cuda":
             return {self.devices[0]: torch.cuda.max_memory_allocated(self._device)}
-        return {self.devices[0]: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {self.devices[0]: peak_resident_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
         return {}

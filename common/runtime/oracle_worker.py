@@ -6,7 +6,6 @@ So the parent starts, watches, ends and reads it like any other run.
 from __future__ import annotations
 
 import math
-import resource
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from common.reference import Oracle
 from common.runtime.engine import Arrays
 from common.runtime.executor import Event
 from common.runtime.job import JobFile
+from common.runtime.memory import peak_resident_bytes
 from common.runtime.worker import run_jobs
 from common.spec import RunConfig
 from common.weights import parameter_shapes
@@ -74,8 +74,7 @@ class OracleEngine:
         return {"framework": "oracle", "version": f"numpy {np.__version__}", "device": "cpu", "dtype": "float64"}
 
     def peak_memory_bytes(self) -> dict[int, int]:
-        unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
-        return {0: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        return {0: peak_resident_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
         return {}
