@@ -42,7 +42,7 @@ class BenchOptions(Frozen):
     parity: bool = Field(True, description="run the float64 oracle first and compare every run with it")
     peers: bool = Field(
         False,
-        description="also run each framework's own pipeline, where it has one for the schedule, and a plain loop on a device",
+        description="also run each framework's own pipeline, where it has the schedule, and a plain loop on one device",
     )
     sweep: bool = Field(
         False, description="draw throughput against micro-batches, or stages, beside the ideal, and name the knee"
