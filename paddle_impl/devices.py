@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from common.runtime.memory import peak_resident_bytes
+from common.schedule.generators import make_schedule
+from common.spec import RunConfig
 
 
 def threads_per_stage(stages: int, threads: int | None) -> int:
@@ -118,6 +120,23 @@ def peak_memory_bytes() -> int:
     if paddle.device.get_device().startswith("gpu"):
         return int(paddle.device.cuda.max_memory_allocated())
     return peak_resident_bytes()
+
+
+def static_units(config: RunConfig) -> bool:
+    """Whether units run as traced programs: on the track "best", where no backward is split and no mask changes."""
+    splits = (
+        config.executor == "table"
+        and make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks).splits_backward
+    )
+    return config.track == "best" and config.executor != "native" and not config.model.dropout and not splits
+
+
+def best_track(config: RunConfig) -> dict[str, Any]:
+    """The part of `environment` that says what the track "best" does, and what it leaves out."""
+    used = "used" if static_units(config) else "not used with dropout, a split backward or fleet's own loop"
+    names = ("oneDNN", "scaled_dot_product_attention")
+    said = [f"jit.to_static: {used}", *(f"{name}: not used, see docs/frameworks.md" for name in names)]
+    return {"track": config.track, "best": said if config.track == "best" else []}
 
 
 def environment() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from common.spec import RunConfig
 from common.weights import TOKEN_EMBEDDING, parameter_shapes
 from paddle_impl import devices
 from paddle_impl.dropout import DropoutContext
+from paddle_impl.layers import make_static
 from paddle_impl.optimizer import Optimizer
 from paddle_impl.pipeline import StageLayers, build_pipeline, only_forward
 from paddle_impl.stage import Mode, Stage
@@ -68,6 +69,8 @@ class PaddleEngine:
             for part, units in zip(parts, chunks, strict=True)
             for item in named_parameters(part, units, config.model.tied_head)
         ]
+        if devices.static_units(config):
+            make_static(unit for units in chunks for unit in units)
         self.stage = Stage(config.train, parts, chunks, self._named, context)
         self.pipeline = build_pipeline(config, layers, self.schedule)
         self._events: list[Event] = []
@@ -117,14 +120,16 @@ class PaddleEngine:
         return {self._rank: self._events}
 
     def environment(self) -> dict[str, Any]:
-        return devices.environment()
+        return devices.environment() | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
         """As the protocol says. CPU: since this engine was built, where Linux lets the peak be reset."""
         return {self._rank: devices.peak_memory_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
-        return {} if self.config.executor == "native" else {self._rank: self.stage.held.peak_bytes}
+        if self.config.executor == "native" or devices.static_units(self.config):  # a program's tensors are its own
+            return {}
+        return {self._rank: self.stage.held.peak_bytes}
 
     def in_flight_peak(self) -> dict[int, int]:
         return {} if self.config.executor == "native" else {self._rank: self.stage.held.peak_in_flight}

@@ -6,6 +6,7 @@ Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import paddle
 from paddle import Tensor, nn
@@ -14,7 +15,7 @@ from paddle.nn import functional
 from common.dropout import site_number
 from common.spec import TransformerSpec
 from paddle_impl.dropout import DropoutContext, dropout
-from paddle_impl.split import Linear, tied_projection
+from paddle_impl.split import Linear, merge_backward, tied_projection
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -140,6 +141,13 @@ def build_unit(spec: TransformerSpec, name: str, context: DropoutContext) -> nn.
     if name == "embedding":
         return Embedding(spec, context)
     return Head(spec) if name == "head" else Block(spec, name, context)
+
+
+def make_static(units: Iterable[nn.Layer]) -> None:
+    """Turns the forwards of `units` into traced programs, backward included; they must not depend on a dropout mask."""
+    for unit in units:
+        merge_backward(unit)
+        paddle.jit.to_static(unit)
 
 
 def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:

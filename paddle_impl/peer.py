@@ -23,9 +23,9 @@ from common.spec import RunConfig
 from common.weights import parameter_shapes, unit_names
 from paddle_impl import devices
 from paddle_impl.dropout import DropoutContext
-from paddle_impl.layers import build_unit, summed_loss
+from paddle_impl.layers import build_unit, make_static, summed_loss
 from paddle_impl.optimizer import Optimizer
-from paddle_impl.split import Linear
+from paddle_impl.split import merge_backward
 from paddle_impl.weights import (
     export_gradients,
     export_weights,
@@ -50,9 +50,9 @@ class PlainEngine:
         paddle.set_default_dtype(config.train.dtype)
         self._context, part = DropoutContext(), unit_names(config.model)
         self.units = nn.LayerList([build_unit(config.model, name, self._context) for name in part])
-        for layer in self.units.sublayers():
-            if isinstance(layer, Linear):
-                layer.__class__ = nn.Linear  # its backward in one piece
+        merge_backward(self.units)
+        if devices.static_units(config):
+            make_static(self.units)
         self._named = named_parameters(part, list(self.units), config.model.tied_head)
         if config.model.tied_head:  # as its users tie it: one parameter, used twice
             self.units[-1].tied_weight = token = self.units[0].token.weight
@@ -103,7 +103,7 @@ class PlainEngine:
         return {0: []}
 
     def environment(self) -> dict[str, Any]:
-        return devices.environment()
+        return devices.environment() | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
         return {0: devices.peak_memory_bytes()}

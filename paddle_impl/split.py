@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any
 
 import paddle
-from paddle import Tensor
+from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 from paddle.distributed.fleet.meta_parallel.zero_bubble_utils import SplitBWLinear as Linear
 from paddle.distributed.fleet.meta_parallel.zero_bubble_utils import WeightGradStore
 
-__all__ = ["Linear", "defer_weight_gradients", "tensors_of", "tied_projection"]
+__all__ = ["Linear", "defer_weight_gradients", "merge_backward", "tensors_of", "tied_projection"]
 
 Product = partial[None]
 
@@ -36,6 +36,13 @@ def defer_weight_gradients(backward: Callable[[], None]) -> list[Product]:
 def tensors_of(product: Product) -> list[Tensor]:
     """What a product that waits for W holds: the layer's input, its weight, its output's gradient."""
     return list(product.args)
+
+
+def merge_backward(layer: nn.Layer) -> None:
+    """Makes the linear layers in `layer` ordinary ones, whose backward is one operation."""
+    for part in layer.sublayers():
+        if isinstance(part, Linear):
+            part.__class__ = nn.Linear
 
 
 class _TiedProjection(PyLayer):

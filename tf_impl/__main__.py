@@ -18,7 +18,9 @@ def main(arguments: list[str]) -> int:
     try:
         jobs = JobFile.read(arguments[0])
         largest = max((job.config for job in jobs.jobs), key=lambda config: config.stages)
-        configure(largest.stages, largest.threads, largest.device)
+        if len({job.config.track for job in jobs.jobs}) > 1:
+            raise ValueError("the jobs of one file share track; right would be one file for each")
+        configure(largest.stages, largest.threads, largest.device, largest.track)
         from tf_impl.engine import build_engine  # after `configure`, since it imports TensorFlow
     except OSError as error:
         return _refuse(f"{arguments[0]}: {error.strerror}; right would be a readable file of jobs")

@@ -11,19 +11,22 @@ import os
 import platform
 from typing import TYPE_CHECKING, Any
 
+from common.spec import RunConfig
+
 if TYPE_CHECKING:
     import tensorflow as tf
 
 
-def configure(stages: int, threads: int | None = None, device: str = "auto") -> None:
+def configure(stages: int, threads: int | None = None, device: str = "auto", track: str = "matched") -> None:
     """Makes one logical device per stage, with `threads // stages` CPU threads each (default: all cores, shared evenly).
 
     For parity oneDNN and TF32 are off, and so are the graph rewrites of Grappler: they merge operations across units
-    (additions of the residual stream, for one), so that bits would depend on where the model is cut.
+    (additions of the residual stream, for one), so that bits would depend on where the model is cut. On the track "best"
+    oneDNN is on. (Differs: PyTorch and Paddle choose the track per engine, TensorFlow per process.)
 
     Raises ValueError if `device` is "cuda" and TensorFlow sees no GPU.
     """
-    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1" if track == "best" else "0"
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
@@ -102,6 +105,12 @@ def stage_thread(device: str, only_own_device: bool = True) -> contextlib.Abstra
     if only_own_device and "CPU" in device and one_core_per_stage():
         stack.enter_context(context.function_executor_type("SINGLE_THREADED_EXECUTOR"))
     return stack
+
+
+def best_track(config: RunConfig) -> dict[str, Any]:
+    """The part of `environment` that says what the track "best" does, and what it leaves out."""
+    said = ["oneDNN: used", "XLA: not used, see docs/frameworks.md", "Grappler: not used, see docs/frameworks.md"]
+    return {"track": config.track, "best": said if config.track == "best" else []}
 
 
 def environment() -> dict[str, Any]:

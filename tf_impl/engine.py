@@ -102,7 +102,7 @@ class TensorFlowEngine:
         return self.model.events
 
     def environment(self) -> dict[str, Any]:
-        return devices.environment()
+        return devices.environment() | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
         """As the protocol says; stages that share a GPU are counted together, under the first of them."""

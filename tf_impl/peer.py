@@ -105,7 +105,7 @@ class PlainEngine:
         optimizer.apply = apply_dense
         optimizer.build([item.parameter for item in self._named])
         self._loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        self.model.compile(optimizer, self._loss, jit_compile=config.track == "best")
+        self.model.compile(optimizer, self._loss, jit_compile=False)
         self._given: dict[str, tf.Tensor] = {}
         self._first: tuple[Mapping[str, NDArray[Any]], Batch | None] = ({}, None)
 
@@ -165,7 +165,7 @@ class PlainEngine:
         return {0: []}
 
     def environment(self) -> dict[str, Any]:
-        return devices.environment() | {"jit_compile": self.model.jit_compile}
+        return devices.environment() | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
         if devices.kind(self.config.device) == "GPU":

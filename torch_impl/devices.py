@@ -6,6 +6,8 @@ import os
 import platform
 from typing import TYPE_CHECKING, Any
 
+from common.spec import RunConfig
+
 if TYPE_CHECKING:
     import torch
 
@@ -57,6 +59,18 @@ def prepare_thread(device: torch.device, threads: int) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
+def fused_attention(config: RunConfig) -> bool:
+    """Whether attention is PyTorch's own kernel: on the track "best", and without dropout, whose masks are ours."""
+    return config.track == "best" and config.model.dropout == 0
+
+
+def best_track(config: RunConfig) -> dict[str, Any]:
+    """The part of `environment` that says what the track "best" does, and what it leaves out."""
+    used = "used" if fused_attention(config) else "not used with dropout"
+    said = [f"scaled_dot_product_attention: {used}", "torch.compile: not used, see docs/frameworks.md"]
+    return {"track": config.track, "best": said if config.track == "best" else []}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

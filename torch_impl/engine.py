@@ -122,7 +122,7 @@ class TorchEngine:
         return self._events
 
     def environment(self) -> dict[str, Any]:
-        return self._on(0, lambda: devices.environment(self._torch_devices[0]))
+        return self._on(0, lambda: devices.environment(self._torch_devices[0])) | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
         """As the protocol says; stages that share a GPU are counted together, under the first of them."""

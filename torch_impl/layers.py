@@ -42,17 +42,18 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
 
-    The key has no bias: softmax cancels it (see `common.spec.TransformerSpec`).
+    The key has no bias: softmax cancels it (see `common.spec.TransformerSpec`). `fused`: scores and softmax in one kernel
+    that stores neither; it has no place for our dropout masks.
     """
 
-    def __init__(self, spec: TransformerSpec, site: int) -> None:
+    def __init__(self, spec: TransformerSpec, site: int, fused: bool) -> None:
         super().__init__()
         self.query = nn.Linear(spec.d_model, spec.d_model)
         self.key = nn.Linear(spec.d_model, spec.d_model, bias=False)
         self.value = nn.Linear(spec.d_model, spec.d_model)
         self.output = nn.Linear(spec.d_model, spec.d_model)
         self.num_heads, self.d_head = spec.num_heads, spec.d_head
-        self.dropout, self.site = spec.dropout, site
+        self.dropout, self.site, self.fused = spec.dropout, site, fused
         size = (spec.context_length, spec.context_length)
         self.register_buffer("causal", torch.full(size, -math.inf).triu(1), persistent=False)  # (S, S)
 
@@ -62,12 +63,14 @@ class Attention(nn.Module):
         def split(y: Tensor) -> Tensor:
             return y.view(b, s, self.num_heads, self.d_head).transpose(1, 2)
 
-        q = split(self.query(x)) / math.sqrt(self.d_head)  # (B, H, S, E)
-        k, v = split(self.key(x)), split(self.value(x))  # (B, H, S, E)
-        scores = q @ k.transpose(-2, -1) + self.causal[:s, :s]  # (B, H, S, S)
-        weights = dropout(functional.softmax(scores, dim=-1), self.dropout, self.site, context)  # (B, H, S, S)
-        mixed = (weights @ v).transpose(1, 2).reshape(b, s, d)  # (B, S, D)
-        return self.output(mixed)
+        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))  # (B, H, S, E)
+        if self.fused:
+            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, S, E)
+        else:
+            scores = q / math.sqrt(self.d_head) @ k.transpose(-2, -1) + self.causal[:s, :s]  # (B, H, S, S)
+            weights = dropout(functional.softmax(scores, dim=-1), self.dropout, self.site, context)  # (B, H, S, S)
+            mixed = weights @ v  # (B, H, S, E)
+        return self.output(mixed.transpose(1, 2).reshape(b, s, d))
 
 
 class FeedForward(nn.Module):
@@ -86,11 +89,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each with a residual connection and a norm before (pre) or after (post) it."""
 
-    def __init__(self, spec: TransformerSpec, name: str) -> None:
+    def __init__(self, spec: TransformerSpec, name: str, fused: bool) -> None:
         super().__init__()
         attention_weights, self.attention_site, self.feed_forward_site = (site_number(name, i) for i in range(3))
         self.norm_1 = nn.LayerNorm(spec.d_model, spec.norm_epsilon)
-        self.attention = Attention(spec, attention_weights)
+        self.attention = Attention(spec, attention_weights, fused)
         self.norm_2 = nn.LayerNorm(spec.d_model, spec.norm_epsilon)
         self.feed_forward = FeedForward(spec)
         self.pre_norm, self.dropout = spec.norm == "pre", spec.dropout
@@ -124,13 +127,13 @@ class Head(nn.Module):
         return self.output(self.norm(x))  # (B, S, V)
 
 
-def build_unit(spec: TransformerSpec, name: str) -> nn.Module:
-    """The unit of this canonical name; its weights are still to be loaded."""
+def build_unit(spec: TransformerSpec, name: str, fused: bool = False) -> nn.Module:
+    """The unit of this canonical name; its weights are still to be loaded. `fused` chooses the attention."""
     if name == "embedding":
         return Embedding(spec)
     if name == "head":
         return Head(spec)
-    return Block(spec, name)
+    return Block(spec, name, fused)
 
 
 def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:

@@ -54,7 +54,7 @@ class Units(nn.Module):
     def __init__(self, config: RunConfig, part: Sequence[str], device: torch.device) -> None:
         super().__init__()
         self.part = part
-        self.units = nn.ModuleList(build_unit(config.model, name) for name in part)
+        self.units = nn.ModuleList(build_unit(config.model, name, devices.fused_attention(config)) for name in part)
         self.to(device=device, dtype=getattr(torch, config.train.dtype))
         self.step_key: int | None = None
         """Of the dropout masks; None in evaluation."""
@@ -103,7 +103,7 @@ class Peer:
         return {self.devices[0]: self._events}
 
     def environment(self) -> dict[str, Any]:
-        return devices.environment(self._device)
+        return devices.environment(self._device) | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
         if self._device.type == "cuda":

@@ -29,6 +29,7 @@ from common.dropout import step_key
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
 from common.spec import RunConfig
+from torch_impl import devices
 from torch_impl.dropout import DropoutContext
 from torch_impl.held import memory_bytes, saved_tensors
 from torch_impl.layers import build_unit, summed_loss
@@ -80,7 +81,7 @@ class Chunk(nn.Module):
     def __init__(self, config: RunConfig, part: Sequence[str], device: torch.device) -> None:
         super().__init__()
         self.part = part
-        self.units = nn.ModuleList(build_unit(config.model, name) for name in part)
+        self.units = nn.ModuleList(build_unit(config.model, name, devices.fused_attention(config)) for name in part)
         self.to(device=device, dtype=getattr(torch, config.train.dtype))
         self.named = named_parameters(part, list(self.units), config.model.tied_head)
         for item in self.named:
