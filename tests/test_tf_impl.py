@@ -77,6 +77,7 @@ def test_a_seed_on_another_device_neither_hangs_nor_stands_still(found: Any) -> 
         ("built", "ValueError", "already has weights"),
         ("partition", "ValueError", "2 increasing boundaries"),
         ("cuda", "ValueError", "sees no GPU"),
+        ("native", "ValueError", "TensorFlow has no pipeline of its own"),
         ("spec", "ValueError", "4 virtual stages for 3 layers"),
         ("stage", "StageFailure", "no memory left"),
     ],

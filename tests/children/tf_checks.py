@@ -201,6 +201,7 @@ def errors() -> dict[str, str]:
         "built": message(lambda: GPipeModel(built, 2, 4)),
         "partition": message(lambda: GPipeModel(layers(), 3, 4, partition=[3, 3])),
         "cuda": message(lambda: devices.stage_devices(1, "cuda")),
+        "native": message(lambda: build_engine(config(executor="native"))),
         "spec": message(lambda: GPipeModel(TransformerSpec(num_layers=1), 4, 4)),
     }
     failing = compiled(GPipeModel(layers(), 3, 2, schedule="1f1b"))
