@@ -10,12 +10,14 @@ import sys
 from pydantic import ValidationError
 
 from common.runtime.job import JobFile
+from common.runtime.parent import end_with_parent
 from common.spec import explain
 from paddle_impl.devices import configure
 from paddle_impl.ranks import run_on_ranks
 
 
 def main(arguments: list[str]) -> int:
+    end_with_parent()
     if len(arguments) != 1:
         return _refuse("usage: python -m paddle_impl JOBS.json")
     try:

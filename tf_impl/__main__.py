@@ -7,12 +7,14 @@ import sys
 from pydantic import ValidationError
 
 from common.runtime.job import JobFile
+from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
 from common.spec import explain
 from tf_impl.devices import configure
 
 
 def main(arguments: list[str]) -> int:
+    end_with_parent()
     if len(arguments) != 1:
         return _refuse("usage: python -m tf_impl JOBS.json")
     try:

@@ -7,6 +7,7 @@ import sys
 from pydantic import ValidationError
 
 from common.runtime.job import JobFile
+from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
 from common.spec import explain
 from torch_impl.devices import configure
@@ -14,6 +15,7 @@ from torch_impl.ranks import run_on_ranks
 
 
 def main(arguments: list[str]) -> int:
+    end_with_parent()
     if len(arguments) != 1:
         return _refuse("usage: python -m torch_impl JOBS.json")
     try:

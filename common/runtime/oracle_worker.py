@@ -20,6 +20,7 @@ from common.runtime.engine import Arrays
 from common.runtime.executor import Event
 from common.runtime.job import JobFile
 from common.runtime.memory import peak_resident_bytes
+from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
 from common.spec import RunConfig
 from common.weights import parameter_shapes
@@ -86,6 +87,7 @@ class OracleEngine:
 
 
 def main() -> int:
+    end_with_parent()
     return run_jobs(JobFile.read(sys.argv[1]), OracleEngine)
 
 

@@ -1,0 +1,41 @@
+"""A parent that is killed outright, so that it can end nothing itself, leaves no child behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from common.runtime.job import Job, JobFile
+from common.spec import RunConfig
+
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-m", sys.argv[1], sys.argv[2]], start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'")
+@pytest.mark.parametrize("module", ["common.runtime.oracle_worker", "torch_impl", "paddle_impl"])
+def test_a_killed_parent_leaves_no_process(module: str, tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"train": {"steps": 100_000}, "device": "cpu"})
+    JobFile(jobs=(Job(config=config, out=str(tmp_path)),)).write(tmp_path / "jobs.json")
+    command = [sys.executable, "-c", PARENT, module, str(tmp_path / "jobs.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        while not (tmp_path / "progress.jsonl").exists():  # the test's own timeout ends this, should it never train
+            assert child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+            parent.poll()
+        family = [child, *child.children(recursive=True)]
+        parent.kill()
+        _, alive = psutil.wait_procs(family, timeout=20)
+        alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        for process in alive:
+            process.kill()
+        assert not alive
