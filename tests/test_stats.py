@@ -203,12 +203,12 @@ def test_a_sweep_names_its_knee() -> None:
     assert curve.knee == 4  # 4 to 8 gains 3 %
     assert curve.ideal == pytest.approx([100 * 2 * m / (m + 1) for m in curve.x])
     assert (curve.low[0], curve.high[0]) == pytest.approx((50.0, 125.0))
-    assert "knee at 4 micro-batches" in curve.sentence
+    assert "knee at micro-batches = 4" in curve.sentence
 
 
 def test_a_sweep_over_stages_may_have_no_knee() -> None:
     rows = [row(stages=p, micro_batches=8, tokens_per_second=t) for p, t in ((1, 100.0), (2, 170.0), (4, 290.0))]
     (curve,) = curves(rows, "stages")
-    assert curve.knee is None and "no knee up to 4 stages" in curve.sentence
+    assert curve.knee is None and "no knee up to stages = 4" in curve.sentence
     assert curve.ideal == pytest.approx([100.0, 100 * 2 * 8 / 9, 100 * 4 * 8 / 11])
     assert ideal_efficiency("micro_batches", 4, 4) == pytest.approx(4 / 7)

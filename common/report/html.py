@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def _timelines(row: Row, group: RowRuns, home: Path) -> dict[str, Any] | None:
     return {
         "name": row.name,
         "charts": [each for each in drawn if each is not None],
-        "folder": folder.relative_to(home) if folder.is_relative_to(home) else folder,
+        "folder": Path(os.path.relpath(folder, home)).as_posix(),
     }
 
 

@@ -10,7 +10,7 @@ from common.report.html import write_html
 from common.report.losses import loss_curves
 from common.report.markdown import markdown_report
 from common.report.sweep import Axis, Curve, curves
-from common.report.timeline import timelines, write_timelines
+from common.report.timeline import TRACE, timelines, write_timelines
 
 AXES: tuple[Axis, ...] = ("micro_batches", "stages")
 
@@ -27,8 +27,9 @@ def publish(collection: Collection, folder: Path, sweep: bool = False) -> None:
     write_html(collection, swept, folder / "report.html")
     _pictures(collection, swept, folder)
     for group in collection.groups:
-        if group.shown and (charts := timelines(group.shown.result)):
-            write_timelines(charts, group.shown.folder)
+        # What a benchmark in another folder has already is left as it is.
+        if group.shown and (group.shown.folder.parent == folder or not (group.shown.folder / TRACE).exists()):
+            write_timelines(timelines(group.shown.result), group.shown.folder)
 
 
 def _pictures(collection: Collection, swept: dict[Axis, list[Curve]], folder: Path) -> None:

@@ -39,8 +39,8 @@ class Curve:
     def sentence(self) -> str:
         what = self.axis.replace("_", "-")
         if self.knee is None:
-            return f"{self.name}: no knee up to {self.x[-1]} {what}, every step gains at least {KNEE_GAIN:.0%}"
-        return f"{self.name}: knee at {self.knee} {what}, the next step gains less than {KNEE_GAIN:.0%}"
+            return f"{self.name}: no knee up to {what} = {self.x[-1]}, every step gains at least {KNEE_GAIN:.0%}"
+        return f"{self.name}: knee at {what} = {self.knee}, the next step gains less than {KNEE_GAIN:.0%}"
 
 
 def ideal_efficiency(axis: Axis, stages: int, micro_batches: int) -> float:

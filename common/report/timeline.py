@@ -30,7 +30,9 @@ def timelines(result: RunResult) -> dict[str, Simulation]:
 
 
 def write_timelines(charts: Mapping[str, Simulation], folder: Path) -> None:
-    """`timeline.png`, `timeline.svg` and `trace.json` in `folder`."""
+    """`timeline.png`, `timeline.svg` and `trace.json` in `folder`; nothing for no charts."""
+    if not charts:
+        return
     for name in PICTURES:
         draw_pictures(charts, folder / name, "ms since the step's first action")
     (folder / TRACE).write_text(json.dumps(chrome_traces(charts)))
