@@ -11,9 +11,10 @@ from common.report.collect import Collection
 TIMING_LEGEND = (
     "Simulated: every action takes what it took on its stage in this run (the mean of a step, of that the median over "
     "steps), every message one hop, and nothing lies between two actions; replayed: every action takes what it took in "
-    "that very step and messages nothing, so what the run took longer is waiting for messages and the host. Parts of a stage's step are means over the timed steps and add up. Communication wait: the "
-    "sender had ended and the message was not there; schedule wait: the sender had not ended; host: between two actions; "
-    "rest: outside of the pipeline, mostly the optimizer."
+    "that very step and messages nothing, so what the run took longer is waiting for messages and the host. Parts of a "
+    "stage's step are means over the timed steps and add up. Communication wait: the sender had ended and the message "
+    "was not there; schedule wait: the sender had not ended; host: between two actions; rest: outside of the pipeline, "
+    "mostly the optimizer."
 )
 
 
