@@ -48,7 +48,7 @@ def test_pairing_by_repeat_cancels_a_drift_that_both_share() -> None:
 def test_the_interval_covers_the_truth_about_as_often_as_it_says(truth: float) -> None:
     generator = np.random.default_rng(1)
     covered = 0
-    for _ in range(60):
+    for _ in range(40):
         row, baseline = (
             {repeat: generator.lognormal(math.log(scale), 0.1, 30).tolist() for repeat in range(5)}
             for scale in (1.0, truth)
@@ -56,7 +56,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(truth: float) -
         ratio = speed_ratio(row, baseline)
         assert ratio is not None
         covered += ratio.low <= truth <= ratio.high
-    assert covered >= 51  # 95 % of 60 are 57; fewer than 51 would happen once in 300 times
+    assert covered >= 34  # 95 % of 40 are 38; fewer than 34 have a chance of 0.3 %
 
 
 # ------------------------------------------------------------------------------------------------- timing
@@ -110,7 +110,7 @@ def test_a_step_that_goes_as_simulated_is_simulated_exactly(name: str, chunks: i
 
 
 def test_the_parts_of_a_step_by_hand() -> None:
-    """gpipe, p=2, m=1: the message takes 0.5 to stage 1, stage 0 waits 3 for stage 1 and 0.25 for its message."""
+    """gpipe, p=2, m=1: the message takes 0.5 to stage 1, which is late but in time; stage 0 waits 3 for stage 1 and 0.25 for its message."""
 
     def event(action: str, ready: float, start: float, end: float) -> EventRecord:
         return EventRecord(action=action, ready_seconds=ready, start_seconds=start, end_seconds=end)
@@ -130,12 +130,8 @@ def test_the_parts_of_a_step_by_hand() -> None:
         0.5,
         1.0,
     )
-    assert (second.compute, second.schedule_wait, second.communication_wait, second.host) == (
-        3.0,
-        0.75 + 1.5,
-        0.5,
-        0.25,
-    )
+    waits = (second.schedule_wait, second.communication_wait, second.host)
+    assert (second.compute, *waits) == (3.0, 1.0 + 1.5, 0.5, 0.0)
     assert timing.hop_seconds == pytest.approx(0.375)  # the mean of 0.5 and 0.25
     assert timing.measured_bubble_fraction == pytest.approx(1 - 5.25 / 12)
 

@@ -22,7 +22,7 @@ from common.schedule.simulate import Simulation
 
 PARTS = ("compute", "communication_wait", "schedule_wait", "host", "rest")
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
-SHOWN_ELSEWHERE = ("version", "bubble / sim.", "sim. step")
+SHOWN_ELSEWHERE = ("version", "bubble / sim.", "sim. step", "peak MB", "held MB")
 """Columns of the table that the page has in a section of their own."""
 
 

@@ -33,8 +33,7 @@ def write_timelines(charts: Mapping[str, Simulation], folder: Path) -> None:
     """`timeline.png`, `timeline.svg` and `trace.json` in `folder`; nothing for no charts."""
     if not charts:
         return
-    for name in PICTURES:
-        draw_pictures(charts, folder / name, "ms since the step's first action")
+    draw_pictures(charts, *(folder / name for name in PICTURES), time_label="ms since the step's first action")
     (folder / TRACE).write_text(json.dumps(chrome_traces(charts)))
 
 

@@ -55,7 +55,7 @@ class StageTime(BaseModel):
     schedule_wait: float
     """The sender had not ended; or this stage was done and others were not."""
     host: float
-    """Between two actions, and before the first."""
+    """Between two actions, and before the first if it could have started."""
     rest: float
     """Outside of the pipeline: norm, clipping, optimizer, handing the batch in and the loss out."""
 
@@ -262,13 +262,15 @@ def _stage_time(steps: Sequence[_Step], seconds: Sequence[float], device: int) -
     for step, whole in zip(steps, seconds, strict=True):
         previous, ready, start, end = (a[rows] for a in (step.previous_end, step.ready, step.start, step.end))
         sent = np.clip(step.sender_end[rows], ready, start)
-        schedule_wait = float((sent - ready).sum()) + step.span - float(end[-1])
+        # A thread that starts late loses nothing while its first message is still to come.
+        in_time = float(np.clip(step.sender_end[rows][0], previous[0], ready[0]) - previous[0])
+        schedule_wait = in_time + float((sent - ready).sum()) + step.span - float(end[-1])
         parts.append(
             [
                 float((end - start).sum()),
                 float((start - sent).sum()),
                 schedule_wait,
-                float((ready - previous).sum()),
+                float((ready - previous).sum()) - in_time,
                 whole - step.span,
             ]
         )

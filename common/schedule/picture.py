@@ -35,8 +35,8 @@ def draw_picture(simulation: Simulation, path: str | Path) -> None:
     draw_pictures({title: simulation}, path)
 
 
-def draw_pictures(charts: Mapping[str, Simulation], path: str | Path, time_label: str = "time") -> None:
-    """Writes charts one below the other, each under its title, with one time axis for all."""
+def draw_pictures(charts: Mapping[str, Simulation], *paths: str | Path, time_label: str = "time") -> None:
+    """Writes charts one below the other, each under its title, with one time axis for all, to every path."""
     simulations = list(charts.values())
     makespan = max(simulation.makespan for simulation in simulations)
     room = max(sim.makespan / _shortest(sim) for sim in simulations) * INCHES_PER_ACTION
@@ -53,7 +53,8 @@ def draw_pictures(charts: Mapping[str, Simulation], path: str | Path, time_label
     used = [op for code, op in enumerate(OPS) if any((sim.table.op == code).any() for sim in simulations)]
     keys = [Patch(color=COLORS[op], label=f"{op.value}  {MEANINGS[op]}") for op in used]
     figure.legend(handles=keys, loc="outside lower right", ncols=len(keys), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    for path in paths:
+        figure.savefig(path, dpi=130)
 
 
 def _draw(axes: Axes, simulation: Simulation, points_per_unit: float) -> None:
