@@ -78,6 +78,28 @@ def test_every_field_of_the_specification_is_an_option() -> None:
     assert (point.model.tied_head, point.train.no_decay, point.partition) == (True, ("*.bias",), (1,))
 
 
+def test_peers_are_the_frameworks_own_pipelines_and_a_plain_loop_each() -> None:
+    points = bench("--peers", "--schedules", "1f1b,zb-h1").points
+    ours = [(c.framework, c.schedule) for c in points if c.executor == "table"]
+    assert len(ours) == 6
+    native = [(c.framework, c.schedule, c.stages) for c in points if c.executor == "native"]
+    assert native == [("torch", "1f1b", 2), ("paddle", "1f1b", 2), ("torch", "zb-h1", 2)]
+    plain = [c for c in points if c.executor == "plain"]
+    assert [c.framework for c in plain] == ["torch", "tensorflow", "paddle"]
+    assert {(c.stages, c.train.micro_batches) for c in plain} == {(1, 1)}
+
+
+def test_a_sweep_finds_a_mini_batch_that_every_number_of_micro_batches_divides() -> None:
+    assert {c.train.batch_size for c in bench("--sweep", "--micro-batches", "1,2,3,32").points} == {96}
+    given = bench("--sweep", "--micro-batches", "1,2,4", "--batch-size", "8").points
+    assert {c.train.batch_size for c in given} == {8}
+
+
+def test_the_first_steps_are_not_timed() -> None:
+    assert bench().options.untimed_steps == 2
+    assert bench("--steps", "2").options.untimed_steps == 1
+
+
 def test_the_warm_up_of_a_preset_follows_fewer_steps() -> None:
     assert bench("--steps", "2").points[0].train.warmup_steps == 2
 
@@ -112,6 +134,9 @@ WRONG = {
     "--vocab-size 100": "the tokenizer 'bytes' has 256 tokens",
     "--repeats 0": "--repeats = '0': right would be a whole number, at least 1",
     "--timeout -1": "--timeout = '-1': right would be a number, more than 0",
+    "--sweep": "right would be with a list",
+    "--sweep --micro-batches 3,4 --batch-size 16": "right would be one of [1, 2, 4, 8, 16]",
+    "--untimed-steps 12": "leaves none of 12 steps; right would be 0 to 11",
     "--executor native": "paddle with 1f1b",
     "--corpus /no/such/text": "/no/such/text: No such file or directory",
     "--config /no/such.toml": "right would be a readable TOML file",

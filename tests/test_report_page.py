@@ -155,6 +155,9 @@ def test_every_format_is_there_and_says_the_same(published: Path) -> None:
     markdown = (published / "report.md").read_text()
     assert "1 differs; 1 failed" in markdown and "not ranked" in markdown
     assert "| torch 1f1b p=2 m=4 |" in markdown
+    rows = json.loads((published / "summary.json").read_text())["rows"]
+    assert [row["verdict"] for row in rows] == ["baseline", "not ranked", "slower", "no difference shown", "not ranked"]
+    assert rows[2]["ratio"] == pytest.approx(0.5) and rows[2]["ratio_low"] <= 0.5 <= rows[2]["ratio_high"] < 1
     for name in ("loss.png", "throughput.png", "time_split.png", "torch-0-r0/timeline.png"):
         assert (published / name).read_bytes().startswith(b"\x89PNG"), name
     assert json.loads((published / "torch-0-r0/trace.json").read_text())["traceEvents"]

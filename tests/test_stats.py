@@ -110,7 +110,8 @@ def test_a_step_that_goes_as_simulated_is_simulated_exactly(name: str, chunks: i
 
 
 def test_the_parts_of_a_step_by_hand() -> None:
-    """gpipe, p=2, m=1: the message takes 0.5 to stage 1, which is late but in time; stage 0 waits 3 for stage 1 and 0.25 for its message."""
+    """gpipe, p=2, m=1. The message takes 0.5 to stage 1, which is late but in time; stage 0 waits 3 for stage 1 and 0.25
+    for its message."""
 
     def event(action: str, ready: float, start: float, end: float) -> EventRecord:
         return EventRecord(action=action, ready_seconds=ready, start_seconds=start, end_seconds=end)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from common.report import plots, tables
 from common.report.collect import Collection
+from common.report.facts import parity_verdict
 from common.report.html import write_html
 from common.report.losses import loss_curves
 from common.report.markdown import markdown_report
+from common.report.peers import peer_ratios
 from common.report.sweep import Axis, Curve, curves
 from common.report.timeline import TRACE, timelines, write_timelines
 
@@ -16,13 +21,14 @@ AXES: tuple[Axis, ...] = ("micro_batches", "stages")
 
 
 def publish(collection: Collection, folder: Path, sweep: bool = False) -> None:
-    """Writes report.html, report.md, table.csv and pictures into `folder`, timelines and traces beside their results.
+    """Writes report.html, report.md, table.csv, summary.json, pictures into `folder`; timelines, traces beside the results.
 
     `sweep` adds throughput over micro-batches and over stages, where several of them ran.
     """
     folder.mkdir(parents=True, exist_ok=True)
     swept = {axis: found for axis in AXES if (found := curves(collection.rows, axis))} if sweep else {}
     (folder / "table.csv").write_text(tables.csv_table(collection.rows))
+    (folder / "summary.json").write_text(json.dumps(_summary(collection, swept), indent=1) + "\n")
     (folder / "report.md").write_text(markdown_report(collection, swept))
     write_html(collection, swept, folder / "report.html")
     _pictures(collection, swept, folder)
@@ -30,6 +36,20 @@ def publish(collection: Collection, folder: Path, sweep: bool = False) -> None:
         # What a benchmark in another folder has already is left as it is.
         if group.shown and (group.shown.folder.parent == folder or not (group.shown.folder / TRACE).exists()):
             write_timelines(timelines(group.shown.result), group.shown.folder)
+
+
+def _summary(collection: Collection, swept: dict[Axis, list[Curve]]) -> dict[str, Any]:
+    """The tables for programs; samples and events are in the results."""
+    verdict = parity_verdict(collection)
+    return {
+        "parity": {"good": verdict.good, "text": verdict.text},
+        "rows": [asdict(row) | {"name": row.name, "verdict": row.verdict} for row in collection.rows],
+        "peers": [
+            {"ours": each.ours.name, "peer": each.peer.name, "verdict": each.verdict} | asdict(each.ratio)
+            for each in peer_ratios(collection)
+        ],
+        "sweeps": [asdict(curve) | {"knee": curve.knee} for found in swept.values() for curve in found],
+    }
 
 
 def _pictures(collection: Collection, swept: dict[Axis, list[Curve]], folder: Path) -> None:
