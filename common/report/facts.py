@@ -10,11 +10,10 @@ from common.report.collect import Collection
 
 TIMING_LEGEND = (
     "Simulated: every action takes what it took on its stage in this run (the mean of a step, of that the median over "
-    "steps), every message one hop, and nothing lies between two actions; replayed: every action takes what it took in "
-    "that very step and messages nothing, so what the run took longer is waiting for messages and the host. Parts of a "
-    "stage's step are means over the timed steps and add up. Communication wait: the sender had ended and the message "
-    "was not there; schedule wait: the sender had not ended; host: between two actions; rest: outside of the pipeline, "
-    "mostly the optimizer."
+    "steps), every message one hop, and nothing lies between two actions; replayed: the same, but every action takes what "
+    "it took in that very step. Parts of a stage's step are means over the timed steps and add up. Communication wait: "
+    "the sender had ended and the message was not there; schedule wait: the sender had not ended; host: between two "
+    "actions; rest: outside of the pipeline, mostly the optimizer."
 )
 
 
@@ -60,9 +59,10 @@ def timing_note(collection: Collection) -> str:
     spread = [t.replayed_pipeline_seconds / t.simulated_pipeline_seconds - 1 for t in timings]
     return (
         f"The simulated step is within 5 % of the measured median in {near} of {len(timings)} rows (median difference "
-        f"{statistics.median(differences):.1%}, largest {max(differences):.1%}). Messages and the host explain "
-        f"{statistics.median(overhead):+.1%} of the pipeline's time (measured over replayed); the rest is actions that do "
-        f"not all take the same: {min(spread):+.1%} to {max(spread):+.1%} (replayed over simulated). {TIMING_LEGEND}"
+        f"{statistics.median(differences):.1%}, largest {max(differences):.1%}). Of the pipeline's time, the host between "
+        f"actions and messages slower than a hop explain {min(overhead):+.1%} to {max(overhead):+.1%} (measured over "
+        f"replayed), actions that do not all take the same {min(spread):+.1%} to {max(spread):+.1%} (replayed over "
+        f"simulated). {TIMING_LEGEND}"
     )
 
 

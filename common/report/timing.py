@@ -78,7 +78,7 @@ class Timing(BaseModel):
     simulated_pipeline_seconds: float
     """With every action taking its cost (`ActionCost.seconds`) and every message one hop."""
     replayed_pipeline_seconds: float
-    """With every action taking the time it took in that step, and messages none."""
+    """With every action taking the time it took in that very step, and every message one hop."""
     measured_bubble_fraction: float
     simulated_bubble_fraction: float
     measured_step_seconds: float
@@ -166,7 +166,7 @@ def measure(
     middle = statistics.median(spans)
     rest = statistics.median([whole - span for whole, span in zip(seconds, spans, strict=True)])
     busy = [float((step.end - step.start).sum()) for step in measured]
-    free = [0.0] * table.num_rows
+    hops = [hop] * table.num_rows
     return Timing(
         costs=costs,
         hop_seconds=hop,
@@ -174,7 +174,7 @@ def measure(
         measured_pipeline_seconds=middle,
         simulated_pipeline_seconds=model.makespan,
         replayed_pipeline_seconds=statistics.median(
-            max(play(table, (step.end - step.start).tolist(), free).end) for step in measured
+            max(play(table, (step.end - step.start).tolist(), hops).end) for step in measured
         ),
         measured_bubble_fraction=statistics.median(
             1 - b / (schedule.num_devices * span) for b, span in zip(busy, spans, strict=True)
