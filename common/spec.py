@@ -190,7 +190,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # The default of the benchmark: large enough that arithmetic, not Python, takes the time.
     "small": {
         "model": {"context_length": 128, "num_layers": 6, "d_model": 256, "num_heads": 8, "d_ff": 1024},
-        "train": {"steps": 12, "batch_size": 16, "micro_batches": 8, "learning_rate": 1e-3, "warmup_steps": 4},
+        "train": {"steps": 8, "batch_size": 16, "micro_batches": 8, "learning_rate": 1e-3, "warmup_steps": 4},
     },
     # The shape of GPT-2 small (124 M parameters); the vocabulary needs the bpe tokenizer.
     "gpt2-small": {
