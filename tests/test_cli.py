@@ -136,7 +136,7 @@ WRONG = {
     "--timeout -1": "--timeout = '-1': right would be a number, more than 0",
     "--sweep": "right would be with a list",
     "--sweep --micro-batches 3,4 --batch-size 16": "right would be one of [1, 2, 4, 8, 16]",
-    "--untimed-steps 12": "leaves none of 12 steps; right would be 0 to 11",
+    "--untimed-steps 12": "leaves none of 8 steps; right would be 0 to 7",
     "--executor native": "paddle with 1f1b",
     "--corpus /no/such/text": "/no/such/text: No such file or directory",
     "--config /no/such.toml": "right would be a readable TOML file",
