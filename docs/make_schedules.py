@@ -1,6 +1,6 @@
 """Remakes what docs/schedules.md shows: its drawings, its tables and its curve. Run it in the repository's root.
 
-    python docs/make_schedules.py            everything, about four minutes (the searches take most of it)
+    python docs/make_schedules.py            everything, about ten minutes (the benchmark and the searches take most of it)
     python docs/make_schedules.py drawings published   only these parts
 
 Tables stand between `<!-- made: NAME -->` and `<!-- end -->`; pictures are files in docs/images/.
@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pandas
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -186,6 +188,32 @@ def measured() -> None:
     fill("measured", "\n".join(lines))
 
 
+def frameworks() -> None:
+    """Every schedule in every framework, by a benchmark of its own (some minutes)."""
+    with tempfile.TemporaryDirectory() as folder:
+        if status := triptych(["bench", "--schedules", ",".join(DRAWN), "--repeats", "1", "--out", folder]):
+            raise SystemExit(status)
+        fill_frameworks(next(Path(folder).glob("*/table.csv")))
+
+
+def fill_frameworks(csv: Path) -> None:
+    """The step times of a benchmark's table.csv, as ratios to each framework's 1f1b."""
+    table = pandas.read_csv(csv)
+    steps = table.pivot(index="schedule", columns="framework", values="step_ms_median")
+    gaps = table.pivot(index="schedule", columns="framework", values="simulated_step_difference")
+    names = list(dict.fromkeys(table["framework"]))
+    lines = [
+        f"| schedule | {' | '.join(names)} | {' | '.join(f'{name}, simulated' for name in names)} |",
+        f"| --- |{' ---: |' * 2 * len(names)}",
+    ]
+    for schedule in DRAWN:
+        ratios = [f"{steps[name][schedule] / steps[name]['1f1b']:.2f}" for name in names]
+        lines.append(
+            f"| {schedule} | {' | '.join(ratios)} | {' | '.join(f'{gaps[n][schedule]:+.1%}' for n in names)} |"
+        )
+    fill("frameworks", "\n".join(lines))
+
+
 def rows() -> Iterator[dict[str, Any]]:
     for name in ("zero_bubble_tables.json", "zero_bubble_more_rows.json"):
         yield from json.loads((GOLDEN / name).read_text())["rows"]
@@ -205,7 +233,7 @@ def fill(name: str, content: str) -> None:
 
 
 PARTS: dict[str, Callable[[], None]] = {
-    part.__name__: part for part in (drawings, overview, published, curve, measured, searches)
+    part.__name__: part for part in (drawings, overview, published, curve, measured, frameworks, searches)
 }
 
 if __name__ == "__main__":
