@@ -23,7 +23,7 @@ from paddle_impl import devices
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.layers import make_static
 from paddle_impl.optimizer import Optimizer
-from paddle_impl.pipeline import StageLayers, build_pipeline, only_forward
+from paddle_impl.pipeline import StageLayers, build_pipeline
 from paddle_impl.stage import Mode, Stage
 from paddle_impl.weights import (
     export_gradients,
@@ -95,12 +95,12 @@ class PaddleEngine:
 
     def evaluate(self, batch: Batch) -> float:
         self._begin(batch, Mode.EVALUATE)
-        self.pipeline.walk(only_forward(self.schedule))
+        self.pipeline.walk(self.schedule.only_forward())
         return self.pipeline._broadcast_final_loss().item()
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
         self._begin(batch, Mode.RECORD)
-        self.pipeline.walk(only_forward(self.schedule))
+        self.pipeline.walk(self.schedule.only_forward())
         return {
             TensorKey(batch.step, "forward", self._rank, i, unit, "output"): output.numpy().copy()
             for (unit, i), output in self.stage.outputs.items()

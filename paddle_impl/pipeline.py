@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -182,9 +181,3 @@ def build_pipeline(config: RunConfig, layers: StageLayers, schedule: Schedule) -
             pipeline = fleet.distributed_model(layers)
     pipeline.config, pipeline.schedule = config, schedule
     return pipeline
-
-
-def only_forward(schedule: Schedule) -> Schedule:
-    """The forwards of a schedule, in its order."""
-    rows = tuple(tuple(action for action in row if action.op is Op.F) for row in schedule.devices)
-    return replace(schedule, devices=rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from common.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, run_stage
 from common.runtime.memory import peak_resident_bytes
-from common.schedule.action import Op, Schedule
+from common.schedule.action import Schedule
 from common.schedule.generators import make_schedule
 from common.spec import RunConfig
 from common.weights import TOKEN_EMBEDDING, parameter_shapes, unit_names
@@ -94,10 +93,10 @@ class TorchEngine:
         return norm
 
     def evaluate(self, batch: Batch) -> float:
-        return self._run(_only_forward(self.schedule), batch, Mode.EVALUATE)
+        return self._run(self.schedule.only_forward(), batch, Mode.EVALUATE)
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
-        self._run(_only_forward(self.schedule), batch, Mode.RECORD)
+        self._run(self.schedule.only_forward(), batch, Mode.RECORD)
         where = {key: (d, tensor) for d, stage in enumerate(self.stages) for key, tensor in stage.outputs.items()}
         outputs = {}
         for unit in unit_names(self.config.model):
@@ -212,9 +211,3 @@ class TorchEngine:
 
     def _cuda_devices(self) -> set[torch.device]:
         return {device for device in self._torch_devices if device.type == "cuda"}
-
-
-def _only_forward(schedule: Schedule) -> Schedule:
-    """The forwards of a schedule, in its order."""
-    rows = tuple(tuple(action for action in row if action.op is Op.F) for row in schedule.devices)
-    return replace(schedule, devices=rows)

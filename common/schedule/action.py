@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -94,6 +94,11 @@ class Schedule:
 
     def virtual_stage(self, device: int, chunk: int) -> int:
         return virtual_stage(device, chunk, self.num_devices, self.placement)
+
+    def only_forward(self) -> Schedule:
+        """Its forwards in its order: a pass that evaluates."""
+        rows = tuple(tuple(action for action in row if action.op is Op.F) for row in self.devices)
+        return replace(self, devices=rows)
 
     def __str__(self) -> str:
         return format_schedule(self)
