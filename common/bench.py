@@ -288,7 +288,7 @@ def print_dry_run(bench: Bench, console: Console) -> None:
 
 def _plan_table(config: RunConfig) -> Table:
     costs = {cost.unit: cost for cost in unit_costs(config.model, config.train)}
-    element_bytes = 4 if config.train.dtype == "float32" else 8
+    element_bytes = 8 if config.train.master_dtype == "float64" else 4
     total = sum(cost.forward_flops for cost in costs.values())
     parts = plan_partition(config).parts
     partition = config.partition if isinstance(config.partition, str) else ",".join(map(str, config.partition))

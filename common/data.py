@@ -17,6 +17,9 @@ from common.spec import RunConfig
 HELD_OUT_FRACTION = 0.1
 """The end of the corpus, kept for evaluation."""
 
+IGNORED = -1
+"""A target that no loss counts: what follows the end of a sequence."""
+
 
 class CorpusError(ValueError):
     """A corpus that cannot be read or is too short."""
@@ -24,7 +27,7 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True)
 class Batch:
-    """One mini-batch. `targets[b, s]` is the token that follows `inputs[b, s]`."""
+    """One mini-batch. `targets[b, s]` is the token that follows `inputs[b, s]`, or IGNORED."""
 
     step: int
     inputs: NDArray[np.int64]  # (B, S)
@@ -32,8 +35,12 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """What the summed loss is divided by: the targets of the whole mini-batch."""
-        return int(self.targets.size)
+        """What the summed loss is divided by: the targets of the whole mini-batch that count."""
+        return int((self.targets != IGNORED).sum())
+
+    def first(self, count: int) -> Batch:
+        """Its first `count` sequences."""
+        return Batch(self.step, self.inputs[:count], self.targets[:count])
 
     def micro_batches(self, count: int) -> list[MicroBatch]:
         """`count` equal pieces, in order. Raises ValueError if they cannot be equal."""
@@ -48,7 +55,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A piece of a mini-batch; `samples` are its rows' indices there."""
+    """A piece of a mini-batch; `samples` are its rows' indices there.
+
+    Its targets may all be IGNORED: it still goes through the pipeline, and adds nothing to loss and gradients.
+    """
 
     inputs: NDArray[np.int64]  # (b, S)
     targets: NDArray[np.int64]  # (b, S)
@@ -65,6 +75,23 @@ class Corpus:
     """SHA-256 of the text, so that two results are known to be about the same data."""
     num_bytes: int
 
+    def training_batch(self, config: RunConfig, step: int) -> Batch:
+        """The mini-batch of `step` as `config` trains on it, always (batch_size, context_length).
+
+        Where a sequence ends early (`sequence_lengths`) or an epoch leaves fewer sequences than fit
+        (`sequences_per_epoch`), the rest is token 0 and IGNORED: every framework and schedule sees one shape, and the
+        gradient is that of the tokens that count.
+        """
+        train, length = config.train, config.model.context_length
+        batch = self.batch(step, train.seed, train.batch_size, length)
+        lengths = np.full(train.batch_size, length)
+        if config.sequence_lengths == "random":
+            lengths = _generator((train.seed, 2), step).integers(1, length + 1, train.batch_size)
+        if config.sequences_per_epoch is not None:
+            lengths[sequences_in(step, train.batch_size, config.sequences_per_epoch) :] = 0
+        beyond = np.arange(length) >= lengths[:, None]  # (B, S)
+        return Batch(step, np.where(beyond, 0, batch.inputs), np.where(beyond, IGNORED, batch.targets))
+
     def batch(self, step: int, seed: int, batch_size: int, context_length: int) -> Batch:
         """The training mini-batch of `step`: random windows, a function of (seed, step) only."""
         return _windows(self.train, step, (seed, 0), batch_size, context_length)
@@ -72,6 +99,12 @@ class Corpus:
     def held_out_batch(self, index: int, seed: int, batch_size: int, context_length: int) -> Batch:
         """A mini-batch of windows of the held-out text."""
         return _windows(self.held_out, index, (seed, 1), batch_size, context_length)
+
+
+def sequences_in(step: int, batch_size: int, sequences_per_epoch: int) -> int:
+    """How many sequences the mini-batch of `step` has: the last one of an epoch takes what is left."""
+    steps_per_epoch = -(-sequences_per_epoch // batch_size)
+    return min(batch_size, sequences_per_epoch - step % steps_per_epoch * batch_size)
 
 
 def load_corpus(config: RunConfig) -> Corpus:
@@ -116,7 +149,10 @@ def _byte_pairs(data: bytes, vocab_size: int) -> NDArray[np.int64]:
 
 
 def _windows(tokens: NDArray[np.int64], step: int, key: tuple[int, int], batch_size: int, context_length: int) -> Batch:
-    bits = np.random.Philox(np.random.SeedSequence([*key, step]))
-    starts = np.random.Generator(bits).integers(0, len(tokens) - context_length, batch_size)
+    starts = _generator(key, step).integers(0, len(tokens) - context_length, batch_size)
     windows = tokens[starts[:, None] + np.arange(context_length + 1)]  # (B, S + 1)
     return Batch(step, windows[:, :-1], windows[:, 1:])
+
+
+def _generator(key: tuple[int, int], step: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, step])))

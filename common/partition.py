@@ -57,7 +57,7 @@ def unit_costs(model: TransformerSpec, train: TrainSpec) -> list[UnitCost]:
     if model.tied_head:
         products["head"] = model.d_model * model.vocab_size
     tokens = train.micro_batch_size * model.context_length
-    element_bytes = 4 if train.dtype == "float32" else 8
+    element_bytes = {"bfloat16": 2, "float32": 4, "float64": 8}[train.dtype]
     costs = []
     for unit in size:
         flops = 2 * products[unit] * tokens

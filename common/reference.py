@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from scipy.special import erf
 
 from common import dropout
-from common.data import Batch
+from common.data import IGNORED, Batch
 from common.parity import TensorKey
 from common.spec import TrainSpec, TransformerSpec
-from common.weights import TOKEN_EMBEDDING, unit_names
+from common.weights import TOKEN_EMBEDDING, parameter_names, unit_names
 
 Array = NDArray[np.float64]
 Arrays = dict[str, Array]
@@ -164,6 +164,8 @@ class Oracle:
     gradients: Arrays = field(default_factory=dict)
     first_moment: Arrays = field(default_factory=dict)
     second_moment: Arrays = field(default_factory=dict)
+    output_gradients: Arrays = field(default_factory=dict)
+    """By unit: the loss' gradient with respect to its output, from the last `forward_backward`."""
 
     def __post_init__(self) -> None:
         self.weights = {name: np.array(value, np.float64) for name, value in self.weights.items()}
@@ -172,27 +174,59 @@ class Oracle:
 
     def forward(self, batch: Batch, training: bool = True) -> tuple[float, dict[str, Array], Any]:
         """Mean loss per token, the output of every unit, and what the backward needs."""
-        m, w = self.model, self.weights
-        key = dropout.step_key(self.train.seed, batch.step) if training else None
-        masks = Masks(m.dropout, key, np.arange(batch.inputs.shape[0]))
+        masks = self._masks(batch, training)
         outputs: dict[str, Array] = {}
         saved: dict[str, Any] = {}
 
-        x = w[TOKEN_EMBEDDING][batch.inputs] + w["embedding.position.weight"][: batch.inputs.shape[1]]  # (B, S, D)
-        saved["embedding"] = masks.at("embedding", 0, x.shape)
-        x = outputs["embedding"] = x * saved["embedding"]
-        for unit in unit_names(m)[1:-1]:
+        x, saved["embedding"] = self._embedding(batch.inputs, masks)
+        outputs["embedding"] = x
+        for unit in unit_names(self.model)[1:-1]:
             x, saved[unit] = self._block(unit, x, masks)
             outputs[unit] = x
+        logits, saved["head"] = self._head(x)
+        outputs["head"] = logits
+        log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)  # (B, S)
+        saved["loss"] = log_sum
+        counts = batch.targets != IGNORED  # (B, S)
+        picked = np.take_along_axis(logits, np.maximum(batch.targets, 0)[..., None], -1)[..., 0]  # (B, S)
+        return float((log_sum - picked)[counts].sum() / batch.num_tokens), outputs, saved
+
+    def _masks(self, batch: Batch, training: bool) -> Masks:
+        key = dropout.step_key(self.train.seed, batch.step) if training else None
+        return Masks(self.model.dropout, key, np.arange(batch.inputs.shape[0]))
+
+    def _embedding(self, tokens: NDArray[np.int64], masks: Masks) -> tuple[Array, Any]:
+        position = self.weights["embedding.position.weight"][: tokens.shape[1]]
+        x = self.weights[TOKEN_EMBEDDING][tokens] + position  # (B, S, D)
+        mask = masks.at("embedding", 0, x.shape)
+        return x * mask, (tokens, mask)
+
+    def _embedding_backward(self, grad: Array, saved: Any, grads: Arrays) -> None:
+        tokens, mask = saved
+        grad = grad * mask
+        np.add.at(grads[TOKEN_EMBEDDING], tokens, grad)
+        grads["embedding.position.weight"][: grad.shape[1]] = grad.sum(0)
+
+    def _head(self, x: Array) -> tuple[Array, Any]:
+        m, w = self.model, self.weights
         normal, norm_saved = x, None
         if m.norm == "pre":
             normal, norm_saved = layer_norm(x, w["head.norm.weight"], w["head.norm.bias"], m.norm_epsilon)
-        head = w[TOKEN_EMBEDDING].T if m.tied_head else w["head.output.weight"]  # (D, V)
-        logits = outputs["head"] = normal @ head  # (B, S, V)
-        log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)  # (B, S)
-        picked = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]  # (B, S)
-        saved["head"] = (normal, norm_saved, head, log_sum)
-        return float((log_sum - picked).sum() / batch.num_tokens), outputs, saved
+        projection = w[TOKEN_EMBEDDING].T if m.tied_head else w["head.output.weight"]  # (D, V)
+        return normal @ projection, (normal, norm_saved, projection)  # (B, S, V)
+
+    def _head_backward(self, grad: Array, saved: Any, grads: Arrays) -> Array:
+        normal, norm_saved, projection = saved
+        grad, d_projection, _ = linear_backward(grad, normal, projection)
+        if self.model.tied_head:
+            grads[TOKEN_EMBEDDING] += d_projection.T
+        else:
+            grads["head.output.weight"] = d_projection
+        if self.model.norm == "pre":
+            grad, grads["head.norm.weight"], grads["head.norm.bias"] = layer_norm_backward(
+                grad, self.weights["head.norm.weight"], norm_saved
+            )
+        return grad
 
     def _block(self, unit: str, x: Array, masks: Masks) -> tuple[Array, Any]:
         m, w = self.model, self.weights
@@ -238,31 +272,47 @@ class Oracle:
 
     def forward_backward(self, batch: Batch) -> float:
         """Mean loss per token; `gradients` then holds every gradient by name."""
-        m, w = self.model, self.weights
         loss, outputs, saved = self.forward(batch)
-        grads: Arrays = {name: np.zeros_like(value) for name, value in w.items()}
-
-        normal, norm_saved, head, log_sum = saved["head"]
-        d_logits = np.exp(outputs["head"] - log_sum[..., None])  # (B, S, V)
-        picked = np.take_along_axis(d_logits, batch.targets[..., None], -1)
-        np.put_along_axis(d_logits, batch.targets[..., None], picked - 1, -1)
-        d_logits /= batch.num_tokens
-        grad, d_head, _ = linear_backward(d_logits, normal, head)
-        if m.tied_head:
-            grads[TOKEN_EMBEDDING] += d_head.T
-        else:
-            grads["head.output.weight"] = d_head
-        if m.norm == "pre":
-            grad, grads["head.norm.weight"], grads["head.norm.bias"] = layer_norm_backward(
-                grad, w["head.norm.weight"], norm_saved
-            )
-        for unit in reversed(unit_names(m)[1:-1]):
-            grad = self._block_backward(unit, grad, saved[unit], grads)
-        grad = grad * saved["embedding"]
-        np.add.at(grads[TOKEN_EMBEDDING], batch.inputs, grad)
-        grads["embedding.position.weight"][: grad.shape[1]] = grad.sum(0)
+        grads = self._no_gradients()
+        grad = np.exp(outputs["head"] - saved["loss"][..., None])  # (B, S, V)
+        targets = np.maximum(batch.targets, 0)[..., None]  # (B, S, 1)
+        np.put_along_axis(grad, targets, np.take_along_axis(grad, targets, -1) - 1, -1)
+        grad *= (batch.targets != IGNORED)[..., None] / batch.num_tokens
+        self.output_gradients = {}
+        for unit in reversed(unit_names(self.model)):
+            self.output_gradients[unit] = grad
+            grad = self._unit_backward(unit, grad, saved[unit], grads)
         self.gradients = grads
         return loss
+
+    def probe_unit(self, batch: Batch, unit: str, x: Array | None, grad: Array) -> tuple[Array, Array | None, Arrays]:
+        """One unit alone: from its input and its output's gradient to its output, its input's gradient and its parameters'.
+
+        All of the whole mini-batch, (B, S, D) or, of the head's output, (B, S, V); the embedding takes the batch's tokens.
+        """
+        masks = self._masks(batch, training=True)
+        if unit == "embedding":
+            output, saved = self._embedding(batch.inputs, masks)
+        elif unit == "head":
+            output, saved = self._head(np.asarray(x, np.float64))
+        else:
+            output, saved = self._block(unit, np.asarray(x, np.float64), masks)
+        grads = self._no_gradients()
+        dx = self._unit_backward(unit, np.asarray(grad, np.float64), saved, grads)
+        own = parameter_names(self.model, [unit])
+        return output, None if unit == "embedding" else dx, {name: grads[name] for name in own}
+
+    def _no_gradients(self) -> Arrays:
+        return {name: np.zeros_like(value) for name, value in self.weights.items()}
+
+    def _unit_backward(self, unit: str, grad: Array, saved: Any, grads: Arrays) -> Array:
+        """The gradient of the unit's input; that of the embedding's tokens is empty."""
+        if unit == "head":
+            return self._head_backward(grad, saved, grads)
+        if unit == "embedding":
+            self._embedding_backward(grad, saved, grads)
+            return np.zeros(0)
+        return self._block_backward(unit, grad, saved, grads)
 
     def apply_gradients(self, step: int) -> float:
         """Clips by the global norm, then one step of the optimizer. Returns the norm before clipping."""

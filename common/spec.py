@@ -48,6 +48,9 @@ class TransformerSpec(Frozen):
     activation: Literal["gelu", "relu"] = Field("gelu", description="gelu is the exact one, with erf")
     tied_head: bool = Field(False, description="the head uses the token embedding, transposed")
     dropout: Float32 = Field(0.0, ge=0.0, lt=1.0, description="probability of dropping an element")
+    dropout_masks: Literal["shared", "native"] = Field(
+        "shared", description="shared: the same bits in every framework; native: the framework's own, not comparable"
+    )
     norm_epsilon: Float32 = Field(1e-5, gt=0.0, description="added to the variance in LayerNorm")
 
     @model_validator(mode="after")
@@ -86,7 +89,10 @@ class TrainSpec(Frozen):
     )
     clip_norm: Float32 | None = Field(1.0, gt=0.0, description="largest global gradient norm over all stages")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the initial values, the batches and the dropout masks")
-    dtype: Literal["float32", "float64"] = Field("float32", description="precision of weights and arithmetic")
+    dtype: Literal["float32", "float64", "bfloat16"] = Field(
+        "float32",
+        description="precision of the arithmetic; bfloat16 keeps weights, gradients and moments in float32",
+    )
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> TrainSpec:
@@ -105,6 +111,11 @@ class TrainSpec(Frozen):
     @property
     def micro_batch_size(self) -> int:
         return self.batch_size // self.micro_batches
+
+    @property
+    def master_dtype(self) -> Literal["float32", "float64"]:
+        """Precision of the weights, the gradients' sums and the optimizer's moments (Micikevicius et al. 2018)."""
+        return "float64" if self.dtype == "float64" else "float32"
 
     def decays(self, name: str) -> bool:
         """Whether weight decay applies to the parameter of this canonical name."""
@@ -145,10 +156,37 @@ class RunConfig(Frozen):
     partition: Literal["even", "balanced"] | tuple[int, ...] = Field(
         "even", description="even, balanced (by cost), or the first unit of every stage after the first"
     )
+    recompute: str = Field(
+        "none",
+        pattern=r"^(none|full|except-last|every-[1-9][0-9]*)$",
+        description="what the backward computes again instead of holding it: none; full: all between a chunk's ends; "
+        "except-last: the same, but not for the last micro-batch; every-N: pieces of N units, one after another",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where the framework sees it")
     threads: int | None = Field(None, ge=1, description="CPU threads of the whole run; default: all cores")
     corpus: tuple[str, ...] = Field((), description="text files; default: the manual that CPython carries")
     tokenizer: Literal["bytes", "bpe"] = Field("bytes", description="bytes, or byte-pair encoding trained at run time")
+    sequence_lengths: Literal["full", "random"] = Field(
+        "full", description="random: every sequence ends somewhere, and the labels after its end are ignored"
+    )
+    sequences_per_epoch: int | None = Field(
+        None, ge=1, description="the last mini-batch of an epoch has what is left of it; default: every one is full"
+    )
+    drift: str | None = Field(
+        None, description="one numerical habit to put back to a framework's default; `triptych drift --list` names them"
+    )
+
+    @property
+    def recomputed_units(self) -> int | None:
+        """Units per recomputed piece; 0 for the whole chunk, None for no recomputation."""
+        if self.recompute == "none":
+            return None
+        return int(self.recompute.removeprefix("every-")) if self.recompute.startswith("every-") else 0
+
+    def recomputes(self, micro_batch: int) -> bool:
+        """Whether the backward of this micro-batch computes its forward again."""
+        last = self.train.micro_batches - 1
+        return self.recompute != "none" and not (self.recompute == "except-last" and micro_batch == last)
 
     @field_validator("partition", mode="before")
     @classmethod

@@ -118,7 +118,7 @@ WRONG = {
     "--stages 1.5": "--stages = '1.5': right would be a whole number, at least 1",
     "--stages 2 4": "'4': belongs to no option; a list takes commas",
     "--micro-batches 3": "right would be one of [1, 2, 4, 8, 16]",
-    "--dtype float16": "right would be float64 (or float32)",
+    "--dtype float16": "right would be bfloat16 (or float32, float64)",
     "--norm per": "--norm = 'per': unknown; right would be pre (or post)",
     "--d-model 100": "num_heads = 8 does not divide d_model = 100",
     "--d-modle 64": "--d-modle: unknown option; right would be --d-model",

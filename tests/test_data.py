@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data import CorpusError, load_corpus
+from common.data import IGNORED, CorpusError, load_corpus, sequences_in
 from common.spec import RunConfig, TransformerSpec
 
 
@@ -56,3 +56,16 @@ def test_corpus_errors_say_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "short").write_text("short")
     with pytest.raises(CorpusError, match="has 5 tokens; right would be at least"):
         load_corpus(RunConfig(corpus=(str(tmp_path / "short"),)))
+
+
+def test_sequences_end_early_and_epochs_end_with_what_is_left() -> None:
+    train = {"batch_size": 8, "micro_batches": 2}
+    config = RunConfig.model_validate({"train": train, "sequence_lengths": "random", "sequences_per_epoch": 19})
+    corpus = load_corpus(config)
+    batches = [corpus.training_batch(config, step) for step in range(6)]
+    assert [sequences_in(step, 8, 19) for step in range(6)] == [8, 8, 3, 8, 8, 3]
+    assert [int((batch.targets[:, 0] != IGNORED).sum()) for batch in batches] == [8, 8, 3, 8, 8, 3]
+    lengths = (batches[0].targets != IGNORED).sum(1)
+    assert len(set(lengths)) > 1 and batches[0].num_tokens == lengths.sum()
+    full = corpus.training_batch(config.model_copy(update={"sequence_lengths": "full", "sequences_per_epoch": None}), 0)
+    np.testing.assert_array_equal(batches[0].targets[0, : lengths[0]], full.targets[0, : lengths[0]])

@@ -71,3 +71,37 @@ def test_clipping() -> None:
     assert clip_scale(5.0, 1.0) == 0.2 and clip_scale(0.5, 1.0) == 1.0 and clip_scale(5.0, None) == 1.0
     pieces = list(np.random.default_rng(0).lognormal(0, 9, 50))
     assert global_norm(pieces) == global_norm(pieces[::-1])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_padding_changes_nothing(tied: bool) -> None:
+    """Rows without a label add nothing: the gradient is that of the mini-batch without them."""
+    model = TransformerSpec(
+        num_layers=1, d_model=8, num_heads=2, d_ff=12, context_length=6, dropout=0.2, tied_head=tied
+    )
+    config = RunConfig(model=model, train=TrainSpec(batch_size=8), sequences_per_epoch=5)
+    oracle = Oracle(model, config.train, initial_weights(model, 0, "float64"))
+    batch = load_corpus(config).training_batch(config, 0)
+    padded, gradients = oracle.forward_backward(batch), oracle.gradients
+    assert oracle.forward_backward(batch.first(5)) == pytest.approx(padded, rel=1e-15)
+    for name, gradient in oracle.gradients.items():
+        np.testing.assert_allclose(gradients[name], gradient, rtol=1e-12, atol=1e-18, err_msg=name)
+
+
+def test_units_alone_give_the_gradients_of_the_whole() -> None:
+    model = TransformerSpec(
+        num_layers=2, d_model=8, num_heads=2, d_ff=12, context_length=6, dropout=0.2, tied_head=True
+    )
+    oracle = Oracle(model, TrainSpec(), initial_weights(model, 0, "float64"))
+    batch = load_corpus(RunConfig()).batch(0, 0, 4, 6)
+    oracle.forward_backward(batch)
+    _, outputs, _ = oracle.forward(batch)
+    total, before = {name: np.zeros_like(value) for name, value in oracle.weights.items()}, None
+    for unit, output in outputs.items():
+        mine, _, gradients = oracle.probe_unit(batch, unit, before, oracle.output_gradients[unit])
+        np.testing.assert_array_equal(mine, output)
+        before = output
+        for name, gradient in gradients.items():
+            total[name] += gradient
+    for name, gradient in oracle.gradients.items():
+        np.testing.assert_allclose(total[name], gradient, rtol=1e-12, atol=1e-18, err_msg=name)

@@ -24,6 +24,8 @@ def oracle_config(config: RunConfig) -> RunConfig:
         train=train,
         corpus=config.corpus,
         tokenizer=config.tokenizer,
+        sequence_lengths=config.sequence_lengths,
+        sequences_per_epoch=config.sequences_per_epoch,
         stages=1,
         schedule="naive",
         device="cpu",

@@ -2,7 +2,7 @@
 
 An engine holds some of the pipeline's devices: all of them where stages are threads (torch, TensorFlow), one where a stage
 is a process (Paddle). Every dictionary of tensors it returns covers the devices that it holds, keyed by canonical names
-with canonical shapes (`common.weights`), as NumPy arrays of the training dtype. Where stages are processes, all ranks
+with canonical shapes (`common.weights`), as NumPy arrays of `TrainSpec.master_dtype`. Where stages are processes, all ranks
 call the same methods in the same order.
 """
 
@@ -40,6 +40,39 @@ class Engine(Protocol):
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
         """The output of every unit for every micro-batch: key (step, "forward", stage, micro-batch, unit, "output")."""
+
+    def probe_units(
+        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+    ) -> dict[TensorKey, NDArray[Any]]:
+        """Every unit by itself, fed with given tensors, so that no error of one unit reaches another.
+
+        `inputs` (B, S, D) by unit (none for the embedding, which takes the batch's tokens) and `output_gradients`
+        (B, S, D), for the head (B, S, V), are of the whole mini-batch. With the dropout of a training step, per
+        micro-batch i: (step, "unit_forward", stage, i, unit, "output") and, but for the embedding,
+        (step, "unit_backward", stage, i, unit, "input_gradient"). Summed over the micro-batches, in their order:
+        (step, "unit_backward", stage, -1, unit, <a parameter's canonical name>), where a tied head's share of the token
+        embedding's gradient stands under the unit "head".
+        Leaves weights, optimizer and gradients as they are.
+        """
+
+    def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
+        """Logits (B, S, V) for tokens (B, S), without dropout, through the pipeline in micro-batches.
+
+        B is a multiple of the micro-batches and may differ from the training batch; S may be up to context_length.
+        Every process gets all logits, as float32 or float64.
+        """
+
+    def optimizer_state(self) -> Arrays:
+        """The moments: "first_moment/<name>" and, for AdamW, "second_moment/<name>", canonical names and shapes.
+
+        SGD's momentum is the first moment; without momentum there is none. Before the first step they are zeros.
+        """
+
+    def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
+        """Goes on as if `steps_done` steps had left these moments: what `optimizer_state` gave, of all devices.
+
+        The next call is `apply_gradients(steps_done)`. Bits are those of a run that was never interrupted.
+        """
 
     def weights(self) -> Arrays: ...
 

@@ -23,7 +23,7 @@ from common.runtime.memory import peak_resident_bytes
 from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
 from common.spec import RunConfig
-from common.weights import parameter_shapes
+from common.weights import parameter_shapes, unit_names
 
 
 def memory_bytes(config: RunConfig) -> int:
@@ -58,6 +58,39 @@ class OracleEngine:
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
         return dict(self.oracle.unit_outputs(batch, self.config.train.micro_batches))
+
+    def probe_units(
+        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+    ) -> dict[TensorKey, NDArray[Any]]:
+        pieces = self.config.train.micro_batches
+        found: dict[TensorKey, NDArray[Any]] = {}
+        for unit in unit_names(self.config.model):
+            output, input_gradient, gradients = self.oracle.probe_unit(
+                batch, unit, inputs.get(unit), output_gradients[unit]
+            )
+            key = TensorKey(batch.step, "unit_forward", 0, -1, unit, "output")
+            found |= {key._replace(micro_batch=i): piece for i, piece in enumerate(np.split(output, pieces))}
+            key = key._replace(phase="unit_backward", tensor="input_gradient")
+            if input_gradient is not None:
+                found |= {key._replace(micro_batch=i): p for i, p in enumerate(np.split(input_gradient, pieces))}
+            found |= {key._replace(tensor=name): gradient for name, gradient in gradients.items()}
+        return found
+
+    def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
+        nothing = Batch(0, inputs, np.zeros_like(inputs))
+        return self.oracle.forward(nothing, training=False)[1]["head"]
+
+    def optimizer_state(self) -> Arrays:
+        train, oracle = self.config.train, self.oracle
+        moments = {"first_moment": oracle.first_moment} if train.optimizer == "adamw" or train.momentum else {}
+        if train.optimizer == "adamw":
+            moments["second_moment"] = oracle.second_moment
+        return {f"{moment}/{name}": value.copy() for moment, of in moments.items() for name, value in of.items()}
+
+    def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
+        for key, value in state.items():
+            moment, name = key.split("/")
+            getattr(self.oracle, moment)[name][:] = value
 
     def weights(self) -> Arrays:
         return {name: value.copy() for name, value in self.oracle.weights.items()}

@@ -24,7 +24,7 @@ from common.data import load_corpus
 from common.parity import TensorKey
 from common.reference import Oracle
 from common.runtime.job import Job, JobFile, Part
-from common.runtime.worker import optimizer_test_gradients, starting_weights
+from common.runtime.training import optimizer_test_gradients, starting_weights
 from common.spec import RunConfig
 from common.weights import unit_of
 
