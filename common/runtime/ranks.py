@@ -23,7 +23,7 @@ from typing import Any
 
 from common.runtime.engine import Engine
 from common.runtime.job import Job, JobFile
-from common.runtime.worker import run_jobs
+from common.runtime.worker import Switch, no_drift, run_jobs
 from common.spec import RunConfig
 
 GRACE_SECONDS = 5.0
@@ -42,25 +42,28 @@ class Ranks:
     """(number of ranks): returns when all have called it."""
 
 
-def run_on_ranks(ranks: Ranks, jobs: Sequence[Job]) -> int:
-    """Runs the jobs, which share `stages` and `device`, on one process per stage. Returns the exit status."""
+def run_on_ranks(ranks: Ranks, jobs: Sequence[Job], switch: Switch = no_drift) -> int:
+    """Runs the jobs, which share `stages` and `device`, on one process per stage. Returns the exit status.
+
+    `switch` is that of `common.runtime.worker.run_jobs`; every rank calls it.
+    """
     status, remaining = 0, list(jobs)
     with _signals_as_exit():
         while remaining:
-            failed = _run_until_failure(ranks, remaining)
+            failed = _run_until_failure(ranks, remaining, switch)
             if failed is None:
                 break
             status, remaining = 1, remaining[failed + 1 :]
     return status
 
 
-def _run_until_failure(ranks: Ranks, jobs: Sequence[Job]) -> int | None:
+def _run_until_failure(ranks: Ranks, jobs: Sequence[Job], switch: Switch) -> int | None:
     """The index of the first job that failed, or None."""
     fork = multiprocessing.get_context("fork")
     stages = jobs[0].config.stages
     endpoints = _free_endpoints(stages)
     progress = fork.Array("i", stages, lock=False)  # the job that each rank is at
-    arguments = (ranks, jobs, endpoints, os.getpid(), progress)
+    arguments = (ranks, jobs, switch, endpoints, os.getpid(), progress)
     processes = [fork.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(stages)]
     try:
         for process in processes:
@@ -100,7 +103,13 @@ def _report(name: str, job: Job, processes: Sequence[Any]) -> None:
 
 
 def _rank_main(
-    rank: int, ranks: Ranks, jobs: Sequence[Job], endpoints: Sequence[str], parent: int, progress: Any
+    rank: int,
+    ranks: Ranks,
+    jobs: Sequence[Job],
+    switch: Switch,
+    endpoints: Sequence[str],
+    parent: int,
+    progress: Any,
 ) -> None:
     """The life of one rank. It ends with status 1 at the first job that fails here or on another rank."""
     _die_with(parent)
@@ -108,7 +117,7 @@ def _rank_main(
         build_engine = ranks.join(rank, endpoints, jobs[0].config)
         for index, job in enumerate(jobs):
             progress[rank] = index
-            if run_jobs(JobFile(jobs=(job,)), build_engine, first_device=rank):
+            if run_jobs(JobFile(jobs=(job,)), build_engine, first_device=rank, switch=switch):
                 # Not sys.exit: whoever waits for this rank is to know now, not after a farewell to all.
                 sys.stdout.flush()
                 os._exit(1)
