@@ -74,7 +74,7 @@ def plan_partition(config: RunConfig) -> PartitionPlan:
     parts = config.stages * config.chunks
     match config.partition:
         case "even":
-            inner = even_boundaries(config.model.num_layers, parts)
+            inner = even_boundaries(config.model.num_layers, config.stages, config.chunks)
         case "balanced":
             # The backward costs twice the forward in every unit, so forward FLOPs alone order the plans.
             costs = [cost.forward_flops for cost in unit_costs(config.model, config.train)]
@@ -85,18 +85,22 @@ def plan_partition(config: RunConfig) -> PartitionPlan:
     return PartitionPlan(tuple(tuple(units[a:b]) for a, b in itertools.pairwise(edges)))
 
 
-def even_boundaries(num_layers: int, parts: int) -> list[int]:
+def even_boundaries(num_layers: int, stages: int, chunks: int = 1) -> list[int]:
     """Blocks as evenly as they go, the embedding in the first part and the head in the last.
 
-    A remainder goes to the middle parts first, since the outer ones also hold the embedding and the head. With more
-    parts than blocks the units themselves are spread evenly, so that no part is empty.
+    A remainder goes to the middle stages first, since the outer ones also hold the embedding and the head; with several
+    chunks, to one chunk of every stage after another: `stages` parts in a row are `stages` devices, whether the
+    parts go round the devices or there and back again. With more parts than blocks the units themselves are spread
+    evenly, so that no part is empty.
     """
+    parts = stages * chunks
     if parts > num_layers:
         num_units = num_layers + 2
         return [round(k * num_units / parts) for k in range(1, parts)]
     base, extra = divmod(num_layers, parts)
-    from_the_middle = sorted(range(parts), key=lambda k: abs(2 * k - (parts - 1)))
-    counts = [base + (k in from_the_middle[:extra]) for k in range(parts)]
+    from_the_middle = sorted(range(stages), key=lambda k: abs(2 * k - (stages - 1)))
+    order = [chunk * stages + k for chunk in range(chunks) for k in from_the_middle]
+    counts = [base + (k in order[:extra]) for k in range(parts)]
     return [1 + blocks for blocks in itertools.accumulate(counts)][:-1]
 
 

@@ -25,6 +25,17 @@ def test_every_even_plan_is_whole(num_layers: int, data: st.DataObject) -> None:
         assert max(blocks) - min(blocks) <= 1
 
 
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 20), st.sampled_from(["loop", "vee"]))
+def test_chunks_load_the_devices_evenly(stages: int, chunks: int, more: int, placement: str) -> None:
+    parts = stages * chunks
+    edges = [1, *even_boundaries(parts + more, stages, chunks), 1 + parts + more]
+    blocks = [0] * stages
+    for k, (a, b) in enumerate(itertools.pairwise(edges)):
+        chunk, place = divmod(k, stages)
+        blocks[stages - 1 - place if placement == "vee" and chunk % 2 else place] += b - a
+    assert max(blocks) - min(blocks) <= 1
+
+
 def test_a_remainder_is_not_lost() -> None:
     assert even_boundaries(30, 4) == [8, 16, 24]  # 7 blocks and the embedding, 8, 8, 7 and the head
 
