@@ -118,30 +118,30 @@ class StageOptimizer:
             self.optimizer.build(variables)
 
         @tf.function(autograph=False)
-        def squares() -> list[tf.Tensor]:
-            return [tf.reduce_sum(tf.square(tf.cast(g, tf.float64))) for g in counted]
+        def squares() -> tf.Tensor:
+            return tf.stack([tf.reduce_sum(tf.square(tf.cast(g, tf.float64))) for g in counted])
 
         @tf.function(autograph=False)
-        def update(scale: tf.Tensor | None) -> None:
+        def update(scale: tf.Tensor) -> None:
             def on_replica() -> None:
-                # An identity, since a variable's plain read has no device to be reduced to.
-                scaled = [tf.identity(g) if scale is None else g * tf.cast(scale, g.dtype) for g in gradients]
-                self.optimizer.apply(scaled, variables)
+                # Also where it is 1: a second trace, in the first step that clips nothing, takes a second.
+                self.optimizer.apply([g * tf.cast(scale, g.dtype) for g in gradients], variables)
 
             strategy.run(on_replica)
 
-        self._squares, self._update, self._is_empty = squares, update, not variables
+        self._squares, self._update = squares, update
+        self._has_counted, self._is_empty = bool(counted), not variables
 
     def squared_norms(self) -> list[float]:
         """Each tensor's sum of squared gradients, in float64."""
-        return [float(square) for square in self._squares()]
+        return self._squares().numpy().tolist() if self._has_counted else []
 
     def step(self, step: int, learning_rate: float, scale: float) -> None:
         """Updates the weights for `step` (from 0) with the gradients times `scale`."""
         if not self._is_empty:
             self.optimizer.iterations.assign(step)
             self.optimizer.learning_rate = learning_rate
-            self._update(None if scale == 1 else tf.constant(scale, tf.float64))
+            self._update(tf.constant(scale, tf.float64))
 
     def reset(self) -> None:
         """Forgets all moments."""

@@ -43,6 +43,9 @@ class Chunk:
         self.only_own_device = True
         """Whether all variables lie here. The seed of a Keras Dropout does not: it is made along with the layer."""
         self.evaluate = tf.function(self._evaluate, autograph=False)
+        # One call instead of two operations a weight: at the start of a step all stages do this at once, and operations
+        # called one by one make their threads pass Python's lock to and fro (4 ms alone, 10 to 20 ms for two stages).
+        self._clear = tf.function(self._clear_gradients, autograph=False)
 
     def build(self, x: keras.KerasTensor) -> keras.KerasTensor:
         """Makes the weights, on the chunk's device, for an input like `x`. Returns what the output is like."""
@@ -87,13 +90,17 @@ class Chunk:
         return functions
 
     def clear_gradients(self) -> None:
-        for gradient in self.gradients:
-            gradient.assign(tf.zeros(gradient.shape, gradient.dtype))
+        with tf.device(self.device):
+            self._clear()
 
     def _split(self, extra: Sequence[tf.Tensor]) -> tuple[Sequence[tf.Tensor], DropoutContext | None]:
         """Labels and dropout context."""
         with_dropout = any(isinstance(layer, Unit) and layer.spec.dropout > 0 for layer in self.layers)
         return (extra[:-2], DropoutContext(*extra[-2:])) if with_dropout else (extra, None)
+
+    def _clear_gradients(self) -> None:
+        for gradient in self.gradients:
+            gradient.assign(tf.zeros(gradient.shape, gradient.dtype), read_value=False)
 
     def _evaluate(self, x: tf.Tensor) -> tf.Tensor:
         """The chunk without dropout, for any batch size."""
