@@ -22,6 +22,10 @@ class HeldActivations:
         self.peak_in_flight = 0
         """Of chunks: each counts as one (`common.schedule.simulate.Simulation.peak_chunks_in_flight_per_stage`)."""
 
+    def bytes_of(self, micro_batch: int) -> list[int]:
+        """By chunk: what this micro-batch's F leaves for B; 0 until it is measured."""
+        return self.recomputed_bytes if self._recomputes(micro_batch) else self.forward_bytes
+
     def note(self, in_flight: Collection[tuple[int, int]], waiting: Collection[tuple[int, int]]) -> None:
         """Takes the (micro-batch, chunk) pairs that wait for their B and for their W."""
         held = sum(
