@@ -14,7 +14,7 @@ from common.schedule.draw import draw_color, draw_text
 from common.schedule.generators import make_schedule
 from common.schedule.picture import draw_picture
 from common.schedule.simulate import Costs, simulate
-from common.schedule.trace import chrome_trace
+from common.schedule.trace import chrome_traces
 
 CHART = """\
 time     0  1  2  3  4  5  6  7  8  9  10 11 12 13
@@ -106,17 +106,23 @@ def test_odd_costs_still_fit_the_labels() -> None:
         assert chart.count(f"BW{i}─") + chart.count(f"BW{i} ") + chart.count(f"BW{i}\n") + chart.endswith(f"BW{i}") >= 3
 
 
-def test_trace_has_every_action_once_per_device() -> None:
+def test_trace_is_as_perfetto_reads_it() -> None:
+    """Opened in Perfetto itself once; what it refused then is held here: overlaps, ids that are no numbers, a thread 0."""
     schedule = make_schedule("zb-h1", 3, 4)
-    simulation = simulate(schedule)
-    trace = json.loads(json.dumps(chrome_trace(simulation)))
-    complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
-    for device, row in enumerate(schedule.devices):
-        on_device = [event for event in complete if event["tid"] == device]
-        assert [event["name"] for event in on_device] == [str(action) for action in row]
-        ends = [event["ts"] + event["dur"] for event in on_device]
-        assert all(end <= event["ts"] + 1e-6 for end, event in zip(ends, on_device[1:], strict=False))
-    assert max(event["ts"] + event["dur"] for event in complete) == simulation.makespan * 1000
+    simulation = simulate(schedule, Costs.uniform(3, 1 / 7, 1 / 3, 1 / 11))
+    events = json.loads(json.dumps(chrome_traces({"measured": simulation, "simulated": simulation})))["traceEvents"]
+    complete = [event for event in events if event["ph"] == "X"]
+    lanes = {(event["pid"], event["tid"]): event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert len({tid for _, tid in lanes}) == 6 and all(pid and tid for pid, tid in lanes)
+    for lane, name in lanes.items():
+        mine = [event for event in complete if (event["pid"], event["tid"]) == lane]
+        assert [event["name"] for event in mine] == [str(a) for a in schedule.devices[int(name.split()[1])]]
+        ends = [event["ts"] + event["dur"] for event in mine]
+        assert all(end < event["ts"] for end, event in zip(ends, mine[1:], strict=False))
+    assert max(event["ts"] + event["dur"] for event in complete) == pytest.approx(simulation.makespan * 1000, abs=0.01)
+    starts, ends = ({e["id"]: e for e in events if e["ph"] == phase} for phase in "sf")
+    assert starts.keys() == ends.keys() and len(starts) == 2 * (2 * 2 * 4) and all(isinstance(i, int) for i in starts)
+    assert all(starts[i]["ts"] <= ends[i]["ts"] and starts[i]["tid"] != ends[i]["tid"] for i in starts)
 
 
 @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml")])

@@ -11,6 +11,12 @@ from common.schedule.simulate import Simulation
 MICROSECONDS_PER_UNIT = 1000.0
 """One unit of the costs is shown as a millisecond."""
 
+GAP_MICROSECONDS = 0.002
+"""What an event ends early: viewers cut times to nanoseconds and drop an event that then overlaps the one before."""
+
+LANES, IDS = 1_000, 1_000_000
+"""Numbers for a chart's threads and messages: viewers want both unique in the whole file, and no thread 0."""
+
 INSIDE = 0.01
 """An arrow begins and ends this share of an action inside it: on the very edge a viewer takes it for the neighbour's."""
 
@@ -25,22 +31,24 @@ def chrome_trace(simulation: Simulation) -> dict[str, Any]:
 def chrome_traces(charts: Mapping[str, Simulation]) -> dict[str, Any]:
     """The same with a process for every chart, under its name."""
     events = [
-        event for pid, (name, simulation) in enumerate(charts.items()) for event in _events(simulation, name, pid)
+        event for pid, (name, simulation) in enumerate(charts.items()) for event in _events(simulation, name, pid + 1)
     ]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 def _events(simulation: Simulation, name: str, pid: int) -> list[dict[str, Any]]:
     schedule, table = simulation.schedule, simulation.table
-    start = (simulation.start * MICROSECONDS_PER_UNIT).tolist()
-    duration = ((simulation.end - simulation.start) * MICROSECONDS_PER_UNIT).tolist()
+    begin = (simulation.start * MICROSECONDS_PER_UNIT).round(3)
+    end = (simulation.end * MICROSECONDS_PER_UNIT).round(3)
+    start, duration = begin.tolist(), (end - begin - GAP_MICROSECONDS).clip(min=0).round(3).tolist()
     device = table.device.tolist()
+    thread = [LANES * pid + d for d in range(schedule.num_devices)]
     events: list[dict[str, Any]] = [
         {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}},
         {"name": "process_sort_index", "ph": "M", "pid": pid, "args": {"sort_index": pid}},
     ]
     for d in range(schedule.num_devices):
-        lane = {"ph": "M", "pid": pid, "tid": d}
+        lane = {"ph": "M", "pid": pid, "tid": thread[d]}
         events.append(lane | {"name": "thread_name", "args": {"name": f"device {d}"}})
         events.append(lane | {"name": "thread_sort_index", "args": {"sort_index": d}})
     for row in range(table.num_rows):
@@ -51,7 +59,7 @@ def _events(simulation: Simulation, name: str, pid: int) -> list[dict[str, Any]]
                 "cat": action.op.value,
                 "ph": "X",
                 "pid": pid,
-                "tid": device[row],
+                "tid": thread[device[row]],
                 "ts": start[row],
                 "dur": duration[row],
                 "cname": _COLORS[action.op],
@@ -66,9 +74,10 @@ def _events(simulation: Simulation, name: str, pid: int) -> list[dict[str, Any]]
         if sender < 0:
             continue
         kind = "activation" if table.action(row).op is Op.F else "gradient"
-        arrow = {"name": kind, "cat": "message", "id": f"{pid}.{row}", "pid": pid}
+        arrow = {"name": kind, "cat": "message", "id": pid * IDS + row, "pid": pid}
         leaves, arrives = start[sender] + (1 - INSIDE) * duration[sender], start[row] + INSIDE * duration[row]
         # Clocks are read on two threads: a message may seem to arrive before it left, which viewers drop.
-        events.append(arrow | {"ph": "s", "tid": device[sender], "ts": min(leaves, arrives)})
-        events.append(arrow | {"ph": "f", "bp": "e", "tid": device[row], "ts": arrives})
+        leaves, arrives = round(min(leaves, arrives), 3), round(arrives, 3)
+        events.append(arrow | {"ph": "s", "tid": thread[device[sender]], "ts": leaves})
+        events.append(arrow | {"ph": "f", "bp": "e", "tid": thread[device[row]], "ts": arrives})
     return events
