@@ -17,6 +17,7 @@ from common.report import compare, tables
 from common.report.collect import collect
 from common.report.facts import parity_verdict
 from common.report.machine import Machine, git_commit, this_machine
+from common.report.names import variant_of
 from common.report.progress import ProgressView, progress_view
 from common.report.publish import publish
 from common.report.result import IS_ORACLE, Parity, RunResult, measured
@@ -47,9 +48,8 @@ def run_bench(
 ) -> int:
     """Runs everything, writes `results/<run>/`, prints the table. Returns the exit status. Raises UsageError."""
     folder = make_folder(Path(bench.options.out), bench.options.preset)
-    oracles = (
-        list(dict.fromkeys(compare.oracle_config(point) for point in bench.points)) if bench.options.parity else []
-    )
+    compared = [point for point in bench.points if bench.options.parity and not compare.why_not_comparable(point)]
+    oracles = list(dict.fromkeys(map(compare.oracle_config, compared)))
     console.print(f"results in {folder}/", highlight=False, soft_wrap=True)
     with stop_on_signals() as stopped:
         with progress_view(console, len(oracles) + len(bench.points) * bench.options.repeats) as view:
@@ -65,12 +65,12 @@ def run_bench(
             except Interrupted:
                 interrupted = True
         session.clean_up()
-        _report(session, console)
+        failed = _report(session, console)
     if interrupted:
         done = sum(len(results) for results in session.results.values())
         console.print(f"interrupted: {done} of {len(bench.points) * bench.options.repeats} runs finished")
         return EXIT_INTERRUPTED
-    return EXIT_FAILED if session.failed else EXIT_OK
+    return EXIT_FAILED if failed else EXIT_OK
 
 
 def make_folder(out: Path, preset: str) -> Path:
@@ -94,8 +94,7 @@ def run_name(config: RunConfig, repeat: int | None = None) -> str:
     name = f"{config.framework}-{schedule}-p{config.stages}-m{config.train.micro_batches}"
     name += f"-v{config.chunks}" if config.chunks > 1 else ""
     name += f"-{config.executor}" if config.executor != "table" else ""
-    name += f"-{config.track}" if config.track != "matched" else ""
-    name += f"-{config.train.dtype}" if config.train.dtype != "float32" else ""
+    name = "-".join([name, *(word.replace("=", "-") for word in variant_of(config))])
     return name if repeat is None else f"{name}-r{repeat}"
 
 
@@ -103,10 +102,8 @@ def describe(config: RunConfig) -> str:
     """The run in words, for the progress bar."""
     chunks = f" v={config.chunks}" if config.chunks > 1 else ""
     executor = f" {config.executor}" if config.executor != "table" else ""
-    track = f" {config.track}" if config.track != "matched" else ""
-    dtype = f" {config.train.dtype}" if config.train.dtype != "float32" else ""
     size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
-    return f"{config.framework} {config.schedule}{executor} {size}{dtype}{track}"
+    return " ".join([f"{config.framework} {config.schedule}{executor} {size}", *variant_of(config)])
 
 
 @dataclass
@@ -124,13 +121,6 @@ class _Session:
     commit: str | None = field(default_factory=git_commit)
     results: dict[RunConfig, list[RunResult]] = field(default_factory=dict)
     oracles: dict[RunConfig, tuple[RunResult, Path]] = field(default_factory=dict)
-
-    @property
-    def failed(self) -> bool:
-        """Whether a run failed, or trained something else than the oracle; an oracle that failed counts too."""
-        runs = [result for results in self.results.values() for result in results]
-        oracles = [result for result, _ in self.oracles.values()]
-        return any(run.status == "failed" or run.parity.status == "FAIL" for run in (*runs, *oracles))
 
     def run_oracle(self, config: RunConfig) -> None:
         name = "oracle" if not self.oracles else f"oracle-{len(self.oracles) + 1}"
@@ -208,6 +198,8 @@ class _Session:
     def _parity(self, result: RunResult, folder: Path) -> Parity:
         if result.status != "ok":
             return Parity(reason=f"the run {'has failed' if result.status == 'failed' else 'was skipped'}")
+        if reason := compare.why_not_comparable(result.config):
+            return Parity(status="not comparable", reason=reason)
         oracle, oracle_folder = self.oracles.get(compare.oracle_config(result.config), (None, None))
         if oracle is None or oracle_folder is None:
             return Parity(reason="--no-parity")
@@ -237,10 +229,13 @@ def _summary(result: RunResult) -> str:
 # ------------------------------------------------------------------------------------------------- what the user sees
 
 
-def _report(session: _Session, console: Console) -> None:
-    """Prints the tables and what went wrong; writes the report."""
+def _report(session: _Session, console: Console) -> bool:
+    """Prints the tables and what went wrong; writes the report.
+
+    Returns whether a run failed, or trained something else than the oracle; an oracle that failed counts too.
+    """
     if not session.results:
-        return
+        return any(result.status == "failed" for result, _ in session.oracles.values())
     collection = collect([session.folder])
     console.print()
     dropped = False
@@ -257,6 +252,8 @@ def _report(session: _Session, console: Console) -> None:
         console.print("This terminal is too narrow for all columns.")
     publish(collection, session.folder, session.bench.options.sweep)
     console.print(f"report: {session.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    results = [*collection.results, *(run.result for run in collection.oracles)]
+    return any(result.status == "failed" or result.parity.status == "FAIL" for result in results)
 
 
 # ------------------------------------------------------------------------------------------------- dry run

@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from common import drift
 from common.data import CorpusError, load_corpus
 from common.schedule.action import ScheduleError
 from common.schedule.generators import GENERATORS, default_chunks, make_schedule
@@ -58,6 +59,8 @@ class Bench:
     dry_run: bool = False
 
 
+RECOMPUTE_WORDS = "none|full|except-last|every-N"
+
 Key = tuple[str, str]
 """(section, field)"""
 
@@ -72,6 +75,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
 GRID: tuple[Key, ...] = (
     ("run", "track"),
     ("train", "dtype"),
+    ("run", "recompute"),
     ("run", "executor"),
     ("run", "chunks"),
     ("train", "micro_batches"),
@@ -99,6 +103,9 @@ class Setting:
 
 
 Settings = dict[Key, Setting]
+
+NATIVE_DROPOUT = 0.1
+"""The probability that `--dropout native` means where neither the preset nor a file says one."""
 
 MAX_SWEPT_MICRO_BATCHES = 1024
 """More would make a mini-batch that nobody asked for."""
@@ -162,6 +169,8 @@ def _add_option(group: Any, section: str, name: str, field: FieldInfo, default: 
         shown = "what the schedule has"
     if name == "schedule":
         text += f": {', '.join(GENERATORS)}"
+    if name == "dropout":
+        text += f"; native or native:X: by the framework's own masks, with X or {NATIVE_DROPOUT:g}"
     if shown not in ("", None):
         text += f" (default: {shown})"
     options: dict[str, Any] = {"dest": f"{section}.{name}", "default": argparse.SUPPRESS, "help": text}
@@ -185,6 +194,10 @@ def _metavar(section: str, name: str, field: FieldInfo) -> str:
     text = "|".join(words) or {int: "N", float: "X"}.get(_alternatives(field.annotation)[0], "NAME")
     if name == "partition":
         text += "|B1,B2,.."
+    if name == "recompute":
+        text = RECOMPUTE_WORDS
+    if name == "dropout":
+        text += "|native[:X]"
     return f"{text},.." if (section, name) in GRID else text
 
 
@@ -206,17 +219,19 @@ def _words(annotation: Any) -> list[str]:
 
 def read_bench(arguments: argparse.Namespace) -> Bench:
     """The benchmark that the command line (and the TOML file it names) asks for. Raises UsageError."""
-    given: Settings = {}
+    line: Settings = {}
     for dest, value in vars(arguments).items():
         section, _, name = dest.partition(".")
         if section in SECTIONS and name:
-            given[section, name] = Setting(value, _flag(name))
-    if arguments.config is not None:
-        given = _read_toml(Path(arguments.config)) | given
-    preset = given.get(("bench", "preset"), Setting("small", ""))
+            line[section, name] = Setting(value, _flag(name))
+    file = {} if arguments.config is None else _read_toml(Path(arguments.config))
+    preset = (file | line).get(("bench", "preset"), Setting("small", ""))
     if preset.value not in PRESETS:
         raise UsageError(f"{preset.where} = {preset.value!r}: unknown{_close(str(preset.value), PRESETS)}")
-    settings = _base_settings(preset.value) | given
+    base = _base_settings(preset.value)
+    file = _read_native_dropout(file, base)
+    given = file | _read_native_dropout(line, base | file)
+    settings = base | given
     _adapt(settings, given)
     options = BenchOptions(**_validated("bench", settings))
     points = _grid(settings)
@@ -239,8 +254,23 @@ def _base_settings(preset: str) -> Settings:
     return settings
 
 
+def _read_native_dropout(given: Settings, below: Settings) -> Settings:
+    """`dropout = native` or `native:0.2` as two settings; the probability may come from the layers below."""
+    key, masks = ("model", "dropout"), ("model", "dropout_masks")
+    setting = given.get(key)
+    word, _, number = str(setting.value).partition(":") if setting else ("", "", "")
+    if setting is None or word != "native":
+        return given
+    if masks in given and given[masks].value != "native":
+        raise UsageError(f"{setting.where} = {setting.value} and {given[masks].where} = {given[masks].value} disagree")
+    known = below[key].value if key in below else 0.0
+    probability = number if ":" in str(setting.value) else (known or NATIVE_DROPOUT)
+    return given | {key: Setting(probability, setting.where), masks: Setting("native", setting.where)}
+
+
 def _adapt(settings: Settings, given: Settings) -> None:
     """Lets what the user did not give follow what they gave: the warm-up fits into the steps, the vocabulary is bytes."""
+    _adapt_to_drift(settings, given)
     steps, warmup = settings.get(("train", "steps")), settings.get(("train", "warmup_steps"))
     if steps and warmup and ("train", "warmup_steps") not in given:
         # What is no number stays, for validation to say so.
@@ -253,6 +283,26 @@ def _adapt(settings: Settings, given: Settings) -> None:
     tokenizer = settings.get(("run", "tokenizer"), Setting("bytes", ""))
     if tokenizer.value == "bytes" and ("model", "vocab_size") not in given:
         settings["model", "vocab_size"] = Setting(256, "tokenizer bytes")
+
+
+def _adapt_to_drift(settings: Settings, given: Settings) -> None:
+    """A drift brings what it needs to show: dropout, a tied head, ragged sequences, a precision."""
+    setting = settings.get(("run", "drift"))
+    if setting is None or setting.value in (None, "none"):
+        return
+    names = [each.name for each in drift.DRIFTS]
+    if setting.value not in names:
+        raise UsageError(f"{setting.where} = {setting.value!r}: unknown{_close(str(setting.value), names)}")
+    habit = drift.by_name(setting.value)
+    needs = {("model", name): value for name, value in habit.model.items()}
+    needs |= {("train", name): value for name, value in habit.train.items()}
+    needs |= {("run", name): value for name, value in habit.run.items()}
+    needs[("train", "dtype")] = habit.dtype
+    for key, value in needs.items():
+        if key not in given:
+            settings[key] = Setting(value, f"drift {habit.name}, {key[1]}")
+    if ("run", "framework") not in given:
+        settings["run", "framework"] = Setting(list(habit.frameworks), f"drift {habit.name}, frameworks")
 
 
 def _fit_batch(settings: Settings, given: Settings) -> None:
@@ -320,7 +370,7 @@ def _native_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
     return [
         point.model_copy(update={"executor": "native", "track": "matched"})
         for point in points
-        if point.executor == "table" and point.schedule in NATIVE_SCHEDULES.get(point.framework, ())
+        if _has_peers(point) and point.schedule in NATIVE_SCHEDULES.get(point.framework, ())
     ]
 
 
@@ -337,8 +387,13 @@ def _plain_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
     return [
         point.model_copy(update=alone | {"train": point.train.model_copy(update={"micro_batches": 1})})
         for point in points
-        if point.executor == "table"
+        if _has_peers(point)
     ]
+
+
+def _has_peers(point: RunConfig) -> bool:
+    """Peers neither recompute nor drift."""
+    return point.executor == "table" and point.recompute == "none" and point.drift is None
 
 
 def _check_bench(options: BenchOptions, points: Sequence[RunConfig], settings: Settings) -> None:
@@ -378,6 +433,11 @@ def _point(settings: Settings) -> RunConfig:
         raise UsageError(
             f"{where} = {config.schedule}: breaks {len(violations)} rules, the first: {violations[0]}; "
             f"`triptych validate FILE` lists them all"
+        )
+    if config.drift and config.framework not in drift.by_name(config.drift).frameworks:
+        raise UsageError(
+            f"{settings['run', 'drift'].where} = {config.drift}: {config.framework} has no such habit; right would be "
+            f"{_flag('framework')} {','.join(drift.by_name(config.drift).frameworks)}"
         )
     if config.executor == "native" and config.schedule not in NATIVE_SCHEDULES.get(config.framework, ()):
         origin = settings[("run", "executor")].where
@@ -419,6 +479,8 @@ def _from_text(model: type[BaseModel], name: str, value: Any) -> Any:
 def _wrong(field: FieldInfo, item: Any) -> str:
     """What is wrong with a field's value, and what would be right."""
     kind = str(item["type"])
+    if kind == "string_pattern_mismatch":  # only `recompute` has a pattern
+        return f"unknown; right would be {RECOMPUTE_WORDS.replace('|', ', ')} with N at least 1"
     if kind == "literal_error":
         words = [word for part in _alternatives(field.annotation) for word in _words(part)]
         return f"unknown{_close(str(item['input']), words)}"

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from common import cli
+from common.bench import describe, run_name
 from common.config import Bench, Parser, UsageError, add_options, read_bench
 from common.report.result import RunResult
 from common.runtime import oracle_worker
@@ -104,6 +105,40 @@ def test_the_warm_up_of_a_preset_follows_fewer_steps() -> None:
     assert bench("--steps", "2").points[0].train.warmup_steps == 2
 
 
+def test_native_dropout_takes_the_nearest_probability(tmp_path: Path) -> None:
+    def dropout(*argv: str) -> tuple[str, float]:
+        model = bench("--framework", "torch", *argv).points[0].model
+        return model.dropout_masks, round(model.dropout, 6)
+
+    assert dropout("--dropout", "native") == ("native", 0.1)
+    assert dropout("--dropout", "native:0.25") == ("native", 0.25)
+    assert dropout("--preset", "tiny", "--dropout", "0.2") == ("shared", 0.2)
+    file = config_file(tmp_path, "[model]\ndropout = 0.3\n")
+    assert dropout("--config", file, "--dropout", "native") == ("native", 0.3)
+    assert dropout("--config", config_file(tmp_path, "[model]\ndropout = 'native:0.4'\n")) == ("native", 0.4)
+
+
+def test_recomputation_makes_a_grid_whose_rows_have_names_of_their_own() -> None:
+    points = bench("--preset", "tiny", "--framework", "torch", "--recompute", "none,full,every-2", "--peers").points
+    ours = [point for point in points if point.executor == "table"]
+    assert {point.recompute for point in ours} == {"none", "full", "every-2"}
+    assert {point.recompute for point in points if point.executor != "table"} == {"none"}
+    assert len({run_name(point) for point in points}) == len({describe(point) for point in points}) == len(points)
+    assert run_name(ours[-1]) == "torch-1f1b-p2-m4-recompute-every-2"
+
+
+def test_a_drift_brings_what_it_needs_to_show() -> None:
+    (tanh,) = bench("--drift", "tanh-gelu", "--schedules", "1f1b").points
+    assert (tanh.framework, tanh.train.dtype, describe(tanh)) == (
+        "tensorflow",
+        "float32",
+        "tensorflow 1f1b p=2 m=8 drift=tanh-gelu",
+    )
+    local = bench("--drift", "local-dropout-samples", "--framework", "torch").points[0]
+    assert local.model.dropout > 0
+    assert bench("--drift", "local-dropout-samples", "--dropout", "0.3").points[0].model.dropout > 0.2
+
+
 # ------------------------------------------------------------------------------------------------- wrong input
 
 WRONG = {
@@ -125,6 +160,12 @@ WRONG = {
     "--learning-rate fast": "--learning-rate = 'fast': right would be a number, more than 0.0",
     "--learning-rate nan": "--learning-rate = 'nan': right would be a number, more than 0.0",
     "--dropout 1": "right would be a number, at least 0.0 and less than 1.0",
+    "--dropout native:x": "--dropout = 'x': right would be a number, at least 0.0 and less than 1.0",
+    "--dropout native --dropout-masks shared": "--dropout = native and --dropout-masks = shared disagree",
+    "--recompute every-0": "right would be none, full, except-last, every-N with N at least 1",
+    "--drift tanh": "--drift = 'tanh': unknown; right would be tanh-gelu",
+    "--drift nothing-like-it": "right would be one of tanh-gelu, float32-gelu-constant",
+    "--drift tanh-gelu --frameworks torch": "torch has no such habit; right would be --frameworks tensorflow",
     "--clip-norm 0": "right would be a number, more than 0.0 or none",
     "--steps": "--steps: expected one argument",
     "--steps 3 --warmup-steps 4": "right would be 0 to 3",
@@ -227,6 +268,32 @@ def test_rows_that_fail_leave_the_others_intact(tmp_path: Path) -> None:
     assert results["torch-1f1b-p2-m4"].actions[1] == "F0 BW0 F1 BW1 F2 BW2 F3 BW3"
     assert results["tensorflow-1f1b-p2-m4"].status == "skipped"
     assert not list(tmp_path.glob("*/*/*.safetensors"))
+
+
+def test_native_dropout_is_shown_and_not_ranked(tmp_path: Path) -> None:
+    run = start(tmp_path, "--dropout", "native", "--frameworks", "torch")
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, output + errors
+    (row,) = table(tmp_path)
+    assert (row["status"], row["parity"], row["ratio"]) == ("ok", "not comparable", "")
+    assert float(row["tokens_per_second"]) > 0
+    assert "1 not comparable" in output and "oracle (NumPy" not in output
+    (result,) = [RunResult.read(path) for path in tmp_path.glob("*/*/result.json")]
+    assert result.parity.reason.startswith("native dropout")
+
+
+def test_bfloat16_is_judged_beside_the_other_frameworks(tmp_path: Path) -> None:
+    alone = start(tmp_path / "alone", "--dtype", "bfloat16", "--frameworks", "torch")
+    assert alone.wait(timeout=60) == 0
+    assert [row["parity"] for row in table(tmp_path / "alone")] == ["not checked"]
+    # 0.1 % off is well below the ceiling, and far above three times what the other one errs.
+    both = start(
+        tmp_path / "both", "--dtype", "bfloat16", "--frameworks", "torch,paddle", FAKE_FAULTS="paddle=wrong-loss"
+    )
+    output, _ = both.communicate(timeout=60)
+    assert both.returncode == 1
+    assert [row["parity"] for row in table(tmp_path / "both")] == ["pass", "FAIL"]
+    assert "rule: no error more than 3 times the smallest of paddle, torch" in output
 
 
 def test_two_schedule_files_of_one_name_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from common.parity import LIMITS, TensorKey, compare
+from common.parity import BFLOAT16_FACTOR, LIMITS, LOSS_ERROR_FLOOR, TensorKey, compare, relative_margins
 
 KEYS = [TensorKey(0, "forward", 0, i, f"block.{i}", "output") for i in range(3)]
 
@@ -41,3 +41,21 @@ def test_margins_are_over_the_limit() -> None:
     observed = {KEYS[0]: np.ones(4) * (1 + 5e-6)}
     margin = compare(observed, expected, "gradient", "float32").margins()["gradient"]
     assert math.isclose(margin, 5e-6 / LIMITS["gradient"]["float32"], rel_tol=1e-6)
+
+
+def test_errors_in_bfloat16_are_judged_by_the_smallest() -> None:
+    errors = [{"loss": 0.0, "gradient": 0.01}, {"loss": 2 * LOSS_ERROR_FLOOR, "gradient": 0.02}]
+    best, second = relative_margins([*errors, {"loss": 1e-9, "gradient": 0.031}])[:2]
+    assert best["loss"] == 1 / BFLOAT16_FACTOR  # a loss that is right by luck is no better than the floor
+    assert math.isclose(best["gradient"], 1 / BFLOAT16_FACTOR)
+    assert math.isclose(second["loss"], 2 / 3) and math.isclose(second["gradient"], 2 / 3)
+    assert relative_margins([*errors, {"loss": 1e-9, "gradient": 0.031}])[2]["gradient"] > 1
+    assert relative_margins([{"gradient": math.nan}, {"gradient": 0.1}])[0]["gradient"] == math.inf
+    assert relative_margins([{"gradient": 0.0}, {"gradient": 0.1}])[1]["gradient"] == math.inf
+
+
+def test_errors_are_the_worst_per_check_and_the_median_of_the_gradients() -> None:
+    expected = {key: np.ones(4) for key in KEYS}
+    observed = {key: np.ones(4) * (1 + step) for key, step in zip(KEYS, (0.01, 0.03, 0.02), strict=True)}
+    errors = compare(observed, expected, "gradient", "bfloat16").errors()
+    assert math.isclose(errors["gradient"], 0.03) and math.isclose(errors["gradient_median"], 0.02)

@@ -267,7 +267,7 @@ def test_compare_fails_on_a_row_that_broke(tmp_path: Path, published: Path, caps
 
 WRONG = {
     "report {tmp}/none": "holds no */result.json",
-    "report {tmp}/future": "schema_version = 99; this program reads 1 and 2",
+    "report {tmp}/future": "schema_version = 99; this program reads 1 to 3",
     "report {run} {tmp}/future": "right would be with --out FOLDER",
     "report {run} {run} --out {tmp}/both": "the same run twice",
     "compare {run}": "RUN_B",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from common.parity import BFLOAT16_FACTOR, relative_margins
 from common.report.compare import oracle_config
-from common.report.result import ResultError, RunResult
+from common.report.result import Parity, ResultError, RunResult
 from common.report.tables import Row, make_rows
+from common.spec import RunConfig
 
 
 @dataclass(frozen=True)
@@ -111,4 +113,40 @@ def collect(folders: Sequence[Path]) -> Collection:
         groups += [
             RowRuns(tuple(each), references.get(oracle_config(each[0].result.config)), name) for each in rows.values()
         ]
-    return Collection(tuple(groups), tuple(oracles), tuple(folders))
+    return Collection(tuple(judge_together(groups)), tuple(oracles), tuple(folders))
+
+
+def judge_together(groups: Sequence[RowRuns]) -> list[RowRuns]:
+    """Gives runs in bfloat16 their verdict: beside those of the other frameworks with the same configuration."""
+    alike: dict[RunConfig, list[Run]] = {}
+    for group in groups:
+        for run in group.runs:
+            if run.result.parity.errors and run.result.parity.status != "FAIL":
+                alike.setdefault(run.result.config.model_copy(update={"framework": "torch"}), []).append(run)
+    verdicts: dict[Path, Parity] = {}
+    for runs in alike.values():
+        frameworks = sorted({run.result.config.framework for run in runs})
+        margins = relative_margins([run.result.parity.errors for run in runs])
+        if len(frameworks) > 1:
+            verdicts |= {run.folder: _verdict(run, each, frameworks) for run, each in zip(runs, margins, strict=True)}
+
+    def judged(run: Run) -> Run:
+        parity = verdicts.get(run.folder, run.result.parity)
+        return replace(run, result=run.result.model_copy(update={"parity": parity}))
+
+    return [replace(group, runs=tuple(judged(run) for run in group.runs)) for group in groups]
+
+
+def _verdict(run: Run, margins: Mapping[str, float], frameworks: Sequence[str]) -> Parity:
+    parity = run.result.parity
+    check = max(margins, key=lambda name: margins[name])
+    errors = ", ".join(f"{name.replace('_', ' ')} {error:.1e}" for name, error in parity.errors.items())
+    rule = f"no error more than {BFLOAT16_FACTOR:g} times the smallest of {', '.join(frameworks)}"
+    worst = f"{check.replace('_', ' ')} is {BFLOAT16_FACTOR * margins[check]:.1f} times it"
+    return parity.model_copy(
+        update={
+            "status": "pass" if margins[check] <= 1 else "FAIL",
+            "reason": f"errors: {errors}; {worst}; rule: {rule}",
+            "margins": dict(margins),
+        }
+    )

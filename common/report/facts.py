@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from common.report.collect import Collection
+from common.report.names import dropout_words
+from common.spec import RunConfig
 
 TIMING_LEGEND = (
     "Simulated: every action takes what it took on its stage in this run (the mean of a step, of that the median over "
@@ -30,7 +32,8 @@ def parity_verdict(collection: Collection) -> Verdict:
     parities = [result.parity for result in collection.results if result.status == "ok"]
     passed = sum(parity.status == "pass" for parity in parities)
     failed = sum(parity.status == "FAIL" for parity in parities)
-    unchecked = len(parities) - passed - failed
+    incomparable = sum(parity.status == "not comparable" for parity in parities)
+    unchecked = len(parities) - passed - failed - incomparable
     failures = sum(result.status == "failed" for result in collection.results)
     skipped = sum(result.status == "skipped" for result in collection.results)
     words = [f"Parity: {passed} of {len(parities)} runs train what the float64 oracle trains"]
@@ -39,6 +42,8 @@ def parity_verdict(collection: Collection) -> Verdict:
         words.append(f"the largest error is {worst:.1%} of its limit ({check.replace('_', ' ')})")
     if failed:
         words.append(f"{failed} differ{'s' if failed == 1 else ''}")
+    if incomparable:
+        words.append(f"{incomparable} not comparable")
     if unchecked:
         words.append(f"{unchecked} not checked")
     if failures:
@@ -83,7 +88,10 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
         (
             "Training",
             f"{train.steps} steps of {train.batch_size} sequences, {train.optimizer}, seed {train.seed}, "
-            f"{_distinct(r.config.train.dtype for r in results)}",
+            f"{_distinct(r.config.train.dtype for r in results)}; "
+            f"dropout {_distinct(dropout_words(r.config) for r in results)}; "
+            f"recomputation {_distinct(r.config.recompute for r in results)}; "
+            f"{_distinct(_lengths(r.config) for r in results)}",
         ),
         (
             "Statistics",
@@ -95,6 +103,14 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
         ("Commit", _distinct(result.git_commit or "unknown" for result in results)),
         ("Started", _distinct(result.started for result in results)),
     ]
+
+
+def _lengths(config: RunConfig) -> str:
+    full = "every token counts"
+    if config.sequence_lengths == "random":
+        full = "sequences end anywhere, tokens after the end are computed and not counted"
+    epoch = config.sequences_per_epoch
+    return full if epoch is None else f"{full}, {epoch} sequences per epoch"
 
 
 def _distinct(values: Iterable[str]) -> str:

@@ -45,7 +45,8 @@ def peer_ratios(collection: Collection) -> list[PeerRatio]:
 
 
 def _is_peer(ours: Row, peer: Row) -> bool:
-    if (ours.framework, ours.dtype, ours.track, ours.source) != (peer.framework, peer.dtype, peer.track, peer.source):
+    alike = ("framework", "dtype", "track", "source", "recompute", "dropout", "sequence_lengths", "drift")
+    if any(getattr(ours, name) != getattr(peer, name) for name in alike):
         return False
     same = all(getattr(ours, name) == getattr(peer, name) for name in ("schedule", "stages", "chunks", "micro_batches"))
     return peer.executor == "plain" or (peer.executor == "native" and same)

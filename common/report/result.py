@@ -20,8 +20,9 @@ from common.spec import RunConfig
 
 IS_ORACLE = "this is the oracle"
 
-SCHEMA_VERSION = 2
-"""2 added the timing, the held activations, the untimed steps, and the events of the median step in place of the last."""
+SCHEMA_VERSION = 3
+"""2 added the timing, the held activations, the untimed steps, and the events of the median step in place of the last.
+3 added the verdict "not comparable", errors in bfloat16, and recomputation, ragged sequences and drift."""
 
 
 class ResultError(ValueError):
@@ -45,13 +46,15 @@ class Parity(BaseModel):
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
-    status: Literal["pass", "FAIL", "not checked"] = "not checked"
+    status: Literal["pass", "FAIL", "not checked", "not comparable"] = "not checked"
     reason: str = ""
     """The first tensor that differs, or why there was no comparison."""
     tensors: int = 0
     """How many were compared."""
     margins: dict[str, float] = {}
     """The worst observed error over its limit, per check; below 1 passes."""
+    errors: dict[str, float] = {}
+    """In bfloat16: the relative errors that are judged beside those of the other frameworks, per check."""
 
 
 class RunResult(BaseModel):
@@ -149,8 +152,8 @@ class RunResult(BaseModel):
             raise ResultError(f"{path}: not a result ({type(error).__name__}: {error})") from None
         if found == 1:
             content = _from_version_1(content)
-        elif found != SCHEMA_VERSION:
-            raise ResultError(f"{path}: schema_version = {found}; this program reads 1 and {SCHEMA_VERSION}")
+        elif found not in (2, SCHEMA_VERSION):
+            raise ResultError(f"{path}: schema_version = {found}; this program reads 1 to {SCHEMA_VERSION}")
         try:
             return cls.model_validate(content)
         except ValidationError as error:

@@ -87,5 +87,6 @@ def _over(above: float | None, below: float | None) -> float:
 
 def _shared(row: Row, axis: Axis) -> tuple[object, ...]:
     """What the rows of one curve have in common."""
-    names = ("framework", "schedule", "stages", "chunks", "micro_batches", "executor", "track", "dtype", "source")
+    sizes = ("schedule", "stages", "chunks", "micro_batches", "executor", "track", "dtype", "source")
+    names = ("framework", *sizes, "recompute", "dropout", "sequence_lengths", "drift")
     return tuple(getattr(row, name) for name in names if name != axis)

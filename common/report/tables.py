@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from common.report.names import dropout_words, variant
 from common.report.result import RunResult
 from common.report.statistics import Samples, speed_ratio, summarize
 
@@ -57,22 +58,24 @@ class Row:
     """10^6 bytes of activations held for the backward on the stage that holds most."""
     source: str = ""
     """The benchmark's folder, where several are shown together."""
+    recompute: str = "none"
+    dropout: str = "none"
+    """Whose masks, and the probability."""
+    sequence_lengths: str = "full"
+    drift: str = ""
 
     @property
     def ranked(self) -> bool:
         """Whether the throughput counts: every repeat ended well and none trained something else."""
-        return self.status == "ok" and self.parity != "FAIL"
+        return self.status == "ok" and self.parity not in ("FAIL", "not comparable")
 
     @property
     def name(self) -> str:
         """The row in words, as the progress bar says it."""
         words = [self.framework, self.schedule, self.executor if self.executor != "table" else ""]
         words += [f"p={self.stages}", f"v={self.chunks}" if self.chunks > 1 else "", f"m={self.micro_batches}"]
-        words += [
-            self.source,
-            self.dtype if self.dtype != "float32" else "",
-            self.track if self.track != "matched" else "",
-        ]
+        words += [self.source]
+        words += variant(self.dtype, self.track, self.recompute, self.dropout, self.sequence_lengths, self.drift)
         return " ".join(filter(None, words))
 
     @property
@@ -155,6 +158,10 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         held_activation_mb=max(
             (held / 1e6 for result in good for held in result.held_activation_peak_bytes.values()), default=None
         ),
+        recompute=config.recompute,
+        dropout=dropout_words(config),
+        sequence_lengths=config.sequence_lengths,
+        drift=config.drift or "",
     )
 
 
@@ -167,7 +174,8 @@ def _status(repeats: Sequence[RunResult]) -> str:
 
 def _parity(good: Sequence[RunResult]) -> str:
     verdicts = [result.parity.status for result in good]
-    return next((verdict for verdict in ("FAIL", "not checked", "pass") if verdict in verdicts), "")
+    order = ("FAIL", "not comparable", "not checked", "pass")
+    return next((verdict for verdict in order if verdict in verdicts), "")
 
 
 def _median(values: Sequence[float | None]) -> float | None:
@@ -200,7 +208,7 @@ def _step(row: Row) -> str:
 
 
 def _ratio(row: Row) -> str:
-    if row.parity == "FAIL":
+    if row.parity in ("FAIL", "not comparable"):
         return "not ranked"
     if row.ratio is None or row.ratio_low is None or row.ratio_high is None:
         return _number(row.ratio, ".2f")
@@ -223,6 +231,10 @@ COLUMNS: tuple[Column, ...] = (
     Column("micro-batches", lambda row: str(row.micro_batches), keep=4),
     Column("executor", lambda row: row.executor, numeric=False, keep=12),
     Column("dtype", lambda row: row.dtype, numeric=False),
+    Column("recompute", lambda row: row.recompute, numeric=False),
+    Column("dropout", lambda row: row.dropout, numeric=False),
+    Column("lengths", lambda row: row.sequence_lengths, numeric=False),
+    Column("drift", lambda row: row.drift or "none", numeric=False),
     Column("status", lambda row: row.status, numeric=False),
     Column("parity", lambda row: row.parity, numeric=False),
     Column("final loss", lambda row: _number(row.final_loss, ".5f"), keep=8),
@@ -242,7 +254,8 @@ LEGEND = (
     "tokens/s, step ms: medians of the timed steps (brackets: 10th and 90th percentile). First step: apart, it traces "
     "and fills caches. Ratio: tokens/s to the first ranked row, with a 95 % bootstrap interval (repeats, then steps); "
     "paired by repeat, so that a drifting machine cancels; where the interval includes 1, no difference is shown. A row "
-    "that fails parity is not ranked. Parity: against the float64 NumPy oracle, loss of every step and all gradients. "
+    "that fails parity, or has nothing to be compared with, is not ranked. Parity: against the float64 NumPy oracle, loss "
+    "of every step and all gradients. "
     "Bubble: idle share of all stages, measured / simulated from the run's own costs; sim. step: simulated step time "
     "against the measured median. Peak MB: 10^6 bytes, all processes of a run; held MB: activations held for the "
     "backward, on the stage that holds most."
@@ -256,6 +269,11 @@ def columns_for(rows: Sequence[Row]) -> list[Column]:
         "chunks": all(row.chunks == 1 for row in rows),
         "dtype": len({row.dtype for row in rows}) == 1,
         "executor": all(row.executor == "table" for row in rows),
+        "recompute": all(row.recompute == "none" for row in rows),
+        "dropout": not any(row.dropout.startswith("native") for row in rows)
+        and len({row.dropout for row in rows}) == 1,
+        "lengths": all(row.sequence_lengths == "full" for row in rows),
+        "drift": not any(row.drift for row in rows),
         "bubble / sim.": all(row.bubble_fraction is None for row in rows),
         "sim. step": all(row.simulated_step_difference is None for row in rows),
         "held MB": all(row.held_activation_mb is None for row in rows),
@@ -292,7 +310,8 @@ def _rich_table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
         title = Text(column.title.replace("micro-", "micro- ").replace(" ", "\n", 1))
         table.add_column(title, justify="right" if column.numeric else "left", no_wrap=True)
     for row in rows:
-        style = None if row.ranked else ("dim" if row.status == "skipped" else "red")
+        unjudged = row.status == "skipped" or (row.status == "ok" and row.parity == "not comparable")
+        style = None if row.ranked else ("dim" if unjudged else "red")
         table.add_row(*(column.cell(row) for column in columns), style=style)
     return table
 
