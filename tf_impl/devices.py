@@ -90,19 +90,24 @@ def one_core_per_stage() -> bool:
     return tf.config.threading.get_intra_op_parallelism_threads() == 1 and options.get("disable_meta_optimizer", False)
 
 
-def stage_thread(device: str, only_own_device: bool = True) -> contextlib.AbstractContextManager[Any]:
-    """What the thread of a stage runs in: its device and, with one core per stage, TensorFlow's executor on one thread.
+def on_one_thread(device: str, only_own_device: bool) -> bool:
+    """Whether the functions of a stage on `device` run on TensorFlow's executor on one thread.
 
     The normal executor spreads independent operations over all cores, so that a lone stage would borrow those of the
-    idle ones, and the bubble would hardly show. It cannot wait for another device, so a stage whose functions read a
-    variable that lies elsewhere (`only_own_device` is False) keeps the normal executor.
+    idle ones, and the bubble would hardly show. The one on one thread cannot wait for another device, so a stage whose
+    functions read a variable that lies elsewhere (`only_own_device` is False) keeps the normal executor.
     """
+    return only_own_device and "CPU" in device and one_core_per_stage()
+
+
+def stage_thread(device: str, only_own_device: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """What the thread of a stage runs in: its device and, where `on_one_thread`, TensorFlow's executor on one thread."""
     import tensorflow as tf
     from tensorflow.python.eager import context  # no public name for the executor
 
     stack = contextlib.ExitStack()
     stack.enter_context(tf.device(device))
-    if only_own_device and "CPU" in device and one_core_per_stage():
+    if on_one_thread(device, only_own_device):
         stack.enter_context(context.function_executor_type("SINGLE_THREADED_EXECUTOR"))
     return stack
 

@@ -17,6 +17,7 @@ import tensorflow as tf
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
 from tf_impl.cut import StageFunctions, cut_stage
+from tf_impl.devices import on_one_thread
 from tf_impl.dropout import DropoutContext
 from tf_impl.layers import Unit
 
@@ -87,7 +88,7 @@ class Chunk:
             functions = cut()
         captured = [outer.device.split("device:")[-1] for outer, _ in functions.forward.graph.captures]
         self.only_own_device = all(device == self.device.split("device:")[-1] for device in captured)
-        return functions
+        return functions.on_calling_thread() if on_one_thread(self.device, self.only_own_device) else functions
 
     def clear_gradients(self) -> None:
         with tf.device(self.device):
