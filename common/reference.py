@@ -359,5 +359,8 @@ def global_norm(squared_norms: list[float]) -> float:
 
 
 def clip_scale(norm: float, clip_norm: float | None) -> float:
-    """What gradients are multiplied by (Pascanu et al. 2013): min(1, clip_norm / norm), without an epsilon."""
-    return 1.0 if clip_norm is None or norm <= clip_norm else clip_norm / norm
+    """What gradients are multiplied by (Pascanu et al. 2013): min(1, clip_norm / norm), without an epsilon.
+
+    1 where the norm is NaN, so that the gradients that made it so can still be found.
+    """
+    return clip_norm / norm if clip_norm is not None and norm > clip_norm else 1.0

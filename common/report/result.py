@@ -190,8 +190,8 @@ def measured(outcome: Outcome, config: RunConfig, untimed_steps: int) -> dict[st
         for records in zip(*(part.steps for part in outcome.parts), strict=True)
     ]
     events = [
-        {device: records for part in outcome.parts for device, records in part.steps[step.step].events.items()}
-        for step in steps
+        {device: records for part in outcome.parts for device, records in part.steps[number].events.items()}
+        for number in range(len(steps))  # a run that goes on from a snapshot does not begin with step 0
     ]
     timing = _timing(events, steps, config, untimed_steps)
     kept = events[timing.median_step if timing else -1]

@@ -1,6 +1,7 @@
 """What the parent hands to a child: a list of jobs in a JSON file. What the child hands back: files in each job's folder.
 
 progress.jsonl        lines as they happen, from the process that holds device 0 (read by the progress bar)
+not-finite-<device>.json   the first tensor of this process that was not finite, where the job was to stop at one
 part-<device>.json    one `Part` per process, named after its first device
 part-<device>.safetensors   step 0's gradients; for a probe also activations, one optimizer step, trained weights
 failed-<device>.txt   the traceback, where a job failed
@@ -16,6 +17,18 @@ from pydantic import BaseModel, ConfigDict
 from common.spec import RunConfig
 
 
+class Saving(BaseModel):
+    """Where and how often a job saves snapshots (`common.snapshot`). It always saves its last step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    directory: str
+    every: int | None
+    keep: int
+    token: str
+    """Of this job alone: the name of its temporary folders."""
+
+
 class Job(BaseModel):
     """One run to do in a child process."""
 
@@ -28,6 +41,13 @@ class Job(BaseModel):
     """probe: also write the tensors of the parity ladder."""
     noise: float = 0.0
     """Added to the initial weights (times standard normal), so that no bias is 0 and no norm weight 1 in a test."""
+    resume: str | None = None
+    """The snapshot to go on from."""
+    stop_at: int | None = None
+    """Steps done when the job ends; default: all of the specification."""
+    saving: Saving | None = None
+    must_be_finite: bool = False
+    """Whether the job ends at the first loss or gradient norm that is not finite."""
 
 
 class JobFile(BaseModel):

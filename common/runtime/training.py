@@ -1,23 +1,54 @@
-"""Training in a child process: the steps of a run, and the tensors that a probe leaves for the parity ladder."""
+"""Training in a child process: where it starts, its steps, its snapshots, and what a probe leaves for the parity ladder."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from common import snapshot
 from common.data import Batch, Corpus
 from common.parity import TensorKey
 from common.runtime.engine import Arrays, Engine
-from common.runtime.job import EventRecord, Job, StepRecord
+from common.runtime.job import EventRecord, Job, Saving, StepRecord
+from common.snapshot import SnapshotError, SnapshotWriter
 from common.spec import RunConfig
-from common.weights import initial_weights, random_arrays, unit_of
+from common.weights import initial_weights, parameter_shapes, random_arrays, unit_names, unit_of
 
+EVENTS_KEPT = 500
+"""Steps at the end of a run that saves snapshots whose events are kept: such a run may be long."""
 OPTIMIZER_TEST_SEED = 1
 NOISE_SEED = 2
+
+
+class NotFiniteError(ArithmeticError):
+    """A loss or a gradient norm that is not finite: says at which step, and which tensor was the first."""
+
+
+def start(engine: Engine, job: Job, corpus: Corpus) -> int:
+    """Gives the engine its weights, and its moments where it goes on from a snapshot. Returns the first step to do.
+
+    Raises SnapshotError for a snapshot that is damaged or of another run.
+    """
+    if job.resume is None:
+        engine.reset(starting_weights(job))
+        return 0
+    saved = snapshot.load(Path(job.resume))
+    position = saved.manifest.data
+    different = snapshot.differences(saved.manifest, job.config)
+    if position is not None and position.corpus_digest != corpus.digest:
+        different.append("corpus: the snapshot was trained on another text")
+    if different:
+        raise SnapshotError(f"{job.resume}: {different[0]}")
+    engine.reset(saved.weights)
+    if saved.manifest.steps_done:
+        engine.load_optimizer_state(saved.optimizer_state, saved.manifest.steps_done)
+    return saved.manifest.steps_done
 
 
 def starting_weights(job: Job) -> Arrays:
@@ -47,19 +78,26 @@ def probe(engine: Engine, job: Job, corpus: Corpus, weights: Arrays) -> dict[Ten
 
 
 def train(
-    engine: Engine, config: RunConfig, corpus: Corpus, out: Path, arrays: dict[TensorKey, Any]
+    engine: Engine, job: Job, corpus: Corpus, arrays: dict[TensorKey, Any], first_step: int = 0
 ) -> list[StepRecord]:
+    """The steps from `first_step` on. Raises NotFiniteError (where the job asks for it) and SnapshotError."""
+    config, out = job.config, Path(job.out)
+    end = config.train.steps if job.stop_at is None else job.stop_at
     records = []
-    for step in range(config.train.steps):
+    for step in range(first_step, end):
         batch = corpus.training_batch(config, step)
         start = time.perf_counter()
         loss = engine.forward_backward(batch)
         seconds = time.perf_counter() - start
         if step == 0:
             arrays |= named(config, engine, engine.gradients(), 0, "backward")
+        if job.must_be_finite and not math.isfinite(loss):
+            raise _not_finite(engine, job, batch, f"the loss is {loss}")
         start = time.perf_counter()
         norm = engine.apply_gradients(step)
         seconds += time.perf_counter() - start
+        if job.must_be_finite and not math.isfinite(norm):
+            raise _not_finite(engine, job, batch, f"the gradient norm is {norm}", loss_is_finite=True)
         events = {
             device: [
                 EventRecord(
@@ -72,11 +110,61 @@ def train(
             ]
             for device, done in engine.events().items()
         }
-        records.append(StepRecord(step=step, loss=loss, gradient_norm=norm, seconds=seconds, events=events))
+        record = StepRecord(step=step, loss=loss, gradient_norm=norm, seconds=seconds, events=events)
+        records.append(record)
+        if job.saving is not None and len(records) > EVENTS_KEPT:
+            records[-1 - EVENTS_KEPT].events.clear()
         if 0 in engine.devices:
             with (out / "progress.jsonl").open("a") as progress:
-                progress.write(json.dumps({"step": step, "loss": loss, "seconds": seconds}) + "\n")
+                progress.write(json.dumps(record.model_dump(exclude={"events"})) + "\n")
+        if job.saving is not None and _is_due(job.saving.every, step + 1, end):
+            _save(engine, job.config, job.saving, corpus, step + 1)
     return records
+
+
+def _is_due(every: int | None, steps_done: int, end: int) -> bool:
+    return steps_done == end or (every is not None and steps_done % every == 0)
+
+
+def _save(engine: Engine, config: RunConfig, saving: Saving, corpus: Corpus, steps_done: int) -> None:
+    SnapshotWriter(Path(saving.directory), saving.keep, saving.token).write(
+        config,
+        steps_done,
+        corpus.digest,
+        engine.devices,
+        engine.weights(),
+        engine.optimizer_state(),
+        engine.environment(),
+    )
+
+
+def _not_finite(engine: Engine, job: Job, batch: Batch, what: str, loss_is_finite: bool = False) -> NotFiniteError:
+    """The error, after a note of this process' first tensor that is not finite, for the parent to find the very first.
+
+    The weights come first, since all that follows inherits from them; then the outputs of the units; then the gradients,
+    from the head backwards. After a step with a bad gradient norm only the gradients are still those of before it.
+    """
+    units = unit_names(job.config.model)
+    order = {name: i for i, name in enumerate(parameter_shapes(job.config.model))}
+    found: list[tuple[tuple[int, ...], str]] = []
+    if not loss_is_finite:
+        found += [((0, order[name]), f"weight {name}") for name, array in engine.weights().items() if _is_bad(array)]
+        found += [
+            ((1, units.index(key.unit), key.micro_batch), f"output of {key.unit} for micro-batch {key.micro_batch}")
+            for key, array in engine.unit_outputs(batch).items()
+            if _is_bad(array)
+        ]
+    found += [
+        ((2, -order[name]), f"gradient of {name}") for name, array in engine.gradients().items() if _is_bad(array)
+    ]
+    first = min(found, default=((3,), "the loss itself"))
+    note = {"step": batch.step, "what": what, "order": first[0], "tensor": first[1]}
+    (Path(job.out) / f"not-finite-{engine.devices[0]}.json").write_text(json.dumps(note))
+    return NotFiniteError(f"step {batch.step}: {what}; the first tensor that is not finite: {first[1]}")
+
+
+def _is_bad(array: NDArray[Any]) -> bool:
+    return not bool(np.isfinite(array).all())
 
 
 def held_out_batch(config: RunConfig, corpus: Corpus) -> Batch:

@@ -16,7 +16,7 @@ from common.data import load_corpus
 from common.parity import TensorKey
 from common.runtime.engine import Engine
 from common.runtime.job import Job, JobFile, Part
-from common.runtime.training import held_out_batch, named, probe, starting_weights, train
+from common.runtime.training import held_out_batch, named, probe, start, starting_weights, train
 from common.spec import RunConfig
 
 Switch = Callable[[RunConfig], AbstractContextManager[Any]]
@@ -53,13 +53,12 @@ def _run_job(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
     began = time.perf_counter()
     engine = build_engine(config)
     try:
-        weights = starting_weights(job)
-        engine.reset(weights)
+        first_step = start(engine, job, corpus)
         build_seconds = time.perf_counter() - began
         arrays: dict[TensorKey, Any] = {}
         if job.kind == "probe":
-            arrays |= probe(engine, job, corpus, weights)
-        steps = train(engine, config, corpus, out, arrays)
+            arrays |= probe(engine, job, corpus, starting_weights(job))
+        steps = train(engine, job, corpus, arrays, first_step)
         if job.kind == "probe":
             arrays |= named(config, engine, engine.weights(), config.train.steps, "trained")
         part = Part(

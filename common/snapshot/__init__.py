@@ -1,0 +1,42 @@
+"""Snapshots: all that is needed to go on with training, in any framework, on any number of stages.
+
+    step-00000100/
+      manifest.json              what it is: specification, position, and of every file and tensor what to expect
+      shard-00000.safetensors    weights by canonical name, moments as "first_moment/<name>" and "second_moment/<name>"
+      shard-00001.safetensors    ... one file for every process that trained
+
+Nothing in it depends on framework, partition, schedule or device. It is written to a temporary folder beside its place,
+every file flushed to the disk, the manifest last, and then renamed: a folder of this name is a whole snapshot.
+
+What is read may come from anywhere. So names, types, shapes and sizes are checked against the specification before memory
+is taken for any tensor, digests before a tensor is used, and nothing is ever unpickled. Every error is a `SnapshotError`
+of one line: what is wrong, where, and what would be right.
+"""
+
+from common.snapshot.directory import locked, newest, prune, set_aside, snapshots_in
+from common.snapshot.header import opened, read_header
+from common.snapshot.manifest import Arrays, DataPosition, Manifest, SnapshotError, differences, moments_of
+from common.snapshot.read import Snapshot, load, read_manifest, verify
+from common.snapshot.write import SnapshotWriter, write_weights
+
+__all__ = [
+    "Arrays",
+    "DataPosition",
+    "Manifest",
+    "Snapshot",
+    "SnapshotError",
+    "SnapshotWriter",
+    "differences",
+    "load",
+    "locked",
+    "moments_of",
+    "newest",
+    "opened",
+    "prune",
+    "read_header",
+    "read_manifest",
+    "set_aside",
+    "snapshots_in",
+    "verify",
+    "write_weights",
+]

@@ -1,0 +1,105 @@
+"""Reading a snapshot: all is checked before it is used, sizes and shapes before memory is taken."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+from safetensors import safe_open
+
+from common.snapshot.header import digest_of, opened, read_header
+from common.snapshot.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Arrays,
+    Manifest,
+    SnapshotError,
+    as_snapshot_error,
+    check_contents,
+    clip,
+    one_line,
+    tensor_shapes,
+)
+from common.weights import parameter_shapes
+
+MAX_MANIFEST_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A manifest with its tensors."""
+
+    manifest: Manifest
+    weights: Arrays
+    optimizer_state: Arrays
+
+
+class _Version(BaseModel):
+    schema_version: int
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest, checked against its own specification. Raises SnapshotError."""
+    path = folder / MANIFEST
+    with opened(path) as file:
+        text = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise SnapshotError(
+            f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; right would be the manifest of a snapshot"
+        )
+    try:
+        version = _Version.model_validate_json(text).schema_version
+        if version != SCHEMA_VERSION:
+            newer = "; right would be a newer version of this program" if version > SCHEMA_VERSION else ""
+            raise SnapshotError(f"{path}: schema_version = {version}; this program reads {SCHEMA_VERSION}{newer}")
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise SnapshotError(f"{path}: {one_line(error)}") from None
+    check_contents(manifest, folder)
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """Reads everything once without keeping it: manifest, headers, digests. Raises SnapshotError."""
+    manifest = read_manifest(folder)
+    for name in manifest.files:
+        _verify_file(folder / name, manifest)
+    return manifest
+
+
+def load(folder: Path) -> Snapshot:
+    """The whole snapshot, checked. Raises SnapshotError."""
+    manifest = verify(folder)
+    arrays: Arrays = {}
+    for name in manifest.files:
+        with as_snapshot_error(f"{folder / name}"), safe_open(folder / name, "numpy") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                arrays[key] = file.get_tensor(key)
+    names = parameter_shapes(manifest.model)
+    state = {key: arrays[key] for key in tensor_shapes(manifest.model, manifest.optimizer_state) if key not in names}
+    return Snapshot(manifest, {name: arrays[name] for name in names}, state)
+
+
+def _verify_file(path: Path, manifest: Manifest) -> None:
+    entry = manifest.files[path.name]
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry.bytes:
+            raise SnapshotError(f"{path}: has {size} bytes; right would be {entry.bytes}")
+        expected = {
+            name: (tensor.dtype, tensor.shape) for name, tensor in manifest.tensors.items() if tensor.file == path.name
+        }
+        header = read_header(file, path)
+        found = {name: (tensor.dtype, tensor.shape) for name, tensor in header.items()}
+        if found != expected:
+            name = min(name for name in {**found, **expected} if found.get(name) != expected.get(name))
+            raise SnapshotError(
+                f"{path}: {clip(name)} is {found.get(name, 'missing')}; the manifest says {expected.get(name, 'nothing')}"
+            )
+        file.seek(0)
+        if digest_of(file) != entry.sha256:
+            raise SnapshotError(
+                f"{path}: SHA-256 differs from the manifest's: damaged; right would be another snapshot"
+            )

@@ -1,0 +1,205 @@
+"""Writing a snapshot: every process its shard, the process of device 0 the manifest and the rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from common.snapshot.directory import folder_name, prune
+from common.snapshot.header import digest_of
+from common.snapshot.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    DataPosition,
+    Entry,
+    FileEntry,
+    Manifest,
+    SnapshotError,
+    TensorEntry,
+    as_snapshot_error,
+    check_contents,
+    moments_of,
+)
+from common.spec import RunConfig, TransformerSpec
+
+SHARD_TIMEOUT_SECONDS = 300.0
+"""How long the process of device 0 waits for the other processes' shards."""
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class SnapshotWriter:
+    """Writes snapshots into `directory` and keeps the last `keep`.
+
+    Where stages are processes, each of them has a writer with the same `token`, which tells this run's temporary folders
+    from what an earlier run may have left.
+    """
+
+    directory: Path
+    keep: int
+    token: str
+    timeout_seconds: float = SHARD_TIMEOUT_SECONDS
+
+    def write(
+        self,
+        config: RunConfig,
+        steps_done: int,
+        corpus_digest: str,
+        devices: Sequence[int],
+        weights: Mapping[str, NDArray[Any]],
+        optimizer_state: Mapping[str, NDArray[Any]],
+        written_by: Mapping[str, Any],
+    ) -> Path | None:
+        """Saves what `devices` hold. The process of device 0 waits for all others and finishes: it returns the folder.
+
+        A tied head's copy of the token embedding is left to the process that has the embedding. Raises SnapshotError.
+        """
+        tensors = {**weights, **optimizer_state}
+        if 0 not in devices:  # device 0 has the embedding
+            tensors = {name: array for name, array in tensors.items() if "embedding." not in name}
+        with as_snapshot_error(f"cannot save step {steps_done} in {self.directory}"):
+            temporary = self.directory / f".{folder_name(steps_done)}.{self.token}.partial"
+            temporary.mkdir(parents=True, exist_ok=True)
+            try:
+                _write_shard(temporary, devices, tensors)
+                if 0 not in devices:
+                    return None
+                shards = _wait_for_shards(temporary, config.stages, self.timeout_seconds)
+                folder = _finish(
+                    temporary,
+                    self.directory / folder_name(steps_done),
+                    shards,
+                    steps_done=steps_done,
+                    model=config.model,
+                    train=config.train,
+                    data=_data_position(config, steps_done, corpus_digest),
+                    optimizer_state=moments_of(config.train),
+                    written_by={key: v for key, v in written_by.items() if isinstance(v, str | int | float | None)},
+                )
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            prune(self.directory, self.keep)
+            return folder
+
+
+def _data_position(config: RunConfig, steps_done: int, corpus_digest: str) -> DataPosition:
+    return DataPosition(
+        step=steps_done,
+        seed=config.train.seed,
+        corpus_digest=corpus_digest,
+        corpus=config.corpus,
+        tokenizer=config.tokenizer,
+        sequence_lengths=config.sequence_lengths,
+        sequences_per_epoch=config.sequences_per_epoch,
+    )
+
+
+def write_weights(folder: Path, model: TransformerSpec, weights: Mapping[str, NDArray[Any]], origin: str) -> Path:
+    """A snapshot of weights alone, at step 0, without optimizer state. Raises SnapshotError."""
+    with as_snapshot_error(f"cannot write {folder}"):
+        if folder.exists():
+            raise SnapshotError(f"{folder}: exists; right would be a new folder")
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        temporary.mkdir(parents=True)
+        try:
+            _write_shard(temporary, (0,), weights)
+            shards = _wait_for_shards(temporary, 1, 0.0)
+            return _finish(
+                temporary, folder, shards, steps_done=0, model=model, train=None, data=None, optimizer_state=(),
+                written_by={"imported_from": origin},
+            )  # fmt: skip
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+class _Shard(Entry):
+    """What one process says about the file it has written."""
+
+    devices: tuple[int, ...]
+    file: str
+    entry: FileEntry
+    tensors: dict[str, TensorEntry]
+
+
+def _write_shard(temporary: Path, devices: Sequence[int], tensors: Mapping[str, NDArray[Any]]) -> None:
+    """The tensors, and last the note that they are there."""
+    name = f"shard-{devices[0]:05}.safetensors"
+    path = temporary / name
+    save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, path)
+    _flush(path)
+    with path.open("rb") as file:
+        digest = digest_of(file)
+    entries = {
+        key: TensorEntry.model_validate({"file": name, "dtype": str(array.dtype), "shape": array.shape})
+        for key, array in tensors.items()
+    }
+    shard = _Shard(
+        devices=tuple(devices),
+        file=name,
+        entry=FileEntry(bytes=path.stat().st_size, sha256=digest),
+        tensors=entries,
+    )
+    note = temporary / f".{name}.writing"
+    note.write_text(shard.model_dump_json())
+    note.rename(temporary / f"{name}.note")
+
+
+def _wait_for_shards(temporary: Path, stages: int, timeout_seconds: float) -> list[_Shard]:
+    """The notes of all processes, which together hold every device; takes the notes away."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        notes = sorted(temporary.glob("*.note"))
+        shards = [_Shard.model_validate_json(note.read_text()) for note in notes]
+        lacking = set(range(stages)) - {device for shard in shards for device in shard.devices}
+        if not lacking:
+            for note in notes:
+                note.unlink()
+            return shards
+        if time.monotonic() > deadline:
+            raise SnapshotError(
+                f"{temporary.name}: no shard from device {', '.join(map(str, sorted(lacking)))} "
+                f"within {timeout_seconds:g} s"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _finish(temporary: Path, folder: Path, shards: Sequence[_Shard], **fields: Any) -> Path:
+    """Manifest, rename: from here on the snapshot is there, also after a power cut."""
+    names = [name for shard in shards for name in shard.tensors]
+    if len(names) != len(set(names)):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise SnapshotError(f"{folder}: {twice[0]} was saved by two processes")
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        files={shard.file: shard.entry for shard in shards},
+        tensors={name: entry for shard in shards for name, entry in shard.tensors.items()},
+        **fields,
+    )
+    check_contents(manifest, folder)
+    path = temporary / MANIFEST
+    path.write_text(manifest.model_dump_json(indent=1) + "\n")
+    _flush(path)
+    _flush(temporary)
+    temporary.rename(folder)
+    _flush(folder.parent)
+    return folder
+
+
+def _flush(path: Path) -> None:
+    """Until the disk has it (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
