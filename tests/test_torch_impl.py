@@ -56,6 +56,24 @@ def test_tied_copies_stay_equal_and_do_not_depend_on_the_partition(found: Any) -
     assert found["tied_head"] == {"copies_equal": True, "partition_bitwise": True}
 
 
+def test_ignored_labels_and_missing_sequences_count_for_nothing(found: Any) -> None:
+    assert found["ignored_labels"] < 1
+
+
+def test_going_on_from_exported_state_gives_the_bits_of_a_run_without_interruption(found: Any) -> None:
+    assert len(found["resume"]) == 18
+    assert all(found["resume"].values()), found["resume"]
+
+
+def test_units_alone_are_the_oracles_and_leave_the_engine_as_it_was(found: Any) -> None:
+    assert found["units_alone"]["worst"] < 1
+    assert found["units_alone"]["kept"]
+
+
+def test_predictions_are_the_oracles(found: Any) -> None:
+    assert found["predictions"] < 1
+
+
 def test_a_failing_stage_ends_the_step_with_its_own_error(found: Any) -> None:
     failure = found["failure"]
     assert failure["message"] == "device 3, action F0: ZeroDivisionError: injected"

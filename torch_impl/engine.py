@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -24,12 +25,14 @@ from common.spec import RunConfig
 from common.weights import TOKEN_EMBEDDING, parameter_shapes, unit_names
 from torch_impl import devices
 from torch_impl.optimizer import StageOptimizer
+from torch_impl.probe import probe_units
 from torch_impl.stage import Channel, Mode, Stage
 from torch_impl.weights import (
     export_gradients,
     export_weights,
     load_gradients,
     load_weights,
+    to_array,
 )
 
 Result = TypeVar("Result")
@@ -102,10 +105,32 @@ class TorchEngine:
         for unit in unit_names(self.config.model):
             for i in range(self.config.train.micro_batches):
                 device, tensor = where[unit, i]
-                outputs[TensorKey(batch.step, "forward", device, i, unit, "output")] = tensor.cpu().numpy()
-        for stage in self.stages:
-            stage.outputs = {}
+                outputs[TensorKey(batch.step, "forward", device, i, unit, "output")] = to_array(tensor)
+        self._drop_outputs()
         return outputs
+
+    def probe_units(
+        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+    ) -> dict[TensorKey, NDArray[Any]]:
+        found = self._on_all(lambda d: probe_units(self.stages[d], d, batch, inputs, output_gradients))
+        return {key: array for arrays in found for key, array in arrays.items()}
+
+    def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
+        self._run(self.schedule.only_forward(), Batch(0, inputs, np.zeros_like(inputs)), Mode.PREDICT)
+        logits = {i: tensor for stage in self.stages for (_, i), tensor in stage.outputs.items()}
+        self._drop_outputs()
+        return np.concatenate([to_array(logits[i]) for i in range(len(logits))])
+
+    def optimizer_state(self) -> Arrays:
+        found = self._on_all(lambda d: self._optimizers[d].state())
+        merged = {key: array for arrays in found for key, array in arrays.items()}
+        moments = sorted({key.partition("/")[0] for key in merged})
+        return {
+            key: merged[key] for m in moments for name in parameter_shapes(self.config.model) if (key := f"{m}/{name}")
+        }
+
+    def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
+        self._on_all(lambda d: self._optimizers[d].load_state(state, steps_done))
 
     def weights(self) -> Arrays:
         return self._in_order(self._on_all(lambda d: export_weights(self.stages[d].named)))
@@ -184,6 +209,10 @@ class TorchEngine:
             return StageOptimizer(self.config.train, stage.named)
 
         self._optimizers = self._on_all(reset)
+
+    def _drop_outputs(self) -> None:
+        for stage in self.stages:
+            stage.outputs = {}
 
     def _submit(self, device: int, work: Callable[[], Result]) -> Future[Result]:
         """Starts `work` in the thread of a device; it ends when the GPU has ended too."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.data import IGNORED
 from common.dropout import site_number
 from common.spec import TransformerSpec
 from torch_impl.dropout import DropoutContext, dropout
@@ -137,8 +138,10 @@ def build_unit(spec: TransformerSpec, name: str, fused: bool = False) -> nn.Modu
 
 
 def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
-    """The sum of the tokens' cross-entropies over `num_tokens`, those of the whole mini-batch.
+    """The sum of the tokens' cross-entropies over `num_tokens`, those of the whole mini-batch that count.
 
-    So the losses and gradients of micro-batches add up, whatever their sizes. Logits (B, S, V), targets (B, S).
+    So the losses and gradients of micro-batches add up, whatever their sizes; one whose targets are all IGNORED adds 0.
+    Logits (B, S, V), targets (B, S).
     """
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / num_tokens
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return losses / num_tokens

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
+from torch.optim import SGD, AdamW
 
 from common.spec import TrainSpec
-from torch_impl.weights import NamedParameter
+from torch_impl.weights import NamedParameter, export_tensor, load_tensor
+
+
+def weight_decay(train: TrainSpec, name: str) -> float:
+    """What decays the parameter of this canonical name."""
+    return train.weight_decay if train.decays(name) else 0.0
+
+
+def learning_rate(train: TrainSpec, step: int) -> float:
+    """That of `step` (from 0)."""
+    return train.learning_rate_at(step)
 
 
 class StageOptimizer:
@@ -20,20 +33,22 @@ class StageOptimizer:
         self._train = train
         self._named = named
         self._gradients = [item.parameter.grad for item in named]
+        decays = [weight_decay(train, item.name) for item in named]
         groups = [
             {
-                "params": [item.parameter for item in named if train.decays(item.name) == decays],
-                "weight_decay": train.weight_decay if decays else 0.0,
+                "params": [item.parameter for item, decay in zip(named, decays, strict=True) if decay == value],
+                "weight_decay": value,
             }
-            for decays in (True, False)
+            for value in sorted(set(decays), reverse=True)
         ]
-        groups = [group for group in groups if group["params"]]
         self._optimizer: torch.optim.Optimizer
         if train.optimizer == "adamw":
             betas = (train.beta1, train.beta2)
-            self._optimizer = torch.optim.AdamW(groups, betas=betas, eps=train.epsilon, fused=True)
+            self._optimizer = AdamW(groups, betas=betas, eps=train.epsilon, fused=True)
+            self._moments = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
         else:
-            self._optimizer = torch.optim.SGD(groups, momentum=train.momentum, fused=True)
+            self._optimizer = SGD(groups, momentum=train.momentum, fused=True)
+            self._moments = {"first_moment": "momentum_buffer"} if train.momentum else {}
 
     def squared_norms(self) -> list[float]:
         """Each tensor's sum of squared gradients, in float64; that of a tied weight once."""
@@ -49,5 +64,26 @@ class StageOptimizer:
         if scale != 1:
             torch._foreach_mul_(self._gradients, scale)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._train.learning_rate_at(step)
+            group["lr"] = learning_rate(self._train, step)
         self._optimizer.step()
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """The moments by "first_moment/<name>" and "second_moment/<name>"; zeros before the first step."""
+        found = {}
+        for moment, key in self._moments.items():
+            for item in self._named:
+                tensor = self._optimizer.state.get(item.parameter, {}).get(key)
+                tensor = torch.zeros_like(item.parameter) if tensor is None else tensor
+                found[f"{moment}/{item.name}"] = export_tensor(tensor, item.transposed)
+        return found
+
+    @torch.no_grad()
+    def load_state(self, arrays: Mapping[str, NDArray[Any]], steps_done: int) -> None:
+        """Puts back what `state` gave after `steps_done` steps. Raises KeyError for a missing moment."""
+        for item in self._named:
+            state = {key: torch.empty_like(item.parameter) for key in self._moments.values()}
+            for moment, key in self._moments.items():
+                load_tensor(arrays[f"{moment}/{item.name}"], state[key], item.transposed)
+            if self._train.optimizer == "adamw":
+                state["step"] = torch.tensor(float(steps_done), device=item.parameter.device)
+            self._optimizer.state[item.parameter] = state

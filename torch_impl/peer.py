@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
@@ -45,6 +46,7 @@ from torch_impl.weights import (
     load_gradients,
     load_weights,
     named_parameters,
+    to_array,
 )
 
 
@@ -88,6 +90,17 @@ class Peer:
         for item in self._named:
             item.parameter.grad.zero_()
         self._reset_optimizer()
+
+    def probe_units(
+        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+    ) -> dict[TensorKey, NDArray[Any]]:
+        raise ValueError(f"executor = {self.config.executor} does not run units alone; right would be table")
+
+    def optimizer_state(self) -> Arrays:
+        return self._optimizer.state()
+
+    def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
+        self._optimizer.load_state(state, steps_done)
 
     def weights(self) -> Arrays:
         return self._in_order(export_weights(self._named))
@@ -177,6 +190,13 @@ class PlainEngine(Peer):
             for unit, output in found
             for i, piece in enumerate(output.cpu().chunk(self.config.train.micro_batches))
         }
+
+    @torch.no_grad()
+    def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
+        batch = Batch(0, inputs, np.zeros_like(inputs))
+        self._set_step_key(batch, training=False)
+        tokens, _, samples = self._tensors(batch)
+        return to_array(self.model(tokens, samples))
 
     def _loss(self, batch: Batch) -> Tensor:
         tokens, targets, samples = self._tensors(batch)
@@ -278,7 +298,20 @@ class PipeliningEngine(Peer):
 
     def evaluate(self, batch: Batch) -> float:
         self._set_step_key(batch, training=False)
-        return self._forward(batch)
+        logits, loss = self._forward(batch), 0.0
+        if logits is not None:
+            loss = summed_loss(logits, self._tensors(batch)[1], batch.num_tokens).item()
+        return self._sum_over_ranks([loss])[0]
+
+    @torch.no_grad()
+    def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
+        batch = Batch(0, inputs, np.zeros_like(inputs))
+        self._set_step_key(batch, training=False)
+        logits = self._forward(batch)
+        if logits is None:
+            logits = self._empty(*inputs.shape, self.config.model.vocab_size)
+        distributed.broadcast(logits, src=self._location[-1][0])
+        return to_array(logits)
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
         self._set_step_key(batch, training=True)
@@ -294,21 +327,23 @@ class PipeliningEngine(Peer):
         return found
 
     @torch.no_grad()
-    def _forward(self, batch: Batch) -> float:
-        """The forward of the whole mini-batch, stage after stage. (`eval` of PyTorch's ZBV schedule fails.)"""
-        tokens, targets, samples = self._tensors(batch)
-        size = (*tokens.shape, self.config.model.d_model)
-        x, loss, rank = tokens, 0.0, self.devices[0]
-        for k, (holder, chunk) in enumerate(self._location):
-            if holder == rank:
+    def _forward(self, batch: Batch) -> Tensor | None:
+        """The whole mini-batch, stage after stage: the logits, or None where the head is elsewhere.
+
+        (`eval` of PyTorch's ZBV schedule fails.)
+        """
+        x, _, samples = self._tensors(batch)
+        for holder, chunk in self._location[:-1]:
+            if holder == self.devices[0]:
                 x = self._units[chunk](x, samples)
-            elif k + 1 < len(self._location):
-                x = torch.empty(size, dtype=self._named[0].parameter.dtype, device=self._device)
-            if k + 1 < len(self._location):
-                distributed.broadcast(x, src=holder)
-            elif holder == rank:
-                loss = summed_loss(x, targets, batch.num_tokens).item()
-        return self._sum_over_ranks([loss])[0]
+            else:
+                x = self._empty(*batch.inputs.shape, self.config.model.d_model)
+            distributed.broadcast(x, src=holder)
+        holder, chunk = self._location[-1]
+        return self._units[chunk](x, samples) if holder == self.devices[0] else None
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._named[0].parameter.dtype, device=self._device)
 
     def _micro_batch_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return summed_loss(logits, targets, self._num_tokens)
@@ -329,5 +364,9 @@ class PipeliningEngine(Peer):
 
 
 def build_peer(config: RunConfig) -> Peer:
-    """The engine for `executor` plain or native. Raises ValueError for a schedule that PyTorch does not have."""
+    """The engine for `executor` plain or native. Raises ValueError for what only our own executor does."""
+    if config.recompute != "none":
+        raise ValueError(f"recompute = {config.recompute}; right for executor = {config.executor} would be none")
+    if config.train.dtype == "bfloat16":
+        raise ValueError(f"dtype = bfloat16; right for executor = {config.executor} would be float32 or float64")
     return PlainEngine(config) if config.executor == "plain" else PipeliningEngine(config)

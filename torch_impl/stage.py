@@ -44,6 +44,16 @@ class Mode(enum.Enum):
     """Only forward, without dropout."""
     RECORD = "record"
     """Only forward, with the dropout of a training step, keeping every unit's output."""
+    PREDICT = "predict"
+    """Only forward, without dropout or loss, keeping the head's output."""
+
+    @property
+    def has_dropout(self) -> bool:
+        return self in (Mode.TRAIN, Mode.RECORD)
+
+    def keeps(self, unit: str) -> bool:
+        """Whether the output of this unit is kept."""
+        return self is Mode.RECORD or (self is Mode.PREDICT and unit == "head")
 
 
 class Tap(NamedTuple):
@@ -122,7 +132,7 @@ class Stage:
         """By (micro-batch, chunk): B done, W not yet; each layer with its input and its output's gradient."""
         self.held = HeldActivations(len(self.chunks))
         self.outputs: dict[tuple[str, int], Tensor] = {}
-        """By (unit, micro-batch), in `Mode.RECORD`."""
+        """By (unit, micro-batch), where the mode keeps them."""
 
     def begin(self, batch: Batch, mode: Mode) -> None:
         """Makes ready for a pass over `batch`; a training pass starts with zero gradients."""
@@ -134,7 +144,7 @@ class Stage:
             [torch.from_numpy(piece.inputs).to(self.device) for piece in pieces],
             [torch.from_numpy(piece.targets).to(self.device) for piece in pieces],
             [
-                None if mode is Mode.EVALUATE else DropoutContext(key, torch.from_numpy(piece.samples).to(self.device))
+                DropoutContext(key, torch.from_numpy(piece.samples).to(self.device)) if mode.has_dropout else None
                 for piece in pieces
             ],
             [],
@@ -146,6 +156,10 @@ class Stage:
             chunk.take_taps()  # left by a forward that failed
         if mode is Mode.TRAIN:
             torch._foreach_zero_(self._gradients)
+
+    def micro_batches(self) -> list[tuple[Tensor, DropoutContext | None]]:
+        """Tokens (b, S) and dropout of each micro-batch of the pass."""
+        return list(zip(self._pass.tokens, self._pass.contexts, strict=True))
 
     def losses(self) -> list[float]:
         """Each micro-batch's share of the mean loss; empty without the head."""
@@ -161,9 +175,9 @@ class Stage:
             y = now.tokens[micro_batch] if x is None else x.requires_grad_(now.mode is Mode.TRAIN)
             for name, unit in zip(module.part, module.units, strict=True):
                 y = unit(y, now.contexts[micro_batch])
-                if now.mode is Mode.RECORD:
+                if now.mode.keeps(name):
                     self.outputs[name, micro_batch] = y
-            if has_loss:
+            if has_loss and now.mode is not Mode.PREDICT:
                 y = summed_loss(y, now.targets[micro_batch], now.num_tokens)
                 now.losses.append(y.detach())
         if now.mode is Mode.TRAIN:

@@ -74,33 +74,42 @@ def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
 def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Copies canonical arrays into the parameters. Raises KeyError for a missing one."""
     for item in named:
-        _copy(arrays[item.name], item.parameter, item.transposed)
+        load_tensor(arrays[item.name], item.parameter, item.transposed)
 
 
 @torch.no_grad()
 def load_gradients(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Copies canonical arrays into the parameters' gradients. Raises KeyError for a missing one."""
     for item in named:
-        _copy(arrays[item.name], item.parameter.grad, item.transposed)
+        load_tensor(arrays[item.name], item.parameter.grad, item.transposed)
 
 
 def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
     """The weights as canonical arrays of their own memory."""
-    return {item.name: _export(item.parameter, item.transposed) for item in named}
+    return {item.name: export_tensor(item.parameter, item.transposed) for item in named}
 
 
 def export_gradients(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
     """The gradients as canonical arrays of their own memory."""
-    return {item.name: _export(item.parameter.grad, item.transposed) for item in named}
+    return {item.name: export_tensor(item.parameter.grad, item.transposed) for item in named}
 
 
-def _copy(array: NDArray[Any], tensor: Tensor, transposed: bool) -> None:
+def load_tensor(array: NDArray[Any], tensor: Tensor, transposed: bool) -> None:
+    """Copies an array of canonical shape into `tensor`. Raises ValueError for another shape."""
     source = torch.from_numpy(array.T if transposed else array)
     if source.shape != tensor.shape:  # `copy_` would broadcast
         raise ValueError(f"an array of shape {list(source.shape)} for a parameter of shape {list(tensor.shape)}")
     tensor.copy_(source)
 
 
-def _export(tensor: Tensor, transposed: bool) -> NDArray[Any]:
-    array: NDArray[Any] = tensor.detach().cpu().numpy()
+def export_tensor(tensor: Tensor, transposed: bool) -> NDArray[Any]:
+    """`tensor` as an array of canonical shape, with memory of its own."""
+    array = to_array(tensor)
     return array.T.copy() if transposed else array.copy()
+
+
+def to_array(tensor: Tensor) -> NDArray[Any]:
+    """`tensor` in NumPy; bfloat16, which NumPy lacks, as float32."""
+    tensor = tensor.detach()
+    array: NDArray[Any] = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).cpu().numpy()
+    return array

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 import tempfile
 import time
 import weakref
@@ -14,9 +16,13 @@ import torch
 
 from common import dropout as reference
 from common.data import load_corpus
+from common.parity import TensorKey, compare
 from common.runtime.executor import StageFailure
+from common.runtime.job import Job
+from common.runtime.oracle_worker import OracleEngine
+from common.runtime.training import starting_weights
 from common.spec import PRESETS, RunConfig, TrainSpec, TransformerSpec
-from common.weights import initial_weights
+from common.weights import unit_names
 from torch_impl import devices
 from torch_impl.dropout import DropoutContext, keep_mask
 from torch_impl.engine import TorchEngine, build_engine
@@ -25,26 +31,56 @@ from torch_impl.stage import Mode
 SPLIT = "0: F0 F1 B0 F2 B1 W0 F3 B2 W1 B3 W2 W3\n1: F0 B0 F1 B1 W0 F2 B2 W1 F3 W2 B3 W3\n"
 
 
-def make(stages: int, schedule: str = "1f1b", dtype: str = "float32", threads: int | None = None, **model: Any) -> Any:
-    """A small engine with its weights, and a function from a step to its mini-batch."""
-    config = RunConfig(
+def configuration(
+    stages: int,
+    schedule: str = "1f1b",
+    dtype: str = "float32",
+    threads: int | None = None,
+    train: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
+    **model: Any,
+) -> RunConfig:
+    """A small run with one thread per stage."""
+    return RunConfig(
         stages=stages,
         schedule=schedule,
         threads=threads or stages,
         device="cpu",
         model=TransformerSpec(**PRESETS["tiny"]["model"] | model),
-        train=TrainSpec(**PRESETS["tiny"]["train"], dtype=dtype),
+        train=TrainSpec(**PRESETS["tiny"]["train"] | (train or {}), dtype=dtype),
+        **run or {},
     )
+
+
+def make(*arguments: Any, **options: Any) -> Any:
+    """A small engine with its weights, and a function from a step to its mini-batch."""
+    config = configuration(*arguments, **options)
     engine = build_engine(config)
-    engine.reset(initial_weights(config.model, 0, dtype))
+    engine.reset(starting_weights(Job(config=config, out="", noise=0.1)))
     corpus = load_corpus(config)
-    return engine, lambda step: corpus.batch(step, 0, config.train.batch_size, config.model.context_length)
+    return engine, lambda step: corpus.training_batch(config, step)
 
 
-def train(engine: TorchEngine, batches: Any, steps: int) -> list[Any]:
+def oracle_of(engine: Any) -> OracleEngine:
+    """The oracle with the engine's weights."""
+    oracle = OracleEngine(engine.config)
+    oracle.reset(engine.weights())
+    return oracle
+
+
+def worst(observed: Any, expected: Any, check: Any, dtype: str) -> float:
+    """The largest error over its limit; arrays go by name, or by `TensorKey`."""
+
+    def keys(arrays: Any) -> Any:
+        return {k if isinstance(k, TensorKey) else TensorKey(0, "", 0, -1, "", k): v for k, v in arrays.items()}
+
+    return max(compare(keys(observed), keys(expected), check, dtype).margins().values())
+
+
+def train(engine: TorchEngine, batches: Any, steps: int, first: int = 0) -> list[Any]:
     """Losses, then the last gradients and weights."""
     losses = []
-    for step in range(steps):
+    for step in range(first, steps):
         losses.append(engine.forward_backward(batches(step)))
         gradients = engine.gradients()
         engine.apply_gradients(step)
@@ -171,6 +207,89 @@ def tied_head() -> dict[str, bool]:
     }
 
 
+def ignored_labels() -> float:
+    """The worst error over its limit; from five sequences on the last of the mini-batch are not there."""
+    found = []
+    for m in (1, 4, 8):
+        for dtype in ("float32", "float64"):
+            run = {"sequence_lengths": "random", "sequences_per_epoch": 5}
+            engine, batches = make(2, dtype=dtype, dropout=0.1, train={"micro_batches": m}, run=run)
+            batch, oracle = batches(0), oracle_of(engine)
+            loss = {"loss": np.array(engine.forward_backward(batch))}
+            for one in (batch, batch.first(5)):  # the missing sequences count for nothing
+                expected = {"loss": np.array(oracle.forward_backward(one))}
+                found.append(worst(loss, expected, "loss", dtype))
+                found.append(worst(engine.gradients(), oracle.gradients(), "gradient", dtype))
+            engine.close()
+    return max(found)
+
+
+RESUMED: tuple[Any, ...] = ((1, "gpipe", {}), (2, "zb-h1", {"partition": (1,)}), (2, "zb-v", {"chunks": 2}))
+"""Stages, schedule and the rest of runs that go on where another one was interrupted."""
+
+
+def resume() -> dict[str, bool]:
+    """Whether 3 steps, then 3 more in a new engine with another cut and schedule, give the bits of 6 steps."""
+    found = {}
+    for optimizer, momentum in (("adamw", 0.0), ("sgd", 0.9), ("sgd", 0.0)):
+        for dtype in ("float32", "float64"):
+            options = {"dtype": dtype, "tied_head": True, "dropout": 0.1, "train": {"optimizer": optimizer}}
+            options["train"]["momentum"] = momentum
+            engine, batches = make(2, **options)
+            train(engine, batches, 3)
+            weights, state = engine.weights(), engine.optimizer_state()
+            expected = [*train(engine, batches, 6, first=3), *engine.optimizer_state().values()]
+            engine.close()
+            for stages, schedule, run in RESUMED:
+                other, _ = make(stages, schedule, run=run, **options)
+                other.reset(weights)
+                other.load_optimizer_state(state, 3)
+                again = [*train(other, batches, 6, first=3), *other.optimizer_state().values()]
+                same = all(np.array_equal(a, b) for a, b in zip(expected, again, strict=True))
+                found[f"{optimizer} {momentum} {dtype} {schedule}"] = same
+                other.close()
+    return found
+
+
+def units_alone() -> dict[str, Any]:
+    """The worst error over its limit of every unit fed with the oracle's tensors, and what it left behind."""
+    found, kept = [], []
+    for dtype in ("float32", "float64"):
+        for norm, tied in (("pre", True), ("post", False)):
+            options = {"norm": norm, "tied_head": tied, "dropout": 0.1}
+            engine, batches = make(2, dtype=dtype, run={"sequence_lengths": "random"}, **options)
+            batch, oracle = batches(1), oracle_of(engine)
+            outputs = oracle.oracle.forward(batch)[1]
+            oracle.forward_backward(batch)
+            units = unit_names(engine.config.model)
+            inputs = {unit: outputs[before] for before, unit in itertools.pairwise(units)}
+            engine.forward_backward(batch)
+            before = engine.gradients()
+            mine = engine.probe_units(batch, inputs, oracle.oracle.output_gradients)
+            theirs = oracle.probe_units(batch, inputs, oracle.oracle.output_gradients)
+            for phase, check in (("unit_forward", "activation"), ("unit_backward", "gradient")):
+                chosen = ({k: v for k, v in side.items() if k.phase == phase} for side in (mine, theirs))
+                found.append(worst(*chosen, check, dtype))
+            kept.append(len(mine) == len(theirs))
+            kept += [np.array_equal(value, before[name]) for name, value in engine.gradients().items()]
+            engine.close()
+    return {"worst": max(found), "kept": all(kept)}
+
+
+def predictions() -> float:
+    """The worst error over its limit, for several shapes, of the table and of the plain loop."""
+    found = []
+    for stages, schedule, executor in ((2, "zb-h1", "table"), (1, "gpipe", "plain")):
+        engine, batches = make(stages, schedule, dtype="float64", dropout=0.1, run={"executor": executor})
+        oracle, inputs = oracle_of(engine), batches(0).inputs
+        for rows, columns in ((4, 16), (8, 3)):
+            tokens = inputs[:rows, :columns]
+            logits = ({"logits": one.predict(tokens)} for one in (engine, oracle))
+            found.append(worst(*logits, "activation", "float64"))
+        engine.close()
+    return max(found)
+
+
 def failure() -> dict[str, Any]:
     """The head fails, after its stage's block, while the other stages wait; then the engine is used again."""
     engine, batches = make(4, num_layers=4)
@@ -229,5 +348,18 @@ def _resident_bytes() -> int:
 
 if __name__ == "__main__":
     devices.configure(4, 4, "cpu")
-    checks = (split_backward, against_plain_autograd, activations, dropout_bits, tied_head, failure, settings)
-    print(json.dumps({check.__name__: check() for check in checks}))
+    checks = (
+        split_backward,
+        against_plain_autograd,
+        activations,
+        dropout_bits,
+        tied_head,
+        ignored_labels,
+        resume,
+        units_alone,
+        predictions,
+        failure,
+        settings,
+    )
+    chosen = sys.argv[1:] or [check.__name__ for check in checks]
+    print(json.dumps({check.__name__: check() for check in checks if check.__name__ in chosen}))

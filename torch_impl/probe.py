@@ -1,0 +1,58 @@
+"""Every unit by itself, fed with given tensors: an error of one unit reaches no other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.data import Batch
+from common.parity import TensorKey
+from torch_impl.stage import Mode, Stage
+from torch_impl.weights import export_tensor, named_parameters, to_array
+
+
+def probe_units(
+    stage: Stage,
+    device: int,
+    batch: Batch,
+    inputs: Mapping[str, NDArray[Any]],
+    output_gradients: Mapping[str, NDArray[Any]],
+) -> dict[TensorKey, NDArray[Any]]:
+    """`common.runtime.engine.Engine.probe_units` for the units of one device, by PyTorch's plain autograd."""
+    stage.begin(batch, Mode.RECORD)
+    tied_head = stage.config.model.tied_head
+    found: dict[TensorKey, NDArray[Any]] = {}
+    for chunk in stage.chunks:
+        for name, unit in zip(chunk.part, chunk.units, strict=True):
+            named = named_parameters([name], [unit], tied_head)
+            sums = [torch.zeros_like(item.parameter.grad) for item in named]
+            forward = TensorKey(batch.step, "unit_forward", device, -1, name, "output")
+            backward = forward._replace(phase="unit_backward", tensor="input_gradient")
+            for i, (tokens, context) in enumerate(stage.micro_batches()):
+                x = _piece(stage, inputs[name], i).requires_grad_() if name in inputs else tokens
+                output = unit(x, context)  # (b, S, D), or (b, S, V)
+                wanted = [x] if x.requires_grad else []
+                gradients = torch.autograd.grad(
+                    output,
+                    [*wanted, *(item.parameter for item in named)],
+                    _piece(stage, output_gradients[name], i),
+                )
+                found[forward._replace(micro_batch=i)] = to_array(output)
+                if wanted:
+                    found[backward._replace(micro_batch=i)] = to_array(gradients[0])
+                for total, gradient in zip(sums, gradients[len(wanted) :], strict=True):
+                    total += gradient
+            for item, total in zip(named, sums, strict=True):
+                found[backward._replace(tensor=item.name)] = export_tensor(total, item.transposed)
+        chunk.take_taps()
+    return found
+
+
+def _piece(stage: Stage, array: NDArray[Any], micro_batch: int) -> Tensor:
+    """The micro-batch's rows of a tensor of the whole mini-batch, on the stage's device in its precision."""
+    whole = torch.from_numpy(array).chunk(stage.config.train.micro_batches)
+    return whole[micro_batch].to(stage.device, getattr(torch, stage.config.train.dtype))
