@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 
 from common import drift
 from common.data import CorpusError, load_corpus
+from common.schedule import recompute
 from common.schedule.action import ScheduleError
 from common.schedule.generators import GENERATORS, default_chunks, make_schedule
 from common.schedule.validate import validate
@@ -58,8 +59,6 @@ class Bench:
     points: tuple[RunConfig, ...]
     dry_run: bool = False
 
-
-RECOMPUTE_WORDS = "none|full|except-last|every-N"
 
 Key = tuple[str, str]
 """(section, field)"""
@@ -195,7 +194,7 @@ def _metavar(section: str, name: str, field: FieldInfo) -> str:
     if name == "partition":
         text += "|B1,B2,.."
     if name == "recompute":
-        text = RECOMPUTE_WORDS
+        text = recompute.WORDS
     if name == "dropout":
         text += "|native[:X]"
     return f"{text},.." if (section, name) in GRID else text
@@ -480,7 +479,7 @@ def _wrong(field: FieldInfo, item: Any) -> str:
     """What is wrong with a field's value, and what would be right."""
     kind = str(item["type"])
     if kind == "string_pattern_mismatch":  # only `recompute` has a pattern
-        return f"unknown; right would be {RECOMPUTE_WORDS.replace('|', ', ')} with N at least 1"
+        return f"unknown; right would be {recompute.WORDS.replace('|', ', ')} with N at least 1"
     if kind == "literal_error":
         words = [word for part in _alternatives(field.annotation) for word in _words(part)]
         return f"unknown{_close(str(item['input']), words)}"

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from common.rounding import round_to_float32
+from common.schedule import recompute
 
 Float32 = Annotated[float, AfterValidator(round_to_float32)]
 
@@ -158,7 +159,7 @@ class RunConfig(Frozen):
     )
     recompute: str = Field(
         "none",
-        pattern=r"^(none|full|except-last|every-[1-9][0-9]*)$",
+        pattern=recompute.PATTERN,
         description="what the backward computes again instead of holding it: none; full: all between a chunk's ends; "
         "except-last: the same, but not for the last micro-batch; every-N: pieces of N units, one after another",
     )
@@ -185,8 +186,7 @@ class RunConfig(Frozen):
 
     def recomputes(self, micro_batch: int) -> bool:
         """Whether the backward of this micro-batch computes its forward again."""
-        last = self.train.micro_batches - 1
-        return self.recompute != "none" and not (self.recompute == "except-last" and micro_batch == last)
+        return recompute.recomputes(self.recompute, micro_batch, self.train.micro_batches)
 
     @field_validator("partition", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from common.runtime.held import HeldActivations
 from common.schedule.action import Action, Op, Schedule, ScheduleError
 from common.schedule.dependencies import Step, dependencies
-from common.schedule.generators import GENERATORS, SEARCH, make_schedule
-from common.schedule.simulate import Costs, Simulation, per_stage, replay_makespan, simulate
+from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_schedule
+from common.schedule.recompute import recomputes
+from common.schedule.simulate import Costs, Simulation, peak_held_bytes, per_stage, replay_makespan, simulate
 from common.schedule.validate import validate
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -221,6 +224,57 @@ def test_memory_counts_what_is_kept_for_the_weights(kept: float) -> None:
     assert simulate(late, costs).peak_memory_per_stage == pytest.approx([max(1 + 3 * kept, 4 * kept)])
 
 
+def test_recomputation_takes_a_forward_more_and_holds_inputs() -> None:
+    schedule = make_schedule("1f1b", 4, 8)
+    costs = Costs.uniform(4, forward=2, backward_input=3, backward_weight=1)
+    plain = simulate(schedule, costs)
+    full = simulate(schedule, replace(costs, recompute="full", kept_by_forward=0.1))
+    assert plain.makespan == (8 + 3) * 6 and full.makespan == (8 + 3) * 8
+    assert full.peak_memory_per_stage == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert full.peak_chunks_in_flight_per_stage == plain.peak_chunks_in_flight_per_stage
+    last = simulate(schedule, replace(costs, recompute="except-last", kept_by_forward=0.1))
+    assert (full.busy - last.busy).tolist() == [2, 2, 2, 2]  # one micro-batch's forward
+    assert last.peak_memory_per_stage == pytest.approx([1.3, 1.2, 1.1, 1])
+    split = simulate(make_schedule("zb-h1", 4, 8), replace(costs, recompute="every-2", kept_by_forward=0.1))
+    assert split.busy.tolist() == [8 * 8] * 4
+
+
+RECOMPUTE = st.one_of(st.sampled_from(["none", "full", "except-last"]), st.integers(1, 3).map(lambda n: f"every-{n}"))
+
+
+@given(
+    st.sampled_from(sorted(GENERATORS.keys() - {SEARCH})), st.integers(1, 4), st.integers(1, 3), RECOMPUTE, st.data()
+)
+def test_held_bytes_are_those_that_a_run_counts(name: str, p: int, rounds: int, how: str, data: st.DataObject) -> None:
+    """`peak_held_bytes` against `HeldActivations`, fed with every action as a stage feeds it."""
+    m, chunks = p * rounds, default_chunks(name)
+    schedule = make_schedule(name, p, m, chunks)
+    per_chunk = st.lists(st.integers(0, 10**9), min_size=chunks, max_size=chunks)
+    forward, recomputed, waiting = (data.draw(st.lists(per_chunk, min_size=p, max_size=p)) for _ in range(3))
+    counted = []
+    for device, actions in enumerate(schedule.devices):
+        held = HeldActivations(chunks, lambda i: recomputes(how, i, m))
+        held.forward_bytes, held.recomputed_bytes = forward[device], recomputed[device]
+        held.waiting_bytes = waiting[device]
+        in_flight: set[tuple[int, int]] = set()
+        waits: set[tuple[int, int]] = set()
+        for action in actions:
+            place = (action.micro_batch, action.chunk)
+            match action.op:
+                case Op.F:
+                    in_flight.add(place)
+                case Op.B:
+                    in_flight.remove(place)
+                    waits.add(place)
+                case Op.BW:
+                    in_flight.remove(place)
+                case Op.W:
+                    waits.remove(place)
+            held.note(in_flight, waits)
+        counted.append(held.peak_bytes)
+    assert peak_held_bytes(schedule, forward, recomputed, waiting, how) == counted
+
+
 @given(st.integers(2, 6), st.integers(1, 12))
 def test_zb_v_has_no_bubble_for_equal_costs(p: int, m: int) -> None:
     assume(m >= 2 * p)
@@ -243,6 +297,8 @@ def test_costs_that_do_not_fit_are_refused() -> None:
         lambda: Costs((-1,), (1,), (1,), (1,)),
         lambda: Costs((float("nan"),), (1,), (1,), (1,)),
         lambda: Costs((1,), (1,), (1,), (1,), kept_by_backward_input=2),
+        lambda: Costs((1,), (1,), (1,), (1,), kept_by_forward=-1),
+        lambda: Costs((1,), (1,), (1,), (1,), recompute="every-0"),
         lambda: per_stage([1, 2], 3, "forward"),
     ):
         with pytest.raises(ScheduleError):

@@ -113,6 +113,18 @@ def test_compare_schedules(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1f1b" not in out
 
 
+def test_recomputation_is_timed_for_schedules_in_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.txt"
+    assert main(["simulate", "--schedule", "1f1b", *SIZE, "--output", str(path)]) == 0
+    capsys.readouterr()
+    options = ["--recompute", "full", "--kept-for-recompute", "0.25", "--json"]
+    assert main(["simulate", "--schedule", f"file:{path}", *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["recompute"], result["makespan"], result["peak_memory_per_stage"][0]) == ("full", 44, 1)
+    assert main(["compare-schedules", *SIZE, *options]) == 0
+    assert "search" not in [each["schedule"] for each in json.loads(capsys.readouterr().out)]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -129,6 +141,9 @@ def test_compare_schedules(capsys: pytest.CaptureFixture[str]) -> None:
         ["simulate", "--schedule", "zb-v", *SIZE, "--chunks", "3"],
         ["simulate", "--schedule", "search", *SIZE, "--memory-limit", "0.1"],
         ["simulate", "--schedule", "search", *SIZE, "--chunks", "2"],
+        ["simulate", "--schedule", "1f1b", *SIZE, "--recompute", "every"],
+        ["simulate", "--schedule", "1f1b", *SIZE, "--recompute", "full", "--kept-for-recompute", "2"],
+        ["simulate", "--schedule", "search", *SIZE, "--recompute", "full"],
         ["simulate", "--schedule", "file:/nowhere"],
         ["validate", "/nowhere"],
         ["compare-schedules", *SIZE, "--schedules", "1f1b,nope"],

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from common.schedule.action import Op, Schedule, ScheduleError
 from common.schedule.play import play
-from common.schedule.table import OPS, Table, tabulate
+from common.schedule.recompute import WORDS, is_known, recomputes
+from common.schedule.table import OP_CODE, OPS, Table, tabulate
 from common.schedule.validate import require_valid
 
 FloatArray = NDArray[np.float64]
@@ -45,6 +46,10 @@ class Costs:
     Qi et al. 2024 count, per token of a Transformer layer, 34h + 5as bytes until B and of them 32h until W: 0.37 for their
     1.5B and 0.43 for their 6.2B model. Without stored attention scores it is nearly 1.
     """
+    recompute: str = "none"
+    """What B computes again (`common.schedule.recompute`); it takes F's time on top of its own then."""
+    kept_by_forward: float = 0.0
+    """The share of an activation that F leaves held where B computes it again: the chunk's input, or every piece's."""
 
     @classmethod
     def uniform(
@@ -74,6 +79,10 @@ class Costs:
             raise ScheduleError(f"costs {self}: a time is negative or not a number; right would be 0 or more")
         if not 0 <= self.kept_by_backward_input <= 1:
             raise ScheduleError(f"kept_by_backward_input={self.kept_by_backward_input}; right would be 0 to 1")
+        if not 0 <= self.kept_by_forward <= 1:
+            raise ScheduleError(f"kept_by_forward={self.kept_by_forward}; right would be 0 to 1")
+        if not is_known(self.recompute):
+            raise ScheduleError(f"recompute={self.recompute!r}; right would be {WORDS.replace('|', ', ')}")
 
     @property
     def num_stages(self) -> int:
@@ -147,7 +156,7 @@ class Simulation:
     @cached_property
     def peak_chunks_in_flight_per_stage(self) -> list[int]:
         """How many forwards wait for their B (or BW) at most. Depends on the order alone."""
-        return [round(peak) for peak in self._peak(kept=0.0)]
+        return [round(peak) for peak in self._peak(1.0, 1.0, 0.0)]
 
     @property
     def peak_in_flight_per_stage(self) -> list[float]:
@@ -158,10 +167,12 @@ class Simulation:
     def peak_memory_per_stage(self) -> list[float]:
         """What is held at most, in activations of one micro-batch on the whole stage.
 
-        F adds one; B frees all but the share that W still needs (`Costs.kept_by_backward_input`); W or BW frees the rest.
+        F adds one, or where B computes it again `Costs.kept_by_forward`; B frees all but the share that W still needs
+        (`Costs.kept_by_backward_input`); W or BW frees the rest. What B has computed again lives within B alone and is not
+        counted, as in a run (`common.runtime.held`).
         """
-        peaks = self._peak(self.costs.kept_by_backward_input) / self.schedule.num_chunks
-        return [float(peak) for peak in peaks]
+        peaks = self._peak(1.0, self.costs.kept_by_forward, self.costs.kept_by_backward_input)
+        return [peak / self.schedule.num_chunks for peak in peaks]
 
     @property
     def peak_bytes_per_stage(self) -> list[int] | None:
@@ -171,13 +182,12 @@ class Simulation:
         sizes = zip(self.peak_memory_per_stage, self.costs.activation_bytes, strict=True)
         return [round(peak * size) for peak, size in sizes]
 
-    def _peak(self, kept: float) -> FloatArray:
-        """(p,): the most chunks' activations held, where B keeps the share `kept`."""
-        change = {Op.F: 1.0, Op.B: kept - 1.0, Op.W: -kept, Op.BW: -1.0}
-        held = np.cumsum(np.array([change[op] for op in OPS])[self.table.op])
-        first = self.table.bounds[:-1]
-        before = np.where(first > 0, held[first - 1], 0.0)
-        return np.asarray(np.maximum.reduceat(held, first) - before)
+    def _peak(self, forward: float, recomputed: float, waiting: float) -> list[float]:
+        """Per device: the most that is held, with these sizes for every chunk."""
+        sizes = [
+            np.full((self.schedule.num_devices, self.schedule.num_chunks), x) for x in (forward, recomputed, waiting)
+        ]
+        return [float(peak) for peak in _peak_held(self.table, self.costs.recompute, *sizes)]
 
 
 def simulate(
@@ -193,11 +203,53 @@ def simulate(
     if check:
         require_valid(schedule)
     table = tabulate(schedule)
-    cost = np.array([costs.of(op) for op in OPS])[table.op, table.device] / schedule.num_chunks
+    cost = np.array([costs.of(op) for op in OPS])[table.op, table.device]
+    again = _recomputed(table, costs.recompute) & np.isin(table.op, (OP_CODE[Op.B], OP_CODE[Op.BW]))
+    cost = (cost + np.where(again, np.array(costs.forward)[table.device], 0.0)) / schedule.num_chunks
     source = np.where(table.trusted_wrap_arounds, -1, table.source) if wrap_around == "first" else table.source
     delay = np.array(costs.communication, np.float64)[table.device[source]]
     played = play(table, cost.tolist(), delay.tolist(), source)
     return Simulation(table, costs, np.array(played.start), np.array(played.end))
+
+
+def peak_held_bytes(
+    schedule: Schedule,
+    forward_bytes: Sequence[Sequence[int]],
+    recomputed_bytes: Sequence[Sequence[int]],
+    waiting_bytes: Sequence[Sequence[int]],
+    recompute: str = "none",
+) -> list[int]:
+    """Per device: the most bytes held after any action, from what one micro-batch of `[device][chunk]` holds.
+
+    `forward_bytes` between F and B, `recomputed_bytes` the same where B computes it again, `waiting_bytes` between B and W.
+    With the sizes that a run has measured it must give the run's own peak (`Engine.held_bytes_peak`).
+    """
+    sizes = [np.array(each, np.float64) for each in (forward_bytes, recomputed_bytes, waiting_bytes)]
+    return [round(float(peak)) for peak in _peak_held(tabulate(schedule), recompute, *sizes)]
+
+
+def _recomputed(table: Table, recompute: str) -> NDArray[np.bool_]:
+    """(n,): whether the row is of a micro-batch whose B computes its forward again."""
+    m = table.schedule.num_micro_batches
+    return np.array([recomputes(recompute, i, m) for i in range(m)])[table.micro_batch]
+
+
+def _peak_held(
+    table: Table, recompute: str, forward: FloatArray, recomputed: FloatArray, waiting: FloatArray
+) -> FloatArray:
+    """(p,): the most held per device; sizes (p, v)."""
+    place = table.device, table.chunk
+    until_backward = np.where(_recomputed(table, recompute), recomputed[place], forward[place])  # (n,)
+    change = {
+        Op.F: until_backward,
+        Op.B: waiting[place] - until_backward,
+        Op.W: -waiting[place],
+        Op.BW: -until_backward,
+    }
+    held = np.cumsum(np.choose(table.op, [change[op] for op in OPS]))
+    first = table.bounds[:-1]
+    before = np.where(first > 0, held[first - 1], 0.0)
+    return np.asarray(np.maximum.reduceat(held, first) - before)
 
 
 def replay_makespan(schedule: Schedule, durations: Sequence[Sequence[float]]) -> float:

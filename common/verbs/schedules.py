@@ -17,6 +17,7 @@ from common.config import UsageError
 from common.schedule.action import Op, Schedule, ScheduleError, format_schedule
 from common.schedule.draw import draw_color, draw_text
 from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_schedule
+from common.schedule.recompute import WORDS
 from common.schedule.search import limits, lower_bound, search
 from common.schedule.simulate import Costs, Simulation, WrapAround, per_stage, simulate
 from common.schedule.table import OP_CODE, tabulate
@@ -93,6 +94,19 @@ def _add_costs(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of an activation, that B leaves held until W: 0 to 1 (default %(default)s)",
     )
+    costs.add_argument(
+        "--recompute",
+        default=Costs.recompute,
+        metavar=WORDS,
+        help="what a backward computes again instead of holding it; it then takes the forward's time as well",
+    )
+    costs.add_argument(
+        "--kept-for-recompute",
+        type=float,
+        default=Costs.kept_by_forward,
+        metavar="SHARE",
+        help="of an activation, that F leaves held where B computes it again, its input: 0 to 1 (default %(default)s)",
+    )
 
 
 def _add_wrap_around(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +153,8 @@ def _costs(arguments: argparse.Namespace, stages: int) -> Costs:
         each("communication"),
         sizes,
         arguments.kept_for_weight,
+        arguments.recompute,
+        arguments.kept_for_recompute,
     )
 
 
@@ -159,6 +175,10 @@ def _planned(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]
         return schedule, _costs(arguments, schedule.num_devices)
     stages, micro_batches = _size(arguments)
     if name == SEARCH and min(stages, micro_batches) > 0:
+        if arguments.recompute != Costs.recompute:
+            raise ScheduleError(
+                f"schedule {SEARCH} does not plan for --recompute; right would be a larger --backward-input"
+            )
         if arguments.chunks not in (None, 1):
             raise ScheduleError(f"schedule {SEARCH} has 1 chunk per device, not {arguments.chunks}")
         costs = _costs(arguments, stages)
@@ -234,6 +254,7 @@ def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, 
         "stages": schedule.num_devices,
         "micro_batches": schedule.num_micro_batches,
         "chunks": schedule.num_chunks,
+        "recompute": costs.recompute,
         "makespan": simulation.makespan,
         "bubble_fraction": simulation.bubble_fraction,
         "bubble_fraction_per_stage": simulation.bubble_fraction_per_stage,
@@ -296,7 +317,8 @@ def _adds_in_order(schedule: Schedule) -> bool:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    names = list(GENERATORS) if arguments.schedules is None else arguments.schedules.split(",")
+    able = [name for name in GENERATORS if name != SEARCH or arguments.recompute == Costs.recompute]
+    names = able if arguments.schedules is None else arguments.schedules.split(",")
     results = []
     for name in names:
         alone = argparse.Namespace(**vars(arguments), schedule=name)
