@@ -13,7 +13,7 @@ from rich.console import Console
 from common.bench import print_dry_run, run_bench
 from common.config import Parser, UsageError, add_options, read_bench
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
-from common.verbs import report, schedules
+from common.verbs import report, schedules, train
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = verbs.add_parser("bench", help="train and compare the frameworks", description=BENCH_DESCRIPTION)
     add_options(bench)
     bench.set_defaults(run=_bench)
+    train.register(verbs)
     report.register(verbs)
     schedules.register(verbs)
     return _run(parser, sys.argv[1:] if argv is None else argv)

@@ -97,6 +97,10 @@ class RunResult(BaseModel):
     corpus_digest: str | None = None
     corpus_bytes: int | None = None
     parity: Parity = Parity()
+    resumed_from: str | None = None
+    """The snapshot that the run went on from; its first step is that of `steps[0]`."""
+    restarts: tuple[str, ...] = ()
+    """One line for every child that died and was followed by another; `steps` are of all of them together."""
     command: str
     machine: Machine
     git_commit: str | None = None

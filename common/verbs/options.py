@@ -1,0 +1,140 @@
+"""The options of verbs that do one run: every field of the specification, from a preset or a snapshot upwards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common.config import (
+    PLURALS,
+    SECTIONS,
+    Setting,
+    Settings,
+    UsageError,
+    _adapt,
+    _add_option,
+    _base_settings,
+    _check_corpora,
+    _close,
+    _point,
+    _read_native_dropout,
+    _read_toml,
+)
+from common.data import CorpusError
+from common.schedule.generators import default_chunks
+from common.snapshot import Manifest, SnapshotError
+from common.spec import PRESETS, RunConfig, TransformerSpec
+
+PLAIN_WIDTH = 200
+PRESET = "tiny"
+PLACEMENT = ("framework", "stages", "chunks", "schedule", "partition", "device", "threads")
+"""Fields of a run that change who computes what, and not what is computed."""
+TITLES = {"run": "the run", "model": "the model", "train": "the training"}
+
+
+def add_run_options(parser: argparse.ArgumentParser, only_placement: bool = False) -> None:
+    """Options for one run. `only_placement`: where the rest comes from a snapshot."""
+    if not only_placement:
+        parser.add_argument(
+            "--preset", metavar="NAME", help=f"where to start from: {', '.join(PRESETS)} (default: {PRESET})"
+        )
+        parser.add_argument("--config", metavar="FILE.toml", help="settings in TOML; the command line goes before it")
+    defaults = _base_settings(PRESET)
+    for section, title in TITLES.items():
+        fields = SECTIONS[section].model_fields
+        names = [name for name in fields if name not in ("model", "train")]
+        if only_placement:
+            names = {"run": list(PLACEMENT), "train": ["micro_batches"]}.get(section, [])
+        group = parser.add_argument_group(title) if names else None
+        for name in names:
+            default = fields[name].default
+            if (section, name) in defaults and name not in PLURALS:
+                default = defaults[section, name].value
+            _add_option(group, section, name, fields[name], default)
+
+
+def read_run(arguments: argparse.Namespace, saved: Manifest | None = None) -> RunConfig:
+    """The one run that the command line asks for, on top of what `saved` (or else the preset) says. Raises UsageError."""
+    line: Settings = {}
+    for dest, value in vars(arguments).items():
+        section, _, name = dest.partition(".")
+        if section in TITLES and name:
+            line[section, name] = Setting(value, f"--{name.replace('_', '-')}")
+    path = getattr(arguments, "config", None)
+    file = _read_toml(Path(path)) if path else {}
+    preset = getattr(arguments, "preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"--preset = {preset!r}: unknown{_close(preset, PRESETS)}")
+    base = _base_settings(preset or PRESET) | {
+        ("run", "framework"): Setting("torch", "default"),
+        ("run", "schedule"): Setting("1f1b", "default"),
+    }
+    if saved is not None and preset is None:
+        base |= _saved_settings(saved)
+    file = _read_native_dropout(file, base)
+    given = file | _read_native_dropout(line, base | file)
+    settings = base | given
+    _adapt(settings, given)
+    for key, setting in settings.items():
+        if isinstance(setting.value, list) and key[0] != "model" and key[1] in ("framework", "schedule"):
+            raise UsageError(f"{setting.where} = {','.join(setting.value)}: this takes one")
+    config = _point(settings)
+    if not only_vocabulary(saved):
+        _check_corpora([config])
+    return config
+
+
+def only_vocabulary(saved: Manifest | None) -> bool:
+    """Whether a snapshot's tokens are of an unknown tokenizer: imported weights with another vocabulary than bytes."""
+    return saved is not None and saved.data is None and saved.model.vocab_size != 256
+
+
+def _saved_settings(saved: Manifest) -> Settings:
+    found: dict[tuple[str, str], Any] = {
+        ("model", name): getattr(saved.model, name) for name in TransformerSpec.model_fields
+    }
+    if saved.train is not None:
+        found |= {("train", name): getattr(saved.train, name) for name in type(saved.train).model_fields}
+    else:
+        found[("train", "dtype")] = saved.dtype
+    if saved.data is not None:
+        for name in ("corpus", "tokenizer", "sequence_lengths", "sequences_per_epoch"):
+            found["run", name] = getattr(saved.data, name)
+    else:
+        found["run", "tokenizer"] = "bytes" if saved.model.vocab_size == 256 else "bpe"
+    return {key: Setting(value, f"the snapshot's {key[1]}") for key, value in found.items()}
+
+
+def placed(config: RunConfig, **placement: Any) -> RunConfig:
+    """The same run elsewhere. `micro_batches` belongs to the training, all else to the run. Raises ValidationError."""
+    train = config.train.model_dump()
+    if "micro_batches" in placement:
+        train["micro_batches"] = placement.pop("micro_batches")
+    if "schedule" in placement:
+        placement.setdefault("chunks", default_chunks(placement["schedule"]))
+    return RunConfig.model_validate(config.model_dump() | placement | {"train": train})
+
+
+def plain_console() -> Console:
+    """The terminal, or lines wide enough not to be folded."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PLAIN_WIDTH)
+
+
+def reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """`run`, with errors of the input turned into one line and exit status 2."""
+
+    def wrapped(arguments: argparse.Namespace) -> int:
+        try:
+            return run(arguments)
+        except BrokenPipeError:
+            raise
+        except (SnapshotError, CorpusError, OSError) as error:
+            raise UsageError(str(error)) from None
+
+    return wrapped

@@ -1,0 +1,264 @@
+"""The verb train: one run of one framework, with snapshots, and on from a snapshot."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common import snapshot
+from common.bench import describe, make_folder, run_name
+from common.config import UsageError
+from common.report.machine import git_commit, this_machine
+from common.report.progress import progress_view
+from common.report.result import Parity, RunResult, Step, measured
+from common.runtime import restarts
+from common.runtime.launch import IMPLEMENTATIONS, Implementation, Outcome, stop_on_signals, why_missing
+from common.runtime.restarts import Trained, Training
+from common.snapshot import Manifest, SnapshotError
+from common.spec import RunConfig
+from common.verbs.options import add_run_options, plain_console, read_run, reporting
+
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+SHOWN_LOSSES = 12
+
+DESCRIPTION = (
+    "Trains with one framework and saves snapshots, which any framework can go on from, on any number of stages. "
+    "Exit status: 0 all well; 1 the run failed; 2 wrong input; 130 interrupted."
+)
+
+
+def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
+    """Adds the verb to argparse's subparsers."""
+    parser = verbs.add_parser(
+        "train", help="train with one framework, with snapshots", description=DESCRIPTION, usage="%(prog)s [options]"
+    )
+    saving = parser.add_argument_group("snapshots")
+    saving.add_argument(
+        "--save-every", metavar="N", type=_positive, help="save after every N steps, and after the last"
+    )
+    saving.add_argument("--save-dir", metavar="DIR", help="where snapshots go (default: in the run's own folder)")
+    saving.add_argument("--keep", metavar="K", type=_positive, default=3, help="snapshots to keep (default: 3)")
+    saving.add_argument(
+        "--resume", metavar="latest|PATH", help="go on from the newest snapshot in --save-dir, or from this one"
+    )
+    saving.add_argument(
+        "--max-restarts",
+        metavar="N",
+        type=_natural,
+        default=0,
+        help="start again from the last snapshot up to N times, if the child dies (default: 0)",
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=float,
+        default=float("inf"),
+        help="end a child that takes longer",
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", default="results", help="where the run's folder goes (default: results)"
+    )
+    add_run_options(parser)
+    parser.set_defaults(run=reporting(lambda arguments: _train(arguments, implementations)))
+
+
+def _positive(text: str) -> int:
+    return _at_least(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r}; right would be a whole number, at least {least}")
+    return int(text)
+
+
+def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
+    console = plain_console()
+    directory = None if arguments.save_dir is None else Path(arguments.save_dir)
+    if arguments.resume == "latest" and directory is None:
+        raise UsageError("--resume latest: of which run? right would be with --save-dir DIR")
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with snapshot.locked(directory) if directory else nullcontext():
+        resume = _resume(arguments.resume, directory, say)
+        saved = None if resume is None else snapshot.read_manifest(resume)
+        config = read_run(arguments, saved)
+        if resume is not None and saved is not None:
+            check_resume(resume, saved, config)
+        if directory is not None:
+            _check_room(directory, resume)
+        implementation = implementations[config.framework]
+        missing = why_missing(implementation)
+        if missing:
+            raise UsageError(missing)
+        folder = make_folder(Path(arguments.out), "train")
+        name = run_name(config)
+        say(f"results in {folder / name}/")
+        directory = directory or folder / "snapshots"
+        training = Training(
+            config=config,
+            module=implementation.module,
+            folder=folder / name,
+            directory=directory,
+            resume=resume,
+            save_every=arguments.save_every,
+            keep=arguments.keep,
+            max_restarts=arguments.max_restarts,
+            timeout_seconds=arguments.timeout,
+        )
+        trained = run_training(training, console)
+        result = result_of(trained, training, arguments.command)
+        result.write(folder / name / "result.json")
+        drop_tensors(training.folder)
+        _show(result, trained, training, console)
+    if trained.interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_OK if result.status == "ok" else EXIT_FAILED
+
+
+def _resume(asked: str | None, directory: Path | None, say: Any) -> Path | None:
+    """The snapshot to go on from. Damaged ones that are newer are named and set aside."""
+    if asked is None:
+        return None
+    if asked != "latest":
+        path = Path(asked)
+        inside = snapshot.snapshots_in(path)
+        if inside:
+            raise UsageError(f"--resume {path}: holds snapshots; right would be one of them, such as {inside[-1]}")
+        snapshot.verify(path)
+        return path
+    if directory is None:
+        return None
+    found = snapshot.newest(directory, say)
+    if found is None:
+        raise UsageError(f"--resume latest: no whole snapshot in {directory}")
+    for path in snapshot.snapshots_in(directory):
+        if path.name > found.name:
+            say(f"set aside as {snapshot.set_aside(path).name}; going on from {found.name}")
+    return found
+
+
+def check_resume(resume: Path, saved: Manifest, config: RunConfig) -> None:
+    """Raises UsageError if `config` cannot go on from the snapshot."""
+    different = snapshot.differences(saved, config)
+    if different:
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        raise UsageError(
+            f"--resume {resume}: {different[0]}{more}; what may change: framework, stages, chunks, schedule, partition, "
+            f"micro_batches, recompute, device, threads, and steps where the learning rate does not depend on it"
+        )
+    if saved.steps_done >= config.train.steps:
+        raise UsageError(
+            f"--resume {resume}: all {saved.steps_done} of {config.train.steps} steps are done; right would be more --steps"
+        )
+
+
+def _check_room(directory: Path, resume: Path | None) -> None:
+    """A run does not write over another run's snapshots."""
+    existing = snapshot.snapshots_in(directory)
+    if resume is None and existing:
+        raise UsageError(
+            f"--save-dir {directory}: holds {existing[-1].name} of an earlier run; "
+            f"right would be --resume latest, or another folder"
+        )
+    newer = [path for path in existing if resume is not None and path.name > resume.name]
+    if newer:
+        raise UsageError(
+            f"--save-dir {directory}: holds {newer[-1].name}, newer than {resume.name if resume else 'the start'}; "
+            f"right would be --resume latest, or another --save-dir"
+        )
+
+
+def run_training(training: Training, console: Console) -> Trained:
+    """Trains, and shows how it goes on. A signal ends the child, and the last snapshot stays."""
+    steps = training.stop_at or training.config.train.steps
+    with stop_on_signals() as stopped, progress_view(console, 1) as view:
+        view.start(describe(training.config), steps)
+        trained = restarts.train(training, view.step, view.finish, stopped)
+        losses = trained.steps
+        ended = "interrupted" if trained.interrupted else trained.outcome.status
+        reason = f": {trained.outcome.reason}" if trained.outcome.reason and not trained.interrupted else ""
+        last = f", {len(losses)} steps to step {losses[-1].step + 1}, loss {losses[-1].loss:.5f}" if losses else ""
+        view.finish(f"{describe(training.config)}: {ended}{reason}{last}, {trained.outcome.wall_seconds:.0f} s")
+    return trained
+
+
+def result_of(trained: Trained, training: Training, command: str) -> RunResult:
+    """As a row of the benchmark; `steps` are those of all children together."""
+    outcome = trained.outcome
+    if trained.interrupted:
+        outcome = Outcome("failed", "interrupted", outcome.log, (), outcome.wall_seconds)
+    fields = measured(_timed(outcome), training.config, untimed_steps=2)
+    steps = tuple(
+        Step(step=record.step, loss=record.loss, gradient_norm=record.gradient_norm, seconds=record.seconds)
+        for record in trained.steps
+    )
+    return RunResult.model_validate(
+        fields
+        | {
+            "steps": steps,
+            "preset": "train",
+            "config": training.config,
+            "command": command,
+            "machine": this_machine(),
+            "git_commit": git_commit(),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "log": None if outcome.log is None else str(outcome.log.relative_to(training.folder.parent)),
+            "parity": Parity(reason="train compares with nothing"),
+            "resumed_from": None if training.resume is None else str(training.resume),
+            "restarts": tuple(trained.restarts),
+        }
+    )
+
+
+def _timed(outcome: Outcome) -> Outcome:
+    """The outcome with the steps alone whose events were kept: those at the end of a long run."""
+    parts = tuple(
+        part.model_copy(update={"steps": [step for step in part.steps if step.events]}) for part in outcome.parts
+    )
+    if not all(part.steps for part in parts):  # an executor that does not say what it did when
+        return outcome
+    return Outcome(outcome.status, outcome.reason, outcome.log, parts, outcome.wall_seconds)
+
+
+def drop_tensors(folder: Path) -> None:
+    """Step 0's gradients are as large as the model, and nothing here compares them."""
+    for path in folder.glob("attempt-*/part-*.safetensors"):
+        path.unlink()
+
+
+def _show(result: RunResult, trained: Trained, training: Training, console: Console) -> None:
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    every = max(1, -(-len(result.steps) // SHOWN_LOSSES))
+    shown = [step for n, step in enumerate(result.steps) if n % every == 0 or n == len(result.steps) - 1]
+    for step in shown:
+        say(f"  step {step.step + 1:>6}  loss {step.loss:.6f}  gradient norm {step.gradient_norm:.4g}")
+    if result.held_out_loss is not None:
+        speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
+        say(f"held-out loss {result.held_out_loss:.6f}{speed}")
+    for line in trained.restarts:
+        say(f"restarted: {line}")
+    if result.status != "ok":
+        say(f"{'interrupted' if trained.interrupted else 'failed: ' + result.reason}")
+        if result.log is not None and not trained.interrupted:
+            say(f"log: {training.folder.parent / result.log}")
+    saved = snapshot.snapshots_in(training.directory)
+    if saved:
+        say(f"snapshot: {saved[-1]}")
+
+
+__all__ = ["SnapshotError", "check_resume", "register", "result_of", "run_training"]
