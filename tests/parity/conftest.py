@@ -40,6 +40,23 @@ def judge() -> Callable[[str, str, Comparison], None]:
     return check
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: the summary is printed elsewhere
+        session.config.workeroutput["margins"] = [(*key, worst) for key, worst in MARGINS.items()]
+
+
+class MarginsOfWorkers:
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: object) -> None:
+        for framework, dtype, worst in getattr(node, "workeroutput", {}).get("margins", []):
+            together = MARGINS[framework, dtype]
+            together |= {name: max(ratio, together.get(name, 0.0)) for name, ratio in worst.items()}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(MarginsOfWorkers())
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not MARGINS:
         return
