@@ -37,8 +37,8 @@ class Job(BaseModel):
     config: RunConfig
     out: str
     """The job's folder; the parent makes it."""
-    kind: Literal["train", "probe"] = "train"
-    """probe: also write the tensors of the parity ladder."""
+    kind: Literal["train", "probe", "dump"] = "train"
+    """probe: also write the tensors of the parity ladder. dump: those of the step after `stop_at` (`runtime.dumping`)."""
     noise: float = 0.0
     """Added to the initial weights (times standard normal), so that no bias is 0 and no norm weight 1 in a test."""
     resume: str | None = None

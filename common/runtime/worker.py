@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from common.data import load_corpus
 from common.parity import TensorKey
+from common.runtime.dumping import dump
 from common.runtime.engine import Engine
 from common.runtime.job import Job, JobFile, Part
 from common.runtime.training import held_out_batch, named, probe, start, starting_weights, train
@@ -61,6 +62,8 @@ def _run_job(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
         steps = train(engine, job, corpus, arrays, first_step)
         if job.kind == "probe":
             arrays |= named(config, engine, engine.weights(), config.train.steps, "trained")
+        if job.kind == "dump":
+            arrays = dump(engine, job, corpus)
         part = Part(
             devices=engine.devices,
             steps=steps,

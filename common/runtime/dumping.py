@@ -1,0 +1,125 @@
+"""The worker side of `triptych dump`: everything that one step computes, and every unit by itself.
+
+Two kinds of tensors. Those of the step as it runs carry the errors of all that came before them. Those of a unit alone do
+not: the unit gets the float64 oracle's input and output gradient, at the oracle's weights, so a difference is its own; in
+the same way the optimizer gets the oracle's gradients and moments. The oracle's tensors are in the dump as well (phases
+"reference_*"), so that any other implementation of the model can be fed with them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.data import Batch, Corpus
+from common.parity import TensorKey
+from common.reference import Oracle
+from common.runtime.engine import Arrays, Engine
+from common.runtime.job import Job
+from common.runtime.training import named, starting_weights
+from common.spec import RunConfig
+from common.weights import unit_names, unit_of
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the oracle has at one step, in the precision of the run that is fed with it."""
+
+    weights: Arrays
+    gradients: Arrays
+    moments: Arrays
+    """As `Engine.optimizer_state` names them."""
+    inputs: Arrays
+    """(B, S, D) by unit; none for the embedding."""
+    output_gradients: Arrays
+    """(B, S, D) by unit; for the head (B, S, V)."""
+
+    def tensors(self, batch: Batch) -> dict[TensorKey, Any]:
+        """All of it with keys, and the tokens."""
+        found = {
+            TensorKey(batch.step, "reference_tokens", 0, -1, "embedding", "inputs"): batch.inputs,
+            TensorKey(batch.step, "reference_tokens", 0, -1, "head", "targets"): batch.targets,
+        }
+        for tensor, by_unit in (("input", self.inputs), ("output_gradient", self.output_gradients)):
+            for unit, array in by_unit.items():
+                found[TensorKey(batch.step, "reference_unit", 0, -1, unit, tensor)] = array
+        for phase, by_name in (("reference_weight", self.weights), ("reference_gradient", self.gradients)):
+            for name, array in by_name.items():
+                found[TensorKey(batch.step, phase, 0, -1, unit_of(name), name)] = array
+        for key, array in self.moments.items():
+            moment, name = key.split("/")
+            found[TensorKey(batch.step, f"reference_{moment}", 0, -1, unit_of(name), name)] = array
+        return found
+
+
+def reference_at(job: Job, corpus: Corpus, step: int) -> Reference:
+    """Trains the oracle up to `step` and takes that step's forward and backward."""
+    config, master = job.config, job.config.train.master_dtype
+    trained = Oracle(config.model, config.train, starting_weights(job))
+    for earlier in range(step):
+        trained.train_step(corpus.training_batch(config, earlier))
+    weights: Arrays = {name: value.astype(master) for name, value in trained.weights.items()}
+    # From the rounded weights on, so that all that a run is fed with belongs together.
+    oracle = Oracle(config.model, config.train, weights)
+    batch = corpus.training_batch(config, step)
+    _, outputs, _ = oracle.forward(batch)
+    oracle.forward_backward(batch)
+    units = unit_names(config.model)
+    return Reference(
+        weights=weights,
+        gradients={name: value.astype(master) for name, value in oracle.gradients.items()},
+        moments={
+            f"{moment}/{name}": value.astype(master)
+            for moment, of in _moments(config, trained).items()
+            for name, value in of.items()
+        },
+        inputs={unit: in_precision(outputs[before], config.train.dtype) for before, unit in itertools.pairwise(units)},
+        output_gradients={unit: in_precision(oracle.output_gradients[unit], config.train.dtype) for unit in units},
+    )
+
+
+def _moments(config: RunConfig, oracle: Oracle) -> dict[str, Arrays]:
+    if config.train.optimizer == "adamw":
+        return {"first_moment": dict(oracle.first_moment), "second_moment": dict(oracle.second_moment)}
+    return {"first_moment": dict(oracle.first_moment)} if config.train.momentum else {}
+
+
+def in_precision(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """The values that `dtype` can hold, nearest to `array`; those of bfloat16 as float32, since NumPy has none."""
+    if dtype != "bfloat16":
+        return array.astype(dtype)
+    bits = array.astype(np.float32).view(np.uint32)
+    nearest_even = ((bits >> 16) & 1) + 0x7FFF
+    return ((bits + nearest_even) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def dump(engine: Engine, job: Job, corpus: Corpus) -> dict[TensorKey, Any]:
+    """Does the step after those that are done (`Job.stop_at`), then feeds every part of it with the oracle's tensors."""
+    config, step = job.config, job.stop_at or 0
+    batch = corpus.training_batch(config, step)
+
+    def keyed(arrays: Arrays, phase: str) -> dict[TensorKey, Any]:
+        return named(config, engine, arrays, step, phase)
+
+    found = keyed(engine.weights(), "before") | engine.unit_outputs(batch)
+    loss = engine.forward_backward(batch)
+    if 0 in engine.devices:
+        found[TensorKey(step, "forward", config.stages - 1, -1, "head", "loss")] = np.array([loss])
+    found |= keyed(engine.gradients(), "backward")
+    engine.apply_gradients(step)
+    found |= keyed(engine.weights(), "after")
+
+    reference = reference_at(job, corpus, step)
+    engine.reset(reference.weights)
+    engine.load_optimizer_state(reference.moments, step)
+    found |= engine.probe_units(batch, reference.inputs, reference.output_gradients)
+    engine.set_gradients(reference.gradients)
+    engine.apply_gradients(step)
+    found |= keyed(engine.weights(), "optimizer")
+    if 0 in engine.devices:
+        found |= reference.tensors(batch)
+    return found
