@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.console import Console
 from common.config import (
     PLURALS,
     SECTIONS,
+    Key,
     Setting,
     Settings,
     UsageError,
@@ -26,7 +28,6 @@ from common.config import (
     _read_toml,
 )
 from common.data import CorpusError
-from common.schedule.generators import default_chunks
 from common.snapshot import Manifest, SnapshotError
 from common.spec import PRESETS, RunConfig, TransformerSpec
 
@@ -37,8 +38,8 @@ PLACEMENT = ("framework", "stages", "chunks", "schedule", "partition", "device",
 TITLES = {"run": "the run", "model": "the model", "train": "the training"}
 
 
-def add_run_options(parser: argparse.ArgumentParser, only_placement: bool = False) -> None:
-    """Options for one run. `only_placement`: where the rest comes from a snapshot."""
+def add_run_options(parser: argparse.ArgumentParser, only_placement: bool = False, without: Sequence[str] = ()) -> None:
+    """Options for one run but those `without`. `only_placement`: where the rest comes from a snapshot."""
     if not only_placement:
         parser.add_argument(
             "--preset", metavar="NAME", help=f"where to start from: {', '.join(PRESETS)} (default: {PRESET})"
@@ -50,6 +51,7 @@ def add_run_options(parser: argparse.ArgumentParser, only_placement: bool = Fals
         names = [name for name in fields if name not in ("model", "train")]
         if only_placement:
             names = {"run": list(PLACEMENT), "train": ["micro_batches"]}.get(section, [])
+        names = [name for name in names if name not in without]
         group = parser.add_argument_group(title) if names else None
         for name in names:
             default = fields[name].default
@@ -58,8 +60,13 @@ def add_run_options(parser: argparse.ArgumentParser, only_placement: bool = Fals
             _add_option(group, section, name, fields[name], default)
 
 
-def read_run(arguments: argparse.Namespace, saved: Manifest | None = None) -> RunConfig:
-    """The one run that the command line asks for, on top of what `saved` (or else the preset) says. Raises UsageError."""
+def read_run(
+    arguments: argparse.Namespace, saved: Manifest | None = None, defaults: Mapping[Key, Any] = MappingProxyType({})
+) -> RunConfig:
+    """The one run that the command line asks for. Raises UsageError.
+
+    Below it stands the snapshot `saved`, or else the preset, which `defaults` follow where nobody names one.
+    """
     line: Settings = {}
     for dest, value in vars(arguments).items():
         section, _, name = dest.partition(".")
@@ -74,6 +81,8 @@ def read_run(arguments: argparse.Namespace, saved: Manifest | None = None) -> Ru
         ("run", "framework"): Setting("torch", "default"),
         ("run", "schedule"): Setting("1f1b", "default"),
     }
+    if preset is None:
+        base |= {key: Setting(value, "default") for key, value in defaults.items()}
     if saved is not None and preset is None:
         base |= _saved_settings(saved)
     file = _read_native_dropout(file, base)
@@ -108,16 +117,6 @@ def _saved_settings(saved: Manifest) -> Settings:
     else:
         found["run", "tokenizer"] = "bytes" if saved.model.vocab_size == 256 else "bpe"
     return {key: Setting(value, f"the snapshot's {key[1]}") for key, value in found.items()}
-
-
-def placed(config: RunConfig, **placement: Any) -> RunConfig:
-    """The same run elsewhere. `micro_batches` belongs to the training, all else to the run. Raises ValidationError."""
-    train = config.train.model_dump()
-    if "micro_batches" in placement:
-        train["micro_batches"] = placement.pop("micro_batches")
-    if "schedule" in placement:
-        placement.setdefault("chunks", default_chunks(placement["schedule"]))
-    return RunConfig.model_validate(config.model_dump() | placement | {"train": train})
 
 
 def plain_console() -> Console:

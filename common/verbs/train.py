@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from common import snapshot
 from common.bench import describe, make_folder, run_name
 from common.config import UsageError
 from common.report.machine import git_commit, this_machine
-from common.report.progress import progress_view
+from common.report.progress import ProgressView, progress_view
 from common.report.result import Parity, RunResult, Step, measured
 from common.runtime import restarts
 from common.runtime.launch import IMPLEMENTATIONS, Implementation, Outcome, stop_on_signals, why_missing
 from common.runtime.restarts import Trained, Training
-from common.snapshot import Manifest, SnapshotError
+from common.snapshot import Manifest
 from common.spec import RunConfig
 from common.verbs.options import add_run_options, plain_console, read_run, reporting
 
@@ -118,7 +118,8 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
             max_restarts=arguments.max_restarts,
             timeout_seconds=arguments.timeout,
         )
-        trained = run_training(training, console)
+        with stop_on_signals() as stopped, progress_view(console, 1) as view:
+            trained = run_training(training, view, stopped)
         result = result_of(trained, training, arguments.command)
         result.write(folder / name / "result.json")
         drop_tensors(training.folder)
@@ -181,17 +182,18 @@ def _check_room(directory: Path, resume: Path | None) -> None:
         )
 
 
-def run_training(training: Training, console: Console) -> Trained:
-    """Trains, and shows how it goes on. A signal ends the child, and the last snapshot stays."""
-    steps = training.stop_at or training.config.train.steps
-    with stop_on_signals() as stopped, progress_view(console, 1) as view:
-        view.start(describe(training.config), steps)
-        trained = restarts.train(training, view.step, view.finish, stopped)
-        losses = trained.steps
-        ended = "interrupted" if trained.interrupted else trained.outcome.status
-        reason = f": {trained.outcome.reason}" if trained.outcome.reason and not trained.interrupted else ""
-        last = f", {len(losses)} steps to step {losses[-1].step + 1}, loss {losses[-1].loss:.5f}" if losses else ""
-        view.finish(f"{describe(training.config)}: {ended}{reason}{last}, {trained.outcome.wall_seconds:.0f} s")
+def run_training(
+    training: Training, view: ProgressView, stopped: Callable[[], bool], name: str | None = None
+) -> Trained:
+    """Trains, and shows how it goes on under this name (default: what the run is)."""
+    name, end = name or describe(training.config), training.stop_at or training.config.train.steps
+    view.start(name, end)
+    trained = restarts.train(training, view.step, view.finish, stopped)
+    losses, outcome = trained.steps, trained.outcome
+    ended = "interrupted" if trained.interrupted else outcome.status
+    reason = f": {outcome.reason}" if outcome.reason and not trained.interrupted else ""
+    last = f", at step {losses[-1].step + 1} of {end}, loss {losses[-1].loss:.5f}" if losses else ""
+    view.finish(f"{name}: {ended}{reason}{last}, {outcome.wall_seconds:.0f} s")
     return trained
 
 
@@ -259,6 +261,3 @@ def _show(result: RunResult, trained: Trained, training: Training, console: Cons
     saved = snapshot.snapshots_in(training.directory)
     if saved:
         say(f"snapshot: {saved[-1]}")
-
-
-__all__ = ["SnapshotError", "check_resume", "register", "result_of", "run_training"]

@@ -33,6 +33,8 @@ class MortalEngine(FakeEngine):
                 time.sleep(600)
             case "slow":
                 time.sleep(0.5)
+            case "wrong":
+                return super().forward_backward(batch) * (1 + 1e-9)
             case "nan-weight":
                 self.oracle.weights["block.0.feed_forward.up.bias"][0] = np.nan
             case "nan-activation":  # finite weights, infinite product
