@@ -1,48 +1,44 @@
 """The parity ladder: which runs are compared with the oracle and with each other, and how they are started.
 
-The cases cover every value of p, m and dtype, every combination of head, norm and activation, and all kinds of partition.
-All train for 100 AdamW steps with clipping, warm-up and cosine. All cases of a framework share as few child processes
-as the framework allows, since frameworks start slowly.
+The cases cover every value of p, m and dtype, every combination of head, norm and activation, all kinds of partition, and
+micro-batches with different numbers of tokens, or none. All train for 100 AdamW steps with clipping, warm-up and cosine. All
+cases of a framework share as few child processes as the framework allows, since frameworks start slowly.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
-from common.data import load_corpus
-from common.parity import TensorKey
-from common.reference import Oracle
-from common.runtime.job import Job, JobFile, Part
-from common.runtime.training import optimizer_test_gradients, starting_weights
+import common.probes
+from common.probes import Expected, Run, read_probe
+from common.runtime.job import Job, JobFile
 from common.spec import RunConfig
-from common.weights import unit_of
 
 ROOT = Path(__file__).parent.parent.parent
 MODULE = {"torch": "torch_impl", "tensorflow": "tf_impl", "paddle": "paddle_impl"}
 NOISE = 0.1
 CHILD_TIMEOUT_SECONDS = 600
 
+# Sequences end anywhere; of 13 per epoch the second mini-batch has 5: micro-batches of 2, 2, 1 and 0 sequences.
+UNEVEN: dict[str, Any] = {"sequence_lengths": "random", "sequences_per_epoch": 13}
+
 
 def config(
     framework: str, p: int, m: int, dtype: str, head: str, norm: str, activation: str, partition: str, dropout: float,
     schedule: str = "1f1b", steps: int = 100, chunks: int = 1, executor: str = "table", num_layers: int = 4,
+    recompute: str = "none", uneven: bool = False,
 ) -> RunConfig:  # fmt: skip
     """One run, with one CPU thread per stage: a kernel splits its sums by the number of threads, so bits depend on it."""
     return RunConfig.model_validate(
         {
             "framework": framework, "stages": p, "chunks": chunks, "schedule": schedule, "partition": partition,
-            "device": "cpu", "threads": p, "executor": executor,
+            "device": "cpu", "threads": p, "executor": executor, "recompute": recompute, **(UNEVEN if uneven else {}),
             "model": {
                 "context_length": 12, "num_layers": num_layers, "d_model": 24, "num_heads": 2, "d_ff": 40, "norm": norm,
                 "activation": activation, "tied_head": head == "tied", "dropout": dropout,
@@ -72,21 +68,6 @@ CASES: dict[str, tuple[Any, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """What one probe left behind, its parts merged."""
-
-    tensors: dict[TensorKey, NDArray[Any]]
-    parts: tuple[Part, ...]
-
-    @property
-    def losses(self) -> list[float]:
-        return [step.loss for step in self.parts[0].steps]
-
-    def phase(self, phase: str) -> dict[TensorKey, NDArray[Any]]:
-        return {key: value for key, value in self.tensors.items() if key.phase == phase}
-
-
 def run_probes(configs: dict[str, RunConfig], folder: Path) -> dict[str, Run]:
     """Runs all configurations of one framework in as few child processes as it allows. Raises RuntimeError."""
     framework = next(iter(configs.values())).framework
@@ -95,7 +76,7 @@ def run_probes(configs: dict[str, RunConfig], folder: Path) -> dict[str, Run]:
     for group in sorted(groups):
         chosen = {n: c for n, c in configs.items() if framework != "paddle" or c.stages == group}
         _run_child(MODULE[framework], chosen, folder, group)
-    return {name: _read(folder / name) for name in configs}
+    return {name: read_probe(folder / name) for name in configs}
 
 
 def _run_child(module: str, configs: dict[str, RunConfig], folder: Path, group: int) -> None:
@@ -115,69 +96,9 @@ def _run_child(module: str, configs: dict[str, RunConfig], folder: Path, group: 
         raise RuntimeError(f"{module} ended with {status}:\n{log.read_text()[-4000:]}")
 
 
-def _read(folder: Path) -> Run:
-    parts = [Part.model_validate_json(path.read_text()) for path in sorted(folder.glob("part-*.json"))]
-    tensors: dict[TensorKey, NDArray[Any]] = {}
-    for path in sorted(folder.glob("part-*.safetensors")):
-        for text, value in load_file(path).items():
-            key = TensorKey.parse(text)
-            twin = next((k for k in tensors if k._replace(stage=key.stage) == key), None)
-            if twin is not None:  # a tied weight, reported by both stages that hold it
-                np.testing.assert_array_equal(value, tensors[twin], f"the copies of {key} differ")
-            tensors[key] = value
-    return Run(tensors, tuple(sorted(parts, key=lambda part: part.devices)))
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What the oracle says about a run."""
-
-    unit_outputs: dict[TensorKey, NDArray[Any]]
-    gradients: dict[TensorKey, NDArray[Any]]
-    optimizer: dict[TensorKey, NDArray[Any]]
-    trained: dict[TensorKey, NDArray[Any]]
-    losses: list[float]
-    held_out_loss: float
-
-
 def expected(one: RunConfig) -> Expected:
-    """The oracle's run of `one`; computed once for all frameworks, partitions and schedules."""
-    neutral = one.model_copy(
-        update={"framework": "torch", "stages": 1, "chunks": 1, "partition": "even", "schedule": "gpipe"}
-    )
-    return _expected(neutral.model_dump_json())
-
-
-@functools.cache
-def _expected(text: str) -> Expected:
-    one = RunConfig.model_validate(json.loads(text))
-    model, train, corpus = one.model, one.train, load_corpus(one)
-    weights = starting_weights(Job(config=one, out="", noise=NOISE))
-
-    def batch(step: int) -> Any:
-        return corpus.batch(step, train.seed, train.batch_size, model.context_length)
-
-    probe = Oracle(model, train, weights)
-    probe.gradients = {k: v.astype(np.float64) for k, v in optimizer_test_gradients(one).items()}
-    probe.apply_gradients(0)
-    oracle = Oracle(model, train, weights)
-    unit_outputs = oracle.unit_outputs(batch(0), train.micro_batches)
-    oracle.forward_backward(batch(0))
-    gradients = dict(oracle.gradients)
-    losses = [oracle.train_step(batch(step)) for step in range(train.steps)]
-    held_out = corpus.held_out_batch(0, train.seed, train.batch_size, model.context_length)
-    return Expected(
-        unit_outputs,
-        _named(gradients, 0, "backward"),
-        _named(probe.weights, 0, "optimizer"),
-        _named(oracle.weights, train.steps, "trained"),
-        losses,
-        oracle.forward(held_out, training=False)[0],
-    )
-
-
-def _named(arrays: dict[str, NDArray[Any]], step: int, phase: str) -> dict[TensorKey, NDArray[Any]]:
-    return {TensorKey(step, phase, 0, -1, unit_of(name), name): value for name, value in arrays.items()}
+    """What the oracle says about a case."""
+    return common.probes.expected(one, NOISE)
 
 
 def first_different_bits(a: Run, b: Run, phases: Iterable[str] = ("forward", "backward", "trained")) -> str | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from common.parity import Comparison, TensorKey, compare
+from common.parity import Comparison, compare
+from common.probes import compare_probe
 from common.schedule.generators import make_schedule
 from common.spec import FRAMEWORKS, RunConfig
 from tests.parity.ladder import CASES, Run, config, expected, first_different_bits, run_probes
@@ -20,27 +20,12 @@ every_case = pytest.mark.parametrize("case", CASES)
 every_framework = pytest.mark.parametrize("framework", FRAMEWORKS)
 
 
-def losses_as_tensors(losses: list[float], micro_batch: int = -1) -> dict[TensorKey, np.ndarray]:
-    return {
-        TensorKey(step, "forward", 0, micro_batch, "head", "loss"): np.array(loss) for step, loss in enumerate(losses)
-    }
-
-
 @every_framework
 @every_case
 def test_against_the_oracle(framework: str, case: str, ladder: Ladder, judge: Judge) -> None:
     one, run = config(framework, *CASES[case]), ladder(framework)[case]
     want, dtype = expected(one), one.train.dtype
-    judge(framework, dtype, compare(run.phase("forward"), want.unit_outputs, "activation", dtype))
-    curve = losses_as_tensors(run.losses), losses_as_tensors(want.losses)
-    first = [{key: value for key, value in side.items() if key.step == 0} for side in curve]
-    judge(framework, dtype, compare(*first, "loss", dtype))
-    judge(framework, dtype, compare(run.phase("backward"), want.gradients, "gradient", dtype))
-    judge(framework, dtype, compare(run.phase("optimizer"), want.optimizer, "optimizer_step", dtype))
-    judge(framework, dtype, compare(*curve, "loss_curve", dtype))
-    judge(framework, dtype, compare(run.phase("trained"), want.trained, "trained_parameter", dtype))
-    held_out = [losses_as_tensors([value]) for value in (run.parts[0].held_out_loss, want.held_out_loss)]
-    judge(framework, dtype, compare(*held_out, "loss_curve", dtype))
+    judge(framework, dtype, compare_probe(run, want, dtype))
     assert want.losses[-1] < want.losses[0] - 0.3, "the run must learn, or its curve proves nothing"
 
 
