@@ -74,6 +74,19 @@ def test_predictions_are_the_oracles(found: Any) -> None:
     assert found["predictions"] < 1
 
 
+def test_recomputation_gives_the_same_bits(found: Any) -> None:
+    assert len(found["recomputation"]["same"]) == 40
+    assert all(found["recomputation"]["same"].values()), found["recomputation"]["same"]
+
+
+def test_recomputation_holds_the_input_of_each_piece_and_nothing_else(found: Any) -> None:
+    held, one = found["recomputation"]["held"], found["recomputation"]["activation_bytes"]
+    assert held["full"] == {"0": 0, "1": one}  # stage 0 takes tokens; 1f1b has one micro-batch in flight on stage 1
+    assert held["every-1"] == {"0": 2 * one, "1": 2 * one}  # stage 0 holds block 0's input for two micro-batches
+    assert held["except-last"]["1"] == held["none"]["1"] > 10 * one
+    assert held["full"]["0"] < held["except-last"]["0"] < held["none"]["0"]
+
+
 def test_a_failing_stage_ends_the_step_with_its_own_error(found: Any) -> None:
     failure = found["failure"]
     assert failure["message"] == "device 3, action F0: ZeroDivisionError: injected"

@@ -17,9 +17,9 @@ from common.parity import TensorKey
 from common.partition import plan_partition
 from common.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays, Engine
-from common.runtime.executor import Event, run_stage
+from common.runtime.executor import Event, run_stage, unwatched
 from common.runtime.memory import peak_resident_bytes
-from common.schedule.action import Schedule
+from common.schedule.action import Action, Schedule
 from common.schedule.generators import make_schedule
 from common.spec import RunConfig
 from common.weights import TOKEN_EMBEDDING, parameter_shapes, unit_names
@@ -57,6 +57,7 @@ class TorchEngine:
         self.config = config
         self.schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
         self.devices = tuple(range(config.stages))
+        self.on_action: Callable[[int, Action | None], None] = unwatched
         self._torch_devices = devices.stage_devices(config.stages, config.device)
         parts = plan_partition(config).parts
         threads = devices.threads_per_stage(config.stages, config.threads)
@@ -171,10 +172,15 @@ class TorchEngine:
         channel = Channel(self._torch_devices)
 
         def walk(d: int) -> tuple[list[Event], list[float]]:
+            def before(action: Action) -> None:
+                channel.check()
+                self.on_action(d, action)
+
             try:
                 stage = self.stages[d]
                 stage.begin(batch, mode)
-                events = run_stage(schedule, d, stage, channel, before=lambda action: channel.check())
+                events = run_stage(schedule, d, stage, channel, before)
+                self.on_action(d, None)
                 return events, stage.losses()
             except Exception as error:
                 channel.stop(error)

@@ -33,10 +33,10 @@ class Embedding(nn.Module):
         self.token = nn.Embedding(spec.vocab_size, spec.d_model)
         self.position = nn.Embedding(spec.context_length, spec.d_model)
         self.dropout = spec.dropout
+        self.register_buffer("positions", torch.arange(spec.context_length), persistent=False)  # (S,)
 
     def forward(self, tokens: Tensor, context: DropoutContext | None) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)  # (S,)
-        x = self.token(tokens) + self.position(positions)  # (B, S, D)
+        x = self.token(tokens) + self.position(self.positions[: tokens.shape[1]])  # (B, S, D)
         return dropout(x, self.dropout, site_number("embedding", 0), context)
 
 

@@ -9,20 +9,26 @@ linear and embedding layer* (autograd takes a place in its graph, a `GradientEdg
 W needs no graph any more: a layer's weight gradient is a product of what went in and what its tap gave. So the forward
 is never repeated, no work is done twice, the graph is freed in B, and products add straight into the gradients.
 Both halves in a row are the whole backward, so every schedule gives the same bits.
+
+With recomputation (Chen et al. 2016; GPipe, Huang et al. 2019, section 2.3) the first forward leaves the taps' places in
+the graph, and the forward that `torch.utils.checkpoint` runs inside B fills in what went into the layers.
 """
 
 from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.checkpoint import checkpoint
 
 from common.data import Batch
 from common.dropout import step_key
@@ -60,7 +66,7 @@ class Tap(NamedTuple):
     """A layer whose weight gradient waits for W."""
 
     layer: nn.Linear | nn.Embedding
-    x: Tensor  # what went in, without its graph
+    x: Tensor | None  # what went in, without its graph; None until B has computed it again
     output: GradientEdge
 
 
@@ -71,6 +77,8 @@ class Forward:
     x: Tensor | None
     output: GradientEdge  # not the tensor: the next stage owns that
     taps: list[Tap]
+    again: list[list[Tensor]]
+    """By recomputed piece: what goes into its linear layers, from when B has run it."""
 
 
 @dataclass(slots=True)
@@ -96,17 +104,54 @@ class Chunk(nn.Module):
         self.named = named_parameters(part, list(self.units), config.model.tied_head)
         for item in self.named:
             item.parameter.grad = torch.zeros_like(item.parameter)
+        size = config.recomputed_units or len(part)
+        self.recomputed_pieces = [slice(first, first + size) for first in range(0, len(part), size)]
         self.taps: list[Tap] = []
+        self._holds_inputs = True
+        self._again: list[Tensor] | None = None
         tapped = [layer for layer in self.modules() if isinstance(layer, nn.Linear | nn.Embedding)]
         for layer in tapped:
+            layer.register_forward_pre_hook(self._collect)
             layer.register_forward_hook(self._tap)
         deferred = {id(parameter) for layer in tapped for parameter in layer.parameters()}
         self.direct = [p for p in self.parameters() if id(p) not in deferred]
         """Parameters whose gradients B gives along the way: those of the norms, which are small."""
 
     def _tap(self, layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        if output.requires_grad:
-            self.taps.append(Tap(layer, inputs[0].detach(), get_gradient_edge(output)))
+        if output.requires_grad and self._again is None:
+            # An embedding's input is no activation, and its piece of the graph may never be run.
+            holds = self._holds_inputs or isinstance(layer, nn.Embedding)
+            self.taps.append(Tap(layer, inputs[0].detach() if holds else None, get_gradient_edge(output)))
+
+    def _collect(self, layer: Any, inputs: tuple[Tensor]) -> None:
+        """Before the layer runs, since a recomputation stops inside the last one."""
+        if self._again is not None and isinstance(layer, nn.Linear):
+            self._again.append(inputs[0].detach())
+
+    def recomputed(self, run: Callable[[Tensor], Tensor], x: Tensor, inputs: list[Tensor]) -> Tensor:
+        """`run(x)`, of which only `x` is held; the backward runs it again and leaves in `inputs` what taps miss."""
+
+        @contextmanager
+        def first() -> Iterator[None]:
+            self._holds_inputs = False
+            try:
+                yield
+            finally:
+                self._holds_inputs = True
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            self._again = inputs
+            try:
+                yield
+            finally:
+                self._again = None
+
+        # The masks of dropout depend on the micro-batch and not on a generator's state, so none is preserved.
+        result: Tensor = checkpoint(
+            run, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (first(), again())
+        )
+        return result
 
     def take_taps(self) -> list[Tap]:
         """The taps since the last call."""
@@ -130,7 +175,7 @@ class Stage:
         """By (micro-batch, chunk): forward done, B not yet."""
         self.waiting: dict[tuple[int, int], list[tuple[nn.Linear | nn.Embedding, Tensor, Tensor]]] = {}
         """By (micro-batch, chunk): B done, W not yet; each layer with its input and its output's gradient."""
-        self.held = HeldActivations(len(self.chunks))
+        self.held = HeldActivations(len(self.chunks), config.recomputes)
         self.outputs: dict[tuple[str, int], Tensor] = {}
         """By (unit, micro-batch), where the mode keeps them."""
 
@@ -168,26 +213,40 @@ class Stage:
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
         """Runs the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
         module, now = self.chunks[chunk], self._pass
-        has_loss = module.part[-1] == "head"
-        measures = now.mode is Mode.TRAIN and not self.held.forward_bytes[chunk]
+        training, has_head = now.mode is Mode.TRAIN, module.part[-1] == "head"
+        sizes = self.held.bytes_of(micro_batch)
+        measures = training and not sizes[chunk]
         saved: list[Tensor] = []
-        with torch.set_grad_enabled(now.mode is Mode.TRAIN), saved_tensors(saved) if measures else nullcontext():
-            y = now.tokens[micro_batch] if x is None else x.requires_grad_(now.mode is Mode.TRAIN)
-            for name, unit in zip(module.part, module.units, strict=True):
-                y = unit(y, now.contexts[micro_batch])
-                if now.mode.keeps(name):
-                    self.outputs[name, micro_batch] = y
-            if has_loss and now.mode is not Mode.PREDICT:
-                y = summed_loss(y, now.targets[micro_batch], now.num_tokens)
-                now.losses.append(y.detach())
-        if now.mode is Mode.TRAIN:
-            self.in_flight[micro_batch, chunk] = Forward(x, get_gradient_edge(y), module.take_taps())
+        again: list[list[Tensor]] = []
+        with torch.set_grad_enabled(training), saved_tensors(saved) if measures else nullcontext():
+            y = now.tokens[micro_batch] if x is None else x.requires_grad_(training)
+            if training and self.config.recomputes(micro_batch):
+                for piece in module.recomputed_pieces:
+                    again.append([])
+                    y = module.recomputed(partial(self._run, micro_batch, module, piece), y, again[-1])
+            else:
+                y = self._run(micro_batch, module, slice(None), y)
+        if has_head and now.mode is not Mode.PREDICT:
+            now.losses.append(y.detach())
+        if training:
+            self.in_flight[micro_batch, chunk] = Forward(x, get_gradient_edge(y), module.take_taps(), again)
             if measures:
                 others = [*module.parameters(), *module.buffers(), *now.tokens, *now.targets]
-                self.held.forward_bytes[chunk] = memory_bytes(saved, others)
+                sizes[chunk] = memory_bytes(saved, others)
             self.held.note(self.in_flight, self.waiting)
         self._finish()
-        return None if has_loss else y.detach()
+        return None if has_head else y.detach()
+
+    def _run(self, micro_batch: int, module: Chunk, piece: slice, x: Tensor) -> Tensor:
+        """The units of a piece of a chunk; the loss is a part of the head's."""
+        now = self._pass
+        for name, unit in zip(module.part[piece], module.units[piece], strict=True):
+            x = unit(x, now.contexts[micro_batch])
+            if now.mode.keeps(name):
+                self.outputs[name, micro_batch] = x
+            if name == "head" and now.mode is not Mode.PREDICT:
+                x = summed_loss(x, now.targets[micro_batch], now.num_tokens)
+        return x
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
         """B and W in a row."""
@@ -213,8 +272,10 @@ class Stage:
         first_direct, first_tap = len(inputs), len(inputs) + len(direct)
         for parameter, piece in zip(direct, found[first_direct:first_tap], strict=True):
             parameter.grad += piece
+        again = chain.from_iterable(saved.again)
         self.waiting[micro_batch, chunk] = [
-            (tap.layer, tap.x, piece) for tap, piece in zip(taps, found[first_tap:], strict=True)
+            (tap.layer, next(again) if tap.x is None else tap.x, piece)
+            for tap, piece in zip(taps, found[first_tap:], strict=True)
         ]
         self._finish()
         return found[0] if inputs else None

@@ -290,6 +290,38 @@ def predictions() -> float:
     return max(found)
 
 
+RECOMPUTED: tuple[Any, ...] = (
+    (1, "gpipe", {}),
+    (2, "1f1b", {"partition": (1,)}),  # the embedding alone on a stage
+    (4, "zb-h1", {}),
+    (2, "interleaved", {"chunks": 2}),
+    (2, "zb-v", {"chunks": 2}),
+)
+
+
+def recomputation() -> dict[str, Any]:
+    """Whether every kind gives the bits of none for every schedule, and what 1f1b then holds."""
+    same, held = {}, {}
+    for dropout in (0.0, 0.1):
+        engine, batches = make(1, dropout=dropout, tied_head=True)
+        expected = train(engine, batches, 2)
+        engine.close()
+        for kind in ("full", "except-last", "every-1", "every-2"):
+            for stages, schedule, run in RECOMPUTED:
+                run = run | {"recompute": kind}
+                engine, batches = make(stages, schedule, dropout=dropout, tied_head=True, run=run)
+                found = train(engine, batches, 2)
+                equal = all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+                same[f"{kind} {schedule} {dropout}"] = equal
+                engine.close()
+    for kind in ("none", "full", "except-last", "every-1"):
+        engine, batches = make(2, run={"recompute": kind})
+        engine.forward_backward(batches(0))
+        held[kind] = engine.held_bytes_peak()
+        engine.close()
+    return {"same": same, "held": held, "activation_bytes": 2 * 16 * 32 * 4}
+
+
 def failure() -> dict[str, Any]:
     """The head fails, after its stage's block, while the other stages wait; then the engine is used again."""
     engine, batches = make(4, num_layers=4)
@@ -358,6 +390,7 @@ if __name__ == "__main__":
         resume,
         units_alone,
         predictions,
+        recomputation,
         failure,
         settings,
     )
