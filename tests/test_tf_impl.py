@@ -67,6 +67,25 @@ def test_a_seed_on_another_device_neither_hangs_nor_stands_still(found: Any) -> 
     assert found["seed"] == {"losses_differ": True, "own_device": [[True, False], [True, True]]}
 
 
+def test_ignored_labels_and_missing_sequences_count_for_nothing(found: Any) -> None:
+    assert found["ignored_labels"] < 1
+
+
+def test_going_on_from_exported_state_gives_the_bits_of_a_run_without_interruption(found: Any) -> None:
+    assert len(found["resume"]) == 18
+    assert all(found["resume"].values()), found["resume"]
+
+
+def test_units_alone_are_the_oracles_and_leave_the_engine_as_it_was(found: Any) -> None:
+    assert found["units_alone"]["worst"] < 1
+    assert found["units_alone"]["kept"]
+
+
+def test_predictions_are_the_oracles_and_shapes_are_traced_once(found: Any) -> None:
+    assert found["predictions"]["worst"] < 1
+    assert found["predictions"]["traces"] == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("case", "kind", "text"),
     [

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from common.data import Batch
+from common.data import IGNORED, Batch
 from common.parity import TensorKey
 from common.partition import plan_partition
 from common.runtime.engine import Arrays, Engine
@@ -22,6 +22,7 @@ from common.weights import parameter_shapes, unit_names
 from tf_impl import devices
 from tf_impl.gpipe_model import GPipeModel
 from tf_impl.optimizer import make_optimizer
+from tf_impl.probe import probe_units
 from tf_impl.weights import export_gradients, export_weights, load_gradients, load_weights, named_parameters
 
 
@@ -59,7 +60,7 @@ class TensorFlowEngine:
         self.model.build((None, model.context_length))
         self._named = named_parameters(unit_names(model), self.model.units, model.tied_head)
         not_decayed = [item.parameter for item in self._named if not train.decays(item.name)]
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=IGNORED)
         self.model.compile(make_optimizer(train, not_decayed), loss)
         self._stage_of = {unit: plan.part_of(unit) for unit in unit_names(model)}
 
@@ -77,9 +78,9 @@ class TensorFlowEngine:
         return self.model.apply_gradients(step)
 
     def evaluate(self, batch: Batch) -> float:
-        m = self.config.train.micro_batches
-        pieces = batch.micro_batches(m)
-        return math.fsum(float(self.model.summed_loss(self.model(p.inputs), p.targets, pieces=m)) for p in pieces)
+        pieces = batch.micro_batches(self.config.train.micro_batches)
+        losses = (self.model.summed_loss(self.model(p.inputs), p.targets, batch.num_tokens) for p in pieces)
+        return math.fsum(float(loss) for loss in losses)
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
         found = {}
@@ -88,6 +89,27 @@ class TensorFlowEngine:
                 stage = self.model.schedule.location[self._stage_of[unit]][0]
                 found[TensorKey(batch.step, "forward", stage, i, unit, "output")] = output.numpy()
         return found
+
+    def probe_units(
+        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+    ) -> dict[TensorKey, NDArray[Any]]:
+        found = self.model.on_all_stages(lambda d: probe_units(self.model, d, batch, inputs, output_gradients))
+        return {key: array for arrays in found for key, array in arrays.items()}
+
+    def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
+        return self.model.forward_only(inputs).numpy()
+
+    def optimizer_state(self) -> Arrays:
+        return {
+            f"{moment}/{name}": array
+            for moment, moment_of in self.model.moments().items()
+            for name, array in self._in_order(export_gradients(self._named, moment_of)).items()
+        }
+
+    def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
+        for moment, moment_of in self.model.moments().items():
+            load_gradients(self._named, {i.name: state[f"{moment}/{i.name}"] for i in self._named}, moment_of)
+        self.model.optimizer.iterations.assign(steps_done)
 
     def weights(self) -> Arrays:
         return self._in_order(export_weights(self._named))

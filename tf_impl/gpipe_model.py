@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import keras
 import numpy as np
@@ -32,9 +32,19 @@ from common.weights import unit_names
 from tf_impl import devices
 from tf_impl.layers import Embedding, build_unit
 from tf_impl.optimizer import StageOptimizer, check_optimizer
-from tf_impl.stage import Channel, Chunk, Stage, apply_layer
+from tf_impl.stage import Channel, Chunk, ForwardOnly, Stage, apply_layer
 
 Result = TypeVar("Result")
+
+
+class Loss(NamedTuple):
+    """A Keras loss before its reduction."""
+
+    per_element: Callable[[Any, Any], tf.Tensor]
+    is_mean: bool
+    """Whether Keras takes the mean of the elements; else their sum."""
+    ignored: int | None
+    """A label whose elements do not count (Keras' `ignore_class`)."""
 
 
 class GPipeModel(keras.Model):
@@ -160,7 +170,7 @@ class GPipeModel(keras.Model):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         self._ensure_built(x)
         prediction = self(x)
-        loss = self.summed_loss(prediction, *_labels(y, sample_weight))
+        loss = self.summed_loss(prediction, *_labels(y, sample_weight), *self._count(y))
         return self._update_metrics(loss, x, y, prediction, sample_weight)
 
     def predict_step(self, data: Any) -> tf.Tensor:
@@ -179,49 +189,34 @@ class GPipeModel(keras.Model):
         if not self.compiled:
             raise RuntimeError("the model has no optimizer and no loss yet; right would be compile(optimizer, loss)")
         m = self.schedule.num_micro_batches
-        if len(x) % m:
-            raise ValueError(
-                f"a batch of {len(x)} samples cannot be cut into {m} equal micro-batches; right would be a multiple of {m} "
-                f"(drop_remainder=True where a data set is batched)"
-            )
+        self._check_divides(len(x))
         self._ensure_built(x)
         labels = _labels(y, sample_weight)
         self._ensure_traced(x, labels)
-        context = self._dropout_context(len(x), int(self.optimizer.iterations) if step is None else step)
-        channel = Channel()
+        context = self.dropout_context(len(x), int(self.optimizer.iterations) if step is None else step)
+        count = self._count(y)
 
-        def walk(d: int) -> list[Event]:
-            try:
-                stage = self.stages[d]
-                for chunk in stage.chunks:
-                    chunk.clear_gradients()
-                first, last = (any(getattr(c, end) for c in stage.chunks) for end in ("is_first", "is_last"))
-                stage.begin(
-                    tf.split(tf.convert_to_tensor(x), m) if first else [],
-                    list(zip(*(tf.split(tf.convert_to_tensor(t), m) for t in labels), strict=True)) if last else [],
-                    [(tf.constant(key, tf.int64), tf.constant(samples)) for key, samples in context],
-                )
+        def begin(d: int) -> Stage:
+            stage = self.stages[d]
+            for chunk in stage.chunks:
+                chunk.clear_gradients()
+            first, last = (any(getattr(c, end) for c in stage.chunks) for end in ("is_first", "is_last"))
+            pieces = zip(*(tf.split(tf.convert_to_tensor(t), m) for t in labels), strict=True) if last else []
+            stage.begin(
+                tf.split(tf.convert_to_tensor(x), m) if first else [],
+                [(*piece, *(tf.constant(n, tf.float64) for n in count)) for piece in pieces],
+                [(tf.constant(key, tf.int64), tf.constant(samples)) for key, samples in context],
+            )
+            return stage
 
-                def before(action: Action) -> None:
-                    channel.check()
-                    self.before_action(action)
-
-                return run_stage(self.schedule, d, stage, channel, before)
-            except Exception as error:
-                channel.stop(error)
-                return []
-
-        self.events = dict(enumerate(self.on_all_stages(walk)))
-        if channel.failure is not None:
-            raise channel.failure
+        self.events = self._run(self.schedule, begin)
         self._add_tied_gradients()
         losses = self.stages[self.schedule.location[-1][0]].losses
         return math.fsum(float(loss) for loss in losses.values())
 
     def apply_gradients(self, step: int | None = None) -> float:
         """Clips over all stages, then one optimizer step (default: the next). Returns the norm before clipping."""
-        if not self._optimizers:
-            self._optimizers = self.on_all_stages(self._make_optimizer)
+        self._ensure_optimizers()
         step = int(self.optimizer.iterations) if step is None else step
         self.optimizer.iterations.assign(step)
         rate = float(self.optimizer.learning_rate)
@@ -240,19 +235,46 @@ class GPipeModel(keras.Model):
         for optimizer in self._optimizers:
             optimizer.reset()
 
-    def summed_loss(self, prediction: tf.Tensor, *labels: tf.Tensor, pieces: int = 1) -> tf.Tensor:
+    def moments(self) -> dict[str, Callable[[keras.Variable], tf.Variable]]:
+        """The optimizer's "first_moment" and "second_moment", as far as it has them: where that of a weight is."""
+        self._ensure_optimizers()
+        found: dict[str, dict[int, tf.Variable]] = {}
+        for optimizer in self._optimizers:
+            for name, of in optimizer.moments().items():
+                found.setdefault(name, {}).update(of)
+        return {name: lambda variable, of=of: of[id(variable)] for name, of in found.items()}
+
+    def forward_only(self, x: Any) -> tf.Tensor:
+        """The prediction without dropout, through the pipeline in micro-batches. Raises as `forward_backward`."""
+        m = self.schedule.num_micro_batches
+        self._check_divides(len(x))
+        passes: dict[int, ForwardOnly] = {}
+
+        def begin(d: int) -> ForwardOnly:
+            chunks = self.stages[d].chunks
+            passes[d] = ForwardOnly(chunks, tf.split(tf.convert_to_tensor(x), m) if chunks[0].is_first else [])
+            return passes[d]
+
+        self._run(self.schedule.only_forward(), begin)
+        predictions = passes[self.schedule.location[-1][0]].predictions
+        return tf.concat([predictions[i] for i in range(m)], 0)
+
+    def summed_loss(self, prediction: tf.Tensor, y: tf.Tensor, *rest: tf.Tensor, pieces: int = 1) -> tf.Tensor:
         """What one of `pieces` equal parts of a mini-batch adds to its loss.
 
         Where Keras' loss is a mean, this is the sum over the part, divided by the count of the whole mini-batch: never a
-        mean of means.
+        mean of means. `rest`: the sample weight, if there is one, and, where the loss ignores a label, how many labels of
+        the whole mini-batch count.
         """
-        function, is_mean = self._loss
-        values = function(labels[0], prediction)
-        if len(labels) == 2:
-            weight = tf.cast(labels[1], values.dtype)
-            values *= tf.reshape(weight, (*weight.shape, *[1] * (len(values.shape) - len(weight.shape))))
-        count = values.shape.num_elements() * pieces if is_mean else 1
-        return tf.reduce_sum(values) / count
+        weight, count = (rest, ()) if self._loss.ignored is None else (rest[:-1], rest[-1:])
+        values = self._loss.per_element(y, prediction)
+        if weight:
+            own = tf.cast(weight[0], values.dtype)
+            values *= tf.reshape(own, (*own.shape, *[1] * (len(values.shape) - len(own.shape))))
+        total = tf.reduce_sum(values)
+        if not self._loss.is_mean:
+            return total
+        return total / (tf.cast(count[0], values.dtype) if count else values.shape.num_elements() * pieces)
 
     def gradient_of(self, variable: keras.Variable) -> tf.Variable:
         """Where the gradients of a weight are added up."""
@@ -268,7 +290,7 @@ class GPipeModel(keras.Model):
         m = self.schedule.num_micro_batches
         context = [
             tf.constant(value, tf.int64)
-            for of_micro_batch in self._dropout_context(len(x) * m, step)[micro_batch : micro_batch + 1]
+            for of_micro_batch in self.dropout_context(len(x) * m, step)[micro_batch : micro_batch + 1]
             for value in of_micro_batch
         ]
         outputs = []
@@ -298,6 +320,26 @@ class GPipeModel(keras.Model):
 
     # ------------------------------------------------------------------------------------------- inside
 
+    def _run(self, schedule: Schedule, begin: Callable[[int], Any]) -> dict[int, list[Event]]:
+        """Walks `schedule` on all stages, `begin(device)` first. Returns the events; raises the first stage's failure."""
+        channel = Channel()
+
+        def before(action: Action) -> None:
+            channel.check()
+            self.before_action(action)
+
+        def walk(d: int) -> list[Event]:
+            try:
+                return run_stage(schedule, d, begin(d), channel, before)
+            except Exception as error:
+                channel.stop(error)
+                return []
+
+        events = dict(enumerate(self.on_all_stages(walk)))
+        if channel.failure is not None:
+            raise channel.failure
+        return events
+
     def _submit(self, d: int, work: Callable[[], Result]) -> Future[Result]:
         def on_device() -> Result:
             only_own_device = all(chunk.only_own_device for chunk in self.stages[d].chunks)
@@ -326,6 +368,10 @@ class GPipeModel(keras.Model):
         counted = [g for v, g in pairs if self._tied is None or v is not self._tied[1]]
         return StageOptimizer(self.optimizer, self._strategies[d], variables, gradients, counted)
 
+    def _ensure_optimizers(self) -> None:
+        if not self._optimizers:
+            self._optimizers = self.on_all_stages(self._make_optimizer)
+
     def _ensure_built(self, x: Any) -> None:
         if not self.built:
             self.build(tuple(x.shape), keras.backend.standardize_dtype(x.dtype))
@@ -339,6 +385,7 @@ class GPipeModel(keras.Model):
         key = tuple(specs)
         if key not in self._traced:
             signature, traced = specs[0], []
+            specs += [tf.TensorSpec((), tf.float64)] if self._loss.ignored is not None else []
             context = []
             if self._has_dropout:
                 context = [tf.TensorSpec((), tf.int64), tf.TensorSpec((len(x) // m,), tf.int64)]
@@ -356,7 +403,19 @@ class GPipeModel(keras.Model):
     def _has_dropout(self) -> bool:
         return self.spec is not None and self.spec.dropout > 0
 
-    def _dropout_context(self, batch_size: int, step: int) -> list[tuple[int, np.ndarray]]:
+    def _check_divides(self, batch_size: int) -> None:
+        m = self.schedule.num_micro_batches
+        if batch_size % m:
+            raise ValueError(
+                f"a batch of {batch_size} samples cannot be cut into {m} equal micro-batches; right would be a multiple of "
+                f"{m} (drop_remainder=True where a data set is batched)"
+            )
+
+    def _count(self, y: Any) -> list[int]:
+        """How many labels count, for a loss that ignores some; at least 1, so that a loss over none is 0."""
+        return [] if self._loss.ignored is None else [max(1, np.count_nonzero(np.asarray(y) != self._loss.ignored))]
+
+    def dropout_context(self, batch_size: int, step: int) -> list[tuple[int, np.ndarray]]:
         """Key and sample indices of every micro-batch; nothing without dropout."""
         if not self._has_dropout:
             return []
@@ -380,16 +439,15 @@ def _labels(y: Any, sample_weight: Any) -> list[Any]:
     return [y] if sample_weight is None else [y, sample_weight]
 
 
-def _unreduced(loss: Any) -> tuple[Callable[[Any, Any], tf.Tensor], bool]:
-    """A Keras loss as a function that gives one value per element, and whether Keras takes their mean (else: sum)."""
+def _unreduced(loss: Any) -> Loss:
     found = keras.losses.get(loss)
     if not isinstance(found, keras.losses.Loss):
-        return found, True
+        return Loss(found, True, None)
     if found.reduction not in ("sum_over_batch_size", "mean", "sum"):
         raise ValueError(
             f"loss reduction {found.reduction!r} is not supported; right would be sum_over_batch_size or sum"
         )
-    return found.call, found.reduction != "sum"
+    return Loss(found.call, found.reduction != "sum", getattr(found, "ignore_class", None))
 
 
 def _check_layers(layers: Sequence[keras.layers.Layer]) -> None:

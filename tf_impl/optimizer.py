@@ -94,6 +94,24 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
         raise ValueError("use_ema is not supported; right would be use_ema=False")
 
 
+def moments_of(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> dict[str, dict[int, tf.Variable]]:
+    """The "first_moment" and "second_moment" by the identity of the weight, as far as the optimizer has them.
+
+    `variables` are those it was built for, in that order.
+    """
+    lists = {
+        "first_moment": getattr(optimizer, "_momentums", None) or getattr(optimizer, "momentums", []),
+        "second_moment": getattr(optimizer, "_velocities", []),
+    }
+    return {
+        name: {id(weight): moment.value for weight, moment in zip(variables, moments, strict=True)}
+        for name, moments in lists.items()
+        if moments
+    }
+
+
 class StageOptimizer:
     """A copy of `optimizer` for the weights on one device, with its slots beside them.
 
@@ -129,7 +147,7 @@ class StageOptimizer:
 
             strategy.run(on_replica)
 
-        self._squares, self._update = squares, update
+        self._squares, self._update, self._variables = squares, update, variables
         self._has_counted, self._is_empty = bool(counted), not variables
 
     def squared_norms(self) -> list[float]:
@@ -142,6 +160,10 @@ class StageOptimizer:
             self.optimizer.iterations.assign(step)
             self.optimizer.learning_rate = learning_rate
             self._update(tf.constant(scale, tf.float64))
+
+    def moments(self) -> dict[str, dict[int, tf.Variable]]:
+        """As `moments_of`."""
+        return moments_of(self.optimizer, self._variables)
 
     def reset(self) -> None:
         """Forgets all moments."""

@@ -5,7 +5,7 @@ It trains the same model, from the same weights, on the same batches, with the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from common.data import Batch, MicroBatch
+from common.data import IGNORED, Batch, MicroBatch
 from common.dropout import step_key
 from common.parity import TensorKey
 from common.runtime.engine import Arrays, Engine
@@ -24,8 +24,8 @@ from common.weights import parameter_shapes, unit_names
 from tf_impl import devices
 from tf_impl.dropout import DropoutContext
 from tf_impl.layers import Embedding, Head, build_unit
-from tf_impl.optimizer import make_optimizer
-from tf_impl.weights import export_weights, load_weights, named_parameters
+from tf_impl.optimizer import make_optimizer, moments_of
+from tf_impl.weights import export_gradients, export_weights, load_gradients, load_weights, named_parameters
 
 Inputs = tuple[tf.Tensor, ...]
 """Tokens (B, S); with dropout also the step's key (B,) and the sample indices (B,)."""
@@ -104,7 +104,7 @@ class PlainEngine:
 
         optimizer.apply = apply_dense
         optimizer.build([item.parameter for item in self._named])
-        self._loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        self._loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=IGNORED)
         self.model.compile(optimizer, self._loss, jit_compile=False)
         self._given: dict[str, tf.Tensor] = {}
         self._first: tuple[Mapping[str, NDArray[Any]], Batch | None] = ({}, None)
@@ -140,6 +140,32 @@ class PlainEngine:
             for i, piece in enumerate(tf.split(output, m)):
                 found[TensorKey(batch.step, "forward", 0, i, unit, "output")] = piece.numpy()
         return found
+
+    def probe_units(
+        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+    ) -> dict[TensorKey, NDArray[Any]]:
+        raise ValueError("executor = plain: no units alone; right would be executor = table")
+
+    def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
+        logits: NDArray[Any] = self.model((tf.constant(inputs),)).numpy()
+        return logits
+
+    def optimizer_state(self) -> Arrays:
+        return {
+            f"{moment}/{name}": array
+            for moment, moment_of in self._moments().items()
+            for name, array in self._in_order(export_gradients(self._named, moment_of)).items()
+        }
+
+    def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
+        for moment, moment_of in self._moments().items():
+            load_gradients(self._named, {i.name: state[f"{moment}/{i.name}"] for i in self._named}, moment_of)
+        self.model.optimizer.iterations.assign(steps_done)
+
+    def _moments(self) -> dict[str, Callable[[keras.Variable], tf.Variable]]:
+        variables = [item.parameter for item in self._named]
+        found = moments_of(self.model.optimizer, variables)
+        return {name: lambda variable, of=of: of[id(variable)] for name, of in found.items()}
 
     def weights(self) -> Arrays:
         return self._in_order(export_weights(self._named))

@@ -73,7 +73,7 @@ class Chunk:
             return (loss(x, *labels), [x] if reports else []) if self.is_last else (x, [])
 
         def cut() -> StageFunctions:
-            variables = [self.strategy.experimental_local_results(v.value)[0] for v in self.variables]
+            variables = [self.local(variable) for variable in self.variables]
             return cut_stage(
                 run_first if self.is_first else None,
                 run_rest,
@@ -89,6 +89,10 @@ class Chunk:
         captured = [outer.device.split("device:")[-1] for outer, _ in functions.forward.graph.captures]
         self.only_own_device = all(device == self.device.split("device:")[-1] for device in captured)
         return functions.on_calling_thread() if on_one_thread(self.device, self.only_own_device) else functions
+
+    def local(self, variable: keras.Variable) -> tf.Variable:
+        """The variable on this chunk's device."""
+        return self.strategy.experimental_local_results(variable.value)[0]
 
     def clear_gradients(self) -> None:
         with tf.device(self.device):
@@ -171,6 +175,24 @@ class Stage:
 
     def backward_weight(self, micro_batch: int, chunk: int) -> None:
         self.chunks[chunk].functions.backward_weight(*self._waiting.pop((micro_batch, chunk)))
+
+
+class ForwardOnly:
+    """A pass that only predicts: the forward half of `common.runtime.executor.Stage`, without dropout."""
+
+    def __init__(self, chunks: Sequence[Chunk], inputs: Sequence[tf.Tensor]) -> None:
+        """`inputs` are the micro-batches of the mini-batch, on the first stage."""
+        self.chunks = chunks
+        self._inputs = inputs
+        self.predictions: dict[int, tf.Tensor] = {}
+
+    def forward(self, micro_batch: int, chunk: int, x: tf.Tensor | None) -> tf.Tensor | None:
+        part = self.chunks[chunk]
+        y = part.evaluate(self._inputs[micro_batch] if x is None else x)
+        if not part.is_last:
+            return y
+        self.predictions[micro_batch] = y
+        return None
 
 
 def memory_bytes(tensors: Sequence[tf.Tensor]) -> int:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +20,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from common.data import load_corpus
 from common.dropout import keep_mask as numpy_keep_mask
+from common.parity import TensorKey, compare
+from common.runtime.job import Job
+from common.runtime.oracle_worker import OracleEngine
+from common.runtime.training import starting_weights
 from common.schedule.action import Action, Op
-from common.spec import RunConfig, TransformerSpec, preset
-from common.weights import initial_weights
+from common.spec import PRESETS, RunConfig, TrainSpec, TransformerSpec, preset
+from common.weights import initial_weights, unit_names
 from tf_impl.cut import REPEATED, Scissors, trace_stage
 from tf_impl.dropout import DropoutContext, keep_mask
 from tf_impl.engine import build_engine
@@ -180,6 +187,154 @@ def seed_elsewhere() -> dict[str, Any]:
     }
 
 
+def configuration(
+    stages: int,
+    schedule: str = "1f1b",
+    dtype: str = "float32",
+    train: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
+    **model: Any,
+) -> RunConfig:
+    """A small run with one thread per stage."""
+    return RunConfig(
+        framework="tensorflow",
+        stages=stages,
+        schedule=schedule,
+        device="cpu",
+        model=TransformerSpec(**PRESETS["tiny"]["model"] | model),
+        train=TrainSpec(**PRESETS["tiny"]["train"] | (train or {}), dtype=dtype),
+        **run or {},
+    )
+
+
+def make(*arguments: Any, **options: Any) -> Any:
+    """A small engine with its weights, and a function from a step to its mini-batch."""
+    one = configuration(*arguments, **options)
+    engine = build_engine(one)
+    engine.reset(starting_weights(Job(config=one, out="", noise=0.1)))
+    corpus = load_corpus(one)
+    return engine, lambda step: corpus.training_batch(one, step)
+
+
+def oracle_of(engine: Any) -> OracleEngine:
+    """The oracle with the engine's weights."""
+    oracle = OracleEngine(engine.config)
+    oracle.reset(engine.weights())
+    return oracle
+
+
+def worst(observed: Any, expected: Any, check: Any, dtype: str) -> float:
+    """The largest error over its limit; arrays go by name, or by `TensorKey`."""
+
+    def keys(arrays: Any) -> Any:
+        return {k if isinstance(k, TensorKey) else TensorKey(0, "", 0, -1, "", k): v for k, v in arrays.items()}
+
+    return max(compare(keys(observed), keys(expected), check, dtype).margins().values())
+
+
+def train(engine: Any, batches: Any, steps: int, first: int = 0) -> list[Any]:
+    """Losses, then the last gradients and weights."""
+    losses = []
+    for step in range(first, steps):
+        losses.append(engine.forward_backward(batches(step)))
+        gradients = engine.gradients()
+        engine.apply_gradients(step)
+    return [np.array(losses), *gradients.values(), *engine.weights().values()]
+
+
+def same_bits(a: list[Any], b: list[Any]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def ignored_labels() -> float:
+    """The worst error over its limit; from five sequences on the last of the mini-batch are not there."""
+    found = []
+    for m in (1, 4, 8):
+        for dtype in ("float32", "float64"):
+            run = {"sequence_lengths": "random", "sequences_per_epoch": 5}
+            engine, batches = make(2, dtype=dtype, dropout=0.1, train={"micro_batches": m}, run=run)
+            batch, oracle = batches(0), oracle_of(engine)
+            loss = {"loss": np.array(engine.forward_backward(batch))}
+            evaluated = {"loss": np.array(engine.evaluate(batch))}
+            for one in (batch, batch.first(5)):  # the missing sequences count for nothing
+                expected = {"loss": np.array(oracle.forward_backward(one))}
+                found.append(worst(loss, expected, "loss", dtype))
+                found.append(worst(engine.gradients(), oracle.gradients(), "gradient", dtype))
+                found.append(worst(evaluated, {"loss": np.array(oracle.evaluate(one))}, "loss", dtype))
+            engine.close()
+    run = {"sequence_lengths": "random", "executor": "plain"}
+    engine, batches = make(1, run=run)
+    expected = {"loss": np.array(oracle_of(engine).forward_backward(batches(0)))}
+    return max(*found, worst({"loss": np.array(engine.forward_backward(batches(0)))}, expected, "loss", "float32"))
+
+
+RESUMED: tuple[Any, ...] = ((1, "gpipe", {}), (2, "zb-h1", {"partition": (1,)}), (2, "zb-v", {"chunks": 2}))
+"""Stages, schedule and the rest of runs that go on where another one was interrupted."""
+
+
+def resume() -> dict[str, bool]:
+    """Whether 3 steps, then 3 more in a new engine with another cut and schedule, give the bits of 6 steps."""
+    found = {}
+    for optimizer, momentum in (("adamw", 0.0), ("sgd", 0.9), ("sgd", 0.0)):
+        for dtype in ("float32", "float64"):
+            options = {"dtype": dtype, "tied_head": True, "dropout": 0.1, "train": {"optimizer": optimizer}}
+            options["train"]["momentum"] = momentum
+            engine, batches = make(2, **options)
+            train(engine, batches, 3)
+            weights, state = engine.weights(), engine.optimizer_state()
+            expected = [*train(engine, batches, 6, first=3), *engine.optimizer_state().values()]
+            engine.close()
+            for stages, schedule, run in RESUMED:
+                other, _ = make(stages, schedule, run=run, **options)
+                other.reset(weights)
+                other.load_optimizer_state(state, 3)
+                again = [*train(other, batches, 6, first=3), *other.optimizer_state().values()]
+                found[f"{optimizer} {momentum} {dtype} {schedule}"] = same_bits(expected, again)
+                other.close()
+    return found
+
+
+def units_alone() -> dict[str, Any]:
+    """The worst error over its limit of every unit fed with the oracle's tensors, and what it left behind."""
+    found, kept = [], []
+    for dtype in ("float32", "float64"):
+        for norm, tied in (("pre", True), ("post", False)):
+            options = {"norm": norm, "tied_head": tied, "dropout": 0.1}
+            engine, batches = make(2, dtype=dtype, run={"sequence_lengths": "random"}, **options)
+            batch, oracle = batches(1), oracle_of(engine)
+            outputs = oracle.oracle.forward(batch)[1]
+            oracle.forward_backward(batch)
+            units = unit_names(engine.config.model)
+            inputs = {unit: outputs[before] for before, unit in itertools.pairwise(units)}
+            engine.forward_backward(batch)
+            before = engine.gradients()
+            mine = engine.probe_units(batch, inputs, oracle.oracle.output_gradients)
+            theirs = oracle.probe_units(batch, inputs, oracle.oracle.output_gradients)
+            for phase, check in (("unit_forward", "activation"), ("unit_backward", "gradient")):
+                chosen = ({k: v for k, v in side.items() if k.phase == phase} for side in (mine, theirs))
+                found.append(worst(*chosen, check, dtype))
+            kept.append(len(mine) == len(theirs))
+            kept += [np.array_equal(value, before[name]) for name, value in engine.gradients().items()]
+            engine.close()
+    return {"worst": max(found), "kept": all(kept)}
+
+
+def predictions() -> dict[str, Any]:
+    """The worst error over its limit, for several shapes, of the table and of `fit`; and traces for shapes seen before."""
+    found, traces = [], []
+    for stages, schedule, executor in ((2, "zb-h1", "table"), (1, "gpipe", "plain")):
+        engine, batches = make(stages, schedule, dtype="float64", dropout=0.1, run={"executor": executor})
+        oracle, inputs = oracle_of(engine), batches(0).inputs
+        for rows, columns in ((4, 16), (8, 3), (4, 16)):
+            tokens = inputs[:rows, :columns]
+            logits = ({"logits": one.predict(tokens)} for one in (engine, oracle))
+            found.append(worst(*logits, "activation", "float64"))
+        if executor == "table":
+            traces = [chunk.evaluate.experimental_get_tracing_count() for chunk in engine.model.chunks]
+        engine.close()
+    return {"worst": max(found), "traces": traces}
+
+
 def message(work: Callable[[], Any]) -> str:
     try:
         work()
@@ -218,19 +373,21 @@ def errors() -> dict[str, str]:
 
 
 def main() -> None:
-    print(
-        json.dumps(
-            {
-                "gpipe": as_keras_user("gpipe"),
-                "1f1b": as_keras_user("1f1b"),
-                "cut": cut_in_two(),
-                "dropout": dropout_bits(),
-                "seed": seed_elsewhere(),
-                "errors": errors(),
-                "environment": devices.environment(),
-            }
-        )
-    )
+    checks: dict[str, Callable[[], Any]] = {
+        "gpipe": lambda: as_keras_user("gpipe"),
+        "1f1b": lambda: as_keras_user("1f1b"),
+        "cut": cut_in_two,
+        "dropout": dropout_bits,
+        "seed": seed_elsewhere,
+        "errors": errors,
+        "ignored_labels": ignored_labels,
+        "resume": resume,
+        "units_alone": units_alone,
+        "predictions": predictions,
+        "environment": devices.environment,
+    }
+    chosen = sys.argv[1:] or list(checks)
+    print(json.dumps({name: checks[name]() for name in chosen}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""Every unit by itself, fed with given tensors: an error of one unit reaches no other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from common.data import Batch
+from common.parity import TensorKey
+from tf_impl.dropout import DropoutContext
+from tf_impl.gpipe_model import GPipeModel
+from tf_impl.weights import named_parameters
+
+
+def probe_units(
+    model: GPipeModel,
+    device: int,
+    batch: Batch,
+    inputs: Mapping[str, NDArray[Any]],
+    output_gradients: Mapping[str, NDArray[Any]],
+) -> dict[TensorKey, NDArray[Any]]:
+    """`common.runtime.engine.Engine.probe_units` for the units of one device, by TensorFlow's plain tape, run eagerly."""
+    pieces = batch.micro_batches(model.schedule.num_micro_batches)
+    seeds = model.dropout_context(len(batch.inputs), batch.step)
+    found: dict[TensorKey, NDArray[Any]] = {}
+    for chunk in model.stages[device].chunks:
+        for unit in chunk.layers:
+            name, named = unit.unit_name, named_parameters([unit.unit_name], [unit], model.spec.tied_head)
+            variables = [chunk.local(item.parameter) for item in named]
+            sums = [tf.zeros_like(variable) for variable in variables]
+            forward = TensorKey(batch.step, "unit_forward", device, -1, name, "output")
+            backward = forward._replace(phase="unit_backward", tensor="input_gradient")
+            for i, piece in enumerate(pieces):
+                rows = slice(piece.samples[0], piece.samples[-1] + 1)
+                x = tf.constant(inputs[name][rows] if name in inputs else piece.inputs)
+                x = tf.cast(x, unit.dtype) if name in inputs else x
+                context = DropoutContext(*(tf.constant(value, tf.int64) for value in seeds[i])) if seeds else None
+                with tf.GradientTape(watch_accessed_variables=False) as tape:
+                    tape.watch([*variables, *([x] if name in inputs else [])])
+                    output = unit(x, context=context)  # (b, S, D), or (b, S, V)
+                dy = tf.cast(output_gradients[name][rows], output.dtype)
+                dx, *dw = tape.gradient(output, [x, *variables], output_gradients=dy)
+                found[forward._replace(micro_batch=i)] = output.numpy()
+                if name in inputs:
+                    found[backward._replace(micro_batch=i)] = dx.numpy()
+                sums = [total + gradient for total, gradient in zip(sums, dw, strict=True)]
+            for item, total in zip(named, sums, strict=True):
+                found[backward._replace(tensor=item.name)] = total.numpy()
+    return found
