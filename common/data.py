@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pydoc_data.topics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,18 @@ class Corpus:
         """A mini-batch of windows of the held-out text."""
         return _windows(self.held_out, index, (seed, 1), batch_size, context_length)
 
+    def held_out_batches(self, batch_size: int, context_length: int) -> Iterator[Batch]:
+        """The whole held-out text, every token but the first a target once; what fills up the last batch is IGNORED."""
+        count = len(self.held_out) - 1
+        rows = -(-count // context_length)
+        rows += -rows % batch_size
+        inputs, targets = np.zeros(rows * context_length, np.int64), np.full(rows * context_length, IGNORED)
+        inputs[:count], targets[:count] = self.held_out[:-1], self.held_out[1:]
+        for index, start in enumerate(range(0, rows * context_length, batch_size * context_length)):
+            piece = slice(start, start + batch_size * context_length)
+            shape = (batch_size, context_length)
+            yield Batch(index, inputs[piece].reshape(shape), targets[piece].reshape(shape))
+
 
 def sequences_in(step: int, batch_size: int, sequences_per_epoch: int) -> int:
     """How many sequences the mini-batch of `step` has: the last one of an epoch takes what is left."""
@@ -139,13 +151,53 @@ def _bytes_as_tokens(data: bytes) -> NDArray[np.int64]:
 
 
 def _byte_pairs(data: bytes, vocab_size: int) -> NDArray[np.int64]:
+    lines = _lines(data)
+    encoded = _trained_byte_pairs(lines, vocab_size).encode_batch(lines)
+    return np.asarray([token for line in encoded for token in line.ids], np.int64)
+
+
+def _lines(data: bytes) -> list[str]:
+    return data.decode("utf-8", errors="replace").splitlines(keepends=True)
+
+
+def _trained_byte_pairs(lines: list[str], vocab_size: int) -> Any:
     """Byte-pair encoding (Sennrich et al. 2016) trained on the corpus itself; deterministic."""
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer: Any = ByteLevelBPETokenizer()
-    lines = data.decode("utf-8", errors="replace").splitlines(keepends=True)
     tokenizer.train_from_iterator(lines, vocab_size=vocab_size, show_progress=False)
-    return np.asarray([token for line in tokenizer.encode_batch(lines) for token in line.ids], np.int64)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to tokens and back."""
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+
+
+def load_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer that `load_corpus` uses. Raises CorpusError."""
+    if config.tokenizer == "bytes":
+        return Tokenizer(
+            lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode("utf-8", errors="replace")
+        )
+    return _wrapped(_trained_byte_pairs(_lines(_read(config.corpus)), config.model.vocab_size))
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A `tokenizer.json` as the tokenizers library writes it. Raises CorpusError."""
+    from tokenizers import Tokenizer as FromFile
+
+    try:
+        return _wrapped(FromFile.from_str(path.read_text(encoding="utf-8")))
+    except Exception as error:  # the library raises plain Exceptions
+        raise CorpusError(f"{path}: {error}; right would be a tokenizer.json") from None
+
+
+def _wrapped(tokenizer: Any) -> Tokenizer:
+    return Tokenizer(lambda text: list(tokenizer.encode(text).ids), lambda tokens: str(tokenizer.decode(list(tokens))))
 
 
 def _windows(tokens: NDArray[np.int64], step: int, key: tuple[int, int], batch_size: int, context_length: int) -> Batch:

@@ -4,6 +4,7 @@ progress.jsonl        lines as they happen, from the process that holds device 0
 not-finite-<device>.json   the first tensor of this process that was not finite, where the job was to stop at one
 part-<device>.json    one `Part` per process, named after its first device
 part-<device>.safetensors   step 0's gradients; for a probe also activations, one optimizer step, trained weights
+evaluation.json, generation.json   what inference found, from the process that holds device 0
 failed-<device>.txt   the traceback, where a job failed
 """
 
@@ -29,6 +30,21 @@ class Saving(BaseModel):
     """Of this job alone: the name of its temporary folders."""
 
 
+class Generation(BaseModel):
+    """What a job generates (`runtime.inference`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: tuple[int, ...]
+    tokens: int
+    """New ones, for each sample."""
+    samples: int = 1
+    temperature: float | None = None
+    """None: greedy."""
+    top_k: int | None = None
+    seed: int = 0
+
+
 class Job(BaseModel):
     """One run to do in a child process."""
 
@@ -37,8 +53,9 @@ class Job(BaseModel):
     config: RunConfig
     out: str
     """The job's folder; the parent makes it."""
-    kind: Literal["train", "probe", "dump"] = "train"
-    """probe: also write the tensors of the parity ladder. dump: those of the step after `stop_at` (`runtime.dumping`)."""
+    kind: Literal["train", "probe", "dump", "evaluate", "generate"] = "train"
+    """probe: also write the tensors of the parity ladder. dump: those of the step after `stop_at` (`runtime.dumping`).
+    evaluate, generate: train nothing (`runtime.inference`)."""
     noise: float = 0.0
     """Added to the initial weights (times standard normal), so that no bias is 0 and no norm weight 1 in a test."""
     resume: str | None = None
@@ -46,8 +63,13 @@ class Job(BaseModel):
     stop_at: int | None = None
     """Steps done when the job ends; default: all of the specification."""
     saving: Saving | None = None
+    fault: str | None = None
+    """One to make on purpose (`common.runtime.faults`)."""
     must_be_finite: bool = False
     """Whether the job ends at the first loss or gradient norm that is not finite."""
+    batches: int | None = None
+    """evaluate: mini-batches of the held-out text; default: all of it."""
+    generation: Generation | None = None
 
 
 class JobFile(BaseModel):
@@ -95,6 +117,7 @@ class Part(BaseModel):
     devices: tuple[int, ...]
     steps: list[StepRecord]
     held_out_loss: float
+    """NaN where nothing was evaluated."""
     build_seconds: float
     peak_memory_bytes: dict[int, int]
     held_activation_peak_bytes: dict[int, int] = {}

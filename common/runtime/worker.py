@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from common.data import load_corpus
+from common.data import Corpus, load_corpus
 from common.parity import TensorKey
 from common.runtime.dumping import dump
 from common.runtime.engine import Engine
-from common.runtime.job import Job, JobFile, Part
+from common.runtime.inference import evaluate, generate, load_weights
+from common.runtime.job import Job, JobFile, Part, StepRecord
 from common.runtime.training import held_out_batch, named, probe, start, starting_weights, train
 from common.spec import RunConfig
 
@@ -49,38 +51,60 @@ def run_jobs(
 
 
 def _run_job(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
-    config, out = job.config, Path(job.out)
-    corpus = load_corpus(config)
+    corpus = None if job.kind == "generate" else load_corpus(job.config)  # the prompt comes in tokens
     began = time.perf_counter()
-    engine = build_engine(config)
+    engine = build_engine(job.config)
     try:
-        first_step = start(engine, job, corpus)
-        build_seconds = time.perf_counter() - began
-        arrays: dict[TensorKey, Any] = {}
-        if job.kind == "probe":
-            arrays |= probe(engine, job, corpus, starting_weights(job))
-        steps = train(engine, job, corpus, arrays, first_step)
-        if job.kind == "probe":
-            arrays |= named(config, engine, engine.weights(), config.train.steps, "trained")
-        if job.kind == "dump":
-            arrays = dump(engine, job, corpus)
-        part = Part(
-            devices=engine.devices,
-            steps=steps,
-            held_out_loss=engine.evaluate(held_out_batch(config, corpus)),
-            build_seconds=build_seconds,
-            peak_memory_bytes=engine.peak_memory_bytes(),
-            held_activation_peak_bytes=engine.held_bytes_peak(),
-            in_flight_peak=engine.in_flight_peak(),
-            environment=engine.environment(),
-            corpus_digest=corpus.digest,
-            corpus_bytes=corpus.num_bytes,
-        )
-        first = engine.devices[0]
-        save_file(
-            {str(key): np.ascontiguousarray(value) for key, value in arrays.items()}, out / f"part-{first}.safetensors"
-        )
+        if corpus is None:
+            load_weights(engine, job)
+            built = time.perf_counter() - began
+            generate(engine, job)
+            part = _part(engine, [], math.nan, built, None)
+        elif job.kind == "evaluate":
+            load_weights(engine, job)
+            built = time.perf_counter() - began
+            part = _part(engine, [], evaluate(engine, job, corpus).loss, built, corpus)
+        else:
+            part = _train_job(engine, job, corpus, began)
         # Last, so that a part file says that the job ended well.
-        (out / f"part-{first}.json").write_text(part.model_dump_json())
+        (Path(job.out) / f"part-{engine.devices[0]}.json").write_text(part.model_dump_json())
     finally:
         engine.close()
+
+
+def _train_job(engine: Engine, job: Job, corpus: Corpus, began: float) -> Part:
+    """The kinds of jobs that train, each with the tensors that it leaves."""
+    config = job.config
+    first_step = start(engine, job, corpus)
+    build_seconds = time.perf_counter() - began
+    arrays: dict[TensorKey, Any] = {}
+    if job.kind == "probe":
+        arrays |= probe(engine, job, corpus, starting_weights(job))
+    steps = train(engine, job, corpus, arrays, first_step)
+    if job.kind == "probe":
+        arrays |= named(config, engine, engine.weights(), config.train.steps, "trained")
+    if job.kind == "dump":
+        arrays = dump(engine, job, corpus)
+    part = _part(engine, steps, engine.evaluate(held_out_batch(config, corpus)), build_seconds, corpus)
+    save_file(
+        {str(key): np.ascontiguousarray(value) for key, value in arrays.items()},
+        Path(job.out) / f"part-{engine.devices[0]}.safetensors",
+    )
+    return part
+
+
+def _part(
+    engine: Engine, steps: list[StepRecord], held_out_loss: float, build_seconds: float, corpus: Corpus | None
+) -> Part:
+    return Part(
+        devices=engine.devices,
+        steps=steps,
+        held_out_loss=held_out_loss,
+        build_seconds=build_seconds,
+        peak_memory_bytes=engine.peak_memory_bytes(),
+        held_activation_peak_bytes=engine.held_bytes_peak(),
+        in_flight_peak=engine.in_flight_peak(),
+        environment=engine.environment(),
+        corpus_digest="" if corpus is None else corpus.digest,
+        corpus_bytes=0 if corpus is None else corpus.num_bytes,
+    )

@@ -69,17 +69,18 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def load(folder: Path) -> Snapshot:
-    """The whole snapshot, checked. Raises SnapshotError."""
+def load(folder: Path, with_moments: bool = True) -> Snapshot:
+    """The snapshot, all of it checked, with or without the optimizer's state. Raises SnapshotError."""
     manifest = verify(folder)
+    wanted = tensor_shapes(manifest.model, manifest.optimizer_state if with_moments else ())
     arrays: Arrays = {}
     for name in manifest.files:
         with as_snapshot_error(f"{folder / name}"), safe_open(folder / name, "numpy") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
-                arrays[key] = file.get_tensor(key)
-    names = parameter_shapes(manifest.model)
-    state = {key: arrays[key] for key in tensor_shapes(manifest.model, manifest.optimizer_state) if key not in names}
-    return Snapshot(manifest, {name: arrays[name] for name in names}, state)
+                if key in wanted:
+                    arrays[key] = file.get_tensor(key)
+    weights = {name: arrays.pop(name) for name in parameter_shapes(manifest.model)}
+    return Snapshot(manifest, weights, arrays)
 
 
 def _verify_file(path: Path, manifest: Manifest) -> None:

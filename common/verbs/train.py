@@ -39,18 +39,16 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
         "train", help="train with one framework, with snapshots", description=DESCRIPTION, usage="%(prog)s [options]"
     )
     saving = parser.add_argument_group("snapshots")
-    saving.add_argument(
-        "--save-every", metavar="N", type=_positive, help="save after every N steps, and after the last"
-    )
+    saving.add_argument("--save-every", metavar="N", type=positive, help="save after every N steps, and after the last")
     saving.add_argument("--save-dir", metavar="DIR", help="where snapshots go (default: in the run's own folder)")
-    saving.add_argument("--keep", metavar="K", type=_positive, default=3, help="snapshots to keep (default: 3)")
+    saving.add_argument("--keep", metavar="K", type=positive, default=3, help="snapshots to keep (default: 3)")
     saving.add_argument(
         "--resume", metavar="latest|PATH", help="go on from the newest snapshot in --save-dir, or from this one"
     )
     saving.add_argument(
         "--max-restarts",
         metavar="N",
-        type=_natural,
+        type=natural,
         default=0,
         help="start again from the last snapshot up to N times, if the child dies (default: 0)",
     )
@@ -68,11 +66,11 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     parser.set_defaults(run=reporting(lambda arguments: _train(arguments, implementations)))
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     return _at_least(text, 1)
 
 
-def _natural(text: str) -> int:
+def natural(text: str) -> int:
     return _at_least(text, 0)
 
 

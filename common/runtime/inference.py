@@ -1,0 +1,163 @@
+"""Evaluating and generating in a child process, through the pipeline, forward only.
+
+Which token comes next is decided here and not in a framework: from logits as NumPy arrays, by float64 arithmetic and a
+random number that is a function of (seed, sample, position) alone. So the frameworks give the same tokens as long as their
+logits are close enough, which `closest_call` measures: the smallest distance that any choice had to the next one, in logits
+(greedy, and the last of the top k) or in probability (sampled). A tie goes to the lower token.
+
+Logits of two frameworks differ by some 1e-15 (float64) or 1e-6 (float32) of their size. A closest call well above that
+means that no framework can have chosen otherwise; below it, the texts may part at that token.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from common import snapshot
+from common.data import Corpus
+from common.runtime.engine import Engine
+from common.runtime.job import Generation, Job
+
+SHORTEST = 16
+"""Contexts are filled up to this length, twice this, and so on, so that few shapes are traced or compiled."""
+
+
+class Evaluated(BaseModel):
+    """The loss over the held-out text, in `evaluation.json`."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    loss: float
+    """Mean per token."""
+    tokens: int
+    batches: int
+    tokens_per_second: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+class Generated(BaseModel):
+    """The new tokens of every sample, in `generation.json`."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    tokens: tuple[tuple[int, ...], ...]
+    closest_call: float
+    tokens_per_second: float
+    """Of all samples together, without the first call at each length, which may trace."""
+
+
+def load_weights(engine: Engine, job: Job) -> None:
+    """Gives the engine the weights of the job's snapshot. Raises SnapshotError."""
+    if job.resume is None:
+        raise ValueError(f"a job that is to {job.kind} needs a snapshot")
+    engine.reset(snapshot.load(Path(job.resume), with_moments=False).weights)
+
+
+def evaluate(engine: Engine, job: Job, corpus: Corpus) -> Evaluated:
+    """The loss over the first `job.batches` mini-batches of the held-out text, or all of it."""
+    train, length = job.config.train, job.config.model.context_length
+    losses, counts, seconds = [], [], []
+    for batch in islice(corpus.held_out_batches(train.batch_size, length), job.batches):
+        began = time.perf_counter()
+        losses.append(engine.evaluate(batch) * batch.num_tokens)
+        seconds.append(time.perf_counter() - began)
+        counts.append(batch.num_tokens)
+    found = Evaluated(
+        loss=math.fsum(losses) / sum(counts),
+        tokens=sum(counts),
+        batches=len(counts),
+        tokens_per_second=_rate(counts, seconds, [0]),
+    )
+    _write(engine, job, "evaluation.json", found)
+    return found
+
+
+def generate(engine: Engine, job: Job) -> Generated:
+    """`generation.tokens` new tokens for every sample; a context beyond the model's length loses its beginning."""
+    wish, model, m = job.generation, job.config.model, job.config.train.micro_batches
+    if wish is None:
+        raise ValueError("a job that is to generate needs to know what")
+    rows = -(-wish.samples // m) * m  # every micro-batch has as many; those beyond the samples are not looked at
+    texts = [list(wish.prompt) for _ in range(rows)]
+    closest, seconds, first_of_length, lengths = math.inf, [], [], set()
+    for position in range(wish.tokens):
+        contexts = np.array([text[-model.context_length :] for text in texts])  # (B, s)
+        began = time.perf_counter()
+        logits = next_logits(engine, contexts, model.context_length)
+        seconds.append(time.perf_counter() - began)
+        length = padded_length(contexts.shape[1], model.context_length)
+        first_of_length += [position] if length not in lengths else []
+        lengths.add(length)
+        for sample in range(wish.samples):
+            token, call = pick(logits[sample], wish, sample, position)
+            texts[sample].append(token)
+            closest = min(closest, call)
+        for row in range(wish.samples, rows):
+            texts[row].append(0)
+    found = Generated(
+        tokens=tuple(tuple(text[len(wish.prompt) :]) for text in texts[: wish.samples]),
+        closest_call=closest,
+        tokens_per_second=_rate([wish.samples] * len(seconds), seconds, first_of_length),
+    )
+    _write(engine, job, "generation.json", found)
+    return found
+
+
+def padded_length(length: int, context_length: int) -> int:
+    """The next power of two from SHORTEST on, at most the context length."""
+    return min(context_length, max(SHORTEST, 1 << (length - 1).bit_length()))
+
+
+def next_logits(engine: Engine, contexts: NDArray[np.int64], context_length: int) -> NDArray[np.float64]:
+    """Logits (B, V) after the last token of each context (B, s). What fills up the end cannot be seen from before it."""
+    last = contexts.shape[1] - 1
+    inputs = np.pad(contexts, ((0, 0), (0, padded_length(last + 1, context_length) - last - 1)))
+    return np.asarray(engine.predict(inputs)[:, last], np.float64)
+
+
+def pick(logits: NDArray[np.float64], wish: Generation, sample: int, position: int) -> tuple[int, float]:
+    """The next token, and how close another one was."""
+    if wish.temperature is None:
+        best = int(np.argmax(logits))  # the first of equals
+        return best, float(logits[best] - np.delete(logits, best).max())
+    scaled = logits / wish.temperature
+    call = math.inf
+    kept = np.ones(len(scaled), bool)
+    if wish.top_k is not None and wish.top_k < len(scaled):
+        order = np.sort(scaled)[::-1]
+        kept = scaled >= order[wish.top_k - 1]
+        call = float(order[wish.top_k - 1] - order[wish.top_k]) * wish.temperature
+    weights = np.where(kept, np.exp(scaled - scaled.max()), 0.0)
+    edges = np.cumsum(weights) / weights.sum()  # in the order of the tokens, where near-ties cannot change places
+    draw = uniform(wish.seed, sample, position)
+    token = int(np.searchsorted(edges, draw, side="right"))
+    token = min(token, int(np.flatnonzero(kept)[-1]))  # the last edge may be rounded below 1
+    below = edges[token - 1] if token else 0.0
+    return token, min(call, float(min(draw - below, edges[token] - draw)))
+
+
+def uniform(seed: int, sample: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing else (Philox: Salmon et al. 2011)."""
+    philox = np.random.Philox(key=np.array([seed, sample], np.uint64), counter=np.array([0, 0, 0, position], np.uint64))
+    return float(np.random.Generator(philox).random())
+
+
+def _rate(counts: list[int], seconds: list[float], warming_up: list[int]) -> float:
+    """Per second, without the calls that may trace, if there are others."""
+    timed = [n for n in range(len(counts)) if n not in warming_up] or list(range(len(counts)))
+    return sum(counts[n] for n in timed) / sum(seconds[n] for n in timed)
+
+
+def _write(engine: Engine, job: Job, name: str, found: BaseModel) -> None:
+    if 0 in engine.devices:
+        (Path(job.out) / name).write_text(found.model_dump_json())

@@ -1,0 +1,243 @@
+"""The verbs over a snapshot: evaluate and generate, through the pipeline of any framework."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from rich.console import Console
+
+from common import snapshot
+from common.config import UsageError
+from common.data import load_tokenizer, read_tokenizer
+from common.runtime.inference import Evaluated, Generated
+from common.runtime.job import Generation, Job
+from common.runtime.launch import (
+    IMPLEMENTATIONS,
+    Implementation,
+    Interrupted,
+    run_jobs_in_child,
+    stop_on_signals,
+    why_missing,
+)
+from common.schedule.generators import make_schedule
+from common.snapshot import Manifest
+from common.spec import RunConfig
+from common.verbs.options import add_run_options, only_vocabulary, plain_console, read_run, reporting
+from common.verbs.train import natural, positive
+
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+DEFAULT_TOKENS = 64
+
+Found = TypeVar("Found", bound=BaseModel)
+
+
+def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
+    """Adds the verbs to argparse's subparsers."""
+    evaluate = verbs.add_parser(
+        "evaluate",
+        help="loss and perplexity of a snapshot over the held-out text",
+        description="Loss per token and perplexity of a snapshot over the held-out text, by a pipeline of forwards.",
+        usage="%(prog)s --snapshot PATH [options]",
+    )
+    evaluate.add_argument(
+        "--batches", metavar="N", type=positive, help="mini-batches of the held-out text (default: all of it)"
+    )
+    generate = verbs.add_parser(
+        "generate",
+        help="continue a text with a snapshot",
+        description="Continues a prompt. The three frameworks give the same tokens, greedy or sampled; what decides is "
+        "a number that depends on seed, sample and position only, and how close the closest decision was is said.",
+        usage="%(prog)s --snapshot PATH --prompt TEXT [options]",
+    )
+    text = generate.add_argument_group("the text")
+    text.add_argument("--prompt", metavar="TEXT", help="what to continue")
+    text.add_argument("--prompt-tokens", metavar="N,N,..", help="the same as tokens; then tokens are printed")
+    text.add_argument("--tokens", metavar="N", type=positive, default=DEFAULT_TOKENS, help="new tokens (default: 64)")
+    text.add_argument("--samples", metavar="N", type=positive, default=1, help="continuations (default: 1)")
+    text.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    text.add_argument(
+        "--temperature", metavar="T", type=_temperature, default=1.0, help="divides the logits (default: 1)"
+    )
+    text.add_argument("--top-k", metavar="K", type=positive, help="only the K likeliest tokens (default: all)")
+    text.add_argument("--seed", metavar="N", type=natural, default=0, help="of the choices (default: 0)")
+    text.add_argument("--tokenizer-file", metavar="FILE", help="a tokenizer.json, for a snapshot of imported weights")
+    for parser, run in ((evaluate, _evaluate), (generate, _generate)):
+        parser.add_argument("--snapshot", metavar="PATH", required=True, help="a folder such as step-00000100")
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument(
+            "--timeout", metavar="SECONDS", type=float, default=math.inf, help="end a child that takes longer"
+        )
+        add_run_options(parser, only_placement=True)
+        parser.set_defaults(run=reporting(_bound(run, implementations)))
+
+
+def _bound(run: Any, implementations: Mapping[str, Implementation]) -> Any:
+    return lambda arguments: run(arguments, implementations)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; right would be a number, more than 0 (for the likeliest: --greedy)"
+        )
+    return value
+
+
+def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
+    folder = Path(arguments.snapshot)
+    saved = snapshot.verify(folder)
+    if only_vocabulary(saved):
+        raise UsageError(
+            f"{folder}: imported weights with a vocabulary of {saved.model.vocab_size}, whose tokenizer nobody knows; "
+            f"right would be a snapshot that was trained here"
+        )
+    config = read_run(arguments, saved)
+    job = Job(config=config, out="", kind="evaluate", resume=str(folder.resolve()), batches=arguments.batches)
+    console = plain_console()
+    found = _run(job, Evaluated, "evaluation.json", implementations, arguments.timeout, console)
+    if not isinstance(found, Evaluated):
+        return found
+    facts = {
+        "snapshot": str(folder),
+        "framework": config.framework,
+        "steps_done": saved.steps_done,
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "tokens": found.tokens,
+        "tokens_per_second": found.tokens_per_second,
+    }
+    if arguments.json:
+        print(json.dumps(facts))
+    else:
+        _say(console, f"held-out loss {found.loss:.6f} per token, perplexity {found.perplexity:.4f}")
+        _say(
+            console,
+            f"{found.tokens:,} tokens in {found.batches} mini-batches; {_where(config)}; "
+            f"{found.tokens_per_second:,.0f} tokens/s",
+        )
+    return EXIT_OK
+
+
+def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
+    folder = Path(arguments.snapshot)
+    saved = snapshot.verify(folder)
+    config = _for_samples(read_run(arguments, saved), arguments)
+    prompt, decode = _prompt(arguments, saved, config)
+    wish = Generation(
+        prompt=prompt,
+        tokens=arguments.tokens,
+        samples=arguments.samples,
+        temperature=None if arguments.greedy else arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+    )
+    job = Job(config=config, out="", kind="generate", resume=str(folder.resolve()), generation=wish)
+    console = plain_console()
+    found = _run(job, Generated, "generation.json", implementations, arguments.timeout, console)
+    if not isinstance(found, Generated):
+        return found
+    texts = [decode([*prompt, *tokens]) for tokens in found.tokens]
+    if arguments.json:
+        facts = {"snapshot": str(folder), "framework": config.framework, "prompt": prompt, "texts": texts}
+        print(json.dumps(facts | found.model_dump()))
+        return EXIT_OK
+    for number, text in enumerate(texts):
+        if len(texts) > 1:
+            _say(console, f"--- sample {number}")
+        _say(console, text)
+    kind = "greedy" if arguments.greedy else f"temperature {arguments.temperature:g}, seed {arguments.seed}"
+    _say(
+        console,
+        f"\n{kind}; closest call {found.closest_call:.1e}; {_where(config)}; {found.tokens_per_second:,.1f} tokens/s",
+    )
+    return EXIT_OK
+
+
+def _for_samples(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
+    """As many micro-batches as stages if there are samples for them, unless the user says how many."""
+    given = hasattr(arguments, "train.micro_batches")
+    m = config.train.micro_batches if given else min(arguments.samples, config.stages)
+    rows = -(-arguments.samples // m) * m
+    train = config.train.model_copy(update={"micro_batches": m, "batch_size": rows})
+    make_schedule(config.schedule, config.stages, m, config.chunks)
+    return config.model_copy(update={"train": train})
+
+
+def _prompt(
+    arguments: argparse.Namespace, saved: Manifest, config: RunConfig
+) -> tuple[tuple[int, ...], Callable[[Sequence[int]], str]]:
+    """The prompt in tokens, and what makes text of tokens. Raises UsageError."""
+    decode: Callable[[Sequence[int]], str] = _as_numbers
+    if (arguments.prompt is None) == (arguments.prompt_tokens is None):
+        raise UsageError("--prompt: right would be one of --prompt TEXT and --prompt-tokens N,N,..")
+    if arguments.prompt_tokens is not None:
+        words = [word.strip() for word in arguments.prompt_tokens.split(",")]
+        if not all(word.isdecimal() for word in words):
+            raise UsageError(f"--prompt-tokens {arguments.prompt_tokens}: right would be numbers, such as 1,2,3")
+        tokens = [int(word) for word in words]
+    else:
+        if arguments.tokenizer_file is not None:
+            tokenizer = read_tokenizer(Path(arguments.tokenizer_file))
+        elif only_vocabulary(saved):
+            raise UsageError(
+                f"--prompt: imported weights with a vocabulary of {saved.model.vocab_size} have no tokenizer; "
+                f"right would be with --tokenizer-file FILE, or --prompt-tokens"
+            )
+        else:
+            tokenizer = load_tokenizer(config)
+        tokens, decode = tokenizer.encode(arguments.prompt), tokenizer.decode
+    if not tokens:
+        raise UsageError("--prompt: empty; right would be at least one token")
+    if max(tokens) >= config.model.vocab_size:
+        raise UsageError(f"--prompt: token {max(tokens)}; the vocabulary has {config.model.vocab_size}")
+    return tuple(tokens), decode
+
+
+def _as_numbers(tokens: Sequence[int]) -> str:
+    return ",".join(map(str, tokens))
+
+
+def _run(
+    job: Job,
+    kind: type[Found],
+    name: str,
+    implementations: Mapping[str, Implementation],
+    timeout_seconds: float,
+    console: Console,
+) -> Found | int:
+    """What the child found, or an exit status after a line that says why there is nothing."""
+    implementation = implementations[job.config.framework]
+    missing = why_missing(implementation)
+    if missing:
+        raise UsageError(missing)
+    with tempfile.TemporaryDirectory(prefix="triptych-") as temporary, stop_on_signals() as stopped:
+        folder = Path(temporary)
+        here = job.model_copy(update={"out": str(folder)})
+        try:
+            outcome = run_jobs_in_child(implementation.module, [here], folder, timeout_seconds, stopped=stopped)[0]
+        except Interrupted:
+            return EXIT_INTERRUPTED
+        if outcome.status != "ok":
+            _say(console, f"failed: {outcome.reason}")
+            return EXIT_FAILED
+        return kind.model_validate_json((folder / name).read_text())
+
+
+def _where(config: RunConfig) -> str:
+    m = config.train.micro_batches
+    return f"{config.framework}, {config.stages} stages, {config.schedule}, {m} micro-batch{'es' if m > 1 else ''}"
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
