@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from common.parity import compare
+from common.probes import compare_probe
 from common.schedule.generators import make_schedule
 from common.schedule.simulate import simulate
 from common.spec import FRAMEWORKS, RunConfig
 from tests.parity.ladder import Run, config, expected, run_probes
-from tests.parity.test_ladder import losses_as_tensors
 
 STAGES, MICRO_BATCHES, STEPS = 2, 4, 10
 
@@ -80,16 +79,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def assert_parity(one: RunConfig, run: Run) -> None:
     """Every rung of the parity ladder."""
-    want, dtype = expected(one), one.train.dtype
-    curve = losses_as_tensors(run.losses), losses_as_tensors(want.losses)
-    for comparison in (
-        compare(run.phase("forward"), want.unit_outputs, "activation", dtype),
-        compare(run.phase("backward"), want.gradients, "gradient", dtype),
-        compare(run.phase("optimizer"), want.optimizer, "optimizer_step", dtype),
-        compare(*curve, "loss_curve", dtype),
-        compare(run.phase("trained"), want.trained, "trained_parameter", dtype),
-    ):
-        assert comparison.passed, comparison.report()
+    comparison = compare_probe(run, expected(one), one.train.dtype)
+    assert comparison.passed, comparison.report()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The parity ladder: which runs are compared with the oracle and with each other, and how they are started.
 
 The cases cover every value of p, m and dtype, every combination of head, norm and activation, all kinds of partition, and
-micro-batches with different numbers of tokens, or none. All train for 100 AdamW steps with clipping, warm-up and cosine. All
-cases of a framework share as few child processes as the framework allows, since frameworks start slowly.
+micro-batches with different numbers of tokens, or none. All train for 100 AdamW steps with clipping, warm-up and cosine.
+The cases of a framework share as few child processes as the framework allows, since frameworks start slowly.
 """
 
 from __future__ import annotations
