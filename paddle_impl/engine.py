@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import paddle
@@ -15,7 +15,8 @@ from common.parity import TensorKey
 from common.partition import plan_partition
 from common.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays, Engine
-from common.runtime.executor import Event
+from common.runtime.executor import Event, unwatched
+from common.schedule.action import Action
 from common.schedule.generators import make_schedule
 from common.spec import RunConfig
 from common.weights import TOKEN_EMBEDDING, parameter_shapes
@@ -56,6 +57,7 @@ class PaddleEngine:
             raise ValueError(f"stages = {config.stages}; the processes have joined a pipeline of another length")
         self._rank = group.get_stage_id()
         self.devices = (self._rank,)
+        self.on_action: Callable[[int, Action | None], None] = unwatched
         devices.set_threads(devices.threads_per_stage(config.stages, config.threads))
         gc.collect()  # an earlier engine of this process: fleet's objects refer to each other
         devices.forget_peak_memory()
@@ -142,6 +144,7 @@ class PaddleEngine:
 
     def _begin(self, batch: Batch, mode: Mode) -> None:
         self.stage.begin(batch, mode)
+        self.pipeline.on_action = self.on_action
         self.pipeline.begin_pass(self.stage)
 
     def _squared_norms(self) -> list[float]:

@@ -10,7 +10,8 @@ Both pipelines are what `fleet.distributed_model` returns, so fleet's `train_bat
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -96,6 +97,7 @@ class NativePipeline(PipelineParallel):
     config: RunConfig
     schedule: Schedule
     stage: Stage
+    on_action: Callable[[int, Action | None], None]
     events: list[Event]
     _ready_seconds: float
 
@@ -108,7 +110,8 @@ class NativePipeline(PipelineParallel):
         """This rank's line of the schedule, by our executor."""
         shape = [*self.stage.tokens[0].shape, self.config.model.d_model]  # (b, S, D), what is sent at every cut
         channel = Channel(schedule, self.stage_id, shape, self.config.train.dtype, self.pp_group)
-        self.events = run_stage(schedule, self.stage_id, self.stage, channel)
+        self.events = run_stage(schedule, self.stage_id, self.stage, channel, partial(self.on_action, self.stage_id))
+        self.on_action(self.stage_id, None)
 
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What fleet's schedule reads. It reads once for the input and once for the target."""

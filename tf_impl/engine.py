@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -14,8 +14,9 @@ from common.data import IGNORED, Batch
 from common.parity import TensorKey
 from common.partition import plan_partition
 from common.runtime.engine import Arrays, Engine
-from common.runtime.executor import Event
+from common.runtime.executor import Event, unwatched
 from common.runtime.memory import peak_resident_bytes
+from common.schedule.action import Action
 from common.schedule.generators import make_schedule
 from common.spec import RunConfig
 from common.weights import parameter_shapes, unit_names
@@ -57,6 +58,8 @@ class TensorFlowEngine:
             seed=train.seed,
         )
         self.devices = tuple(range(config.stages))
+        self.on_action: Callable[[int, Action | None], None] = unwatched
+        self.model.on_action = lambda device, action: self.on_action(device, action)
         self.model.build((None, model.context_length))
         self._named = named_parameters(unit_names(model), self.model.units, model.tied_head)
         not_decayed = [item.parameter for item in self._named if not train.decays(item.name)]

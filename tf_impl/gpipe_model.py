@@ -24,7 +24,7 @@ import tensorflow as tf
 from common.dropout import step_key
 from common.partition import even_boundaries
 from common.reference import clip_scale, global_norm
-from common.runtime.executor import Event, run_stage
+from common.runtime.executor import Event, run_stage, unwatched
 from common.schedule.action import Action, Schedule
 from common.schedule.generators import make_schedule
 from common.spec import TransformerSpec
@@ -103,8 +103,8 @@ class GPipeModel(keras.Model):
         self.stage_devices = names
         self.events: dict[int, list[Event]] = {}
         """What the last `forward_backward` did, per device."""
-        self.before_action: Callable[[Action], None] = lambda action: None
-        """Called ahead of every action, on the stage's thread."""
+        self.on_action: Callable[[int, Action | None], None] = unwatched
+        """Called with the device ahead of every action, and with None after the last, on the stage's thread."""
         self._strategies = strategies
         self._threads = [ThreadPoolExecutor(1, f"stage-{d}") for d in range(num_stages)]
         self._optimizers: list[StageOptimizer] = []
@@ -324,13 +324,15 @@ class GPipeModel(keras.Model):
         """Walks `schedule` on all stages, `begin(device)` first. Returns the events; raises the first stage's failure."""
         channel = Channel()
 
-        def before(action: Action) -> None:
-            channel.check()
-            self.before_action(action)
-
         def walk(d: int) -> list[Event]:
+            def before(action: Action) -> None:
+                channel.check()
+                self.on_action(d, action)
+
             try:
-                return run_stage(schedule, d, begin(d), channel, before)
+                events = run_stage(schedule, d, begin(d), channel, before)
+                self.on_action(d, None)
+                return events
             except Exception as error:
                 channel.stop(error)
                 return []

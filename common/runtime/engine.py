@@ -8,7 +8,7 @@ call the same methods in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from common.data import Batch
 from common.parity import TensorKey
 from common.runtime.executor import Event
+from common.schedule.action import Action
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -25,6 +26,10 @@ class Engine(Protocol):
 
     devices: tuple[int, ...]
     """The pipeline devices whose stages live in this process."""
+    on_action: Callable[[int, Action | None], None]
+    """Called with the device ahead of each of its actions, and with None after the last, in the device's own thread or
+    process. The harness puts its own here: it watches progress, and makes faults. An error is the action's error. An
+    executor that is the framework's own does not call it."""
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         """Starts over: these weights (all of them, canonical), zeroed optimizer state and gradients."""

@@ -43,6 +43,10 @@ class Event:
     end_seconds: float
 
 
+def unwatched(device: int, action: Action | None) -> None:
+    """An `Engine.on_action` for engines that nobody watches."""
+
+
 class Stage(Protocol[Tensor]):
     """The model chunks of one device. Inputs and gradients are None at the two ends of the model."""
 

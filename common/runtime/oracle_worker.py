@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,12 @@ from common.data import Batch
 from common.parity import TensorKey
 from common.reference import Oracle
 from common.runtime.engine import Arrays
-from common.runtime.executor import Event
+from common.runtime.executor import Event, unwatched
 from common.runtime.job import JobFile
 from common.runtime.memory import peak_resident_bytes
 from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
+from common.schedule.action import Action
 from common.spec import RunConfig
 from common.weights import parameter_shapes, unit_names
 
@@ -43,6 +44,7 @@ class OracleEngine:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.devices = tuple(range(config.stages))
+        self.on_action: Callable[[int, Action | None], None] = unwatched
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         self.oracle = Oracle(self.config.model, self.config.train, dict(weights))

@@ -15,7 +15,9 @@ from common import snapshot
 from common.data import Batch, Corpus
 from common.parity import TensorKey
 from common.runtime.engine import Arrays, Engine
+from common.runtime.faults import Fault
 from common.runtime.job import EventRecord, Job, Saving, StepRecord
+from common.runtime.watch import Watch
 from common.snapshot import SnapshotError, SnapshotWriter
 from common.spec import RunConfig
 from common.weights import initial_weights, parameter_shapes, random_arrays, unit_names, unit_of
@@ -82,10 +84,13 @@ def train(
 ) -> list[StepRecord]:
     """The steps from `first_step` on. Raises NotFiniteError (where the job asks for it) and SnapshotError."""
     config, out = job.config, Path(job.out)
+    watch = Watch(out, engine.devices, Fault.parse(job.fault) if job.fault else None)
+    engine.on_action = watch.on_action
     end = config.train.steps if job.stop_at is None else job.stop_at
     records = []
     for step in range(first_step, end):
         batch = corpus.training_batch(config, step)
+        watch.enter("schedule", step)
         start = time.perf_counter()
         loss = engine.forward_backward(batch)
         seconds = time.perf_counter() - start
@@ -93,6 +98,7 @@ def train(
             arrays |= named(config, engine, engine.gradients(), 0, "backward")
         if job.must_be_finite and not math.isfinite(loss):
             raise _not_finite(engine, job, batch, f"the loss is {loss}")
+        watch.enter("optimizer", step)
         start = time.perf_counter()
         norm = engine.apply_gradients(step)
         seconds += time.perf_counter() - start
@@ -118,7 +124,9 @@ def train(
             with (out / "progress.jsonl").open("a") as progress:
                 progress.write(json.dumps(record.model_dump(exclude={"events"})) + "\n")
         if job.saving is not None and _is_due(job.saving.every, step + 1, end):
+            watch.enter("save", step)
             _save(engine, job.config, job.saving, corpus, step + 1)
+    watch.enter("end", end)
     return records
 
 

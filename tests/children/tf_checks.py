@@ -361,13 +361,13 @@ def errors() -> dict[str, str]:
     }
     failing = compiled(GPipeModel(layers(), 3, 2, schedule="1f1b"))
 
-    def fail(action: Action) -> None:
+    def fail(device: int, action: Action | None) -> None:
         if action == Action(Op.BW, 1):
             raise MemoryError("no memory left")
 
-    failing.before_action = fail
+    failing.on_action = fail
     found["stage"] = message(lambda: failing.forward_backward(x, y))
-    failing.before_action = lambda action: None
+    failing.on_action = lambda device, action: None
     found["after"] = message(lambda: failing.forward_backward(x, y))
     return found
 

@@ -1,0 +1,168 @@
+"""What every device is doing right now, for a parent that sees no progress and has to say who waits for whom.
+
+Parent and children share a small file, mapped into memory: one line per device, which the device's own thread or process
+overwrites ahead of each action. That costs about a microsecond; nobody reads it but the parent, a few times a second.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from common.runtime.executor import Message
+from common.runtime.faults import Fault
+from common.schedule.action import Action, Op, Schedule, ScheduleError
+from common.schedule.dependencies import MESSAGE_OFFSET
+from common.schedule.generators import make_schedule
+from common.spec import RunConfig
+
+Phase = Literal["start", "schedule", "optimizer", "save", "end"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+OPS = tuple(Op)
+
+FILE = "watch"
+_LINE = struct.Struct("<6q")  # changes so far, phase, step, operation (-1: none), micro-batch, chunk
+
+
+class Watch:
+    """The child side: notes what this process' devices do, and lets the job's fault strike at its place."""
+
+    def __init__(self, folder: Path, devices: Sequence[int], fault: Fault | None = None) -> None:
+        self._devices, self._fault = devices, fault
+        self._step, self._phase, self._changes = 0, PHASES.index("start"), dict.fromkeys(devices, 0)
+        try:
+            with (folder / FILE).open("r+b") as file:
+                self._memory: mmap.mmap | None = mmap.mmap(file.fileno(), 0)
+        except (OSError, ValueError):  # a child that nobody watches
+            self._memory = None
+
+    def enter(self, phase: Phase, step: int) -> None:
+        """All devices of this process now do this."""
+        self._step, self._phase = step, PHASES.index(phase)
+        for device in self._devices:
+            self._note(device, None)
+        if self._fault is not None and (self._fault.action, self._fault.step) == (phase, step):
+            self._strike_if_here()
+
+    def on_action(self, device: int, action: Action | None) -> None:
+        """`device` is about to do `action`, or has ended its list. Called in its thread or process."""
+        self._note(device, action)
+        fault = self._fault
+        if (
+            fault is not None
+            and action is not None
+            and PHASES[self._phase] == "schedule"
+            and (fault.device, fault.step) == (device, self._step)
+            and fault.action in (None, str(action))
+        ):
+            fault.strike()
+
+    def _strike_if_here(self) -> None:
+        if self._fault is not None and self._fault.device in self._devices:
+            self._fault.strike()
+
+    def _note(self, device: int, action: Action | None) -> None:
+        if self._memory is None:
+            return
+        self._changes[device] += 1
+        op, i, chunk = (-1, 0, 0) if action is None else (OPS.index(action.op), action.micro_batch, action.chunk)
+        line = (self._changes[device], self._phase, self._step, op, i, chunk)
+        _LINE.pack_into(self._memory, device * _LINE.size, *line)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one device is doing."""
+
+    phase: Phase
+    step: int
+    action: Action | None
+
+
+class Board:
+    """The parent side: makes the file, and reads it."""
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self._path, self._config, self._seen = folder / FILE, config, b""
+        self._path.write_bytes(bytes(_LINE.size * config.stages))  # written, not cut: a full disk shows here
+
+    def changed(self) -> bool:
+        """Whether any device has gone on since the last call."""
+        now = self._path.read_bytes()
+        changed, self._seen = now != self._seen, now
+        return changed
+
+    def places(self) -> list[Place | None]:
+        """By device; None for one that has not begun."""
+        found: list[Place | None] = []
+        for changes, phase, step, op, i, chunk in _LINE.iter_unpack(self._path.read_bytes()):
+            action = None if op < 0 else Action(OPS[op], i, chunk)
+            found.append(Place(PHASES[phase], step, action) if changes else None)
+        return found
+
+    def explain(self) -> str:
+        """Who hangs where, and who waits for what, in one line; those that hang first."""
+        lines = explain(self._config, self.places())
+        return "; ".join(sorted(lines, key=lambda line: " waits for " in line))
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
+    """One line per device."""
+    try:
+        schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+    except ScheduleError:  # a schedule's file may be gone by now
+        schedule = None
+    lines = []
+    for device, place in enumerate(places):
+        if place is None:
+            lines.append(f"device {device} has not begun")
+        elif place.action is None or schedule is None or config.executor != "table":
+            what = {
+                "schedule": "is done with its actions",
+                "start": "is about to begin",
+                "end": "is past the last step",
+            }
+            lines.append(f"device {device} {what.get(place.phase, f'is in {place.phase}')}, step {place.step}")
+        elif (message := _missing_input(schedule, device, place.action, places)) is not None:
+            sender = schedule.location[_sender(schedule, device, place.action)][0]
+            lines.append(f"device {device} waits for the {message} from device {sender}, step {place.step}")
+        else:
+            lines.append(f"device {device} hangs in {place.action}, step {place.step}")
+    return lines
+
+
+def _sender(schedule: Schedule, device: int, action: Action) -> int:
+    """The virtual stage that an action's input comes from; out of range at the ends of the model."""
+    offset = MESSAGE_OFFSET[action.op]
+    return -1 if offset is None else schedule.virtual_stage(device, action.chunk) - offset
+
+
+def _missing_input(schedule: Schedule, device: int, action: Action, places: Sequence[Place | None]) -> Message | None:
+    """What `action` waits for: a message that its sender has not got to."""
+    k = _sender(schedule, device, action)
+    if not 0 <= k < schedule.num_virtual_stages:
+        return None
+    sender, chunk = schedule.location[k]
+    forward = action.op is Op.F
+    message = Message(
+        "activation" if forward else "gradient", action.micro_batch, schedule.virtual_stage(device, action.chunk)
+    )
+    place = places[sender]
+    if place is None or (place.action is None and place.phase != "schedule"):
+        return message
+    if place.action is None:  # has ended its list
+        return None
+    row = schedule.devices[sender]
+    sends = [
+        n
+        for n, a in enumerate(row)
+        if (a.micro_batch, a.chunk) == (action.micro_batch, chunk) and (a.op is Op.F) == forward and a.op is not Op.W
+    ]
+    return message if sends and place.action in row and row.index(place.action) <= sends[0] else None
