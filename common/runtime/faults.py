@@ -6,7 +6,7 @@
     oom@...         the process allocates, under a limit just above what it uses, until there is no more
     disk-full@...   from here on no file of this process may grow beyond 4 KiB
 
-`device` is 0 where it is not named, `step` too. `action` is one of the schedule's (F0, B3, W2.1), or `optimizer`, or `save`,
+`device` and `step` are 0 where not named. `action` is one of the schedule's (F0, B3, W2.1), or `optimizer`, or `save`,
 where the process is about to do so. Without it the first action of the step is meant, for disk-full the save.
 """
 
