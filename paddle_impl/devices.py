@@ -123,17 +123,20 @@ def peak_memory_bytes() -> int:
 
 
 def static_units(config: RunConfig) -> bool:
-    """Whether units run as traced programs: on the track "best", where no backward is split and no mask changes."""
+    """Whether units run as traced programs: on the track "best", where they do the same in every forward and backward."""
+    differs = bool(config.model.dropout) or config.recompute != "none" or config.executor == "native"
     splits = (
         config.executor == "table"
         and make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks).splits_backward
     )
-    return config.track == "best" and config.executor != "native" and not config.model.dropout and not splits
+    return config.track == "best" and not differs and not splits
 
 
 def best_track(config: RunConfig) -> dict[str, Any]:
     """The part of `environment` that says what the track "best" does, and what it leaves out."""
-    used = "used" if static_units(config) else "not used with dropout, a split backward or fleet's own loop"
+    used = (
+        "used" if static_units(config) else "not used with dropout, recomputation, a split backward or fleet's own loop"
+    )
     names = ("oneDNN", "scaled_dot_product_attention")
     said = [f"jit.to_static: {used}", *(f"{name}: not used, see docs/frameworks.md" for name in names)]
     return {"track": config.track, "best": said if config.track == "best" else []}

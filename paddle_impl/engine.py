@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import paddle
 from numpy.typing import NDArray
 from paddle.distributed import fleet
@@ -25,6 +26,7 @@ from paddle_impl.dropout import DropoutContext
 from paddle_impl.layers import make_static
 from paddle_impl.optimizer import Optimizer
 from paddle_impl.pipeline import StageLayers, build_pipeline
+from paddle_impl.probe import probe_units
 from paddle_impl.stage import Mode, Stage
 from paddle_impl.weights import (
     export_gradients,
@@ -52,6 +54,8 @@ class PaddleEngine:
         self.schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
         if config.executor == "native" and (self.schedule.name != "1f1b" or config.chunks > 1):
             raise ValueError(f"schedule = {config.schedule}; right for executor = native would be 1f1b, fleet's own")
+        if config.executor == "native" and config.recompute != "none":
+            raise ValueError(f"recompute = {config.recompute}; right for executor = native would be none")
         group = fleet.get_hybrid_communicate_group()
         if group.get_pipe_parallel_world_size() != config.stages:
             raise ValueError(f"stages = {config.stages}; the processes have joined a pipeline of another length")
@@ -73,7 +77,7 @@ class PaddleEngine:
         ]
         if devices.static_units(config):
             make_static(unit for units in chunks for unit in units)
-        self.stage = Stage(config.train, parts, chunks, self._named, context)
+        self.stage = Stage(config, parts, chunks, self._named, context)
         self.pipeline = build_pipeline(config, layers, self.schedule)
         self._events: list[Event] = []
         self._optimizer = Optimizer(config.train, self._named)
@@ -107,6 +111,28 @@ class PaddleEngine:
             TensorKey(batch.step, "forward", self._rank, i, unit, "output"): output.numpy().copy()
             for (unit, i), output in self.stage.outputs.items()
         }
+
+    def probe_units(
+        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+    ) -> dict[TensorKey, NDArray[Any]]:
+        return probe_units(self.stage, self._rank, batch, inputs, output_gradients)
+
+    def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
+        self._begin(Batch(0, inputs, np.zeros_like(inputs)), Mode.PREDICT)
+        self.pipeline.walk(self.schedule.only_forward())
+        pieces = [self.stage.outputs.pop(key) for key in sorted(self.stage.outputs)]  # of the rank that has the head
+        shape = [*inputs.shape, self.config.model.vocab_size]
+        logits = paddle.concat(pieces) if pieces else paddle.empty(shape, self.config.train.dtype)  # (B, S, V)
+        if self.config.stages > 1:
+            group = self.pipeline.pp_group
+            paddle.distributed.broadcast(logits, group.ranks[self.schedule.location[-1][0]], group)
+        return logits.numpy()
+
+    def optimizer_state(self) -> Arrays:
+        return self._optimizer.state()
+
+    def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
+        self._optimizer.load_state(state, steps_done)
 
     def weights(self) -> Arrays:
         return export_weights(self._named)

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from paddle import Tensor
 from paddle.autograd import saved_tensors_hooks
 
 
+@dataclass(frozen=True, weakref_slot=True, slots=True)
+class Saved:
+    """A tensor that autograd has saved, for as long as it keeps it.
+
+    Differs: the tensor itself, since with a detached one the backward of LayerNorm crashes; the backward ends the cycle.
+    """
+
+    tensor: Tensor | None  # None: a layer without bias
+
+
+class SavedTensors:
+    """What autograd has saved and still keeps: a recomputed piece saves, and lets go, within its forward."""
+
+    def __init__(self) -> None:
+        self._saved: list[weakref.ref[Saved]] = []
+
+    def add(self, tensor: Tensor | None) -> Saved:
+        saved = Saved(tensor)
+        self._saved.append(weakref.ref(saved))
+        return saved
+
+    def kept(self) -> list[Tensor]:
+        alive = [saved.tensor for reference in self._saved if (saved := reference()) is not None]
+        return [tensor for tensor in alive if tensor is not None]
+
+
 @contextmanager
-def saved_tensors(found: list[Tensor]) -> Iterator[None]:
-    """Adds to `found` whatever autograd saves inside."""
-
-    def keep(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:  # a layer without bias
-            return None
-        found.append(tensor.detach())
-        return tensor  # Differs: with a detached one the backward of LayerNorm crashes; the backward ends the cycle
-
-    with saved_tensors_hooks(keep, lambda kept: kept):
-        yield
+def saved_tensors() -> Iterator[SavedTensors]:
+    """Notes whatever autograd saves inside."""
+    found = SavedTensors()
+    with saved_tensors_hooks(found.add, lambda saved: saved.tensor):
+        yield found
 
 
 def memory_bytes(tensors: Iterable[Tensor], not_counted: Iterable[Tensor] = ()) -> int:

@@ -12,6 +12,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional
 
+from common.data import IGNORED
 from common.dropout import site_number
 from common.spec import TransformerSpec
 from paddle_impl.dropout import DropoutContext, dropout
@@ -151,8 +152,10 @@ def make_static(units: Iterable[nn.Layer]) -> None:
 
 
 def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
-    """The sum of the tokens' cross-entropies over `num_tokens`, those of the whole mini-batch.
+    """The sum of the tokens' cross-entropies over `num_tokens`, those of the whole mini-batch that count.
 
-    So the losses and gradients of micro-batches add up, whatever their sizes. Logits (B, S, V), targets (B, S).
+    So the losses and gradients of micro-batches add up, whatever their sizes. Logits (B, S, V), targets (B, S); where a
+    target is IGNORED, loss and gradient are 0.
     """
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / num_tokens
+    logits, targets = logits.flatten(0, 1), targets.flatten()
+    return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / num_tokens

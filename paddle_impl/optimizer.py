@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import paddle
+from numpy.typing import NDArray
 
 from common.spec import TrainSpec
 from paddle_impl.weights import NamedParameter
@@ -43,6 +46,8 @@ class Optimizer:
             ]
             groups = [group for group in groups if group["params"]]
             self._optimizer = paddle.optimizer.Momentum(train.learning_rate, train.momentum, groups)
+        # Differs: Paddle makes the moments in its first step; they are to be read and set before.
+        self._optimizer._create_accumulators(paddle.static.default_main_program().global_block(), parameters)
 
     def squared_norms(self) -> dict[str, float]:
         """Each tensor's sum of squared gradients by canonical name, in float64; that of a tied weight once.
@@ -52,6 +57,31 @@ class Optimizer:
         own = [item for item in self._named if not item.is_copy]
         squares = [_sum_of_squares(item.parameter.grad) for item in own]
         return dict(zip((item.name for item in own), paddle.stack(squares).tolist(), strict=True)) if own else {}
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """The moments as `common.runtime.engine.Engine.optimizer_state` names them."""
+        return {key: moment.numpy().copy() for key, moment in self._moments()}
+
+    def load_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
+        """Puts the moments back, and the powers of the betas as `steps_done` steps would have left them."""
+        for key, moment in self._moments():
+            moment.set_value(state[key])
+        if self._train.optimizer == "adamw":
+            for name, beta in (("beta1_pow_acc", self._train.beta1), ("beta2_pow_acc", self._train.beta2)):
+                for power in self._optimizer._accumulators[name].values():
+                    factor = np.full([1], beta, power.numpy().dtype)
+                    value = factor.copy()
+                    for _ in range(steps_done):  # not a power: every step of Paddle's rounds
+                        value *= factor
+                    power.set_value(value)
+
+    def _moments(self) -> list[tuple[str, paddle.Tensor]]:
+        """Each with its key, "<moment>/<canonical name>"; a tied head's copy has its own under the same key."""
+        kinds = {"first_moment": "velocity"} if self._train.momentum else {}
+        if self._train.optimizer == "adamw":
+            kinds = {"first_moment": "moment1", "second_moment": "moment2"}
+        kept = self._optimizer._accumulators
+        return [(f"{kind}/{i.name}", kept[own][i.parameter.name]) for kind, own in kinds.items() for i in self._named]
 
     @paddle.no_grad()
     def step(self, step: int, scale: float) -> None:

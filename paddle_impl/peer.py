@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import paddle
 from numpy.typing import NDArray
 from paddle import Tensor, nn
@@ -44,6 +45,8 @@ class PlainEngine:
     devices = (0,)
 
     def __init__(self, config: RunConfig) -> None:
+        if config.recompute != "none":
+            raise ValueError(f"recompute = {config.recompute}; right for executor = plain would be none")
         self.config = config
         devices.set_threads(devices.threads_per_stage(1, config.threads))
         devices.forget_peak_memory()
@@ -88,6 +91,22 @@ class PlainEngine:
             for unit, output in zip(unit_names(self.config.model), self._loss(batch, training=True)[1], strict=True)
             for i, piece in enumerate(output.chunk(self.config.train.micro_batches))
         }
+
+    def probe_units(
+        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+    ) -> dict[TensorKey, NDArray[Any]]:
+        raise ValueError("executor = plain has no stage whose units could be probed; right would be table")
+
+    @paddle.no_grad()
+    def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
+        nothing = Batch(0, inputs, np.zeros_like(inputs))
+        return self._loss(nothing, training=False)[1][-1].numpy()
+
+    def optimizer_state(self) -> Arrays:
+        return self._optimizer.state()
+
+    def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
+        self._optimizer.load_state(state, steps_done)
 
     def weights(self) -> Arrays:
         return self._in_order(export_weights(self._named))

@@ -2,7 +2,8 @@
 
 F runs the chunk and keeps input and output for the backward, B and BW run Paddle's autograd from the output, and what B
 leaves of the weight gradients (`paddle_impl.split`) W adds later. A product is added to its weight's gradient when its
-W or BW runs, so schedules that keep the micro-batches' order give the same bits.
+W or BW runs, so schedules that keep the micro-batches' order give the same bits. Where a micro-batch is recomputed
+(`paddle_impl.recomputation`), autograd runs each piece's forward again inside B or BW.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import paddle
 from paddle import Tensor, nn
@@ -22,10 +24,11 @@ from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
 from common.schedule.action import Op, Schedule
 from common.schedule.dependencies import Step, sends_to
-from common.spec import TrainSpec
+from common.spec import RunConfig
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.held import memory_bytes, saved_tensors
 from paddle_impl.layers import Head, summed_loss
+from paddle_impl.recomputation import recompute
 from paddle_impl.split import Product, defer_weight_gradients, tensors_of
 from paddle_impl.weights import NamedParameter
 
@@ -38,6 +41,16 @@ class Mode(enum.Enum):
     """Only forward, without dropout."""
     RECORD = "record"
     """Only forward, with the dropout of a training step, keeping every unit's output."""
+    PREDICT = "predict"
+    """Only forward, without dropout or loss, keeping the head's output."""
+
+    @property
+    def has_dropout(self) -> bool:
+        return self in (Mode.TRAIN, Mode.RECORD)
+
+    def keeps(self, unit: str) -> bool:
+        """Whether the output of this unit is kept."""
+        return self is Mode.RECORD or (self is Mode.PREDICT and unit == "head")
 
 
 @dataclass(slots=True)
@@ -57,29 +70,34 @@ class Stage:
 
     def __init__(
         self,
-        train: TrainSpec,
+        config: RunConfig,
         parts: Sequence[Sequence[str]],
         chunks: Sequence[Sequence[nn.Layer]],
         named: Sequence[NamedParameter],
         context: DropoutContext,
     ) -> None:
-        self._train = train
-        self._parts, self._chunks, self._context = parts, chunks, context
+        self.config = config
+        self.chunks = [list(zip(part, units, strict=True)) for part, units in zip(parts, chunks, strict=True)]
+        """The units of each chunk, by name."""
+        self._context = context
         self.named = named
         self.in_flight: dict[tuple[int, int], Forward] = {}
         """By (micro-batch, chunk): forward done, B not yet."""
         self.waiting: dict[tuple[int, int], list[Product]] = {}
         """By (micro-batch, chunk): B done, W not yet; the products for the weight gradients."""
-        self.held = HeldActivations(len(chunks))
+        self.held = HeldActivations(len(chunks), config.recomputes)
+        self._measured: set[tuple[int, bool]] = set()
+        """(chunk, whether recomputed) whose bytes `held` knows."""
         self.outputs: dict[tuple[str, int], Tensor] = {}
-        """By (unit, micro-batch), in `Mode.RECORD`."""
+        """By (unit, micro-batch), where the mode keeps them."""
 
     def begin(self, batch: Batch, mode: Mode) -> None:
         """Makes ready for a pass over `batch`; a training pass starts without gradients."""
-        pieces = batch.micro_batches(self._train.micro_batches)
+        train = self.config.train
+        pieces = batch.micro_batches(train.micro_batches)
         self._mode = mode
         self._num_tokens = batch.num_tokens
-        self._key = None if mode is Mode.EVALUATE else step_key(self._train.seed, batch.step)
+        self._key = step_key(train.seed, batch.step) if mode.has_dropout else None
         self.tokens = [paddle.to_tensor(piece.inputs) for piece in pieces]  # (b, S) each
         self.targets = [paddle.to_tensor(piece.targets) for piece in pieces]  # (b, S) each
         self._samples = [paddle.to_tensor(piece.samples) for piece in pieces]  # (b,) each
@@ -100,28 +118,37 @@ class Stage:
         self._context.step_key, self._context.samples = self._key, self._samples[micro_batch]
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The micro-batch's share of the mean loss, also kept for `losses`."""
+        """The micro-batch's share of the mean loss, also kept for `losses`; for fleet's own schedule."""
         loss = summed_loss(logits, targets, self._num_tokens)
         self._losses.append(loss.detach())
         return loss
 
+    def run(self, micro_batch: int, units: Sequence[tuple[str, nn.Layer]], x: Tensor) -> Tensor:
+        """Some of a chunk's units, one after another; after the head the micro-batch's share of the mean loss."""
+        self.prepare(micro_batch)
+        for name, unit in units:
+            x = unit(x)
+            if self._mode.keeps(name):
+                self.outputs[name, micro_batch] = x
+            if isinstance(unit, Head) and self._mode is not Mode.PREDICT:
+                x = summed_loss(x, self.targets[micro_batch], self._num_tokens)
+        return x
+
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
         """Runs the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
         training = self._mode is Mode.TRAIN
-        measures = training and not self.held.forward_bytes[chunk]
-        saved: list[Tensor] = []
-        self.prepare(micro_batch)
-        with paddle.set_grad_enabled(training), saved_tensors(saved) if measures else nullcontext():
+        recomputes = training and self.config.recomputes(micro_batch)
+        measures = training and (chunk, recomputes) not in self._measured
+        with paddle.set_grad_enabled(training), saved_tensors() if measures else nullcontext() as saved:
             if x is not None:
                 x.stop_gradient = not training
             y = self.tokens[micro_batch] if x is None else x
-            for name, unit in zip(self._parts[chunk], self._chunks[chunk], strict=True):
-                y = unit(y)
-                if self._mode is Mode.RECORD:
-                    self.outputs[name, micro_batch] = y
-            has_loss = isinstance(unit, Head)
-            if has_loss:
-                y = self.loss(y, self.targets[micro_batch])
+            for units in self._pieces(chunk, recomputes):
+                run = partial(self.run, micro_batch, units)
+                y = recompute(run, y) if recomputes else run(y)
+        has_loss = isinstance(self.chunks[chunk][-1][1], Head)
+        if has_loss:
+            self._losses.append(y.detach())
         result = None if has_loss else y.detach()
         if training:
             if not has_loss:
@@ -129,9 +156,17 @@ class Stage:
             self.in_flight[micro_batch, chunk] = Forward(x, y)
             if measures:
                 weights = [item.parameter for item in self.named]
-                self.held.forward_bytes[chunk] = memory_bytes(saved, [*weights, *self.tokens, *self.targets])
+                sizes = self.held.recomputed_bytes if recomputes else self.held.forward_bytes
+                sizes[chunk] = memory_bytes(saved.kept(), [*weights, *self.tokens, *self.targets])
+                self._measured.add((chunk, recomputes))
             self.held.note(self.in_flight, self.waiting)
         return result
+
+    def _pieces(self, chunk: int, recomputes: bool) -> list[list[tuple[str, nn.Layer]]]:
+        """The chunk's units as they are recomputed: so many at a time, or all at once."""
+        units = self.chunks[chunk]
+        size = (self.config.recomputed_units if recomputes else 0) or len(units)
+        return [units[start : start + size] for start in range(0, len(units), size)]
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
         """B and W at once."""

@@ -13,11 +13,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def found() -> Any:
-    """What the child saw."""
+def child(module: str) -> Any:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.children.paddle_checks"],
+        [sys.executable, "-m", f"tests.children.{module}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -26,6 +24,18 @@ def found() -> Any:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """What the child saw."""
+    return child("paddle_checks")
+
+
+@pytest.fixture(scope="module")
+def numerics() -> Any:
+    """What the child of `paddle_numerics` saw."""
+    return child("paddle_numerics")
 
 
 def test_split_backward_gives_the_bits_of_the_merged_one_and_runs_no_second_forward(found: Any) -> None:
@@ -71,3 +81,31 @@ def test_a_job_that_fails_on_one_rank_ends_on_all_and_the_next_one_runs(found: A
     assert "failed-1.txt" in failed["failed"]
     assert failed["reason"] == "IsADirectoryError"
     assert failed["second"] == ["part-0.json", "part-1.json"]
+
+
+def test_short_batches_have_the_oracles_gradients_whatever_the_micro_batches(numerics: Any) -> None:
+    assert max(numerics["short_batches"].values()) <= 1
+
+
+def test_training_resumed_elsewhere_gives_the_bits_of_training_at_once(numerics: Any) -> None:
+    assert not any(numerics["resumed"].values())
+    assert len(numerics["resumed"]) == 15
+
+
+def test_units_alone_and_predictions_are_the_oracles_and_disturb_nothing(numerics: Any) -> None:
+    seen = numerics["units_alone_and_predictions"]
+    assert max(seen["errors"].values()) <= 1
+    assert (seen["disturbed"], seen["logits_differ"]) == ([], [])
+
+
+def test_recomputation_changes_no_bit_and_holds_inputs_alone(numerics: Any) -> None:
+    seen = numerics["recomputation"]
+    assert {name: tensors for name, tensors in seen["different"].items() if tensors} == {}
+    held = {name: sizes["peak"] for name, sizes in seen["held"].items()}
+    x = 2 * 16 * 32 * 4  # a micro-batch's activation between two units, float32
+    anchor = 4  # of the embedding's piece, whose tokens are the mini-batch's
+    assert (held["0 gpipe full"], held["1 gpipe full"]) == (4 * anchor, 4 * x)
+    assert (held["0 1f1b full"], held["1 1f1b full"]) == (2 * anchor, x)
+    assert (held["0 1f1b every-1"], held["1 1f1b every-1"]) == (2 * (2 * x + anchor), 3 * x)
+    one_chunk = seen["held"]["1 1f1b except-last"]
+    assert one_chunk["peak"] == one_chunk["forward"][0] == held["1 1f1b none"] > 40 * x

@@ -47,7 +47,7 @@ def train(run: RunConfig) -> tuple[list[Any], list[int]]:
     """Losses, gradients and weights of three steps in this process, and how often each unit's forward ran."""
     engine = build_engine(run)
     engine.reset(initial_weights(run.model, 0, run.train.dtype))
-    calls = [0] * len(engine.stage._chunks[0])
+    calls = [0] * len(engine.stage.chunks[0])
 
     def count(index: int) -> Any:
         def hook(*_: Any) -> None:
@@ -55,7 +55,7 @@ def train(run: RunConfig) -> tuple[list[Any], list[int]]:
 
         return hook
 
-    for index, unit in enumerate(engine.stage._chunks[0]):
+    for index, (_, unit) in enumerate(engine.stage.chunks[0]):
         unit.register_forward_post_hook(count(index))
     corpus = load_corpus(run)
     seen: list[Any] = []
