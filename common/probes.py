@@ -40,21 +40,22 @@ class Run:
 
     @property
     def held_out_loss(self) -> float:
-        return self.parts[0].held_out_loss
+        loss = self.parts[0].held_out_loss
+        return np.nan if loss is None else loss
 
     def phase(self, phase: str) -> Tensors:
         return {key: value for key, value in self.tensors.items() if key.phase == phase}
 
 
-def read_probe(folder: Path) -> Run:
-    """Raises ValueError if two stages hold different copies of a tied weight."""
+def read_probe(folder: Path, same_copies: bool = True) -> Run:
+    """Raises ValueError if two stages hold different copies of a tied weight, unless that may be."""
     parts = [Part.model_validate_json(path.read_text()) for path in sorted(folder.glob("part-*.json"))]
     tensors: Tensors = {}
     for path in sorted(folder.glob("part-*.safetensors")):
         for text, value in load_file(path).items():
             key = TensorKey.parse(text)
             twin = next((k for k in tensors if k._replace(stage=key.stage) == key), None)
-            if twin is not None and not np.array_equal(value, tensors[twin]):
+            if same_copies and twin is not None and not np.array_equal(value, tensors[twin]):
                 raise ValueError(f"the copies of {key} differ")
             tensors[key] = value
     return Run(tensors, tuple(sorted(parts, key=lambda part: part.devices)))

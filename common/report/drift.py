@@ -1,0 +1,185 @@
+"""The drift zoo's result as a table, as docs/drift.md, and as a picture of the curves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.report.plots import DPI, ORACLE_COLOR
+from common.zoo import AVERAGED_STEPS, CURVE_STRIDE, LADDER_STEPS, Row, Zoo
+
+PANELS = {
+    "the first check that fails: activations": ("activation",),
+    "loss or gradients at step 0": ("loss", "gradient"),
+    "one optimizer step": ("optimizer_step",),
+    "the loss curve": ("loss_curve",),
+}
+FLOOR = 1e-17
+"""Differences of 0 are drawn here."""
+
+INTRODUCTION = """\
+# The drift zoo
+
+Each row puts one numerical habit of a framework, or of its users, back into an implementation that otherwise agrees with
+the float64 oracle. Three questions: does the parity ladder notice, does it name the right place first, and what does the
+habit cost?
+
+`make drift` makes this page (`triptych drift --out docs`). `triptych drift --list` names the rows, and
+`python bench_all.py --drift NAME` runs one in the benchmark.
+
+"""
+
+LEGEND = f"""\
+*First failure*: the first rung of the ladder that does not hold and the first tensor there, with its relative error and
+the limit; unless a row says otherwise, check and place are those that the habit is known for. The baselines (the same runs
+without the habit) pass every rung; the loss curve is compared over its first {LADDER_STEPS} steps.
+*Cost*: the mean loss of the {AVERAGED_STEPS} steps before, less the baseline's; positive is worse.
+± is the standard deviation of that mean between seeds (initial weights, data and masks differ), of the baseline in one
+framework: a cost well below it is real, and means nothing for the model.
+*Held-out*: the same for the held-out loss after the last step."""
+
+
+def describe(row: Row) -> str:
+    """What came of it, in words."""
+    if not row.check:
+        return row.verdict
+    error = "" if row.relative is None or row.limit is None else f", {row.relative:.0e} of {row.limit:.0e}"
+    words = f"{row.check.replace('_', ' ')}: {row.place}{error}"
+    if row.verdict == "elsewhere":
+        return f"{words} (expected: {row.expected_check.replace('_', ' ')}: {row.expected_place})"
+    return words if row.verdict == "as expected" else f"{row.verdict}: {words}"
+
+
+def cost(row: Row, steps: int) -> str:
+    """`+0.012 ± 0.034`."""
+    if steps not in row.cost:
+        return ""
+    spread = f" ± {row.spread[steps]:.3f}" if steps in row.spread else ""
+    return f"{_signed(row.cost[steps])}{spread}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}" if abs(value) >= 5e-4 or value == 0 else f"{value:+.0e}"
+
+
+def _held_out(row: Row) -> str:
+    if row.held_out_cost is None:
+        return ""
+    spread = "" if row.held_out_spread is None else f" ± {row.held_out_spread:.3f}"
+    return f"{_signed(row.held_out_cost)}{spread}"
+
+
+def summary(zoo: Zoo) -> str:
+    """How many did what."""
+    counts: dict[str, int] = {}
+    for row in zoo.rows:
+        word = row.verdict.partition(":")[0]
+        counts[word] = counts.get(word, 0) + 1
+    habits = {row.name for row in zoo.rows if row.verdict == "as expected"}
+    words = ", ".join(f"{count} {word}" for word, count in sorted(counts.items(), key=lambda item: -item[1]))
+    return f"{len(zoo.rows)} rows: {words}; {len(habits)} different habits fail the ladder where they should"
+
+
+def print_zoo(zoo: Zoo, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    titles = ("habit", "framework", "dtype", "first failure", *(f"cost at {n}" for n in zoo.steps), "held-out")
+    for title in titles:
+        table.add_column(title, justify="left" if title in titles[:4] else "right", no_wrap=True)
+    for row in zoo.rows:
+        cells = (row.name, row.framework, row.dtype, describe(row), *(cost(row, n) for n in zoo.steps), _held_out(row))
+        table.add_row(*map(Text, cells), style=None if row.verdict in ("as expected", "needs CUDA") else "red")
+    console.print(table)
+    console.print(summary(zoo), highlight=False, soft_wrap=True)
+
+
+def write_page(zoo: Zoo, folder: Path) -> None:
+    """drift.md and images/drift.png."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    draw_curves(zoo, folder / "images" / "drift.png")
+    (folder / "drift.md").write_text(page(zoo))
+
+
+def page(zoo: Zoo) -> str:
+    model, train = zoo.config.model, zoo.config.train
+    head = ["habit", "whose", "framework", "dtype", "first failure", *(f"cost at {n}" for n in zoo.steps), "held-out"]
+    lines = [
+        f"| {' | '.join(head)} |",
+        f"| {' | '.join(['---'] * 5)} |" + " ---: |" * (len(zoo.steps) + 1),
+    ]
+    shown: set[str] = set()
+    for row in zoo.rows:
+        name = f"`{row.name}`: {row.title}" if row.name not in shown else f"`{row.name}`"
+        whose = (row.default_of or "a common mistake") if row.name not in shown else ""
+        shown.add(row.name)
+        costs = [cost(row, n) for n in zoo.steps]
+        cells = [name, whose, row.framework, row.dtype, describe(row), *costs, _held_out(row)]
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    about = [
+        f"- Command: `{zoo.command}`",
+        f"- Machine: {zoo.machine}",
+        f"- Versions: {', '.join(f'{name} {version}' for name, version in sorted(zoo.versions.items()))}",
+        f"- Model: {model.num_layers} blocks, d_model {model.d_model}, {model.num_heads} heads, context "
+        f"{model.context_length}; {train.batch_size} sequences in {train.micro_batches} micro-batches over "
+        f"{zoo.config.stages} stages; AdamW, peak learning rate {train.learning_rate:.4g}, warm-up, cosine; "
+        f"weights perturbed so that no bias is 0 and no norm's weight 1",
+        f"- Seeds for the spread: {zoo.seeds}, in {zoo.spread_framework}",
+    ]
+    parts = [
+        INTRODUCTION + f"{summary(zoo)[0].upper()}{summary(zoo)[1:]}.",
+        "\n".join(lines),
+        LEGEND,
+        "![How far the loss is from the baseline's](images/drift.png)",
+        "The picture: the absolute difference of the loss from the baseline's, "
+        f"means over {CURVE_STRIDE} steps, one framework per habit. The grey band reaches up to the spread between seeds.",
+        "\n".join(about),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw_curves(zoo: Zoo, path: Path) -> None:
+    """Four panels by the check that notices first; the difference from the baseline, log scale."""
+    figure = Figure(figsize=(11.0, 8.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    for panel, (title, checks) in zip(axes.flat, PANELS.items(), strict=True):
+        chosen = _one_per_habit(row for row in zoo.rows if row.curve and row.expected_check in checks)
+        _draw_panel(panel, title, chosen, zoo)
+    for panel in axes[-1]:
+        panel.set_xlabel("step")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("|loss - baseline's loss|")
+    figure.savefig(path, dpi=DPI)
+
+
+def _one_per_habit(rows: Iterable[Row]) -> list[Row]:
+    """The first framework of each habit in which it was seen."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row.name not in found or (row.seen and not found[row.name].seen):
+            found[row.name] = row
+    return list(found.values())
+
+
+def _draw_panel(panel: Axes, title: str, rows: Sequence[Row], zoo: Zoo) -> None:
+    panel.set_title(title, fontsize=9, loc="left")
+    panel.set_yscale("log")
+    panel.set_ylim(FLOOR / 2, 20)
+    middle = CURVE_STRIDE / 2
+    if zoo.spread_curve:
+        x = [middle + CURVE_STRIDE * i for i in range(len(zoo.spread_curve))]
+        panel.fill_between(x, FLOOR / 2, zoo.spread_curve, color=ORACLE_COLOR, alpha=0.18, linewidth=0)
+    for number, row in enumerate(rows):
+        x = [middle + CURVE_STRIDE * i for i in range(len(row.curve))]
+        color, dash = f"C{number % 10}", ("-", "--", ":")[number // 10]
+        y = [max(value, FLOOR) for value in row.curve]
+        panel.plot(x, y, dash, color=color, linewidth=1.3, label=f"{row.name} ({row.framework}, {row.dtype})")
+    panel.grid(alpha=0.25, linewidth=0.5)
+    if rows:
+        panel.legend(fontsize=6.5, loc="lower right", framealpha=0.85)

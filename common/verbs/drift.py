@@ -1,0 +1,142 @@
+"""The verb drift: every habit of the zoo switched on, one at a time."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from common.config import UsageError
+from common.drift import DRIFTS
+from common.report.drift import print_zoo, write_page
+from common.report.machine import this_machine
+from common.runtime.launch import IMPLEMENTATIONS, Implementation
+from common.spec import FRAMEWORKS
+from common.verbs.options import plain_console
+from common.zoo import Zoo, base_config, run_zoo
+
+EXIT_OK, EXIT_UNEXPECTED = 0, 1
+TIMEOUT_SECONDS = 3600.0
+PROGRESS_STEPS = 1000
+"""Steps of a framework between two lines."""
+
+
+def register(verbs: Any) -> None:
+    """Adds the verb to argparse's subparsers."""
+    parser = verbs.add_parser(
+        "drift",
+        help="put back numerical habits of the frameworks, one at a time, and see what the parity check says",
+        description="For every habit and framework: the parity ladder with and without it, and both trained on. "
+        "Exit status: 0 every habit fails first where it should, 1 one does not, or a run failed, 2 wrong input.",
+    )
+    parser.add_argument("--list", action="store_true", help="name the habits and run nothing")
+    parser.add_argument(
+        "--frameworks", default=",".join(FRAMEWORKS), metavar="F,..", help="which ones (default %(default)s)"
+    )
+    parser.add_argument("--rows", default="all", metavar="NAME,..", help="which habits (default %(default)s)")
+    parser.add_argument(
+        "--steps",
+        default="100,500",
+        metavar="N,..",
+        help="where the cost is taken; the last one ends the runs (%(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=5, metavar="N", help="baselines for the spread (default %(default)s)"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="write drift.md, drift.json and images/drift.png there")
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    parser.add_argument(
+        "--from", dest="source", metavar="FILE", help="run nothing; take the result of an earlier --json"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT_SECONDS, metavar="X", help="seconds per child process (%(default)g)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:
+    console = plain_console()
+    if arguments.list:
+        console.print(_listed())
+        return EXIT_OK
+    zoo = _read(Path(arguments.source)) if arguments.source else _run(arguments, console, implementations)
+    print_zoo(zoo, console)
+    if arguments.json:
+        zoo.write(Path(arguments.json))
+    if arguments.out:
+        folder = Path(arguments.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        zoo.write(folder / "drift.json")
+        write_page(zoo, folder)
+        console.print(f"page: {folder / 'drift.md'}", highlight=False, soft_wrap=True)
+    good = all(row.verdict in ("as expected", "needs CUDA") for row in zoo.rows)
+    return EXIT_OK if good else EXIT_UNEXPECTED
+
+
+def _read(path: Path) -> Zoo:
+    try:
+        return Zoo.model_validate_json(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--from {path}: {error.strerror}") from None
+    except (ValidationError, UnicodeDecodeError):
+        raise UsageError(f"--from {path}: right would be a file that --json has written") from None
+
+
+def _run(arguments: argparse.Namespace, console: Console, implementations: Mapping[str, Implementation]) -> Zoo:
+    frameworks = _chosen(arguments.frameworks, FRAMEWORKS, "--frameworks")
+    names = [drift.name for drift in DRIFTS]
+    rows = names if arguments.rows == "all" else _chosen(arguments.rows, names, "--rows")
+    steps = _steps(arguments.steps)
+    if arguments.seeds < 1:
+        raise UsageError(f"--seeds {arguments.seeds}: right would be at least 1")
+
+    def stepped(framework: str, done: int) -> None:
+        if done % PROGRESS_STEPS == 0:
+            console.print(f"{framework}: {done} steps", highlight=False)
+
+    with tempfile.TemporaryDirectory() as folder:
+        found, spread, versions = run_zoo(
+            Path(folder), frameworks, rows, steps, arguments.seeds, arguments.timeout, stepped, implementations
+        )
+    return Zoo(
+        rows=found,
+        steps=steps,
+        seeds=arguments.seeds,
+        spread_framework="torch" if "torch" in frameworks else frameworks[0],
+        spread_curve=spread,
+        command=arguments.command,
+        machine=this_machine().one_line,
+        versions=versions,
+        config=base_config(max(steps)),
+    )
+
+
+def _chosen(text: str, known: tuple[str, ...] | list[str], option: str) -> list[str]:
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    for word in words:
+        if word not in known:
+            raise UsageError(f"{option} = {word!r}: unknown; right would be some of {', '.join(known)}")
+    if not words:
+        raise UsageError(f"{option}: nothing named; right would be some of {', '.join(known)}")
+    return words
+
+
+def _steps(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise UsageError(f"--steps {text}: right would be whole numbers with commas, such as 100,500")
+    return sorted({int(word) for word in words})
+
+
+def _listed() -> Table:
+    table = Table("name", "what", "frameworks", "first failing check", "place", "whose", box=None, pad_edge=False)
+    for drift in DRIFTS:
+        where = ", ".join(drift.frameworks)
+        table.add_row(drift.name, drift.title, where, drift.check, drift.place, drift.default_of or "a common mistake")
+    return table
