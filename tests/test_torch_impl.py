@@ -87,6 +87,13 @@ def test_recomputation_holds_the_input_of_each_piece_and_nothing_else(found: Any
     assert held["full"]["0"] < held["except-last"]["0"] < held["none"]["0"]
 
 
+def test_native_dropout_is_the_same_in_every_run_and_schedule_and_absent_from_evaluation(found: Any) -> None:
+    native = found["native_dropout"]
+    assert native["same"] and native["sites_differ"] and native["differs_from_shared"]
+    assert native["evaluations"] == 1
+    assert native["kept"] == pytest.approx(0.7, abs=0.01)
+
+
 def test_a_failing_stage_ends_the_step_with_its_own_error(found: Any) -> None:
     failure = found["failure"]
     assert failure["message"] == "device 3, action F0: ZeroDivisionError: injected"

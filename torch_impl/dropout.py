@@ -1,4 +1,4 @@
-"""`common.dropout` in PyTorch's 64-bit integers: the same lines, the same bits, on the stage's own device."""
+"""Dropout: `common.dropout` in PyTorch's integers, bit for bit, or PyTorch's own generator; on the stage's own device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,36 @@ from torch import Tensor
 
 from common.dropout import MASK32, MULTIPLIERS, mix, threshold
 
+SIGN = -(2**31)
+"""The sign bit of a 32-bit integer."""
+
+
+class ElementHashes:
+    """The part of the masks that only the position decides, kept by the number of elements.
+
+    One per stage: on a GPU a tensor belongs to the stream that made it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+
+    def first(self, count: int, device: torch.device) -> Tensor:
+        """Those of `count` elements, after the mixer's first shift: (count,) int32."""
+        if count not in self._kept:
+            hashes = mix_(torch.arange(count, device=device))
+            self._kept[count] = _first_shift(hashes)
+        return self._kept[count]
+
 
 class DropoutContext(NamedTuple):
     """What the masks of one micro-batch depend on, besides their site."""
 
     step_key: int
     samples: Tensor  # (b,) int64, indices in the mini-batch
+    first_sample: int
+    elements: ElementHashes
+    generator: torch.Generator | None = None
+    """Where the masks are PyTorch's own."""
 
 
 def mix_(x: Tensor) -> Tensor:
@@ -30,17 +54,41 @@ def mix_(x: Tensor) -> Tensor:
     return x
 
 
+def _first_shift(x: Tensor) -> Tensor:
+    """`x ^ (x >> 16)` as the same 32 bits in an int32."""
+    return (x ^ (x >> 16)).to(torch.int32)
+
+
 def keep_mask(context: DropoutContext, site: int, shape: torch.Size, probability: float) -> Tensor:
-    """True where the element is kept; bool of `shape`, which is (b, ...)."""
+    """True where the element is kept; bool of `shape`, which is (b, ...).
+
+    Shifts and `^` change places, so the mixer's first shift is done on rows and elements. The rest is in int32, half the
+    memory: products wrap at 2^32, a shift's copies of the sign are cut off, and the comparison is of unsigned numbers.
+    """
     samples = context.samples
     row = mix_(mix_(samples.clone()) ^ mix(context.step_key ^ mix(site)))  # (b,)
-    elements = mix_(torch.arange(math.prod(shape[1:]), device=samples.device))  # (n,)
-    bits = mix_(row[:, None] ^ elements)  # (b, n)
-    return (bits >= threshold(probability)).view(shape)
+    bits = _first_shift(row)[:, None] ^ context.elements.first(math.prod(shape[1:]), samples.device)  # (b, n)
+    for multiplier in MULTIPLIERS:
+        bits *= multiplier
+        bits ^= (bits >> 15).bitwise_and_(MASK32 >> 15)
+    bits ^= SIGN
+    return (bits >= threshold(probability) + SIGN).view(shape)
+
+
+def native_mask(context: DropoutContext, site: int, shape: torch.Size, probability: float) -> Tensor:
+    """PyTorch's own draw: 1 where the element is kept, else 0; float32 of `shape`.
+
+    Differs: not `functional.dropout`, which takes no generator and uses one that all threads share; this is what it does
+    on a CPU. Seeded anew for every mask, so that a recomputation draws the same one and no schedule changes it.
+    """
+    seed = mix(mix(context.step_key ^ mix(site)) ^ mix(context.first_sample))
+    generator = context.generator.manual_seed(seed)
+    return torch.empty(shape, device=context.samples.device).bernoulli_(1 - probability, generator=generator)
 
 
 def dropout(x: Tensor, probability: float, site: int, context: DropoutContext | None) -> Tensor:
     """Inverted dropout (Srivastava et al. 2014); `x` itself without a context or with probability 0."""
     if context is None or probability == 0:
         return x
-    return x * (keep_mask(context, site, x.shape, probability).to(x.dtype) / (1 - probability))
+    mask = keep_mask if context.generator is None else native_mask
+    return x * (mask(context, site, x.shape, probability).to(x.dtype) / (1 - probability))

@@ -36,7 +36,7 @@ from common.schedule.generators import make_schedule
 from common.spec import RunConfig
 from common.weights import TOKEN_EMBEDDING, parameter_shapes, unit_names
 from torch_impl import devices
-from torch_impl.dropout import DropoutContext
+from torch_impl.dropout import DropoutContext, ElementHashes
 from torch_impl.layers import build_unit, summed_loss
 from torch_impl.optimizer import StageOptimizer
 from torch_impl.weights import (
@@ -62,14 +62,20 @@ class Units(nn.Module):
         """Of the dropout masks; None in evaluation."""
         self.outputs: list[tuple[str, Tensor]] | None = None
         """A list here makes `forward` keep every unit's output."""
+        self._elements = ElementHashes()
+        self._generator = torch.Generator(device) if config.model.dropout_masks == "native" else None
 
     def forward(self, x: Tensor, samples: Tensor) -> Tensor:
-        context = None if self.step_key is None else DropoutContext(self.step_key, samples)
+        context = None if self.step_key is None else self._dropout(self.step_key, samples)
         for name, unit in zip(self.part, self.units, strict=True):
             x = unit(x, context)
             if self.outputs is not None:
                 self.outputs.append((name, x))
         return x
+
+    def _dropout(self, key: int, samples: Tensor) -> DropoutContext:
+        first = 0 if self._generator is None else int(samples[0])
+        return DropoutContext(key, samples, first, self._elements, self._generator)
 
 
 class Peer:

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from common.data import Batch
+from common.data import Batch, MicroBatch
 from common.dropout import step_key
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
 from common.spec import RunConfig
 from torch_impl import devices
-from torch_impl.dropout import DropoutContext
+from torch_impl.dropout import DropoutContext, ElementHashes
 from torch_impl.held import memory_bytes, saved_tensors
 from torch_impl.layers import build_unit, summed_loss
 from torch_impl.weights import named_parameters
@@ -176,6 +176,8 @@ class Stage:
         self.waiting: dict[tuple[int, int], list[tuple[nn.Linear | nn.Embedding, Tensor, Tensor]]] = {}
         """By (micro-batch, chunk): B done, W not yet; each layer with its input and its output's gradient."""
         self.held = HeldActivations(len(self.chunks), config.recomputes)
+        self._elements = ElementHashes()
+        self._generator = torch.Generator(device) if config.model.dropout_masks == "native" else None
         self.outputs: dict[tuple[str, int], Tensor] = {}
         """By (unit, micro-batch), where the mode keeps them."""
 
@@ -188,10 +190,7 @@ class Stage:
             batch.num_tokens,
             [torch.from_numpy(piece.inputs).to(self.device) for piece in pieces],
             [torch.from_numpy(piece.targets).to(self.device) for piece in pieces],
-            [
-                DropoutContext(key, torch.from_numpy(piece.samples).to(self.device)) if mode.has_dropout else None
-                for piece in pieces
-            ],
+            [self._dropout(key, piece) if mode.has_dropout else None for piece in pieces],
             [],
         )
         self.in_flight.clear()
@@ -201,6 +200,10 @@ class Stage:
             chunk.take_taps()  # left by a forward that failed
         if mode is Mode.TRAIN:
             torch._foreach_zero_(self._gradients)
+
+    def _dropout(self, key: int, piece: MicroBatch) -> DropoutContext:
+        samples = torch.from_numpy(piece.samples).to(self.device)
+        return DropoutContext(key, samples, int(piece.samples[0]), self._elements, self._generator)
 
     def micro_batches(self) -> list[tuple[Tensor, DropoutContext | None]]:
         """Tokens (b, S) and dropout of each micro-batch of the pass."""

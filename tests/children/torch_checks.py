@@ -24,7 +24,7 @@ from common.runtime.training import starting_weights
 from common.spec import PRESETS, RunConfig, TrainSpec, TransformerSpec
 from common.weights import unit_names
 from torch_impl import devices
-from torch_impl.dropout import DropoutContext, keep_mask
+from torch_impl.dropout import DropoutContext, ElementHashes, keep_mask, native_mask
 from torch_impl.engine import TorchEngine, build_engine
 from torch_impl.stage import Mode
 
@@ -117,7 +117,7 @@ def against_plain_autograd() -> float:
     stage = engine.stages[0]
     ours = [item.parameter.grad.clone() for item in stage.named]
     logits = torch.from_numpy(batch.inputs)
-    context = DropoutContext(reference.step_key(0, 0), torch.arange(batch.inputs.shape[0]))
+    context = DropoutContext(reference.step_key(0, 0), torch.arange(batch.inputs.shape[0]), 0, ElementHashes())
     for unit in stage.chunks[0].units:
         logits = unit(logits, context)
     targets = torch.from_numpy(batch.targets).flatten()
@@ -179,7 +179,7 @@ def activations() -> dict[str, Any]:
 
 def dropout_bits() -> bool:
     samples = np.array([3, 0, 7, 200_000])
-    context = DropoutContext(reference.step_key(5, 11), torch.from_numpy(samples))
+    context = DropoutContext(reference.step_key(5, 11), torch.from_numpy(samples), 3, ElementHashes())
     return all(
         np.array_equal(
             keep_mask(context, site, torch.Size(shape), probability).numpy(),
@@ -322,6 +322,35 @@ def recomputation() -> dict[str, Any]:
     return {"same": same, "held": held, "activation_bytes": 2 * 16 * 32 * 4}
 
 
+def native_dropout() -> dict[str, Any]:
+    """PyTorch's own masks: a rerun, another schedule, and a recomputation draw the same; evaluation draws none."""
+    runs, losses = [], []
+    for stages, schedule, kind in (
+        (1, "gpipe", "none"),
+        (2, "1f1b", "none"),
+        (2, "zb-h1", "full"),
+        (2, "gpipe", "every-1"),
+    ):
+        engine, batches = make(stages, schedule, dropout=0.5, dropout_masks="native", run={"recompute": kind})
+        runs.append(train(engine, batches, 2))
+        losses.append([engine.evaluate(batches(0)), engine.evaluate(batches(0))])
+        engine.close()
+    generator = torch.Generator()
+    context = DropoutContext(reference.step_key(0, 0), torch.arange(8), 0, ElementHashes(), generator)
+    kept = native_mask(context, 0, torch.Size((8, 100, 100)), 0.3)
+    other = native_mask(context, 1, torch.Size((8, 100, 100)), 0.3)
+    shared, batches = make(1, "gpipe", dropout=0.5)
+    differs = shared.forward_backward(batches(0)) != float(runs[0][0][0])
+    shared.close()
+    return {
+        "same": all(np.array_equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True)),
+        "evaluations": len({loss for pair in losses for loss in pair}),
+        "kept": kept.mean().item(),
+        "sites_differ": not torch.equal(kept, other),
+        "differs_from_shared": differs,
+    }
+
+
 def failure() -> dict[str, Any]:
     """The head fails, after its stage's block, while the other stages wait; then the engine is used again."""
     engine, batches = make(4, num_layers=4)
@@ -391,6 +420,7 @@ if __name__ == "__main__":
         units_alone,
         predictions,
         recomputation,
+        native_dropout,
         failure,
         settings,
     )
