@@ -1,6 +1,8 @@
 # make install   an environment in .venv (CPU builds) and all that is needed
 # make bench     the benchmark; make bench ARGS="--preset tiny --stages 1,2" passes options to bench_all.py
 # make test      lint, types, tests; make test ARGS="-k parity" passes options to pytest
+# make drift     the drift zoo in all frameworks, about half an hour; makes docs/drift.md
+# make margins   how much of every parity limit is used; makes docs/margins.md
 # make clean     removes the environment and all caches; results stay
 
 # Where the package index has PyTorch with CUDA only (Linux on PyPI), this takes the CPU build instead:
@@ -12,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install bench test clean
+.PHONY: install bench test drift margins clean
 
 install: $(INSTALLED)
 
@@ -33,6 +35,12 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+drift: install
+	$(BIN)/triptych drift --out docs $(ARGS)
+
+margins: install
+	$(BIN)/triptych margins --out docs/margins.md $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

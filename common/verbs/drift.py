@@ -89,9 +89,9 @@ def _read(path: Path) -> Zoo:
 
 
 def _run(arguments: argparse.Namespace, console: Console, implementations: Mapping[str, Implementation]) -> Zoo:
-    frameworks = _chosen(arguments.frameworks, FRAMEWORKS, "--frameworks")
+    frameworks = chosen(arguments.frameworks, FRAMEWORKS, "--frameworks")
     names = [drift.name for drift in DRIFTS]
-    rows = names if arguments.rows == "all" else _chosen(arguments.rows, names, "--rows")
+    rows = names if arguments.rows == "all" else chosen(arguments.rows, names, "--rows")
     steps = _steps(arguments.steps)
     if arguments.seeds < 1:
         raise UsageError(f"--seeds {arguments.seeds}: right would be at least 1")
@@ -117,7 +117,8 @@ def _run(arguments: argparse.Namespace, console: Console, implementations: Mappi
     )
 
 
-def _chosen(text: str, known: tuple[str, ...] | list[str], option: str) -> list[str]:
+def chosen(text: str, known: tuple[str, ...] | list[str], option: str) -> list[str]:
+    """The words of a comma list. Raises UsageError for one that is not known."""
     words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     for word in words:
         if word not in known:

@@ -1,0 +1,70 @@
+"""The verb margins: how much of every limit of the parity ladder is used."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.config import UsageError
+from common.margins import Margins, measure
+from common.report.machine import this_machine
+from common.report.margins import explanation_in, page, print_margins
+from common.runtime.launch import IMPLEMENTATIONS, Implementation
+from common.spec import FRAMEWORKS
+from common.verbs.drift import PROGRESS_STEPS, chosen
+from common.verbs.options import plain_console
+
+DTYPES = ("float64", "float32", "bfloat16")
+EXIT_OK, EXIT_SHORT = 0, 1
+
+
+def register(verbs: Any) -> None:
+    """Adds the verb to argparse's subparsers."""
+    parser = verbs.add_parser(
+        "margins",
+        help="measure how much of every parity limit is used",
+        description="Every check of the parity ladder over many seeds and models, in every framework and precision. "
+        "Exit status: 0 every fixed limit has five times room, 1 one has less or a run failed, 2 wrong input.",
+    )
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="seeds (default %(default)s)")
+    parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), metavar="F,..", help="default: %(default)s")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), metavar="T,..", help="default: %(default)s")
+    parser.add_argument("--out", metavar="FILE.md", help="write the table as Markdown; what is written by hand stays")
+    parser.add_argument(
+        "--timeout", type=float, default=3600.0, metavar="X", help="seconds per child process (default %(default)g)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:
+    frameworks = chosen(arguments.frameworks, FRAMEWORKS, "--frameworks")
+    dtypes = chosen(arguments.dtypes, DTYPES, "--dtypes")
+    if arguments.repeats < 1:
+        raise UsageError(f"--repeats {arguments.repeats}: right would be at least 1")
+    console = plain_console()
+
+    def stepped(framework: str, done: int) -> None:
+        if done % PROGRESS_STEPS == 0:
+            console.print(f"{framework}: {done} steps", highlight=False)
+
+    with tempfile.TemporaryDirectory() as folder:
+        margins, problems, versions = measure(
+            Path(folder), frameworks, dtypes, arguments.repeats, arguments.timeout, stepped, implementations
+        )
+    found = Margins(
+        margins=margins,
+        problems=problems,
+        command=arguments.command,
+        machine=this_machine().one_line,
+        versions=versions,
+    )
+    print_margins(found, console)
+    if arguments.out:
+        path = Path(arguments.out)
+        by_hand = explanation_in(path.read_text()) if path.is_file() else ""
+        path.write_text(page(found, by_hand))
+    short = [margin for margin in margins if margin.dtype != "bfloat16" and not margin.has_room]
+    return EXIT_SHORT if short or problems else EXIT_OK

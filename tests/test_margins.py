@@ -1,0 +1,68 @@
+"""The table of margins, with the oracle in place of the frameworks."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from common.cli import main
+from common.margins import Margin, config_of
+from common.report.margins import explanation_in, verdict
+from common.runtime.launch import Implementation
+from common.verbs import margins as verb
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_page_is_made_and_keeps_what_is_written_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    parser = argparse.ArgumentParser()
+    verb.register(parser.add_subparsers())
+    out = tmp_path / "margins.md"
+    out.write_text("# Old\n<!-- by hand -->\nWhy float32 has less.\n<!-- end -->\n| old |\n")
+    options = ["--repeats", "2", "--frameworks", "torch,paddle", "--dtypes", "float64,bfloat16", "--out", str(out)]
+    arguments = parser.parse_args(["margins", *options])
+    arguments.command = "triptych margins"
+    fakes = {name: Implementation("fakes.drifting", "numpy", "") for name in ("torch", "paddle")}
+    assert verb.run(arguments, fakes) == 0
+    page = out.read_text()
+    assert "| torch | float64 | gradient | 0.0000 | 0.0000 | 2 |" in page and "| old |" not in page
+    assert "| paddle | bfloat16 | loss curve | 0.3333 | 0.3333 | 2 |" in page  # no error at all: the floor is the limit
+    assert explanation_in(page) == "Why float32 has less."
+    assert "Every check has at least 5 times room" in page
+
+
+def test_a_check_without_room_is_named() -> None:
+    fields = {
+        "framework": "torch",
+        "dtype": "float32",
+        "median": 0.1,
+        "repeats": 2,
+        "worst_run": "r",
+        "worst_tensor": "t",
+    }
+    two = [Margin(check="loss", worst=0.1, **fields), Margin(check="gradient", worst=0.3, **fields)]
+    text = verdict(two)
+    assert text.startswith("1 of 2 checks have less than 5 times room: torch float32 gradient; ")
+    assert "0.300" in text
+    relative = two[1].model_copy(update={"dtype": "bfloat16"})
+    assert verdict([two[0], relative]).startswith("Every check has at least 5 times room")
+
+
+def test_the_seeds_walk_through_the_models() -> None:
+    models = [config_of("torch", "float32", seed).model for seed in range(20)]
+    assert len({(m.tied_head, m.norm, m.activation) for m in models}) == 8
+    assert {m.dropout > 0 for m in models} == {True, False}
+
+
+def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, message in {
+        "--repeats 0": "right would be at least 1",
+        "--dtypes float16": "--dtypes = 'float16': unknown",
+        "--frameworks ,": "--frameworks: nothing named",
+    }.items():
+        assert main(["margins", *line.split()]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
