@@ -73,6 +73,32 @@ def gelu_backward(grad: Array, x: Array) -> Array:
     return np.asarray(grad * (0.5 * (1 + erf(x / math.sqrt(2))) + x * density))
 
 
+def gelu_tanh(x: Array) -> Array:
+    """GELU by the tanh approximation (Hendrycks and Gimpel 2016, section 2), which GPT-2 was trained with."""
+    return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+
+
+def gelu_tanh_backward(grad: Array, x: Array) -> Array:
+    t = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
+    return np.asarray(grad * 0.5 * (1 + t + x * (1 - t * t) * inner))
+
+
+def relu(x: Array) -> Array:
+    return np.maximum(x, 0)
+
+
+def relu_backward(grad: Array, x: Array) -> Array:
+    return grad * (x > 0)
+
+
+ACTIVATIONS = {
+    "gelu": (gelu, gelu_backward),
+    "gelu_tanh": (gelu_tanh, gelu_tanh_backward),
+    "relu": (relu, relu_backward),
+}
+
+
 def softmax(x: Array) -> Array:
     e: Array = np.exp(x - x.max(-1, keepdims=True))
     return np.asarray(e / e.sum(-1, keepdims=True))
@@ -134,7 +160,7 @@ def attention_backward(grad: Array, w: Mapping[str, Array], unit: str, heads: in
 def feed_forward(x: Array, w: Mapping[str, Array], unit: str, activation: str) -> tuple[Array, Any]:
     name = f"{unit}.feed_forward"
     hidden = x @ w[f"{name}.up.weight"] + w[f"{name}.up.bias"]  # (B, S, F)
-    active = gelu(hidden) if activation == "gelu" else np.maximum(hidden, 0)  # (B, S, F)
+    active = ACTIVATIONS[activation][0](hidden)  # (B, S, F)
     return active @ w[f"{name}.down.weight"] + w[f"{name}.down.bias"], (x, hidden, active)
 
 
@@ -146,7 +172,7 @@ def feed_forward_backward(
     d_active, grads[f"{name}.down.weight"], grads[f"{name}.down.bias"] = linear_backward(
         grad, active, w[f"{name}.down.weight"]
     )
-    d_hidden = gelu_backward(d_active, hidden) if activation == "gelu" else d_active * (hidden > 0)
+    d_hidden = ACTIVATIONS[activation][1](d_active, hidden)
     dx, grads[f"{name}.up.weight"], grads[f"{name}.up.bias"] = linear_backward(d_hidden, x, w[f"{name}.up.weight"])
     return dx
 

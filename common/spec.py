@@ -46,7 +46,9 @@ class TransformerSpec(Frozen):
     num_heads: int = Field(4, ge=1, description="attention heads (H); divides d_model")
     d_ff: int = Field(256, ge=1, description="width of the feed-forward layer")
     norm: Literal["pre", "post"] = Field("pre", description="where LayerNorm stands")
-    activation: Literal["gelu", "relu"] = Field("gelu", description="gelu is the exact one, with erf")
+    activation: Literal["gelu", "gelu_tanh", "relu"] = Field(
+        "gelu", description="gelu is the exact one, with erf; gelu_tanh its approximation, which GPT-2 has"
+    )
     tied_head: bool = Field(False, description="the head uses the token embedding, transposed")
     dropout: Float32 = Field(0.0, ge=0.0, lt=1.0, description="probability of dropping an element")
     dropout_masks: Literal["shared", "native"] = Field(

@@ -6,7 +6,7 @@ Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import paddle
 from paddle import Tensor, nn
@@ -25,6 +25,16 @@ def gelu(x: Tensor) -> Tensor:
     Differs: not written out, since Paddle's kernel is this formula with full-precision constants, in one pass.
     """
     return functional.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    return functional.gelu(x, approximate=True)
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """What stands between the two linear layers of a feed-forward (`TransformerSpec.activation`)."""
+    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": functional.relu}[name]
 
 
 class Embedding(nn.Layer):
@@ -85,7 +95,7 @@ class FeedForward(nn.Layer):
         super().__init__()
         self.up = Linear(spec.d_model, spec.d_ff)
         self.down = Linear(spec.d_ff, spec.d_model)
-        self.activation = gelu if spec.activation == "gelu" else functional.relu
+        self.activation = activation(spec.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))  # (B, S, F) between them

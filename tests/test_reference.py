@@ -12,7 +12,7 @@ from common.reference import Oracle, clip_scale, global_norm
 from common.spec import RunConfig, TrainSpec, TransformerSpec
 from common.weights import initial_weights, random_arrays
 
-VARIANTS = list(itertools.product(("pre", "post"), ("gelu", "relu"), (False, True)))
+VARIANTS = list(itertools.product(("pre", "post"), ("gelu", "gelu_tanh", "relu"), (False, True)))
 
 
 @pytest.mark.parametrize(("norm", "activation", "tied"), VARIANTS)

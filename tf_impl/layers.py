@@ -6,6 +6,7 @@ Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -22,6 +23,16 @@ def gelu(x: tf.Tensor) -> tf.Tensor:
     `tf.nn.gelu` divides by a constant with 12 digits, `keras.ops.gelu` is the tanh approximation by default.
     """
     return 0.5 * x * (1.0 + tf.math.erf(x / math.sqrt(2.0)))
+
+
+def gelu_tanh(x: tf.Tensor) -> tf.Tensor:
+    """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    return 0.5 * x * (1.0 + tf.math.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def activation(name: str) -> Callable[[tf.Tensor], tf.Tensor]:
+    """What stands between the two linear layers of a feed-forward (`TransformerSpec.activation`)."""
+    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": tf.nn.relu}[name]
 
 
 class Unit(keras.layers.Layer):
@@ -98,7 +109,7 @@ class FeedForward(Unit):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         hidden = self.up(x)  # (B, S, F)
-        return self.down(gelu(hidden) if self.spec.activation == "gelu" else tf.nn.relu(hidden))  # (B, S, D)
+        return self.down(activation(self.spec.activation)(hidden))  # (B, S, D)
 
 
 class Block(Unit):

@@ -6,6 +6,7 @@ Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,16 @@ def gelu(x: Tensor) -> Tensor:
     Differs: not written out, since PyTorch's kernel is this formula with full-precision constants, in one pass.
     """
     return functional.gelu(x, approximate="none")
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    return functional.gelu(x, approximate="tanh")
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """What stands between the two linear layers of a feed-forward (`TransformerSpec.activation`)."""
+    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": functional.relu}[name]
 
 
 class Embedding(nn.Module):
@@ -81,7 +92,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(spec.d_model, spec.d_ff)
         self.down = nn.Linear(spec.d_ff, spec.d_model)
-        self.activation = gelu if spec.activation == "gelu" else functional.relu
+        self.activation = activation(spec.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))  # (B, S, F) between them
