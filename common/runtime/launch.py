@@ -26,11 +26,16 @@ import psutil
 from pydantic import ValidationError
 
 from common.runtime.job import Job, JobFile, Part
+from common.runtime.parent import PARENT
+from common.runtime.watch import Board
 
 Status = Literal["ok", "failed", "skipped"]
 
 ORACLE_MODULE = "common.runtime.oracle_worker"
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+ENDED_BY = "was ended by"
+"""How `common.runtime.ranks` says that a stage's process got a signal."""
 
 POLL_SECONDS = 0.1
 TERMINATE_SECONDS = 3.0
@@ -104,11 +109,12 @@ def run_jobs_in_child(
     on_step: Callable[[int, int, float], None] = lambda job, step, loss: None,
     stopped: Callable[[], bool] = lambda: False,
     log: Path | None = None,
+    hang_seconds: float = float("inf"),
 ) -> list[Outcome]:
     """Runs `python -m module` over all jobs and returns one outcome per job.
 
     Makes the jobs' folders; writes `jobs.json` and, unless `log` is another place, `child.log` into `folder`.
-    `timeout_seconds` is for the whole child.
+    `timeout_seconds` is for the whole child; `hang_seconds` is how long it may do without any device going on.
     `on_step(job, step, loss)` is called as steps end. Raises Interrupted, with the child ended, once `stopped()`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,8 +123,9 @@ def run_jobs_in_child(
     job_file, log = folder / "jobs.json", log or folder / "child.log"
     JobFile(jobs=tuple(jobs)).write(job_file)
     progress = [_Progress(Path(job.out) / "progress.jsonl") for job in jobs]
-    began = time.monotonic()
-    timed_out = False
+    boards = [Board(Path(job.out), job.config) for job in jobs]
+    began = went_on = time.monotonic()
+    ended_because = None
     with log.open("wb") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", module, str(job_file)],
@@ -132,8 +139,14 @@ def run_jobs_in_child(
             while child.poll() is None:
                 if stopped():
                     raise Interrupted
-                if time.monotonic() - began > timeout_seconds:
-                    timed_out = True
+                now = time.monotonic()
+                if now - began > timeout_seconds:
+                    ended_because = f"no result within {timeout_seconds:g} s (--timeout)"
+                    break
+                if any(board.changed() for board in boards):
+                    went_on = now
+                if now - went_on > hang_seconds:
+                    ended_because = f"no progress for {hang_seconds:g} s (--hang-timeout): {_where(jobs, boards)}"
                     break
                 for number, file in enumerate(progress):
                     for step, loss in file.new_steps():
@@ -143,12 +156,22 @@ def run_jobs_in_child(
         finally:
             # Also after a good end: nothing that the child started may outlive it.
             end_group(child)
+            for board in boards:
+                board.remove()
     for number, file in enumerate(progress):
         for step, loss in file.new_steps():
             on_step(number, step, loss)
     seconds = time.monotonic() - began
-    why = f"no result within {timeout_seconds:g} s (--timeout)" if timed_out else _why_it_ended(child.returncode, log)
+    why = ended_because or _why_it_ended(child.returncode, log)
     return [_outcome(job, log, why, seconds / len(jobs)) for job in jobs]
+
+
+def _where(jobs: Sequence[Job], boards: Sequence[Board]) -> str:
+    """What the devices of the first job that has not ended are doing."""
+    for job, board in zip(jobs, boards, strict=True):
+        if not any(Path(job.out).glob("part-*.json")) and not any(Path(job.out).glob("failed-*.txt")):
+            return board.explain()
+    return "all jobs have ended, but not the child"
 
 
 def end_group(child: subprocess.Popen[bytes]) -> None:
@@ -187,6 +210,7 @@ def _environment(module: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
+        PARENT: str(os.getpid()),
     }
 
 
@@ -214,10 +238,12 @@ class _Progress:
 def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outcome:
     out = Path(job.out)
     reason = ""
-    failures = sorted(out.glob("failed-*.txt"))
+    failures = sorted(out.glob("failed-*.txt"), key=lambda path: path.stat().st_mtime_ns)
     parts: list[Part] = []
     if failures:
-        reason = last_error(failures[0].read_text(errors="replace"))
+        # The first to fail is the cause. Where a process was ended from outside, another had to say so, after its own end.
+        reasons = [last_error(path.read_text(errors="replace")) for path in failures]
+        reason = next((line for line in reasons if ENDED_BY in line), reasons[0])
     else:
         try:
             parts = [Part.model_validate_json(path.read_text()) for path in out.glob("part-*.json")]

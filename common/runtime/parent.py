@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 
+PARENT = "TRIPTYCH_PARENT"
+"""The environment variable in which a parent tells its children who it is."""
+
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:
-    """This process gets signal `number` when its parent ends, even by SIGKILL (Linux: prctl(2), PR_SET_PDEATHSIG)."""
+    """This process gets signal `number` when its parent ends, even by SIGKILL (Linux: prctl(2), PR_SET_PDEATHSIG).
+
+    A parent that has ended before this call is known by PARENT, where it is set: then this process exits.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(number))
+        if os.environ.pop(PARENT, None) not in (None, str(os.getppid())):
+            sys.exit(128 + int(number))

@@ -35,6 +35,10 @@ class Training:
     max_restarts: int = 0
     timeout_seconds: float = float("inf")
     """Of one child."""
+    hang_seconds: float = float("inf")
+    """How long a child may do without any device going on."""
+    faults: tuple[str, ...] = ()
+    """To make on purpose (`common.runtime.faults`): the first by the first child, and so on."""
 
 
 @dataclass
@@ -60,7 +64,7 @@ def train(
     trained, seconds, resume = Trained(), 0.0, training.resume
     for attempt in range(1, training.max_restarts + 2):
         folder = training.folder / f"attempt-{attempt}"
-        job = _job(training, folder, resume)
+        job = _job(training, folder, resume, attempt)
         try:
             trained.outcome = run_jobs_in_child(
                 training.module,
@@ -69,6 +73,7 @@ def train(
                 training.timeout_seconds,
                 on_step=lambda _, step, loss: on_step(step, loss),
                 stopped=stopped,
+                hang_seconds=training.hang_seconds,
             )[0]
         except Interrupted:
             trained.interrupted = True
@@ -81,6 +86,7 @@ def train(
         trained.outcome = Outcome("failed", reason, trained.outcome.log, (), 0.0)
         if cause or attempt > training.max_restarts:  # the same numbers would fail again
             break
+        snapshot.remove_leftovers(training.directory)
         resume = snapshot.newest(training.directory, report) or training.resume
         start = "its beginning" if resume is None else resume.name
         trained.restarts.append(f"child {attempt} of {training.config.framework} died: {reason}; on from {start}")
@@ -91,7 +97,7 @@ def train(
     return trained
 
 
-def _job(training: Training, folder: Path, resume: Path | None) -> Job:
+def _job(training: Training, folder: Path, resume: Path | None, attempt: int) -> Job:
     return Job(
         config=training.config,
         out=str(folder),
@@ -103,6 +109,7 @@ def _job(training: Training, folder: Path, resume: Path | None) -> Job:
             keep=training.keep,
             token=uuid.uuid4().hex,
         ),
+        fault=training.faults[attempt - 1] if attempt <= len(training.faults) else None,
         must_be_finite=True,
     )
 

@@ -13,7 +13,7 @@ is taken for any tensor, digests before a tensor is used, and nothing is ever un
 of one line: what is wrong, where, and what would be right.
 """
 
-from common.snapshot.directory import locked, newest, prune, set_aside, snapshots_in
+from common.snapshot.directory import locked, newest, prune, remove_leftovers, set_aside, snapshots_in
 from common.snapshot.header import opened, read_header
 from common.snapshot.manifest import Arrays, DataPosition, Manifest, SnapshotError, differences, moments_of
 from common.snapshot.read import Snapshot, load, read_manifest, verify
@@ -35,6 +35,7 @@ __all__ = [
     "prune",
     "read_header",
     "read_manifest",
+    "remove_leftovers",
     "set_aside",
     "snapshots_in",
     "verify",

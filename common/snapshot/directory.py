@@ -91,9 +91,10 @@ def locked(directory: Path) -> Iterator[None]:
             file, json.dumps({"pid": os.getpid(), "host": here, "since": time.strftime("%FT%TZ", time.gmtime())})
         )
         try:
-            _remove_leftovers(directory)
+            remove_leftovers(directory)
             yield
         finally:
+            remove_leftovers(directory)
             _write_owner(file, "")
 
 
@@ -119,7 +120,8 @@ def _write_owner(file: Any, text: str) -> None:
     file.flush()
 
 
-def _remove_leftovers(directory: Path) -> None:
+def remove_leftovers(directory: Path) -> None:
+    """Takes away what processes that died have left half-written. Only for the holder of the lock, with no child alive."""
     for path in directory.glob(".step-*"):
         if re.fullmatch(r"\.step-[0-9]{8,18}\.([0-9a-f]+\.partial|deleted)", path.name) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -18,6 +18,7 @@ from common.report.machine import git_commit, this_machine
 from common.report.progress import ProgressView, progress_view
 from common.report.result import Parity, RunResult, Step, measured
 from common.runtime import restarts
+from common.runtime.faults import KINDS, Fault, FaultError
 from common.runtime.launch import IMPLEMENTATIONS, Implementation, Outcome, stop_on_signals, why_missing
 from common.runtime.restarts import Trained, Training
 from common.snapshot import Manifest
@@ -60,6 +61,22 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
         help="end a child that takes longer",
     )
     parser.add_argument(
+        "--hang-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=600.0,
+        help="end a child of which no device goes on for so long, and say who waits for whom (default: 600)",
+    )
+    parser.add_argument(
+        "--fault",
+        metavar="KIND@PLACE",
+        type=_fault,
+        action="append",
+        default=[],
+        help=f"make a fault on purpose, such as kill@device=1,step=3,action=BW2; one of {', '.join(KINDS)}; "
+        f"given again: what the next child gets",
+    )
+    parser.add_argument(
         "--out", metavar="FOLDER", default="results", help="where the run's folder goes (default: results)"
     )
     add_run_options(parser)
@@ -72,6 +89,13 @@ def positive(text: str) -> int:
 
 def natural(text: str) -> int:
     return _at_least(text, 0)
+
+
+def _fault(text: str) -> str:
+    try:
+        return str(Fault.parse(text))
+    except FaultError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _at_least(text: str, least: int) -> int:
@@ -115,6 +139,8 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
             keep=arguments.keep,
             max_restarts=arguments.max_restarts,
             timeout_seconds=arguments.timeout,
+            hang_seconds=arguments.hang_timeout,
+            faults=tuple(arguments.fault),
         )
         with stop_on_signals() as stopped, progress_view(console, 1) as view:
             trained = run_training(training, view, stopped)
