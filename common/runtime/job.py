@@ -65,8 +65,6 @@ class Job(BaseModel):
     saving: Saving | None = None
     fault: str | None = None
     """One to make on purpose (`common.runtime.faults`)."""
-    fault: str | None = None
-    """One to make on purpose (`common.runtime.faults`)."""
     must_be_finite: bool = False
     """Whether the job ends at the first loss or gradient norm that is not finite."""
     batches: int | None = None
