@@ -299,7 +299,7 @@ def shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
 
 
-def statistics(kills: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _statistics(kills: Sequence[dict[str, Any]], trials: int, shared_memory_left: list[str]) -> dict[str, Any]:
     """Survivors by framework, victim and signal."""
     counts: Counter[tuple[str, str, str]] = Counter()
     survived: Counter[tuple[str, str, str]] = Counter()
@@ -311,7 +311,17 @@ def statistics(kills: Sequence[dict[str, Any]]) -> dict[str, Any]:
         {"framework": f, "victim": v, "signal": s, "kills": counts[f, v, s], "survived": survived[f, v, s]}
         for f, v, s in sorted(counts)
     ]
-    return {"kills": len(kills), "survived": sum(kill["survived"] for kill in kills), "rows": rows}
+    return {
+        "kills": len(kills),
+        "survived": sum(kill["survived"] for kill in kills),
+        "lost": [kill["lost"] for kill in kills if not kill["survived"]],
+        "rows": rows,
+        "moments": dict(Counter(kill.get("moment", "none") for kill in kills)),
+        "while_saving": sum(bool(kill.get("saving")) for kill in kills),
+        "shared_memory_left": shared_memory_left,
+        "steps": STEPS,
+        "trials": trials,
+    }
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -345,17 +355,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for n in range(-(-arguments.kills // KILLS_PER_TRIAL)):
         framework = frameworks[n % len(frameworks)]
         trials.append(Trial(framework, n, arguments.seed, arguments.out, references[framework], note))
+
+    def write_statistics() -> dict[str, Any]:
+        with lock:
+            found = _statistics(kills, len(trials), sorted(shared_memory() - before))
+        (arguments.out / "kills.json").write_text(json.dumps(found, indent=1) + "\n")
+        (arguments.out / "kills.md").write_text(markdown(found))
+        return found
+
     with ThreadPoolExecutor(arguments.at_once) as pool:
         for done in [pool.submit(trial.run, KILLS_PER_TRIAL) for trial in trials]:
             done.result()
-    found = statistics(kills) | {
-        "steps": STEPS, "trials": len(trials), "shared_memory_left": sorted(shared_memory() - before),
-        "moments": dict(Counter(kill.get("moment", "none") for kill in kills)),
-        "while_saving": sum(bool(kill.get("saving")) for kill in kills),
-        "lost": [kill["lost"] for kill in kills if not kill["survived"]],
-    }  # fmt: skip
-    (arguments.out / "kills.json").write_text(json.dumps(found, indent=1) + "\n")
-    (arguments.out / "kills.md").write_text(markdown(found))
+            write_statistics()
+    found = write_statistics()
     print(markdown(found))
     print("\n".join(found["lost"]))
     return 0 if found["survived"] == found["kills"] else 1
