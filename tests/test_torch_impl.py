@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from common.drift import DRIFTS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -92,6 +94,20 @@ def test_native_dropout_is_the_same_in_every_run_and_schedule_and_absent_from_ev
     assert native["same"] and native["sites_differ"] and native["differs_from_shared"]
     assert native["evaluations"] == 1
     assert native["kept"] == pytest.approx(0.7, abs=0.01)
+
+
+def test_every_habit_fails_the_ladder_where_the_zoo_says_and_its_baseline_passes(found: Any) -> None:
+    habits = found["habits"]
+    assert habits["status"] == 0
+    assert habits["habits"] == [row.name for row in DRIFTS if "torch" in row.frameworks]
+    assert set(habits["first"]) == set(habits["habits"]) - {"tf32"}  # which needs CUDA
+    assert set(habits["first"].values()) == {"as expected"}, habits["first"]
+
+
+def test_a_habit_that_pytorch_does_not_have_is_refused(found: Any) -> None:
+    unknown, native = found["habits"]["messages"]
+    assert unknown.startswith("drift = onednn; right for torch would be one of mean-per-micro-batch, ")
+    assert native == "drift = clip-epsilon; executor = native has none, right would be table"
 
 
 def test_a_failing_stage_ends_the_step_with_its_own_error(found: Any) -> None:

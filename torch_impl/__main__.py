@@ -24,7 +24,8 @@ def main(arguments: list[str]) -> int:
             return _refuse(f"{arguments[0]}: no job in it; right would be at least one")
         largest = max((job.config for job in jobs.jobs), key=lambda config: config.stages)
         configure(largest.stages, largest.threads, largest.device)
-        from torch_impl.engine import build_engine  # after `configure`, since it imports PyTorch
+        from torch_impl.drift import switch  # after `configure`, since both import PyTorch
+        from torch_impl.engine import build_engine
     except OSError as error:
         return _refuse(f"{arguments[0]}: {error.strerror}; right would be a readable file of jobs")
     except ValidationError as error:
@@ -36,9 +37,9 @@ def main(arguments: list[str]) -> int:
     native = [job for job in jobs.jobs if job.config.executor == "native"]
     status = 0
     for stages in sorted({job.config.stages for job in native}):  # first, since a process with threads must not fork
-        status |= run_on_ranks([job for job in native if job.config.stages == stages])
+        status |= run_on_ranks([job for job in native if job.config.stages == stages], switch)
     others = [job for job in jobs.jobs if job not in native]
-    return status | run_jobs(JobFile(jobs=tuple(others)), build_engine)
+    return status | run_jobs(JobFile(jobs=tuple(others)), build_engine, switch=switch)
 
 
 def _refuse(line: str) -> int:

@@ -51,6 +51,11 @@ class Embedding(nn.Module):
         return dropout(x, self.dropout, site_number("embedding", 0), context)
 
 
+def causal_mask(size: int) -> Tensor:
+    """(size, size), added to the scores: no token attends to a later one."""
+    return torch.full((size, size), -math.inf).triu(1)
+
+
 class Attention(nn.Module):
     """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
 
@@ -66,8 +71,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(spec.d_model, spec.d_model)
         self.num_heads, self.d_head = spec.num_heads, spec.d_head
         self.dropout, self.site, self.fused = spec.dropout, site, fused
-        size = (spec.context_length, spec.context_length)
-        self.register_buffer("causal", torch.full(size, -math.inf).triu(1), persistent=False)  # (S, S)
+        self.register_buffer("causal", causal_mask(spec.context_length), persistent=False)  # (S, S)
 
     def forward(self, x: Tensor, context: DropoutContext | None) -> Tensor:
         b, s, d = x.shape

@@ -8,12 +8,13 @@ from common.runtime.engine import Engine
 from common.runtime.job import Job
 from common.runtime.ranks import Ranks
 from common.runtime.ranks import run_on_ranks as run
+from common.runtime.worker import Switch
 from common.spec import RunConfig
 
 
-def run_on_ranks(jobs: Sequence[Job]) -> int:
+def run_on_ranks(jobs: Sequence[Job], switch: Switch) -> int:
     """Runs the jobs, which share `stages` and `device`, on one process per stage. Returns the exit status."""
-    return run(Ranks("torch_impl", _join, _wait_for_all), jobs)
+    return run(Ranks("torch_impl", _join, _wait_for_all), jobs, switch)
 
 
 def _join(rank: int, endpoints: Sequence[str], config: RunConfig) -> Callable[[RunConfig], Engine]:

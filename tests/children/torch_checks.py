@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import json
 import sys
@@ -16,14 +17,19 @@ import torch
 
 from common import dropout as reference
 from common.data import load_corpus
+from common.drift import DRIFTS
 from common.parity import TensorKey, compare
+from common.probes import read_probe
 from common.runtime.executor import StageFailure
-from common.runtime.job import Job
+from common.runtime.job import Job, JobFile
 from common.runtime.oracle_worker import OracleEngine
 from common.runtime.training import starting_weights
+from common.runtime.worker import run_jobs
 from common.spec import PRESETS, RunConfig, TrainSpec, TransformerSpec
 from common.weights import unit_names
+from common.zoo import NOISE, config_of, first_failure, place_of
 from torch_impl import devices
+from torch_impl.drift import HABITS, switch
 from torch_impl.dropout import DropoutContext, ElementHashes, keep_mask, native_mask
 from torch_impl.engine import TorchEngine, build_engine
 from torch_impl.stage import Mode
@@ -351,6 +357,37 @@ def native_dropout() -> dict[str, Any]:
     }
 
 
+def habits() -> dict[str, Any]:
+    """By habit: where the parity ladder fails first; and the baselines of all of them, which must not."""
+    rows = [row for row in DRIFTS if "torch" in row.frameworks and row.run.get("device") != "cuda"]
+    configs = [config_of(row, "torch", 20, on) for row in rows for on in (False, True)]
+    first = {}
+    with tempfile.TemporaryDirectory() as home:
+        jobs = [
+            Job(config=c, out=f"{home}/{i}", kind="probe", noise=NOISE) for i, c in enumerate(dict.fromkeys(configs))
+        ]
+        for job in jobs:
+            Path(job.out).mkdir()
+        status = run_jobs(JobFile(jobs=tuple(jobs)), build_engine, switch=switch)
+        runs = {job.config: read_probe(Path(job.out), same_copies=job.config.drift is None) for job in jobs}
+        for row in rows:
+            baseline, drifted = (config_of(row, "torch", 20, on) for on in (False, True))
+            found = first_failure(baseline, runs[drifted])
+            as_expected = found and found.check == row.check and fnmatch.fnmatchcase(place_of(found), row.place)
+            first[row.name] = "as expected" if as_expected else str(found)
+            before = first_failure(baseline, runs[baseline])
+            if before is not None:
+                first[f"{row.name}, baseline"] = str(before)
+    messages = []
+    for changes in ({"drift": "onednn"}, {"drift": "clip-epsilon", "executor": "native"}):
+        try:
+            with switch(RunConfig(**changes)):
+                pass
+        except ValueError as error:
+            messages.append(str(error))
+    return {"status": status, "first": first, "habits": list(HABITS), "messages": messages}
+
+
 def failure() -> dict[str, Any]:
     """The head fails, after its stage's block, while the other stages wait; then the engine is used again."""
     engine, batches = make(4, num_layers=4)
@@ -421,6 +458,7 @@ if __name__ == "__main__":
         predictions,
         recomputation,
         native_dropout,
+        habits,
         failure,
         settings,
     )
