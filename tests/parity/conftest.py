@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from common.parity import Comparison
-from tests.parity.ladder import CASES, Run, config, run_probes
+from tests.parity.ladder import CASES, Run, case_config, run_probes
 
 MARGINS: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
 
@@ -20,7 +20,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str
 
     def runs(framework: str) -> dict[str, Run]:
         if framework not in done:
-            cases = {name: config(framework, *case) for name, case in CASES.items()}
+            cases = {name: case_config(framework, name) for name in CASES}
             done[framework] = run_probes(cases, tmp_path_factory.mktemp(framework))
         return done[framework]
 

@@ -65,7 +65,14 @@ CASES: dict[str, tuple[Any, ...]] = {
     "2-4-float32": (2, 4, "float32", "tied", "pre", "relu", "balanced", 0.0, "gpipe"),
     "4-1-float32": (4, 1, "float32", "tied", "pre", "gelu", "1,2,5", 0.0, "1f1b"),
     "4-4-float32": (4, 4, "float32", "untied", "pre", "relu", "even", 0.1, "1f1b"),
+    "2-4-float64-uneven": (2, 4, "float64", "tied", "pre", "gelu", "even", 0.1, "1f1b"),
+    "2-4-float32-uneven": (2, 4, "float32", "untied", "post", "gelu", "even", 0.0, "zb-h1"),
 }
+
+
+def case_config(framework: str, case: str) -> RunConfig:
+    """The run of a ladder case."""
+    return config(framework, *CASES[case], uneven=case.endswith("uneven"))
 
 
 def run_probes(configs: dict[str, RunConfig], folder: Path) -> dict[str, Run]:

@@ -11,7 +11,7 @@ from common.parity import Comparison, compare
 from common.probes import compare_probe
 from common.schedule.generators import make_schedule
 from common.spec import FRAMEWORKS, RunConfig
-from tests.parity.ladder import CASES, Run, config, expected, first_different_bits, run_probes
+from tests.parity.ladder import CASES, Run, case_config, config, expected, first_different_bits, run_probes
 
 Ladder = Callable[[str], dict[str, Run]]
 Judge = Callable[[str, str, Comparison], None]
@@ -23,7 +23,7 @@ every_framework = pytest.mark.parametrize("framework", FRAMEWORKS)
 @every_framework
 @every_case
 def test_against_the_oracle(framework: str, case: str, ladder: Ladder, judge: Judge) -> None:
-    one, run = config(framework, *CASES[case]), ladder(framework)[case]
+    one, run = case_config(framework, case), ladder(framework)[case]
     want, dtype = expected(one), one.train.dtype
     judge(framework, dtype, compare_probe(run, want, dtype))
     assert want.losses[-1] < want.losses[0] - 0.3, "the run must learn, or its curve proves nothing"
@@ -32,7 +32,7 @@ def test_against_the_oracle(framework: str, case: str, ladder: Ladder, judge: Ju
 @every_framework
 @every_case
 def test_executed_equals_planned(framework: str, case: str, ladder: Ladder) -> None:
-    assert_executed_equals_planned(config(framework, *CASES[case]), ladder(framework)[case])
+    assert_executed_equals_planned(case_config(framework, case), ladder(framework)[case])
 
 
 def assert_executed_equals_planned(one: RunConfig, run: Run) -> None:
@@ -94,7 +94,7 @@ def test_every_schedule_and_partition_gives_the_same_bits(
 def test_a_wrong_model_fails_and_the_first_place_is_named(ladder: Ladder) -> None:
     """An epsilon of 1e-3 (Keras' default) instead of 1e-5: the first norm is in block 0."""
     case = "2-4-float64"
-    one = config("torch", *CASES[case])
+    one = case_config("torch", case)
     wrong = one.model_copy(update={"model": one.model.model_copy(update={"norm_epsilon": 1e-3})})
     comparison = compare(ladder("torch")[case].phase("forward"), expected(wrong).unit_outputs, "activation", "float64")
     first = comparison.first_failure
