@@ -88,9 +88,15 @@ def _all_end_well(processes: Sequence[Any]) -> bool:
         ended = wait(list(running), None if deadline is None else max(0.0, deadline - time.monotonic()))
         if not ended:
             return False
-        if any(running.pop(sentinel).exitcode for sentinel in ended) and deadline is None:
+        if any([_exit_code(running.pop(sentinel)) for sentinel in ended]) and deadline is None:
             deadline = time.monotonic() + GRACE_SECONDS
     return deadline is None
+
+
+def _exit_code(process: Any) -> int:
+    """That of a process whose sentinel is ready: it comes a moment before the exit code does."""
+    process.join()
+    return int(process.exitcode)
 
 
 def _report(name: str, job: Job, processes: Sequence[Any]) -> None:
