@@ -120,6 +120,7 @@ DRIFTS: tuple[Drift, ...] = (
         "optimizer_step",
         "*",
         "clip_grad_norm_ on a stage's parameters",
+        dtype="float64",  # Adam's first step does not change with the gradient's scale, but for epsilon
     ),
     Drift(
         "clip-epsilon",
