@@ -88,7 +88,7 @@ def _all_end_well(processes: Sequence[Any]) -> bool:
         ended = wait(list(running), None if deadline is None else max(0.0, deadline - time.monotonic()))
         if not ended:
             return False
-        if any([_exit_code(running.pop(sentinel)) for sentinel in ended]) and deadline is None:
+        if any(_exit_code(running.pop(sentinel)) for sentinel in ended) and deadline is None:
             deadline = time.monotonic() + GRACE_SECONDS
     return deadline is None
 
