@@ -110,6 +110,14 @@ def test_a_habit_that_pytorch_does_not_have_is_refused(found: Any) -> None:
     assert native == "drift = clip-epsilon; executor = native has none, right would be table"
 
 
+def test_bfloat16_computes_low_and_adds_up_high(found: Any) -> None:
+    mixed = found["mixed_precision"]
+    assert mixed["loss"] < 1e-3 and mixed["worst_gradient"] < 0.03  # measured: 7e-5 and 0.014; one rounding is 0.004
+    assert mixed["float32"] and mixed["computes_in_bfloat16"] and mixed["masters_are_finer"]
+    assert all(mixed["same"].values()), mixed["same"]
+    assert mixed["message"] == "dtype = bfloat16; right for executor = plain would be float32 or float64"
+
+
 def test_a_failing_stage_ends_the_step_with_its_own_error(found: Any) -> None:
     failure = found["failure"]
     assert failure["message"] == "device 3, action F0: ZeroDivisionError: injected"

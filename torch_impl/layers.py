@@ -156,7 +156,8 @@ def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
     """The sum of the tokens' cross-entropies over `num_tokens`, those of the whole mini-batch that count.
 
     So the losses and gradients of micro-batches add up, whatever their sizes; one whose targets are all IGNORED adds 0.
-    Logits (B, S, V), targets (B, S).
+    Logits (B, S, V), targets (B, S). In float32 at least, also from bfloat16 logits.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     return losses / num_tokens

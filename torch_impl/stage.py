@@ -39,7 +39,7 @@ from torch_impl import devices
 from torch_impl.dropout import DropoutContext, ElementHashes
 from torch_impl.held import memory_bytes, saved_tensors
 from torch_impl.layers import build_unit, summed_loss
-from torch_impl.weights import named_parameters
+from torch_impl.weights import masters, named_parameters
 
 
 class Mode(enum.Enum):
@@ -101,9 +101,13 @@ class Chunk(nn.Module):
         self.part = part
         self.units = nn.ModuleList(build_unit(config.model, name, devices.fused_attention(config)) for name in part)
         self.to(device=device, dtype=getattr(torch, config.train.dtype))
-        self.named = named_parameters(part, list(self.units), config.model.tied_head)
-        for item in self.named:
-            item.parameter.grad = torch.zeros_like(item.parameter)
+        compute = named_parameters(part, list(self.units), config.model.tied_head)
+        self.named = masters(compute, getattr(torch, config.train.master_dtype))
+        self._casts = [
+            (mine.parameter, master.parameter)
+            for mine, master in zip(compute, self.named, strict=True)
+            if mine is not master
+        ]
         size = config.recomputed_units or len(part)
         self.recomputed_pieces = [slice(first, first + size) for first in range(0, len(part), size)]
         self.taps: list[Tap] = []
@@ -153,6 +157,12 @@ class Chunk(nn.Module):
         )
         return result
 
+    @torch.no_grad()
+    def cast_weights(self) -> None:
+        """Makes the weights that compute those of their masters, where they are not the same."""
+        if self._casts:
+            torch._foreach_copy_(*map(list, zip(*self._casts, strict=True)))
+
     def take_taps(self) -> list[Tap]:
         """The taps since the last call."""
         taps, self.taps = self.taps, []
@@ -198,6 +208,7 @@ class Stage:
         self.outputs = {}
         for chunk in self.chunks:
             chunk.take_taps()  # left by a forward that failed
+            chunk.cast_weights()
         if mode is Mode.TRAIN:
             torch._foreach_zero_(self._gradients)
 
@@ -297,15 +308,22 @@ class Stage:
 
 
 def add_weight_gradient(layer: nn.Linear | nn.Embedding, x: Tensor, gradient: Tensor) -> None:
-    """Adds to the layer's gradients what `x` (..., I) and the gradient of its output (..., O) give."""
+    """Adds to the layer's gradients what `x` (..., I) and the gradient of its output (..., O) give.
+
+    The sums may have a higher precision than the product, which is then rounded before it is added.
+    """
     rows = gradient.flatten(0, -2)  # (N, O)
     match layer:
         case nn.Linear():
-            layer.weight.grad.addmm_(rows.T, x.flatten(0, -2))  # (O, I) += (O, N) (N, I)
+            total = layer.weight.grad
+            if total.dtype is rows.dtype:
+                total.addmm_(rows.T, x.flatten(0, -2))  # (O, I) += (O, N) (N, I)
+            else:
+                total += rows.T @ x.flatten(0, -2)
             if layer.bias is not None:
-                layer.bias.grad += rows.sum(0)
+                layer.bias.grad += rows.sum(0, dtype=total.dtype)
         case nn.Embedding():
-            layer.weight.grad.index_add_(0, x.flatten(), rows)
+            layer.weight.grad.index_add_(0, x.flatten(), rows.to(layer.weight.grad.dtype))
 
 
 class PipelineStopped(RuntimeError):

@@ -70,6 +70,24 @@ def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
     ]
 
 
+def masters(compute: Iterable[NamedParameter], dtype: torch.dtype) -> list[NamedParameter]:
+    """The parameters that the optimizer updates, in `dtype`, with zero gradients: the given ones if they have it.
+
+    Else each is a float32 master of a parameter in lower precision (Micikevicius et al. 2018), and its gradient is also the
+    other's, so that what the backward adds to a layer's gradient is added in float32.
+    """
+    result = []
+    for item in compute:
+        weight = item.parameter
+        if weight.dtype is not dtype:
+            item = item._replace(parameter=nn.Parameter(weight.detach().to(dtype)))
+            weight.grad_dtype = dtype
+        item.parameter.grad = torch.zeros_like(item.parameter)
+        weight.grad = item.parameter.grad
+        result.append(item)
+    return result
+
+
 @torch.no_grad()
 def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Copies canonical arrays into the parameters. Raises KeyError for a missing one."""

@@ -388,6 +388,49 @@ def habits() -> dict[str, Any]:
     return {"status": status, "first": first, "habits": list(HABITS), "messages": messages}
 
 
+def mixed_precision() -> dict[str, Any]:
+    """bfloat16 against the oracle, against itself under other schedules, and what is float32."""
+    options = {"dtype": "bfloat16", "dropout": 0.1, "tied_head": True}
+    engine, batches = make(1, "gpipe", **options)
+    oracle = oracle_of(engine)
+    loss, right = engine.forward_backward(batches(0)), oracle.forward_backward(batches(0))
+    expected = oracle.gradients()
+    errors = [
+        float(np.linalg.norm(value - expected[name]) / np.linalg.norm(expected[name]))
+        for name, value in engine.gradients().items()
+    ]
+    first = train(engine, batches, 3)
+    state = engine.optimizer_state()
+    arrays = [*engine.weights().values(), *engine.gradients().values(), *state.values()]
+    arrays += [*engine.unit_outputs(batches(0)).values(), engine.predict(batches(0).inputs)]
+    masters = engine.stages[0].named
+    engine.close()
+    same = {}
+    for stages, schedule, run in (*RECOMPUTED, (2, "zb-h1", {"recompute": "full"})):
+        other, _ = make(stages, schedule, run=run, **options)
+        again = train(other, batches, 3)
+        same[f"{schedule} {run}"] = all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+        layer = other.stages[0].chunks[0].units[0].token
+        computes = layer.weight.dtype is torch.bfloat16 and layer.weight.grad.dtype is torch.float32
+        other.close()
+    message = ""
+    try:
+        build_engine(configuration(1, dtype="bfloat16", run={"executor": "plain"}))
+    except ValueError as error:
+        message = str(error)
+    return {
+        "loss": abs(loss - right) / right,
+        "worst_gradient": max(errors),
+        "float32": all(array.dtype == np.float32 for array in arrays),
+        "computes_in_bfloat16": computes,
+        "masters_are_finer": any(
+            not torch.equal(item.parameter, item.parameter.bfloat16().float()) for item in masters
+        ),
+        "same": same,
+        "message": message,
+    }
+
+
 def failure() -> dict[str, Any]:
     """The head fails, after its stage's block, while the other stages wait; then the engine is used again."""
     engine, batches = make(4, num_layers=4)
@@ -459,6 +502,7 @@ if __name__ == "__main__":
         recomputation,
         native_dropout,
         habits,
+        mixed_precision,
         failure,
         settings,
     )
