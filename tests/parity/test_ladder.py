@@ -46,26 +46,30 @@ def assert_executed_equals_planned(one: RunConfig, run: Run) -> None:
         assert done == {device: list(map(str, actions)) for device, actions in enumerate(schedule.devices)}
 
 
-# name: p, partition, schedule, chunks; all with m = 4, over 4 units, and equal to the first to the bit
+# name: p, partition, schedule, chunks, recompute; all with m = 4, over 4 units, and equal to the first to the bit
 SPLIT = """# schedule: split micro_batches=4
 0: F0 F1 F2 B0 W0 F3 B1 W1 B2 B3 W2 W3
 1: F0 B0 F1 B1 W0 F2 B2 F3 B3 W1 W2 W3
 """
-VARIANTS: dict[str, tuple[int, str, str, int]] = {
-    "one-stage": (1, "even", "gpipe", 1),
-    "one-stage-1f1b": (1, "even", "1f1b", 1),
-    "rerun": (2, "even", "1f1b", 1),
-    "rerun-again": (2, "even", "1f1b", 1),
-    "naive": (2, "even", "naive", 1),
-    "gpipe": (2, "even", "gpipe", 1),
-    "split": (2, "even", "file:SPLIT", 1),
-    "uneven": (2, "1", "1f1b", 1),
-    "four": (4, "even", "1f1b", 1),
-    "three-uneven": (3, "1,3", "gpipe", 1),
-    "interleaved": (2, "even", "interleaved", 2),
-    "zb-h1": (4, "even", "zb-h1", 1),
-    "zb-h2": (2, "even", "zb-h2", 1),
-    "zb-v": (2, "even", "zb-v", 2),
+VARIANTS: dict[str, tuple[int, str, str, int, str]] = {
+    "one-stage": (1, "even", "gpipe", 1, "none"),
+    "one-stage-1f1b": (1, "even", "1f1b", 1, "none"),
+    "rerun": (2, "even", "1f1b", 1, "none"),
+    "rerun-again": (2, "even", "1f1b", 1, "none"),
+    "naive": (2, "even", "naive", 1, "none"),
+    "gpipe": (2, "even", "gpipe", 1, "none"),
+    "split": (2, "even", "file:SPLIT", 1, "none"),
+    "uneven": (2, "1", "1f1b", 1, "none"),
+    "four": (4, "even", "1f1b", 1, "none"),
+    "three-uneven": (3, "1,3", "gpipe", 1, "none"),
+    "interleaved": (2, "even", "interleaved", 2, "none"),
+    "zb-h1": (4, "even", "zb-h1", 1, "none"),
+    "zb-h2": (2, "even", "zb-h2", 1, "none"),
+    "zb-v": (2, "even", "zb-v", 2, "none"),
+    "recompute-full": (2, "even", "1f1b", 1, "full"),
+    "recompute-full-split": (2, "even", "zb-h1", 1, "full"),
+    "recompute-every-1": (2, "even", "zb-h1", 1, "every-1"),
+    "recompute-except-last": (4, "even", "1f1b", 1, "except-last"),
 }
 
 
@@ -81,8 +85,9 @@ def test_every_schedule_and_partition_gives_the_same_bits(
         name: config(
             framework, p, 4, dtype, head, norm, "gelu", partition, 0.1,
             schedule.replace("SPLIT", str(tmp_path / "split.txt")), steps=3, chunks=chunks, num_layers=2,
+            recompute=recompute,
         )
-        for name, (p, partition, schedule, chunks) in VARIANTS.items()
+        for name, (p, partition, schedule, chunks, recompute) in VARIANTS.items()
     }  # fmt: skip
     runs = run_probes(configs, tmp_path / "runs")
     for name, run in runs.items():
