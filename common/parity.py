@@ -36,6 +36,9 @@ LIMITS: dict[Check, dict[str, float]] = {
 BFLOAT16_FACTOR = 3.0
 """No framework's error in bfloat16 may be more than this times the smallest."""
 
+JUDGED_BY_LIMITS: tuple[Check, ...] = ("optimizer_step", "trained_parameter")
+"""What bfloat16 leaves to `LIMITS`: the optimizer works in float32."""
+
 LOSS_ERROR_FLOOR = BFLOAT16_ROUNDOFF / 16
 """A loss is one number, whose error can be 0 by luck; smaller errors than this count as equal to it."""
 
@@ -186,7 +189,11 @@ def relative_margins(errors: Sequence[Mapping[str, float]]) -> list[dict[str, fl
             least = smallest.get(check, np.inf)
             smallest[check] = min(least, counted(check, error)) if error == error else least
     return [
-        {check: _over(counted(check, error), BFLOAT16_FACTOR * smallest[check]) for check, error in run.items()}
+        {
+            check: _over(counted(check, error), BFLOAT16_FACTOR * smallest[check])
+            for check, error in run.items()
+            if check not in JUDGED_BY_LIMITS
+        }
         for run in errors
     ]
 

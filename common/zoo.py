@@ -172,8 +172,8 @@ def run_all(
     configs: Sequence[RunConfig],
     folder: Path,
     timeout_seconds: float,
-    on_step: Callable[[str, int], None],
-    implementations: Mapping[str, Implementation],
+    on_step: Callable[[str, int], None] = lambda framework, done: None,
+    implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
     noise: float = NOISE,
 ) -> dict[RunConfig, Run | str]:
     """Probes of all configurations, in as few child processes as their frameworks allow; for a failed one, why."""
