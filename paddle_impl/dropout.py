@@ -1,15 +1,22 @@
-"""`common.dropout` in Paddle's 64-bit integers: the same lines, the same bits, on the stage's own device."""
+"""Dropout: `common.dropout` in Paddle's integers, bit for bit, or Paddle's own generator; on the stage's own device."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import paddle
+from numpy.typing import NDArray
 from paddle import Tensor
+from paddle.nn import functional
 
-from common.dropout import MASK32, MULTIPLIERS, mix, threshold
+from common.dropout import MULTIPLIERS, mix, threshold
+
+SIGN = 2**31
+"""The sign bit of a 32-bit integer."""
 
 
 @dataclass(slots=True)
@@ -20,39 +27,69 @@ class DropoutContext:
     layer with its input only.
     """
 
+    native: bool = False
+    """Whether the masks are Paddle's own."""
     step_key: int | None = None
     """None: no dropout (evaluation)."""
-    samples: Tensor | None = None  # (b,) int64, indices in the mini-batch
+    samples: NDArray[np.int64] = field(default_factory=lambda: np.arange(0))  # (b,), indices in the mini-batch
+    elements: dict[int, Tensor] = field(default_factory=dict)
+    """The part of the masks that only the position decides, kept by the number of elements."""
+
+    def first_elements(self, count: int) -> Tensor:
+        """The hashes of `count` elements, after the mixer's first shift: (count,) int32."""
+        if count not in self.elements:
+            hashes = _multiply_and_shift_(_shift_(paddle.arange(count, dtype="int32"), 16))
+            self.elements[count] = _shift_(hashes, 16)
+        return self.elements[count]
 
 
-def mix_(x: Tensor) -> Tensor:
-    """`common.dropout.mix` of int64 values in [0, 2^32), in place."""
-    mask = _integer(MASK32)
-    x.bitwise_xor_(x >> 16)
-    x.multiply_(_integer(MULTIPLIERS[0])).bitwise_and_(mask)
-    x.bitwise_xor_(x >> 15)
-    x.multiply_(_integer(MULTIPLIERS[1])).bitwise_and_(mask)
-    x.bitwise_xor_(x >> 15)
+def _shift_(x: Tensor, places: int) -> Tensor:
+    """`x ^ (x >> places)` of 32-bit numbers without sign, in place."""
+    return x.bitwise_xor_(paddle.bitwise_right_shift(x, paddle.full_like(x, places), is_arithmetic=False))
+
+
+def _multiply_and_shift_(x: Tensor) -> Tensor:
+    """What `common.dropout.mix` does after its first shift, in place. Products of int32 wrap at 2^32."""
+    for multiplier in MULTIPLIERS:
+        _shift_(x.multiply_(paddle.full_like(x, multiplier)), 15)
     return x
 
 
 @paddle.no_grad()
-def keep_mask(step_key: int, samples: Tensor, site: int, shape: Sequence[int], probability: float) -> Tensor:
-    """True where the element is kept; bool of `shape`, which is (b, ...)."""
-    row = mix_(mix_(samples.clone()) ^ _integer(mix(step_key ^ mix(site))))  # (b,)
-    elements = mix_(paddle.arange(math.prod(shape[1:]), dtype="int64"))  # (n,)
-    bits = mix_(row.unsqueeze(1) ^ elements)  # (b, n)
-    return (bits >= _integer(threshold(probability))).reshape(shape)
+def keep_mask(context: DropoutContext, site: int, shape: Sequence[int], probability: float) -> Tensor:
+    """True where the element is kept; bool of `shape`, which is (b, ...).
+
+    Shifts and `^` change places, so the mixer's first shift is done on rows and elements, once. Sample by sample and with
+    full tensors for constants: Paddle's broadcasting takes several times as long as the arithmetic.
+    """
+    assert context.step_key is not None
+    elements = context.first_elements(math.prod(shape[1:]))  # (n,)
+    rows = mix(mix(context.step_key ^ mix(site)) ^ mix(context.samples))  # (b,)
+    least = paddle.full_like(elements, threshold(probability) - SIGN)
+    keep = []
+    for row in _signed(rows ^ (rows >> 16)):
+        bits = _multiply_and_shift_(paddle.full_like(elements, row).bitwise_xor_(elements))  # (n,)
+        keep.append(bits.bitwise_xor_(paddle.full_like(bits, -SIGN)) >= least)  # a comparison without sign
+    return paddle.stack(keep).reshape(shape)
 
 
 def dropout(x: Tensor, probability: float, site: int, context: DropoutContext) -> Tensor:
     """Inverted dropout (Srivastava et al. 2014); `x` itself without a key or with probability 0."""
     if context.step_key is None or probability == 0:
         return x
-    keep = keep_mask(context.step_key, context.samples, site, x.shape, probability)
+    if context.native:
+        return native_dropout(x, probability, site, context)
+    keep = keep_mask(context, site, x.shape, probability)
     return x * (keep.astype(x.dtype) / (1 - probability))
 
 
-def _integer(value: int) -> Tensor:
-    """Paddle's bitwise operators take tensors only, and `to_tensor` of a number above 2^31 is int64 anyway."""
-    return paddle.full([], value, "int64")
+def native_dropout(x: Tensor, probability: float, site: int, context: DropoutContext) -> Tensor:
+    """Paddle's own masks. Its generator gets a seed from what shared masks depend on, so a rerun drops the same."""
+    assert context.step_key is not None
+    paddle.seed(mix(mix(context.step_key ^ mix(site)) ^ int(context.samples[0])))
+    return functional.dropout(x, probability)
+
+
+def _signed(x: NDArray[Any]) -> list[int]:
+    """Numbers in [0, 2^32) as the same 32 bits with a sign."""
+    return [int(value) for value in x.astype(np.uint32).view(np.int32)]

@@ -66,7 +66,7 @@ class PaddleEngine:
         gc.collect()  # an earlier engine of this process: fleet's objects refer to each other
         devices.forget_peak_memory()
         paddle.set_default_dtype(config.train.dtype)
-        plan, context = plan_partition(config), DropoutContext()
+        plan, context = plan_partition(config), DropoutContext(config.model.dropout_masks == "native")
         layers = StageLayers(config, plan, self.schedule, context)
         parts = [plan.parts[self.schedule.virtual_stage(self._rank, chunk)] for chunk in range(config.chunks)]
         chunks = layers.chunks()

@@ -22,32 +22,26 @@ class Optimizer:
     def __init__(self, train: TrainSpec, named: Sequence[NamedParameter]) -> None:
         self._train = train
         self._named = named
-        parameters = [item.parameter for item in named]
-        decayed = {item.parameter.name for item in named if train.decays(item.name)}
-        self._optimizer: paddle.optimizer.Optimizer
-        if train.optimizer == "adamw":
-            self._optimizer = paddle.optimizer.AdamW(
-                train.learning_rate,
-                train.beta1,
-                train.beta2,
-                train.epsilon,
-                parameters,
-                weight_decay=train.weight_decay,
-                apply_decay_param_fun=decayed.__contains__,
-            )
-        else:
-            # Differs: Paddle's Momentum decays by `weight_decay` per group, and takes no function of the name.
-            groups = [
-                {
-                    "params": [p for p in parameters if (p.name in decayed) == decays],
-                    "weight_decay": train.weight_decay if decays else 0.0,
-                }
-                for decays in (True, False)
-            ]
-            groups = [group for group in groups if group["params"]]
-            self._optimizer = paddle.optimizer.Momentum(train.learning_rate, train.momentum, groups)
+        self._optimizer = self._build()
         # Differs: Paddle makes the moments in its first step; they are to be read and set before.
+        parameters = [item.parameter for item in named]
         self._optimizer._create_accumulators(paddle.static.default_main_program().global_block(), parameters)
+
+    def _build(self) -> paddle.optimizer.Optimizer:
+        train = self._train
+        if train.optimizer == "sgd":
+            groups = decay_groups(train, self._named)
+            return paddle.optimizer.Momentum(train.learning_rate, train.momentum, groups)
+        decayed = {item.parameter.name for item in self._named if train.decays(item.name)}
+        return paddle.optimizer.AdamW(
+            train.learning_rate,
+            train.beta1,
+            train.beta2,
+            train.epsilon,
+            [item.parameter for item in self._named],
+            weight_decay=train.weight_decay,
+            apply_decay_param_fun=decayed.__contains__,
+        )
 
     def squared_norms(self) -> dict[str, float]:
         """Each tensor's sum of squared gradients by canonical name, in float64; that of a tied weight once.
@@ -68,11 +62,11 @@ class Optimizer:
             moment.set_value(state[key])
         if self._train.optimizer == "adamw":
             for name, beta in (("beta1_pow_acc", self._train.beta1), ("beta2_pow_acc", self._train.beta2)):
+                factor = np.full([1], beta, self._train.master_dtype)
+                value = factor.copy()
+                for _ in range(steps_done):  # not a power: every step of Paddle's rounds
+                    value *= factor
                 for power in self._optimizer._accumulators[name].values():
-                    factor = np.full([1], beta, power.numpy().dtype)
-                    value = factor.copy()
-                    for _ in range(steps_done):  # not a power: every step of Paddle's rounds
-                        value *= factor
                     power.set_value(value)
 
     def _moments(self) -> list[tuple[str, paddle.Tensor]]:
@@ -91,6 +85,18 @@ class Optimizer:
                 item.parameter.grad.scale_(scale)
         self._optimizer.set_lr(self._train.learning_rate_at(step))
         self._optimizer.step()
+
+
+def decay_groups(train: TrainSpec, named: Sequence[NamedParameter]) -> list[dict[str, Any]]:
+    """Parameters by their weight decay. Differs: Paddle's Momentum takes no function of the name, as its AdamW does."""
+    groups = [
+        {
+            "params": [item.parameter for item in named if train.decays(item.name) == decays],
+            "weight_decay": train.weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+    return [group for group in groups if group["params"]]
 
 
 @paddle.no_grad()

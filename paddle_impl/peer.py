@@ -51,7 +51,8 @@ class PlainEngine:
         devices.set_threads(devices.threads_per_stage(1, config.threads))
         devices.forget_peak_memory()
         paddle.set_default_dtype(config.train.dtype)
-        self._context, part = DropoutContext(), unit_names(config.model)
+        self._context = DropoutContext(config.model.dropout_masks == "native")
+        part = unit_names(config.model)
         self.units = nn.LayerList([build_unit(config.model, name, self._context) for name in part])
         merge_backward(self.units)
         if devices.static_units(config):
@@ -139,7 +140,7 @@ class PlainEngine:
         """The mean loss per token, and every unit's output."""
         whole = batch.micro_batches(1)[0]
         self._context.step_key = step_key(self.config.train.seed, batch.step) if training else None
-        self._context.samples = paddle.to_tensor(whole.samples)
+        self._context.samples = whole.samples
         outputs = [paddle.to_tensor(whole.inputs)]
         for unit in self.units:
             outputs.append(unit(outputs[-1]))

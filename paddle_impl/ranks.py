@@ -16,7 +16,9 @@ from common.spec import RunConfig
 
 def run_on_ranks(jobs: Sequence[Job]) -> int:
     """Runs the jobs, which share `stages` and `device`, on one process per stage. Returns the exit status."""
-    return run(Ranks("paddle_impl", _join, _wait_for_all), jobs)
+    from paddle_impl.drift import switch  # after `devices.configure`, since it imports Paddle
+
+    return run(Ranks("paddle_impl", _join, _wait_for_all), jobs, switch)
 
 
 def _join(rank: int, endpoints: Sequence[str], config: RunConfig) -> Callable[[RunConfig], Engine]:

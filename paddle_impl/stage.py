@@ -100,7 +100,7 @@ class Stage:
         self._key = step_key(train.seed, batch.step) if mode.has_dropout else None
         self.tokens = [paddle.to_tensor(piece.inputs) for piece in pieces]  # (b, S) each
         self.targets = [paddle.to_tensor(piece.targets) for piece in pieces]  # (b, S) each
-        self._samples = [paddle.to_tensor(piece.samples) for piece in pieces]  # (b,) each
+        self._samples = [piece.samples for piece in pieces]  # (b,) each
         self._losses: list[Tensor] = []
         self.in_flight.clear()
         self.waiting.clear()

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from common.drift import DRIFTS
+from common.zoo import run_zoo
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -109,3 +112,15 @@ def test_recomputation_changes_no_bit_and_holds_inputs_alone(numerics: Any) -> N
     assert (held["0 1f1b every-1"], held["1 1f1b every-1"]) == (2 * (2 * x + anchor), 3 * x)
     one_chunk = seen["held"]["1 1f1b except-last"]
     assert one_chunk["peak"] == one_chunk["forward"][0] == held["1 1f1b none"] > 40 * x
+
+
+def test_every_habit_fails_first_where_it_is_known_for(tmp_path: Path) -> None:
+    names = [drift.name for drift in DRIFTS if "paddle" in drift.frameworks]
+    rows = run_zoo(tmp_path, ["paddle"], names, [10], seeds=1, timeout_seconds=280)[0]
+    assert {row.name: row.verdict for row in rows} == dict.fromkeys(names, "as expected")
+
+
+def test_native_dropout_follows_the_seed_whatever_the_schedule(numerics: Any) -> None:
+    seen = numerics["native_dropout"]
+    assert not any(seen["different"].values())
+    assert seen["shared_and_native_differ"]

@@ -298,7 +298,33 @@ def recomputation() -> dict[str, Any]:
     return {key: merged([rank[key] for rank in ranks]) for key in ranks[0]}
 
 
-CHECKS = (short_batches, resumed, units_alone_and_predictions, recomputation)
+# ------------------------------------------------------------------------------------------------- native dropout
+
+
+def native_dropout() -> dict[str, Any]:
+    """Two stages with Paddle's own masks: tensors that a rerun, a schedule or recomputation changes."""
+    native = {"dropout": 0.1, "dropout_masks": "native"}
+    runs: dict[str, Any] = {
+        "again": {},
+        "gpipe, another cut": {"schedule": "gpipe", "partition": (1,)},
+        "zb-h1, recomputed": {"schedule": "zb-h1", "recompute": "full"},
+        "recomputed in pieces": {"recompute": "every-1"},
+        "fleet's loop": {"executor": "native"},
+    }
+
+    def work() -> dict[str, Arrays]:
+        seen = {name: run(config(2, {}, native, **options)) for name, options in {"first": {}, **runs}.items()}
+        return seen | {"shared": run(config(2, {}, native | {"dropout_masks": "shared"}))}
+
+    ranks = on_ranks(2, work)
+    seen = {name: merged([rank[name] for rank in ranks]) for name in ranks[0]}
+    return {
+        "different": {name: different(seen["first"], seen[name]) for name in runs},
+        "shared_and_native_differ": bool(different(seen["first"], seen["shared"])),
+    }
+
+
+CHECKS = (short_batches, resumed, units_alone_and_predictions, recomputation, native_dropout)
 
 if __name__ == "__main__":
     devices.configure(1, 1, "cpu")
