@@ -13,7 +13,7 @@ from rich.console import Console
 from common.bench import print_dry_run, run_bench
 from common.config import Parser, UsageError, add_options, read_bench
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
-from common.verbs import drift, inference, margins, numerics, relay, report, schedules, train
+from common.verbs import convert, drift, inference, margins, numerics, relay, report, schedules, train
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.register(verbs)
     relay.register(verbs)
     inference.register(verbs)
+    convert.register(verbs)
     report.register(verbs)
     schedules.register(verbs)
     numerics.register(verbs)

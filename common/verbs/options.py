@@ -26,6 +26,7 @@ from common.config import (
     _point,
     _read_native_dropout,
     _read_toml,
+    _validated,
 )
 from common.data import CorpusError
 from common.snapshot import Manifest, SnapshotError
@@ -38,7 +39,12 @@ PLACEMENT = ("framework", "stages", "chunks", "schedule", "partition", "device",
 TITLES = {"run": "the run", "model": "the model", "train": "the training"}
 
 
-def add_run_options(parser: argparse.ArgumentParser, only_placement: bool = False, without: Sequence[str] = ()) -> None:
+def add_run_options(
+    parser: argparse.ArgumentParser,
+    only_placement: bool = False,
+    without: Sequence[str] = (),
+    sections: Sequence[str] = tuple(TITLES),
+) -> None:
     """Options for one run but those `without`. `only_placement`: where the rest comes from a snapshot."""
     if not only_placement:
         parser.add_argument(
@@ -46,13 +52,13 @@ def add_run_options(parser: argparse.ArgumentParser, only_placement: bool = Fals
         )
         parser.add_argument("--config", metavar="FILE.toml", help="settings in TOML; the command line goes before it")
     defaults = _base_settings(PRESET)
-    for section, title in TITLES.items():
+    for section in sections:
         fields = SECTIONS[section].model_fields
         names = [name for name in fields if name not in ("model", "train")]
         if only_placement:
             names = {"run": list(PLACEMENT), "train": ["micro_batches"]}.get(section, [])
         names = [name for name in names if name not in without]
-        group = parser.add_argument_group(title) if names else None
+        group = parser.add_argument_group(TITLES[section]) if names else None
         for name in names:
             default = fields[name].default
             if (section, name) in defaults and name not in PLURALS:
@@ -67,6 +73,22 @@ def read_run(
 
     Below it stands the snapshot `saved`, or else the preset, which `defaults` follow where nobody names one.
     """
+    settings = _layers(arguments, saved, defaults)
+    for key, setting in settings.items():
+        if isinstance(setting.value, list) and key[0] != "model" and key[1] in ("framework", "schedule"):
+            raise UsageError(f"{setting.where} = {','.join(setting.value)}: this takes one")
+    config = _point(settings)
+    if not only_vocabulary(saved):
+        _check_corpora([config])
+    return config
+
+
+def read_model(arguments: argparse.Namespace) -> TransformerSpec:
+    """The model alone, of any vocabulary. Raises UsageError."""
+    return TransformerSpec(**_validated("model", _layers(arguments, None, {})))
+
+
+def _layers(arguments: argparse.Namespace, saved: Manifest | None, defaults: Mapping[Key, Any]) -> Settings:
     line: Settings = {}
     for dest, value in vars(arguments).items():
         section, _, name = dest.partition(".")
@@ -89,13 +111,7 @@ def read_run(
     given = file | _read_native_dropout(line, base | file)
     settings = base | given
     _adapt(settings, given)
-    for key, setting in settings.items():
-        if isinstance(setting.value, list) and key[0] != "model" and key[1] in ("framework", "schedule"):
-            raise UsageError(f"{setting.where} = {','.join(setting.value)}: this takes one")
-    config = _point(settings)
-    if not only_vocabulary(saved):
-        _check_corpora([config])
-    return config
+    return settings
 
 
 def only_vocabulary(saved: Manifest | None) -> bool:

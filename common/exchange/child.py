@@ -1,0 +1,90 @@
+"""The child side of import and export: `python -m <implementation>.convert`, which alone may import its framework.
+
+    export SNAPSHOT FILE          writes the framework's own file
+    import FILE SNAPSHOT SPEC     reads one; SPEC is the model as JSON
+
+A wrong file is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common import snapshot
+from common.snapshot import Arrays, SnapshotError
+from common.spec import TransformerSpec
+from common.weights import TOKEN_EMBEDDING, parameter_shapes
+
+OVERHEAD_BYTES = 64 * 2**20
+"""Of a foreign file: what it may have besides the weights."""
+
+
+class ExchangeError(ValueError):
+    """A file that is not what it should be; its text is one line."""
+
+
+def main(
+    arguments: Sequence[str],
+    write: Callable[[TransformerSpec, Arrays, Path], None],
+    read: Callable[[TransformerSpec, Path], Mapping[str, NDArray[Any]]],
+) -> int:
+    """Runs one of the two directions with an implementation's own functions."""
+    try:
+        match list(arguments):
+            case ["export", folder, file]:
+                saved = snapshot.load(Path(folder), with_moments=False)
+                write(saved.manifest.model, saved.weights, Path(file))
+            case ["import", file, folder, spec]:
+                model = TransformerSpec.model_validate_json(spec)
+                check_size(Path(file), model)
+                weights = checked(read(model, Path(file)), model)
+                snapshot.write_weights(Path(folder), model, weights, Path(file).name)
+            case _:
+                raise ExchangeError("usage: export SNAPSHOT FILE | import FILE SNAPSHOT SPEC")
+        return 0
+    except (ExchangeError, SnapshotError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+def check_size(path: Path, model: TransformerSpec) -> None:
+    """Before anything is read: no file of this model is that large. Raises ExchangeError."""
+    shapes = parameter_shapes(model)
+    elements = sum(math.prod(shape) for shape in shapes.values()) + math.prod(shapes[TOKEN_EMBEDDING])
+    limit = 8 * elements + OVERHEAD_BYTES
+    size = path.stat().st_size
+    if size > limit:
+        raise ExchangeError(f"{path}: {size} bytes; right would be at most {limit} for this model")
+
+
+def checked(found: Mapping[str, NDArray[Any]], model: TransformerSpec) -> Arrays:
+    """The weights of `model`, in canonical order and one precision; 16-bit ones become float32. Raises ExchangeError."""
+    expected = parameter_shapes(model)
+    check_names(set(found), set(expected))
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise ExchangeError(f"{name} has shape {list(found[name].shape)}; right would be {list(shape)}")
+        if not np.issubdtype(found[name].dtype, np.floating):
+            raise ExchangeError(f"{name} has dtype {found[name].dtype}; right would be float32 or float64")
+    dtype = "float64" if all(array.dtype == np.float64 for array in found.values()) else "float32"
+    return {name: np.ascontiguousarray(found[name].astype(dtype)) for name in expected}
+
+
+def check_names(found: set[str], expected: set[str]) -> None:
+    """Raises ExchangeError with the first name that is missing or too many."""
+    if found != expected:
+        name = min(found ^ expected)
+        raise ExchangeError(f"{name[:80]} is {'not part of this model' if name in found else 'missing'}")
+
+
+def check_tied(own: NDArray[Any], copy: NDArray[Any]) -> None:
+    """A tied head is the token embedding. Raises ExchangeError."""
+    if not np.array_equal(own, copy):
+        raise ExchangeError("the head differs from the token embedding; right would be --no-tied-head")

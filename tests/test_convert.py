@@ -1,0 +1,155 @@
+"""Weights to and from other people's files: each framework's own, and GPT-2's of the transformers library."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from common import cli, snapshot
+from common.config import Parser
+from common.runtime.job import Generation, Job
+from common.runtime.launch import IMPLEMENTATIONS, run_jobs_in_child
+from common.runtime.oracle_worker import OracleEngine
+from common.spec import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
+from common.verbs import convert
+from common.weights import random_arrays
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = TransformerSpec(context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, tied_head=True, dropout=0.1)
+TRAIN = TrainSpec(batch_size=4, micro_batches=2, dtype="float64")
+
+
+def child(module: str, *argv: Any) -> str:
+    command = [sys.executable, "-m", f"tests.children.{module}", *map(str, argv)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    return done.stdout
+
+
+def run(*argv: Any) -> int:
+    parser = Parser(prog="triptych")
+    convert.register(parser.add_subparsers(parser_class=Parser, prog="triptych"))
+    return cli._run(parser, list(map(str, argv)))
+
+
+def logits_of(folder: Path, tokens: Any) -> Any:
+    saved = snapshot.load(folder)
+    engine = OracleEngine(RunConfig(model=saved.manifest.model, train=TRAIN, tokenizer="bpe"))
+    engine.reset(saved.weights)
+    return engine.predict(tokens)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_frameworks_file_works_in_its_plain_model_and_comes_back(framework: str, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 256, (4, 6))
+    places = []
+    for tied, norm in ((True, "pre"), (False, "post")):
+        place = tmp_path / norm
+        place.mkdir()
+        model = MODEL.model_copy(update={"tied_head": tied, "norm": norm})
+        saved = snapshot.write_weights(place / "saved", model, random_arrays(model, 1, "float64", 0.5), "a test")
+        np.save(place / "tokens.npy", tokens)
+        np.save(place / "logits.npy", logits_of(saved, tokens))
+        places.append(place)
+    child("convert_checks", IMPLEMENTATIONS[framework].module, *places)
+
+
+def test_the_verbs_start_the_framework(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    saved = snapshot.write_weights(tmp_path / "saved", MODEL, random_arrays(MODEL, 1, "float32", 0.5), "a test")
+    file = tmp_path / "model.pt"
+    options = ["--tied-head", "--d-model", 12, "--d-ff", 20, "--context-length", 6]
+    assert run("export", saved, "--to", "torch", "--out", file) == 0
+    assert run("import", file, "--from", "torch", "--out", tmp_path / "back", *options) == 0
+    for name, value in snapshot.load(tmp_path / "back").weights.items():
+        np.testing.assert_array_equal(value, snapshot.load(saved).weights[name])
+    capfd.readouterr()
+    assert run("import", file, "--from", "torch", "--out", tmp_path / "no", *options, "--norm", "post") == 2
+    error = capfd.readouterr().err
+    assert "head.norm.bias is not part of this model" in error and error.count("\n") == 1
+    assert run("export", saved, "--to", "torch", "--out", file) == 2
+    assert "exists; right would be a new file" in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "model.pt", "saved"]
+
+
+# ------------------------------------------------------------------------------------------------- GPT-2
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library's model, its logits and its greedy text, and our import of it."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    child("gpt2_reference", "make", folder)
+    assert run("import", folder / "gpt2" / "model.safetensors", "--from", "gpt2", "--out", folder / "imported") == 0
+    return folder
+
+
+def test_gpt2s_logits_are_the_librarys_own(gpt2: Path) -> None:
+    expected = np.load(gpt2 / "expected.npz")
+    spec = snapshot.read_manifest(gpt2 / "imported").model
+    assert (spec.num_heads, spec.activation, spec.tied_head, spec.vocab_size) == (3, "gelu_tanh", True, 301)
+    found = logits_of(gpt2 / "imported", expected["tokens"])
+    assert np.linalg.norm(found - expected["logits"]) < 1e-8 * np.linalg.norm(expected["logits"])
+    assert "relative difference" in child("gpt2_reference", "check", gpt2)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_gpt2_continues_as_the_library_does(gpt2: Path, framework: str, tmp_path: Path) -> None:
+    text = np.load(gpt2 / "expected.npz")["text"][0].tolist()
+    config = RunConfig.model_validate(
+        {
+            "framework": framework, "model": snapshot.read_manifest(gpt2 / "imported").model, "stages": 2, "threads": 2,
+            "train": {"batch_size": 1, "micro_batches": 1, "dtype": "float64"}, "tokenizer": "bpe",
+        }
+    )  # fmt: skip
+    wish = Generation(prompt=tuple(text[:4]), tokens=len(text) - 4)
+    job = Job(config=config, out=str(tmp_path), kind="generate", resume=str(gpt2 / "imported"), generation=wish)
+    outcome = run_jobs_in_child(IMPLEMENTATIONS[framework].module, [job], tmp_path, 300.0)[0]
+    assert outcome.reason == ""
+    found = json.loads((tmp_path / "generation.json").read_text())
+    assert found["tokens"] == [text[4:]] and found["closest_call"] > 1e-6
+
+
+def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(gpt2 / "gpt2" / "model.safetensors")
+    assert any(name.startswith("transformer.") for name in tensors)
+    short = {name.removeprefix("transformer."): array.astype(np.float32) for name, array in tensors.items()}
+    short |= {"h.0.attn.bias": np.ones((1, 1, 12, 12), np.uint8), "lm_head.weight": short["wte.weight"]}
+
+    def attempt(name: str, changes: dict[str, Any], *argv: Any) -> tuple[int, str]:
+        content = {key: value for key, value in (short | changes).items() if value is not None}
+        save_file(content, tmp_path / f"{name}.safetensors")
+        status = run("import", tmp_path / f"{name}.safetensors", "--from", "gpt2", "--out", tmp_path / name, *argv)
+        return status, capsys.readouterr().err
+
+    assert attempt("plain", {}, "--num-heads", 3)[0] == 0
+    saved = snapshot.load(tmp_path / "plain")
+    assert saved.manifest.dtype == "float32" and saved.manifest.model.tied_head
+    untied = short["wte.weight"] + np.float32(1)
+    assert attempt("untied", {"lm_head.weight": untied}, "--num-heads", 3)[0] == 0
+    np.testing.assert_array_equal(snapshot.load(tmp_path / "untied").weights["head.output.weight"], untied.T)
+    wrong = {
+        "heads": ({}, [], "how many heads? right would be with --num-heads"),
+        "missing": ({"h.1.ln_1.bias": None}, ["--num-heads", 3], "h.1.ln_1.bias is missing"),
+        "extra": ({"h.1.other": untied}, ["--num-heads", 3], "h.1.other is not part of this model"),
+        "shape": (
+            {"ln_f.bias": untied[0, :5].copy()},
+            ["--num-heads", 3],
+            "ln_f.bias has shape [5]; right would be [24]",
+        ),
+        "integers": ({"ln_f.bias": np.ones(24, np.int64)}, ["--num-heads", 3], "right would be float32"),
+        "no-gpt2": ({"wte.weight": None}, ["--num-heads", 3], "wte.weight is missing"),
+        "odd": ({}, ["--num-heads", 5], "num_heads = 5 does not divide d_model = 24"),
+    }
+    for name, (changes, argv, message) in wrong.items():
+        status, error = attempt(name, changes, *argv)
+        assert status == 2 and message in error and error.count("\n") == 1, (name, error)
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    assert run("import", tmp_path / "junk.safetensors", "--from", "gpt2", "--out", tmp_path / "junk") == 2
+    assert "not a safetensors file" in capsys.readouterr().err
