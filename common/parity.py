@@ -25,11 +25,11 @@ BFLOAT16_ROUNDOFF = 2.0**-8
 
 LIMITS: dict[Check, dict[str, float]] = {
     "activation": {"float64": 1e-13, "float32": 3e-6, "bfloat16": 16 * BFLOAT16_ROUNDOFF},
-    "loss": {"float64": 1e-13, "float32": 1e-6, "bfloat16": 2 * BFLOAT16_ROUNDOFF},
-    "gradient": {"float64": 1e-12, "float32": 1e-5, "bfloat16": 64 * BFLOAT16_ROUNDOFF},
+    "loss": {"float64": 1e-13, "float32": 1e-6, "bfloat16": BFLOAT16_ROUNDOFF / 2},
+    "gradient": {"float64": 1e-12, "float32": 1e-5, "bfloat16": 32 * BFLOAT16_ROUNDOFF},
     "optimizer_step": {"float64": 1e-14, "float32": 5e-7, "bfloat16": 5e-7},
-    "trained_parameter": {"float64": 1e-10, "float32": 1e-4, "bfloat16": 64 * BFLOAT16_ROUNDOFF},
-    "loss_curve": {"float64": 1e-11, "float32": 1e-5, "bfloat16": 4 * BFLOAT16_ROUNDOFF},
+    "trained_parameter": {"float64": 1e-10, "float32": 1e-4, "bfloat16": 8 * BFLOAT16_ROUNDOFF},
+    "loss_curve": {"float64": 1e-11, "float32": 1e-5, "bfloat16": BFLOAT16_ROUNDOFF},
 }
 """Of the relative error. In bfloat16 the ceiling that docs/numerics.md describes; the optimizer works in float32 there."""
 

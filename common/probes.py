@@ -48,11 +48,18 @@ class Run:
 
 
 def read_probe(folder: Path, same_copies: bool = True) -> Run:
-    """Raises ValueError if two stages hold different copies of a tied weight, unless that may be."""
+    """Raises ValueError if two stages hold different copies of a tied weight, unless that may be.
+
+    Tensors of a type that NumPy lacks are a ValueError too: an engine gives float32 where it computes in bfloat16.
+    """
     parts = [Part.model_validate_json(path.read_text()) for path in sorted(folder.glob("part-*.json"))]
     tensors: Tensors = {}
     for path in sorted(folder.glob("part-*.safetensors")):
-        for text, value in load_file(path).items():
+        try:
+            arrays = load_file(path)
+        except TypeError as error:
+            raise ValueError(f"{path.name}: {error}") from None
+        for text, value in arrays.items():
             key = TensorKey.parse(text)
             twin = next((k for k in tensors if k._replace(stage=key.stage) == key), None)
             if same_copies and twin is not None and not np.array_equal(value, tensors[twin]):

@@ -43,7 +43,11 @@ without the habit) pass every rung; the loss curve is compared over its first {L
 *Cost*: the mean loss of the {AVERAGED_STEPS} steps before, less the baseline's; positive is worse.
 ± is the standard deviation of that mean between seeds (initial weights, data and masks differ), of the baseline in one
 framework: a cost well below it is real, and means nothing for the model.
-*Held-out*: the same for the held-out loss after the last step."""
+*Held-out*: the same for the held-out loss after the last step.
+
+Two rows want reading with care. `unscaled-micro-batches` reports m times the loss, so its held-out loss alone says what it
+costs. `inverted-attention-mask` lets every token see those that it is to predict: a better loss, and a model that is worth
+nothing."""
 
 
 def describe(row: Row) -> str:
