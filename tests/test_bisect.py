@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from common.runtime.oracle_worker import OracleEngine
 from common.runtime.training import starting_weights
 from common.spec import RunConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 SQUARE = "block.1.attention.query.weight"
 
 
@@ -265,3 +269,23 @@ def test_runs_in_words_are_dumped_first(tmp_path: Path, capsys: pytest.CaptureFi
         assert main(["bisect", str(path), words, "--step", "1"]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_the_documented_port_is_found_out_and_put_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "numerics.md").read_text()
+    (example,) = re.findall(r"<!-- tests/test_bisect.py runs this -->\n```python\n(.*?)```", page, re.DOTALL)
+    for tool in (["check", "-"], ["format", "--check", "-"]):
+        command = [sys.executable, "-m", "ruff", *tool, "--config", str(ROOT / "pyproject.toml")]
+        subprocess.run(command, input=example, text=True, check=True, capture_output=True)
+    monkeypatch.chdir(tmp_path)
+    dumped = ["dump", "--framework", "oracle", "--preset", "tiny", "--dtype", "float64", "--out", "oracle.safetensors"]
+    assert main(dumped) == 0
+    exact = example.replace(', approximate="tanh"', "")
+    right = exact.replace("EPSILON = 1e-5", "EPSILON = 9.999999747378752e-06")
+    for code, status, words in ((example, 1, "1.15e-06"), (exact, 1, "3.01e-11"), (right, 0, "tensors agree")):
+        subprocess.run([sys.executable, "-c", code], check=True)
+        capsys.readouterr()
+        assert main(["bisect", "oracle.safetensors", "port.safetensors"]) == status
+        assert words in capsys.readouterr().out
