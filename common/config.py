@@ -21,12 +21,15 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from common import drift
+from common.bounded import read_text
 from common.data import CorpusError, load_corpus
 from common.schedule import recompute
 from common.schedule.action import ScheduleError
 from common.schedule.generators import GENERATORS, default_chunks, make_schedule
 from common.schedule.validate import validate
 from common.spec import FRAMEWORKS, PRESETS, Frozen, RunConfig, TrainSpec, TransformerSpec
+
+MAX_TOML_BYTES = 2**20
 
 
 class UsageError(ValueError):
@@ -225,7 +228,7 @@ def read_bench(arguments: argparse.Namespace) -> Bench:
             line[section, name] = Setting(value, _flag(name))
     file = {} if arguments.config is None else _read_toml(Path(arguments.config))
     preset = (file | line).get(("bench", "preset"), Setting("small", ""))
-    if preset.value not in PRESETS:
+    if not isinstance(preset.value, str) or preset.value not in PRESETS:
         raise UsageError(f"{preset.where} = {preset.value!r}: unknown{_close(str(preset.value), PRESETS)}")
     base = _base_settings(preset.value)
     file = _read_native_dropout(file, base)
@@ -317,10 +320,10 @@ def _fit_batch(settings: Settings, given: Settings) -> None:
 
 def _read_toml(path: Path) -> Settings:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path, MAX_TOML_BYTES))
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}; right would be a readable TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib lets those of numbers and of nesting through
         raise UsageError(f"{path}: not TOML: {error}") from None
     settings: Settings = {}
     top = {PLURALS.get(name, name): ("run", name) for name in RunConfig.model_fields if name not in ("model", "train")}
@@ -350,6 +353,10 @@ def _read_toml(path: Path) -> Settings:
 def _grid(settings: Settings) -> tuple[RunConfig, ...]:
     """Every combination of the listed values, each validated before anything runs."""
     axes = [[(key, value) for value in _listed(settings[key].value)] for key in GRID if key in settings]
+    for axis in axes:
+        if not axis:
+            key = next(key for key in GRID if key in settings and not _listed(settings[key].value))
+            raise UsageError(f"{settings[key].where}: an empty list; right would be with at least one value")
     points, errors = [], []
     for combination in itertools.product(*axes):
         chosen = settings | {key: Setting(value, settings[key].where) for key, value in combination}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pydoc_data.topics
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,8 @@ def _read(paths: Sequence[str]) -> bytes:
     pieces = []
     for path in paths:
         try:
+            if not stat.S_ISREG(Path(path).stat().st_mode):  # a device or a pipe may never end
+                raise CorpusError(f"corpus {path}: not a plain file; right would be a readable text file")
             pieces.append(Path(path).read_bytes())
         except OSError as error:
             raise CorpusError(f"corpus {path}: {error.strerror}; right would be a readable text file") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -12,3 +14,12 @@ def round_to_float32(value: float) -> float:
     variables (Keras' learning rate). A value that is exact in float32 is the same number everywhere.
     """
     return float(np.float32(value))
+
+
+def finite_float32(value: float) -> float:
+    """As `round_to_float32`. Raises ValueError for a number that float32 does not reach."""
+    with np.errstate(over="ignore"):
+        rounded = round_to_float32(value)
+    if not math.isfinite(rounded):
+        raise ValueError(f"{value}; right would be at most {np.finfo(np.float32).max:.4g}, as float32 has it")
+    return rounded

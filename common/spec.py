@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from common.rounding import round_to_float32
+from common.rounding import finite_float32, round_to_float32
 from common.schedule import recompute
+from common.schedule.action import MAX_PLACES
 
-Float32 = Annotated[float, AfterValidator(round_to_float32)]
+Float32 = Annotated[float, AfterValidator(finite_float32)]
 
 Framework = Literal["torch", "tensorflow", "paddle"]
 FRAMEWORKS: tuple[Framework, ...] = ("torch", "tensorflow", "paddle")
@@ -39,12 +40,12 @@ class TransformerSpec(Frozen):
     its exact gradient is 0, and Adam would turn the rounding noise of that 0 into full steps.
     """
 
-    vocab_size: int = Field(256, ge=2, description="size of the vocabulary; 256 for bytes")
-    context_length: int = Field(64, ge=1, description="tokens in one sequence (S)")
-    num_layers: int = Field(4, ge=1, description="Transformer blocks")
-    d_model: int = Field(64, ge=1, description="width of the residual stream (D)")
+    vocab_size: int = Field(256, ge=2, le=2**24, description="size of the vocabulary; 256 for bytes")
+    context_length: int = Field(64, ge=1, le=2**20, description="tokens in one sequence (S)")
+    num_layers: int = Field(4, ge=1, le=10_000, description="Transformer blocks")
+    d_model: int = Field(64, ge=1, le=2**20, description="width of the residual stream (D)")
     num_heads: int = Field(4, ge=1, description="attention heads (H); divides d_model")
-    d_ff: int = Field(256, ge=1, description="width of the feed-forward layer")
+    d_ff: int = Field(256, ge=1, le=2**22, description="width of the feed-forward layer")
     norm: Literal["pre", "post"] = Field("pre", description="where LayerNorm stands")
     activation: Literal["gelu", "gelu_tanh", "relu"] = Field(
         "gelu", description="gelu is the exact one, with erf; gelu_tanh its approximation, which GPT-2 has"
@@ -74,7 +75,7 @@ class TrainSpec(Frozen):
     """How the model is trained: mini-batches, optimizer, learning rate, clipping, precision."""
 
     steps: int = Field(20, ge=1, description="optimizer steps")
-    batch_size: int = Field(16, ge=1, description="sequences in one mini-batch (one optimizer step)")
+    batch_size: int = Field(16, ge=1, le=2**20, description="sequences in one mini-batch (one optimizer step)")
     micro_batches: int = Field(4, ge=1, description="equal pieces the mini-batch is cut into (m)")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="update rule")
     learning_rate: Float32 = Field(1e-3, gt=0.0, description="peak learning rate")
@@ -209,6 +210,10 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"stages x chunks = {parts} is more than the {units} units (embedding, {self.model.num_layers} blocks, "
                 f"head); right would be at most {units}"
+            )
+        if parts * self.train.micro_batches > MAX_PLACES:
+            raise ValueError(
+                f"stages x chunks x micro_batches = {parts * self.train.micro_batches}; right would be at most {MAX_PLACES}"
             )
         if self.executor == "plain" and parts > 1:
             raise ValueError(f"stages x chunks = {parts}; executor = plain has 1, with all the threads")

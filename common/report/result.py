@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from common.bounded import read_text
 from common.report.machine import Machine
 from common.report.timing import Timing, executed_schedule, measure
 from common.runtime.job import EventRecord
@@ -20,6 +21,7 @@ from common.spec import RunConfig
 
 IS_ORACLE = "this is the oracle"
 
+MAX_RESULT_BYTES = 256 * 2**20
 SCHEMA_VERSION = 3
 """2 added the timing, the held activations, the untimed steps, and the events of the median step in place of the last.
 3 added the verdict "not comparable", errors in bfloat16, and recomputation, ragged sequences and drift."""
@@ -149,10 +151,10 @@ class RunResult(BaseModel):
     def read(cls, path: Path) -> RunResult:
         """Raises ResultError for a file that is not a result, or of another schema version."""
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(read_text(path, MAX_RESULT_BYTES))
             found = content.pop("schema_version")
             content.pop("derived", None)
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise ResultError(f"{path}: not a result ({type(error).__name__}: {error})") from None
         if found == 1:
             content = _from_version_1(content)

@@ -26,6 +26,7 @@ Kind = Literal["exception", "kill", "hang", "oom", "disk-full"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PHASES = ("optimizer", "save")
 
+MAX_TEXT = 100
 OOM_HEADROOM_BYTES = 64 * 2**20
 FULL_DISK_BYTES = 4096
 
@@ -54,6 +55,8 @@ class Fault:
     @classmethod
     def parse(cls, text: str) -> Fault:
         """Reads the text form. Raises FaultError."""
+        if len(text) > MAX_TEXT or not text.isprintable():
+            raise FaultError(f"{text[:MAX_TEXT]!r}: no fault; right would be such as kill@device=1,step=3,action=BW2")
         kind, _, place = text.partition("@")
         if kind not in KINDS:
             raise FaultError(f"{text!r}: unknown fault; right would be one of {', '.join(KINDS)}, as in kill@step=3")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from common.bounded import read_text
 from common.spec import RunConfig
 
 
@@ -81,7 +82,7 @@ class JobFile(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path) -> JobFile:
-        return cls.model_validate_json(Path(path).read_text())
+        return cls.model_validate_json(read_text(Path(path)))
 
     def write(self, path: str | Path) -> None:
         Path(path).write_text(self.model_dump_json(indent=1))

@@ -108,6 +108,9 @@ class ScheduleError(ValueError):
     """A schedule that cannot be made, read or run."""
 
 
+MAX_PLACES = 2**20
+"""Devices x micro-batches x chunks of a schedule: two or three actions stand in each."""
+
 _HEADER = re.compile(r"#\s*schedule:\s*(?P<name>\S+)(?P<rest>.*)")
 _ACTION = re.compile(r"(?P<op>BW|F|B|W)(?P<micro_batch>\d{1,9})(?:\.(?P<chunk>\d{1,4}))?")
 
@@ -181,4 +184,9 @@ def build_schedule(rows: list[list[Action]], name: str, options: dict[str, str] 
         for row in rows
     )
     num_micro_batches = last + 1 - base if stated is None else stated
+    if min(num_micro_batches, num_chunks) < 1 or len(rows) * num_micro_batches * num_chunks > MAX_PLACES:
+        raise ScheduleError(
+            f"{len(rows)} devices, {num_micro_batches} micro-batches, {num_chunks} chunks; right would be at least 1 of "
+            f"each, and a product of at most {MAX_PLACES}"
+        )
     return Schedule(name, devices, num_micro_batches, num_chunks, "vee" if placement == "vee" else "loop", base)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.bounded import read_text
 from common.schedule.action import Action, Op, Schedule, ScheduleError, parse_schedule
 from common.schedule.search import limits, search
 from common.schedule.simulate import Costs
@@ -142,7 +143,7 @@ def default_chunks(name: str) -> int:
 
 def _from_file(path: Path, p: int, m: int, chunks: int) -> Schedule:
     try:
-        schedule = parse_schedule(path.read_text(), path.stem)
+        schedule = parse_schedule(read_text(path), path.stem)
     except (OSError, UnicodeDecodeError, ScheduleError) as error:
         raise ScheduleError(f"schedule {path}: {error}; right would be a readable schedule in text form") from None
     asked = (p, m, chunks)

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from common.schedule.action import Action, Schedule, ScheduleError, build_schedule, parse_action, parse_schedule
 
-_TIMED = re.compile(r"(?P<action>\w+(?:\.\d+)?)@(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)")
+# Bounded, and only from a word's beginning, so that a long word does not take quadratic time.
+_TIMED = re.compile(r"(?<!\w)(?P<action>\w{1,16}(?:\.\d{1,9})?)@(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,13 @@ def _parse_timed(text: str, name: str) -> Timetable:
 def _parse_chart(lines: list[str], name: str) -> Timetable:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     cells = [row for row in cells if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
+    if len(cells) < 2:
+        raise ScheduleError("chart: no row below the header; right would be one for every time")
     width = len(cells[0])
     for row in cells:
         if len(row) != width:
             raise ScheduleError(f"chart: row {row[0]!r} has {len(row)} columns; the header has {width}")
-    if not _is_number(cells[1][0] if len(cells) > 1 else ""):
+    if not _is_number(cells[1][0]):
         cells = [list(column) for column in zip(*cells, strict=True)]
     times = [_time(row[0]) for row in cells[1:]]
     if times != sorted(set(times)):

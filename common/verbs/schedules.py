@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from common.bounded import read_text
 from common.config import UsageError
 from common.schedule.action import Op, Schedule, ScheduleError, format_schedule
 from common.schedule.draw import draw_color, draw_text
@@ -195,7 +196,7 @@ def _read_schedule(path: str) -> Schedule:
 
 def _read(path: str) -> str:
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text()
+        return sys.stdin.read() if path == "-" else read_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ScheduleError(f"{path}: {error}; right would be a readable text file") from None
 
