@@ -10,7 +10,7 @@ import ctypes
 import os
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,39 @@ def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
         "pp_configs": {"delay_scale_loss": True},
     }
     fleet.init(is_collective=True, strategy=strategy, log_level="ERROR")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError for a precision in which the model cannot run on this device, after having tried.
+
+    Paddle's CPU kernels have bfloat16 for copies and products by element, and for nothing that a Transformer consists of.
+    To cast to float32 and back around every operation would be float32 with other rounding, so that is not done.
+    """
+    if dtype != "bfloat16":
+        return
+    import paddle
+    from paddle.nn import functional
+
+    x = paddle.ones([2, 2]).astype(dtype)
+    operations = {
+        "matmul": lambda: paddle.matmul(x, x),
+        "add": lambda: x + x,
+        "gelu": lambda: functional.gelu(x),
+        "softmax": lambda: functional.softmax(x),
+        "layer_norm": lambda: functional.layer_norm(x, [2]),
+    }
+    missing = [name for name, operation in operations.items() if not _runs(operation)]
+    why = f"has no kernel for {', '.join(missing)}" if missing else "has not run this model in it"
+    where = f"Paddle {paddle.__version__} on {paddle.device.get_device()}"
+    raise ValueError(f"dtype = bfloat16: {where} {why}; right would be float32 or float64")
+
+
+def _runs(operation: Callable[[], Any]) -> bool:
+    try:
+        operation()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def set_threads(threads: int) -> None:

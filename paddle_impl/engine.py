@@ -56,6 +56,7 @@ class PaddleEngine:
             raise ValueError(f"schedule = {config.schedule}; right for executor = native would be 1f1b, fleet's own")
         if config.executor == "native" and config.recompute != "none":
             raise ValueError(f"recompute = {config.recompute}; right for executor = native would be none")
+        devices.check_dtype(config.train.dtype)
         group = fleet.get_hybrid_communicate_group()
         if group.get_pipe_parallel_world_size() != config.stages:
             raise ValueError(f"stages = {config.stages}; the processes have joined a pipeline of another length")

@@ -124,3 +124,13 @@ def test_native_dropout_follows_the_seed_whatever_the_schedule(numerics: Any) ->
     seen = numerics["native_dropout"]
     assert not any(seen["different"].values())
     assert seen["shared_and_native_differ"]
+
+
+def test_what_cannot_be_is_refused_in_one_line(numerics: Any) -> None:
+    said = numerics["refused"]
+    assert said["bfloat16"].startswith("dtype = bfloat16: Paddle ")
+    assert said["bfloat16"].endswith("; right would be float32 or float64")
+    assert said["native recompute"] == "recompute = full; right for executor = native would be none"
+    assert said["plain recompute"] == "recompute = full; right for executor = plain would be none"
+    assert said["drift"].startswith("drift = tf32; right for paddle would be one of mean-over-all-labels, ")
+    assert not any("\n" in line for line in said.values())

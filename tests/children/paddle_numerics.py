@@ -324,7 +324,35 @@ def native_dropout() -> dict[str, Any]:
     }
 
 
-CHECKS = (short_batches, resumed, units_alone_and_predictions, recomputation, native_dropout)
+# ------------------------------------------------------------------------------------------------- refused
+
+
+def refused() -> dict[str, str]:
+    """What the engine says to what it cannot do."""
+    wrong: dict[str, dict[str, Any]] = {
+        "bfloat16": {"train": {"dtype": "bfloat16"}},
+        "native recompute": {"executor": "native", "recompute": "full"},
+        "plain recompute": {"executor": "plain", "recompute": "full"},
+        "drift": {"drift": "tf32"},
+    }
+
+    def work() -> dict[str, str]:
+        from paddle_impl.drift import switch
+
+        said = {}
+        for name, options in wrong.items():
+            one = config(1, **options)
+            try:
+                with switch(one):
+                    engine_of(one)
+            except ValueError as error:
+                said[name] = str(error)
+        return said
+
+    return on_ranks(1, work)[0]
+
+
+CHECKS = (short_batches, resumed, units_alone_and_predictions, recomputation, native_dropout, refused)
 
 if __name__ == "__main__":
     devices.configure(1, 1, "cpu")
