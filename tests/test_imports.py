@@ -47,6 +47,8 @@ def test_imports_point_one_way_inside_common() -> None:
         "parity": set(),
         "dropout": set(),
         "reference": {"spec", "weights", "data", "parity", "dropout"},
+        "snapshot": {"snapshot", "spec", "weights"},
+        "exchange": {"exchange", "snapshot", "spec", "weights"},
     }
     for room, allowed in below.items():
         path = ROOT / "common" / room

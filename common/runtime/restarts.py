@@ -130,7 +130,7 @@ def not_finite(folder: Path) -> str | None:
     if not notes:
         return None
     first = min(notes, key=lambda note: note["order"])
-    return f"step {first['step']}: {first['what']}; the first tensor that is not finite: {first['tensor']}"
+    return f"step {first['step'] + 1}: {first['what']}; the first tensor that is not finite: {first['tensor']}"
 
 
 def _make_room(directory: Path, resume: Path | None) -> None:

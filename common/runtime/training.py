@@ -125,7 +125,7 @@ def train(
                 progress.write(json.dumps(record.model_dump(exclude={"events"})) + "\n")
         if job.saving is not None and _is_due(job.saving.every, step + 1, end):
             watch.enter("save", step)
-            _save(engine, job.config, job.saving, corpus, step + 1)
+            _save(engine, job, job.saving, corpus, batch)
     watch.enter("end", end)
     return records
 
@@ -134,29 +134,29 @@ def _is_due(every: int | None, steps_done: int, end: int) -> bool:
     return steps_done == end or (every is not None and steps_done % every == 0)
 
 
-def _save(engine: Engine, config: RunConfig, saving: Saving, corpus: Corpus, steps_done: int) -> None:
-    SnapshotWriter(Path(saving.directory), saving.keep, saving.token).write(
-        config,
-        steps_done,
-        corpus.digest,
-        engine.devices,
-        engine.weights(),
-        engine.optimizer_state(),
-        engine.environment(),
-    )
+def _save(engine: Engine, job: Job, saving: Saving, corpus: Corpus, batch: Batch) -> None:
+    """Raises NotFiniteError rather than save what is not finite: an engine that does not clip need not know its norm."""
+    weights, state = engine.weights(), engine.optimizer_state()
+    if job.must_be_finite and any(map(_is_bad, [*weights.values(), *state.values()])):
+        raise _not_finite(engine, job, batch, "the weights after it are not finite", loss_is_finite=True)
+    writer = SnapshotWriter(Path(saving.directory), saving.keep, saving.token)
+    writer.write(job.config, batch.step + 1, corpus.digest, engine.devices, weights, state, engine.environment())
 
 
 def _not_finite(engine: Engine, job: Job, batch: Batch, what: str, loss_is_finite: bool = False) -> NotFiniteError:
     """The error, after a note of this process' first tensor that is not finite, for the parent to find the very first.
 
     The weights come first, since all that follows inherits from them; then the outputs of the units; then the gradients,
-    from the head backwards. After a step with a bad gradient norm only the gradients are still those of before it.
+    from the head backwards. Once a step was made (`loss_is_finite`), only the gradients are still those of before it.
     """
     units = unit_names(job.config.model)
     order = {name: i for i, name in enumerate(parameter_shapes(job.config.model))}
-    found: list[tuple[tuple[int, ...], str]] = []
+    found: list[tuple[tuple[int, ...], str]] = [
+        ((3 if loss_is_finite else 0, order[name]), f"weight {name}")
+        for name, array in engine.weights().items()
+        if _is_bad(array)
+    ]
     if not loss_is_finite:
-        found += [((0, order[name]), f"weight {name}") for name, array in engine.weights().items() if _is_bad(array)]
         found += [
             ((1, units.index(key.unit), key.micro_batch), f"output of {key.unit} for micro-batch {key.micro_batch}")
             for key, array in engine.unit_outputs(batch).items()
@@ -165,10 +165,10 @@ def _not_finite(engine: Engine, job: Job, batch: Batch, what: str, loss_is_finit
     found += [
         ((2, -order[name]), f"gradient of {name}") for name, array in engine.gradients().items() if _is_bad(array)
     ]
-    first = min(found, default=((3,), "the loss itself"))
+    first = min(found, default=((4,), "none that this process has"))
     note = {"step": batch.step, "what": what, "order": first[0], "tensor": first[1]}
     (Path(job.out) / f"not-finite-{engine.devices[0]}.json").write_text(json.dumps(note))
-    return NotFiniteError(f"step {batch.step}: {what}; the first tensor that is not finite: {first[1]}")
+    return NotFiniteError(f"step {batch.step + 1}: {what}; the first tensor that is not finite: {first[1]}")
 
 
 def _is_bad(array: NDArray[Any]) -> bool:

@@ -33,6 +33,10 @@ class MortalEngine(FakeEngine):
                 time.sleep(600)
             case "slow":
                 time.sleep(0.5)
+            case "nan-moment":  # as an engine without clipping, which does not look at its norm
+                loss = super().forward_backward(batch)
+                self.oracle.second_moment["block.0.norm_2.bias"][0] = np.nan
+                return loss
             case "wrong":
                 return super().forward_backward(batch) * (1 + 1e-9)
             case "nan-weight":
