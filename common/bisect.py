@@ -24,7 +24,7 @@ MAY_DIFFER = ("dtype", "micro_batches", "steps", "dropout_masks")
 """Fields of model and training that leave the mathematics of one step as it is."""
 
 ADVICE = {
-    "weights before": "the runs had parted before this step; a dump of an earlier one says where",
+    "weights before": "at step 0 they were loaded otherwise; later, a dump of an earlier step says where the runs parted",
     "forward": "the unit makes something else of the same input",
     "message": "the unit alone agrees; what it was fed with does not: what is sent between units, or which micro-batch",
     "loss": "the logits agree; the loss makes something else of them: which labels count, what it is divided by",
