@@ -147,7 +147,7 @@ def test_pytorch_over_two_stages_agrees_with_the_oracle(capsys: pytest.CaptureFi
 
 
 def test_a_habit_of_pytorch_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    small = "num_layers=1,d_model=8,num_heads=1,d_ff=8,context_length=8,steps=3"
+    small = "num_layers=1,d_model=8,num_heads=1,d_ff=8,context_length=8,steps=3,clip_norm=0.1"
     habit = f"framework=torch,{small},drift=clip-epsilon"  # which brings float64, where it shows
     assert main(["bisect", f"framework=oracle,{small},dtype=float64", habit]) == 1
     assert "first difference: embedding, optimizer, embedding.token.weight" in capsys.readouterr().out
