@@ -44,26 +44,46 @@ def add_run_options(
     only_placement: bool = False,
     without: Sequence[str] = (),
     sections: Sequence[str] = tuple(TITLES),
+    defaults: Mapping[Key, Any] = MappingProxyType({}),
 ) -> None:
-    """Options for one run but those `without`. `only_placement`: where the rest comes from a snapshot."""
+    """Options for one run but those `without`. `only_placement`: where the rest comes from a snapshot.
+
+    `defaults` are what the help says instead of the preset's.
+    """
     if not only_placement:
         parser.add_argument(
             "--preset", metavar="NAME", help=f"where to start from: {', '.join(PRESETS)} (default: {PRESET})"
         )
         parser.add_argument("--config", metavar="FILE.toml", help="settings in TOML; the command line goes before it")
-    defaults = _base_settings(PRESET)
+    shown = {key: setting.value for key, setting in _base_settings(PRESET).items()} | dict(defaults)
     for section in sections:
         fields = SECTIONS[section].model_fields
         names = [name for name in fields if name not in ("model", "train")]
         if only_placement:
             names = {"run": list(PLACEMENT), "train": ["micro_batches"]}.get(section, [])
         names = [name for name in names if name not in without]
-        group = parser.add_argument_group(TITLES[section]) if names else None
+        group = _OneValue(parser.add_argument_group(TITLES[section])) if names else None
         for name in names:
-            default = fields[name].default
-            if (section, name) in defaults and name not in PLURALS:
-                default = defaults[section, name].value
+            default = fields[name].default if name in PLURALS else shown.get((section, name), fields[name].default)
             _add_option(group, section, name, fields[name], default)
+
+
+class _OneValue:
+    """A group of options that take one value each, where the benchmark's take lists."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def add_argument(self, flag: str, **options: Any) -> None:
+        name = str(options["dest"]).split(".")[1]
+        if flag == f"--{PLURALS.get(name)}":  # the singular comes next
+            self.help = options["help"]
+            return
+        if name in PLURALS:
+            options["help"] = self.help
+        if isinstance(options.get("metavar"), str):
+            options["metavar"] = options["metavar"].removesuffix(",..")
+        self.group.add_argument(flag, **options)
 
 
 def read_run(

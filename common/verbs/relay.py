@@ -85,7 +85,7 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     )
     parser.add_argument("--out", metavar="FOLDER", default="results", help="where its folder goes (default: results)")
     parser.add_argument("--timeout", metavar="SECONDS", type=float, default=1800.0, help="end a leg that takes longer")
-    add_run_options(parser, without=[*PLACEMENT, "steps", "executor", "track", "drift"])
+    add_run_options(parser, without=[*PLACEMENT, "steps", "executor", "track", "drift"], defaults=DEFAULTS)
     parser.set_defaults(run=reporting(lambda arguments: _relay(arguments, implementations)))
 
 
