@@ -341,6 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--at-once", type=int, default=2, help="trials that run side by side (default: 2)")
     parser.add_argument("--out", type=Path, required=True, help="a new folder for logs, runs and statistics")
     arguments = parser.parse_args(argv)
+    # A shell starts what runs in the background with SIGINT ignored, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     frameworks = arguments.frameworks.split(",")
     arguments.out.mkdir(parents=True)
     before, lock, kills = shared_memory(), threading.Lock(), []

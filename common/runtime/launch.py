@@ -38,6 +38,8 @@ ENDED_BY = "was ended by"
 """How `common.runtime.ranks` says that a stage's process got a signal."""
 
 POLL_SECONDS = 0.1
+START_SECONDS = 120.0
+"""What a child gets at least to import its framework and to build the model, before it can be said to hang."""
 TERMINATE_SECONDS = 3.0
 """What a child gets to end by itself after SIGTERM; then SIGKILL."""
 
@@ -114,7 +116,8 @@ def run_jobs_in_child(
     """Runs `python -m module` over all jobs and returns one outcome per job.
 
     Makes the jobs' folders; writes `jobs.json` and, unless `log` is another place, `child.log` into `folder`.
-    `timeout_seconds` is for the whole child; `hang_seconds` is how long it may do without any device going on.
+    `timeout_seconds` is for the whole child; `hang_seconds` is how long it may do without any device going on,
+    once one has begun; it gets START_SECONDS at least for that.
     `on_step(job, step, loss)` is called as steps end. Raises Interrupted, with the child ended, once `stopped()`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +127,8 @@ def run_jobs_in_child(
     JobFile(jobs=tuple(jobs)).write(job_file)
     progress = [_Progress(Path(job.out) / "progress.jsonl") for job in jobs]
     boards = [Board(Path(job.out), job.config) for job in jobs]
-    began = went_on = time.monotonic()
+    began = time.monotonic()
+    went_on, allowed_seconds = began, max(hang_seconds, START_SECONDS)
     ended_because = None
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -144,9 +148,9 @@ def run_jobs_in_child(
                     ended_because = f"no result within {timeout_seconds:g} s (--timeout)"
                     break
                 if any(board.changed() for board in boards):
-                    went_on = now
-                if now - went_on > hang_seconds:
-                    ended_because = f"no progress for {hang_seconds:g} s (--hang-timeout): {_where(jobs, boards)}"
+                    went_on, allowed_seconds = now, hang_seconds
+                if now - went_on > allowed_seconds:
+                    ended_because = f"no progress for {allowed_seconds:g} s (--hang-timeout): {_where(jobs, boards)}"
                     break
                 for number, file in enumerate(progress):
                     for step, loss in file.new_steps():

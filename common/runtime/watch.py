@@ -87,8 +87,9 @@ class Board:
     """The parent side: makes the file, and reads it."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
-        self._path, self._config, self._seen = folder / FILE, config, b""
-        self._path.write_bytes(bytes(_LINE.size * config.stages))  # written, not cut: a full disk shows here
+        self._path, self._config = folder / FILE, config
+        self._seen = bytes(_LINE.size * config.stages)
+        self._path.write_bytes(self._seen)  # written, not cut: a full disk shows here
 
     def changed(self) -> bool:
         """Whether any device has gone on since the last call."""
@@ -107,7 +108,7 @@ class Board:
     def explain(self) -> str:
         """Who hangs where, and who waits for what, in one line; those that hang first."""
         lines = explain(self._config, self.places())
-        return "; ".join(sorted(lines, key=lambda line: " waits for " in line))
+        return "; ".join(sorted(lines, key=lambda line: (" hangs in " not in line, " waits for " in line)))
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)

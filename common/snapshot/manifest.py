@@ -173,7 +173,8 @@ def _differing(section: str, saved: BaseModel, asked: BaseModel, free: Iterable[
 
 
 def clip(text: str) -> str:
-    """For a message: a name from a foreign file may be of any length."""
+    """For a message: a name from a foreign file may be of any length and have any characters."""
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:81])
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -1,0 +1,28 @@
+"""`python -m fakes.faulty JOBS.json`: the oracle, which tells of its actions, so that faults of `Job.fault` strike it."""
+
+from __future__ import annotations
+
+import sys
+
+from fakes.impl import FakeEngine
+
+from common.data import Batch
+from common.runtime.job import JobFile
+from common.runtime.parent import end_with_parent
+from common.runtime.worker import run_jobs
+
+
+class FaultyEngine(FakeEngine):
+    """The oracle; one device after another says what it would do."""
+
+    def forward_backward(self, batch: Batch) -> float:
+        for device, events in self.events().items():
+            for event in events:
+                self.on_action(device, event.action)
+            self.on_action(device, None)
+        return super().forward_backward(batch)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    sys.exit(run_jobs(JobFile.read(sys.argv[1]), FaultyEngine))
