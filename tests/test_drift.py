@@ -75,8 +75,8 @@ def test_every_row_says_what_came_of_it(made: tuple[int, Path]) -> None:
 def test_the_page_and_the_picture_are_made_from_it(made: tuple[int, Path], tmp_path: Path) -> None:
     _, out = made
     page = (out / "drift.md").read_text()
-    assert "| `default-betas`: beta2 = 0.999 |" in page and "loss curve: loss" in page
-    assert "gradient: head.norm.bias" in page and "(expected: loss: loss)" in page
+    assert "| `default-betas`: beta2 = 0.999 |" in page and "| loss curve, " in page
+    assert "gradient: head.norm.bias" in page and "(expected: loss)" in page
     assert (out / "images" / "drift.png").read_bytes().startswith(b"\x89PNG")
     again = tmp_path / "again"
     assert main(["drift", "--from", str(out / "drift.json"), "--out", str(again)]) == 1

@@ -21,8 +21,8 @@ PANELS = {
     "one optimizer step": ("optimizer_step",),
     "the loss curve": ("loss_curve",),
 }
-FLOOR = 1e-17
-"""Differences of 0 are drawn here."""
+SMALLEST_SHOWN = 1e-15
+"""Smaller differences, 0 among them, lie below the pictures' edge."""
 
 INTRODUCTION = """\
 # The drift zoo
@@ -55,10 +55,15 @@ def describe(row: Row) -> str:
     if not row.check:
         return row.verdict
     error = "" if row.relative is None or row.limit is None else f", {row.relative:.0e} of {row.limit:.0e}"
-    words = f"{row.check.replace('_', ' ')}: {row.place}{error}"
+    words = f"{_rung(row.check, row.place)}{error}"
     if row.verdict == "elsewhere":
-        return f"{words} (expected: {row.expected_check.replace('_', ' ')}: {row.expected_place})"
+        return f"{words} (expected: {_rung(row.expected_check, row.expected_place)})"
     return words if row.verdict == "as expected" else f"{row.verdict}: {words}"
+
+
+def _rung(check: str, place: str) -> str:
+    """`gradient: head.norm.bias`; a loss is its own place."""
+    return check.replace("_", " ") + ("" if place == "loss" else f": {place}")
 
 
 def cost(row: Row, steps: int) -> str:
@@ -152,9 +157,11 @@ def draw_curves(zoo: Zoo, path: Path) -> None:
     figure = Figure(figsize=(11.0, 8.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    shown = [value for row in zoo.rows for value in row.curve if value > SMALLEST_SHOWN]
+    bottom = min(shown, default=SMALLEST_SHOWN) / 3
     for panel, (title, checks) in zip(axes.flat, PANELS.items(), strict=True):
         chosen = _one_per_habit(row for row in zoo.rows if row.curve and row.expected_check in checks)
-        _draw_panel(panel, title, chosen, zoo)
+        _draw_panel(panel, title, chosen, zoo, bottom)
     for panel in axes[-1]:
         panel.set_xlabel("step")
     for panel in axes[:, 0]:
@@ -171,19 +178,19 @@ def _one_per_habit(rows: Iterable[Row]) -> list[Row]:
     return list(found.values())
 
 
-def _draw_panel(panel: Axes, title: str, rows: Sequence[Row], zoo: Zoo) -> None:
+def _draw_panel(panel: Axes, title: str, rows: Sequence[Row], zoo: Zoo, bottom: float) -> None:
     panel.set_title(title, fontsize=9, loc="left")
     panel.set_yscale("log")
-    panel.set_ylim(FLOOR / 2, 20)
+    panel.set_ylim(bottom, 30)
     middle = CURVE_STRIDE / 2
     if zoo.spread_curve:
         x = [middle + CURVE_STRIDE * i for i in range(len(zoo.spread_curve))]
-        panel.fill_between(x, FLOOR / 2, zoo.spread_curve, color=ORACLE_COLOR, alpha=0.18, linewidth=0)
+        label = "up to the spread between seeds"
+        panel.fill_between(x, bottom, zoo.spread_curve, color=ORACLE_COLOR, alpha=0.18, linewidth=0, label=label)
     for number, row in enumerate(rows):
         x = [middle + CURVE_STRIDE * i for i in range(len(row.curve))]
         color, dash = f"C{number % 10}", ("-", "--", ":")[number // 10]
-        y = [max(value, FLOOR) for value in row.curve]
-        panel.plot(x, y, dash, color=color, linewidth=1.3, label=f"{row.name} ({row.framework}, {row.dtype})")
+        panel.plot(x, row.curve, dash, color=color, linewidth=1.3, label=f"{row.name} ({row.framework}, {row.dtype})")
     panel.grid(alpha=0.25, linewidth=0.5)
     if rows:
         panel.legend(fontsize=6.5, loc="lower right", framealpha=0.85)
