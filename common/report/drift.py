@@ -154,7 +154,7 @@ def page(zoo: Zoo) -> str:
 
 def draw_curves(zoo: Zoo, path: Path) -> None:
     """Four panels by the check that notices first; the difference from the baseline, log scale."""
-    figure = Figure(figsize=(11.0, 8.4), layout="constrained")
+    figure = Figure(figsize=(11.0, 9.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     shown = [value for row in zoo.rows for value in row.curve if value > SMALLEST_SHOWN]
@@ -193,4 +193,4 @@ def _draw_panel(panel: Axes, title: str, rows: Sequence[Row], zoo: Zoo, bottom: 
         panel.plot(x, row.curve, dash, color=color, linewidth=1.3, label=f"{row.name} ({row.framework}, {row.dtype})")
     panel.grid(alpha=0.25, linewidth=0.5)
     if rows:
-        panel.legend(fontsize=6.5, loc="lower right", framealpha=0.85)
+        panel.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
