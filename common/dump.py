@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from common.parity import TensorKey
 from common.snapshot import SnapshotError
 from common.snapshot.header import read_header
+from common.snapshot.manifest import clip
 from common.spec import RunConfig, explain
 
 FORMAT = "triptych-dump"
@@ -73,7 +74,7 @@ def read_dump(path: Path) -> Dump:
     for text, entry in entries.items():
         if entry.dtype not in READABLE:
             raise DumpError(
-                f"{path}: {text[:80]} has dtype {entry.dtype}; right would be {', '.join(READABLE.values())}"
+                f"{path}: {clip(text)} has dtype {entry.dtype}; right would be {', '.join(READABLE.values())}"
             )
     try:
         with safe_open(path, framework="numpy") as opened:

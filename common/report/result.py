@@ -164,7 +164,8 @@ class RunResult(BaseModel):
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            raise ResultError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            place = ".".join(map(str, first["loc"])).encode("unicode_escape").decode()[:200]
+            raise ResultError(f"{path}: {place}: {first['msg']}") from None
 
 
 def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:

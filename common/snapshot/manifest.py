@@ -181,7 +181,7 @@ def clip(text: str) -> str:
 def one_line(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        place = ".".join(str(part)[:80] for part in first["loc"][:6])
+        place = ".".join(clip(str(part)) for part in first["loc"][:6])
         return f"{place}: {first['msg']}" if place else str(first["msg"])
     return " ".join(str(error).split())[:300]
 
