@@ -232,8 +232,12 @@ class _Progress:
         except FileNotFoundError:
             return []
         self.position += len(whole_lines) + len(newline)
-        records = [json.loads(line) for line in whole_lines.splitlines()]
-        return [(int(record["step"]), float(record["loss"])) for record in records]
+        steps = []
+        for line in whole_lines.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a full disk has cut
+                record = json.loads(line)
+                steps.append((int(record["step"]), float(record["loss"])))
+        return steps
 
 
 # ------------------------------------------------------------------------------------------------- what came of it
