@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 from numpy.typing import NDArray
 from paddle import Tensor
+from paddle.autograd import PyLayer
 from paddle.nn import functional
 
 from common.dropout import MULTIPLIERS, mix, threshold
@@ -79,8 +80,22 @@ def dropout(x: Tensor, probability: float, site: int, context: DropoutContext) -
         return x
     if context.native:
         return native_dropout(x, probability, site, context)
-    keep = keep_mask(context, site, x.shape, probability)
-    return x * (keep.astype(x.dtype) / (1 - probability))
+    return _Masked.apply(x, keep_mask(context, site, x.shape, probability), probability)
+
+
+class _Masked(PyLayer):
+    """`x` where it is kept, scaled up. Holds the mask as bools, where `x * mask` would hold `x` and a mask of floats."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, probability: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.probability = probability
+        return x * (keep.astype(x.dtype) / (1 - probability))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (keep,) = ctx.saved_tensor()
+        return gradient * (keep.astype(gradient.dtype) / (1 - ctx.probability)), None
 
 
 def native_dropout(x: Tensor, probability: float, site: int, context: DropoutContext) -> Tensor:

@@ -111,7 +111,7 @@ def test_recomputation_changes_no_bit_and_holds_inputs_alone(numerics: Any) -> N
     assert (held["0 1f1b full"], held["1 1f1b full"]) == (2 * anchor, x)
     assert (held["0 1f1b every-1"], held["1 1f1b every-1"]) == (2 * (2 * x + anchor), 3 * x)
     one_chunk = seen["held"]["1 1f1b except-last"]
-    assert one_chunk["peak"] == one_chunk["forward"][0] == held["1 1f1b none"] > 40 * x
+    assert one_chunk["peak"] == one_chunk["forward"][0] == held["1 1f1b none"] > 30 * x
 
 
 def test_every_habit_fails_first_where_it_is_known_for(tmp_path: Path) -> None:
