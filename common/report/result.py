@@ -145,7 +145,9 @@ class RunResult(BaseModel):
             "tokens_per_second": self.tokens_per_second,
             "final_loss": self.final_loss,
         }
-        path.write_text(json.dumps(json.loads(self.model_dump_json()) | {"derived": derived}, indent=1) + "\n")
+        partial = path.with_name(f".{path.name}.partial")  # never half a result under its name
+        partial.write_text(json.dumps(json.loads(self.model_dump_json()) | {"derived": derived}, indent=1) + "\n")
+        partial.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> RunResult:
