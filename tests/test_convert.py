@@ -99,7 +99,7 @@ def test_gpt2s_logits_are_the_librarys_own(gpt2: Path) -> None:
     assert "relative difference" in child("gpt2_reference", "check", gpt2)
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("framework", ["tensorflow", "paddle"])  # PyTorch's logits are compared above
 def test_gpt2_continues_as_the_library_does(gpt2: Path, framework: str, tmp_path: Path) -> None:
     text = np.load(gpt2 / "expected.npz")["text"][0].tolist()
     config = RunConfig.model_validate(

@@ -39,7 +39,8 @@ def test_who_may_import_a_framework_or_an_implementation(room: str) -> None:
 
 def test_imports_point_one_way_inside_common() -> None:
     below = {
-        "schedule": {"schedule"},
+        "bounded": set(),
+        "schedule": {"schedule", "bounded"},
         "spec": {"rounding", "schedule"},
         "weights": {"spec"},
         "partition": {"spec", "weights"},
