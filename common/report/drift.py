@@ -45,9 +45,9 @@ without the habit) pass every rung; the loss curve is compared over its first {L
 framework: a cost well below it is real, and means nothing for the model.
 *Held-out*: the same for the held-out loss after the last step.
 
-Three rows want reading with care. `unscaled-micro-batches` reports m times the loss and `mean-over-all-labels` a part of it,
-so only their held-out losses say what they cost. `inverted-attention-mask` lets every token see those that it is to predict: a better loss, and a model that is worth
-nothing."""
+Three rows want reading with care. `unscaled-micro-batches` reports m times the loss and `mean-over-all-labels` a part of
+it, so only their held-out losses say what they cost. `inverted-attention-mask` lets every token see those that it is to
+predict: a better loss, and a model that is worth nothing."""
 
 
 def describe(row: Row) -> str:
