@@ -11,7 +11,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from common.config import Bench, UsageError
+from common.config import Bench
 from common.partition import plan_partition, unit_costs
 from common.report import compare, tables
 from common.report.collect import collect
@@ -36,6 +36,7 @@ from common.runtime.launch import (
 from common.schedule.action import ScheduleError
 from common.schedule.draw import draw_color
 from common.schedule.generators import make_schedule
+from common.settings import UsageError
 from common.spec import RunConfig
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from common.bench import print_dry_run, run_bench
-from common.config import Parser, UsageError, add_options, read_bench
+from common.config import add_options, read_bench
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
+from common.settings import Parser, UsageError
 from common.verbs import convert, drift, inference, margins, numerics, relay, report, schedules, train
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130

@@ -1,57 +1,34 @@
-"""From a command line and a TOML file to the runs of a benchmark.
-
-Every field of `TransformerSpec`, `TrainSpec` and `RunConfig` is an option and a TOML key, made from the field itself. The
-order of precedence is preset < TOML < command line. Wrong input is a `UsageError`: one line with what is wrong, where
-it stands, and what would be right.
-"""
+"""From a command line and a TOML file to the runs of a benchmark: every point of its grid, and their peers."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
-import math
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from pydantic import BaseModel, Field, ValidationError
-from pydantic.fields import FieldInfo
-
-from common import drift
-from common.bounded import read_text
-from common.data import CorpusError, load_corpus
-from common.schedule import recompute
-from common.schedule.action import ScheduleError
-from common.schedule.generators import GENERATORS, default_chunks, make_schedule
-from common.schedule.validate import validate
-from common.spec import FRAMEWORKS, PRESETS, Frozen, RunConfig, TrainSpec, TransformerSpec
-
-MAX_TOML_BYTES = 2**20
-
-
-class UsageError(ValueError):
-    """Wrong input from the user; its text is one line."""
-
-
-class BenchOptions(Frozen):
-    """What concerns the benchmark as a whole."""
-
-    preset: str = Field("small", description=f"where to start from: {', '.join(PRESETS)}")
-    repeats: int = Field(2, ge=1, description="runs per row, each in a fresh process, taking turns with the other rows")
-    untimed_steps: int = Field(2, ge=0, description="first steps of a run that no statistics count")
-    timeout: float = Field(600, gt=0, description="seconds that one run may take; then it is ended and has failed")
-    out: str = Field("results", min_length=1, description="folder in which the benchmark makes a folder of its own")
-    parity: bool = Field(True, description="run the float64 oracle first and compare every run with it")
-    peers: bool = Field(
-        False,
-        description="also run each framework's own pipeline, where it has the schedule, and a plain loop on one device",
-    )
-    sweep: bool = Field(
-        False, description="draw throughput against micro-batches, or stages, beside the ideal, and name the knee"
-    )
+from common.settings import (
+    GRID,
+    NATIVE_SCHEDULES,
+    SECTIONS,
+    BenchOptions,
+    Setting,
+    Settings,
+    UsageError,
+    adapt,
+    add_option,
+    base_settings,
+    check_corpora,
+    closest,
+    flag,
+    listed,
+    make_run,
+    read_native_dropout,
+    read_toml,
+    validated,
+)
+from common.spec import PRESETS, RunConfig
 
 
 @dataclass(frozen=True)
@@ -63,75 +40,7 @@ class Bench:
     dry_run: bool = False
 
 
-Key = tuple[str, str]
-"""(section, field)"""
-
-SECTIONS: Mapping[str, type[BaseModel]] = {
-    "run": RunConfig,
-    "bench": BenchOptions,
-    "model": TransformerSpec,
-    "train": TrainSpec,
-}
-
-# The last one changes fastest, so the frameworks of one schedule stand side by side.
-GRID: tuple[Key, ...] = (
-    ("run", "track"),
-    ("train", "dtype"),
-    ("run", "recompute"),
-    ("run", "executor"),
-    ("run", "chunks"),
-    ("train", "micro_batches"),
-    ("run", "stages"),
-    ("run", "schedule"),
-    ("run", "framework"),
-)
-
-PLURALS = {"framework": "frameworks", "schedule": "schedules"}
-"""Fields whose option has another name."""
-
-NATIVE_SCHEDULES: Mapping[str, tuple[str, ...]] = {
-    "torch": ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
-    "paddle": ("1f1b",),
-}
-"""What `executor = native` offers, by framework."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A value and where it comes from, as an error names it."""
-
-    value: Any
-    where: str
-
-
-Settings = dict[Key, Setting]
-
-NATIVE_DROPOUT = 0.1
-"""The probability that `--dropout native` means where neither the preset nor a file says one."""
-
-MAX_SWEPT_MICRO_BATCHES = 1024
-"""More would make a mini-batch that nobody asked for."""
-
-
 # ------------------------------------------------------------------------------------------------- command line
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line: usually the usage message drowns them."""
-
-    def __init__(self, **options: Any) -> None:
-        options.setdefault("usage", "%(prog)s [options]")
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            word = message.removeprefix(prefix).split()[0]
-            if not word.startswith("-"):
-                raise UsageError(f"{word!r}: belongs to no option; a list takes commas, such as 1,2,4")
-            known = [option for action in self._actions for option in action.option_strings]
-            message = f"{word}: unknown option{_close(word.split('=')[0], known, 'see --help')}"
-        raise UsageError(message.removeprefix("argument "))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     groups["bench"].add_argument(
         "--dry-run", action="store_true", help="check everything, print the partition plans and schedules, run nothing"
     )
-    defaults = _base_settings("small")
+    defaults = base_settings("small")
     ordered = [*reversed(GRID), *((section, name) for section in SECTIONS for name in SECTIONS[section].model_fields)]
     for section, name in dict.fromkeys(ordered):
         if section == "run" and name in ("model", "train"):
@@ -161,59 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         field = SECTIONS[section].model_fields[name]
         group = groups["grid" if (section, name) in GRID else section]
         default = defaults[section, name].value if (section, name) in defaults else field.default
-        _add_option(group, section, name, field, default)
-
-
-def _add_option(group: Any, section: str, name: str, field: FieldInfo, default: Any) -> None:
-    shown = ",".join(map(str, default)) if isinstance(default, tuple | list) else default
-    text = field.description or ""
-    if name == "chunks":
-        shown = "what the schedule has"
-    if name == "schedule":
-        text += f": {', '.join(GENERATORS)}"
-    if name == "dropout":
-        text += f"; native or native:X: by the framework's own masks, with X or {NATIVE_DROPOUT:g}"
-    if shown not in ("", None):
-        text += f" (default: {shown})"
-    options: dict[str, Any] = {"dest": f"{section}.{name}", "default": argparse.SUPPRESS, "help": text}
-    if field.annotation is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif name == "corpus":
-        options |= {"nargs": "+", "metavar": "FILE"}
-    else:
-        options["metavar"] = _metavar(section, name, field)
-    group.add_argument(_flag(name), **options)
-    if name in PLURALS:  # the singular works too
-        group.add_argument(f"--{name}", **options | {"help": argparse.SUPPRESS})
-
-
-def _flag(name: str) -> str:
-    return "--" + PLURALS.get(name, name).replace("_", "-")
-
-
-def _metavar(section: str, name: str, field: FieldInfo) -> str:
-    words = [word for part in _alternatives(field.annotation) for word in _words(part)]
-    text = "|".join(words) or {int: "N", float: "X"}.get(_alternatives(field.annotation)[0], "NAME")
-    if name == "partition":
-        text += "|B1,B2,.."
-    if name == "recompute":
-        text = recompute.WORDS
-    if name == "dropout":
-        text += "|native[:X]"
-    return f"{text},.." if (section, name) in GRID else text
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    """The members of a union; a plain type is its own only member."""
-    if get_origin(annotation) in (None, Literal, tuple):
-        return [annotation]
-    return [float if get_origin(part) not in (None, Literal, tuple) else part for part in get_args(annotation)]
-
-
-def _words(annotation: Any) -> list[str]:
-    if annotation is type(None):
-        return []
-    return [str(word) for word in get_args(annotation)] if get_origin(annotation) is Literal else []
+        add_option(group, section, name, field, default)
 
 
 # ------------------------------------------------------------------------------------------------- layers
@@ -225,126 +82,23 @@ def read_bench(arguments: argparse.Namespace) -> Bench:
     for dest, value in vars(arguments).items():
         section, _, name = dest.partition(".")
         if section in SECTIONS and name:
-            line[section, name] = Setting(value, _flag(name))
-    file = {} if arguments.config is None else _read_toml(Path(arguments.config))
+            line[section, name] = Setting(value, flag(name))
+    file = {} if arguments.config is None else read_toml(Path(arguments.config))
     preset = (file | line).get(("bench", "preset"), Setting("small", ""))
     if not isinstance(preset.value, str) or preset.value not in PRESETS:
-        raise UsageError(f"{preset.where} = {preset.value!r}: unknown{_close(str(preset.value), PRESETS)}")
-    base = _base_settings(preset.value)
-    file = _read_native_dropout(file, base)
-    given = file | _read_native_dropout(line, base | file)
+        raise UsageError(f"{preset.where} = {preset.value!r}: unknown{closest(str(preset.value), PRESETS)}")
+    base = base_settings(preset.value)
+    file = read_native_dropout(file, base)
+    given = file | read_native_dropout(line, base | file)
     settings = base | given
-    _adapt(settings, given)
-    options = BenchOptions(**_validated("bench", settings))
+    adapt(settings, given)
+    options = BenchOptions(**validated("bench", settings))
     points = _grid(settings)
     if options.peers:
         points = tuple(dict.fromkeys((*points, *_native_peers(points), *_plain_peers(points))))
     _check_bench(options, points, settings)
-    _check_corpora(points)
+    check_corpora(points)
     return Bench(options, points, bool(arguments.dry_run))
-
-
-def _base_settings(preset: str) -> Settings:
-    """What holds where the user says nothing: the preset, all frameworks, and two schedules to compare."""
-    settings: Settings = {
-        ("run", "framework"): Setting(list(FRAMEWORKS), "default"),
-        ("run", "schedule"): Setting(["gpipe", "1f1b"], "default"),
-    }
-    for section, values in PRESETS[preset].items():
-        for name, value in values.items():
-            settings[section, name] = Setting(value, f"preset {preset}, {name}")
-    return settings
-
-
-def _read_native_dropout(given: Settings, below: Settings) -> Settings:
-    """`dropout = native` or `native:0.2` as two settings; the probability may come from the layers below."""
-    key, masks = ("model", "dropout"), ("model", "dropout_masks")
-    setting = given.get(key)
-    word, _, number = str(setting.value).partition(":") if setting else ("", "", "")
-    if setting is None or word != "native":
-        return given
-    if masks in given and given[masks].value != "native":
-        raise UsageError(f"{setting.where} = {setting.value} and {given[masks].where} = {given[masks].value} disagree")
-    known = below[key].value if key in below else 0.0
-    probability = number if ":" in str(setting.value) else (known or NATIVE_DROPOUT)
-    return given | {key: Setting(probability, setting.where), masks: Setting("native", setting.where)}
-
-
-def _adapt(settings: Settings, given: Settings) -> None:
-    """Lets what the user did not give follow what they gave: the warm-up fits into the steps, the vocabulary is bytes."""
-    _adapt_to_drift(settings, given)
-    steps, warmup = settings.get(("train", "steps")), settings.get(("train", "warmup_steps"))
-    if steps and warmup and ("train", "warmup_steps") not in given:
-        # What is no number stays, for validation to say so.
-        shorter = min(warmup.value, int(steps.value)) if str(steps.value).isdigit() else warmup.value
-        settings["train", "warmup_steps"] = Setting(shorter, warmup.where)
-    if steps and ("bench", "untimed_steps") not in given and str(steps.value).isdigit():
-        fewer = max(1, min(BenchOptions().untimed_steps, int(steps.value) - 1))
-        settings["bench", "untimed_steps"] = Setting(fewer, "default")
-    _fit_batch(settings, given)
-    tokenizer = settings.get(("run", "tokenizer"), Setting("bytes", ""))
-    if tokenizer.value == "bytes" and ("model", "vocab_size") not in given:
-        settings["model", "vocab_size"] = Setting(256, "tokenizer bytes")
-
-
-def _adapt_to_drift(settings: Settings, given: Settings) -> None:
-    """A drift brings what it needs to show: dropout, a tied head, ragged sequences, a precision."""
-    setting = settings.get(("run", "drift"))
-    if setting is None or setting.value in (None, "none"):
-        return
-    names = [each.name for each in drift.DRIFTS]
-    if setting.value not in names:
-        raise UsageError(f"{setting.where} = {setting.value!r}: unknown{_close(str(setting.value), names)}")
-    habit = drift.by_name(setting.value)
-    needs = {("model", name): value for name, value in habit.model.items()}
-    needs |= {("train", name): value for name, value in habit.train.items()}
-    needs |= {("run", name): value for name, value in habit.run.items()}
-    needs[("train", "dtype")] = habit.dtype
-    for key, value in needs.items():
-        if key not in given:
-            settings[key] = Setting(value, f"drift {habit.name}, {key[1]}")
-    if ("run", "framework") not in given:
-        settings["run", "framework"] = Setting(list(habit.frameworks), f"drift {habit.name}, frameworks")
-
-
-def _fit_batch(settings: Settings, given: Settings) -> None:
-    """In a sweep the mini-batch grows until every number of micro-batches divides it, if the user did not give it."""
-    sweep, batch = settings.get(("bench", "sweep")), settings.get(("train", "batch_size"))
-    pieces = [str(word) for word in _listed(settings.get(("train", "micro_batches"), Setting([], "")).value)]
-    if not (sweep and sweep.value and batch) or ("train", "batch_size") in given:
-        return
-    if all(word.isdigit() and 0 < int(word) <= MAX_SWEPT_MICRO_BATCHES for word in pieces):
-        fitting = math.lcm(batch.value, *map(int, pieces))
-        settings["train", "batch_size"] = Setting(fitting, "--sweep, batch_size")
-
-
-def _read_toml(path: Path) -> Settings:
-    try:
-        content = tomllib.loads(read_text(path, MAX_TOML_BYTES))
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}; right would be a readable TOML file") from None
-    except (ValueError, RecursionError) as error:  # tomllib lets those of numbers and of nesting through
-        raise UsageError(f"{path}: not TOML: {error}") from None
-    settings: Settings = {}
-    top = {PLURALS.get(name, name): ("run", name) for name in RunConfig.model_fields if name not in ("model", "train")}
-    top |= {name: ("run", name) for name in PLURALS}
-    top |= {name: ("bench", name) for name in BenchOptions.model_fields}
-    for name, value in content.items():
-        if name in ("model", "train"):
-            if not isinstance(value, dict):
-                raise UsageError(f"{path}: {name} = {value!r}; right would be a table [{name}]")
-            for inner, inner_value in value.items():
-                if inner not in SECTIONS[name].model_fields:
-                    close = _close(inner, SECTIONS[name].model_fields)
-                    raise UsageError(f"{path}: [{name}] {inner}: unknown{close}")
-                settings[name, inner] = Setting(inner_value, f"{path}: [{name}] {inner}")
-        elif name in top:
-            settings[top[name]] = Setting(value, f"{path}: {name}")
-        else:
-            tables = [table for table in ("model", "train") if name in SECTIONS[table].model_fields]
-            hint = f"; right would be under [{tables[0]}]" if tables else _close(name, [*top, "model", "train"])
-            raise UsageError(f"{path}: {name}: unknown at the top level{hint}")
-    return settings
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -352,16 +106,16 @@ def _read_toml(path: Path) -> Settings:
 
 def _grid(settings: Settings) -> tuple[RunConfig, ...]:
     """Every combination of the listed values, each validated before anything runs."""
-    axes = [[(key, value) for value in _listed(settings[key].value)] for key in GRID if key in settings]
+    axes = [[(key, value) for value in listed(settings[key].value)] for key in GRID if key in settings]
     for axis in axes:
         if not axis:
-            key = next(key for key in GRID if key in settings and not _listed(settings[key].value))
+            key = next(key for key in GRID if key in settings and not listed(settings[key].value))
             raise UsageError(f"{settings[key].where}: an empty list; right would be with at least one value")
     points, errors = [], []
     for combination in itertools.product(*axes):
         chosen = settings | {key: Setting(value, settings[key].where) for key, value in combination}
         try:
-            points.append(_point(chosen))
+            points.append(make_run(chosen))
         except UsageError as error:
             errors.append(str(error))
     if errors:
@@ -412,130 +166,3 @@ def _check_bench(options: BenchOptions, points: Sequence[RunConfig], settings: S
     swept = {(point.stages, point.train.micro_batches) for point in points}
     if options.sweep and len(swept) < 2:
         raise UsageError("--sweep: one point only; right would be with a list, --micro-batches 1,2,4 or --stages 1,2,4")
-
-
-def _listed(value: Any) -> list[Any]:
-    if isinstance(value, str):
-        return list(dict.fromkeys(word.strip() for word in value.split(",")))
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _point(settings: Settings) -> RunConfig:
-    name = settings["run", "schedule"].value
-    if ("run", "chunks") not in settings:
-        settings["run", "chunks"] = Setting(default_chunks(str(name)), f"schedule {name}, chunks")
-    model = TransformerSpec(**_validated("model", settings))
-    train = TrainSpec(**_validated("train", settings))
-    config = RunConfig(**_validated("run", settings, model=model, train=train))
-    where = settings[("run", "schedule")].where
-    try:
-        schedule = make_schedule(config.schedule, config.stages, train.micro_batches, config.chunks)
-    except ScheduleError as error:
-        guess = difflib.get_close_matches(config.schedule, GENERATORS, 1)
-        hint = f"; did you mean {guess[0]}?" if guess and guess[0] != config.schedule else ""
-        raise UsageError(f"{where}: {' '.join(str(error).split())}{hint}") from None
-    violations = validate(schedule)
-    if violations:
-        raise UsageError(
-            f"{where} = {config.schedule}: breaks {len(violations)} rules, the first: {violations[0]}; "
-            f"`triptych validate FILE` lists them all"
-        )
-    if config.drift and config.framework not in drift.by_name(config.drift).frameworks:
-        raise UsageError(
-            f"{settings['run', 'drift'].where} = {config.drift}: {config.framework} has no such habit; right would be "
-            f"{_flag('framework')} {','.join(drift.by_name(config.drift).frameworks)}"
-        )
-    if config.executor == "native" and config.schedule not in NATIVE_SCHEDULES.get(config.framework, ()):
-        origin = settings[("run", "executor")].where
-        offered = "; ".join(f"{name} with {', '.join(schedules)}" for name, schedules in NATIVE_SCHEDULES.items())
-        raise UsageError(
-            f"{origin} = native: {config.framework} has no pipeline of its own with the schedule {config.schedule}; "
-            f"right would be {offered}"
-        )
-    return config
-
-
-def _validated(section: str, settings: Settings, **fixed: Any) -> dict[str, Any]:
-    """The section's values, checked. Raises UsageError with the first wrong one and its origin."""
-    model = SECTIONS[section]
-    values = {name: _from_text(model, name, setting.value) for (s, name), setting in settings.items() if s == section}
-    try:
-        return dict(model.model_validate(values | fixed))
-    except ValidationError as error:
-        item = error.errors()[0]
-        if not item["loc"]:  # a rule between fields; its message names them
-            raise UsageError(item["msg"].removeprefix("Value error, ")) from None
-        name = str(item["loc"][0])
-        where = settings[section, name].where
-        what = _wrong(model.model_fields[name], item)
-        raise UsageError(f"{where} = {_shown(values[name])}: {what}") from None
-
-
-def _from_text(model: type[BaseModel], name: str, value: Any) -> Any:
-    alternatives = _alternatives(model.model_fields[name].annotation)
-    if isinstance(value, str) and value.lower() == "none" and type(None) in alternatives:
-        return None
-    if isinstance(value, str) and name == "no_decay":
-        return tuple(word.strip() for word in value.split(",") if word.strip())
-    if isinstance(value, str) and name == "corpus":
-        return (value,)
-    return value
-
-
-def _wrong(field: FieldInfo, item: Any) -> str:
-    """What is wrong with a field's value, and what would be right."""
-    kind = str(item["type"])
-    if kind == "string_pattern_mismatch":  # only `recompute` has a pattern
-        return f"unknown; right would be {recompute.WORDS.replace('|', ', ')} with N at least 1"
-    if kind == "literal_error":
-        words = [word for part in _alternatives(field.annotation) for word in _words(part)]
-        return f"unknown{_close(str(item['input']), words)}"
-    if kind == "value_error":
-        return str(item["msg"]).removeprefix("Value error, ").partition("; ")[2] or str(item["msg"])
-    numbers = {int: "a whole number", float: "a number"}
-    number = next((numbers[part] for part in _alternatives(field.annotation) if part in numbers), None)
-    if number is None:
-        return str(item["msg"])
-    signs = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    bounds = [
-        f"{word} {getattr(limit, sign)}"
-        for limit in field.metadata
-        for sign, word in signs.items()
-        if hasattr(limit, sign)
-    ]
-    optional = " or none" if type(None) in _alternatives(field.annotation) else ""
-    return f"right would be {', '.join([number, ' and '.join(bounds)]) if bounds else number}{optional}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _close(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """`; right would be ...`: the closest known word, or all of them if they are few."""
-    names: Sequence[str] = list(known)
-    guesses = difflib.get_close_matches(word, names, 1)
-    if guesses:
-        others = [name for name in names if name != guesses[0]]
-        rest = f" (or {', '.join(others)})" if 0 < len(others) <= 6 else ""
-        return f"; right would be {guesses[0]}{rest}"
-    if otherwise:
-        return f"; {otherwise}"
-    return f"; right would be one of {', '.join(names)}"
-
-
-def _check_corpora(points: Sequence[RunConfig]) -> None:
-    """Reads every corpus once, so that a wrong path or a text that is too short is known before anything runs."""
-    distinct = {(c.corpus, c.tokenizer, c.model.vocab_size, c.model.context_length): c for c in points}
-    for config in distinct.values():
-        try:
-            corpus = load_corpus(config)
-        except CorpusError as error:
-            raise UsageError(f"--corpus: {error}") from None
-        largest = int(max(corpus.train.max(), corpus.held_out.max()))
-        if largest >= config.model.vocab_size:
-            raise UsageError(
-                f"vocab_size = {config.model.vocab_size}: the tokenizer {config.tokenizer!r} uses {largest + 1} tokens; "
-                f"right would be at least {largest + 1}"
-            )

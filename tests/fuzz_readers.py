@@ -35,7 +35,7 @@ from safetensors.numpy import save
 from common import config as configuration
 from common import snapshot
 from common.bounded import read_text
-from common.config import Parser, UsageError, add_options, read_bench
+from common.config import add_options, read_bench
 from common.dump import DumpError, read_dump, write_dump
 from common.parity import TensorKey
 from common.report.machine import this_machine
@@ -47,6 +47,7 @@ from common.schedule.generators import make_schedule
 from common.schedule.simulate import simulate
 from common.schedule.timetable import Timetable, read_table
 from common.schedule.validate import validate
+from common.settings import Parser, UsageError
 from common.snapshot import SnapshotError
 from common.spec import RunConfig, TrainSpec, TransformerSpec
 from common.weights import initial_weights
@@ -386,12 +387,12 @@ def bounded(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
 @contextlib.contextmanager
 def no_corpora() -> Iterator[None]:
     """Reading and tokenizing the text is most of a configuration's time and nothing of its file's."""
-    before = configuration._check_corpora
-    configuration._check_corpora = lambda points: None
+    before = configuration.check_corpora
+    configuration.check_corpora = lambda points: None
     try:
         yield
     finally:
-        configuration._check_corpora = before
+        configuration.check_corpora = before
 
 
 def try_one(reader: Reader, folder: Path, rng: Random) -> str:

@@ -17,10 +17,11 @@ import pytest
 
 from common import cli
 from common.bench import describe, run_name
-from common.config import Bench, Parser, UsageError, add_options, read_bench
+from common.config import Bench, add_options, read_bench
 from common.report.result import RunResult
 from common.runtime import oracle_worker
 from common.runtime.launch import Implementation
+from common.settings import Parser, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--preset", "tiny", "--steps", "3", "--schedules", "1f1b", "--repeats", "1"]

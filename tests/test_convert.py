@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from common import cli, snapshot
-from common.config import Parser
 from common.runtime.job import Generation, Job
 from common.runtime.launch import IMPLEMENTATIONS, run_jobs_in_child
 from common.runtime.oracle_worker import OracleEngine
+from common.settings import Parser
 from common.spec import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
 from common.verbs import convert
 from common.weights import random_arrays

@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from common import cli, snapshot
-from common.config import Parser
 from common.report.result import RunResult
 from common.runtime import launch
 from common.runtime.faults import Fault, FaultError
@@ -23,6 +22,7 @@ from common.runtime.launch import IMPLEMENTATIONS, Implementation
 from common.runtime.parent import PARENT
 from common.runtime.watch import Board, Place, Watch, explain
 from common.schedule.action import parse_action
+from common.settings import Parser
 from common.spec import FRAMEWORKS, RunConfig, TrainSpec
 from common.verbs import train
 

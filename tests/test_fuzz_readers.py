@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.config import UsageError
 from common.data import CorpusError, load_corpus
 from common.report.result import ResultError, RunResult
 from common.schedule.action import ScheduleError, parse_schedule
 from common.schedule.generators import make_schedule
 from common.schedule.timetable import read_table
+from common.settings import UsageError
 from common.snapshot import SnapshotError, load
 from common.spec import RunConfig
 from tests import fuzz_readers

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from common import cli, snapshot
-from common.config import Parser
 from common.data import IGNORED, load_corpus, load_tokenizer
 from common.runtime.inference import next_logits, padded_length, pick, uniform
 from common.runtime.job import Generation
 from common.runtime.launch import Implementation
 from common.runtime.oracle_worker import OracleEngine
+from common.settings import Parser
 from common.spec import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
 from common.verbs import inference
 from common.weights import initial_weights, random_arrays

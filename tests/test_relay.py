@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from common import cli
-from common.config import Parser
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
+from common.settings import Parser
 from common.spec import FRAMEWORKS
 from common.verbs import relay
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from common import cli, snapshot
-from common.config import Parser
 from common.report.result import RunResult
 from common.runtime import launch
 from common.runtime.launch import Implementation
+from common.settings import Parser
 from common.spec import FRAMEWORKS
 from common.verbs import train
 

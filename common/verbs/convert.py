@@ -13,10 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from common import snapshot
-from common.config import UsageError
 from common.exchange.child import ExchangeError
 from common.exchange.gpt2 import read_gpt2
 from common.runtime.launch import IMPLEMENTATIONS, PROJECT_ROOT, Implementation, last_error, why_missing
+from common.settings import UsageError
 from common.snapshot import SnapshotError
 from common.spec import TransformerSpec, explain
 from common.verbs.options import add_run_options, read_model, reporting

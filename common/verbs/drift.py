@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from common.config import UsageError
 from common.drift import DRIFTS
 from common.report.drift import print_zoo, write_page
 from common.report.machine import this_machine
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
+from common.settings import UsageError
 from common.spec import FRAMEWORKS
 from common.verbs.options import plain_console
 from common.zoo import Zoo, base_config, run_zoo

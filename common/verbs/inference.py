@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from common import snapshot
-from common.config import UsageError
 from common.data import load_tokenizer, read_tokenizer
 from common.runtime.inference import Evaluated, Generated
 from common.runtime.job import Generation, Job
@@ -27,6 +26,7 @@ from common.runtime.launch import (
     why_missing,
 )
 from common.schedule.generators import make_schedule
+from common.settings import UsageError
 from common.snapshot import Manifest
 from common.spec import RunConfig
 from common.verbs.options import add_run_options, only_vocabulary, plain_console, read_run, reporting

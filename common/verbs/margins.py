@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.config import UsageError
 from common.margins import Margins, measure
 from common.report.machine import this_machine
 from common.report.margins import explanation_in, page, print_margins
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
+from common.settings import UsageError
 from common.spec import FRAMEWORKS
 from common.verbs.drift import PROGRESS_STEPS, chosen
 from common.verbs.options import plain_console

@@ -15,13 +15,13 @@ from rich.tree import Tree
 from safetensors.numpy import load_file
 
 from common.bisect import Bisection, Finding, bisect
-from common.config import Parser, UsageError
 from common.dump import Dump, DumpError, read_dump, write_dump
 from common.parity import TensorKey
 from common.report.names import variant_of
 from common.report.result import ResultError, RunResult
 from common.runtime.job import Job
 from common.runtime.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_child, why_missing
+from common.settings import Parser, UsageError
 from common.spec import RunConfig
 from common.verbs.options import add_run_options, plain_console, read_run
 

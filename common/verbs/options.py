@@ -11,24 +11,24 @@ from typing import Any
 
 from rich.console import Console
 
-from common.config import (
+from common.data import CorpusError
+from common.settings import (
     PLURALS,
     SECTIONS,
     Key,
     Setting,
     Settings,
     UsageError,
-    _adapt,
-    _add_option,
-    _base_settings,
-    _check_corpora,
-    _close,
-    _point,
-    _read_native_dropout,
-    _read_toml,
-    _validated,
+    adapt,
+    add_option,
+    base_settings,
+    check_corpora,
+    closest,
+    make_run,
+    read_native_dropout,
+    read_toml,
+    validated,
 )
-from common.data import CorpusError
 from common.snapshot import Manifest, SnapshotError
 from common.spec import PRESETS, RunConfig, TransformerSpec
 
@@ -55,7 +55,7 @@ def add_run_options(
             "--preset", metavar="NAME", help=f"where to start from: {', '.join(PRESETS)} (default: {PRESET})"
         )
         parser.add_argument("--config", metavar="FILE.toml", help="settings in TOML; the command line goes before it")
-    shown = {key: setting.value for key, setting in _base_settings(PRESET).items()} | dict(defaults)
+    shown = {key: setting.value for key, setting in base_settings(PRESET).items()} | dict(defaults)
     for section in sections:
         fields = SECTIONS[section].model_fields
         names = [name for name in fields if name not in ("model", "train")]
@@ -65,7 +65,7 @@ def add_run_options(
         group = _OneValue(parser.add_argument_group(TITLES[section])) if names else None
         for name in names:
             default = fields[name].default if name in PLURALS else shown.get((section, name), fields[name].default)
-            _add_option(group, section, name, fields[name], default)
+            add_option(group, section, name, fields[name], default)
 
 
 class _OneValue:
@@ -97,15 +97,15 @@ def read_run(
     for key, setting in settings.items():
         if isinstance(setting.value, list) and key[0] != "model" and key[1] in ("framework", "schedule"):
             raise UsageError(f"{setting.where} = {','.join(setting.value)}: this takes one")
-    config = _point(settings)
+    config = make_run(settings)
     if not only_vocabulary(saved):
-        _check_corpora([config])
+        check_corpora([config])
     return config
 
 
 def read_model(arguments: argparse.Namespace) -> TransformerSpec:
     """The model alone, of any vocabulary. Raises UsageError."""
-    return TransformerSpec(**_validated("model", _layers(arguments, None, {})))
+    return TransformerSpec(**validated("model", _layers(arguments, None, {})))
 
 
 def _layers(arguments: argparse.Namespace, saved: Manifest | None, defaults: Mapping[Key, Any]) -> Settings:
@@ -115,11 +115,11 @@ def _layers(arguments: argparse.Namespace, saved: Manifest | None, defaults: Map
         if section in TITLES and name:
             line[section, name] = Setting(value, f"--{name.replace('_', '-')}")
     path = getattr(arguments, "config", None)
-    file = _read_toml(Path(path)) if path else {}
+    file = read_toml(Path(path)) if path else {}
     preset = getattr(arguments, "preset", None)
     if preset is not None and preset not in PRESETS:
-        raise UsageError(f"--preset = {preset!r}: unknown{_close(preset, PRESETS)}")
-    base = _base_settings(preset or PRESET) | {
+        raise UsageError(f"--preset = {preset!r}: unknown{closest(preset, PRESETS)}")
+    base = base_settings(preset or PRESET) | {
         ("run", "framework"): Setting("torch", "default"),
         ("run", "schedule"): Setting("1f1b", "default"),
     }
@@ -127,10 +127,10 @@ def _layers(arguments: argparse.Namespace, saved: Manifest | None, defaults: Map
         base |= {key: Setting(value, "default") for key, value in defaults.items()}
     if saved is not None and preset is None:
         base |= _saved_settings(saved)
-    file = _read_native_dropout(file, base)
-    given = file | _read_native_dropout(line, base | file)
+    file = read_native_dropout(file, base)
+    given = file | read_native_dropout(line, base | file)
     settings = base | given
-    _adapt(settings, given)
+    adapt(settings, given)
     return settings
 
 

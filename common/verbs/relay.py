@@ -16,7 +16,6 @@ from rich.table import Table
 
 from common import snapshot
 from common.bench import make_folder
-from common.config import Key, UsageError
 from common.report import relay as report
 from common.report.compare import oracle_config
 from common.report.machine import git_commit, this_machine
@@ -26,6 +25,7 @@ from common.runtime.launch import IMPLEMENTATIONS, ORACLE_MODULE, Implementation
 from common.runtime.restarts import Trained, Training
 from common.schedule.action import ScheduleError
 from common.schedule.generators import default_chunks, make_schedule
+from common.settings import Key, UsageError
 from common.spec import FRAMEWORKS, RunConfig, explain
 from common.verbs.options import PLACEMENT, add_run_options, plain_console, read_run, reporting
 from common.verbs.train import drop_tensors, run_training

@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
-from common.config import UsageError
 from common.report import tables
 from common.report.collect import Collection, collect
 from common.report.compare_runs import compare_collections, print_comparison
 from common.report.facts import parity_verdict
 from common.report.publish import publish
 from common.report.result import ResultError
+from common.settings import UsageError
 
 EXIT_OK, EXIT_SLOWER = 0, 1
 PLAIN_WIDTH = 200

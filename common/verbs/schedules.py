@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from common.bounded import read_text
-from common.config import UsageError
 from common.schedule.action import Op, Schedule, ScheduleError, format_schedule
 from common.schedule.draw import draw_color, draw_text
 from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_schedule
@@ -24,6 +23,7 @@ from common.schedule.simulate import Costs, Simulation, WrapAround, per_stage, s
 from common.schedule.table import OP_CODE, tabulate
 from common.schedule.timetable import Timetable, read_table
 from common.schedule.validate import validate, validate_timetable
+from common.settings import UsageError
 
 EXIT_VIOLATIONS = 1
 PLAIN_WIDTH = 200

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from common import snapshot
 from common.bench import describe, make_folder, run_name
-from common.config import UsageError
 from common.report.machine import git_commit, this_machine
 from common.report.progress import ProgressView, progress_view
 from common.report.result import Parity, RunResult, Step, measured
@@ -21,6 +20,7 @@ from common.runtime import restarts
 from common.runtime.faults import KINDS, Fault, FaultError
 from common.runtime.launch import IMPLEMENTATIONS, Implementation, Outcome, stop_on_signals, why_missing
 from common.runtime.restarts import Trained, Training
+from common.settings import UsageError
 from common.snapshot import Manifest
 from common.spec import RunConfig
 from common.verbs.options import add_run_options, plain_console, read_run, reporting
