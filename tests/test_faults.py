@@ -127,7 +127,7 @@ def test_a_signal_given_twice_while_a_save_hangs(tmp_path: Path, number: int) ->
     children = psutil.Process(parent.pid).children(recursive=True)
     assert children
     parent.send_signal(number)
-    time.sleep(0.05)
+    time.sleep(0.01)
     parent.send_signal(number)
     output, _ = parent.communicate(timeout=30)
     assert parent.returncode == 130, output

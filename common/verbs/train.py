@@ -142,13 +142,13 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
             hang_seconds=arguments.hang_timeout,
             faults=tuple(arguments.fault),
         )
-        with stop_on_signals() as stopped:  # to the end of the result, so that a second signal does not cut it off
+        with stop_on_signals() as stopped:  # to the end, so that a second signal does not cut the result off
             with progress_view(console, 1) as view:
                 trained = run_training(training, view, stopped)
             result = result_of(trained, training, arguments.command)
             result.write(folder / name / "result.json")
             drop_tensors(training.folder)
-        _show(result, trained, training, console)
+            _show(result, trained, training, console)
     if trained.interrupted:
         return EXIT_INTERRUPTED
     return EXIT_OK if result.status == "ok" else EXIT_FAILED
