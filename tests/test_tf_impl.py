@@ -86,6 +86,18 @@ def test_predictions_are_the_oracles_and_shapes_are_traced_once(found: Any) -> N
     assert found["predictions"]["traces"] == [2, 2]
 
 
+def test_recomputation_changes_no_bit_and_holds_the_inputs_alone(found: Any) -> None:
+    seen = found["recomputation"]
+    assert len(seen["same"]) == 50
+    assert all(seen["same"].values()), seen["same"]
+    held, activation = seen["held"], seen["activation_bytes"]
+    assert held["full"] == {"0": 0, "1": activation}  # the first stage's input is the mini-batch itself
+    assert held["every-1"] == {"0": 2 * activation, "1": 2 * activation}
+    assert held["except-last"]["1"] == held["none"]["1"] > 10 * activation
+    assert held["except-last"]["0"] == held["none"]["0"] / 2  # one of the two in flight
+    assert "right would be recompute='none'" in seen["refused"]
+
+
 @pytest.mark.parametrize(
     ("case", "kind", "text"),
     [

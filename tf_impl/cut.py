@@ -19,6 +19,10 @@ Three kinds of operations need care:
 - A token has no gradient, so the first stage's B aims at the output of its first unit; otherwise
   everything would count as W, and the stage would have no B to speak of.
 
+Recomputation (Chen et al. 2016; GPipe, Huang et al. 2019, section 2.3) asks nothing new of the cut: the trace has
+the forward twice, and only the second one is differentiated. It is no ancestor of y, so it falls to B, and all that
+crosses from F to B is what it starts from. (`tf.recompute_grad` does the same, but out of sight of a B that aims into it.)
+
 The idea of splitting the backward is the Zero Bubble paper's (Qi et al. 2024, section 2).
 """
 
@@ -51,7 +55,10 @@ class StageFunctions:
     saved_for_input: tuple[int, ...]
     saved_for_weight: tuple[int, ...]
     saved_bytes: int
-    """Memory of one micro-batch between F and B. Tensors may share buffers, so it is an upper bound."""
+    """Memory of one micro-batch between F and B, without the mini-batch itself. Tensors may share buffers, so it is an
+    upper bound."""
+    waiting_bytes: int
+    """The same between B and W."""
 
     def on_calling_thread(self) -> StageFunctions:
         """The same functions, each run by the thread that calls it."""
@@ -97,25 +104,36 @@ class Trace:
     weight_gradients: list[tf.Tensor]  # dw
 
 
+Piece = Callable[..., tuple[tf.Tensor, list[tf.Tensor]]]
+"""(h, *extra) -> the piece's output, and what to report along with it."""
+
+
 def cut_stage(
     first: Callable[..., tf.Tensor] | None,
-    rest: Callable[..., tuple[tf.Tensor, list[tf.Tensor]]],
+    rest: Sequence[Piece],
     variables: Sequence[tf.Variable],
     accumulators: Sequence[tf.Variable],
     signature: Sequence[tf.TensorSpec],
     device: str,
     is_last: bool,
+    recomputed: bool = False,
 ) -> StageFunctions:
     """Traces a stage and cuts it.
 
-    `first(x, *extra)` is the first stage's first unit, None on all others; `rest(h, *extra)` gives the output and
-    a list of tensors to report along with it. `signature` describes (x, *extra), with static shapes. The
+    `first(x, *extra)` is the first stage's first unit, None on all others; `rest` are the other units, in pieces that
+    B computes again, one after another, where `recomputed`. `signature` describes (x, *extra), with static shapes. The
     weight gradients are added to `accumulators`. Must run in the replica context of the stage's strategy.
-    Raises ValueError if the output does not depend differentiably on the stage's input.
+    Raises ValueError if the output does not depend differentiably on the stage's input, and for layers that cannot run
+    twice.
     """
     with tf.device(device):
-        trace, accumulators = trace_stage(first, rest, variables, accumulators, signature, is_last)
+        trace, accumulators = trace_stage(first, rest, variables, accumulators, signature, is_last, recomputed)
     scissors = Scissors(trace)
+    if recomputed and scissors.side_effects:
+        raise ValueError(
+            "a layer changes its own state (as the seed of a Keras Dropout), and a second forward would do so again; "
+            "right would be recompute='none'"
+        )
     f, b, w = scissors.forward, scissors.backward_input, scissors.backward_weight
     dy, dx = trace.output_gradient, [] if first is not None else [trace.input_gradient]
     dw = trace.weight_gradients
@@ -124,6 +142,7 @@ def cut_stage(
     handed_on = scissors.crossing(w, b, dw)
     saved = unique([*for_input, *for_weight])
     place = {tensor.ref(): i for i, tensor in enumerate(saved)}
+    of_batch = trace.inputs if first is not None else trace.inputs[1:]
     forward_results = [trace.output, *trace.reported, *saved]
     with tf.device(device):
         return StageFunctions(
@@ -137,33 +156,62 @@ def cut_stage(
             num_reported=len(trace.reported),
             saved_for_input=tuple(place[tensor.ref()] for tensor in for_input),
             saved_for_weight=tuple(place[tensor.ref()] for tensor in for_weight),
-            saved_bytes=sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in saved),
+            saved_bytes=memory_bytes(saved, of_batch),
+            waiting_bytes=memory_bytes([*for_weight, *handed_on], of_batch),
         )
 
 
 def trace_stage(
     first: Callable[..., tf.Tensor] | None,
-    rest: Callable[..., tuple[tf.Tensor, list[tf.Tensor]]],
+    rest: Sequence[Piece],
     variables: Sequence[tf.Variable],
     accumulators: Sequence[tf.Variable],
     signature: Sequence[tf.TensorSpec],
     is_last: bool,
+    recomputed: bool = False,
 ) -> tuple[Trace, list[tf.Variable]]:
     """One graph with a stage's forward and backward, and the accumulators of the weights that have a gradient."""
     parts: dict[str, Any] = {}
 
     @tf.function(input_signature=signature, autograph=False)
     def forward_and_backward(x: tf.Tensor, *extra: tf.Tensor) -> None:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(variables)
-            h = x if first is None else first(x, *extra)
-            tape.watch(h)
-            y, reported = rest(h, *extra)
+        def recorded(h: tf.Tensor, pieces: Sequence[Piece], unit: Callable[..., tf.Tensor] | None) -> Any:
+            """Runs `unit`, then `pieces`, on a tape: the tape, what the pieces start from, their output and reports."""
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(variables)
+                start = h if unit is None else unit(h, *extra)
+                tape.watch(start)
+                y, reported = start, []
+                for piece in pieces:
+                    y, reported = piece(y, *extra)
+            return tape, start, y, reported
+
+        def differentiated(tape: tf.GradientTape, start: tf.Tensor, y: tf.Tensor, dy: tf.Tensor | None) -> Any:
+            dx, *dw = tape.gradient(y, [start, *variables], output_gradients=dy)
+            if dx is None:
+                raise ValueError("the output of a stage does not depend differentiably on its input")
+            return dx, dw
+
+        if not recomputed:
+            tape, start, y, reported = recorded(x, rest, first)
+        else:
+            starts, y, reported = [], x, []
+            for k, piece in enumerate(rest):
+                starts.append(y)
+                y = first(y, *extra) if k == 0 and first is not None else y
+                y, reported = piece(y, *extra)
         # Nothing runs this graph, so the gradient of the output can be a placeholder that B gets as its argument.
         dy = None if is_last else tf.compat.v1.placeholder(y.dtype, y.shape)
-        dx, *dw = tape.gradient(y, [h, *variables], output_gradients=dy)
-        if dx is None:
-            raise ValueError("the output of a stage does not depend differentiably on its input")
+        if not recomputed:
+            dx, dw = differentiated(tape, start, y, dy)
+        else:
+            dx, dw = dy, [None] * len(variables)
+            for k, piece in reversed(list(enumerate(rest))):
+                # A piece waits for the one behind it, or the activations of all would be there at once.
+                with tf.control_dependencies([] if dx is None else [dx]):
+                    tape, start, again, _ = recorded(starts[k], [piece], first if k == 0 else None)
+                dx, more = differentiated(tape, start, again, dx)
+                dw = [new if old is None else old for old, new in zip(dw, more, strict=True)]
         pairs = [(variable, g) for variable, g in zip(accumulators, dw, strict=True) if g is not None]
         parts.update(
             inputs=[x, *extra],
@@ -190,7 +238,7 @@ class Scissors:
         self.graph_def = trace.graph.as_graph_def()
         self.nodes = {node.name: node for node in self.graph_def.node}
         self.captured = {inner.name: outer for outer, inner in trace.graph.captures}
-        self.side_effects = list(trace.graph.control_outputs)
+        self.side_effects = [op for op in trace.graph.control_outputs if op.type not in REPEATED]
         self.dependent = self._dependent_on_data()
         self.forward = ancestors([t.op for t in (trace.output, *trace.reported)] + self.side_effects)
         self.forward |= {t.op for t in trace.inputs}
@@ -273,6 +321,12 @@ def ancestors(operations: Iterable[tf.Operation], given: Iterable[Any] = ()) -> 
             found.add(op)
             waiting += [t.op for t in op.inputs if t.ref() not in given]
     return found
+
+
+def memory_bytes(tensors: Iterable[tf.Tensor], not_counted: Iterable[tf.Tensor] = ()) -> int:
+    """The sizes of `tensors` without those that are `not_counted`."""
+    left_out = {t.ref() for t in not_counted}
+    return sum(t.shape.num_elements() * t.dtype.size for t in tensors if t.ref() not in left_out)
 
 
 def unique(tensors: Iterable[tf.Tensor]) -> list[tf.Tensor]:

@@ -53,6 +53,7 @@ class TensorFlowEngine:
             train.micro_batches,
             make_schedule(config.schedule, config.stages, train.micro_batches, config.chunks),
             partition=plan.boundaries[1:-1],
+            recompute=config.recompute,
             device=config.device,
             dtype=train.dtype,
             seed=train.seed,

@@ -27,6 +27,7 @@ from common.reference import clip_scale, global_norm
 from common.runtime.executor import Event, run_stage, unwatched
 from common.schedule.action import Action, Schedule
 from common.schedule.generators import make_schedule
+from common.schedule.recompute import WORDS, is_known, recomputes
 from common.spec import TransformerSpec
 from common.weights import unit_names
 from tf_impl import devices
@@ -51,8 +52,9 @@ class GPipeModel(keras.Model):
     """A row of Keras layers, or the Transformer of a `TransformerSpec`, cut over several devices.
 
     `partition` gives the first layer of every virtual stage after the first; "even" spreads the layers evenly.
-    `schedule` is a name (gpipe, 1f1b, ...), `file:PATH`, or a `Schedule`. `dtype` and `seed` (of the dropout masks) are
-    the Transformer's; ordinary layers have their own. One logical device per stage must exist
+    `schedule` is a name (gpipe, 1f1b, ...), `file:PATH`, or a `Schedule`. `recompute`: what the backward
+    computes again instead of holding it (`common.schedule.recompute`; GPipe's choice is "full"). `dtype` and `seed` (of
+    the dropout masks) are the Transformer's; ordinary layers have their own. One logical device per stage must exist
     (`tf_impl.devices.configure`).
 
     Raises ValueError for more stages than layers, a partition that does not fit, missing devices, a layer that already has
@@ -68,6 +70,7 @@ class GPipeModel(keras.Model):
         *,
         num_chunks: int = 1,
         partition: str | Sequence[int] = "even",
+        recompute: str = "none",
         device: str = "auto",
         dtype: str = "float32",
         seed: int = 0,
@@ -84,6 +87,9 @@ class GPipeModel(keras.Model):
         if isinstance(schedule, str):
             schedule = make_schedule(schedule, num_stages, num_micro_batches, num_chunks)
         self.schedule = schedule
+        if not is_known(recompute):
+            raise ValueError(f"recompute {recompute!r}; right would be one of {WORDS}")
+        self.recompute = recompute
         edges = _edges(self.spec, len(self.units), schedule.num_virtual_stages, partition)
         names = devices.stage_devices(num_stages, device)
         strategies = devices.stage_strategies(names)
@@ -97,7 +103,7 @@ class GPipeModel(keras.Model):
             for k in range(schedule.num_virtual_stages)
         ]
         self.stages = [
-            Stage([self.chunks[schedule.virtual_stage(d, c)] for c in range(schedule.num_chunks)])
+            Stage([self.chunks[schedule.virtual_stage(d, c)] for c in range(schedule.num_chunks)], self._recomputes)
             for d in range(num_stages)
         ]
         self.stage_devices = names
@@ -395,11 +401,24 @@ class GPipeModel(keras.Model):
             for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
                 extra = [*(specs[1:] if chunk.is_last else []), *context]
                 work = functools.partial(chunk.trace, [signature, *extra], loss, self._reports and chunk.is_last)
-                traced.append(self.on_stage(d, work))
-                signature = traced[-1].output
+                traced.append(
+                    {
+                        again: self.on_stage(d, functools.partial(work, self._recomputed_layers if again else None))
+                        for again in {self._recomputes(i) for i in range(m)}
+                    }
+                )
+                signature = next(iter(traced[-1].values())).output
             self._traced[key] = traced
         for chunk, functions in zip(self.chunks, self._traced[key], strict=True):
             chunk.functions = functions
+
+    def _recomputes(self, micro_batch: int) -> bool:
+        return recomputes(self.recompute, micro_batch, self.schedule.num_micro_batches)
+
+    @property
+    def _recomputed_layers(self) -> int:
+        """In a piece; 0 for the whole chunk."""
+        return int(self.recompute.removeprefix("every-")) if self.recompute.startswith("every-") else 0
 
     @property
     def _has_dropout(self) -> bool:

@@ -2,12 +2,14 @@
 
 A stage calls the functions that `cut` made of its graph. Between the calls it holds what they pass on:
 
-    forward(i)          saved tensors of micro-batch i          dropped by backward or backward_input
+    forward(i)          saved tensors of micro-batch i; what    dropped by backward or backward_input
+                        pieces start from, where B recomputes
     backward_input(i)   what W needs of them, and of B          dropped by backward_weight
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 
@@ -40,7 +42,8 @@ class Chunk:
         self.device: str = strategy.extended.worker_devices[0]
         self.variables: list[keras.Variable] = []
         self.gradients: list[tf.Variable] = []
-        self.functions: StageFunctions
+        self.functions: dict[bool, StageFunctions]
+        """By whether B computes the forward again."""
         self.only_own_device = True
         """Whether all variables lie here. The seed of a Keras Dropout does not: it is made along with the layer."""
         self.evaluate = tf.function(self._evaluate, autograph=False)
@@ -59,29 +62,41 @@ class Chunk:
             self.gradients = [tf.Variable(zero, trainable=False, name="gradient") for zero in zeros]
         return x
 
-    def trace(self, signature: Sequence[tf.TensorSpec], loss: SummedLoss, reports: bool) -> StageFunctions:
-        """The chunk's functions for (x, *labels, *dropout context). `reports`: the last one also gives its prediction."""
-        first, rest = (self.layers[0], self.layers[1:]) if self.is_first else (None, self.layers)
+    def trace(
+        self, signature: Sequence[tf.TensorSpec], loss: SummedLoss, reports: bool, recomputed: int | None = None
+    ) -> StageFunctions:
+        """The chunk's functions for (x, *labels, *dropout context). `reports`: the last one also gives its prediction.
+
+        `recomputed`: layers in each piece that B computes again, 0 for all of them, None for no recomputation.
+        """
+        first = self.layers[0] if self.is_first else None
+        size = recomputed or len(self.layers)
+        pieces = [self.layers[i : i + size] for i in range(0, len(self.layers), size)]
 
         def run_first(x: tf.Tensor, *extra: tf.Tensor) -> tf.Tensor:
             return apply_layer(first, x, self._split(extra)[1], training=True)
 
-        def run_rest(x: tf.Tensor, *extra: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        def run_piece(
+            piece: Sequence[keras.layers.Layer], x: tf.Tensor, *extra: tf.Tensor
+        ) -> tuple[tf.Tensor, list[tf.Tensor]]:
             labels, context = self._split(extra)
-            for layer in rest:
-                x = apply_layer(layer, x, context, training=True)
-            return (loss(x, *labels), [x] if reports else []) if self.is_last else (x, [])
+            for layer in piece:
+                if layer is not first:
+                    x = apply_layer(layer, x, context, training=True)
+            has_loss = self.is_last and piece is pieces[-1]
+            return (loss(x, *labels), [x] if reports else []) if has_loss else (x, [])
 
         def cut() -> StageFunctions:
             variables = [self.local(variable) for variable in self.variables]
             return cut_stage(
                 run_first if self.is_first else None,
-                run_rest,
+                [functools.partial(run_piece, piece) for piece in pieces],
                 variables,
                 self.gradients,
                 signature,
                 self.device,
                 self.is_last,
+                recomputed is not None,
             )
 
         with self.strategy.scope():
@@ -118,9 +133,11 @@ class Chunk:
 class Stage:
     """The chunks of one device, as `common.runtime.executor.run_stage` drives them."""
 
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, chunks: Sequence[Chunk], recomputes: Callable[[int], bool]) -> None:
+        """`recomputes(micro_batch)`: whether its B computes its forward again."""
         self.chunks = chunks
-        self.held = HeldActivations(len(chunks))
+        self.held = HeldActivations(len(chunks), recomputes)
+        self._recomputes = recomputes
         self.begin([], [], [])
 
     def begin(
@@ -137,17 +154,16 @@ class Stage:
         self.predictions: dict[int, tf.Tensor] = {}
 
     def forward(self, micro_batch: int, chunk: int, x: tf.Tensor | None) -> tf.Tensor | None:
-        part = self.chunks[chunk]
+        part, functions = self.chunks[chunk], self._functions(micro_batch, chunk)
         arguments = [self._inputs[micro_batch] if x is None else x]
         if part.is_last:
             arguments += self._labels[micro_batch]
         if self._contexts:
             arguments += self._contexts[micro_batch]
-        y, *results = part.functions.forward(*arguments)
-        reported = part.functions.num_reported
+        y, *results = functions.forward(*arguments)
+        reported = functions.num_reported
         self._saved[micro_batch, chunk] = results[reported:]
-        if not self.held.forward_bytes[chunk]:
-            self.held.forward_bytes[chunk] = memory_bytes(results[reported:])
+        self.held.bytes_of(micro_batch)[chunk] = functions.saved_bytes
         self.held.note(self._saved, self._waiting)
         if not part.is_last:
             return y
@@ -158,23 +174,25 @@ class Stage:
 
     def backward(self, micro_batch: int, chunk: int, gradient: tf.Tensor | None) -> tf.Tensor | None:
         saved = self._saved.pop((micro_batch, chunk))
-        found = self.chunks[chunk].functions.backward(*_given(gradient), *saved)
+        found = self._functions(micro_batch, chunk).backward(*_given(gradient), *saved)
         return found[0] if found else None
 
     def backward_input(self, micro_batch: int, chunk: int, gradient: tf.Tensor | None) -> tf.Tensor | None:
         part, saved = self.chunks[chunk], self._saved.pop((micro_batch, chunk))
-        functions = part.functions
+        functions = self._functions(micro_batch, chunk)
         found = functions.backward_input(*_given(gradient), *(saved[i] for i in functions.saved_for_input))
         if not part.is_first:
             input_gradient, *found = found
-        self._waiting[micro_batch, chunk] = waiting = [*(saved[i] for i in functions.saved_for_weight), *found]
-        if not self.held.waiting_bytes[chunk]:
-            self.held.waiting_bytes[chunk] = memory_bytes(waiting)
+        self._waiting[micro_batch, chunk] = [*(saved[i] for i in functions.saved_for_weight), *found]
+        self.held.waiting_bytes[chunk] = functions.waiting_bytes
         self.held.note(self._saved, self._waiting)
         return None if part.is_first else input_gradient
 
     def backward_weight(self, micro_batch: int, chunk: int) -> None:
-        self.chunks[chunk].functions.backward_weight(*self._waiting.pop((micro_batch, chunk)))
+        self._functions(micro_batch, chunk).backward_weight(*self._waiting.pop((micro_batch, chunk)))
+
+    def _functions(self, micro_batch: int, chunk: int) -> StageFunctions:
+        return self.chunks[chunk].functions[self._recomputes(micro_batch)]
 
 
 class ForwardOnly:
@@ -193,11 +211,6 @@ class ForwardOnly:
             return y
         self.predictions[micro_batch] = y
         return None
-
-
-def memory_bytes(tensors: Sequence[tf.Tensor]) -> int:
-    """Their sizes in memory. Some may share it (a reshape, for one), so it is an upper bound."""
-    return sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in tensors)
 
 
 def _given(gradient: tf.Tensor | None) -> tuple[tf.Tensor, ...]:

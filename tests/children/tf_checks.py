@@ -145,7 +145,7 @@ def repeated_operations() -> set[str]:
     def rest(h: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
         return dense[2](dense[1](h)), []
 
-    trace, _ = trace_stage(dense[0], rest, variables, sums, [tf.TensorSpec((4, 5))], False)
+    trace, _ = trace_stage(dense[0], [rest], variables, sums, [tf.TensorSpec((4, 5))], False)
     scissors = Scissors(trace)
     parts = []
     dy, f, b = trace.output_gradient, scissors.forward, scissors.backward_input
@@ -335,6 +335,40 @@ def predictions() -> dict[str, Any]:
     return {"worst": max(found), "traces": traces}
 
 
+RECOMPUTED: tuple[Any, ...] = (
+    (1, "gpipe", {}),
+    (2, "1f1b", {"partition": (1,)}),  # the embedding alone on a stage
+    (3, "zb-h1", {}),
+    (2, "interleaved", {"chunks": 2}),
+    (2, "zb-v", {"chunks": 2}),
+)
+
+
+def recomputation() -> dict[str, Any]:
+    """Whether every kind gives the bits of none for every schedule, and what 1f1b then holds."""
+    same, held = {}, {}
+    for dropout, masks in ((0.0, "shared"), (0.1, "shared"), (0.1, "native")):
+        options = {"dropout": dropout, "dropout_masks": masks, "tied_head": True}
+        engine, batches = make(1, **options)
+        expected = train(engine, batches, 2)
+        engine.close()
+        for kind in ("full", "every-1") if masks == "native" else ("full", "except-last", "every-1", "every-2"):
+            for stages, schedule, run in RECOMPUTED:
+                engine, batches = make(stages, schedule, run=run | {"recompute": kind}, **options)
+                same[f"{kind} {schedule} {dropout} {masks}"] = same_bits(expected, train(engine, batches, 2))
+                engine.close()
+    for kind in ("none", "full", "except-last", "every-1"):
+        engine, batches = make(2, run={"recompute": kind})
+        engine.forward_backward(batches(0))
+        held[kind] = engine.held_bytes_peak()
+        engine.close()
+    seeded = [keras.layers.Dense(8), keras.layers.Dropout(0.5), keras.layers.Dense(CLASSES)]
+    model = compiled(GPipeModel(seeded, 1, 2, recompute="full"))
+    x, y = np.ones((4, FEATURES), np.float32), np.zeros(4, np.int64)
+    refused = message(lambda: model.forward_backward(x, y))
+    return {"same": same, "held": held, "activation_bytes": 2 * 16 * 32 * 4, "refused": refused}
+
+
 def message(work: Callable[[], Any]) -> str:
     try:
         work()
@@ -384,6 +418,7 @@ def main() -> None:
         "resume": resume,
         "units_alone": units_alone,
         "predictions": predictions,
+        "recomputation": recomputation,
         "environment": devices.environment,
     }
     chosen = sys.argv[1:] or list(checks)
