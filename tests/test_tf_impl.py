@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from common.drift import DRIFTS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -96,6 +98,27 @@ def test_recomputation_changes_no_bit_and_holds_the_inputs_alone(found: Any) -> 
     assert held["except-last"]["1"] == held["none"]["1"] > 10 * activation
     assert held["except-last"]["0"] == held["none"]["0"] / 2  # one of the two in flight
     assert "right would be recompute='none'" in seen["refused"]
+
+
+def test_native_dropout_is_seeded_by_step_site_and_micro_batch(found: Any) -> None:
+    seen = found["native"]
+    assert seen["same"]
+    assert seen["evaluations"] == 1
+    assert abs(seen["kept"] - 0.7) < 0.01
+    assert abs(seen["mean"] - 1) < 0.02
+    assert seen["masks"] == 4
+    assert seen["differs_from_shared"]
+
+
+def test_every_habit_is_caught_where_it_is_known_for_and_leaves_nothing_behind(found: Any) -> None:
+    seen = found["habits"]
+    assert seen["status"] == 0
+    assert set(seen["first"].values()) == {"as expected"}, seen["first"]
+    assert set(seen["habits"]) == {row.name for row in DRIFTS if "tensorflow" in row.frameworks}
+    unknown, plain, onednn = seen["messages"]
+    assert "drift = coupled-decay; right for tensorflow would be one of tanh-gelu" in unknown
+    assert "right would be table" in plain
+    assert "configure(onednn=True)" in onednn
 
 
 @pytest.mark.parametrize(

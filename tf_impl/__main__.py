@@ -22,8 +22,12 @@ def main(arguments: list[str]) -> int:
         largest = max((job.config for job in jobs.jobs), key=lambda config: config.stages)
         if len({job.config.track for job in jobs.jobs}) > 1:
             raise ValueError("the jobs of one file share track; right would be one file for each")
-        configure(largest.stages, largest.threads, largest.device, largest.track)
-        from tf_impl.engine import build_engine  # after `configure`, since it imports TensorFlow
+        if len({job.config.drift == "onednn" for job in jobs.jobs}) > 1:
+            raise ValueError("drift = onednn is for a whole process; right would be a file of jobs that all have it")
+        onednn = largest.drift == "onednn"
+        configure(largest.stages, largest.threads, largest.device, largest.track, onednn)
+        from tf_impl.drift import switch  # after `configure`, since both import TensorFlow
+        from tf_impl.engine import build_engine
     except OSError as error:
         return _refuse(f"{arguments[0]}: {error.strerror}; right would be a readable file of jobs")
     except ValidationError as error:
@@ -32,7 +36,7 @@ def main(arguments: list[str]) -> int:
         return _refuse(f"TensorFlow cannot be imported ({error}); right would be: pip install 'triptych[cpu]'")
     except ValueError as error:
         return _refuse(str(error))
-    return run_jobs(jobs, build_engine)
+    return run_jobs(jobs, build_engine, switch=switch)
 
 
 def _refuse(line: str) -> int:

@@ -17,16 +17,19 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
-def configure(stages: int, threads: int | None = None, device: str = "auto", track: str = "matched") -> None:
+def configure(
+    stages: int, threads: int | None = None, device: str = "auto", track: str = "matched", onednn: bool = False
+) -> None:
     """Makes one logical device per stage, with `threads // stages` CPU threads each (default: all cores, shared evenly).
 
     For parity oneDNN and TF32 are off, and so are the graph rewrites of Grappler: they merge operations across units
     (additions of the residual stream, for one), so that bits would depend on where the model is cut. On the track "best"
-    oneDNN is on. (Differs: PyTorch and Paddle choose the track per engine, TensorFlow per process.)
+    oneDNN is on, and so it is where it is asked for. (Differs: PyTorch and Paddle choose the track per engine, TensorFlow
+    per process.)
 
     Raises ValueError if `device` is "cuda" and TensorFlow sees no GPU.
     """
-    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1" if track == "best" else "0"
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1" if onednn or track == "best" else "0"
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf

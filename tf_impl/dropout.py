@@ -1,4 +1,4 @@
-"""`common.dropout` in TensorFlow's 64-bit integers: the same lines, the same bits, on the stage's own device."""
+"""Dropout: `common.dropout` in TensorFlow's 64-bit integers, bit for bit, or TensorFlow's own; on the stage's device."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ def dropout(x: tf.Tensor, probability: float, site: int, context: DropoutContext
         return x
     kept = keep_mask(context, site, x.shape, probability)
     return tf.where(kept, x * (1.0 / (1.0 - probability)), tf.zeros((), x.dtype))
+
+
+def native_dropout(x: tf.Tensor, probability: float, site: int, context: DropoutContext | None) -> tf.Tensor:
+    """The same with TensorFlow's masks. They depend on a seed alone, so no schedule and no recomputation changes them."""
+    if context is None or probability == 0:
+        return x
+    seed = tf.stack([tf.bitwise.bitwise_xor(context.step_key, _int64(mix(site))), context.samples[0]])
+    return tf.nn.experimental.stateless_dropout(x, probability, seed, rng_alg="philox")
 
 
 def _int64(value: int) -> tf.Tensor:

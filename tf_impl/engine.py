@@ -22,7 +22,7 @@ from common.spec import RunConfig
 from common.weights import parameter_shapes, unit_names
 from tf_impl import devices
 from tf_impl.gpipe_model import GPipeModel
-from tf_impl.optimizer import make_optimizer
+from tf_impl.optimizer import learning_rate, make_optimizer
 from tf_impl.probe import probe_units
 from tf_impl.weights import export_gradients, export_weights, load_gradients, load_weights, named_parameters
 
@@ -78,7 +78,7 @@ class TensorFlowEngine:
         return self.model.forward_backward(batch.inputs, batch.targets, step=batch.step)
 
     def apply_gradients(self, step: int) -> float:
-        self.model.optimizer.learning_rate = self.config.train.learning_rate_at(step)
+        self.model.optimizer.learning_rate = learning_rate(self.config.train, step)
         return self.model.apply_gradients(step)
 
     def evaluate(self, batch: Batch) -> float:

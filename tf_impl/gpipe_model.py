@@ -226,12 +226,11 @@ class GPipeModel(keras.Model):
         step = int(self.optimizer.iterations) if step is None else step
         self.optimizer.iterations.assign(step)
         rate = float(self.optimizer.learning_rate)
-        norm, scale = 0.0, 1.0
+        norm, scales = 0.0, [1.0] * len(self.stages)
         if self.optimizer.global_clipnorm is not None:
             squares = self.on_all_stages(lambda d: self._optimizers[d].squared_norms())
-            norm = global_norm([square for stage in squares for square in stage])
-            scale = clip_scale(norm, self.optimizer.global_clipnorm)
-        self.on_all_stages(lambda d: self._optimizers[d].step(step, rate, scale))
+            norm, scales = self._clip(squares)
+        self.on_all_stages(lambda d: self._optimizers[d].step(step, rate, scales[d]))
         self.optimizer.iterations.assign(step + 1)
         return norm
 
@@ -370,6 +369,11 @@ class GPipeModel(keras.Model):
             own.assign_add(copy)
             copy.assign(own)
 
+    def _clip(self, squares: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
+        """From each stage's squared norms: the norm over all stages, and what each multiplies its gradients by."""
+        norm = global_norm([square for stage in squares for square in stage])
+        return norm, [clip_scale(norm, self.optimizer.global_clipnorm)] * len(squares)
+
     def _make_optimizer(self, d: int) -> StageOptimizer:
         pairs = [p for chunk in self.stages[d].chunks for p in zip(chunk.variables, chunk.gradients, strict=True)]
         variables, gradients = [v for v, _ in pairs], [g for _, g in pairs]
@@ -397,10 +401,11 @@ class GPipeModel(keras.Model):
             context = []
             if self._has_dropout:
                 context = [tf.TensorSpec((), tf.int64), tf.TensorSpec((len(x) // m,), tf.int64)]
-            loss = functools.partial(self.summed_loss, pieces=m)
             for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
                 extra = [*(specs[1:] if chunk.is_last else []), *context]
-                work = functools.partial(chunk.trace, [signature, *extra], loss, self._reports and chunk.is_last)
+                work = functools.partial(
+                    chunk.trace, [signature, *extra], self._micro_batch_loss, self._reports and chunk.is_last
+                )
                 traced.append(
                     {
                         again: self.on_stage(d, functools.partial(work, self._recomputed_layers if again else None))
@@ -423,6 +428,9 @@ class GPipeModel(keras.Model):
     @property
     def _has_dropout(self) -> bool:
         return self.spec is not None and self.spec.dropout > 0
+
+    def _micro_batch_loss(self, prediction: tf.Tensor, *labels: tf.Tensor) -> tf.Tensor:
+        return self.summed_loss(prediction, *labels, pieces=self.schedule.num_micro_batches)
 
     def _check_divides(self, batch_size: int) -> None:
         m = self.schedule.num_micro_batches

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from common.dropout import site_number
 from common.spec import TransformerSpec
-from tf_impl.dropout import DropoutContext, dropout
+from tf_impl.dropout import DropoutContext, dropout, native_dropout
 
 
 def gelu(x: tf.Tensor) -> tf.Tensor:
@@ -49,6 +49,11 @@ class Unit(keras.layers.Layer):
     def layer_norm(self, name: str) -> keras.layers.LayerNormalization:
         return keras.layers.LayerNormalization(epsilon=self.spec.norm_epsilon, name=name, dtype=self.dtype)
 
+    def dropout(self, x: tf.Tensor, place: int, context: DropoutContext | None) -> tf.Tensor:
+        """Dropout at one of the unit's places (`common.dropout.site_number`)."""
+        chosen = dropout if self.spec.dropout_masks == "shared" else native_dropout
+        return chosen(x, self.spec.dropout, site_number(self.unit_name, place), context)
+
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return tuple(input_shape)
 
@@ -65,7 +70,7 @@ class Embedding(Unit):
 
     def call(self, tokens: tf.Tensor, context: DropoutContext | None = None) -> tf.Tensor:
         x = tf.gather(self.token, tokens) + self.position[: tokens.shape[1]]  # (B, S, D)
-        return dropout(x, self.spec.dropout, site_number("embedding", 0), context)
+        return self.dropout(x, 0, context)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return (*input_shape, self.spec.d_model)
@@ -94,7 +99,7 @@ class Attention(Unit):
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))  # (B, H, S, E)
         causal = tf.constant(np.triu(np.full((s, s), -np.inf), 1), self.dtype)  # (S, S), added
         scores = tf.matmul(q, k, transpose_b=True) / math.sqrt(d // h) + causal  # (B, H, S, S)
-        weights = dropout(tf.nn.softmax(scores), self.spec.dropout, site_number(self.unit_name, 0), context)
+        weights = self.dropout(tf.nn.softmax(scores), 0, context)
         mixed = tf.reshape(tf.transpose(tf.matmul(weights, v), (0, 2, 1, 3)), (-1, s, d))  # (B, S, D)
         return self.projection(mixed)
 
@@ -123,12 +128,11 @@ class Block(Unit):
             layer.build(input_shape)
 
     def call(self, x: tf.Tensor, context: DropoutContext | None = None) -> tf.Tensor:
-        rate, name = self.spec.dropout, self.unit_name
         if self.spec.norm == "pre":
-            x = x + dropout(self.attention(self.norm_1(x), context), rate, site_number(name, 1), context)
-            return x + dropout(self.feed_forward(self.norm_2(x)), rate, site_number(name, 2), context)
-        x = self.norm_1(x + dropout(self.attention(x, context), rate, site_number(name, 1), context))
-        return self.norm_2(x + dropout(self.feed_forward(x), rate, site_number(name, 2), context))
+            x = x + self.dropout(self.attention(self.norm_1(x), context), 1, context)
+            return x + self.dropout(self.feed_forward(self.norm_2(x)), 2, context)
+        x = self.norm_1(x + self.dropout(self.attention(x, context), 1, context))
+        return self.norm_2(x + self.dropout(self.feed_forward(x), 2, context))
 
 
 class Head(Unit):

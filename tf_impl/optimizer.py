@@ -66,6 +66,11 @@ class SGD(keras.optimizers.SGD):
         return super().get_config() | {"l2": self.l2}
 
 
+def learning_rate(train: TrainSpec, step: int) -> float:
+    """That of `step` (from 0)."""
+    return train.learning_rate_at(step)
+
+
 def make_optimizer(train: TrainSpec, not_decayed: Sequence[keras.Variable]) -> keras.optimizers.Optimizer:
     """The optimizer that `train` asks for; the variables in `not_decayed` have no weight decay."""
     optimizer: keras.optimizers.Optimizer

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import json
 import sys
@@ -21,16 +22,21 @@ import numpy as np
 import tensorflow as tf
 
 from common.data import load_corpus
+from common.drift import DRIFTS
 from common.dropout import keep_mask as numpy_keep_mask
 from common.parity import TensorKey, compare
-from common.runtime.job import Job
+from common.probes import read_probe
+from common.runtime.job import Job, JobFile
 from common.runtime.oracle_worker import OracleEngine
 from common.runtime.training import starting_weights
+from common.runtime.worker import run_jobs
 from common.schedule.action import Action, Op
 from common.spec import PRESETS, RunConfig, TrainSpec, TransformerSpec, preset
 from common.weights import initial_weights, unit_names
+from common.zoo import NOISE, PROCESS_WIDE, config_of, first_failure, place_of
 from tf_impl.cut import REPEATED, Scissors, trace_stage
-from tf_impl.dropout import DropoutContext, keep_mask
+from tf_impl.drift import HABITS, switch
+from tf_impl.dropout import DropoutContext, keep_mask, native_dropout
 from tf_impl.engine import build_engine
 from tf_impl.gpipe_model import GPipeModel
 
@@ -369,6 +375,66 @@ def recomputation() -> dict[str, Any]:
     return {"same": same, "held": held, "activation_bytes": 2 * 16 * 32 * 4, "refused": refused}
 
 
+def native() -> dict[str, Any]:
+    """TensorFlow's own dropout: the same bits for every run, cut and schedule; other ones at every site and step."""
+    runs, evaluations = [], set()
+    for stages, schedule in ((1, "gpipe"), (1, "gpipe"), (2, "zb-h1")):
+        engine, batches = make(stages, schedule, dropout=0.5, dropout_masks="native")
+        runs.append(train(engine, batches, 2))
+        evaluations |= {engine.evaluate(batches(0)), engine.evaluate(batches(0))}
+        engine.close()
+    ones = tf.ones((8, 100, 100))
+    context = DropoutContext(tf.constant(5, tf.int64), tf.range(8, dtype=tf.int64))
+    masks = [native_dropout(ones, 0.3, 0, context), native_dropout(ones, 0.3, 1, context)]
+    masks.append(native_dropout(ones, 0.3, 0, context._replace(step_key=tf.constant(6, tf.int64))))
+    masks.append(native_dropout(ones, 0.3, 0, context._replace(samples=context.samples + 8)))
+    arrays = [mask.numpy() for mask in masks]
+    shared, batches = make(1, "gpipe", dropout=0.5)
+    return {
+        "same": all(same_bits(run, runs[0]) for run in runs),
+        "evaluations": len(evaluations),
+        "kept": float((arrays[0] > 0).mean()),
+        "mean": float(arrays[0].mean()),
+        "masks": len({array.tobytes() for array in arrays}),
+        "differs_from_shared": shared.forward_backward(batches(0)) != float(runs[0][0][0]),
+    }
+
+
+def habits() -> dict[str, Any]:
+    """By habit: where the parity ladder fails first; and the baselines of all of them, which must not."""
+    rows = [row for row in DRIFTS if "tensorflow" in row.frameworks and row.run.get("device") != "cuda"]
+    rows = [row for row in rows if row.name not in PROCESS_WIDE]
+    configs = [config_of(row, "tensorflow", 20, on) for row in rows for on in (False, True)]
+    first = {}
+    with tempfile.TemporaryDirectory() as home:
+        jobs = [
+            Job(config=c, out=f"{home}/{i}", kind="probe", noise=NOISE) for i, c in enumerate(dict.fromkeys(configs))
+        ]
+        for job in jobs:
+            Path(job.out).mkdir()
+        status = run_jobs(JobFile(jobs=tuple(jobs)), build_engine, switch=switch)
+        runs = {job.config: read_probe(Path(job.out), same_copies=job.config.drift is None) for job in jobs}
+        for row in rows:
+            baseline, drifted = (config_of(row, "tensorflow", 20, on) for on in (False, True))
+            found = first_failure(baseline, runs[drifted])
+            as_expected = found and found.check == row.check and fnmatch.fnmatchcase(place_of(found), row.place)
+            first[row.name] = "as expected" if as_expected else str(found)
+            before = first_failure(baseline, runs[baseline])
+            if before is not None:
+                first[f"{row.name}, baseline"] = str(before)
+
+    def enter(**changes: Any) -> Callable[[], None]:
+        def work() -> None:
+            with switch(config(**changes)):
+                pass
+
+        return work
+
+    wrong = ({"drift": "coupled-decay"}, {"drift": "tanh-gelu", "executor": "plain", "stages": 1}, {"drift": "onednn"})
+    messages = [message(enter(**changes)) for changes in wrong]
+    return {"status": status, "first": first, "habits": list(HABITS), "messages": messages}
+
+
 def message(work: Callable[[], Any]) -> str:
     try:
         work()
@@ -419,6 +485,8 @@ def main() -> None:
         "units_alone": units_alone,
         "predictions": predictions,
         "recomputation": recomputation,
+        "native": native,
+        "habits": habits,
         "environment": devices.environment,
     }
     chosen = sys.argv[1:] or list(checks)

@@ -1,0 +1,277 @@
+"""The habits of `common.drift` that TensorFlow and Keras have: each puts back what the main code decides otherwise.
+
+The rest of the package knows nothing of them: `switch` puts a replacement in place and takes it away again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from common.reference import clip_scale, global_norm
+from common.spec import RunConfig
+from tf_impl import engine, layers, optimizer
+from tf_impl.dropout import native_dropout
+from tf_impl.gpipe_model import GPipeModel
+from tf_impl.layers import Unit
+from tf_impl.optimizer import SGD, make_optimizer
+from tf_impl.weights import NamedParameter, load_weights
+
+Habit = Callable[[RunConfig], list[AbstractContextManager[Any]]]
+"""What to enter for as long as the habit lasts; mostly patches."""
+
+SQUARE_WEIGHT = "block.0.attention.query.weight"
+
+patch = mock.patch.object
+
+
+@contextmanager
+def switch(config: RunConfig) -> Iterator[None]:
+    """The habit that `config.drift` names, for as long as the context lives. Raises ValueError for one not known here."""
+    if config.drift is not None and config.drift not in HABITS:
+        raise ValueError(f"drift = {config.drift}; right for tensorflow would be one of {', '.join(HABITS)}")
+    if config.drift is not None and config.executor != "table":
+        raise ValueError(f"drift = {config.drift}; executor = {config.executor} has none, right would be table")
+    with ExitStack() as stack:
+        for context in HABITS[config.drift](config) if config.drift else ():
+            stack.enter_context(context)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------- layers
+
+
+def tanh_gelu(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    return [patch(layers, "gelu", keras.ops.gelu)]
+
+
+def float32_gelu_constant(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    return [patch(layers, "gelu", lambda x: tf.nn.gelu(x, approximate=False))]
+
+
+def layer_norm_epsilon(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    def layer_norm(self: Unit, name: str) -> keras.layers.LayerNormalization:
+        return keras.layers.LayerNormalization(name=name, dtype=self.dtype)
+
+    return [patch(Unit, "layer_norm", layer_norm)]
+
+
+def onednn(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    """TensorFlow reads this once, when it is imported: `configure` has set it."""
+    if os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "1":
+        raise ValueError("drift = onednn; right would be configure(onednn=True) before TensorFlow is imported")
+    return []
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
+def tf32(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    return [_tf32()]
+
+
+# ------------------------------------------------------------------------------------------------- loss
+
+
+def mean_over_all_labels(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    """Keras' mean with sample weights 0 for what is ignored."""
+    return [patch(GPipeModel, "_count", lambda self, y: [np.size(y)])]
+
+
+def mean_per_micro_batch(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    return [patch(GPipeModel, "_micro_batch_loss", _own_mean(config.train.micro_batches))]
+
+
+def unscaled_micro_batches(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    return [patch(GPipeModel, "_micro_batch_loss", _own_mean(1))]
+
+
+def _own_mean(divisor: int) -> Callable[..., tf.Tensor]:
+    """The mean over the micro-batch's own labels, divided by `divisor`; evaluation stays as it is."""
+
+    def loss(self: GPipeModel, prediction: tf.Tensor, y: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+        own = tf.maximum(1, tf.math.count_nonzero(y != self._loss.ignored, dtype=tf.int32))
+        return self.summed_loss(prediction, y, own * divisor)
+
+    return loss
+
+
+# ------------------------------------------------------------------------------------------------- optimizer
+
+
+class AdamWWithEpsilonHat(keras.optimizers.AdamW):
+    """Keras' own, with its own epsilon."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options | {"epsilon": 1e-7})
+
+
+def adam_epsilon_hat(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    return [patch(optimizer, "AdamW", AdamWWithEpsilonHat)]
+
+
+class KerasMomentum(SGD):
+    """m = momentum x m - rate x g; w += m."""
+
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+        if self.l2 and self._use_weight_decay(variable):
+            gradient = gradient + self.l2 * variable
+        keras.optimizers.SGD.update_step(self, gradient, variable, learning_rate)
+
+
+def keras_momentum(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    return [patch(optimizer, "SGD", KerasMomentum)]
+
+
+def per_stage_clipping(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    def clip(self: GPipeModel, squares: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
+        scales = [clip_scale(global_norm(list(own)), self.optimizer.global_clipnorm) for own in squares]
+        return global_norm([square for own in squares for square in own]), scales
+
+    return [patch(GPipeModel, "_clip", clip)]
+
+
+def with_train(**changes: Any) -> Habit:
+    """An optimizer that reads these fields of `TrainSpec` otherwise."""
+
+    def habit(config: RunConfig) -> list[AbstractContextManager[Any]]:
+        def make(train: Any, not_decayed: Sequence[keras.Variable]) -> keras.optimizers.Optimizer:
+            return make_optimizer(train.model_copy(update=changes), not_decayed)
+
+        return [patch(engine, "make_optimizer", make)]
+
+    return habit
+
+
+def decay_everything(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    return [patch(engine, "make_optimizer", lambda train, not_decayed: make_optimizer(train, []))]
+
+
+def late_learning_rate(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    return [patch(engine, "learning_rate", lambda train, step: train.learning_rate_at(max(0, step - 1)))]
+
+
+# ------------------------------------------------------------------------------------------------- weights and gradients
+
+
+def sparse_embedding_gradient(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    """The token embedding's gradient as `tf.gather` gives it: a row for every token of the text, so one token has many.
+
+    Keras squares the rows of `tf.IndexedSlices` one by one, in the norm and in Adam's second moment.
+    """
+    shape = (config.model.vocab_size, config.model.d_model)
+    squares = tf.Variable(tf.fill(shape, tf.constant(-1.0, config.train.dtype)))  # negative: no rows seen yet
+    forward_backward, clip = GPipeModel.forward_backward, GPipeModel._clip
+
+    def with_rows(self: GPipeModel, x: Any, y: Any, sample_weight: Any = None, step: int = 0) -> float:
+        loss = forward_backward(self, x, y, sample_weight, step)
+        squares.assign(_squared_rows(self, x, y, step))
+        return loss
+
+    def clip_by_rows(self: GPipeModel, norms: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
+        total = float(tf.reduce_sum(squares))
+        if total >= 0:  # the token embedding is the first weight of the first stage
+            norms = [[total, *norms[0][1:]], *norms[1:]]
+        norm, scales = clip(self, norms)
+        squares.assign(squares * scales[0] ** 2)
+        return norm, scales
+
+    class AdamWByRows(optimizer.AdamW):
+        def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+            if self._get_variable_index(variable) or tuple(variable.shape) != shape:
+                super().update_step(gradient, variable, learning_rate)
+                return
+            t, m, v = tf.cast(self.iterations, tf.float64) + 1.0, self._momentums[0].value, self._velocities[0].value
+            rate = tf.cast(learning_rate, tf.float64) / (1.0 - self.beta_1**t)
+            root = tf.cast(tf.sqrt(1.0 - self.beta_2**t), gradient.dtype)
+            square = tf.where(squares >= 0, squares, tf.square(gradient))
+            m.assign(self.beta_1 * m + (1.0 - self.beta_1) * gradient)
+            v.assign(self.beta_2 * v + (1.0 - self.beta_2) * square)
+            variable.assign_sub(tf.cast(rate, m.dtype) * m / (tf.sqrt(v) / root + self.epsilon))
+
+    return [
+        patch(GPipeModel, "forward_backward", with_rows),
+        patch(GPipeModel, "_clip", clip_by_rows),
+        patch(optimizer, "AdamW", AdamWByRows),
+    ]
+
+
+def _squared_rows(model: GPipeModel, x: Any, y: Any, step: int) -> tf.Tensor:
+    """The squares of the rows of the token embedding's gradient, added up by token: (V, D)."""
+    m, total = model.schedule.num_micro_batches, 0.0
+    token = model.chunks[0].local(model.units[0].token)
+    count = tf.constant(model._count(y)[0], tf.float64)
+    for i, (tokens, labels) in enumerate(zip(np.split(x, m), np.split(y, m), strict=True)):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(token)
+            logits = model.unit_outputs(tokens, step, i)[-1]
+            loss = model._micro_batch_loss(logits, labels, count)
+        rows = tape.gradient(loss, token)  # tf.IndexedSlices
+        total += tf.math.unsorted_segment_sum(tf.square(rows.values), rows.indices, token.shape[0])
+    return total
+
+
+def transposed_square_weight(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    def load(named: Sequence[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
+        load_weights(named, {**arrays, SQUARE_WEIGHT: arrays[SQUARE_WEIGHT].T})
+
+    return [patch(engine, "load_weights", load)]
+
+
+def untied_gradients(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    return [patch(GPipeModel, "_add_tied_gradients", lambda self: None)]
+
+
+# ------------------------------------------------------------------------------------------------- dropout
+
+
+def local_dropout_samples(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    shared = GPipeModel.dropout_context
+
+    def context(self: GPipeModel, batch_size: int, step: int) -> list[tuple[int, NDArray[Any]]]:
+        return [(key, samples - samples[0]) for key, samples in shared(self, batch_size, step)]
+
+    return [patch(GPipeModel, "dropout_context", context)]
+
+
+def natively_drawn_dropout(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    return [patch(layers, "dropout", native_dropout)]
+
+
+HABITS: dict[str, Habit] = {
+    "tanh-gelu": tanh_gelu,
+    "float32-gelu-constant": float32_gelu_constant,
+    "layer-norm-epsilon": layer_norm_epsilon,
+    "adam-epsilon-hat": adam_epsilon_hat,
+    "sparse-embedding-gradient": sparse_embedding_gradient,
+    "keras-momentum": keras_momentum,
+    "onednn": onednn,
+    "mean-over-all-labels": mean_over_all_labels,
+    "mean-per-micro-batch": mean_per_micro_batch,
+    "unscaled-micro-batches": unscaled_micro_batches,
+    "per-stage-clipping": per_stage_clipping,
+    "default-weight-decay": with_train(weight_decay=0.004),
+    "decay-everything": decay_everything,
+    "default-betas": with_train(beta2=0.999),
+    "late-learning-rate": late_learning_rate,
+    "transposed-square-weight": transposed_square_weight,
+    "local-dropout-samples": local_dropout_samples,
+    "native-dropout": natively_drawn_dropout,
+    "untied-gradients": untied_gradients,
+    "tf32": tf32,
+}
+"""In the order of `common.drift.DRIFTS`."""
