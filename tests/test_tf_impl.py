@@ -121,6 +121,20 @@ def test_every_habit_is_caught_where_it_is_known_for_and_leaves_nothing_behind(f
     assert "configure(onednn=True)" in onednn
 
 
+def test_bfloat16_has_float32_masters_and_the_bits_of_every_schedule(found: Any) -> None:
+    seen = found["mixed_precision"]
+    assert seen["loss"] < 2**-8
+    assert seen["worst_gradient"] < 0.05
+    assert seen["float32"]
+    assert seen["computes_in_bfloat16"]
+    assert seen["copies_are_rounded_masters"]
+    assert seen["masters_are_finer"]
+    assert len(seen["same"]) == 12
+    assert all(seen["same"].values()), seen["same"]
+    assert seen["reloaded"]
+    assert "right for executor = plain would be float32 or float64" in seen["message"]
+
+
 @pytest.mark.parametrize(
     ("case", "kind", "text"),
     [

@@ -220,7 +220,7 @@ def trace_stage(
             output_gradient=[] if dy is None else [dy],
             input_gradient=tf.convert_to_tensor(dx),
             # Dense: the rows of an embedding's sparse gradient come once per token, so that squares would not add up.
-            weight_gradients=[tf.convert_to_tensor(g) for _, g in pairs],
+            weight_gradients=[dense(g, variable.dtype) for variable, g in pairs],
             accumulators=[variable for variable, _ in pairs],
         )
 
@@ -293,7 +293,7 @@ class Scissors:
             )
             known |= dict(zip(computed, imported, strict=True))
             for accumulator, gradient in additions:
-                accumulator.assign_add(known[gradient.name], read_value=False)
+                accumulator.assign_add(tf.cast(known[gradient.name], accumulator.dtype), read_value=False)
             return [known[t.name] for t in results]
 
         return piece.get_concrete_function()
@@ -310,6 +310,13 @@ class Scissors:
                 del node.input[:]
                 node.input.extend(inputs)
         return graph_def
+
+
+def dense(gradient: tf.Tensor | tf.IndexedSlices, dtype: tf.DType) -> tf.Tensor:
+    """The gradient as one tensor; the rows of an embedding's are added up in `dtype`, that of their sum."""
+    if isinstance(gradient, tf.IndexedSlices) and gradient.dtype != dtype:
+        gradient = tf.IndexedSlices(tf.cast(gradient.values, dtype), gradient.indices, gradient.dense_shape)
+    return tf.convert_to_tensor(gradient)
 
 
 def ancestors(operations: Iterable[tf.Operation], given: Iterable[Any] = ()) -> set[tf.Operation]:

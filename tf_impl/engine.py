@@ -24,7 +24,14 @@ from tf_impl import devices
 from tf_impl.gpipe_model import GPipeModel
 from tf_impl.optimizer import learning_rate, make_optimizer
 from tf_impl.probe import probe_units
-from tf_impl.weights import export_gradients, export_weights, load_gradients, load_weights, named_parameters
+from tf_impl.weights import (
+    export_gradients,
+    export_weights,
+    load_gradients,
+    load_weights,
+    named_parameters,
+    to_array,
+)
 
 
 def build_engine(config: RunConfig) -> Engine:
@@ -62,7 +69,8 @@ class TensorFlowEngine:
         self.on_action: Callable[[int, Action | None], None] = unwatched
         self.model.on_action = lambda device, action: self.on_action(device, action)
         self.model.build((None, model.context_length))
-        self._named = named_parameters(unit_names(model), self.model.units, model.tied_head)
+        named = named_parameters(unit_names(model), self.model.units, model.tied_head)
+        self._named = [item._replace(parameter=self.model.master_of(item.parameter)) for item in named]
         not_decayed = [item.parameter for item in self._named if not train.decays(item.name)]
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=IGNORED)
         self.model.compile(make_optimizer(train, not_decayed), loss)
@@ -70,6 +78,7 @@ class TensorFlowEngine:
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         load_weights(self._named, weights)
+        self.model.cast_masters()
         for chunk in self.model.chunks:
             chunk.clear_gradients()
         self.model.reset_optimizer()
@@ -91,7 +100,7 @@ class TensorFlowEngine:
         for i, piece in enumerate(batch.micro_batches(self.config.train.micro_batches)):
             for unit, output in zip(self._stage_of, self.model.unit_outputs(piece.inputs, batch.step, i), strict=True):
                 stage = self.model.schedule.location[self._stage_of[unit]][0]
-                found[TensorKey(batch.step, "forward", stage, i, unit, "output")] = output.numpy()
+                found[TensorKey(batch.step, "forward", stage, i, unit, "output")] = to_array(output)
         return found
 
     def probe_units(
@@ -101,7 +110,7 @@ class TensorFlowEngine:
         return {key: array for arrays in found for key, array in arrays.items()}
 
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
-        return self.model.forward_only(inputs).numpy()
+        return to_array(self.model.forward_only(inputs))
 
     def optimizer_state(self) -> Arrays:
         return {

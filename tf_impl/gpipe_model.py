@@ -76,7 +76,7 @@ class GPipeModel(keras.Model):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        super().__init__(name=name)
+        super().__init__(name=name, **({"dtype": dtype} if isinstance(layers, TransformerSpec) else {}))
         self.spec = layers if isinstance(layers, TransformerSpec) else None
         self.seed = seed
         if isinstance(layers, TransformerSpec):
@@ -131,6 +131,15 @@ class GPipeModel(keras.Model):
         if self._tied is not None:
             own, copy = self._tied
             copy.assign(own)
+            self.cast_masters()
+
+    def load_weights(self, *arguments: Any, **options: Any) -> None:
+        """As `keras.Model.load_weights`."""
+        super().load_weights(*arguments, **options)
+        for chunk in self.chunks:
+            for variable, master in zip(chunk.variables, chunk.masters, strict=True):
+                if variable is not master:
+                    master.assign(tf.cast(variable.value, tf.float32))
 
     def compile(
         self,
@@ -231,6 +240,7 @@ class GPipeModel(keras.Model):
             squares = self.on_all_stages(lambda d: self._optimizers[d].squared_norms())
             norm, scales = self._clip(squares)
         self.on_all_stages(lambda d: self._optimizers[d].step(step, rate, scales[d]))
+        self.cast_masters()
         self.optimizer.iterations.assign(step + 1)
         return norm
 
@@ -239,6 +249,16 @@ class GPipeModel(keras.Model):
         self.optimizer.iterations.assign(0)
         for optimizer in self._optimizers:
             optimizer.reset()
+
+    def cast_masters(self) -> None:
+        """Gives the layers what they compute with, where that is less precise than what the optimizer updates."""
+        if self.dtype_policy.name == "bfloat16":
+            self.on_all_stages(lambda d: [chunk.cast_masters() for chunk in self.stages[d].chunks])
+
+    def master_of(self, variable: keras.Variable) -> keras.Variable:
+        """What the optimizer updates for a weight of a layer."""
+        pairs = (pair for chunk in self.chunks for pair in zip(chunk.variables, chunk.masters, strict=True))
+        return next(master for own, master in pairs if own is variable)
 
     def moments(self) -> dict[str, Callable[[keras.Variable], tf.Variable]]:
         """The optimizer's "first_moment" and "second_moment", as far as it has them: where that of a weight is."""
@@ -272,6 +292,8 @@ class GPipeModel(keras.Model):
         the whole mini-batch count.
         """
         weight, count = (rest, ()) if self._loss.ignored is None else (rest[:-1], rest[-1:])
+        if prediction.dtype.size < tf.float32.size:
+            prediction = tf.cast(prediction, tf.float32)
         values = self._loss.per_element(y, prediction)
         if weight:
             own = tf.cast(weight[0], values.dtype)
@@ -282,11 +304,11 @@ class GPipeModel(keras.Model):
         return total / (tf.cast(count[0], values.dtype) if count else values.shape.num_elements() * pieces)
 
     def gradient_of(self, variable: keras.Variable) -> tf.Variable:
-        """Where the gradients of a weight are added up."""
+        """Where the gradients of a weight (its master) are added up."""
         return next(
             gradient
             for chunk in self.chunks
-            for own, gradient in zip(chunk.variables, chunk.gradients, strict=True)
+            for own, gradient in zip(chunk.masters, chunk.gradients, strict=True)
             if own is variable
         )
 
@@ -357,10 +379,10 @@ class GPipeModel(keras.Model):
 
     @property
     def _tied(self) -> tuple[keras.Variable, keras.Variable] | None:
-        """The token embedding and the tied head's copy of it."""
+        """The token embedding and the tied head's copy of it: what the optimizer updates."""
         if self.spec is None or not self.spec.tied_head:
             return None
-        return self.units[0].token, self.units[-1].token
+        return self.master_of(self.units[0].token), self.master_of(self.units[-1].token)
 
     def _add_tied_gradients(self) -> None:
         """The token embedding's gradient: that of its own use plus that of the head's copy, put in both."""
@@ -375,7 +397,7 @@ class GPipeModel(keras.Model):
         return norm, [clip_scale(norm, self.optimizer.global_clipnorm)] * len(squares)
 
     def _make_optimizer(self, d: int) -> StageOptimizer:
-        pairs = [p for chunk in self.stages[d].chunks for p in zip(chunk.variables, chunk.gradients, strict=True)]
+        pairs = [p for chunk in self.stages[d].chunks for p in zip(chunk.masters, chunk.gradients, strict=True)]
         variables, gradients = [v for v, _ in pairs], [g for _, g in pairs]
         counted = [g for v, g in pairs if self._tied is None or v is not self._tied[1]]
         return StageOptimizer(self.optimizer, self._strategies[d], variables, gradients, counted)

@@ -219,7 +219,11 @@ class PlainEngine:
 
 
 def build_peer(config: RunConfig) -> Engine:
-    """The engine for `executor` = plain. Raises ValueError for native."""
+    """The engine for `executor` = plain. Raises ValueError for native, and for what only our own executor does."""
     if config.executor == "native":
         raise ValueError("executor = native: TensorFlow has no pipeline of its own; right would be table or plain")
+    if config.recompute != "none":
+        raise ValueError(f"recompute = {config.recompute}; right for executor = plain would be none")
+    if config.train.dtype == "bfloat16":
+        raise ValueError("dtype = bfloat16; right for executor = plain would be float32 or float64")
     return PlainEngine(config)

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from common.data import Batch
 from common.parity import TensorKey
+from tf_impl.cut import dense
 from tf_impl.dropout import DropoutContext
 from tf_impl.gpipe_model import GPipeModel
-from tf_impl.weights import named_parameters
+from tf_impl.weights import named_parameters, to_array
 
 
 def probe_units(
@@ -30,7 +31,7 @@ def probe_units(
         for unit in chunk.layers:
             name, named = unit.unit_name, named_parameters([unit.unit_name], [unit], model.spec.tied_head)
             variables = [chunk.local(item.parameter) for item in named]
-            sums = [tf.zeros_like(variable) for variable in variables]
+            sums = [tf.zeros_like(model.master_of(item.parameter).value) for item in named]
             forward = TensorKey(batch.step, "unit_forward", device, -1, name, "output")
             backward = forward._replace(phase="unit_backward", tensor="input_gradient")
             for i, piece in enumerate(pieces):
@@ -43,10 +44,10 @@ def probe_units(
                     output = unit(x, context=context)  # (b, S, D), or (b, S, V)
                 dy = tf.cast(output_gradients[name][rows], output.dtype)
                 dx, *dw = tape.gradient(output, [x, *variables], output_gradients=dy)
-                found[forward._replace(micro_batch=i)] = output.numpy()
+                found[forward._replace(micro_batch=i)] = to_array(output)
                 if name in inputs:
-                    found[backward._replace(micro_batch=i)] = dx.numpy()
-                sums = [total + gradient for total, gradient in zip(sums, dw, strict=True)]
+                    found[backward._replace(micro_batch=i)] = to_array(dx)
+                sums = [total + tf.cast(dense(g, total.dtype), total.dtype) for total, g in zip(sums, dw, strict=True)]
             for item, total in zip(named, sums, strict=True):
                 found[backward._replace(tensor=item.name)] = total.numpy()
     return found

@@ -90,6 +90,12 @@ def load_gradients(
         gradient_of(item.parameter).assign(arrays[item.name])
 
 
+def to_array(tensor: tf.Tensor) -> NDArray[Any]:
+    """`tensor` in NumPy; bfloat16, which NumPy lacks, as float32."""
+    array: NDArray[Any] = (tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor).numpy()
+    return array
+
+
 def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
     """The weights as canonical arrays of their own memory."""
     return {item.name: np.array(item.parameter.numpy()) for item in named}

@@ -435,6 +435,50 @@ def habits() -> dict[str, Any]:
     return {"status": status, "first": first, "habits": list(HABITS), "messages": messages}
 
 
+def mixed_precision() -> dict[str, Any]:
+    """bfloat16 against the oracle, against itself under other schedules, and what is float32."""
+    options: dict[str, Any] = {"dtype": "bfloat16", "dropout": 0.1, "tied_head": True}
+    engine, batches = make(1, "gpipe", **options)
+    oracle = oracle_of(engine)
+    loss, right = engine.forward_backward(batches(0)), oracle.forward_backward(batches(0))
+    expected = oracle.gradients()
+    errors = [
+        float(np.linalg.norm(value - expected[name]) / np.linalg.norm(expected[name]))
+        for name, value in engine.gradients().items()
+    ]
+    first = train(engine, batches, 3)
+    weights, state = engine.weights(), engine.optimizer_state()
+    arrays = [*weights.values(), *engine.gradients().values(), *state.values()]
+    arrays += [*engine.unit_outputs(batches(0)).values(), engine.predict(batches(0).inputs)]
+    chunk = engine.model.chunks[0]
+    pairs = [(own.numpy(), master.numpy()) for own, master in zip(chunk.variables, chunk.masters, strict=True)]
+    further = train(engine, batches, 5, first=3)
+    same = {}
+    for stages, schedule, run in (*RECOMPUTED, (2, "zb-h1", {"recompute": "full"})):
+        other, _ = make(stages, schedule, run=run, **options)
+        same[f"{schedule} {run}"] = same_bits(first, train(other, batches, 3))
+        other.reset(weights)
+        other.load_optimizer_state(state, 3)
+        same[f"{schedule} {run} resumed"] = same_bits(further, train(other, batches, 5, first=3))
+        other.close()
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.weights.h5")
+        engine.model.save_weights(path)
+        other, _ = make(1, "gpipe", **options)
+        other.model.load_weights(path)
+    return {
+        "loss": abs(loss - right) / right,
+        "worst_gradient": max(errors),
+        "float32": all(array.dtype == np.float32 for array in arrays),
+        "computes_in_bfloat16": all(own.dtype.name == "bfloat16" for own, _ in pairs),
+        "copies_are_rounded_masters": all(np.array_equal(own, master.astype(own.dtype)) for own, master in pairs),
+        "masters_are_finer": any(not np.array_equal(own.astype(np.float32), master) for own, master in pairs),
+        "same": same,
+        "reloaded": bool(np.array_equal(engine.predict(batches(0).inputs), other.predict(batches(0).inputs))),
+        "message": message(lambda: build_engine(configuration(1, dtype="bfloat16", run={"executor": "plain"}))),
+    }
+
+
 def message(work: Callable[[], Any]) -> str:
     try:
         work()
@@ -487,6 +531,7 @@ def main() -> None:
         "recomputation": recomputation,
         "native": native,
         "habits": habits,
+        "mixed_precision": mixed_precision,
         "environment": devices.environment,
     }
     chosen = sys.argv[1:] or list(checks)
