@@ -27,12 +27,25 @@ def mix_tensor(x: tf.Tensor) -> tf.Tensor:
 
 
 def keep_mask(context: DropoutContext, site: int, shape: tf.TensorShape, probability: float) -> tf.Tensor:
-    """True where the element is kept; bool of `shape`, which is (b, ...) and static."""
+    """True where the element is kept; bool of `shape`, which is (b, ...) and static.
+
+    Shifts and `^` change places, so the mixer's first shift is done on rows and elements (which TensorFlow computes once,
+    as they are constant). The rest is in uint32, half the memory, whose products wrap at 2^32; not in int32, for which
+    there is no product on GPUs. The comparison is in int64: GPUs have none in uint32.
+    """
     site_key = mix_tensor(tf.bitwise.bitwise_xor(context.step_key, _int64(mix(site))))  # ()
     row = mix_tensor(tf.bitwise.bitwise_xor(site_key, mix_tensor(context.samples)))  # (b,)
     elements = mix_tensor(tf.range(math.prod(shape[1:]), dtype=tf.int64))  # (n,)
-    bits = mix_tensor(tf.bitwise.bitwise_xor(row[:, None], elements[None, :]))  # (b, n)
-    return tf.reshape(bits >= threshold(probability), shape)
+    bits = tf.bitwise.bitwise_xor(_first_shift(row)[:, None], _first_shift(elements)[None, :])  # (b, n) uint32
+    for multiplier in MULTIPLIERS:
+        bits = bits * tf.constant(multiplier, tf.uint32)
+        bits = tf.bitwise.bitwise_xor(bits, tf.bitwise.right_shift(bits, tf.constant(15, tf.uint32)))
+    return tf.reshape(tf.cast(bits, tf.int64) >= threshold(probability), shape)
+
+
+def _first_shift(x: tf.Tensor) -> tf.Tensor:
+    """`x ^ (x >> 16)` as uint32."""
+    return tf.cast(tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _int64(16))), tf.uint32)
 
 
 def dropout(x: tf.Tensor, probability: float, site: int, context: DropoutContext | None) -> tf.Tensor:
