@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.report.plots import DPI, ORACLE_COLOR
-from common.zoo import AVERAGED_STEPS, CURVE_STRIDE, LADDER_STEPS, Row, Zoo
+from common.zoo import AVERAGED_STEPS, CURVE_STRIDE, GOOD, LADDER_STEPS, Row, Zoo
 
 PANELS = {
     "the first check that fails: activations": ("activation",),
@@ -38,8 +38,9 @@ habit cost?
 
 LEGEND = f"""\
 *First failure*: the first rung of the ladder that does not hold and the first tensor there, with its relative error and
-the limit; unless a row says otherwise, check and place are those that the habit is known for. The baselines (the same runs
-without the habit) pass every rung; the loss curve is compared over its first {LADDER_STEPS} steps.
+the limit; unless a row says otherwise, check and place are those that the habit is known for. *Within the limits*: bits
+differ, but no rung fails. The baselines (the same runs without the habit) pass every rung; the loss curve is compared over
+its first {LADDER_STEPS} steps.
 *Cost*: the mean loss of the {AVERAGED_STEPS} steps before, less the baseline's; positive is worse.
 ± is the standard deviation of that mean between seeds (initial weights, data and masks differ), of the baseline in one
 framework: a cost well below it is real, and means nothing for the model.
@@ -103,7 +104,7 @@ def print_zoo(zoo: Zoo, console: Console) -> None:
         table.add_column(title, justify="left" if title in titles[:4] else "right", no_wrap=True)
     for row in zoo.rows:
         cells = (row.name, row.framework, row.dtype, describe(row), *(cost(row, n) for n in zoo.steps), _held_out(row))
-        table.add_row(*map(Text, cells), style=None if row.verdict in ("as expected", "needs CUDA") else "red")
+        table.add_row(*map(Text, cells), style=None if row.verdict in GOOD else "red")
     console.print(table)
     console.print(summary(zoo), highlight=False, soft_wrap=True)
 
