@@ -281,7 +281,7 @@ RESUMED: tuple[Any, ...] = ((1, "gpipe", {}), (2, "zb-h1", {"partition": (1,)}),
 def resume() -> dict[str, bool]:
     """Whether 3 steps, then 3 more in a new engine with another cut and schedule, give the bits of 6 steps."""
     found = {}
-    for optimizer, momentum in (("adamw", 0.0), ("sgd", 0.9), ("sgd", 0.0)):
+    for optimizer, momentum in (("adamw", 0.0), ("sgd", 0.9)):
         for dtype in ("float32", "float64"):
             options = {"dtype": dtype, "tied_head": True, "dropout": 0.1, "train": {"optimizer": optimizer}}
             options["train"]["momentum"] = momentum
@@ -353,15 +353,17 @@ RECOMPUTED: tuple[Any, ...] = (
 def recomputation() -> dict[str, Any]:
     """Whether every kind gives the bits of none for every schedule, and what 1f1b then holds."""
     same, held = {}, {}
-    for dropout, masks in ((0.0, "shared"), (0.1, "shared"), (0.1, "native")):
-        options = {"dropout": dropout, "dropout_masks": masks, "tied_head": True}
+    # Every engine traces and cuts anew, so not every kind runs with every schedule here; the ladder has more.
+    kinds = {"full": RECOMPUTED, "every-1": RECOMPUTED[1:3], "except-last": RECOMPUTED[1:2], "every-2": RECOMPUTED[:1]}
+    for masks, chosen in (("shared", kinds), ("native", {"full": RECOMPUTED[2:3]})):
+        options = {"dropout": 0.1, "dropout_masks": masks, "tied_head": True}
         engine, batches = make(1, **options)
         expected = train(engine, batches, 2)
         engine.close()
-        for kind in ("full", "every-1") if masks == "native" else ("full", "except-last", "every-1", "every-2"):
-            for stages, schedule, run in RECOMPUTED:
+        for kind, cases in chosen.items():
+            for stages, schedule, run in cases:
                 engine, batches = make(stages, schedule, run=run | {"recompute": kind}, **options)
-                same[f"{kind} {schedule} {dropout} {masks}"] = same_bits(expected, train(engine, batches, 2))
+                same[f"{kind} {schedule} {masks}"] = same_bits(expected, train(engine, batches, 2))
                 engine.close()
     for kind in ("none", "full", "except-last", "every-1"):
         engine, batches = make(2, run={"recompute": kind})
