@@ -106,6 +106,7 @@ def test_native_dropout_is_seeded_by_step_site_and_micro_batch(found: Any) -> No
     assert seen["evaluations"] == 1
     assert abs(seen["kept"] - 0.7) < 0.01
     assert abs(seen["mean"] - 1) < 0.02
+    assert abs(seen["rarely"] - 0.01) < 0.002  # TensorFlow's own op drops 0.016 in bfloat16
     assert seen["masks"] == 4
     assert seen["differs_from_shared"]
 

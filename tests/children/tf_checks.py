@@ -397,6 +397,7 @@ def native() -> dict[str, Any]:
         "evaluations": len(evaluations),
         "kept": float((arrays[0] > 0).mean()),
         "mean": float(arrays[0].mean()),
+        "rarely": float((native_dropout(tf.cast(ones, tf.bfloat16), 0.01, 0, context).numpy() == 0).mean()),
         "masks": len({array.tobytes() for array in arrays}),
         "differs_from_shared": shared.forward_backward(batches(0)) != float(runs[0][0][0]),
     }
