@@ -52,16 +52,24 @@ def dropout(x: tf.Tensor, probability: float, site: int, context: DropoutContext
     """Inverted dropout (Srivastava et al. 2014); `x` itself without a context or with probability 0."""
     if context is None or probability == 0:
         return x
-    kept = keep_mask(context, site, x.shape, probability)
-    return tf.where(kept, x * (1.0 / (1.0 - probability)), tf.zeros((), x.dtype))
+    return _masked(x, keep_mask(context, site, x.shape, probability), probability)
 
 
 def native_dropout(x: tf.Tensor, probability: float, site: int, context: DropoutContext | None) -> tf.Tensor:
-    """The same with TensorFlow's masks. They depend on a seed alone, so no schedule and no recomputation changes them."""
+    """The same with TensorFlow's masks. They depend on a seed alone, so no schedule and no recomputation changes them.
+
+    Differs: `tf.nn.experimental.stateless_dropout`, written out to draw in float32. It draws in the precision of `x`, and
+    in bfloat16 there are 128 draws: 1.6 % are dropped where 1 % is asked for, and 0.8 % where 0.1 % is.
+    """
     if context is None or probability == 0:
         return x
     seed = tf.stack([tf.bitwise.bitwise_xor(context.step_key, _int64(mix(site))), context.samples[0]])
-    return tf.nn.experimental.stateless_dropout(x, probability, seed, rng_alg="philox")
+    kept = tf.random.stateless_uniform(x.shape, seed, alg="philox") >= probability
+    return _masked(x, kept, probability)
+
+
+def _masked(x: tf.Tensor, kept: tf.Tensor, probability: float) -> tf.Tensor:
+    return tf.where(kept, x * (1.0 / (1.0 - probability)), tf.zeros((), x.dtype))
 
 
 def _int64(value: int) -> tf.Tensor:
