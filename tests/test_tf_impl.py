@@ -78,6 +78,10 @@ def test_going_on_from_exported_state_gives_the_bits_of_a_run_without_interrupti
     assert all(found["resume"].values()), found["resume"]
 
 
+def test_weight_decay_may_be_zero(found: Any) -> None:
+    assert found["no_weight_decay"] < 1
+
+
 def test_units_alone_are_the_oracles_and_leave_the_engine_as_it_was(found: Any) -> None:
     assert found["units_alone"]["worst"] < 1
     assert found["units_alone"]["kept"]

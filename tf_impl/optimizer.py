@@ -80,7 +80,7 @@ def make_optimizer(train: TrainSpec, not_decayed: Sequence[keras.Variable]) -> k
             beta_1=train.beta1,
             beta_2=train.beta2,
             epsilon=train.epsilon,
-            weight_decay=train.weight_decay or None,
+            weight_decay=train.weight_decay,
             global_clipnorm=train.clip_norm,
         )
     else:

@@ -300,6 +300,17 @@ def resume() -> dict[str, bool]:
     return found
 
 
+def no_weight_decay() -> float:
+    """The worst error over its limit after three steps of AdamW with weight decay 0."""
+    engine, batches = make(1, "gpipe", dtype="float64", train={"weight_decay": 0.0})
+    oracle = oracle_of(engine)
+    train(engine, batches, 3)
+    for step in range(3):
+        oracle.forward_backward(batches(step))
+        oracle.apply_gradients(step)
+    return worst(engine.weights(), oracle.weights(), "trained_parameter", "float64")
+
+
 def units_alone() -> dict[str, Any]:
     """The worst error over its limit of every unit fed with the oracle's tensors, and what it left behind."""
     found, kept = [], []
@@ -529,6 +540,7 @@ def main() -> None:
         "errors": errors,
         "ignored_labels": ignored_labels,
         "resume": resume,
+        "no_weight_decay": no_weight_decay,
         "units_alone": units_alone,
         "predictions": predictions,
         "recomputation": recomputation,
