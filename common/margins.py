@@ -6,7 +6,7 @@ A limit with little room would fail one day for no reason, and one with too much
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +19,9 @@ from common.zoo import NOISE, run_all
 
 ROOM = 0.2
 """At most this share of a limit may be used: five times room."""
+
+LONG_CHECKS = frozenset({"loss_curve", "trained_parameter"})
+"""What the rounding of 100 steps adds up to."""
 
 Errors = Mapping[str, float]
 """By check."""
@@ -40,6 +43,8 @@ class Margin(BaseModel):
     worst_run: str
     """The model of the worst repeat, in words."""
     worst_tensor: str
+    beside_stored: int = 0
+    """How many of the repeats are held against the oracle that stores float32 (`_judge`)."""
 
     @property
     def has_room(self) -> bool:
@@ -113,23 +118,35 @@ def measure(
         for config, outcome in outcomes.items()
         if isinstance(outcome, str)
     ]
-    compared = {
-        config: compare_probe(run, expected(config, NOISE), config.train.dtype)
-        for config, run in outcomes.items()
-        if isinstance(run, Run)
-    }
+    judged = {config: _judge(config, run) for config, run in outcomes.items() if isinstance(run, Run)}
+    compared = {config: comparison for config, (comparison, _) in judged.items()}
+    beside_stored = {config for config, (_, stored) in judged.items() if stored}
     margins = []
     for dtype in dtypes:
         used = _relative(compared) if dtype == "bfloat16" else _fixed(compared)
         for framework in frameworks:
             of = {c: used[c] for c in used if (c.framework, c.train.dtype) == (framework, dtype)}
-            margins += _summarized(framework, dtype, of, compared)
+            margins += _summarized(framework, dtype, of, compared, beside_stored)
     versions = {
         run.parts[0].environment["framework"]: str(run.parts[0].environment["version"])
         for run in outcomes.values()
         if isinstance(run, Run)
     }
     return margins, list(dict.fromkeys(problems)), versions
+
+
+def _judge(config: RunConfig, run: Run) -> tuple[Comparison, bool]:
+    """The run against the oracle, and whether that is the one whose weights are rounded to float32 after every step.
+
+    A hidden value beside the kink of a ReLU can be on the other side for no other reason than that weights are stored in
+    float32; then 100 steps end elsewhere, in the oracle too (docs/numerics.md). So a float32 run that lacks room
+    in the long checks, and in no other, is held against the oracle that stores what it stores.
+    """
+    comparison = compare_probe(run, expected(config, NOISE), config.train.dtype)
+    short = {check for check, share in comparison.margins().items() if share > ROOM}
+    if config.train.dtype != "float32" or not short or not short <= LONG_CHECKS:
+        return comparison, False
+    return compare_probe(run, expected(config, NOISE, stores_float32=True), config.train.dtype), True
 
 
 def _fixed(compared: Mapping[RunConfig, Comparison]) -> dict[RunConfig, Errors]:
@@ -150,7 +167,11 @@ def _relative(compared: Mapping[RunConfig, Comparison]) -> dict[RunConfig, Error
 
 
 def _summarized(
-    framework: str, dtype: str, used: Mapping[RunConfig, Errors], compared: Mapping[RunConfig, Comparison]
+    framework: str,
+    dtype: str,
+    used: Mapping[RunConfig, Errors],
+    compared: Mapping[RunConfig, Comparison],
+    beside_stored: Set[RunConfig],
 ) -> list[Margin]:
     checks = list(dict.fromkeys(check for errors in used.values() for check in errors))
     found = []
@@ -167,6 +188,7 @@ def _summarized(
                 repeats=len(by_run),
                 worst_run=describe(config),
                 worst_tensor=_tensor(compared[config], check),
+                beside_stored=len(beside_stored & by_run.keys()) if check in LONG_CHECKS else 0,
             )
         )
     return found

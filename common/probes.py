@@ -80,8 +80,11 @@ class Expected:
     held_out_loss: float
 
 
-def expected(config: RunConfig, noise: float, steps: int | None = None) -> Expected:
-    """The oracle's run of `config`, or its first `steps`; computed once for all frameworks, partitions and schedules."""
+def expected(config: RunConfig, noise: float, steps: int | None = None, stores_float32: bool = False) -> Expected:
+    """The oracle's run of `config`, or its first `steps`; computed once for all frameworks, partitions and schedules.
+
+    `stores_float32`: after every step its weights are rounded to float32, as whatever trains in float32 has to.
+    """
     neutral = config.model_copy(
         update={
             "framework": "torch",
@@ -93,11 +96,12 @@ def expected(config: RunConfig, noise: float, steps: int | None = None) -> Expec
             "drift": None,
         }
     )
-    return _expected(neutral.model_dump_json(), noise, config.train.steps if steps is None else steps)
+    steps = config.train.steps if steps is None else steps
+    return _expected(neutral.model_dump_json(), noise, steps, stores_float32)
 
 
 @functools.lru_cache(maxsize=64)
-def _expected(text: str, noise: float, steps: int) -> Expected:
+def _expected(text: str, noise: float, steps: int, stores_float32: bool) -> Expected:
     config = RunConfig.model_validate_json(text)
     model, train, corpus = config.model, config.train, load_corpus(config)
     weights = starting_weights(Job(config=config, out="", noise=noise))
@@ -109,7 +113,12 @@ def _expected(text: str, noise: float, steps: int) -> Expected:
     unit_outputs = oracle.unit_outputs(first, train.micro_batches)
     oracle.forward_backward(first)
     gradients = dict(oracle.gradients)
-    losses = [oracle.train_step(corpus.training_batch(config, step)) for step in range(steps)]
+    losses = []
+    for step in range(steps):
+        losses.append(oracle.train_step(corpus.training_batch(config, step)))
+        if stores_float32:
+            for weight in oracle.weights.values():
+                weight[:] = weight.astype(np.float32)
     return Expected(
         dict(unit_outputs),
         _named(gradients, 0, "backward"),
