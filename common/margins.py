@@ -6,6 +6,7 @@ A limit with little room would fail one day for no reason, and one with too much
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -113,11 +114,12 @@ def measure(
     """Runs everything below `folder`. Returns the margins, what failed, and the frameworks' versions."""
     configs = [config_of(f, dtype, seed) for f in frameworks for dtype in dtypes for seed in range(repeats)]
     outcomes = run_all(configs, folder, timeout_seconds, on_step, implementations)
-    problems = [
-        f"{config.framework} {config.train.dtype} {describe(config)}: {outcome}"
+    failed = Counter(
+        (config.framework, config.train.dtype, outcome)
         for config, outcome in outcomes.items()
         if isinstance(outcome, str)
-    ]
+    )
+    problems = [f"{f} {dtype}, {count} of {repeats} repeats: {why}" for (f, dtype, why), count in failed.items()]
     judged = {config: _judge(config, run) for config, run in outcomes.items() if isinstance(run, Run)}
     compared = {config: comparison for config, (comparison, _) in judged.items()}
     undetermined = [config for config, (_, left_out) in judged.items() if left_out]
@@ -132,7 +134,7 @@ def measure(
         for run in outcomes.values()
         if isinstance(run, Run)
     }
-    return margins, list(dict.fromkeys(problems)), versions
+    return margins, problems, versions
 
 
 def _is_determined(config: RunConfig) -> bool:
