@@ -12,10 +12,11 @@ runs the shared part twice. But a traced function is a graph, that is data, and 
 What crosses a border is passed explicitly: F returns what B or W will read ("saved"), B returns what W will read
 ("handed on"). Those tensors are the stage's whole memory of a micro-batch, and dropping the last reference frees them.
 
-Three kinds of operations need care:
+Four kinds of operations need care:
 - What depends on no data (variable reads, constants, a transposed weight) is cheap and does not cross a border: every
   function that needs it repeats it. Weights are thus read where they are, never saved. They change only between steps.
 - What has a side effect (advancing the state of Keras' dropout seed) belongs to F, and so does all that reads it.
+- A copy, or a cast to a type of more bytes, holds nothing new: what crosses is the tensor that it was made from.
 - A token has no gradient, so the first stage's B aims at the output of its first unit; otherwise
   everything would count as W, and the stage would have no B to speak of.
 
@@ -259,7 +260,7 @@ class Scissors:
         self, users: set[tf.Operation], source: set[tf.Operation], results: Iterable[tf.Tensor]
     ) -> list[tf.Tensor]:
         """The tensors that `source` computes and `users` (or the `results`) need."""
-        needed = [t for op in self.operations if op in users for t in op.inputs] + list(results)
+        needed = [source_of(t) for op in self.operations if op in users for t in op.inputs] + list(results)
         return unique(t for t in needed if t.op in source and t.op in self.dependent)
 
     def function(
@@ -317,6 +318,18 @@ def dense(gradient: tf.Tensor | tf.IndexedSlices, dtype: tf.DType) -> tf.Tensor:
     if isinstance(gradient, tf.IndexedSlices) and gradient.dtype != dtype:
         gradient = tf.IndexedSlices(tf.cast(gradient.values, dtype), gradient.indices, gradient.dense_shape)
     return tf.convert_to_tensor(gradient)
+
+
+def source_of(tensor: tf.Tensor) -> tf.Tensor:
+    """The tensor that has the values of this one in the fewest bytes: what it is a copy of, or was cast from."""
+    while True:
+        op = tensor.op
+        if op.type in ("Identity", "IdentityN"):
+            tensor = op.inputs[tensor.value_index]
+        elif op.type == "Cast" and op.inputs[0].dtype.size < tensor.dtype.size:
+            tensor = op.inputs[0]
+        else:
+            return tensor
 
 
 def ancestors(operations: Iterable[tf.Operation], given: Iterable[Any] = ()) -> set[tf.Operation]:

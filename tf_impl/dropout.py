@@ -8,6 +8,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from common.dropout import MASK32, MULTIPLIERS, mix, threshold
+from tf_impl.precision import at_least_float32
 
 
 class DropoutContext(NamedTuple):
@@ -69,7 +70,8 @@ def native_dropout(x: tf.Tensor, probability: float, site: int, context: Dropout
 
 
 def _masked(x: tf.Tensor, kept: tf.Tensor, probability: float) -> tf.Tensor:
-    return tf.where(kept, x * (1.0 / (1.0 - probability)), tf.zeros((), x.dtype))
+    scaled = tf.cast(at_least_float32(x) * (1.0 / (1.0 - probability)), x.dtype)
+    return tf.where(kept, scaled, tf.zeros((), x.dtype))
 
 
 def _int64(value: int) -> tf.Tensor:

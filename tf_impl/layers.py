@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,24 +16,66 @@ import tensorflow as tf
 from common.dropout import site_number
 from common.spec import TransformerSpec
 from tf_impl.dropout import DropoutContext, dropout, native_dropout
+from tf_impl.precision import at_least_float32, product
 
 
-def gelu(x: tf.Tensor) -> tf.Tensor:
-    """The exact GELU (Hendrycks and Gimpel 2016).
+@tf.custom_gradient
+def gelu(x: tf.Tensor) -> Any:
+    """The exact GELU (Hendrycks and Gimpel 2016): x Phi(x), with Phi(x) = (1 + erf(x / sqrt 2)) / 2.
 
     `tf.nn.gelu` divides by a constant with 12 digits, `keras.ops.gelu` is the tanh approximation by default.
+
+    Differs: with a gradient of its own, Phi(x) + x phi(x), it holds `x` alone, as the other frameworks' kernels do; a tape
+    would hold three tensors of that size.
     """
-    return 0.5 * x * (1.0 + tf.math.erf(x / math.sqrt(2.0)))
+
+    def cumulative(x: tf.Tensor) -> tf.Tensor:
+        return 0.5 + 0.5 * tf.math.erf(x * math.sqrt(0.5))
+
+    def gradient(dy: tf.Tensor) -> tf.Tensor:
+        wide = at_least_float32(x)
+        density = tf.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
+        return tf.cast(at_least_float32(dy) * (cumulative(wide) + wide * density), x.dtype)
+
+    wide = at_least_float32(x)
+    return tf.cast(wide * cumulative(wide), x.dtype), gradient
 
 
 def gelu_tanh(x: tf.Tensor) -> tf.Tensor:
     """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
-    return 0.5 * x * (1.0 + tf.math.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+    wide = at_least_float32(x)
+    inner = math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+    return tf.cast(0.5 * wide * (1.0 + tf.math.tanh(inner)), x.dtype)
+
+
+def softmax(scores: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """`tf.nn.softmax` over the last axis of float32 `scores`, rounded to `dtype`; it holds that result alone."""
+
+    @tf.custom_gradient
+    def rounded(scores: tf.Tensor) -> Any:
+        weights = tf.cast(tf.nn.softmax(scores), dtype)
+
+        def gradient(dy: tf.Tensor) -> tf.Tensor:
+            y, dy = at_least_float32(weights), at_least_float32(dy)
+            return (dy - tf.reduce_sum(dy * y, -1, keepdims=True)) * y
+
+        return weights, gradient
+
+    return tf.nn.softmax(scores) if scores.dtype == dtype else rounded(scores)
 
 
 def activation(name: str) -> Callable[[tf.Tensor], tf.Tensor]:
     """What stands between the two linear layers of a feed-forward (`TransformerSpec.activation`)."""
     return {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": tf.nn.relu}[name]
+
+
+class Linear(keras.layers.Dense):
+    """`keras.layers.Dense` with the products of `tf_impl.precision`, and a bias whose gradient is summed in float32."""
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        rows = tf.reshape(inputs, (-1, inputs.shape[-1]))  # (B S, in): the kernel's gradient is then one product
+        y = tf.reshape(product(rows, self.kernel), (-1, *inputs.shape[1:-1], self.units))
+        return y if self.bias is None else tf.cast(at_least_float32(y) + at_least_float32(self.bias), y.dtype)
 
 
 class Unit(keras.layers.Layer):
@@ -43,8 +86,8 @@ class Unit(keras.layers.Layer):
         self.spec = spec
         self.unit_name = name
 
-    def linear(self, units: int, name: str, bias: bool = True) -> keras.layers.Dense:
-        return keras.layers.Dense(units, use_bias=bias, name=name, dtype=self.dtype)  # kernel (in, out), as canonical
+    def linear(self, units: int, name: str, bias: bool = True) -> Linear:
+        return Linear(units, use_bias=bias, name=name, dtype=self.dtype)  # kernel (in, out), as canonical
 
     def layer_norm(self, name: str) -> keras.layers.LayerNormalization:
         return keras.layers.LayerNormalization(epsilon=self.spec.norm_epsilon, name=name, dtype=self.dtype)
@@ -97,10 +140,11 @@ class Attention(Unit):
             return tf.transpose(tf.reshape(y, (-1, s, h, d // h)), (0, 2, 1, 3))
 
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))  # (B, H, S, E)
-        causal = tf.constant(np.triu(np.full((s, s), -np.inf), 1), self.dtype)  # (S, S), added
-        scores = tf.matmul(q, k, transpose_b=True) / math.sqrt(d // h) + causal  # (B, H, S, S)
-        weights = self.dropout(tf.nn.softmax(scores), 0, context)
-        mixed = tf.reshape(tf.transpose(tf.matmul(weights, v), (0, 2, 1, 3)), (-1, s, d))  # (B, S, D)
+        products = at_least_float32(product(q, k, transpose_b=True))  # (B, H, S, S)
+        causal = tf.constant(np.triu(np.full((s, s), -np.inf), 1), products.dtype)  # (S, S), added
+        scores = products / math.sqrt(d // h) + causal  # (B, H, S, S)
+        weights = self.dropout(softmax(scores, q.dtype), 0, context)
+        mixed = tf.reshape(tf.transpose(product(weights, v), (0, 2, 1, 3)), (-1, s, d))  # (B, S, D)
         return self.projection(mixed)
 
 
@@ -157,7 +201,7 @@ class Head(Unit):
             x = self.norm(x)
         if not self.spec.tied_head:
             return self.projection(x)  # (B, S, V)
-        logits = tf.matmul(tf.reshape(x, (-1, x.shape[2])), self.token, transpose_b=True)  # (B S, V)
+        logits = product(tf.reshape(x, (-1, x.shape[2])), self.token, transpose_b=True)  # (B S, V)
         return tf.reshape(logits, (-1, x.shape[1], self.spec.vocab_size))  # (B, S, V)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:

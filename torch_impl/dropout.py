@@ -91,4 +91,5 @@ def dropout(x: Tensor, probability: float, site: int, context: DropoutContext | 
     if context is None or probability == 0:
         return x
     mask = keep_mask if context.generator is None else native_mask
-    return x * mask(context, site, x.shape, probability).to(x.dtype).div_(1 - probability)
+    kept = x * mask(context, site, x.shape, probability).to(x.dtype)
+    return kept.div_(1 - probability)

@@ -16,6 +16,7 @@ from common.data import IGNORED
 from common.dropout import site_number
 from common.spec import TransformerSpec
 from torch_impl.dropout import DropoutContext, dropout
+from torch_impl.precision import LayerNorm
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -108,9 +109,9 @@ class Block(nn.Module):
     def __init__(self, spec: TransformerSpec, name: str, fused: bool) -> None:
         super().__init__()
         attention_weights, self.attention_site, self.feed_forward_site = (site_number(name, i) for i in range(3))
-        self.norm_1 = nn.LayerNorm(spec.d_model, spec.norm_epsilon)
+        self.norm_1 = LayerNorm(spec.d_model, spec.norm_epsilon)
         self.attention = Attention(spec, attention_weights, fused)
-        self.norm_2 = nn.LayerNorm(spec.d_model, spec.norm_epsilon)
+        self.norm_2 = LayerNorm(spec.d_model, spec.norm_epsilon)
         self.feed_forward = FeedForward(spec)
         self.pre_norm, self.dropout = spec.norm == "pre", spec.dropout
 
@@ -136,7 +137,7 @@ class Head(nn.Module):
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(spec.d_model, spec.norm_epsilon) if spec.norm == "pre" else nn.Identity()
+        self.norm = LayerNorm(spec.d_model, spec.norm_epsilon) if spec.norm == "pre" else nn.Identity()
         self.output = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
 
     def forward(self, x: Tensor, context: DropoutContext | None) -> Tensor:

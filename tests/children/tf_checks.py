@@ -39,6 +39,8 @@ from tf_impl.drift import HABITS, switch
 from tf_impl.dropout import DropoutContext, keep_mask, native_dropout
 from tf_impl.engine import build_engine
 from tf_impl.gpipe_model import GPipeModel
+from tf_impl.layers import build_unit
+from tf_impl.precision import products_are_rounded
 
 SAMPLES, FEATURES, CLASSES = 48, 6, 5
 
@@ -493,6 +495,47 @@ def mixed_precision() -> dict[str, Any]:
     }
 
 
+def rounding() -> dict[str, Any]:
+    """Whether errors of bfloat16 have a sign: of a block's output and gradients, the part that shrinks or stretches them.
+
+    In roundoffs, by the same block in float64 with the same weights. And the same of TensorFlow's own product.
+    """
+    generator = np.random.default_rng(0)
+
+    def numbers(*shape: int) -> tf.Tensor:
+        return tf.cast(tf.constant(generator.standard_normal(shape)), tf.bfloat16)
+
+    spec = TransformerSpec(context_length=16, d_model=32, num_heads=4, d_ff=64, dropout=0.1)
+    x, dy = numbers(64, 16, 32), numbers(64, 16, 32)
+    context = DropoutContext(tf.constant(5, tf.int64), tf.range(64, dtype=tf.int64))
+    blocks = {dtype: build_unit(spec, "block.0", dtype) for dtype in ("bfloat16", "float64")}
+    for block in blocks.values():
+        block.build(x.shape)
+    pairs = list(zip(*(block.trainable_variables for block in blocks.values()), strict=True))
+    for low, high in pairs:
+        low.assign(numbers(*low.shape) * (0.2 if len(low.shape) == 2 else 1.0))
+        high.assign(tf.cast(low, tf.float64))
+
+    def run(dtype: str) -> list[tf.Tensor]:
+        start, variables = tf.cast(x, dtype), [v.value for v in blocks[dtype].trainable_variables]
+        with tf.GradientTape() as tape:
+            tape.watch(start)
+            y = blocks[dtype](start, context=context)
+        return [y, *tape.gradient(y, [start, *variables], tf.cast(dy, dtype))]
+
+    names = ["output", "input", *(low.path for low, _ in pairs)]
+    ours = {name: stretch(*each) for name, *each in zip(names, run("bfloat16"), run("float64"), strict=True)}
+    a, b = numbers(64, 32), numbers(32, 48)
+    own = stretch(tf.matmul(a, b), tf.matmul(tf.cast(a, tf.float64), tf.cast(b, tf.float64)))
+    return {"ours": ours, "own": own, "own_is_rounded": products_are_rounded()}
+
+
+def stretch(low: tf.Tensor, high: tf.Tensor) -> float:
+    """The factor 1 + s by which `low` is `high` at best, as s in roundoffs of bfloat16."""
+    found, right = (tf.cast(t, tf.float64).numpy() for t in (low, high))
+    return float(((found - right) * right).sum() / (right**2).sum() * 2**8)
+
+
 def message(work: Callable[[], Any]) -> str:
     try:
         work()
@@ -547,6 +590,7 @@ def main() -> None:
         "native": native,
         "habits": habits,
         "mixed_precision": mixed_precision,
+        "rounding": rounding,
         "environment": devices.environment,
     }
     chosen = sys.argv[1:] or list(checks)

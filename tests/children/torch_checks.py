@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import itertools
 import json
@@ -32,6 +33,7 @@ from torch_impl import devices
 from torch_impl.drift import HABITS, switch
 from torch_impl.dropout import DropoutContext, ElementHashes, keep_mask, native_mask
 from torch_impl.engine import TorchEngine, build_engine
+from torch_impl.layers import build_unit
 from torch_impl.stage import Mode
 
 SPLIT = "0: F0 F1 B0 F2 B1 W0 F3 B2 W1 B3 W2 W3\n1: F0 B0 F1 B1 W0 F2 B2 W1 F3 W2 B3 W3\n"
@@ -431,6 +433,36 @@ def mixed_precision() -> dict[str, Any]:
     }
 
 
+def rounding() -> dict[str, Any]:
+    """Whether errors of bfloat16 have a sign: of a block's output and gradients, the part that shrinks or stretches them.
+
+    In roundoffs, by the same block in float64 with the same weights.
+    """
+    torch.manual_seed(0)
+    spec = TransformerSpec(context_length=16, d_model=32, num_heads=4, d_ff=64, dropout=0.1)
+    context = DropoutContext(5, torch.arange(64), 0, ElementHashes())
+    low = build_unit(spec, "block.0").bfloat16()
+    with torch.no_grad():
+        for parameter in low.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() == 2 else 1.0))
+    high = copy.deepcopy(low).double()
+    x, dy = (torch.randn(64, 16, 32).bfloat16() for _ in range(2))
+
+    def run(block: torch.nn.Module, dtype: torch.dtype) -> list[Any]:
+        start = x.to(dtype).requires_grad_()
+        y = block(start, context)
+        return [y, *torch.autograd.grad(y, [start, *block.parameters()], dy.to(dtype))]
+
+    names = ["output", "input", *(name for name, _ in low.named_parameters())]
+    runs = zip(names, run(low, torch.bfloat16), run(high, torch.float64), strict=True)
+    return {name: stretch(found.detach(), right.detach()) for name, found, right in runs}
+
+
+def stretch(low: torch.Tensor, high: torch.Tensor) -> float:
+    """The factor 1 + s by which `low` is `high` at best, as s in roundoffs of bfloat16."""
+    return float(((low.double() - high) * high).sum() / (high**2).sum() * 2**8)
+
+
 def failure() -> dict[str, Any]:
     """The head fails, after its stage's block, while the other stages wait; then the engine is used again."""
     engine, batches = make(4, num_layers=4)
@@ -503,6 +535,7 @@ if __name__ == "__main__":
         native_dropout,
         habits,
         mixed_precision,
+        rounding,
         failure,
         settings,
     )
