@@ -26,6 +26,7 @@ from common.runtime.job import Job
 from common.runtime.launch import (
     IMPLEMENTATIONS,
     ORACLE_MODULE,
+    ROUNDED_ORACLE_MODULE,
     Implementation,
     Interrupted,
     Outcome,
@@ -51,6 +52,7 @@ def run_bench(
     folder = make_folder(Path(bench.options.out), bench.options.preset)
     compared = [point for point in bench.points if bench.options.parity and not compare.why_not_comparable(point)]
     oracles = list(dict.fromkeys(map(compare.oracle_config, compared)))
+    oracles += list(dict.fromkeys(filter(None, map(compare.rounded_oracle_config, compared))))
     console.print(f"results in {folder}/", highlight=False, soft_wrap=True)
     with stop_on_signals() as stopped:
         with progress_view(console, len(oracles) + len(bench.points) * bench.options.repeats) as view:
@@ -125,17 +127,20 @@ class _Session:
 
     def run_oracle(self, config: RunConfig) -> None:
         name = "oracle" if not self.oracles else f"oracle-{len(self.oracles) + 1}"
-        self.view.start(ORACLE_NAME, config.train.steps)
+        module, label = ORACLE_MODULE, ORACLE_NAME
+        if config.train.dtype == "bfloat16":
+            module, label = ROUNDED_ORACLE_MODULE, f"{ORACLE_NAME}, weights rounded to bfloat16"
+        self.view.start(label, config.train.steps)
         needed, free = oracle_worker.memory_bytes(config), psutil.virtual_memory().available
         if needed < free:
-            outcome = self._child(ORACLE_MODULE, config, name)
+            outcome = self._child(module, config, name)
         else:
             (self.folder / name).mkdir()
             reason = f"needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
             outcome = Outcome("skipped", reason, None, (), 0.0)
         result = self._result(config, outcome, 0, name)
         self.oracles[config] = result, self.folder / name
-        self.view.finish(f"{ORACLE_NAME}: {_summary(result)}")
+        self.view.finish(f"{label}: {_summary(result)}")
 
     def run(self, config: RunConfig, repeat: int) -> None:
         name = run_name(config, repeat if self.bench.options.repeats > 1 else None)
@@ -206,8 +211,10 @@ class _Session:
             return Parity(reason="--no-parity")
         if oracle.status != "ok":
             return Parity(reason=f"the oracle {oracle.status}: {oracle.reason}")
+        rounded_config = compare.rounded_oracle_config(result.config)
+        rounded, _ = self.oracles.get(rounded_config, (None, None)) if rounded_config else (None, None)
         try:
-            return compare.parity(result, folder, oracle, oracle_folder)
+            return compare.parity(result, folder, oracle, oracle_folder, rounded)
         except (ValueError, OSError) as error:  # a child that leaves other files than it should
             return Parity(status="FAIL", reason=f"cannot be compared: {error}")
 

@@ -174,14 +174,16 @@ def compare(
     return Comparison(tuple(result))
 
 
-def relative_margins(errors: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+def relative_margins(errors: Sequence[Mapping[str, float]], curve_floor: float = 0.0) -> list[dict[str, float]]:
     """For runs of several frameworks in bfloat16: each one's error per check over its limit; at most 1 passes.
 
-    The limit is `BFLOAT16_FACTOR` times the smallest error among them, but see `LOSS_ERROR_FLOOR`. NaN never passes.
+    The limit is `BFLOAT16_FACTOR` times the smallest error among them, but see `LOSS_ERROR_FLOOR`; and of the loss curve's
+    errors those below `curve_floor` count as that much. NaN never passes.
     """
+    floors = {"loss": LOSS_ERROR_FLOOR, "loss_curve": max(LOSS_ERROR_FLOOR, curve_floor)}
 
     def counted(check: str, error: float) -> float:
-        return max(LOSS_ERROR_FLOOR, error) if check.startswith("loss") and error == error else error
+        return error if error != error else max(floors.get(check, 0.0), error)
 
     smallest: dict[str, float] = {}
     for run in errors:

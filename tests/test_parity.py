@@ -54,6 +54,14 @@ def test_errors_in_bfloat16_are_judged_by_the_smallest() -> None:
     assert relative_margins([{"gradient": 0.0}, {"gradient": 0.1}])[1]["gradient"] == math.inf
 
 
+def test_what_rounded_weights_do_to_a_loss_curve_is_no_frameworks_error() -> None:
+    errors = [{"loss": 0.001, "loss_curve": 0.001}, {"loss": 0.001, "loss_curve": 0.006}]
+    assert relative_margins(errors)[1]["loss_curve"] == 2
+    lucky, other = relative_margins(errors, curve_floor=0.003)
+    assert math.isclose(lucky["loss_curve"], 1 / 3) and math.isclose(other["loss_curve"], 2 / 3)
+    assert math.isclose(other["loss"], 1 / 3)
+
+
 def test_errors_are_the_worst_per_check_and_the_median_of_the_gradients() -> None:
     expected = {key: np.ones(4) for key in KEYS}
     observed = {key: np.ones(4) * (1 + step) for key, step in zip(KEYS, (0.01, 0.03, 0.02), strict=True)}

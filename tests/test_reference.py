@@ -9,6 +9,8 @@ import pytest
 
 from common.data import load_corpus
 from common.reference import Oracle, clip_scale, global_norm
+from common.runtime.dumping import in_precision
+from common.runtime.rounded_oracle import RoundedOracleEngine
 from common.spec import RunConfig, TrainSpec, TransformerSpec
 from common.weights import initial_weights, random_arrays
 
@@ -105,3 +107,18 @@ def test_units_alone_give_the_gradients_of_the_whole() -> None:
             total[name] += gradient
     for name, gradient in oracle.gradients.items():
         np.testing.assert_allclose(total[name], gradient, rtol=1e-12, atol=1e-18, err_msg=name)
+
+
+def test_the_rounded_oracle_computes_at_rounded_weights_and_trains_their_masters() -> None:
+    config = RunConfig(model=TransformerSpec(num_layers=1, d_model=16, num_heads=2, d_ff=32, context_length=8))
+    weights, batch = initial_weights(config.model, 0, "float64"), load_corpus(config).batch(0, 0, 4, 8)
+    engine = RoundedOracleEngine(config)
+    engine.reset(weights)
+    plain = Oracle(config.model, config.train, {k: in_precision(w, "bfloat16") for k, w in weights.items()})
+    assert engine.forward_backward(batch) == plain.forward_backward(batch)
+    assert engine.evaluate(batch) == plain.forward(batch, training=False)[0]
+    assert all(np.array_equal(g, plain.gradients[name]) for name, g in engine.gradients().items())
+    assert all(np.array_equal(w, weights[name]) for name, w in engine.weights().items())
+    before = engine.evaluate(batch)
+    engine.apply_gradients(0)
+    assert engine.evaluate(batch) < before

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from common.parity import TensorKey
-from common.report.compare import compare_runs, oracle_config
+from common.report.compare import compare_runs, oracle_config, rounded_oracle_config
 from common.report.machine import this_machine
 from common.report.result import Parity, ResultError, RunResult, Step, measured
 from common.report.tables import csv_table, make_rows, markdown_table, print_table
@@ -176,6 +176,18 @@ def test_the_first_difference_is_named_in_the_order_of_computation() -> None:
     assert (first.key.stage, first.key.unit, first.check) == (1, "block.1", "gradient")
     last = compare_runs(late, gradients, steps, gradients, CONFIG).first_failure
     assert last is not None and (last.key.step, last.key.tensor) == (2, "loss") and np.isnan(last.observed)
+
+
+def test_a_loss_curve_in_bfloat16_may_go_where_rounded_weights_alone_lead() -> None:
+    low = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"dtype": "bfloat16"})})
+    steps = tuple(Step(step=i, loss=5.0, gradient_norm=1.0, seconds=1.0) for i in range(3))
+    for at, passes in ((2, True), (0, False)):  # the first loss has no such excuse
+        off = tuple(s.model_copy(update={"loss": 5.1 if s.step == at else 5.0}) for s in steps)
+        assert not compare_runs(off, {}, steps, {}, low).passed
+        assert compare_runs(off, {}, steps, {}, low, curve_floor=0.01).passed == passes
+    assert oracle_config(low) == oracle_config(CONFIG)
+    rounded = rounded_oracle_config(low)
+    assert rounded is not None and rounded.train.dtype == "bfloat16" and rounded_oracle_config(CONFIG) is None
 
 
 def test_a_missing_gradient_fails() -> None:

@@ -126,7 +126,8 @@ def judge_together(groups: Sequence[RowRuns]) -> list[RowRuns]:
     verdicts: dict[Path, Parity] = {}
     for runs in alike.values():
         frameworks = sorted({run.result.config.framework for run in runs})
-        margins = relative_margins([run.result.parity.errors for run in runs])
+        floor = max(run.result.parity.curve_floor for run in runs)
+        margins = relative_margins([run.result.parity.errors for run in runs], floor)
         if len(frameworks) > 1:
             verdicts |= {run.folder: _verdict(run, each, frameworks) for run, each in zip(runs, margins, strict=True)}
 
@@ -142,6 +143,7 @@ def _verdict(run: Run, margins: Mapping[str, float], frameworks: Sequence[str]) 
     check = max(margins, key=lambda name: margins[name])
     errors = ", ".join(f"{name.replace('_', ' ')} {error:.1e}" for name, error in parity.errors.items())
     rule = f"no error more than {BFLOAT16_FACTOR:g} times the smallest of {', '.join(frameworks)}"
+    rule += f", nor than what rounded weights alone do to the loss curve, {parity.curve_floor:.1e}"
     worst = f"{check.replace('_', ' ')} is {BFLOAT16_FACTOR * margins[check]:.1f} times it"
     return parity.model_copy(
         update={

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from common.parity import LIMITS, Check, Comparison, Difference, TensorKey, compare, difference
+from common.parity import BFLOAT16_FACTOR, LIMITS, Check, Comparison, Difference, TensorKey, compare, difference
 from common.partition import plan_partition
 from common.report.result import Parity, RunResult, Step
 from common.spec import RunConfig, TrainSpec
@@ -34,6 +34,14 @@ def oracle_config(config: RunConfig) -> RunConfig:
     )
 
 
+def rounded_oracle_config(config: RunConfig) -> RunConfig | None:
+    """The run that says how far bfloat16 weights alone lead a loss curve away; None where nothing is rounded."""
+    if config.train.dtype != "bfloat16":
+        return None
+    oracle = oracle_config(config)
+    return oracle.model_copy(update={"train": oracle.train.model_copy(update={"dtype": "bfloat16"})})
+
+
 def why_not_comparable(config: RunConfig) -> str | None:
     """Why no oracle can say what this run should train; None if it can."""
     if config.model.dropout and config.model.dropout_masks == "native":
@@ -49,10 +57,13 @@ def read_gradients(folder: Path) -> dict[TensorKey, NDArray[Any]]:
     return {key: array for key, array in arrays.items() if key.phase == "backward"}
 
 
-def parity(result: RunResult, folder: Path, oracle: RunResult, oracle_folder: Path) -> Parity:
-    """Compares a finished run with a finished oracle."""
+def parity(
+    result: RunResult, folder: Path, oracle: RunResult, oracle_folder: Path, rounded: RunResult | None = None
+) -> Parity:
+    """Compares a finished run with a finished oracle; in bfloat16 in the light of one whose weights are `rounded`."""
+    floor = _curve_error(rounded.steps, oracle.steps) if rounded is not None and rounded.status == "ok" else 0.0
     comparison = compare_runs(
-        result.steps, read_gradients(folder), oracle.steps, read_gradients(oracle_folder), result.config
+        result.steps, read_gradients(folder), oracle.steps, read_gradients(oracle_folder), result.config, floor
     )
     first = comparison.first_failure
     if result.config.train.dtype == "bfloat16":
@@ -61,6 +72,7 @@ def parity(result: RunResult, folder: Path, oracle: RunResult, oracle_folder: Pa
             reason=JUDGED_TOGETHER if first is None else f"above the ceiling: {first}",
             tensors=len(comparison.differences),
             errors=comparison.errors(),
+            curve_floor=floor,
         )
     return Parity(
         status="pass" if comparison.passed else "FAIL",
@@ -76,8 +88,12 @@ def compare_runs(
     expected_steps: tuple[Step, ...],
     expected_gradients: dict[TensorKey, NDArray[Any]],
     config: RunConfig,
+    curve_floor: float = 0.0,
 ) -> Comparison:
-    """In the order of computation: step 0's loss, its gradients from the head to the embedding, the later losses."""
+    """In the order of computation: step 0's loss, its gradients from the head to the embedding, the later losses.
+
+    The later losses may differ by `BFLOAT16_FACTOR` times `curve_floor` at least.
+    """
     dtype = config.train.dtype
     plan = plan_partition(config)
     order = {name: -i for i, name in enumerate(parameter_shapes(config.model))}
@@ -86,14 +102,19 @@ def compare_runs(
         return {key._replace(stage=plan.part_of(key.unit)): array for key, array in arrays.items()}
 
     backwards = dict(sorted(expected_gradients.items(), key=lambda item: order[item[0].tensor]))
-    losses = [_loss(config, seen, expected) for seen, expected in zip(steps, expected_steps, strict=True)]
+    least = BFLOAT16_FACTOR * curve_floor
+    losses = [_loss(config, seen, expected, least) for seen, expected in zip(steps, expected_steps, strict=True)]
     return Comparison(
         (*losses[:1], *compare(in_stages(gradients), in_stages(backwards), "gradient", dtype).differences, *losses[1:])
     )
 
 
-def _loss(config: RunConfig, seen: Step, expected: Step) -> Difference:
+def _curve_error(steps: tuple[Step, ...], expected: tuple[Step, ...]) -> float:
+    return max((abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(steps[1:], expected[1:], strict=True)), default=0.0)
+
+
+def _loss(config: RunConfig, seen: Step, expected: Step, least_of_curve: float) -> Difference:
     check: Check = "loss" if seen.step == 0 else "loss_curve"
     key = TensorKey(seen.step, "forward", config.stages - 1, -1, "head", "loss")
-    limit = LIMITS[check][config.train.dtype]
+    limit = max(LIMITS[check][config.train.dtype], least_of_curve if check == "loss_curve" else 0.0)
     return difference(key, check, np.array(seen.loss), np.array(expected.loss), limit)

@@ -57,6 +57,8 @@ class Parity(BaseModel):
     """The worst observed error over its limit, per check; below 1 passes."""
     errors: dict[str, float] = {}
     """In bfloat16: the relative errors that are judged beside those of the other frameworks, per check."""
+    curve_floor: float = 0.0
+    """In bfloat16: the error of the loss curve that comes of rounding the weights, and of nothing that a framework does."""
 
 
 class RunResult(BaseModel):

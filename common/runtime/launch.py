@@ -32,6 +32,7 @@ from common.runtime.watch import Board
 Status = Literal["ok", "failed", "skipped"]
 
 ORACLE_MODULE = "common.runtime.oracle_worker"
+ROUNDED_ORACLE_MODULE = "common.runtime.rounded_oracle"
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 ENDED_BY = "was ended by"
@@ -207,7 +208,7 @@ def _environment(module: str) -> dict[str, str]:
     paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
     # OpenBLAS' threads wait busily: on a machine with other work, two are five times slower than one. A variable that
     # the user has set stays. Frameworks set their own threads.
-    one_thread = {"OPENBLAS_NUM_THREADS": "1"} if module == ORACLE_MODULE else {}
+    one_thread = {"OPENBLAS_NUM_THREADS": "1"} if module in (ORACLE_MODULE, ROUNDED_ORACLE_MODULE) else {}
     return {
         **one_thread,
         **os.environ,

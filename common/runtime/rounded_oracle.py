@@ -1,0 +1,54 @@
+"""The oracle as bfloat16 would have it at best: its forward and backward see the weights rounded to bfloat16.
+
+`python -m common.runtime.rounded_oracle JOBS.json`. Arithmetic, gradients and the weights that the optimizer changes stay
+in float64. So what sets it apart from the oracle is what `--dtype bfloat16` means, whatever the framework.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from common.data import Batch
+from common.runtime.dumping import in_precision
+from common.runtime.job import JobFile
+from common.runtime.oracle_worker import OracleEngine
+from common.runtime.parent import end_with_parent
+from common.runtime.worker import run_jobs
+
+
+class RoundedOracleEngine(OracleEngine):
+    """`OracleEngine` that computes losses and gradients at the rounded weights."""
+
+    def forward_backward(self, batch: Batch) -> float:
+        with self._rounded():
+            return super().forward_backward(batch)
+
+    def evaluate(self, batch: Batch) -> float:
+        with self._rounded():
+            return super().evaluate(batch)
+
+    def environment(self) -> dict[str, Any]:
+        return super().environment() | {"weights": "rounded to bfloat16"}
+
+    @contextmanager
+    def _rounded(self) -> Iterator[None]:
+        masters = self.oracle.weights
+        self.oracle.weights = {name: in_precision(w, "bfloat16").astype(np.float64) for name, w in masters.items()}
+        try:
+            yield
+        finally:
+            self.oracle.weights = masters
+
+
+def main() -> int:
+    end_with_parent()
+    return run_jobs(JobFile.read(sys.argv[1]), RoundedOracleEngine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
