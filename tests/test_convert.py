@@ -134,6 +134,23 @@ def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.Ca
     untied = short["wte.weight"] + np.float32(1)
     assert attempt("untied", {"lm_head.weight": untied}, "--num-heads", 3)[0] == 0
     np.testing.assert_array_equal(snapshot.load(tmp_path / "untied").weights["head.output.weight"], untied.T)
+    # bfloat16, which NumPy lacks: the upper halves of float32
+    halves = {name: array.view(np.uint32) >> 16 for name, array in short.items() if array.dtype == np.float32}
+    header, data = {}, b""
+    for name, half in halves.items():
+        raw = half.astype("<u2").tobytes()
+        header[name] = {"dtype": "BF16", "shape": half.shape, "data_offsets": (len(data), len(data) + len(raw))}
+        data += raw
+    text = json.dumps(header).encode()
+    (tmp_path / "low.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    argv = ("--from", "gpt2", "--out", tmp_path / "low", "--num-heads", 3)
+    assert run("import", tmp_path / "low.safetensors", *argv) == 0
+    upper = {name: (half << 16).view(np.float32) for name, half in halves.items()}
+    assert attempt("upper", upper, "--num-heads", 3)[0] == 0
+    low, high = (snapshot.load(tmp_path / name) for name in ("low", "upper"))
+    assert low.manifest.dtype == "float32" and low.manifest.model == high.manifest.model
+    for name, weight in high.weights.items():
+        np.testing.assert_array_equal(low.weights[name], weight, err_msg=name)
     wrong = {
         "heads": ({}, [], "how many heads? right would be with --num-heads"),
         "missing": ({"h.1.ln_1.bias": None}, ["--num-heads", 3], "h.1.ln_1.bias is missing"),

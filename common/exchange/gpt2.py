@@ -11,6 +11,7 @@ What the weights do not say, such as the number of heads, is read from config.js
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ def read_gpt2(path: Path, num_heads: int | None = None) -> tuple[TransformerSpec
     names = {name.removeprefix("transformer."): name for name in header}
     shapes = {short: header[name].shape for short, name in names.items()}
     for name in names.values():
-        if header[name].dtype not in ("float32", "float64", "F16") and not BUFFER.fullmatch(name):
+        if header[name].dtype not in ("float32", "float64", "F16", "BF16") and not BUFFER.fullmatch(name):
             raise ExchangeError(f"{path}: {name[:80]} has dtype {header[name].dtype}; right would be float32")
     spec = _spec(path, shapes, num_heads)
     wanted = _foreign_shapes(spec)
@@ -53,12 +54,23 @@ def read_gpt2(path: Path, num_heads: int | None = None) -> tuple[TransformerSpec
         if shapes[name] != shape:
             raise ExchangeError(f"{path}: {name} has shape {list(shapes[name])}; right would be {list(shape)}")
     with safe_open(path, "numpy") as found:
-        arrays = {name: found.get_tensor(names[name]) for name in wanted}
+
+        def tensor(name: str) -> NDArray[Any]:
+            entry = header[names[name]]
+            return _bfloat16(path, entry) if entry.dtype == "BF16" else found.get_tensor(names[name])
+
+        arrays = {name: tensor(name) for name in wanted}
         if spec.tied_head and "lm_head.weight" in names:
-            head = found.get_tensor(names["lm_head.weight"])
+            head = tensor("lm_head.weight")
             if not np.array_equal(head, arrays["wte.weight"]):
                 arrays, spec = arrays | {"lm_head.weight": head}, spec.model_copy(update={"tied_head": False})
     return spec, checked(_canonical(arrays, spec), spec)
+
+
+def _bfloat16(path: Path, entry: snapshot.HeaderEntry) -> NDArray[np.float32]:
+    """A tensor of a type that NumPy lacks: the upper half of a float32."""
+    bits = np.fromfile(path, "<u2", math.prod(entry.shape), offset=entry.first_byte)
+    return (bits.astype(np.uint32) << 16).view(np.float32).reshape(entry.shape)
 
 
 def _spec(path: Path, shapes: Mapping[str, tuple[int, ...]], num_heads: int | None) -> TransformerSpec:

@@ -14,7 +14,7 @@ of one line: what is wrong, where, and what would be right.
 """
 
 from common.snapshot.directory import locked, newest, prune, remove_leftovers, set_aside, snapshots_in
-from common.snapshot.header import opened, read_header
+from common.snapshot.header import HeaderEntry, opened, read_header
 from common.snapshot.manifest import Arrays, DataPosition, Manifest, SnapshotError, differences, moments_of
 from common.snapshot.read import Snapshot, load, read_manifest, verify
 from common.snapshot.write import SnapshotWriter, write_weights
@@ -22,6 +22,7 @@ from common.snapshot.write import SnapshotWriter, write_weights
 __all__ = [
     "Arrays",
     "DataPosition",
+    "HeaderEntry",
     "Manifest",
     "Snapshot",
     "SnapshotError",

@@ -28,6 +28,8 @@ class HeaderEntry:
 
     dtype: str
     shape: tuple[int, ...]
+    first_byte: int
+    """In the file."""
 
 
 class _HeaderTensor(BaseModel):
@@ -64,7 +66,10 @@ def read_header(file: Any, path: Path) -> dict[str, HeaderEntry]:
         end = entry.data_offsets[1]
     if end != size - 8 - length:
         raise SnapshotError(f"{path}: its tensors have {end} bytes; the file has {size - 8 - length} for them")
-    return {name: HeaderEntry(DTYPES.get(entry.dtype, entry.dtype), entry.shape) for name, entry in entries.items()}
+    return {
+        name: HeaderEntry(DTYPES.get(entry.dtype, entry.dtype), entry.shape, 8 + length + entry.data_offsets[0])
+        for name, entry in entries.items()
+    }
 
 
 @contextlib.contextmanager
