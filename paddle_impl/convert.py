@@ -77,7 +77,8 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
     except ExchangeError:
         raise
     except Exception as error:  # a pickle can be wrong in every way
-        raise ExchangeError(f"{path}: no state dict: {type(error).__name__}: {error}") from None
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ExchangeError(f"{path}: no state dict: {why}") from None
     if not isinstance(state, dict):
         raise ExchangeError(f"{path}: right would be a dictionary of arrays")
     state.pop(NAME_TABLE, None)

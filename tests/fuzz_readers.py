@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from safetensors.numpy import save
 
 from common import config as configuration
@@ -37,6 +38,8 @@ from common import snapshot
 from common.bounded import read_text
 from common.config import add_options, read_bench
 from common.dump import DumpError, read_dump, write_dump
+from common.exchange.child import ExchangeError
+from common.exchange.gpt2 import read_gpt2
 from common.parity import TensorKey
 from common.report.machine import this_machine
 from common.report.result import Parity, ResultError, RunResult, Step
@@ -275,6 +278,38 @@ def _prepare_dump(folder: Path) -> None:
         (folder / f"valid-{n}").write_bytes(data)
 
 
+GPT2_CONFIG = (
+    b'{"n_head": 2, "layer_norm_epsilon": 1e-05, "activation_function": "gelu_new", "scale_attn_weights": true}'
+)
+
+
+def _prepare_gpt2(folder: Path) -> None:
+    d, f = MODEL.d_model, MODEL.d_ff
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (7, d), "wpe.weight": (4, d), "ln_f.weight": (d,)}
+    shapes |= {"ln_f.bias": (d,), "h.0.ln_1.weight": (d,), "h.0.ln_1.bias": (d,), "h.0.ln_2.weight": (d,)}
+    shapes |= {"h.0.ln_2.bias": (d,), "h.0.attn.c_attn.weight": (d, 3 * d), "h.0.attn.c_attn.bias": (3 * d,)}
+    shapes |= {"h.0.attn.c_proj.weight": (d, d), "h.0.attn.c_proj.bias": (d,), "h.0.mlp.c_fc.weight": (d, f)}
+    shapes |= {"h.0.mlp.c_fc.bias": (f,), "h.0.mlp.c_proj.weight": (f, d), "h.0.mlp.c_proj.bias": (d,)}
+    for n, dtype in enumerate((np.float32, np.float64, np.float16)):
+        data = save({name: np.ones(shape, dtype) for name, shape in shapes.items()})
+        (folder / f"valid-{n}").write_bytes(data)
+        if dtype is np.float16:
+            end = 8 + int.from_bytes(data[:8], "little")
+            header = data[8:end].replace(b'"F16"', b'"BF16"')
+            (folder / "valid-bfloat16").write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+
+
+def _attack_gpt2(folder: Path, rng: Random) -> Callable[[], object]:
+    path, config = folder / "model.safetensors", folder / "config.json"
+    hostile_config = rng.random() < 0.3
+    data = rng.choice(_valid(folder))
+    path.write_bytes(data if hostile_config else _mutated_safetensors(data, rng))
+    config.unlink(missing_ok=True)
+    if hostile_config or rng.random() < 0.5:
+        config.write_bytes(mutated(GPT2_CONFIG, rng, text=True) if hostile_config else GPT2_CONFIG)
+    return lambda: read_gpt2(path, rng.choice([None, 2, 3, 10**12]))
+
+
 TOML = b"""preset = "tiny"
 frameworks = ["torch", "paddle"]
 schedule = "1f1b"
@@ -356,6 +391,7 @@ FAULTS = [b"kill@device=1,step=3,action=BW2", b"disk-full@step=8", b"oom"]
 READERS: tuple[Reader, ...] = (
     Reader("snapshot (manifest, shards)", (SnapshotError,), _write_valid_snapshot, _attack_snapshot),
     Reader("dump", (DumpError,), _prepare_dump, _attack_dump),
+    Reader("GPT-2 file", (ExchangeError, SnapshotError, ValidationError), _prepare_gpt2, _attack_gpt2),
     _one_file("TOML configuration", _valid_toml, _read_toml, UsageError),
     _one_file("schedule file", _valid_schedules, _read_schedule_file, ScheduleError, UnicodeDecodeError),
     _one_file("result.json", _valid_results, RunResult.read, ResultError),

@@ -20,6 +20,7 @@ from common.settings import Parser
 from common.spec import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
 from common.verbs import convert
 from common.weights import random_arrays
+from tests import fuzz_importers
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = TransformerSpec(context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, tied_head=True, dropout=0.1)
@@ -170,3 +171,10 @@ def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     assert run("import", tmp_path / "junk.safetensors", "--from", "gpt2", "--out", tmp_path / "junk") == 2
     assert "not a safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", list(fuzz_importers.FILES))
+def test_hostile_files_are_refused_in_one_line(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    seed = str(np.random.default_rng().integers(2**31))
+    status = fuzz_importers.main(["--only", module, "--inputs", "100", "--seed", seed])
+    assert status == 0, f"seed {seed}: {capsys.readouterr().out}"

@@ -48,7 +48,11 @@ def test_a_check_without_room_is_named() -> None:
     assert text.startswith("1 of 2 checks have less than 5 times room: torch float32 gradient; ")
     assert "0.300" in text
     relative = two[1].model_copy(update={"dtype": "bfloat16"})
-    assert verdict([two[0], relative]).startswith("Every check has at least 5 times room")
+    good = verdict([two[0], relative])
+    assert good.startswith("Every check has at least 5 times room")
+    assert "The rule of bfloat16 holds in every repeat: at most 0.30 of what it allows is used (torch bfloat16" in good
+    worse = relative.model_copy(update={"worst": 1.01})
+    assert not worse.has_room and "does not hold in every repeat" in verdict([two[0], worse])
 
 
 def test_the_seeds_walk_through_the_models() -> None:

@@ -51,8 +51,8 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
     model = plain_model(spec, _dtype(path))
     try:
         model.load_weights(path)
-    except (ValueError, KeyError, OSError) as error:
-        raise ExchangeError(f"{path}: not the weights of this model: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # HDF5 can be wrong in every way
+        raise ExchangeError(f"{path}: not the weights of this model: {_first_line(error)}") from None
     named = _named(spec, model)
     if spec.tied_head:
         own, copy = (item.parameter.numpy() for item in named if item.name == TOKEN_EMBEDDING)
@@ -66,9 +66,13 @@ def _dtype(path: Path) -> str:
     try:
         with h5py.File(path) as file:
             file.visititems(lambda _, item: found.append(str(item.dtype)) if isinstance(item, h5py.Dataset) else None)
-    except OSError as error:
-        raise ExchangeError(f"{path}: not HDF5: {error}") from None
+    except Exception as error:
+        raise ExchangeError(f"{path}: not HDF5: {_first_line(error)}") from None
     return "float64" if set(found) == {"float64"} else "float32"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def _named(spec: TransformerSpec, model: keras.Sequential) -> Any:

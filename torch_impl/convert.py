@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -64,8 +63,11 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
     """Reads a state dict, with `weights_only`: no code in it is run. Raises ExchangeError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ExchangeError(f"{path}: no state dict that torch.load(weights_only=True) reads: {error}") from None
+    except Exception as error:  # a pickle can be wrong in every way
+        # PyTorch's reason, without its advice on how to load what is not to be trusted.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].split("\n")[0].split(". ")[0]
+        why = f"{type(error).__name__}: {reason[:200]}"
+        raise ExchangeError(f"{path}: no state dict that torch.load(weights_only=True) reads: {why}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ExchangeError(f"{path}: right would be a dictionary of tensors")
     model = plain_model(spec)

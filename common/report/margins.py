@@ -31,14 +31,28 @@ BFLOAT16 = (
 
 
 def verdict(margins: Sequence[Margin]) -> str:
-    """Whether every fixed limit has its room."""
+    """Whether every fixed limit has its room, and whether bfloat16 keeps to its rule."""
     fixed = [margin for margin in margins if margin.dtype != "bfloat16"]
+    relative = [margin for margin in margins if margin.dtype == "bfloat16"]
+    if not relative:
+        return _of_fixed(fixed)
+    worst = max(relative, key=lambda margin: margin.worst)
+    holds = "holds" if worst.has_room else "does not hold"
+    used = f"at most {worst.worst:.2f} of what it allows is used ({_name(worst)})"
+    return f"{_of_fixed(fixed)} The rule of bfloat16 {holds} in every repeat: {used}."
+
+
+def _name(margin: Margin) -> str:
+    where = f"; {margin.worst_run}; {margin.worst_tensor}"
+    return f"{margin.framework} {margin.dtype} {margin.check.replace('_', ' ')}{where}"
+
+
+def _of_fixed(fixed: Sequence[Margin]) -> str:
     short = [margin for margin in fixed if not margin.has_room]
     if not fixed:
         return "No check with a fixed limit was measured."
     worst = max(fixed, key=lambda margin: margin.worst)
-    name = f"{worst.framework} {worst.dtype} {worst.check.replace('_', ' ')}"
-    largest = f"the largest share of a limit is {worst.worst:.3f} ({name}; {worst.worst_run}; {worst.worst_tensor})"
+    largest = f"the largest share of a limit is {worst.worst:.3f} ({_name(worst)})"
     if not short:
         return f"Every check has at least {1 / ROOM:g} times room in every repeat: {largest}."
     names = ", ".join(f"{m.framework} {m.dtype} {m.check.replace('_', ' ')}" for m in short)
@@ -56,7 +70,7 @@ def print_margins(found: Margins, console: Console) -> None:
     for title in TITLES:
         table.add_column(title, justify="right" if title in TITLES[3:6] else "left", no_wrap=True)
     for margin in found.margins:
-        style = None if margin.has_room or margin.dtype == "bfloat16" else "red"
+        style = None if margin.has_room else "red"
         table.add_row(*map(Text, _cells(margin)), style=style)
     console.print(table)
     for line in (*found.problems, verdict(found.margins)):
