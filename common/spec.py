@@ -14,13 +14,13 @@ import itertools
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from common.rounding import finite_float32, round_to_float32
 from common.schedule import recompute
 from common.schedule.action import MAX_PLACES
 
-Float32 = Annotated[float, AfterValidator(finite_float32)]
+Float32 = Annotated[float, BeforeValidator(finite_float32)]
 
 Framework = Literal["torch", "tensorflow", "paddle"]
 FRAMEWORKS: tuple[Framework, ...] = ("torch", "tensorflow", "paddle")

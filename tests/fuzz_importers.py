@@ -26,6 +26,8 @@ from common.weights import initial_weights
 from tests.fuzz_readers import MODEL, Random, Reader, bounded, mutated, try_one
 
 FILES = {"torch_impl": "weights.pt", "tf_impl": "model.weights.h5", "paddle_impl": "weights.pdparams"}
+INPUTS_PER_PROCESS = 500
+"""The program has a process for each file; thousands of models in one would be another test."""
 MEMORY_BYTES = 2 * 2**30
 """For the framework's own threads too."""
 
@@ -92,7 +94,8 @@ def run_all(module: str, seed: int, inputs: int) -> tuple[Counter[str], list[str
     findings: list[str] = []
     first = 0
     while first < inputs:
-        argv = ["--module", module, "--seed", str(seed), "--first", str(first), "--inputs", str(inputs)]
+        end = min(first + INPUTS_PER_PROCESS, inputs)
+        argv = ["--module", module, "--seed", str(seed), "--first", str(first), "--inputs", str(end)]
         command = [sys.executable, "-m", "tests.fuzz_importers", *argv]
         reached = None
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from common import cli, snapshot
 from common.runtime.job import Generation, Job
-from common.runtime.launch import IMPLEMENTATIONS, run_jobs_in_child
+from common.runtime.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_child
 from common.runtime.oracle_worker import OracleEngine
 from common.settings import Parser
 from common.spec import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
@@ -34,9 +35,9 @@ def child(module: str, *argv: Any) -> str:
     return done.stdout
 
 
-def run(*argv: Any) -> int:
+def run(*argv: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:
     parser = Parser(prog="triptych")
-    convert.register(parser.add_subparsers(parser_class=Parser, prog="triptych"))
+    convert.register(parser.add_subparsers(parser_class=Parser, prog="triptych"), implementations)
     return cli._run(parser, list(map(str, argv)))
 
 
@@ -168,6 +169,15 @@ def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.Ca
     for name, (changes, argv, message) in wrong.items():
         status, error = attempt(name, changes, *argv)
         assert status == 2 and message in error and error.count("\n") == 1, (name, error)
+    for text, message in {
+        '{"activation_function": ["gelu"]}': "activation_function: Input should be 'gelu_new', 'gelu_pytorch_tanh', ",
+        '{"n_head": "many"}': "n_head: Input should be a valid integer",
+        '{"scale_attn_weights": false}': "scale_attn_weights: Input should be True, not False",
+        "[]": "config.json: Input should be an object, not []",
+    }.items():
+        (tmp_path / "config.json").write_text(text)
+        status, error = attempt("configured", {})
+        assert status == 2 and message in error and error.count("\n") == 1, error
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     assert run("import", tmp_path / "junk.safetensors", "--from", "gpt2", "--out", tmp_path / "junk") == 2
     assert "not a safetensors file" in capsys.readouterr().err
@@ -178,3 +188,17 @@ def test_hostile_files_are_refused_in_one_line(module: str, capsys: pytest.Captu
     seed = str(np.random.default_rng().integers(2**31))
     status = fuzz_importers.main(["--only", module, "--inputs", "100", "--seed", seed])
     assert status == 0, f"seed {seed}: {capsys.readouterr().out}"
+
+
+def test_a_file_that_crashes_its_reader_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "crashing").mkdir()
+    (tmp_path / "crashing" / "convert.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    (tmp_path / "model.pt").write_bytes(b"x")
+    crashing = {"torch": Implementation("crashing", "numpy", "")}
+    argv = ("import", tmp_path / "model.pt", "--from", "torch", "--out", tmp_path / "out")
+    assert run(*argv, implementations=crashing) == 2
+    error = capsys.readouterr().err
+    assert "model.pt: reading it ended with SIGSEGV; right would be" in error and error.count("\n") == 1

@@ -19,6 +19,8 @@ from common.spec import PRESETS, RunConfig, TrainSpec, TransformerSpec, explain,
         ({"train": {"micro_batches": 5}}, ["micro_batches = 5", "batch_size = 16", "[1, 2, 4, 8, 16]"]),
         ({"train": {"warmup_steps": 99}}, ["warmup_steps = 99", "0 to 20"]),
         ({"train": {"learning_rate": float("nan")}}, ["train.learning_rate = nan", "finite"]),
+        ({"train": {"learning_rate": 1e-320}}, ["train.learning_rate = 0.0", "greater than 0"]),  # 0 in float32
+        ({"train": {"beta1": 0.99999999999}}, ["train.beta1 = 1.0", "less than 1"]),
         ({"train": {"dtype": "float16"}}, ["train.dtype = 'float16'", "'float32', 'float64' or 'bfloat16'"]),
         ({"stages": 7}, ["stages x chunks = 7", "6 units", "at most 6"]),
         ({"partition": "2,2", "stages": 3}, ["partition = (2, 2)", "2 increasing boundaries between 1 and 5"]),

@@ -10,29 +10,45 @@ What the weights do not say, such as the number of heads, is read from config.js
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import safe_open
 
 from common import snapshot
 from common.exchange.child import ExchangeError, check_names, checked
 from common.snapshot import Arrays
+from common.snapshot.manifest import clip, one_line
 from common.spec import TransformerSpec
 from common.weights import parameter_shapes
 
 BUFFER = re.compile(r"h\.[0-9]+\.attn\.(bias|masked_bias)")
 """The causal mask, which older files carry as a tensor."""
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+ACTIVATIONS: Mapping[str, Literal["gelu", "gelu_tanh", "relu"]] = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
 MAX_CONFIG_BYTES = 2**20
 D_HEAD = 64
 """Of every published GPT-2; only where no config.json and no option says otherwise."""
+
+
+class _Config(BaseModel):
+    """What a config.json says besides the shapes; the rest of it changes no number here."""
+
+    n_head: int | None = Field(None, ge=1)
+    activation_function: Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"] = "gelu_new"
+    layer_norm_epsilon: float = Field(1e-5, ge=0)
+    scale_attn_weights: Literal[True] = True
+    scale_attn_by_inverse_layer_idx: Literal[False] = False
 
 
 def read_gpt2(path: Path, num_heads: int | None = None) -> tuple[TransformerSpec, Arrays]:
@@ -79,15 +95,7 @@ def _spec(path: Path, shapes: Mapping[str, tuple[int, ...]], num_heads: int | No
             raise ExchangeError(f"{path}: {name} is missing; right would be a GPT-2 of the transformers library")
     config = _config(path.with_name("config.json"))
     vocab_size, d_model = shapes["wte.weight"]
-    activation = config.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
-        raise ExchangeError(
-            f"{path}: activation_function {activation!r}; right would be one of {', '.join(ACTIVATIONS)}"
-        )
-    for name, right in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        if config.get(name, right) is not right:
-            raise ExchangeError(f"{path}: {name} = {config[name]} is not supported; right would be {right}")
-    heads = num_heads or config.get("n_head") or d_model / D_HEAD
+    heads = num_heads or config.n_head or d_model / D_HEAD
     if heads != int(heads):
         raise ExchangeError(f"{path}: how many heads? right would be with --num-heads, or a config.json beside it")
     return TransformerSpec(
@@ -98,23 +106,23 @@ def _spec(path: Path, shapes: Mapping[str, tuple[int, ...]], num_heads: int | No
         num_heads=int(heads),
         d_ff=shapes["h.0.mlp.c_fc.weight"][1],
         norm="pre",
-        activation=ACTIVATIONS[activation],
+        activation=ACTIVATIONS[config.activation_function],
         tied_head=True,
-        norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
+        norm_epsilon=config.layer_norm_epsilon,
     )
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """The config.json, or nothing. Raises ExchangeError."""
+def _config(path: Path) -> _Config:
+    """The config.json, or what it is without one. Raises ExchangeError."""
     if not path.exists():
-        return {}
+        return _Config()
     with snapshot.opened(path) as file:
         text = file.read(MAX_CONFIG_BYTES)
     try:
-        found = json.loads(text)
-        return {str(key): value for key, value in found.items()}
-    except (ValueError, AttributeError, RecursionError):
-        raise ExchangeError(f"{path}: not a JSON object") from None
+        return _Config.model_validate_json(text)
+    except ValidationError as error:
+        given = clip(repr(error.errors()[0]["input"]))
+        raise ExchangeError(f"{path}: {one_line(error)}, not {given}") from None
 
 
 def _foreign_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:

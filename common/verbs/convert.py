@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ FORMATS = {"torch": "torch", "keras": "tensorflow", "paddle": "paddle"}
 """The framework that reads and writes each kind of file, in a process of its own."""
 GPT2 = "gpt2"
 TIMEOUT_SECONDS = 1800
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)
 
 
 def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
@@ -126,6 +128,9 @@ def _child(kind: str, implementations: Mapping[str, Implementation], *argv: str)
     )
     if child.returncode == 2:
         raise UsageError(child.stderr.strip().splitlines()[-1])
+    if argv[0] == "import" and -child.returncode in CRASHES:  # a file that a library in C trips over
+        name = signal.Signals(-child.returncode).name
+        raise UsageError(f"{argv[1]}: reading it ended with {name}; right would be a file as `export` writes it")
     if child.returncode:
         print(f"failed: {last_error(child.stderr)}", file=sys.stderr)
         return EXIT_FAILED
