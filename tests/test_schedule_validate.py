@@ -9,7 +9,7 @@ import pytest
 from common.schedule.action import ScheduleError, parse_schedule
 from common.schedule.generators import make_schedule
 from common.schedule.timetable import Timetable, read_table
-from common.schedule.validate import Rule, Violation, require_valid, validate, validate_timetable
+from common.schedule.validate import MAX_MISSING_LISTED, Rule, Violation, require_valid, validate, validate_timetable
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -98,6 +98,15 @@ def test_all_violations_are_reported_at_once() -> None:
     }
     with pytest.raises(ScheduleError, match=rf"breaks {len(violations)} rules"):
         require_valid(parse_schedule("# schedule: x micro_batches=2\nBW0 F0 F9\nF0 F0 W1 B1 F1"))
+
+
+def test_what_a_file_announces_and_lacks_is_counted_not_listed() -> None:
+    violations = validate(parse_schedule("# schedule: x micro_batches=100 chunks=10000\nF0 BW0"))
+    missing = [violation.message for violation in violations if violation.rule is Rule.MISSING_ACTION]
+    assert len(missing) == MAX_MISSING_LISTED + 1
+    assert (
+        sum(message.endswith(f" and {3 * 10**6 - 4 - MAX_MISSING_LISTED} more are missing") for message in missing) == 1
+    )
 
 
 def test_swapping_any_dependent_neighbours_is_noticed() -> None:

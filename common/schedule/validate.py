@@ -69,6 +69,8 @@ _RULE_OF_NEED = {
     (Op.B, +1): Rule.BACKWARD_BEFORE_NEXT_STAGE,
     (Op.B, 0): Rule.WEIGHT_BEFORE_BACKWARD,
 }
+MAX_MISSING_LISTED = 1000
+"""Of missing actions, each has a violation of its own up to that many; one more counts the rest."""
 _PART_OF = {Op.F: (Op.F, Op.BW), Op.B: (Op.B, Op.BW), Op.W: (Op.W, Op.BW)}
 
 
@@ -122,8 +124,11 @@ class _Report:
             first = int(table.producer[slot])
             done = f"{self.name(first)} at action {table.position(first)} has done this {op.value} already"
             self.add(Rule.REPEATED_ACTION, row, done)
-        for slot in np.flatnonzero(table.producer < 0).tolist():
+        missing = np.flatnonzero(table.producer < 0)
+        for slot in missing[:MAX_MISSING_LISTED].tolist():
             self.add_missing(*table.describe_slot(slot))
+        if len(missing) > MAX_MISSING_LISTED:  # a file can announce a million with a few bytes
+            self.add_missing(*table.describe_slot(int(missing[MAX_MISSING_LISTED])), len(missing) - MAX_MISSING_LISTED)
         self.check_counts()
 
     def check_counts(self) -> None:
@@ -213,11 +218,12 @@ class _Report:
         device, position = int(self.table.device[row]), self.table.position(row)
         self.violations.append(Violation(rule, device, position, self.name(row), message))
 
-    def add_missing(self, op: Op, micro_batch: int, k: int) -> None:
+    def add_missing(self, op: Op, micro_batch: int, k: int, and_so_on: int = 1) -> None:
         device, chunk = self.schedule.location[k]
         name = self.name_of(Action(op, micro_batch, chunk))
         either = "" if op is Op.F else f" (or {self.name_of(Action(Op.BW, micro_batch, chunk))})"
-        self.violations.append(Violation(Rule.MISSING_ACTION, device, None, name, f"{name}{either} is missing"))
+        are = "is missing" if and_so_on == 1 else f"and {and_so_on - 1} more are missing"
+        self.violations.append(Violation(Rule.MISSING_ACTION, device, None, name, f"{name}{either} {are}"))
 
     def add_cycle(self, rows: list[int]) -> None:
         table = self.table
