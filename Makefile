@@ -1,8 +1,8 @@
 # make install   an environment in .venv (CPU builds) and all that is needed
 # make bench     the benchmark; make bench ARGS="--preset tiny --stages 1,2" passes options to bench_all.py
 # make test      lint, types, tests; make test ARGS="-k parity" passes options to pytest
-# make drift     the drift zoo in all frameworks, about half an hour; makes docs/drift.md
-# make margins   how much of every parity limit is used; makes docs/margins.md
+# make drift     the drift zoo in all frameworks, a quarter of an hour; makes docs/drift.md
+# make margins   how much of every parity limit is used, a quarter of an hour; makes docs/margins.md
 # make clean     removes the environment and all caches; results stay
 
 # Where the package index has PyTorch with CUDA only (Linux on PyPI), this takes the CPU build instead:
