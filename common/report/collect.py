@@ -143,7 +143,7 @@ def _verdict(run: Run, margins: Mapping[str, float], frameworks: Sequence[str]) 
     check = max(margins, key=lambda name: margins[name])
     errors = ", ".join(f"{name.replace('_', ' ')} {error:.1e}" for name, error in parity.errors.items())
     rule = f"no error more than {BFLOAT16_FACTOR:g} times the smallest of {', '.join(frameworks)}"
-    rule += f", nor than what rounded weights alone do to the loss curve, {parity.curve_floor:.1e}"
+    rule += f" (the loss curve's at least {parity.curve_floor:.1e}, what rounded weights alone make)"
     worst = f"{check.replace('_', ' ')} is {BFLOAT16_FACTOR * margins[check]:.1f} times it"
     return parity.model_copy(
         update={
