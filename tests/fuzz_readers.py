@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz_readers --inputs 200000`: hostile input for everything that reads a file.
+"""`python -m tests.fuzz_readers --inputs 225000`: hostile input for everything that reads a file.
 
 Every reader gets random bytes and mutated valid input: flipped bits, cuts, repeated and swapped pieces, huge and negative
 numbers, deep nesting, paths that lead elsewhere, links and pipes in place of files. It may take it, or refuse it with its
@@ -457,7 +457,7 @@ def try_one(reader: Reader, folder: Path, rng: Random) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz_readers", description=__doc__)
-    parser.add_argument("--inputs", type=int, default=200_000, help="in all (default: 200000)")
+    parser.add_argument("--inputs", type=int, default=225_000, help="in all (default: 225000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="readers whose name contains this")
     parser.add_argument("--out", type=Path, help="where counts go, as JSON and Markdown")
