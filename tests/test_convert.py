@@ -185,9 +185,7 @@ def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("module", list(fuzz_importers.FILES))
 def test_hostile_files_are_refused_in_one_line(module: str, capsys: pytest.CaptureFixture[str]) -> None:
-    seed = str(np.random.default_rng().integers(2**31))
-    status = fuzz_importers.main(["--only", module, "--inputs", "100", "--seed", seed])
-    assert status == 0, f"seed {seed}: {capsys.readouterr().out}"
+    assert fuzz_importers.main(["--only", module, "--inputs", "100"]) == 0, capsys.readouterr().out
 
 
 def test_a_file_that_crashes_its_reader_is_refused_in_one_line(
