@@ -16,21 +16,10 @@ def round_to_float32(value: float) -> float:
     return float(np.float32(value))
 
 
-def finite_float32(value: object) -> object:
-    """A number, or a text that is one, as `round_to_float32`; anything else as it is. For use before bounds are checked.
-
-    Raises ValueError for a number that float32 does not reach.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return value
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return value
-    if not math.isfinite(number):
-        return value
+def finite_float32(value: float) -> float:
+    """As `round_to_float32`. Raises ValueError for a number that float32 does not reach."""
     with np.errstate(over="ignore"):
-        rounded = round_to_float32(number)
+        rounded = round_to_float32(value)
     if not math.isfinite(rounded):
-        raise ValueError(f"{number}; right would be at most {np.finfo(np.float32).max:.4g}, as float32 has it")
+        raise ValueError(f"{value}; right would be at most {np.finfo(np.float32).max:.4g}, as float32 has it")
     return rounded

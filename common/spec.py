@@ -14,13 +14,28 @@ import itertools
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from common.rounding import finite_float32, round_to_float32
 from common.schedule import recompute
 from common.schedule.action import MAX_PLACES
 
-Float32 = Annotated[float, BeforeValidator(finite_float32)]
+
+def _as_float32(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Bounds hold for what was given and for what float32 makes of it: 1e-320 is more than 0, its float32 is not."""
+    return check(finite_float32(check(value)))
+
+
+Float32 = Annotated[float, WrapValidator(_as_float32)]
 
 Framework = Literal["torch", "tensorflow", "paddle"]
 FRAMEWORKS: tuple[Framework, ...] = ("torch", "tensorflow", "paddle")

@@ -10,7 +10,6 @@ on the machine disturbs less than wall-clock time: medians of every variant's st
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
@@ -115,17 +114,15 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(measure(sys.argv[1])))
         return
+    from make_schedules import fill  # not in the frameworks' processes, which it would make larger
+
     found = {}
     for framework in FRAMEWORKS:
         command = [sys.executable, __file__, framework]
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[framework] = json.loads(child.stdout.splitlines()[-1])
         print(framework, found[framework], flush=True)
-    made = f"<!-- made: costs -->\n{table(found)}\n\nMeasured on {this_machine().one_line}.\n<!-- end -->"
-    text, count = re.subn(r"<!-- made: costs -->.*?<!-- end -->", lambda _: made, PAGE.read_text(), flags=re.DOTALL)
-    if count != 1:
-        raise SystemExit(f"{PAGE}: has no place for the table; right would be <!-- made: costs --> ... <!-- end -->")
-    PAGE.write_text(text)
+    fill("costs", f"{table(found)}\n\nMeasured on {this_machine().one_line}.", PAGE)
 
 
 if __name__ == "__main__":

@@ -223,13 +223,13 @@ def costs_of(row: dict[str, Any]) -> Costs:
     return Costs.uniform(row["stages"], **row["milliseconds"])
 
 
-def fill(name: str, content: str) -> None:
-    """Replaces the part `name` of the page."""
+def fill(name: str, content: str, page: Path = PAGE) -> None:
+    """Replaces the part `name` of a page."""
     part = re.compile(rf"(<!-- made: {name} -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL)
-    text, found = part.subn(lambda match: match[1] + content + "\n" + match[2], PAGE.read_text())
+    text, found = part.subn(lambda match: match[1] + content + "\n" + match[2], page.read_text())
     if found != 1:
-        raise SystemExit(f"{PAGE}: {found} parts named {name}; right would be 1")
-    PAGE.write_text(text)
+        raise SystemExit(f"{page}: {found} parts named {name}; right would be 1")
+    page.write_text(text)
 
 
 PARTS: dict[str, Callable[[], None]] = {

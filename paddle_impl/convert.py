@@ -23,7 +23,7 @@ import paddle
 from numpy.typing import NDArray
 from paddle import Tensor, nn
 
-from common.exchange.child import ExchangeError, check_names, check_tied, main
+from common.exchange.child import ExchangeError, check_names, check_tied, in_one_line, main
 from common.snapshot import Arrays
 from common.spec import TransformerSpec
 from common.weights import TOKEN_EMBEDDING, unit_names
@@ -77,8 +77,7 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
     except ExchangeError:
         raise
     except Exception as error:  # a pickle can be wrong in every way
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ExchangeError(f"{path}: no state dict: {why}") from None
+        raise ExchangeError(f"{path}: no state dict: {in_one_line(error)}") from None
     if not isinstance(state, dict):
         raise ExchangeError(f"{path}: right would be a dictionary of arrays")
     state.pop(NAME_TABLE, None)

@@ -39,7 +39,7 @@ from common.bounded import read_text
 from common.config import add_options, read_bench
 from common.dump import DumpError, read_dump, write_dump
 from common.exchange.child import ExchangeError
-from common.exchange.gpt2 import read_gpt2
+from common.exchange.gpt2 import foreign_shapes, read_gpt2
 from common.parity import TensorKey
 from common.report.machine import this_machine
 from common.report.result import Parity, ResultError, RunResult, Step
@@ -284,12 +284,7 @@ GPT2_CONFIG = (
 
 
 def _prepare_gpt2(folder: Path) -> None:
-    d, f = MODEL.d_model, MODEL.d_ff
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (7, d), "wpe.weight": (4, d), "ln_f.weight": (d,)}
-    shapes |= {"ln_f.bias": (d,), "h.0.ln_1.weight": (d,), "h.0.ln_1.bias": (d,), "h.0.ln_2.weight": (d,)}
-    shapes |= {"h.0.ln_2.bias": (d,), "h.0.attn.c_attn.weight": (d, 3 * d), "h.0.attn.c_attn.bias": (3 * d,)}
-    shapes |= {"h.0.attn.c_proj.weight": (d, d), "h.0.attn.c_proj.bias": (d,), "h.0.mlp.c_fc.weight": (d, f)}
-    shapes |= {"h.0.mlp.c_fc.bias": (f,), "h.0.mlp.c_proj.weight": (f, d), "h.0.mlp.c_proj.bias": (d,)}
+    shapes = foreign_shapes(MODEL.model_copy(update={"vocab_size": 7}))
     for n, dtype in enumerate((np.float32, np.float64, np.float16)):
         data = save({name: np.ones(shape, dtype) for name, shape in shapes.items()})
         (folder / f"valid-{n}").write_bytes(data)

@@ -18,7 +18,7 @@ import h5py
 import keras
 from numpy.typing import NDArray
 
-from common.exchange.child import ExchangeError, check_tied, main
+from common.exchange.child import ExchangeError, check_tied, in_one_line, main
 from common.snapshot import Arrays
 from common.spec import TransformerSpec
 from common.weights import TOKEN_EMBEDDING, unit_names
@@ -52,7 +52,7 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
     try:
         model.load_weights(path)
     except Exception as error:  # HDF5 can be wrong in every way
-        raise ExchangeError(f"{path}: not the weights of this model: {_first_line(error)}") from None
+        raise ExchangeError(f"{path}: not the weights of this model: {in_one_line(error)}") from None
     named = _named(spec, model)
     if spec.tied_head:
         own, copy = (item.parameter.numpy() for item in named if item.name == TOKEN_EMBEDDING)
@@ -67,12 +67,8 @@ def _dtype(path: Path) -> str:
         with h5py.File(path) as file:
             file.visititems(lambda _, item: found.append(str(item.dtype)) if isinstance(item, h5py.Dataset) else None)
     except Exception as error:
-        raise ExchangeError(f"{path}: not HDF5: {_first_line(error)}") from None
+        raise ExchangeError(f"{path}: not HDF5: {in_one_line(error)}") from None
     return "float64" if set(found) == {"float64"} else "float32"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def _named(spec: TransformerSpec, model: keras.Sequential) -> Any:

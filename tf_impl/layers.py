@@ -49,7 +49,10 @@ def gelu_tanh(x: tf.Tensor) -> tf.Tensor:
 
 
 def softmax(scores: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """`tf.nn.softmax` over the last axis of float32 `scores`, rounded to `dtype`; it holds that result alone."""
+    """`tf.nn.softmax` over the last axis of float32 `scores`, rounded to `dtype`; it holds that result alone.
+
+    Differs: PyTorch's softmax in bfloat16 is so already.
+    """
 
     @tf.custom_gradient
     def rounded(scores: tf.Tensor) -> Any:
@@ -70,7 +73,10 @@ def activation(name: str) -> Callable[[tf.Tensor], tf.Tensor]:
 
 
 class Linear(keras.layers.Dense):
-    """`keras.layers.Dense` with the products of `tf_impl.precision`, and a bias whose gradient is summed in float32."""
+    """`keras.layers.Dense` with the products of `tf_impl.precision`, and a bias whose gradient is summed in float32.
+
+    Differs: PyTorch's linear layer is so already, and it is its LayerNorm that is not (`torch_impl.precision`).
+    """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         rows = tf.reshape(inputs, (-1, inputs.shape[-1]))  # (B S, in): the kernel's gradient is then one product

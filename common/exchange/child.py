@@ -54,6 +54,11 @@ def main(
         return 2
 
 
+def in_one_line(error: Exception) -> str:
+    """What a framework says to a file that it cannot read: the kind of error and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
 def check_size(path: Path, model: TransformerSpec) -> None:
     """Before anything is read: no file of this model is that large. Raises ExchangeError."""
     shapes = parameter_shapes(model)

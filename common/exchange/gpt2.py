@@ -61,7 +61,7 @@ def read_gpt2(path: Path, num_heads: int | None = None) -> tuple[TransformerSpec
         if header[name].dtype not in ("float32", "float64", "F16", "BF16") and not BUFFER.fullmatch(name):
             raise ExchangeError(f"{path}: {name[:80]} has dtype {header[name].dtype}; right would be float32")
     spec = _spec(path, shapes, num_heads)
-    wanted = _foreign_shapes(spec)
+    wanted = foreign_shapes(spec)
     tensors = {name for name in shapes if not BUFFER.fullmatch(name)}
     if spec.tied_head:
         tensors.discard("lm_head.weight")
@@ -125,7 +125,8 @@ def _config(path: Path) -> _Config:
         raise ExchangeError(f"{path}: {one_line(error)}, not {given}") from None
 
 
-def _foreign_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
+def foreign_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
+    """What a file of this model holds, by the library's names; a tied head is not in it."""
     d, f = spec.d_model, spec.d_ff
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (spec.vocab_size, d), "wpe.weight": (spec.context_length, d)}
     for i in range(spec.num_layers):

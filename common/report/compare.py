@@ -61,7 +61,9 @@ def parity(
     result: RunResult, folder: Path, oracle: RunResult, oracle_folder: Path, rounded: RunResult | None = None
 ) -> Parity:
     """Compares a finished run with a finished oracle; in bfloat16 in the light of one whose weights are `rounded`."""
-    floor = _curve_error(rounded.steps, oracle.steps) if rounded is not None and rounded.status == "ok" else 0.0
+    floor = 0.0
+    if rounded is not None and rounded.status == "ok":
+        floor = compare_runs(rounded.steps, {}, oracle.steps, {}, result.config).errors().get("loss_curve", 0.0)
     comparison = compare_runs(
         result.steps, read_gradients(folder), oracle.steps, read_gradients(oracle_folder), result.config, floor
     )
@@ -107,10 +109,6 @@ def compare_runs(
     return Comparison(
         (*losses[:1], *compare(in_stages(gradients), in_stages(backwards), "gradient", dtype).differences, *losses[1:])
     )
-
-
-def _curve_error(steps: tuple[Step, ...], expected: tuple[Step, ...]) -> float:
-    return max((abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(steps[1:], expected[1:], strict=True)), default=0.0)
 
 
 def _loss(config: RunConfig, seen: Step, expected: Step, least_of_curve: float) -> Difference:
