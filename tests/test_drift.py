@@ -97,6 +97,8 @@ def test_the_list_names_every_habit(capsys: pytest.CaptureFixture[str]) -> None:
         ("--steps 10,x", "right would be whole numbers"),
         ("--seeds 0", "right would be at least 1"),
         ("--from /nowhere", "No such file"),
+        ("--json /no/such/place.json", "right would be in a folder that exists"),
+        (f"--out {__file__}/docs", "is a file; right would be a folder"),
         (f"--from {__file__}", "right would be a file that --json has written"),
     ],
 )

@@ -66,6 +66,8 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "--repeats 0": "right would be at least 1",
         "--dtypes float16": "--dtypes = 'float16': unknown",
         "--frameworks ,": "--frameworks: nothing named",
+        "--out /no/such/place.md": "--out /no/such/place.md: right would be in a folder that exists",
+        "--out /": "--out /: is a folder; right would be a file",
     }.items():
         assert main(["margins", *line.split()]) == 2
         error = capsys.readouterr().err

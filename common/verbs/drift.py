@@ -18,7 +18,7 @@ from common.report.machine import this_machine
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
 from common.settings import UsageError
 from common.spec import FRAMEWORKS
-from common.verbs.options import plain_console
+from common.verbs.options import file_to_write, plain_console
 from common.zoo import GOOD, Zoo, base_config, run_zoo
 
 EXIT_OK, EXIT_UNEXPECTED = 0, 1
@@ -65,18 +65,27 @@ def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementat
     if arguments.list:
         console.print(_listed())
         return EXIT_OK
+    json_file = file_to_write(arguments.json, "--json") if arguments.json else None
+    folder = _folder(Path(arguments.out)) if arguments.out else None
     zoo = _read(Path(arguments.source)) if arguments.source else _run(arguments, console, implementations)
     print_zoo(zoo, console)
-    if arguments.json:
-        zoo.write(Path(arguments.json))
-    if arguments.out:
-        folder = Path(arguments.out)
+    if json_file is not None:
+        zoo.write(json_file)
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         zoo.write(folder / "drift.json")
         write_page(zoo, folder)
         console.print(f"page: {folder / 'drift.md'}", highlight=False, soft_wrap=True)
     good = all(row.verdict in GOOD for row in zoo.rows)
     return EXIT_OK if good else EXIT_UNEXPECTED
+
+
+def _folder(path: Path) -> Path:
+    """Looked at before the work, made after it."""
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise UsageError(f"--out {path}: {there} is a file; right would be a folder")
+    return path
 
 
 def _read(path: Path) -> Zoo:

@@ -15,7 +15,7 @@ from common.runtime.launch import IMPLEMENTATIONS, Implementation
 from common.settings import UsageError
 from common.spec import FRAMEWORKS
 from common.verbs.drift import PROGRESS_STEPS, chosen
-from common.verbs.options import plain_console
+from common.verbs.options import file_to_write, plain_console
 
 DTYPES = ("float64", "float32", "bfloat16")
 EXIT_OK, EXIT_SHORT = 0, 1
@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementat
     dtypes = chosen(arguments.dtypes, DTYPES, "--dtypes")
     if arguments.repeats < 1:
         raise UsageError(f"--repeats {arguments.repeats}: right would be at least 1")
+    out = file_to_write(arguments.out, "--out") if arguments.out else None
     console = plain_console()
 
     def stepped(framework: str, done: int) -> None:
@@ -63,9 +64,8 @@ def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementat
         versions=versions,
     )
     print_margins(found, console)
-    if arguments.out:
-        path = Path(arguments.out)
-        by_hand = explanation_in(path.read_text()) if path.is_file() else ""
-        path.write_text(page(found, by_hand))
+    if out is not None:
+        by_hand = explanation_in(out.read_text()) if out.is_file() else ""
+        out.write_text(page(found, by_hand))
     is_short = any(not margin.has_room for margin in margins)
     return EXIT_SHORT if is_short or any(REFUSED not in problem for problem in problems) else EXIT_OK

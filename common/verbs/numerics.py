@@ -23,7 +23,7 @@ from common.runtime.job import Job
 from common.runtime.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_child, why_missing
 from common.settings import Parser, UsageError
 from common.spec import RunConfig
-from common.verbs.options import add_run_options, plain_console, read_run
+from common.verbs.options import add_run_options, file_to_write, plain_console, read_run
 
 EXIT_AGREE, EXIT_DIFFER = 0, 1
 ORACLE = "oracle"
@@ -94,9 +94,7 @@ def _dump(arguments: argparse.Namespace) -> int:
     if oracle:  # the specification knows the frameworks only
         delattr(arguments, "run.framework")
     config = read_run(arguments)
-    path = Path(arguments.out)
-    if not path.parent.is_dir():
-        raise UsageError(f"--out {path}: right would be in a folder that exists")
+    path = file_to_write(arguments.out, "--out")
     make_dump(config, oracle, arguments.step, path, arguments.timeout)
     dumped = read_dump(path)
     size = path.stat().st_size / 1e6

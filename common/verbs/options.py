@@ -155,6 +155,16 @@ def _saved_settings(saved: Manifest) -> Settings:
     return {key: Setting(value, f"the snapshot's {key[1]}") for key, value in found.items()}
 
 
+def file_to_write(text: str, option: str) -> Path:
+    """The path, looked at before the work is done whose result goes there. Raises UsageError."""
+    path = Path(text)
+    if path.is_dir():
+        raise UsageError(f"{option} {path}: is a folder; right would be a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: right would be in a folder that exists")
+    return path
+
+
 def plain_console() -> Console:
     """The terminal, or lines wide enough not to be folded."""
     console = Console()
