@@ -1,8 +1,9 @@
-"""Which tests share a worker (pytest-xdist, `--dist loadgroup`): those that share child processes."""
+"""Which tests run in this process, which share a worker, and when one hangs."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -11,6 +12,18 @@ os.environ.pop("COLUMNS", None)  # of the terminal that the tests were started i
 
 settings.register_profile("default", deadline=None)  # examples are slow on a busy machine, not wrong
 settings.load_profile("default")
+
+OWN_PROCESS = [Path(__file__).parent / framework for framework in ("torch", "tensorflow", "paddle")]
+"""Folders whose tests import a framework. Two frameworks in one process crash it, so `test_frameworks.py` starts one pytest
+process for each; they are collected here only where the command line names them."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path not in OWN_PROCESS:
+        return None
+    named = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args]
+    is_named = any(path.is_relative_to(collection_path) for path in named)
+    return None if is_named else True
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks

@@ -1,0 +1,5 @@
+"""Skips this folder where PyTorch is not installed."""
+
+import pytest
+
+pytest.importorskip("torch")
