@@ -7,16 +7,20 @@ parts, one for every virtual stage, none of them empty.
 from __future__ import annotations
 
 import itertools
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heapreplace
 
+from common.schedule.generators import make_schedule
 from common.spec import RunConfig, TrainSpec, TransformerSpec
 from common.weights import parameter_shapes, unit_names, unit_of
 
 
 @dataclass(frozen=True)
 class UnitCost:
-    """What one unit costs for one micro-batch, counted (not measured)."""
+    """What one unit costs for the first micro-batch, counted (not measured)."""
 
     unit: str
     parameters: int
@@ -41,7 +45,7 @@ class PartitionPlan:
 
 
 def unit_costs(model: TransformerSpec, train: TrainSpec) -> list[UnitCost]:
-    """Parameters, forward FLOPs and output bytes of every unit, for one micro-batch.
+    """Parameters, forward FLOPs and output bytes of every unit, for the first micro-batch: none is larger.
 
     A multiply-add counts as 2 FLOPs, only matrix products count (Narayanan et al. 2021, appendix): per token
     2 x weights of the linear layers, and 4 x S x D for the two products of attention (not halved for the causal
@@ -69,7 +73,10 @@ def unit_costs(model: TransformerSpec, train: TrainSpec) -> list[UnitCost]:
 
 
 def plan_partition(config: RunConfig) -> PartitionPlan:
-    """The plan that `config.partition` asks for, over `stages * chunks` virtual stages."""
+    """The plan that `config.partition` asks for, over `stages * chunks` virtual stages.
+
+    A balanced plan of several chunks depends on where the schedule puts them. Raises ScheduleError if there is none.
+    """
     units = unit_names(config.model)
     parts = config.stages * config.chunks
     match config.partition:
@@ -78,7 +85,12 @@ def plan_partition(config: RunConfig) -> PartitionPlan:
         case "balanced":
             # The backward costs twice the forward in every unit, so forward FLOPs alone order the plans.
             costs = [cost.forward_flops for cost in unit_costs(config.model, config.train)]
-            inner = balanced_boundaries(costs, parts)
+            if config.chunks == 1:
+                inner = balanced_boundaries(costs, parts)
+            else:
+                schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+                devices = [device for device, _ in schedule.location]
+                inner = balanced_over_devices(costs[0], costs[1], costs[-1], config.model.num_layers, devices)
         case boundaries:
             inner = list(boundaries)
     edges = [0, *inner, len(units)]
@@ -108,23 +120,65 @@ def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
     """Boundaries with the smallest possible largest part, by dynamic programming over (units, parts).
 
     The slowest stage sets the pace of a pipeline (time = sum t_i + (m - 1) max t_i), so the largest part is what to
-    minimise, not the variance. Among equals the first cut is as late as possible. O(units^2 x parts).
+    minimise, not the variance. Among equals the last cut is as late as possible, and so on with what comes before it.
+    Costs are 0 or more. O(units x parts x log units).
     """
     n = len(costs)
     if not 1 <= parts <= n:
         raise ValueError(f"parts = {parts}; right would be 1 to {n}, the number of units")
     total = [0.0, *itertools.accumulate(float(cost) for cost in costs)]
-    best = [[float("inf")] * (n + 1) for _ in range(parts + 1)]
-    cut = [[0] * (n + 1) for _ in range(parts + 1)]
-    best[0][0] = 0.0
+    best = [0.0] + [math.inf] * n  # by the number of units
+    cuts = []
     for k in range(1, parts + 1):
+        before, best, cut = best, [math.inf] * (n + 1), [0] * (n + 1)
+        start = k - 1
         for end in range(k, n - (parts - k) + 1):
-            for start in range(k - 1, end):
-                largest = max(best[k - 1][start], total[end] - total[start])
-                if largest <= best[k][end]:
-                    best[k][end], cut[k][end] = largest, start
+            # The later the last part starts, the smaller it is and the larger is what comes before: they cross at `start`.
+            while start < end and before[start] < total[end] - total[start]:
+                start += 1
+            largest = before[start] if start < end else math.inf
+            if start > k - 1:
+                largest = min(largest, total[end] - total[start - 1])
+            best[end], cut[end] = largest, bisect_right(before, largest, k - 1, end) - 1
+        cuts.append(cut)
     boundaries, end = [], n
-    for k in range(parts, 1, -1):
-        end = cut[k][end]
+    for cut in reversed(cuts[1:]):
+        end = cut[end]
         boundaries.append(end)
     return boundaries[::-1]
+
+
+def balanced_over_devices(embedding: int, block: int, head: int, num_layers: int, devices: Sequence[int]) -> list[int]:
+    """Boundaries with the smallest possible largest device and, among those, the smallest largest part.
+
+    `devices[k]` is the device of part k, of two or more. Exact, because all blocks cost the same, so that only their
+    numbers count: every inner part gets one, and every other block goes to the device that has the least. Proof: when the
+    fullest device got its last block, no device with room had less; so a cut that puts fewer blocks there puts one more
+    on another, which is then as full. A bound on the parts is a bound on a device's room, so the same holds under each,
+    and the smallest bound that costs nothing is found by bisection. O(layers x log parts x log layers).
+    """
+    last = len(devices) - 1
+    least = [0, *[1] * (last - 1), 0]
+
+    def fill(bound: int) -> tuple[float, list[int]]:
+        """The largest device and the blocks of each part, none of them above the bound; infinity if that cannot be."""
+        counts, sizes = least.copy(), [embedding, *[block] * (last - 1), head]
+        parts = {d: sorted((sizes[k], k) for k in range(last + 1) if devices[k] == d) for d in set(devices)}
+        loads = sorted((sum(size for size, _ in own), d) for d, own in parts.items())
+        for _ in range(num_layers - sum(least)):
+            while loads and parts[loads[0][1]][0][0] + block > bound:
+                heappop(loads)  # no room on this device
+            if not loads:
+                return math.inf, counts
+            load, device = loads[0]
+            size, part = parts[device][0]
+            heapreplace(loads, (load + block, device))
+            heapreplace(parts[device], (size + block, part))
+            counts[part] += 1
+        largest = max(sum(size for size, _ in own) for own in parts.values())
+        return (math.inf if max(sizes) > bound else largest), counts
+
+    bounds = sorted({own + n * block for own in (0, embedding, head) for n in range(num_layers + 1)})
+    best, _ = fill(bounds[-1])
+    bound = bounds[bisect_left(bounds, True, key=lambda bound: fill(bound)[0] <= best)]
+    return [1 + blocks for blocks in itertools.accumulate(fill(bound)[1])][:-1]
