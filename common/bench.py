@@ -270,13 +270,13 @@ def _report(session: _Session, console: Console) -> bool:
 def print_dry_run(bench: Bench, console: Console) -> None:
     """Prints every distinct partition plan and every distinct schedule of the grid."""
     plans = {
-        (c.model, c.stages, c.chunks, c.partition, c.train.micro_batch_size, c.train.dtype): c for c in bench.points
+        (c.model, c.partition, c.train.dtype, _sizes(c), plan_partition(c), tuple(_devices(c))): c for c in bench.points
     }
     for config in plans.values():
         console.print(_plan_table(config))
         console.print()
     console.print(
-        "MB: parameters alone; forward MFLOP and what a stage sends on are for one micro-batch\n", soft_wrap=True
+        "MB: parameters alone; forward MFLOP and what a stage sends on are for the first micro-batch\n", soft_wrap=True
     )
     schedules = {(c.schedule, c.stages, c.train.micro_batches, c.chunks) for c in bench.points}
     for name, stages, micro_batches, chunks in sorted(schedules):
@@ -291,15 +291,33 @@ def print_dry_run(bench: Bench, console: Console) -> None:
         console.print(f"  {describe(config)}", highlight=False)
 
 
+def _sizes(config: RunConfig) -> str:
+    """Sequences in a micro-batch: `4`, or `6 or 5` where they differ."""
+    size = config.train.micro_batch_size
+    return f"{size}" if config.train.micro_batches_are_equal else f"{size} or {size - 1}"
+
+
+def _devices(config: RunConfig) -> list[int]:
+    """The device of every virtual stage."""
+    schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+    return [device for device, _ in schedule.location]
+
+
 def _plan_table(config: RunConfig) -> Table:
     costs = {cost.unit: cost for cost in unit_costs(config.model, config.train)}
     element_bytes = 8 if config.train.master_dtype == "float64" else 4
     total = sum(cost.forward_flops for cost in costs.values())
     parts = plan_partition(config).parts
     partition = config.partition if isinstance(config.partition, str) else ",".join(map(str, config.partition))
+    flops = [sum(costs[unit].forward_flops for unit in units) for units in parts]
+    devices = _devices(config)
+    loads = [sum(f for f, d in zip(flops, devices, strict=True) if d == device) for device in range(config.stages)]
+    chunks = f" of {config.chunks} chunks" if config.chunks > 1 else ""
     table = Table(
-        title=f"{len(parts)} stages, partition {partition}, micro-batches of {config.train.micro_batch_size} sequences",
+        title=f"{config.stages} stages{chunks}, partition {partition}, micro-batches of {_sizes(config)} sequences",
         title_justify="left",
+        caption=f"largest stage: {max(loads) * config.stages / total:.3f} of the mean",
+        caption_justify="left",
         box=None,
         pad_edge=False,
     )
@@ -307,15 +325,14 @@ def _plan_table(config: RunConfig) -> Table:
         table.add_column(title, justify="left" if title == "units" else "right", no_wrap=title != "units")
     for k, units in enumerate(parts):
         parameters = sum(costs[unit].parameters for unit in units)
-        flops = sum(costs[unit].forward_flops for unit in units)
         sends = costs[units[-1]].activation_bytes / 1e3 if k + 1 < len(parts) else 0
         table.add_row(
-            str(k),
+            str(devices[k]),
             shorten(units),
             f"{parameters:,}",
             f"{parameters * element_bytes / 1e6:,.1f}",
-            f"{flops / 1e6:,.1f}",
-            f"{flops / total:.1%}",
+            f"{flops[k] / 1e6:,.1f}",
+            f"{flops[k] / total:.1%}",
             f"{sends:,.1f}",
         )
     return table

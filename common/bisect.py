@@ -200,7 +200,7 @@ class _Walk:
         a, b = (side.get(place) for side in self.sides)
         if a is None or b is None:
             return None
-        if joined or a.keys() != b.keys():
+        if joined or a.keys() != b.keys() or any(a[i].shape != b[i].shape for i in a):
             a, b = ({-1: _joined(each)} for each in (a, b))
         phase, unit, tensor = place
         limit = LIMITS[check][self.dtype]

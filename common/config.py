@@ -130,7 +130,9 @@ def _native_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
     return [
         point.model_copy(update={"executor": "native", "track": "matched"})
         for point in points
-        if _has_peers(point) and point.schedule in NATIVE_SCHEDULES.get(point.framework, ())
+        if _has_peers(point)
+        and point.schedule in NATIVE_SCHEDULES.get(point.framework, ())
+        and point.train.micro_batches_are_equal
     ]
 
 

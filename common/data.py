@@ -44,14 +44,15 @@ class Batch:
         return Batch(self.step, self.inputs[:count], self.targets[:count])
 
     def micro_batches(self, count: int) -> list[MicroBatch]:
-        """`count` equal pieces, in order. Raises ValueError if they cannot be equal."""
-        if self.inputs.shape[0] % count:
-            raise ValueError(f"{self.inputs.shape[0]} sequences cannot be cut into {count} equal micro-batches")
-        size = self.inputs.shape[0] // count
-        return [
-            MicroBatch(self.inputs[i : i + size], self.targets[i : i + size], np.arange(i, i + size))
-            for i in range(0, count * size, size)
-        ]
+        """`count` pieces, in order, whose sizes differ by one at most, the larger ones first (as `np.array_split` cuts).
+
+        Raises ValueError if there are fewer sequences than pieces.
+        """
+        size = len(self.inputs)
+        if not 1 <= count <= size:
+            raise ValueError(f"{size} sequences cannot be cut into {count} micro-batches; expected 1 to {size}")
+        pieces = (np.array_split(array, count) for array in (self.inputs, self.targets, np.arange(size)))
+        return [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
 
 
 @dataclass(frozen=True)

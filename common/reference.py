@@ -371,7 +371,7 @@ class Oracle:
         return {
             TensorKey(batch.step, "forward", 0, i, unit, "output"): piece
             for unit in unit_names(self.model)
-            for i, piece in enumerate(np.split(outputs[unit], micro_batches))
+            for i, piece in enumerate(np.array_split(outputs[unit], micro_batches))
         }
 
 

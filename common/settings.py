@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,10 +102,6 @@ Settings = dict[Key, Setting]
 
 NATIVE_DROPOUT = 0.1
 """The probability that `--dropout native` means where neither the preset nor a file says one."""
-
-
-MAX_SWEPT_MICRO_BATCHES = 1024
-"""More would make a mini-batch that nobody asked for."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -216,7 +211,6 @@ def adapt(settings: Settings, given: Settings) -> None:
     if steps and ("bench", "untimed_steps") not in given and str(steps.value).isdigit():
         fewer = max(1, min(BenchOptions().untimed_steps, int(steps.value) - 1))
         settings["bench", "untimed_steps"] = Setting(fewer, "default")
-    _fit_batch(settings, given)
     tokenizer = settings.get(("run", "tokenizer"), Setting("bytes", ""))
     if tokenizer.value == "bytes" and ("model", "vocab_size") not in given:
         settings["model", "vocab_size"] = Setting(256, "tokenizer bytes")
@@ -240,17 +234,6 @@ def _adapt_to_drift(settings: Settings, given: Settings) -> None:
             settings[key] = Setting(value, f"drift {habit.name}, {key[1]}")
     if ("run", "framework") not in given:
         settings["run", "framework"] = Setting(list(habit.frameworks), f"drift {habit.name}, frameworks")
-
-
-def _fit_batch(settings: Settings, given: Settings) -> None:
-    """In a sweep the mini-batch grows until every number of micro-batches divides it, if the user did not give it."""
-    sweep, batch = settings.get(("bench", "sweep")), settings.get(("train", "batch_size"))
-    pieces = [str(word) for word in listed(settings.get(("train", "micro_batches"), Setting([], "")).value)]
-    if not (sweep and sweep.value and batch) or ("train", "batch_size") in given:
-        return
-    if all(word.isdigit() and 0 < int(word) <= MAX_SWEPT_MICRO_BATCHES for word in pieces):
-        fitting = math.lcm(batch.value, *map(int, pieces))
-        settings["train", "batch_size"] = Setting(fitting, "--sweep, batch_size")
 
 
 def read_toml(path: Path) -> Settings:

@@ -91,7 +91,7 @@ class TrainSpec(Frozen):
 
     steps: int = Field(20, ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, le=2**20, description="sequences in one mini-batch (one optimizer step)")
-    micro_batches: int = Field(4, ge=1, description="equal pieces the mini-batch is cut into (m)")
+    micro_batches: int = Field(4, ge=1, description="pieces the mini-batch is cut into (m), equal ones or nearly so")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="update rule")
     learning_rate: Float32 = Field(1e-3, gt=0.0, description="peak learning rate")
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -114,11 +114,11 @@ class TrainSpec(Frozen):
     )
 
     @model_validator(mode="after")
-    def _micro_batches_divide(self) -> TrainSpec:
-        if self.batch_size % self.micro_batches:
+    def _consistent(self) -> TrainSpec:
+        if self.micro_batches > self.batch_size:
             raise ValueError(
-                f"micro_batches = {self.micro_batches} does not divide batch_size = {self.batch_size}; "
-                f"right would be one of {_divisors(self.batch_size)}"
+                f"micro_batches = {self.micro_batches} is more than batch_size = {self.batch_size}, and a micro-batch has "
+                f"at least one sequence; expected 1 to {self.batch_size}"
             )
         if self.warmup_steps > self.steps:
             raise ValueError(
@@ -129,7 +129,12 @@ class TrainSpec(Frozen):
 
     @property
     def micro_batch_size(self) -> int:
-        return self.batch_size // self.micro_batches
+        """Sequences in the first micro-batch. Where m does not divide the mini-batch, later ones have one fewer."""
+        return -(-self.batch_size // self.micro_batches)
+
+    @property
+    def micro_batches_are_equal(self) -> bool:
+        return self.batch_size % self.micro_batches == 0
 
     @property
     def master_dtype(self) -> Literal["float32", "float64"]:
@@ -229,6 +234,12 @@ class RunConfig(Frozen):
         if parts * self.train.micro_batches > MAX_PLACES:
             raise ValueError(
                 f"stages x chunks x micro_batches = {parts * self.train.micro_batches}; right would be at most {MAX_PLACES}"
+            )
+        if self.executor == "native" and not self.train.micro_batches_are_equal:
+            raise ValueError(
+                f"executor = native: the frameworks' own pipelines take equal micro-batches, and micro_batches = "
+                f"{self.train.micro_batches} does not divide batch_size = {self.train.batch_size}; expected one of "
+                f"{_divisors(self.train.batch_size)}"
             )
         if self.executor == "plain" and parts > 1:
             raise ValueError(f"stages x chunks = {parts}; executor = plain has 1, with all the threads")

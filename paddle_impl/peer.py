@@ -91,7 +91,7 @@ class PlainEngine:
         return {
             TensorKey(batch.step, "forward", 0, i, unit, "output"): piece.numpy().copy()
             for unit, output in zip(unit_names(self.config.model), self._loss(batch, training=True)[1], strict=True)
-            for i, piece in enumerate(output.chunk(self.config.train.micro_batches))
+            for i, piece in enumerate(output.tensor_split(self.config.train.micro_batches))
         }
 
     def probe_units(

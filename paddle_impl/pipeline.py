@@ -108,8 +108,8 @@ class NativePipeline(PipelineParallel):
 
     def walk(self, schedule: Schedule) -> None:
         """This rank's line of the schedule, by our executor."""
-        shape = [*self.stage.tokens[0].shape, self.config.model.d_model]  # (b, S, D), what is sent at every cut
-        channel = Channel(schedule, self.stage_id, shape, self.config.train.dtype, self.pp_group)
+        shapes = [[*tokens.shape, self.config.model.d_model] for tokens in self.stage.tokens]  # (b, S, D), at every cut
+        channel = Channel(schedule, self.stage_id, shapes, self.config.train.dtype, self.pp_group)
         self.events = run_stage(schedule, self.stage_id, self.stage, channel, partial(self.on_action, self.stage_id))
         self.on_action(self.stage_id, None)
 

@@ -66,4 +66,4 @@ def no_gradients(named: Sequence[NamedParameter]) -> Iterator[None]:
 def _piece(stage: Stage, array: NDArray[Any], micro_batch: int) -> Tensor:
     """The micro-batch's rows of a tensor of the whole mini-batch, in the run's precision."""
     whole = paddle.to_tensor(array, dtype=stage.config.train.dtype)
-    return whole.chunk(stage.config.train.micro_batches)[micro_batch]
+    return whole.tensor_split(stage.config.train.micro_batches)[micro_batch]

@@ -85,9 +85,9 @@ class Stage:
         """By (micro-batch, chunk): forward done, B not yet."""
         self.waiting: dict[tuple[int, int], list[Product]] = {}
         """By (micro-batch, chunk): B done, W not yet; the products for the weight gradients."""
-        self.held = HeldActivations(len(chunks), config.recomputes)
-        self._measured: set[tuple[int, bool]] = set()
-        """(chunk, whether recomputed) whose bytes `held` knows."""
+        self.held = HeldActivations(len(chunks), self._kind)
+        self._measured: set[tuple[int, bool, int]] = set()
+        """(chunk, kind of micro-batch) whose bytes `held` knows."""
         self.outputs: dict[tuple[str, int], Tensor] = {}
         """By (unit, micro-batch), where the mode keeps them."""
 
@@ -108,6 +108,10 @@ class Stage:
         if mode is Mode.TRAIN:
             for item in self.named:
                 item.parameter.clear_gradient(set_to_zero=False)
+
+    def _kind(self, micro_batch: int) -> tuple[bool, int]:
+        """What decides how much a micro-batch holds: whether it is recomputed, and its sequences."""
+        return self.config.recomputes(micro_batch), len(self.tokens[micro_batch])
 
     def losses(self) -> list[float]:
         """Each micro-batch's share of the mean loss; empty without the head."""
@@ -138,7 +142,7 @@ class Stage:
         """Runs the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
         training = self._mode is Mode.TRAIN
         recomputes = training and self.config.recomputes(micro_batch)
-        measures = training and (chunk, recomputes) not in self._measured
+        measures = training and (chunk, *self._kind(micro_batch)) not in self._measured
         with paddle.set_grad_enabled(training), saved_tensors() if measures else nullcontext() as saved:
             if x is not None:
                 x.stop_gradient = not training
@@ -156,9 +160,9 @@ class Stage:
             self.in_flight[micro_batch, chunk] = Forward(x, y)
             if measures:
                 weights = [item.parameter for item in self.named]
-                sizes = self.held.recomputed_bytes if recomputes else self.held.forward_bytes
-                sizes[chunk] = memory_bytes(saved.kept(), [*weights, *self.tokens, *self.targets])
-                self._measured.add((chunk, recomputes))
+                kept = memory_bytes(saved.kept(), [*weights, *self.tokens, *self.targets])
+                self.held.bytes_of(micro_batch)[chunk] = kept
+                self._measured.add((chunk, *self._kind(micro_batch)))
             self.held.note(self.in_flight, self.waiting)
         return result
 
@@ -180,9 +184,10 @@ class Stage:
         self.waiting[micro_batch, chunk] = defer_weight_gradients(
             lambda: paddle.autograd.backward([saved.output], [gradient])
         )
-        if not self.held.waiting_bytes[chunk]:
+        sizes = self.held.waiting_bytes_of(micro_batch)
+        if not sizes[chunk]:
             kept = [tensor for product in self.waiting[micro_batch, chunk] for tensor in tensors_of(product)]
-            self.held.waiting_bytes[chunk] = memory_bytes(kept, [item.parameter for item in self.named])
+            sizes[chunk] = memory_bytes(kept, [item.parameter for item in self.named])
         self.held.note(self.in_flight, self.waiting)
         return None if saved.x is None else saved.x.grad
 
@@ -196,18 +201,19 @@ class Channel:
     """Moves tensors between the processes of a pipeline, by fleet's process group; made anew for every pass.
 
     Messages carry no address: a pair of processes exchanges them in order, and the order in which a device sends is
-    written in the schedule. One that comes before it is asked for is kept.
+    written in the schedule. One that comes before it is asked for is kept. They carry no shape either: `shapes` has it,
+    (b, S, D), by micro-batch.
     """
 
     def __init__(
         self,
         schedule: Schedule,
         device: int,
-        shape: Sequence[int],
+        shapes: Sequence[Sequence[int]],
         dtype: str,
         group: paddle.distributed.collective.Group,
     ) -> None:
-        self._device, self._shape, self._dtype, self._group = device, list(shape), dtype, group
+        self._device, self._shapes, self._dtype, self._group = device, shapes, dtype, group
         self._coming = {
             sender: deque(message for message, to in sent_by(schedule, sender) if to == device)
             for sender in range(schedule.num_devices)
@@ -226,9 +232,10 @@ class Channel:
         while message not in self._arrived:
             if not self._coming.get(device):
                 raise KeyError(f"device {device} sends no {message}")
-            tensor = paddle.empty(self._shape, self._dtype)
+            coming = self._coming[device].popleft()
+            tensor = paddle.empty(self._shapes[coming.micro_batch], self._dtype)
             paddle.distributed.recv(tensor, src=self._group.ranks[device], group=self._group)
-            self._arrived[self._coming[device].popleft()] = tensor
+            self._arrived[coming] = tensor
         return self._arrived.pop(message)
 
 

@@ -91,10 +91,15 @@ def test_peers_are_the_frameworks_own_pipelines_and_a_plain_loop_each() -> None:
     assert {(c.stages, c.train.micro_batches) for c in plain} == {(1, 1)}
 
 
-def test_a_sweep_finds_a_mini_batch_that_every_number_of_micro_batches_divides() -> None:
-    assert {c.train.batch_size for c in bench("--sweep", "--micro-batches", "1,2,3,32").points} == {96}
-    given = bench("--sweep", "--micro-batches", "1,2,4", "--batch-size", "8").points
-    assert {c.train.batch_size for c in given} == {8}
+def test_a_sweep_keeps_the_mini_batch() -> None:
+    points = bench("--sweep", "--micro-batches", "1,3,12").points
+    assert {c.train.batch_size for c in points} == {16}
+    assert {c.train.micro_batches for c in points} == {1, 3, 12}
+
+
+def test_a_framework_whose_own_pipeline_takes_equal_micro_batches_is_no_peer_of_others() -> None:
+    points = bench("--peers", "--framework", "torch", "--schedules", "1f1b", "--micro-batches", "4,5").points
+    assert {c.train.micro_batches for c in points if c.executor == "native"} == {4}
 
 
 def test_the_first_steps_are_not_timed() -> None:
@@ -153,7 +158,8 @@ WRONG = {
     "--stages two": "--stages = 'two': right would be a whole number, at least 1",
     "--stages 1.5": "--stages = '1.5': right would be a whole number, at least 1",
     "--stages 2 4": "'4': belongs to no option; a list takes commas",
-    "--micro-batches 3": "right would be one of [1, 2, 4, 8, 16]",
+    "--micro-batches 17": "micro_batches = 17 is more than batch_size = 16",
+    "--micro-batches 5 --executor native --frameworks torch": "micro_batches = 5 does not divide batch_size = 16",
     "--dtype float16": "right would be bfloat16 (or float32, float64)",
     "--norm per": "--norm = 'per': unknown; right would be pre (or post)",
     "--d-model 100": "num_heads = 8 does not divide d_model = 100",
@@ -177,7 +183,7 @@ WRONG = {
     "--repeats 0": "--repeats = '0': right would be a whole number, at least 1",
     "--timeout -1": "--timeout = '-1': right would be a number, more than 0",
     "--sweep": "right would be with a list",
-    "--sweep --micro-batches 3,4 --batch-size 16": "right would be one of [1, 2, 4, 8, 16]",
+    "--sweep --micro-batches 1,2,32": "micro_batches = 32 is more than batch_size = 16",
     "--untimed-steps 12": "leaves none of 8 steps; right would be 0 to 7",
     "--executor native": "paddle with 1f1b",
     "--corpus /no/such/text": "/no/such/text: No such file or directory",
@@ -252,6 +258,16 @@ def test_a_dry_run_prints_plan_and_schedule_and_runs_nothing(
     text = capsys.readouterr().out
     assert "embedding" in text and "parameters" in text and "BW0" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_shows_what_each_device_gets_from_every_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "small", "--framework", "torch", "--partition", "balanced", "--micro-batches", "3"]
+    assert cli.bench_main([*words, "--schedules", "interleaved,zb-v", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    plan = "2 stages of 2 chunks, partition balanced, micro-batches of 6 or 5 sequences"
+    devices = [[line.split()[0] for line in part.splitlines()[2:6]] for part in text.split(plan)[1:]]
+    assert devices == [["0", "1", "0", "1"], ["0", "1", "1", "0"]]
+    assert text.count("largest stage: 1.013 of the mean") == 2
 
 
 def test_rows_that_fail_leave_the_others_intact(tmp_path: Path) -> None:

@@ -27,13 +27,20 @@ def test_batches_depend_on_seed_and_step_only() -> None:
     np.testing.assert_array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
 
 
-def test_micro_batches_are_the_mini_batch_in_order() -> None:
+@pytest.mark.parametrize(("count", "sizes"), [(4, [2, 2, 2, 2]), (3, [3, 3, 2]), (5, [2, 2, 2, 1, 1]), (8, [1] * 8)])
+def test_micro_batches_are_the_mini_batch_in_order(count: int, sizes: list[int]) -> None:
     batch = load_corpus(RunConfig()).batch(0, 0, 8, 4)
-    pieces = batch.micro_batches(4)
+    pieces = batch.micro_batches(count)
+    assert [len(piece.inputs) for piece in pieces] == sizes
     np.testing.assert_array_equal(np.concatenate([piece.inputs for piece in pieces]), batch.inputs)
+    np.testing.assert_array_equal(np.concatenate([piece.targets for piece in pieces]), batch.targets)
     np.testing.assert_array_equal(np.concatenate([piece.samples for piece in pieces]), np.arange(8))
-    with pytest.raises(ValueError, match="8 sequences cannot be cut into 3"):
-        batch.micro_batches(3)
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_a_micro_batch_has_at_least_one_sequence(count: int) -> None:
+    with pytest.raises(ValueError, match=f"8 sequences cannot be cut into {count} micro-batches; expected 1 to 8"):
+        load_corpus(RunConfig()).batch(0, 0, 8, 4).micro_batches(count)
 
 
 def test_held_out_text_is_never_trained_on(tmp_path: Path) -> None:

@@ -254,8 +254,9 @@ def test_held_bytes_are_those_that_a_run_counts(name: str, p: int, rounds: int, 
     counted = []
     for device, actions in enumerate(schedule.devices):
         held = HeldActivations(chunks, lambda i: recomputes(how, i, m))
-        held.forward_bytes, held.recomputed_bytes = forward[device], recomputed[device]
-        held.waiting_bytes = waiting[device]
+        for i in range(m):
+            held.bytes_of(i)[:] = recomputed[device] if recomputes(how, i, m) else forward[device]
+            held.waiting_bytes_of(i)[:] = waiting[device]
         in_flight: set[tuple[int, int]] = set()
         waits: set[tuple[int, int]] = set()
         for action in actions:

@@ -215,7 +215,7 @@ class Stage:
         if not part.is_first:
             input_gradient, *found = found
         self._waiting[micro_batch, chunk] = [*(saved[i] for i in functions.saved_for_weight), *found]
-        self.held.waiting_bytes[chunk] = functions.waiting_bytes
+        self.held.waiting_bytes_of(micro_batch)[chunk] = functions.waiting_bytes
         self.held.note(self._saved, self._waiting)
         return None if part.is_first else input_gradient
 

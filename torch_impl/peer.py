@@ -194,7 +194,7 @@ class PlainEngine(Peer):
         return {
             TensorKey(batch.step, "forward", 0, i, unit, "output"): piece.numpy()
             for unit, output in found
-            for i, piece in enumerate(output.cpu().chunk(self.config.train.micro_batches))
+            for i, piece in enumerate(output.cpu().tensor_split(self.config.train.micro_batches))
         }
 
     @torch.no_grad()
@@ -327,7 +327,7 @@ class PipeliningEngine(Peer):
         found = {}
         for units in self._units:
             for unit, output in units.outputs or ():
-                for i, piece in enumerate(output.cpu().chunk(self.config.train.micro_batches)):
+                for i, piece in enumerate(output.cpu().tensor_split(self.config.train.micro_batches)):
                     found[TensorKey(batch.step, "forward", self.devices[0], i, unit, "output")] = piece.numpy()
             units.outputs = None
         return found

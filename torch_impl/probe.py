@@ -54,5 +54,5 @@ def probe_units(
 
 def _piece(stage: Stage, array: NDArray[Any], micro_batch: int) -> Tensor:
     """The micro-batch's rows of a tensor of the whole mini-batch, on the stage's device in its precision."""
-    whole = torch.from_numpy(array).chunk(stage.config.train.micro_batches)
+    whole = torch.from_numpy(array).tensor_split(stage.config.train.micro_batches)
     return whole[micro_batch].to(stage.device, getattr(torch, stage.config.train.dtype))

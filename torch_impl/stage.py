@@ -84,7 +84,7 @@ class Stage:
         """By (micro-batch, chunk): forward done, B not yet."""
         self.waiting: dict[tuple[int, int], list[tuple[nn.Linear | nn.Embedding, Tensor, Tensor]]] = {}
         """By (micro-batch, chunk): B done, W not yet; each layer with its input and its output's gradient."""
-        self.held = HeldActivations(len(self.chunks), config.recomputes)
+        self.held = HeldActivations(len(self.chunks), self._kind)
         self._elements = ElementHashes()
         self._generator = torch.Generator(device) if config.model.dropout_masks == "native" else None
         self.outputs: dict[tuple[str, int], Tensor] = {}
@@ -114,6 +114,10 @@ class Stage:
     def _dropout(self, key: int, piece: MicroBatch) -> DropoutContext:
         samples = torch.from_numpy(piece.samples).to(self.device)
         return DropoutContext(key, samples, int(piece.samples[0]), self._elements, self._generator)
+
+    def _kind(self, micro_batch: int) -> tuple[bool, int]:
+        """What decides how much a micro-batch holds: whether it is recomputed, and its sequences."""
+        return self.config.recomputes(micro_batch), len(self._pass.tokens[micro_batch])
 
     def micro_batches(self) -> list[tuple[Tensor, DropoutContext | None]]:
         """Tokens (b, S) and dropout of each micro-batch of the pass."""
@@ -170,9 +174,10 @@ class Stage:
     def backward_input(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
         """B: from the output's gradient (b, S, D), None for the loss, to that of the input, None for tokens."""
         result = self._input_gradient(micro_batch, chunk, gradient)
-        if not self.held.waiting_bytes[chunk]:
+        sizes = self.held.waiting_bytes_of(micro_batch)
+        if not sizes[chunk]:
             waiting = [tensor for _, *pair in self.waiting[micro_batch, chunk] for tensor in pair]
-            self.held.waiting_bytes[chunk] = memory_bytes(waiting, self._pass.tokens)
+            sizes[chunk] = memory_bytes(waiting, self._pass.tokens)
         self.held.note(self.in_flight, self.waiting)
         return result
 

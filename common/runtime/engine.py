@@ -63,7 +63,7 @@ class Engine(Protocol):
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         """Logits (B, S, V) for tokens (B, S), without dropout, through the pipeline in micro-batches.
 
-        B is a multiple of the micro-batches and may differ from the training batch; S may be up to context_length.
+        B is at least the number of micro-batches and may differ from the training batch; S may be up to context_length.
         Every process gets all logits, as float32 or float64.
         """
 

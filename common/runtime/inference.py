@@ -87,7 +87,7 @@ def generate(engine: Engine, job: Job) -> Generated:
     wish, model, m = job.generation, job.config.model, job.config.train.micro_batches
     if wish is None:
         raise ValueError("a job that is to generate needs to know what")
-    rows = -(-wish.samples // m) * m  # every micro-batch has as many; those beyond the samples are not looked at
+    rows = max(wish.samples, m)  # every micro-batch has at least one; those beyond the samples are not looked at
     texts = [list(wish.prompt) for _ in range(rows)]
     closest, seconds, first_of_length, lengths = math.inf, [], [], set()
     for position in range(wish.tokens):

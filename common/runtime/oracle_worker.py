@@ -71,10 +71,10 @@ class OracleEngine:
                 batch, unit, inputs.get(unit), output_gradients[unit]
             )
             key = TensorKey(batch.step, "unit_forward", 0, -1, unit, "output")
-            found |= {key._replace(micro_batch=i): piece for i, piece in enumerate(np.split(output, pieces))}
+            found |= {key._replace(micro_batch=i): piece for i, piece in enumerate(np.array_split(output, pieces))}
             key = key._replace(phase="unit_backward", tensor="input_gradient")
             if input_gradient is not None:
-                found |= {key._replace(micro_batch=i): p for i, p in enumerate(np.split(input_gradient, pieces))}
+                found |= {key._replace(micro_batch=i): p for i, p in enumerate(np.array_split(input_gradient, pieces))}
             found |= {key._replace(tensor=name): gradient for name, gradient in gradients.items()}
         return found
 

@@ -168,8 +168,7 @@ def _for_samples(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
     """As many micro-batches as stages if there are samples for them, unless the user says how many."""
     given = hasattr(arguments, "train.micro_batches")
     m = config.train.micro_batches if given else min(arguments.samples, config.stages)
-    rows = -(-arguments.samples // m) * m
-    train = config.train.model_copy(update={"micro_batches": m, "batch_size": rows})
+    train = config.train.model_copy(update={"micro_batches": m, "batch_size": max(arguments.samples, m)})
     make_schedule(config.schedule, config.stages, m, config.chunks)
     return config.model_copy(update={"train": train})
 

@@ -283,13 +283,13 @@ def recomputation() -> dict[str, Any]:
                 engine = engine_of(one)
                 seen[recompute] = trained(engine, range(2))
                 (rank, held), *_ = engine.held_bytes_peak().items()
-                sizes = engine.stage.held
+                sizes, last = engine.stage.held, one.train.micro_batches - 1
                 found["different"][f"{rank} {schedule} {recompute}"] = different(seen["none"], seen[recompute])
                 found["held"][f"{rank} {schedule} {recompute}"] = {
                     "peak": held,
-                    "forward": sizes.forward_bytes,
-                    "recomputed": sizes.recomputed_bytes,
-                    "waiting": sizes.waiting_bytes,
+                    "forward": sizes.bytes_of(last),
+                    "recomputed": sizes.bytes_of(0),
+                    "waiting": sizes.waiting_bytes_of(0),
                 }
                 engine.close()
         return found

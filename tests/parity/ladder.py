@@ -1,8 +1,9 @@
 """The parity ladder: which runs are compared with the oracle and with each other, and how they are started.
 
-The cases cover every value of p, m and dtype, every combination of head, norm and activation, all kinds of partition, and
-micro-batches with different numbers of tokens, or none. All train for 100 AdamW steps with clipping, warm-up and cosine.
-The cases of a framework share as few child processes as the framework allows, since frameworks start slowly.
+The cases cover every value of p, m and dtype, every combination of head, norm and activation, all kinds of partition,
+micro-batches with different numbers of tokens, or none, and of different sizes (8 sequences in 3 or 5). All train for 100
+AdamW steps with clipping, warm-up and cosine. The cases of a framework share as few child processes as the framework
+allows, since frameworks start slowly.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ UNEVEN: dict[str, Any] = {"sequence_lengths": "random", "sequences_per_epoch": 1
 def config(
     framework: str, p: int, m: int, dtype: str, head: str, norm: str, activation: str, partition: str, dropout: float,
     schedule: str = "1f1b", steps: int = 100, chunks: int = 1, executor: str = "table", num_layers: int = 4,
-    recompute: str = "none", uneven: bool = False,
+    recompute: str = "none", uneven: bool = False, batch_size: int = 8,
 ) -> RunConfig:  # fmt: skip
     """One run, with one CPU thread per stage: a kernel splits its sums by the number of threads, so bits depend on it."""
     return RunConfig.model_validate(
@@ -44,7 +45,7 @@ def config(
                 "activation": activation, "tied_head": head == "tied", "dropout": dropout,
             },
             "train": {
-                "steps": steps, "batch_size": 8, "micro_batches": m, "dtype": dtype, "clip_norm": 1.0,
+                "steps": steps, "batch_size": batch_size, "micro_batches": m, "dtype": dtype, "clip_norm": 1.0,
                 "learning_rate": 2e-3, "learning_rate_schedule": "cosine", "warmup_steps": min(10, steps),
             },
         }
@@ -65,6 +66,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     "2-4-float32": (2, 4, "float32", "tied", "pre", "relu", "balanced", 0.0, "gpipe"),
     "4-1-float32": (4, 1, "float32", "tied", "pre", "gelu", "1,2,5", 0.0, "1f1b"),
     "4-4-float32": (4, 4, "float32", "untied", "pre", "relu", "even", 0.1, "1f1b"),
+    "2-3-float64": (2, 3, "float64", "untied", "pre", "gelu", "even", 0.1, "zb-h1"),
+    "4-5-float32": (4, 5, "float32", "tied", "post", "gelu", "even", 0.1, "1f1b"),
     "2-4-float64-uneven": (2, 4, "float64", "tied", "pre", "gelu", "even", 0.1, "1f1b"),
     "2-4-float32-uneven": (2, 4, "float32", "untied", "post", "gelu", "even", 0.0, "zb-h1"),
 }

@@ -46,7 +46,8 @@ def assert_executed_equals_planned(one: RunConfig, run: Run) -> None:
         assert done == {device: list(map(str, actions)) for device, actions in enumerate(schedule.devices)}
 
 
-# name: p, partition, schedule, chunks, recompute; all with m = 4, over 4 units, and equal to the first to the bit
+# name: p, partition, schedule, chunks, recompute; all with m = 4, over 4 units, and equal to the first to the bit.
+# 8 sequences make micro-batches of 2; 10 make such of 3, 3, 2 and 2.
 SPLIT = """# schedule: split micro_batches=4
 0: F0 F1 F2 B0 W0 F3 B1 W1 B2 B3 W2 W3
 1: F0 B0 F1 B1 W0 F2 B2 F3 B3 W1 W2 W3
@@ -75,17 +76,17 @@ VARIANTS: dict[str, tuple[int, str, str, int, str]] = {
 
 @every_framework
 @pytest.mark.parametrize(
-    ("dtype", "head", "norm"), [("float32", "tied", "pre"), ("float64", "untied", "post")]
+    ("dtype", "head", "norm", "batch_size"), [("float32", "tied", "pre", 10), ("float64", "untied", "post", 8)]
 )  # fmt: skip
 def test_every_schedule_and_partition_gives_the_same_bits(
-    framework: str, dtype: str, head: str, norm: str, tmp_path: Path
+    framework: str, dtype: str, head: str, norm: str, batch_size: int, tmp_path: Path
 ) -> None:
     (tmp_path / "split.txt").write_text(SPLIT)
     configs = {
         name: config(
             framework, p, 4, dtype, head, norm, "gelu", partition, 0.1,
             schedule.replace("SPLIT", str(tmp_path / "split.txt")), steps=3, chunks=chunks, num_layers=2,
-            recompute=recompute,
+            recompute=recompute, batch_size=batch_size,
         )
         for name, (p, partition, schedule, chunks, recompute) in VARIANTS.items()
     }  # fmt: skip
