@@ -19,9 +19,7 @@ from common.report.facts import parity_verdict
 from common.report.machine import Machine, git_commit, this_machine
 from common.report.names import variant_of
 from common.report.progress import ProgressView, progress_view
-from common.report.publish import publish
 from common.report.result import IS_ORACLE, Parity, RunResult, measured
-from common.runtime import oracle_worker
 from common.runtime.job import Job
 from common.runtime.launch import (
     IMPLEMENTATIONS,
@@ -37,8 +35,8 @@ from common.runtime.launch import (
 from common.schedule.action import ScheduleError
 from common.schedule.draw import draw_color
 from common.schedule.generators import make_schedule
-from common.settings import UsageError
 from common.spec import RunConfig
+from common.usage import UsageError
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
@@ -131,6 +129,8 @@ class _Session:
         if config.train.dtype == "bfloat16":
             module, label = ROUNDED_ORACLE_MODULE, f"{ORACLE_NAME}, weights rounded to bfloat16"
         self.view.start(label, config.train.steps)
+        from common.runtime import oracle_worker
+
         needed, free = oracle_worker.memory_bytes(config), psutil.virtual_memory().available
         if needed < free:
             outcome = self._child(module, config, name)
@@ -258,6 +258,8 @@ def _report(session: _Session, console: Console) -> bool:
     console.print(parity_verdict(collection).text, highlight=False, soft_wrap=True)
     if dropped:
         console.print("This terminal is too narrow for all columns.")
+    from common.report.publish import publish  # imported here, with all that draws
+
     publish(collection, session.folder, session.bench.options.sweep)
     console.print(f"report: {session.folder / 'report.html'}", highlight=False, soft_wrap=True)
     results = [*collection.results, *(run.result for run in collection.oracles)]

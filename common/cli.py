@@ -1,91 +1,95 @@
-"""The console script `triptych`, with one verb per task. `bench_all.py` is its verb `bench`."""
+"""The console script `triptych`, with one verb per task. `bench_all.py` is its verb `bench`.
+
+A verb's module is imported when the verb is named: nobody waits for what another verb needs.
+"""
 
 from __future__ import annotations
 
-import argparse
-import os
+import importlib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from common.streams import lasting_streams
+from common.usage import Parser, UsageError
 
-from common.bench import print_dry_run, run_bench
-from common.config import add_options, read_bench
-from common.runtime.launch import IMPLEMENTATIONS, Implementation
-from common.settings import Parser, UsageError
-from common.verbs import convert, drift, inference, margins, numerics, relay, report, schedules, train
+if TYPE_CHECKING:
+    from common.runtime.launch import Implementation
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
-BENCH_DESCRIPTION = (
-    "Trains one Transformer with several frameworks, pipeline schedules and numbers of stages, each run in a process of "
-    "its own, compares every run with a float64 oracle, and prints a table of losses, throughput and memory. "
-    "Exit status: 0 all well; 1 a run failed or differs from the oracle; 2 wrong input; 130 interrupted."
-)
+VERBS = {
+    "bench": ("bench", "train and compare the frameworks"),
+    "train": ("train", "train with one framework, with snapshots"),
+    "relay": ("relay", "hand one training from framework to framework"),
+    "evaluate": ("inference", "loss and perplexity of a snapshot over the held-out text"),
+    "generate": ("inference", "continue a text with a snapshot"),
+    "export": ("convert", "write a snapshot's weights for use elsewhere"),
+    "import": ("convert", "make a snapshot of weights from elsewhere"),
+    "report": ("report", "make the report of one benchmark, or of several together, from its results"),
+    "compare": ("report", "say which rows of two benchmarks differ by more than their noise"),
+    "draw": ("schedules", "draw a schedule as a chart"),
+    "simulate": ("schedules", "time a schedule without running it"),
+    "validate": ("schedules", "check a schedule in text form, or a chart with times"),
+    "compare-schedules": ("schedules", "simulate all schedules side by side"),
+    "dump": ("numerics", "write every tensor of one step to a file"),
+    "bisect": ("numerics", "name the first tensor in which two runs differ"),
+    "drift": (
+        "drift",
+        "put back numerical habits of the frameworks, one at a time, and see what the parity check says",
+    ),
+    "margins": ("margins", "measure how much of every parity limit is used"),
+}
+"""The module in `common.verbs` that registers each verb, and the verb in a few words."""
 
-PLAIN_WIDTH = 200
-"""Columns where the output is no terminal, so that tables are not folded."""
+LONG_VERBS = ("bench", "train", "relay", "drift", "margins")
+"""They have work to lose: where nobody reads what they print, they say so and go on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`triptych VERB ...`. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = Parser(
         prog="triptych",
         description="One Transformer, one partition plan and one pipeline schedule in three frameworks.",
         usage="%(prog)s VERB [options]",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser, prog="triptych")
-    bench = verbs.add_parser("bench", help="train and compare the frameworks", description=BENCH_DESCRIPTION)
-    add_options(bench)
-    bench.set_defaults(run=_bench)
-    train.register(verbs)
-    relay.register(verbs)
-    inference.register(verbs)
-    convert.register(verbs)
-    report.register(verbs)
-    schedules.register(verbs)
-    numerics.register(verbs)
-    drift.register(verbs)
-    margins.register(verbs)
-    return _run(parser, sys.argv[1:] if argv is None else argv)
+    verb = next((word for word in argv if not word.startswith("-")), "")
+    if verb in VERBS:
+        importlib.import_module(f"common.verbs.{VERBS[verb][0]}").register(verbs)
+    else:
+        for name, (_, text) in VERBS.items():
+            verbs.add_parser(name, help=text)
+    return _run(parser, argv, verb in LONG_VERBS)
 
 
-def bench_main(
-    argv: Sequence[str] | None = None, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
-) -> int:
+def bench_main(argv: Sequence[str] | None = None, implementations: Mapping[str, Implementation] | None = None) -> int:
     """`bench_all.py ...`. Returns the exit status."""
-    parser = Parser(prog="bench_all.py", description=BENCH_DESCRIPTION)
-    add_options(parser)
-    parser.set_defaults(run=lambda arguments: _bench(arguments, implementations))
-    return _run(parser, sys.argv[1:] if argv is None else argv)
+    from common.verbs import bench
+
+    parser = Parser(prog="bench_all.py", description=bench.DESCRIPTION)
+    bench.prepare(parser, implementations)
+    return _run(parser, sys.argv[1:] if argv is None else argv, is_long=True)
 
 
-def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+def _run(parser: Parser, argv: Sequence[str], is_long: bool) -> int:
     """Parses and runs; wrong input is one line on stderr, never a traceback."""
-    try:
-        arguments = parser.parse_args(argv)
-        arguments.command = shlex.join([parser.prog, *argv])
-        return int(arguments.run(arguments) or 0)
-    except UsageError as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USAGE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
+    def notice(reason: str) -> str:
+        return f"{parser.prog}: standard output: {reason}; the work goes on without it"
 
-def _bench(arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:
-    bench = read_bench(arguments)
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=PLAIN_WIDTH)
-    if bench.dry_run:
-        print_dry_run(bench, console)
-        return 0
-    return run_bench(bench, arguments.command, console, implementations)
+    with lasting_streams(notice if is_long else None):
+        try:
+            arguments = parser.parse_args(argv)
+            arguments.command = shlex.join([parser.prog, *argv])
+            return int(arguments.run(arguments) or 0)
+        except UsageError as error:
+            print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+            return EXIT_USAGE
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

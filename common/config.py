@@ -15,12 +15,10 @@ from common.settings import (
     BenchOptions,
     Setting,
     Settings,
-    UsageError,
     adapt,
     add_option,
     base_settings,
     check_corpora,
-    closest,
     flag,
     listed,
     make_run,
@@ -29,6 +27,7 @@ from common.settings import (
     validated,
 )
 from common.spec import PRESETS, RunConfig
+from common.usage import UsageError, closest
 
 
 @dataclass(frozen=True)

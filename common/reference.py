@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import erf
 
 from common import dropout
 from common.data import IGNORED, Batch
@@ -63,14 +62,20 @@ def layer_norm_backward(grad: Array, weight: Array, saved: Any) -> tuple[Array, 
     return dx, (grad * normal).sum(axes), grad.sum(axes)
 
 
+def _erf(x: Array) -> Array:
+    from scipy.special import erf  # imported here: whoever only asks for --help should not wait for SciPy
+
+    return np.asarray(erf(x))
+
+
 def gelu(x: Array) -> Array:
     """The exact GELU (Hendrycks and Gimpel 2016): x times the normal distribution function."""
-    return np.asarray(0.5 * x * (1 + erf(x / math.sqrt(2))))
+    return np.asarray(0.5 * x * (1 + _erf(x / math.sqrt(2))))
 
 
 def gelu_backward(grad: Array, x: Array) -> Array:
     density = np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return np.asarray(grad * (0.5 * (1 + erf(x / math.sqrt(2))) + x * density))
+    return np.asarray(grad * (0.5 * (1 + _erf(x / math.sqrt(2))) + x * density))
 
 
 def gelu_tanh(x: Array) -> Array:

@@ -7,13 +7,13 @@ it stands, and what would be right.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import SUPPRESS, BooleanOptionalAction
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -26,12 +26,9 @@ from common.schedule.action import ScheduleError
 from common.schedule.generators import GENERATORS, default_chunks, make_schedule
 from common.schedule.validate import validate
 from common.spec import FRAMEWORKS, PRESETS, Frozen, RunConfig, TrainSpec, TransformerSpec
+from common.usage import UsageError, closest
 
 MAX_TOML_BYTES = 2**20
-
-
-class UsageError(ValueError):
-    """Wrong input from the user; its text is one line."""
 
 
 class BenchOptions(Frozen):
@@ -104,24 +101,6 @@ NATIVE_DROPOUT = 0.1
 """The probability that `--dropout native` means where neither the preset nor a file says one."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line: usually the usage message drowns them."""
-
-    def __init__(self, **options: Any) -> None:
-        options.setdefault("usage", "%(prog)s [options]")
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            word = message.removeprefix(prefix).split()[0]
-            if not word.startswith("-"):
-                raise UsageError(f"{word!r}: belongs to no option; a list takes commas, such as 1,2,4")
-            known = [option for action in self._actions for option in action.option_strings]
-            message = f"{word}: unknown option{closest(word.split('=')[0], known, 'see --help')}"
-        raise UsageError(message.removeprefix("argument "))
-
-
 def add_option(group: Any, section: str, name: str, field: FieldInfo, default: Any) -> None:
     shown = ",".join(map(str, default)) if isinstance(default, tuple | list) else default
     text = field.description or ""
@@ -133,16 +112,16 @@ def add_option(group: Any, section: str, name: str, field: FieldInfo, default: A
         text += f"; native or native:X: by the framework's own masks, with X or {NATIVE_DROPOUT:g}"
     if shown not in ("", None):
         text += f" (default: {shown})"
-    options: dict[str, Any] = {"dest": f"{section}.{name}", "default": argparse.SUPPRESS, "help": text}
+    options: dict[str, Any] = {"dest": f"{section}.{name}", "default": SUPPRESS, "help": text}
     if field.annotation is bool:
-        options["action"] = argparse.BooleanOptionalAction
+        options["action"] = BooleanOptionalAction
     elif name == "corpus":
         options |= {"nargs": "+", "metavar": "FILE"}
     else:
         options["metavar"] = _metavar(section, name, field)
     group.add_argument(flag(name), **options)
     if name in PLURALS:  # the singular works too
-        group.add_argument(f"--{name}", **options | {"help": argparse.SUPPRESS})
+        group.add_argument(f"--{name}", **options | {"help": SUPPRESS})
 
 
 def flag(name: str) -> str:
@@ -361,19 +340,6 @@ def _wrong(field: FieldInfo, item: Any) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def closest(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """`; right would be ...`: the closest known word, or all of them if they are few."""
-    names: Sequence[str] = list(known)
-    guesses = difflib.get_close_matches(word, names, 1)
-    if guesses:
-        others = [name for name in names if name != guesses[0]]
-        rest = f" (or {', '.join(others)})" if 0 < len(others) <= 6 else ""
-        return f"; right would be {guesses[0]}{rest}"
-    if otherwise:
-        return f"; {otherwise}"
-    return f"; right would be one of {', '.join(names)}"
 
 
 def check_corpora(points: Sequence[RunConfig]) -> None:

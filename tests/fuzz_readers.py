@@ -50,9 +50,9 @@ from common.schedule.generators import make_schedule
 from common.schedule.simulate import simulate
 from common.schedule.timetable import Timetable, read_table
 from common.schedule.validate import validate
-from common.settings import Parser, UsageError
 from common.snapshot import SnapshotError
 from common.spec import RunConfig, TrainSpec, TransformerSpec
+from common.usage import Parser, UsageError
 from common.weights import initial_weights
 
 MEMORY_BYTES = 512 * 2**20

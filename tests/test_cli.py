@@ -21,7 +21,7 @@ from common.config import Bench, add_options, read_bench
 from common.report.result import RunResult
 from common.runtime import oracle_worker
 from common.runtime.launch import Implementation
-from common.settings import Parser, UsageError
+from common.usage import Parser, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--preset", "tiny", "--steps", "3", "--schedules", "1f1b", "--repeats", "1"]

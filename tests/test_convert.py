@@ -17,8 +17,8 @@ from common import cli, snapshot
 from common.runtime.job import Generation, Job
 from common.runtime.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_child
 from common.runtime.oracle_worker import OracleEngine
-from common.settings import Parser
 from common.spec import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
+from common.usage import Parser
 from common.verbs import convert
 from common.weights import random_arrays
 from tests import fuzz_importers

@@ -22,8 +22,8 @@ from common.runtime.launch import IMPLEMENTATIONS, Implementation
 from common.runtime.parent import PARENT
 from common.runtime.watch import Board, Place, Watch, explain
 from common.schedule.action import parse_action
-from common.settings import Parser
 from common.spec import FRAMEWORKS, RunConfig, TrainSpec
+from common.usage import Parser
 from common.verbs import train
 
 ROOT = Path(__file__).resolve().parents[1]

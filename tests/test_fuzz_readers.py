@@ -15,9 +15,9 @@ from common.report.result import ResultError, RunResult
 from common.schedule.action import ScheduleError, parse_schedule
 from common.schedule.generators import make_schedule
 from common.schedule.timetable import read_table
-from common.settings import UsageError
 from common.snapshot import SnapshotError, load
 from common.spec import RunConfig
+from common.usage import UsageError
 from tests import fuzz_readers
 from tests.fuzz_readers import READERS, Random, Reader, bounded, no_corpora, try_one
 

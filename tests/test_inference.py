@@ -16,8 +16,8 @@ from common.runtime.inference import next_logits, padded_length, pick, uniform
 from common.runtime.job import Generation
 from common.runtime.launch import Implementation
 from common.runtime.oracle_worker import OracleEngine
-from common.settings import Parser
 from common.spec import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
+from common.usage import Parser
 from common.verbs import inference
 from common.weights import initial_weights, random_arrays
 

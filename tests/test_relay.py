@@ -10,8 +10,8 @@ import pytest
 
 from common import cli
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
-from common.settings import Parser
 from common.spec import FRAMEWORKS
+from common.usage import Parser
 from common.verbs import relay
 
 FAKES = {name: Implementation("fakes.mortal", "numpy", "") for name in FRAMEWORKS}

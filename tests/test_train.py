@@ -17,8 +17,8 @@ from common import cli, snapshot
 from common.report.result import RunResult
 from common.runtime import launch
 from common.runtime.launch import Implementation
-from common.settings import Parser
 from common.spec import FRAMEWORKS
+from common.usage import Parser
 from common.verbs import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.report.plots import DPI, ORACLE_COLOR
+from common.report.plots import DPI, ORACLE_COLOR, new_figure
 from common.zoo import AVERAGED_STEPS, CURVE_STRIDE, GOOD, LADDER_STEPS, Row, Zoo
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PANELS = {
     "the first check that fails: activations": ("activation",),
@@ -155,8 +156,7 @@ def page(zoo: Zoo) -> str:
 
 def draw_curves(zoo: Zoo, path: Path) -> None:
     """Four panels by the check that notices first; the difference from the baseline, log scale."""
-    figure = Figure(figsize=(11.0, 9.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11.0, 9.6)
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     shown = [value for row in zoo.rows for value in row.curve if value > SMALLEST_SHOWN]
     bottom = min(shown, default=SMALLEST_SHOWN) / 3

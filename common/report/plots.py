@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from common.report.collect import Collection
 from common.report.losses import LossCurve
 from common.report.sweep import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FRAMEWORK_COLORS = {"torch": "#d1495b", "tensorflow": "#e8a33d", "paddle": "#3b7dd8"}
 ORACLE_COLOR = "#8a8f98"
@@ -27,7 +28,7 @@ DPI = 130
 
 def draw_losses(curves: Sequence[LossCurve], path: Path) -> None:
     """Above: all losses over each other. Below: their relative difference from the oracle, with the limit."""
-    figure = _figure(8.0, 6.0)
+    figure = new_figure(8.0, 6.0)
     above, below = figure.subplots(2, 1, sharex=True)
     for number, curve in enumerate(curves):
         color, dash = FRAMEWORK_COLORS[curve.framework], DASHES[number % len(DASHES)]
@@ -49,7 +50,7 @@ def draw_losses(curves: Sequence[LossCurve], path: Path) -> None:
 def draw_throughput(collection: Collection, path: Path) -> None:
     """One bar per measured row, with the 10th to 90th percentile of its steps; pale if it is not ranked."""
     rows = [row for row in collection.rows if row.tokens_per_second and row.step_ms_median]
-    figure = _figure(8.0, 0.34 * len(rows) + 1.0)
+    figure = new_figure(8.0, 0.34 * len(rows) + 1.0)
     axes = figure.subplots()
     for place, row in enumerate(rows):
         value = row.tokens_per_second or 0.0
@@ -70,7 +71,7 @@ def draw_time_split(collection: Collection, path: Path) -> None:
         if group.shown and group.shown.result.timing
         for device, time in group.shown.result.timing.stages.items()
     ]
-    figure = _figure(8.0, 0.26 * len(bars) + 1.3)
+    figure = new_figure(8.0, 0.26 * len(bars) + 1.3)
     axes = figure.subplots()
     for place, (_, time) in enumerate(bars):
         left = 0.0
@@ -87,7 +88,7 @@ def draw_time_split(collection: Collection, path: Path) -> None:
 
 def draw_sweep(curves: Sequence[Curve], path: Path) -> None:
     """Throughput over the swept axis; dotted the ideal, a ring around the knee."""
-    figure = _figure(8.0, 4.5)
+    figure = new_figure(8.0, 4.5)
     axes = figure.subplots()
     for number, curve in enumerate(curves):
         color = FRAMEWORK_COLORS[curve.framework]
@@ -111,7 +112,11 @@ def draw_sweep(curves: Sequence[Curve], path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches, drawn without a display. Matplotlib is imported here: most verbs never draw."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from pydantic import BaseModel, ConfigDict
 
 from common.parity import LIMITS, TensorKey, difference
 from common.report.machine import Machine
-from common.report.plots import DPI, FRAMEWORK_COLORS, ORACLE_COLOR
+from common.report.plots import DPI, FRAMEWORK_COLORS, ORACLE_COLOR, new_figure
 from common.snapshot import Arrays
 from common.spec import RunConfig
 from common.weights import unit_of
@@ -85,8 +82,9 @@ def largest_weight_difference(weights: Arrays, expected: Arrays) -> tuple[float,
 
 def draw_relay(relay: Relay, path: Path) -> None:
     """Above: the joined loss curve over the oracle's. Below: their relative difference, with the limit."""
-    figure = Figure(figsize=(8.0, 6.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(8.0, 6.0)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     oracle = np.array(relay.oracle_losses)
     above.plot(

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import pandas as pd
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -328,4 +327,6 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 def csv_table(rows: Sequence[Row]) -> str:
     """Every value in full, one line per row."""
+    import pandas as pd  # imported here: it takes a fifth of a second, and only a report needs it
+
     return str(pd.DataFrame([asdict(row) for row in rows]).to_csv(index=False))

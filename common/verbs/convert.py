@@ -17,9 +17,9 @@ from common import snapshot
 from common.exchange.child import ExchangeError
 from common.exchange.gpt2 import read_gpt2
 from common.runtime.launch import IMPLEMENTATIONS, PROJECT_ROOT, Implementation, last_error, why_missing
-from common.settings import UsageError
 from common.snapshot import SnapshotError
 from common.spec import TransformerSpec, explain
+from common.usage import UsageError
 from common.verbs.options import add_run_options, read_model, reporting
 
 EXIT_OK, EXIT_FAILED = 0, 1
@@ -34,7 +34,6 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     """Adds the verbs to argparse's subparsers."""
     export = verbs.add_parser(
         "export",
-        help="write a snapshot's weights for use elsewhere",
         description="Writes the weights of a snapshot as a PyTorch state dict, Keras weights (.weights.h5) or Paddle "
         "parameters (.pdparams) of the plain model; docs/snapshots.md says how to build that model.",
         usage="%(prog)s SNAPSHOT --to torch|keras|paddle --out FILE",
@@ -46,7 +45,6 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
 
     importer = verbs.add_parser(
         "import",
-        help="make a snapshot of weights from elsewhere",
         description="Makes a snapshot at step 0 of weights from such a file, or of a GPT-2 of the transformers library in "
         "safetensors. No code in a file is run. The model is what the options say; GPT-2's is read from the file.",
         usage="%(prog)s FILE --from torch|keras|paddle|gpt2 --out SNAPSHOT [options]",

@@ -16,8 +16,8 @@ from common.drift import DRIFTS
 from common.report.drift import print_zoo, write_page
 from common.report.machine import this_machine
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
-from common.settings import UsageError
 from common.spec import FRAMEWORKS
+from common.usage import UsageError
 from common.verbs.options import file_to_write, plain_console
 from common.zoo import GOOD, Zoo, base_config, run_zoo
 
@@ -31,7 +31,6 @@ def register(verbs: Any) -> None:
     """Adds the verb to argparse's subparsers."""
     parser = verbs.add_parser(
         "drift",
-        help="put back numerical habits of the frameworks, one at a time, and see what the parity check says",
         description="For every habit and framework: the parity ladder with and without it, and both trained on. "
         "Exit status: 0 every habit fails first where it should, 1 one does not, or a run failed, 2 wrong input.",
     )

@@ -26,9 +26,9 @@ from common.runtime.launch import (
     why_missing,
 )
 from common.schedule.generators import make_schedule
-from common.settings import UsageError
 from common.snapshot import Manifest
 from common.spec import RunConfig
+from common.usage import UsageError
 from common.verbs.options import add_run_options, only_vocabulary, plain_console, read_run, reporting
 from common.verbs.train import natural, positive
 
@@ -42,7 +42,6 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     """Adds the verbs to argparse's subparsers."""
     evaluate = verbs.add_parser(
         "evaluate",
-        help="loss and perplexity of a snapshot over the held-out text",
         description="Loss per token and perplexity of a snapshot over the held-out text, by a pipeline of forwards.",
         usage="%(prog)s --snapshot PATH [options]",
     )
@@ -51,7 +50,6 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     )
     generate = verbs.add_parser(
         "generate",
-        help="continue a text with a snapshot",
         description="Continues a prompt. The three frameworks give the same tokens, greedy or sampled; what decides is "
         "a number that depends on seed, sample and position only, and how close the closest decision was is said.",
         usage="%(prog)s --snapshot PATH --prompt TEXT [options]",

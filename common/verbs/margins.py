@@ -12,8 +12,8 @@ from common.margins import REFUSED, Margins, measure
 from common.report.machine import this_machine
 from common.report.margins import explanation_in, page, print_margins
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
-from common.settings import UsageError
 from common.spec import FRAMEWORKS
+from common.usage import UsageError
 from common.verbs.drift import PROGRESS_STEPS, chosen
 from common.verbs.options import file_to_write, plain_console
 
@@ -25,7 +25,6 @@ def register(verbs: Any) -> None:
     """Adds the verb to argparse's subparsers."""
     parser = verbs.add_parser(
         "margins",
-        help="measure how much of every parity limit is used",
         description="Every check of the parity ladder over many seeds and models, in every framework and precision. "
         "Exit status: 0 every fixed limit has five times room and bfloat16 keeps to its rule, 1 otherwise or if a run "
         "failed, 2 wrong input.",

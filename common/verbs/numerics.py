@@ -21,8 +21,8 @@ from common.report.names import variant_of
 from common.report.result import ResultError, RunResult
 from common.runtime.job import Job
 from common.runtime.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_child, why_missing
-from common.settings import Parser, UsageError
 from common.spec import RunConfig
+from common.usage import Parser, UsageError
 from common.verbs.options import add_run_options, file_to_write, plain_console, read_run
 
 EXIT_AGREE, EXIT_DIFFER = 0, 1
@@ -34,7 +34,6 @@ def register(verbs: Any) -> None:
     """Adds the verbs to argparse's subparsers."""
     dump = verbs.add_parser(
         "dump",
-        help="write every tensor of one step to a file",
         description="Runs one step of one framework (or of --framework oracle) and writes all its tensors, and what every "
         "unit alone makes of the oracle's. docs/numerics.md describes the file.",
     )
@@ -50,7 +49,6 @@ def register(verbs: Any) -> None:
 
     walk = verbs.add_parser(
         "bisect",
-        help="name the first tensor in which two runs differ",
         usage="%(prog)s A B [options]",
         description="Each of A and B is a dump (FILE.safetensors), the folder of one run (with its result.json), or a run "
         "in words, such as framework=torch,stages=2,dtype=float64; runs are dumped first. Exit status: 0 they agree, 1 "
@@ -78,8 +76,6 @@ def _reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
             return run(arguments)
-        except BrokenPipeError:
-            raise
         except (DumpError, ResultError, OSError) as error:
             raise UsageError(str(error)) from None
 

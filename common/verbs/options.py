@@ -18,12 +18,10 @@ from common.settings import (
     Key,
     Setting,
     Settings,
-    UsageError,
     adapt,
     add_option,
     base_settings,
     check_corpora,
-    closest,
     make_run,
     read_native_dropout,
     read_toml,
@@ -31,6 +29,7 @@ from common.settings import (
 )
 from common.snapshot import Manifest, SnapshotError
 from common.spec import PRESETS, RunConfig, TransformerSpec
+from common.usage import UsageError, closest
 
 PLAIN_WIDTH = 200
 PRESET = "tiny"
@@ -177,8 +176,6 @@ def reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
             return run(arguments)
-        except BrokenPipeError:
-            raise
         except (SnapshotError, CorpusError, OSError) as error:
             raise UsageError(str(error)) from None
 

@@ -25,8 +25,9 @@ from common.runtime.launch import IMPLEMENTATIONS, ORACLE_MODULE, Implementation
 from common.runtime.restarts import Trained, Training
 from common.schedule.action import ScheduleError
 from common.schedule.generators import default_chunks, make_schedule
-from common.settings import Key, UsageError
+from common.settings import Key
 from common.spec import FRAMEWORKS, RunConfig, explain
+from common.usage import UsageError
 from common.verbs.options import PLACEMENT, add_run_options, plain_console, read_run, reporting
 from common.verbs.train import drop_tensors, run_training
 
@@ -72,7 +73,6 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     """Adds the verb to argparse's subparsers."""
     parser = verbs.add_parser(
         "relay",
-        help="hand one training from framework to framework",
         description=DESCRIPTION,
         usage="%(prog)s [options]",
     )

@@ -14,9 +14,8 @@ from common.report import tables
 from common.report.collect import Collection, collect
 from common.report.compare_runs import compare_collections, print_comparison
 from common.report.facts import parity_verdict
-from common.report.publish import publish
 from common.report.result import ResultError
-from common.settings import UsageError
+from common.usage import UsageError
 
 EXIT_OK, EXIT_SLOWER = 0, 1
 PLAIN_WIDTH = 200
@@ -26,7 +25,6 @@ def register(verbs: Any) -> None:
     """Adds the verbs to argparse's subparsers."""
     report = verbs.add_parser(
         "report",
-        help="make the report of one benchmark, or of several together, from its results",
         usage="%(prog)s RUN.. [options]",
     )
     report.add_argument(
@@ -38,7 +36,6 @@ def register(verbs: Any) -> None:
 
     compare = verbs.add_parser(
         "compare",
-        help="say which rows of two benchmarks differ by more than their noise",
         usage="%(prog)s RUN_A RUN_B [--fail-on LIMIT]",
     )
     compare.add_argument("before", metavar="RUN_A", help="a folder that a benchmark has made")
@@ -70,8 +67,6 @@ def _reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
             return run(arguments)
-        except BrokenPipeError:
-            raise
         except (ResultError, OSError) as error:
             raise UsageError(str(error)) from None
 
@@ -98,6 +93,8 @@ def _report(arguments: argparse.Namespace) -> int:
         raise UsageError("the same run twice; right would be different ones")
     folder = Path(arguments.out or arguments.runs[0])
     collection = _collected(*arguments.runs)
+    from common.report.publish import publish  # imported here, with all that draws
+
     publish(collection, folder, arguments.sweep)
     console = _console()
     for rows in tables.by_track(collection.rows).values():

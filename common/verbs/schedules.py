@@ -23,7 +23,7 @@ from common.schedule.simulate import Costs, Simulation, WrapAround, per_stage, s
 from common.schedule.table import OP_CODE, tabulate
 from common.schedule.timetable import Timetable, read_table
 from common.schedule.validate import validate, validate_timetable
-from common.settings import UsageError
+from common.usage import UsageError
 
 EXIT_VIOLATIONS = 1
 PLAIN_WIDTH = 200
@@ -36,13 +36,13 @@ _Run = Callable[[argparse.Namespace], int]
 
 def register(verbs: Any) -> None:
     """Adds the verbs to argparse's subparsers."""
-    draw = verbs.add_parser("draw", help="draw a schedule as a chart")
+    draw = verbs.add_parser("draw")
     _add_schedule(draw, required=True)
     _add_costs(draw)
     draw.add_argument("--output", metavar="FILE", help="write to FILE: .png, .svg, .txt or .json (a Chrome trace)")
     draw.set_defaults(run=_reporting(_draw))
 
-    simulator = verbs.add_parser("simulate", help="time a schedule without running it")
+    simulator = verbs.add_parser("simulate")
     _add_schedule(simulator, required=True)
     _add_costs(simulator)
     _add_wrap_around(simulator)
@@ -50,11 +50,11 @@ def register(verbs: Any) -> None:
     simulator.add_argument("--json", action="store_true", help="print JSON")
     simulator.set_defaults(run=_reporting(_simulate))
 
-    validator = verbs.add_parser("validate", help="check a schedule in text form, or a chart with times")
+    validator = verbs.add_parser("validate")
     validator.add_argument("file", metavar="FILE", help="the schedule; - reads standard input")
     validator.set_defaults(run=_reporting(_validate))
 
-    compare = verbs.add_parser("compare-schedules", help="simulate all schedules side by side")
+    compare = verbs.add_parser("compare-schedules")
     _add_schedule(compare, required=False)
     _add_costs(compare)
     _add_wrap_around(compare)
@@ -134,8 +134,6 @@ def _reporting(run: _Run) -> _Run:
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
             return run(arguments)
-        except BrokenPipeError:
-            raise
         except (ScheduleError, OSError) as error:
             raise UsageError(str(error)) from None
 

@@ -20,9 +20,9 @@ from common.runtime import restarts
 from common.runtime.faults import KINDS, Fault, FaultError
 from common.runtime.launch import IMPLEMENTATIONS, Implementation, Outcome, stop_on_signals, why_missing
 from common.runtime.restarts import Trained, Training
-from common.settings import UsageError
 from common.snapshot import Manifest
 from common.spec import RunConfig
+from common.usage import UsageError
 from common.verbs.options import add_run_options, plain_console, read_run, reporting
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
@@ -36,9 +36,7 @@ DESCRIPTION = (
 
 def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
     """Adds the verb to argparse's subparsers."""
-    parser = verbs.add_parser(
-        "train", help="train with one framework, with snapshots", description=DESCRIPTION, usage="%(prog)s [options]"
-    )
+    parser = verbs.add_parser("train", description=DESCRIPTION, usage="%(prog)s [options]")
     saving = parser.add_argument_group("snapshots")
     saving.add_argument("--save-every", metavar="N", type=positive, help="save after every N steps, and after the last")
     saving.add_argument("--save-dir", metavar="DIR", help="where snapshots go (default: in the run's own folder)")

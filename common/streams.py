@@ -1,0 +1,73 @@
+"""Standard streams that outlast their readers: work is not lost because nobody reads what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+
+class LastingStream:
+    """A text stream that goes on without its reader: a closed pipe, a full disk, a terminal that is gone.
+
+    At the first failed write `say(reason)` is called, and what is written from then on is dropped.
+    """
+
+    def __init__(self, stream: TextIO, say: Callable[[str], None] = lambda reason: None) -> None:
+        self._stream, self._say = stream, say
+
+    def write(self, text: str) -> int:
+        with self._without_reader():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._without_reader():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _without_reader(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with open(os.devnull, "wb") as nowhere:  # noqa: PTH123  what is still buffered has to go somewhere
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self._say(error.strerror or type(error).__name__)
+
+
+@contextlib.contextmanager
+def lasting_streams(notice: Callable[[str], str] | None) -> Iterator[None]:
+    """Standard output and error as `LastingStream`s, for as long as the context lasts; closed ones lead nowhere.
+
+    `notice(reason)` makes the line that standard error gets where standard output fails; None: no line.
+    """
+    _open_closed_streams()
+    errors = LastingStream(sys.stderr)
+
+    def say(reason: str) -> None:
+        if notice is not None:
+            errors.write(notice(reason) + "\n")
+            errors.flush()
+
+    output = LastingStream(sys.stdout, say)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            yield
+        finally:
+            output.flush()
+            errors.flush()
+
+
+def _open_closed_streams() -> None:
+    """The first file that is opened takes the first free number: it must not be one that others take for a stream."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # gets this number: those before it are open
+        setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
