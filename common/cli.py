@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -77,14 +78,21 @@ def bench_main(argv: Sequence[str] | None = None, implementations: Mapping[str, 
 def _run(parser: Parser, argv: Sequence[str], is_long: bool) -> int:
     """Parses and runs; wrong input is one line on stderr, never a traceback."""
 
-    def notice(reason: str) -> str:
-        return f"{parser.prog}: standard output: {reason}; the work goes on without it"
+    def notice(error: OSError) -> str:
+        if is_long:
+            return f"{parser.prog}: standard output: {error.strerror}; the work goes on without it"
+        # A reader that has seen enough, such as head, is no error.
+        return "" if isinstance(error, BrokenPipeError) else f"{parser.prog}: standard output: {error.strerror}"
 
-    with lasting_streams(notice if is_long else None):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a child has ended
+    with lasting_streams(notice) as output:
         try:
             arguments = parser.parse_args(argv)
             arguments.command = shlex.join([parser.prog, *argv])
-            return int(arguments.run(arguments) or 0)
+            status = int(arguments.run(arguments) or 0)
+            output.flush()
+            is_lost = output.error is not None and notice(output.error) and not is_long
+            return EXIT_USAGE if is_lost else status
         except UsageError as error:
             print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
             return EXIT_USAGE

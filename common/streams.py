@@ -12,11 +12,12 @@ from typing import Any, TextIO
 class LastingStream:
     """A text stream that goes on without its reader: a closed pipe, a full disk, a terminal that is gone.
 
-    At the first failed write `say(reason)` is called, and what is written from then on is dropped.
+    At the first failed write `say(error)` is called, and what is written from then on is dropped.
     """
 
-    def __init__(self, stream: TextIO, say: Callable[[str], None] = lambda reason: None) -> None:
+    def __init__(self, stream: TextIO, say: Callable[[OSError], None] = lambda error: None) -> None:
         self._stream, self._say = stream, say
+        self.error: OSError | None = None
 
     def write(self, text: str) -> int:
         with self._without_reader():
@@ -37,27 +38,28 @@ class LastingStream:
         except OSError as error:
             with open(os.devnull, "wb") as nowhere:  # noqa: PTH123  what is still buffered has to go somewhere
                 os.dup2(nowhere.fileno(), self._stream.fileno())
-            self._say(error.strerror or type(error).__name__)
+            self.error = error
+            self._say(error)
 
 
 @contextlib.contextmanager
-def lasting_streams(notice: Callable[[str], str] | None) -> Iterator[None]:
+def lasting_streams(notice: Callable[[OSError], str]) -> Iterator[LastingStream]:
     """Standard output and error as `LastingStream`s, for as long as the context lasts; closed ones lead nowhere.
 
-    `notice(reason)` makes the line that standard error gets where standard output fails; None: no line.
+    Yields the first. `notice(error)` makes the line that standard error gets where that fails; none if it is empty.
     """
     _open_closed_streams()
     errors = LastingStream(sys.stderr)
 
-    def say(reason: str) -> None:
-        if notice is not None:
-            errors.write(notice(reason) + "\n")
+    def say(error: OSError) -> None:
+        if line := notice(error):
+            errors.write(line + "\n")
             errors.flush()
 
     output = LastingStream(sys.stdout, say)
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
-            yield
+            yield output
         finally:
             output.flush()
             errors.flush()

@@ -14,14 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.runtime.cpus import threads_per_stage
 from common.runtime.memory import peak_resident_bytes
 from common.schedule.generators import make_schedule
 from common.spec import RunConfig
-
-
-def threads_per_stage(stages: int, threads: int | None) -> int:
-    """CPU threads of each stage when `threads` (default: all cores) are shared by `stages`."""
-    return max(1, (threads or len(os.sched_getaffinity(0))) // stages)
 
 
 def configure(stages: int, threads: int | None, device: str) -> None:

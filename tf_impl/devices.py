@@ -11,6 +11,7 @@ import os
 import platform
 from typing import TYPE_CHECKING, Any
 
+from common.runtime.cpus import threads_per_stage
 from common.spec import RunConfig
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def configure(
     stages: int, threads: int | None = None, device: str = "auto", track: str = "matched", onednn: bool = False
 ) -> None:
-    """Makes one logical device per stage, with `threads // stages` CPU threads each (default: all cores, shared evenly).
+    """Makes one logical device per stage, with `threads // stages` CPU threads each (default: all usable CPUs).
 
     For parity oneDNN and TF32 are off, and so are the graph rewrites of Grappler: they merge operations across units
     (additions of the residual stream, for one), so that bits would depend on where the model is cut. On the track "best"
@@ -37,10 +38,10 @@ def configure(
     tf.get_logger().setLevel("ERROR")  # a stage's functions are many by design, and each is traced once
     tf.config.experimental.enable_tensor_float_32_execution(False)
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    threads_per_stage = max(1, (threads or os.cpu_count() or 1) // stages)
-    tf.config.threading.set_intra_op_parallelism_threads(threads_per_stage)
+    own_threads = threads_per_stage(stages, threads)
+    tf.config.threading.set_intra_op_parallelism_threads(own_threads)
     # A function that runs on one thread still starts on the pool's; two for each stage never make one wait.
-    tf.config.threading.set_inter_op_parallelism_threads(2 * stages if threads_per_stage == 1 else threads_per_stage)
+    tf.config.threading.set_inter_op_parallelism_threads(2 * stages if own_threads == 1 else own_threads)
     if kind(device) == "GPU":
         for gpu in tf.config.list_physical_devices("GPU"):
             tf.config.experimental.set_memory_growth(gpu, True)

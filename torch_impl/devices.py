@@ -6,15 +6,11 @@ import os
 import platform
 from typing import TYPE_CHECKING, Any
 
+from common.runtime.cpus import threads_per_stage
 from common.spec import RunConfig
 
 if TYPE_CHECKING:
     import torch
-
-
-def threads_per_stage(stages: int, threads: int | None) -> int:
-    """CPU threads of each stage when `threads` (default: all cores) are shared by `stages`."""
-    return max(1, (threads or len(os.sched_getaffinity(0))) // stages)
 
 
 def configure(stages: int, threads: int | None, device: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from pathlib import Path
 
 import psutil
 from pydantic import BaseModel, ConfigDict
+
+from common.runtime.cpus import usable_cpus
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +23,7 @@ class Machine(BaseModel):
     cores: int
     """Physical cores of the machine."""
     usable_cpus: int
-    """Logical CPUs that this process may use."""
+    """Logical CPUs that this process may use (`common.runtime.cpus`)."""
     memory_bytes: int
     system: str
     python: str
@@ -37,11 +38,10 @@ class Machine(BaseModel):
 
 def this_machine() -> Machine:
     logical = psutil.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
     return Machine(
         cpu=_cpu_model(),
         cores=psutil.cpu_count(logical=False) or logical,
-        usable_cpus=usable,
+        usable_cpus=usable_cpus(),
         memory_bytes=psutil.virtual_memory().total,
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),

@@ -12,8 +12,10 @@ import json
 import os
 import re
 import signal
+import site
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ from typing import Literal
 import psutil
 from pydantic import ValidationError
 
+from common.runtime import inherited
 from common.runtime.job import Job, JobFile, Part
 from common.runtime.parent import PARENT
 from common.runtime.watch import Board
@@ -82,14 +85,18 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Turns SIGINT, SIGTERM and SIGHUP into a flag, so that nothing is cut off half-way; yields the flag's reader."""
+    """Turns SIGINT, SIGTERM and SIGHUP into a flag, so that nothing is cut off half-way; yields the flag's reader.
+
+    One that is ignored (nohup, `trap '' INT`) stays so.
+    """
     stop = threading.Event()
 
     def set_flag(signal_number: int, frame: FrameType | None) -> None:
         stop.set()
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    previous = {name: signal.signal(getattr(signal, name), set_flag) for name in names}
+    heeded = [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN]
+    previous = {name: signal.signal(getattr(signal, name), set_flag) for name in heeded}
     try:
         yield stop.is_set
     finally:
@@ -133,11 +140,11 @@ def run_jobs_in_child(
     ended_because = None
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", module, str(job_file)],
+            child_command(module, str(job_file)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_environment(module),
+            env=child_environment(module),
             start_new_session=True,
         )
         try:
@@ -203,15 +210,25 @@ def _members(child: subprocess.Popen[bytes]) -> list[int]:
     return living
 
 
-def _environment(module: str) -> dict[str, str]:
-    """The parent's environment, with this project importable from any working directory and a log that is up to date."""
-    paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
+def child_command(module: str, *arguments: str) -> list[str]:
+    """Starts a module of this project. -P: not one of that name in the working directory, nor a `queue.py` there."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def child_environment(module: str) -> dict[str, str]:
+    """The parent's environment but for what changes numbers (`inherited`), with this project importable from anywhere.
+
+    Where it is installed it is found without a path: what else lies beside it must not come before Python's own modules.
+    """
+    is_installed = str(PROJECT_ROOT) in (sysconfig.get_path("purelib"), site.getusersitepackages())
+    paths = [] if is_installed else [str(PROJECT_ROOT)]
+    paths += os.environ.get("PYTHONPATH", "").split(os.pathsep)
     # OpenBLAS' threads wait busily: on a machine with other work, two are five times slower than one. A variable that
     # the user has set stays. Frameworks set their own threads.
     one_thread = {"OPENBLAS_NUM_THREADS": "1"} if module in (ORACLE_MODULE, ROUNDED_ORACLE_MODULE) else {}
     return {
         **one_thread,
-        **os.environ,
+        **inherited.kept(os.environ),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",

@@ -15,12 +15,16 @@ from safetensors.numpy import save_file
 
 from common.data import Corpus, load_corpus
 from common.parity import TensorKey
+from common.runtime import inherited
 from common.runtime.dumping import dump
 from common.runtime.engine import Engine
 from common.runtime.inference import evaluate, generate, load_weights
 from common.runtime.job import Job, JobFile, Part, StepRecord
 from common.runtime.training import held_out_batch, named, probe, start, starting_weights, train
 from common.spec import RunConfig
+
+STARTED_IN = inherited.report()
+"""Asked at the import, before an implementation sets variables of its own."""
 
 Switch = Callable[[RunConfig], AbstractContextManager[Any]]
 
@@ -104,7 +108,7 @@ def _part(
         peak_memory_bytes=engine.peak_memory_bytes(),
         held_activation_peak_bytes=engine.held_bytes_peak(),
         in_flight_peak=engine.in_flight_peak(),
-        environment=engine.environment(),
+        environment=engine.environment() | STARTED_IN,
         corpus_digest="" if corpus is None else corpus.digest,
         corpus_bytes=0 if corpus is None else corpus.num_bytes,
     )

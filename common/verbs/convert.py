@@ -16,7 +16,14 @@ from pydantic import ValidationError
 from common import snapshot
 from common.exchange.child import ExchangeError
 from common.exchange.gpt2 import read_gpt2
-from common.runtime.launch import IMPLEMENTATIONS, PROJECT_ROOT, Implementation, last_error, why_missing
+from common.runtime.launch import (
+    IMPLEMENTATIONS,
+    Implementation,
+    child_command,
+    child_environment,
+    last_error,
+    why_missing,
+)
 from common.snapshot import SnapshotError
 from common.spec import TransformerSpec, explain
 from common.usage import UsageError
@@ -113,10 +120,10 @@ def _child(kind: str, implementations: Mapping[str, Implementation], *argv: str)
     missing = why_missing(implementation)
     if missing:
         raise UsageError(missing)
-    paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
+    module = f"{implementation.module}.convert"
     child = subprocess.run(
-        [sys.executable, "-m", f"{implementation.module}.convert", *argv],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+        child_command(module, *argv),
+        env=child_environment(module),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -1,0 +1,49 @@
+"""How many CPUs a run may use, counted in one way by everybody who asks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def usable_cpus() -> int:
+    """Logical CPUs: those in the affinity mask, or fewer where a cgroup's quota allows less time, rounded up."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([affinity, *map(math.ceil, cgroup_quotas())]))
+
+
+def threads_per_stage(stages: int, threads: int | None) -> int:
+    """CPU threads of each stage when `threads` (default: all usable CPUs) are shared by `stages`."""
+    return max(1, (threads or usable_cpus()) // stages)
+
+
+def cgroup_quotas(mounted: Path = CGROUPS, own: Path = OWN_CGROUPS) -> Iterator[float]:
+    """The CPUs' worth of time that this process' cgroups allow, those above them included (cgroups(7), v1 and v2).
+
+    A container may see its cgroup under another name than the one it has outside; its root is looked at in any case.
+    """
+    with contextlib.suppress(OSError, ValueError):  # no Linux, or nothing mounted
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            root = mounted / "cpu" if controllers else mounted
+            folder = root / path.lstrip("/")
+            for each in [folder, *folder.parents]:
+                if each.is_relative_to(root):
+                    yield from _quota(each)
+
+
+def _quota(folder: Path) -> Iterator[float]:
+    with contextlib.suppress(OSError, ValueError):  # v2; "max 100000" is no quota
+        quota, period = (folder / "cpu.max").read_text().split()
+        yield int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):  # v1; -1 is no quota
+        quota_us = int((folder / "cpu.cfs_quota_us").read_text())
+        if quota_us > 0:
+            yield quota_us / int((folder / "cpu.cfs_period_us").read_text())

@@ -1,0 +1,51 @@
+"""What a run inherits from the shell it is started in: what would change its numbers stays behind, the rest is reported."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+IGNORED = "TRIPTYCH_IGNORED"
+"""The environment variable in which a parent tells its children what it has left behind."""
+
+LEFT_BEHIND = re.compile(
+    r"""
+    # Where another launcher (torchrun, paddle.distributed.launch, a cluster's) had placed a process.
+    MASTER_(ADDR|PORT) | (LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE) | ROLE_NAME | NODE_RANK | TORCHELASTIC_.* | PADDLE_.*
+    | TRAINING_ROLE | POD_IP | TF_CONFIG | FLAGS_(selected_.*|START_PORT) | DISTRIBUTED_TRAINER_ENDPOINTS
+    | (GLOO|TP)_SOCKET_IFNAME
+    # Coarser or rewritten arithmetic.
+    | (TF_)?XLA_FLAGS | TF_ENABLE_AUTO_MIXED_PRECISION.* | TF_USE_LEGACY_KERAS | TF_NUM_INT(ER|RA)OP_THREADS | KERAS_.*
+    | NVIDIA_TF32_OVERRIDE | TORCH_ALLOW_TF32_CUBLAS_OVERRIDE | (ONEDNN|DNNL)_DEFAULT_FPMATH_MODE
+    | FLAGS_(use_mkldnn|use_onednn|use_cinn|use_fast_math|prim_.*)
+    # Python's: the frameworks need their asserts, and warn when they are imported.
+    | PYTHON(OPTIMIZE|WARNINGS|INSPECT)
+    """,
+    re.VERBOSE,
+)
+
+REPORTED = re.compile(
+    r"(ATEN|CUBLAS|CUDA|CUDNN|DNNL|FLAGS|GOMP|KMP|MALLOC|MKL|NCCL|NPY|NVIDIA|OMP|ONEDNN|OPENBLAS|PYTORCH|TF|TORCH)_.*"
+    r"|GLIBC_TUNABLES|LD_PRELOAD"
+)
+"""What a framework, or a library under it, may heed."""
+
+
+def kept(variables: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child: without what is left behind, which `IGNORED` names.
+
+    Keras reads no keras.json: nothing can be in a folder that is a device.
+    """
+    ignored = [name for name in variables if LEFT_BEHIND.fullmatch(name)]
+    own = {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, IGNORED: " ".join(sorted(ignored))}
+    return {name: value for name, value in variables.items() if name not in ignored} | own
+
+
+def report() -> dict[str, Any]:
+    """The part of a run's `environment` that says what it was started in. Ask before a framework is configured."""
+    heeded = {name: value for name, value in sorted(os.environ.items()) if REPORTED.fullmatch(name)}
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    found = {"variables": heeded, "ignored_variables": os.environ.get(IGNORED, "").split(), "niceness": niceness}
+    return {key: value for key, value in found.items() if value}
