@@ -148,7 +148,7 @@ class _Session:
             name += "-other"
         self.view.start(describe(config), config.train.steps)
         implementation = self.implementations[config.framework]
-        missing = why_missing(implementation)
+        missing = why_missing(implementation, config.executor)
         if missing is None:
             outcome = self._child(implementation.module, config, name)
         else:

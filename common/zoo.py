@@ -191,7 +191,7 @@ def run_all(
     for number, together in enumerate(groups.values()):
         framework = together[0].framework
         implementation = implementations[framework]
-        if missing := why_missing(implementation):
+        if missing := why_missing(implementation, together[0].executor):
             outcomes |= dict.fromkeys(together, f"skipped: {missing}")
             continue
         home = folder / f"{number}-{framework}"

@@ -29,6 +29,7 @@ from pydantic import ValidationError
 
 from common.runtime import inherited
 from common.runtime.job import Job, JobFile, Part
+from common.runtime.loopback import why_no_loopback
 from common.runtime.parent import PARENT
 from common.runtime.watch import Board
 
@@ -57,14 +58,23 @@ class Implementation:
     package: str
     """What the module imports; looked for, never imported here."""
     install: str
+    process_executors: tuple[str, ...] = ()
+    """Those (`RunConfig.executor`) whose stages are processes, which talk over the loopback interface."""
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
-    "torch": Implementation("torch_impl", "torch", "make install, or pip install 'torch==2.13.*'"),
+    "torch": Implementation(
+        "torch_impl", "torch", "make install, or pip install 'torch==2.13.*'", process_executors=("native",)
+    ),
     "tensorflow": Implementation(
         "tf_impl", "tensorflow", "make install, or pip install 'tensorflow-cpu==2.21.*' 'keras==3.15.*'"
     ),
-    "paddle": Implementation("paddle_impl", "paddle", "make install, or pip install 'paddlepaddle==3.3.*'"),
+    "paddle": Implementation(
+        "paddle_impl",
+        "paddle",
+        "make install, or pip install 'paddlepaddle==3.3.*'",
+        process_executors=("table", "native"),
+    ),
 }
 
 
@@ -104,11 +114,11 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(getattr(signal, name), handler)
 
 
-def why_missing(implementation: Implementation) -> str | None:
+def why_missing(implementation: Implementation, executor: str = "") -> str | None:
     """Why this implementation cannot start, with what to do about it; None if it can. Imports nothing."""
     if importlib.util.find_spec(implementation.package) is None:
         return f"{implementation.package} is not installed; {implementation.install}"
-    return None
+    return why_no_loopback() if executor in implementation.process_executors else None
 
 
 def run_jobs_in_child(

@@ -215,7 +215,7 @@ def _run(
 ) -> Found | int:
     """What the child found, or an exit status after a line that says why there is nothing."""
     implementation = implementations[job.config.framework]
-    missing = why_missing(implementation)
+    missing = why_missing(implementation, job.config.executor)
     if missing:
         raise UsageError(missing)
     with tempfile.TemporaryDirectory(prefix="triptych-") as temporary, stop_on_signals() as stopped:

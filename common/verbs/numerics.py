@@ -108,7 +108,7 @@ def make_dump(config: RunConfig, oracle: bool, step: int, path: Path, timeout_se
             f"--step {step}: the run has {config.train.steps}; right would be 0 to {config.train.steps - 1}"
         )
     implementation = IMPLEMENTATIONS[config.framework]
-    missing = None if oracle else why_missing(implementation)
+    missing = None if oracle else why_missing(implementation, config.executor)
     if missing:
         raise DumpError(missing)
     name = ORACLE if oracle else describe(config)

@@ -146,7 +146,7 @@ def _relay(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
     base = base.model_copy(update={"train": base.train.model_copy(update={"steps": steps})})
     configs = [_config(base, leg) for leg in plans]
     for config in configs:
-        missing = why_missing(implementations[config.framework])
+        missing = why_missing(implementations[config.framework], config.executor)
         if missing:
             raise UsageError(missing)
     folder = make_folder(Path(arguments.out), "relay")

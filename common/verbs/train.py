@@ -120,7 +120,7 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
         if directory is not None:
             _check_room(directory, resume)
         implementation = implementations[config.framework]
-        missing = why_missing(implementation)
+        missing = why_missing(implementation, config.executor)
         if missing:
             raise UsageError(missing)
         folder = make_folder(Path(arguments.out), "train")

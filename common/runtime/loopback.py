@@ -1,0 +1,23 @@
+"""Whether the processes of a run can talk to each other on this machine."""
+
+from __future__ import annotations
+
+import socket
+
+ANSWER_SECONDS = 5.0
+
+
+def why_no_loopback() -> str | None:
+    """Why no connection over the loopback interface comes about, with what to do about it; None if one does.
+
+    Without this, every process of a run would wait for the others for minutes.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), ANSWER_SECONDS).close()
+    except OSError as error:
+        return (
+            f"no loopback interface, over which its stages talk: 127.0.0.1 cannot be reached ({error.strerror}); "
+            f"expected it to be up, as by `ip link set lo up`"
+        )
+    return None
