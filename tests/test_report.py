@@ -15,7 +15,7 @@ from rich.console import Console
 from common.parity import TensorKey
 from common.report.compare import compare_runs, oracle_config, rounded_oracle_config
 from common.report.machine import this_machine
-from common.report.result import Parity, ResultError, RunResult, Step, measured
+from common.report.result import SCHEMA_VERSION, Parity, ResultError, RunResult, Step, measured
 from common.report.tables import csv_table, make_rows, markdown_table, print_table
 from common.runtime.job import EventRecord, Part, StepRecord
 from common.runtime.launch import Outcome
@@ -26,7 +26,7 @@ CONFIG = preset("tiny")  # 8 sequences of 16 tokens in a step
 
 
 def result(
-    framework: str = "torch", milliseconds: tuple[float, ...] = (900, 100, 120, 110), **fields: object
+    framework: str = "torch", milliseconds: tuple[float, ...] = (900, 100, 120, 110, 100, 120, 110), **fields: object
 ) -> RunResult:
     config = CONFIG.model_copy(update={"framework": framework})
     steps = tuple(
@@ -103,15 +103,20 @@ def test_parts_of_several_processes_become_one_result() -> None:
     assert fields["environment"] == {"version": "1.0", "threads": [1, 3]}
 
 
+def test_the_results_readme_names_the_versions_that_are_read() -> None:
+    text = (Path(__file__).parents[1] / "results" / "README.md").read_text()
+    assert f"`common.report.result.RunResult.read` reads 1 to {SCHEMA_VERSION} and refuses others" in text
+
+
 def test_a_table_from_known_results() -> None:
     groups = [
         [failed("paddle")],
         [
             result("torch"),
-            result("torch", (800, 200, 200, 200), repeat=1),
-            result("torch", (700, 400, 400, 400), repeat=2),
+            result("torch", (800, *[200] * 6), repeat=1),
+            result("torch", (700, *[400] * 6), repeat=2),
         ],
-        [result("tensorflow", (900, 100, 100, 100))],
+        [result("tensorflow", (900, *[100] * 6), repeat=repeat) for repeat in range(2)],
     ]
     rows = make_rows(groups)
     assert [row.status for row in rows] == ["failed", "ok", "ok"]
@@ -125,7 +130,7 @@ def test_a_table_from_known_results() -> None:
     lines = markdown_table(rows).splitlines()
     assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
     assert (
-        "| tensorflow | 1.0 | 1f1b | 2 | 4 | ok | pass | 4.70000 | 4.50000 | 1,280 | 2.00 [1.10, 4.00] | faster |"
+        "| tensorflow | 1.0 | 1f1b | 2 | 4 | ok | pass | 4.40000 | 4.50000 | 1,280 | 2.00 [1.05, 4.00] | faster |"
         in lines[-1]
     )
     records = list(csv.DictReader(io.StringIO(csv_table(rows))))

@@ -20,13 +20,14 @@ from common.report.compare import oracle_config
 from common.report.machine import this_machine
 from common.report.publish import publish
 from common.report.result import IS_ORACLE, Parity, RunResult, measured
+from common.report.statistics import TOO_FEW
 from common.runtime.job import EventRecord, Part, StepRecord
 from common.runtime.launch import Outcome
 from common.schedule.generators import make_schedule
 from common.schedule.simulate import Costs, Simulation, simulate
 from common.spec import Framework, RunConfig, preset
 
-STEPS = 6
+STEPS = 7
 SKIPPED = "needs a browser: none of chromium, chromium-browser, google-chrome is installed"
 
 
@@ -156,7 +157,7 @@ def test_every_format_is_there_and_says_the_same(published: Path) -> None:
     assert "1 differs; 1 failed" in markdown and "not ranked" in markdown
     assert "| torch 1f1b p=2 m=4 |" in markdown
     rows = json.loads((published / "summary.json").read_text())["rows"]
-    assert [row["verdict"] for row in rows] == ["baseline", "not ranked", "slower", "no difference shown", "not ranked"]
+    assert [row["verdict"] for row in rows] == ["baseline", "not ranked", "slower", TOO_FEW, "not ranked"]
     assert rows[2]["ratio"] == pytest.approx(0.5) and rows[2]["ratio_low"] <= 0.5 <= rows[2]["ratio_high"] < 1
     for name in ("loss.png", "throughput.png", "time_split.png", "torch-0-r0/timeline.png"):
         assert (published / name).read_bytes().startswith(b"\x89PNG"), name
@@ -250,8 +251,16 @@ def test_compare_says_what_moved_and_gates_on_it(
     assert re.search(r"torch 1f1b p=2 m=4 .* 0\.833 \[0\.\d+, 0\.\d+\] +slower", output)
     assert re.search(r"paddle 1f1b p=2 m=4 .* 1\.000 .* no difference shown", output)
     assert "fails: torch 1f1b p=2 m=4: slower by more than 5.000%" in output
+    assert re.search(r"torch interleaved .* \d\.\d+ \[unknown\] +too few samples", output)
     assert triptych("compare", str(published), str(slower), "--fail-on", "0.3") == 0
     assert triptych("compare", str(slower), str(published), "--fail-on", "5%") == 0  # faster is no failure
+
+
+def test_a_gate_that_can_judge_no_row_is_not_passed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, config("torch"), outcome(config("torch")), 0)
+    assert triptych("compare", str(tmp_path), str(tmp_path), "--fail-on", "5%") == 2
+    said = capsys.readouterr()
+    assert "too few samples in every row; expected 6 timed steps in each of 2 repeats" in said.err
 
 
 def test_compare_fails_on_a_row_that_broke(tmp_path: Path, published: Path, capsys: pytest.CaptureFixture[str]) -> None:

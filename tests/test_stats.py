@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.report.statistics import speed_ratio, summarize
+from common.report.statistics import Summary, speed_ratio, summarize
 from common.report.sweep import curves, ideal_efficiency
 from common.report.tables import Row
 from common.report.timeline import write_timelines
@@ -30,8 +30,8 @@ def test_percentiles_of_known_numbers() -> None:
 
 
 def test_a_ratio_without_noise_is_exact() -> None:
-    ratio = speed_ratio({0: [2.0] * 5, 1: [2.0] * 5}, {0: [3.0] * 5, 1: [3.0] * 5})
-    assert ratio is not None and (ratio.value, ratio.low, ratio.high) == (1.5, 1.5, 1.5) and ratio.shows_difference
+    ratio = speed_ratio({0: [2.0] * 6, 1: [2.0] * 6}, {0: [3.0] * 6, 1: [3.0] * 6})
+    assert ratio is not None and (ratio.value, ratio.low, ratio.high) == (1.5, 1.5, 1.5) and ratio.verdict == "faster"
     assert speed_ratio({}, {0: [1.0]}) is None and speed_ratio({0: []}, {0: [1.0]}) is None
 
 
@@ -40,8 +40,20 @@ def test_pairing_by_repeat_cancels_a_drift_that_both_share() -> None:
     row = {repeat: [1.00 * slow] * 8 for repeat, slow in drift.items()}
     baseline = {repeat: [1.10 * slow] * 8 for repeat, slow in drift.items()}
     paired, unpaired = speed_ratio(row, baseline), speed_ratio(row, baseline, same_session=False)
-    assert paired is not None and (paired.low, paired.high) == pytest.approx((1.1, 1.1)) and paired.shows_difference
-    assert unpaired is not None and unpaired.low < 1 < unpaired.high
+    assert paired is not None and (paired.low, paired.high) == pytest.approx((1.1, 1.1)) and paired.verdict == "faster"
+    assert unpaired is not None and unpaired.verdict == "no difference shown"
+
+
+@pytest.mark.parametrize("samples", [{0: [2.0]}, {0: [2.0] * 99}, {0: [2.0] * 6, 1: [2.0] * 5}])
+def test_few_samples_give_a_ratio_without_an_interval_or_a_verdict(samples: dict[int, list[float]]) -> None:
+    many = {0: [3.0] * 6, 1: [3.0] * 6}
+    for ratio in (speed_ratio(samples, many), speed_ratio(many, samples)):
+        assert ratio is not None and (ratio.low, ratio.high, ratio.verdict) == (None, None, "too few samples")
+        assert ratio.text().endswith(" [unknown]")
+
+
+def test_few_steps_have_no_percentiles() -> None:
+    assert summarize([1.0] * 9) == Summary(1.0, None, None)
 
 
 @pytest.mark.parametrize("truth", [1.0, 1.2])
@@ -55,6 +67,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(truth: float) -
         )
         ratio = speed_ratio(row, baseline)
         assert ratio is not None
+        assert ratio.low is not None and ratio.high is not None
         covered += ratio.low <= truth <= ratio.high
     assert covered >= 34  # 95 % of 40 are 38; fewer than 34 have a chance of 0.3 %
 
@@ -191,6 +204,8 @@ def row(**fields: object) -> Row:
         "step_ms_median": 10.0,
         "step_ms_p10": 8.0,
         "step_ms_p90": 20.0,
+        "repeats": 2,
+        "timed_steps": 6,
     }
     return Row(**(known | fields))  # type: ignore[arg-type]
 
@@ -206,6 +221,8 @@ def test_a_sweep_names_its_knee() -> None:
     assert curve.ideal == pytest.approx([100 * 2 * m / (m + 1) for m in curve.x])
     assert (curve.low[0], curve.high[0]) == pytest.approx((50.0, 125.0))
     assert "knee at micro-batches = 4" in curve.sentence
+    (curve,) = curves([*rows[1:4], row(micro_batches=1, tokens_per_second=100.0, repeats=1)], "micro_batches")
+    assert curve.knee is None and "too few samples to name a knee over micro-batches" in curve.sentence
 
 
 def test_a_sweep_over_stages_may_have_no_knee() -> None:

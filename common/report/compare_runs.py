@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from common.report.collect import Collection, RowRuns
-from common.report.statistics import Ratio, speed_ratio
+from common.report.statistics import LEAST_REPEATS, LEAST_STEPS, TOO_FEW, Ratio, is_enough, speed_ratio
 from common.report.tables import Row, seconds_per_token
 
 NOT_COMPARED = "not compared"
@@ -30,18 +31,21 @@ class Change:
             return f"no longer ok: {self.after.status if self.after.status != 'ok' else 'parity ' + self.after.parity}"
         if self.ratio is None:
             return NOT_COMPARED
-        if not self.ratio.shows_difference:
-            return "no difference shown"
-        return "faster" if self.ratio.value > 1 else "slower"
+        return self.ratio.verdict
 
     @property
     def broke(self) -> bool:
         """It was ranked in A and is not in B."""
         return self.before.ranked and not self.after.ranked
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether a gate can say anything about it."""
+        return self.broke or (self.ratio is not None and self.ratio.high is not None)
+
     def slower_than(self, limit: float) -> bool:
         """Whether B has lost more than `limit` (0.05 for 5 %) of A's throughput with the whole interval."""
-        return self.ratio is not None and self.ratio.high < 1 - limit
+        return self.ratio is not None and self.ratio.high is not None and self.ratio.high < 1 - limit
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,10 @@ def _notes(before: Collection, after: Collection) -> list[str]:
     machines = [{result.machine.one_line for result in each.results} for each in (before, after)]
     if machines[0] != machines[1]:
         notes.append(f"different machines: {'; '.join(sorted(machines[0]))} against {'; '.join(sorted(machines[1]))}")
-    if any(len(group.runs) < 2 for each in (before, after) for group in each.groups):
-        notes.append("rows with one run: their intervals know nothing of the variation between processes")
+    if any(not is_enough(seconds_per_token(group.results)) for each in (before, after) for group in each.groups):
+        notes.append(
+            f"{TOO_FEW}: an interval takes {LEAST_STEPS} timed steps in each of {LEAST_REPEATS} repeats, in A and in B"
+        )
     return notes
 
 
@@ -106,7 +112,7 @@ def print_comparison(compared: ComparedRuns, console: Console) -> None:
             change.name,
             _throughput(change.before),
             _throughput(change.after),
-            "" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]",
+            Text("" if ratio is None else ratio.text(".3f")),
             change.verdict,
             style="red" if change.broke or change.verdict == "slower" else None,
         )

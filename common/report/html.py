@@ -86,10 +86,10 @@ def _track(track: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _speed(row: Row, step_ms: float | None) -> float:
-    """The row's throughput if every step took `step_ms`, in tokens/s."""
-    if not (row.tokens_per_second and row.step_ms_median and step_ms):
+    """The row's throughput if every step took `step_ms`, in tokens/s; None: what the median takes."""
+    if not (row.tokens_per_second and row.step_ms_median):
         return 0.0
-    return row.tokens_per_second * row.step_ms_median / step_ms
+    return row.tokens_per_second * row.step_ms_median / (step_ms or row.step_ms_median)
 
 
 def _parity(pairs: Sequence[tuple[Row, RowRuns]]) -> dict[str, Any]:

@@ -25,8 +25,7 @@ def markdown_report(collection: Collection, swept: Mapping[Axis, Sequence[Curve]
     if ratios := peers.peer_ratios(collection):
         lines += ["## Against the peers", "", "| ours | peer | ratio [95 %] | |", "| --- | --- | ---: | --- |"]
         for each in ratios:
-            ratio = f"{each.ratio.value:.2f} [{each.ratio.low:.2f}, {each.ratio.high:.2f}]"
-            lines.append(f"| {each.ours.name} | {each.peer.name} | {ratio} | {each.verdict} |")
+            lines.append(f"| {each.ours.name} | {each.peer.name} | {each.ratio.text()} | {each.verdict} |")
         lines += ["", peers.LEGEND, ""]
     if timing := _timing(collection):
         lines += ["## Measured against simulated", "", *timing, "", timing_note(collection), ""]

@@ -25,9 +25,7 @@ class PeerRatio:
 
     @property
     def verdict(self) -> str:
-        if not self.ratio.shows_difference:
-            return "no difference shown"
-        return "faster" if self.ratio.value > 1 else "slower"
+        return self.ratio.verdict
 
 
 def peer_ratios(collection: Collection) -> list[PeerRatio]:

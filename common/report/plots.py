@@ -54,7 +54,10 @@ def draw_throughput(collection: Collection, path: Path) -> None:
     axes = figure.subplots()
     for place, row in enumerate(rows):
         value = row.tokens_per_second or 0.0
-        slow, fast = (value * (row.step_ms_median or 1) / (each or 1) for each in (row.step_ms_p90, row.step_ms_p10))
+        slow, fast = (
+            value * (row.step_ms_median or 1) / (each or row.step_ms_median or 1)
+            for each in (row.step_ms_p90, row.step_ms_p10)
+        )
         axes.barh(place, value, color=FRAMEWORK_COLORS[row.framework], alpha=1.0 if row.ranked else 0.3)
         axes.plot([slow, fast], [place, place], color="#30343b", linewidth=1.5)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)

@@ -16,6 +16,15 @@ RESAMPLES = 4000
 CONFIDENCE = 0.95
 SEED = 0
 """Fixed: the same samples give the same interval."""
+LEAST_REPEATS = 2
+"""One process does not show how much the next one differs from it."""
+LEAST_STEPS = 6
+"""Timed steps in every repeat. Of n values the smallest and the largest hold the median between them with a probability of
+1 - 2^(1-n) (Conover 1999, section 3.2): 94 % of 5, which no interval of theirs can better, and 97 % of 6."""
+LEAST_FOR_PERCENTILES = 10
+"""Values; a tenth of fewer is less than one."""
+TOO_FEW = "too few samples"
+"""The verdict where no interval can be had."""
 
 Samples = Mapping[int, Sequence[float]]
 """Seconds per token of every timed step, by repeat."""
@@ -23,11 +32,11 @@ Samples = Mapping[int, Sequence[float]]
 
 @dataclass(frozen=True)
 class Summary:
-    """Median, 10th and 90th percentile, in the unit of the samples."""
+    """Median, 10th and 90th percentile, in the unit of the samples; of few (`LEAST_FOR_PERCENTILES`) the median alone."""
 
     median: float
-    p10: float
-    p90: float
+    p10: float | None
+    p90: float | None
 
 
 @dataclass(frozen=True)
@@ -35,13 +44,29 @@ class Ratio:
     """How many times as fast a row is as its baseline, with a 95 % bootstrap interval. All numbers are plain ratios."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    """Both None where there are too few samples for an interval (`is_enough`)."""
 
     @property
-    def shows_difference(self) -> bool:
-        """Whether the interval leaves 1 out."""
-        return self.low > 1 or self.high < 1
+    def verdict(self) -> str:
+        """What the interval shows, in words."""
+        if self.low is None or self.high is None:
+            return TOO_FEW
+        if self.low > 1:
+            return "faster"
+        return "slower" if self.high < 1 else "no difference shown"
+
+    def text(self, form: str = ".2f") -> str:
+        """`0.89 [0.87, 0.92]`"""
+        if self.low is None or self.high is None:
+            return f"{self.value:{form}} [unknown]"
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+
+def is_enough(samples: Samples) -> bool:
+    """Whether an interval can be had of them: `LEAST_REPEATS` repeats of `LEAST_STEPS` steps each."""
+    return len(samples) >= LEAST_REPEATS and min(map(len, samples.values())) >= LEAST_STEPS
 
 
 def summarize(values: Sequence[float]) -> Summary | None:
@@ -49,7 +74,7 @@ def summarize(values: Sequence[float]) -> Summary | None:
     if not values:
         return None
     p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
-    return Summary(median, p10, p90)
+    return Summary(median, p10, p90) if len(values) >= LEAST_FOR_PERCENTILES else Summary(median, None, None)
 
 
 def speed_ratio(row: Samples, baseline: Samples, same_session: bool = True) -> Ratio | None:
@@ -57,8 +82,8 @@ def speed_ratio(row: Samples, baseline: Samples, same_session: bool = True) -> R
 
     Where both have the same repeats, of one session, the ratio is the median of the ratios within each repeat: the runs of
     one repeat follow each other closely, so that a machine that drifts from repeat to repeat changes both. The interval is
-    a percentile bootstrap in two stages (Davison and Hinkley 1997, section 3.8): repeats, then steps within each. With one
-    repeat it knows nothing of the variation between processes and is too narrow.
+    a percentile bootstrap in two stages (Davison and Hinkley 1997, section 3.8): repeats, then steps within each. Of too
+    few samples there is none.
     """
     if not row or not baseline or not all(map(len, (*row.values(), *baseline.values()))):
         return None
@@ -77,6 +102,8 @@ def speed_ratio(row: Samples, baseline: Samples, same_session: bool = True) -> R
     else:
         value = float(np.median([np.median(b) for b in baselines]) / np.median([np.median(r) for r in rows]))
         draws = np.median(above, axis=1) / np.median(below, axis=1)
+    if not (is_enough(row) and is_enough(baseline)):
+        return Ratio(value, None, None)
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(draws, [tail, 100 - tail]).tolist()
     return Ratio(value, low, high)

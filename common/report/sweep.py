@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from common.report.statistics import LEAST_REPEATS, LEAST_STEPS, TOO_FEW
 from common.report.tables import Row
 
 KNEE_GAIN = 0.10
@@ -27,9 +28,14 @@ class Curve:
     ideal: tuple[float, ...]
     """The first point's throughput, scaled by the ideal efficiency: what the bubble alone would leave."""
 
+    is_judged: bool = True
+    """Whether every point has samples enough to say something about it."""
+
     @property
     def knee(self) -> int | None:
-        """The first x from which the next one gains less than `KNEE_GAIN`; None if every step gains more."""
+        """The first x from which the next one gains less than `KNEE_GAIN`; None if every step gains more, or not judged."""
+        if not self.is_judged:
+            return None
         for here, now, after in zip(self.x, self.tokens_per_second, self.tokens_per_second[1:], strict=False):
             if after / now - 1 < KNEE_GAIN:
                 return here
@@ -38,6 +44,11 @@ class Curve:
     @property
     def sentence(self) -> str:
         what = self.axis.replace("_", "-")
+        if not self.is_judged:
+            return (
+                f"{self.name}: {TOO_FEW} to name a knee over {what}; it takes {LEAST_STEPS} timed steps in each of "
+                f"{LEAST_REPEATS} repeats"
+            )
         if self.knee is None:
             return f"{self.name}: no knee up to {what} = {self.x[-1]}, every step gains at least {KNEE_GAIN:.0%}"
         return f"{self.name}: knee at {what} = {self.knee}, the next step gains less than {KNEE_GAIN:.0%}"
@@ -73,6 +84,7 @@ def curves(rows: Sequence[Row], axis: Axis) -> list[Curve]:
                 low=tuple(speed * _over(row.step_ms_median, row.step_ms_p90) for speed, row in both),
                 high=tuple(speed * _over(row.step_ms_median, row.step_ms_p10) for speed, row in both),
                 ideal=tuple(throughput[0] * each / efficiency[0] for each in efficiency),
+                is_judged=all(row.repeats >= LEAST_REPEATS and row.timed_steps >= LEAST_STEPS for row in same),
             )
         )
     return found

@@ -13,7 +13,15 @@ from rich.text import Text
 
 from common.report.names import dropout_words, variant
 from common.report.result import RunResult
-from common.report.statistics import Samples, speed_ratio, summarize
+from common.report.statistics import (
+    LEAST_FOR_PERCENTILES,
+    LEAST_REPEATS,
+    LEAST_STEPS,
+    Ratio,
+    Samples,
+    speed_ratio,
+    summarize,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Row:
     """To the first ranked row of its track; None for a row that is not ranked."""
     ratio_low: float | None
     ratio_high: float | None
-    """95 % bootstrap interval of the ratio; None for the first ranked row."""
+    """95 % bootstrap interval of the ratio; None for the first ranked row, and where there are too few samples for one."""
     step_ms_median: float | None
     """Over the timed steps of all repeats."""
     step_ms_p10: float | None
@@ -55,6 +63,10 @@ class Row:
     """10^6 bytes, added over the processes (or CUDA devices) of a run; the largest of the repeats."""
     held_activation_mb: float | None
     """10^6 bytes of activations held for the backward on the stage that holds most."""
+    is_baseline: bool = False
+    """The first ranked row of its track, which the others' ratios are to."""
+    timed_steps: int = 0
+    """Of the repeat that has fewest."""
     source: str = ""
     """The benchmark's folder, where several are shown together."""
     recompute: str = "none"
@@ -84,11 +96,7 @@ class Row:
             return "not ranked"
         if self.ratio is None:
             return ""
-        if self.ratio_low is None or self.ratio_high is None:
-            return "baseline"
-        if self.ratio_low > 1:
-            return "faster"
-        return "slower" if self.ratio_high < 1 else "no difference shown"
+        return "baseline" if self.is_baseline else Ratio(self.ratio, self.ratio_low, self.ratio_high).verdict
 
 
 def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
@@ -103,7 +111,7 @@ def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
             rated.append(row)
         elif row.track not in baselines:
             baselines[row.track] = group[0].started, samples
-            rated.append(replace(row, ratio=1.0))
+            rated.append(replace(row, ratio=1.0, is_baseline=True))
         else:
             started, baseline = baselines[row.track]
             ratio = speed_ratio(samples, baseline, same_session=group[0].started == started)
@@ -146,6 +154,7 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         ratio=None,
         ratio_low=None,
         ratio_high=None,
+        timed_steps=min((len(result.steady_seconds) for result in good), default=0),
         step_ms_median=step.median if step else None,
         step_ms_p10=step.p10 if step else None,
         step_ms_p90=step.p90 if step else None,
@@ -203,15 +212,17 @@ def _step(row: Row) -> str:
     if row.step_ms_median is None:
         return ""
     form = ".0f" if row.step_ms_median >= 100 else ".1f"
+    if row.step_ms_p10 is None or row.step_ms_p90 is None:
+        return f"{row.step_ms_median:{form}}"
     return f"{row.step_ms_median:{form}} [{row.step_ms_p10:{form}}, {row.step_ms_p90:{form}}]"
 
 
 def _ratio(row: Row) -> str:
     if row.parity in ("FAIL", "not comparable"):
         return "not ranked"
-    if row.ratio is None or row.ratio_low is None or row.ratio_high is None:
+    if row.ratio is None or row.is_baseline:
         return _number(row.ratio, ".2f")
-    return f"{row.ratio:.2f} [{row.ratio_low:.2f}, {row.ratio_high:.2f}]"
+    return Ratio(row.ratio, row.ratio_low, row.ratio_high).text()
 
 
 def _bubble(row: Row) -> str:
@@ -250,9 +261,11 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 LEGEND = (
-    "tokens/s, step ms: medians of the timed steps (brackets: 10th and 90th percentile). First step: apart, it traces "
+    f"tokens/s, step ms: medians of the timed steps (brackets: 10th and 90th percentile, of {LEAST_FOR_PERCENTILES} steps "
+    "or more). First step: apart, it traces "
     "and fills caches. Ratio: tokens/s to the first ranked row, with a 95 % bootstrap interval (repeats, then steps); "
-    "paired by repeat, so that a drifting machine cancels; where the interval includes 1, no difference is shown. A row "
+    "paired by repeat, so that a drifting machine cancels; where the interval includes 1, no difference is shown. It takes "
+    f"{LEAST_STEPS} timed steps in each of {LEAST_REPEATS} repeats; of fewer it is unknown, and there is no verdict. A row "
     "that fails parity, or has nothing to be compared with, is not ranked. Parity: against the float64 NumPy oracle, loss "
     "of every step and all gradients. "
     "Bubble: idle share of all stages, measured / simulated from the run's own costs; sim. step: simulated step time "
@@ -311,7 +324,7 @@ def _rich_table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
     for row in rows:
         unjudged = row.status == "skipped" or (row.status == "ok" and row.parity == "not comparable")
         style = None if row.ranked else ("dim" if unjudged else "red")
-        table.add_row(*(column.cell(row) for column in columns), style=style)
+        table.add_row(*(Text(column.cell(row)) for column in columns), style=style)
     return table
 
 

@@ -15,6 +15,7 @@ from common.report.collect import Collection, collect
 from common.report.compare_runs import compare_collections, print_comparison
 from common.report.facts import parity_verdict
 from common.report.result import ResultError
+from common.report.statistics import LEAST_REPEATS, LEAST_STEPS, TOO_FEW
 from common.usage import UsageError
 
 EXIT_OK, EXIT_SLOWER = 0, 1
@@ -111,6 +112,10 @@ def _compare(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{arguments.before} and {arguments.after} have no row in common")
     console = _console()
     print_comparison(compared, console)
+    if arguments.fail_on is not None and not any(change.is_judged for change in compared.changes):
+        raise UsageError(
+            f"--fail-on: {TOO_FEW} in every row; expected {LEAST_STEPS} timed steps in each of {LEAST_REPEATS} repeats"
+        )
     failures = [] if arguments.fail_on is None else compared.failures(arguments.fail_on)
     for line in failures:
         console.print(f"fails: {line}", highlight=False, markup=False, soft_wrap=True)
