@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.rules import why_impossible
 from common.settings import (
     GRID,
-    NATIVE_SCHEDULES,
     SECTIONS,
     BenchOptions,
     Setting,
@@ -125,14 +125,9 @@ def _grid(settings: Settings) -> tuple[RunConfig, ...]:
 
 
 def _native_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
-    """The framework's own pipeline for every point that it has a schedule for."""
-    return [
-        point.model_copy(update={"executor": "native", "track": "matched"})
-        for point in points
-        if _has_peers(point)
-        and point.schedule in NATIVE_SCHEDULES.get(point.framework, ())
-        and point.train.micro_batches_are_equal
-    ]
+    """The framework's own pipeline for every point that it can run."""
+    native = [point.model_copy(update={"executor": "native", "track": "matched"}) for point in points]
+    return [peer for point, peer in zip(points, native, strict=True) if _has_peers(point) and not why_impossible(peer)]
 
 
 def _plain_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
@@ -145,11 +140,12 @@ def _plain_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
         "schedule": "naive",
         "partition": "even",
     }
-    return [
+    plain = [
         point.model_copy(update=alone | {"train": point.train.model_copy(update={"micro_batches": 1})})
         for point in points
         if _has_peers(point)
     ]
+    return [peer for peer in plain if not why_impossible(peer)]
 
 
 def _has_peers(point: RunConfig) -> bool:

@@ -7,7 +7,6 @@ it stands, and what would be right.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from argparse import SUPPRESS, BooleanOptionalAction
 from collections.abc import Mapping, Sequence
@@ -21,10 +20,9 @@ from pydantic.fields import FieldInfo
 from common import drift
 from common.bounded import read_text
 from common.data import CorpusError, load_corpus
+from common.rules import BFLOAT16, why_impossible
 from common.schedule import recompute
-from common.schedule.action import ScheduleError
-from common.schedule.generators import GENERATORS, default_chunks, make_schedule
-from common.schedule.validate import validate
+from common.schedule.generators import GENERATORS, default_chunks
 from common.spec import FRAMEWORKS, PRESETS, Frozen, RunConfig, TrainSpec, TransformerSpec
 from common.usage import UsageError, closest
 
@@ -77,13 +75,6 @@ GRID: tuple[Key, ...] = (
 
 PLURALS = {"framework": "frameworks", "schedule": "schedules"}
 """Fields whose option has another name."""
-
-
-NATIVE_SCHEDULES: Mapping[str, tuple[str, ...]] = {
-    "torch": ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
-    "paddle": ("1f1b",),
-}
-"""What `executor = native` offers, by framework."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +173,10 @@ def read_native_dropout(given: Settings, below: Settings) -> Settings:
 def adapt(settings: Settings, given: Settings) -> None:
     """Lets what the user did not give follow what they gave: the warm-up fits into the steps, the vocabulary is bytes."""
     _adapt_to_drift(settings, given)
+    dtypes = listed(settings[("train", "dtype")].value) if ("train", "dtype") in settings else []
+    default = settings.get(("run", "framework"), Setting(None, "")).value
+    if dtypes == ["bfloat16"] and isinstance(default, list) and ("run", "framework") not in given:
+        settings["run", "framework"] = Setting([name for name in default if name in BFLOAT16], "default")
     steps, warmup = settings.get(("train", "steps")), settings.get(("train", "warmup_steps"))
     if steps and warmup and ("train", "warmup_steps") not in given:
         # What is no number stays, for validation to say so.
@@ -257,31 +252,9 @@ def make_run(settings: Settings) -> RunConfig:
     model = TransformerSpec(**validated("model", settings))
     train = TrainSpec(**validated("train", settings))
     config = RunConfig(**validated("run", settings, model=model, train=train))
-    where = settings[("run", "schedule")].where
-    try:
-        schedule = make_schedule(config.schedule, config.stages, train.micro_batches, config.chunks)
-    except ScheduleError as error:
-        guess = difflib.get_close_matches(config.schedule, GENERATORS, 1)
-        hint = f"; did you mean {guess[0]}?" if guess and guess[0] != config.schedule else ""
-        raise UsageError(f"{where}: {' '.join(str(error).split())}{hint}") from None
-    violations = validate(schedule)
-    if violations:
-        raise UsageError(
-            f"{where} = {config.schedule}: breaks {len(violations)} rules, the first: {violations[0]}; "
-            f"`triptych validate FILE` lists them all"
-        )
-    if config.drift and config.framework not in drift.by_name(config.drift).frameworks:
-        raise UsageError(
-            f"{settings['run', 'drift'].where} = {config.drift}: {config.framework} has no such habit; right would be "
-            f"{flag('framework')} {','.join(drift.by_name(config.drift).frameworks)}"
-        )
-    if config.executor == "native" and config.schedule not in NATIVE_SCHEDULES.get(config.framework, ()):
-        origin = settings[("run", "executor")].where
-        offered = "; ".join(f"{name} with {', '.join(schedules)}" for name, schedules in NATIVE_SCHEDULES.items())
-        raise UsageError(
-            f"{origin} = native: {config.framework} has no pipeline of its own with the schedule {config.schedule}; "
-            f"right would be {offered}"
-        )
+    if impossible := why_impossible(config):
+        wheres = [setting.where for (_, name), setting in settings.items() if name == impossible.field]
+        raise UsageError(f"{(wheres or [impossible.field])[0]}{impossible.text}")
     return config
 
 

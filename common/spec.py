@@ -235,12 +235,6 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"stages x chunks x micro_batches = {parts * self.train.micro_batches}; right would be at most {MAX_PLACES}"
             )
-        if self.executor == "native" and not self.train.micro_batches_are_equal:
-            raise ValueError(
-                f"executor = native: the frameworks' own pipelines take equal micro-batches, and micro_batches = "
-                f"{self.train.micro_batches} does not divide batch_size = {self.train.batch_size}; expected one of "
-                f"{_divisors(self.train.batch_size)}"
-            )
         if self.executor == "plain" and parts > 1:
             raise ValueError(f"stages x chunks = {parts}; executor = plain has 1, with all the threads")
         if isinstance(self.partition, tuple):

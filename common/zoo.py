@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import shutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from common.drift import DRIFTS, Drift
 from common.parity import Comparison, Difference
 from common.probes import Run, compare_probe, expected, read_probe
+from common.rules import has_cuda
 from common.runtime.job import Job
 from common.runtime.launch import IMPLEMENTATIONS, Implementation, Outcome, run_jobs_in_child, why_missing
 from common.spec import RunConfig
@@ -123,11 +123,6 @@ def config_of(drift: Drift, framework: str, steps: int, on: bool = True, seed: i
     train |= {"dtype": drift.dtype, "seed": seed}
     changes = {"framework": framework, "model": model, "train": train, "drift": drift.name if on else None}
     return RunConfig.model_validate(base | dict(drift.run) | changes)
-
-
-def has_cuda() -> bool:
-    """Whether the machine has an NVIDIA driver, as far as a process without a framework can see."""
-    return shutil.which("nvidia-smi") is not None
 
 
 def run_zoo(

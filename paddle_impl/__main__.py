@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from pydantic import ValidationError
-
 from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
-from common.spec import explain
 from paddle_impl.devices import configure
 from paddle_impl.ranks import run_on_ranks
 
@@ -22,17 +19,11 @@ def main(arguments: list[str]) -> int:
         return _refuse("usage: python -m paddle_impl JOBS.json")
     try:
         jobs = JobFile.read(arguments[0]).jobs
-        first = jobs[0].config if jobs else None
-        if first is None:
-            return 0
+        first = jobs[0].config
         if any((job.config.stages, job.config.device) != (first.stages, first.device) for job in jobs):
             raise ValueError("the jobs of one file share stages and device; right would be one file for each")
         configure(first.stages, first.threads, first.device)
         import paddle_impl.engine  # noqa: F401  after `configure`, since it imports Paddle; the ranks inherit it
-    except OSError as error:
-        return _refuse(f"{arguments[0]}: {error.strerror}; right would be a readable file of jobs")
-    except ValidationError as error:
-        return _refuse(f"{arguments[0]}: {explain(error)}")
     except ImportError as error:
         return _refuse(f"PaddlePaddle cannot be imported ({error}); right would be: pip install 'triptych[cpu]'")
     except ValueError as error:

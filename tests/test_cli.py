@@ -15,12 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common import cli
+from common import cli, rules
 from common.bench import describe, run_name
 from common.config import Bench, add_options, read_bench
 from common.report.result import RunResult
 from common.runtime import oracle_worker
 from common.runtime.launch import Implementation
+from common.schedule.action import format_schedule
+from common.schedule.generators import make_schedule
 from common.usage import Parser, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +102,23 @@ def test_a_sweep_keeps_the_mini_batch() -> None:
 def test_a_framework_whose_own_pipeline_takes_equal_micro_batches_is_no_peer_of_others() -> None:
     points = bench("--peers", "--framework", "torch", "--schedules", "1f1b", "--micro-batches", "4,5").points
     assert {c.train.micro_batches for c in points if c.executor == "native"} == {4}
+
+
+def test_a_peer_that_cannot_run_is_no_row() -> None:
+    points = bench(
+        "--preset", "tiny", "--peers", "--stages", "4", "--micro-batches", "2", "--framework", "torch"
+    ).points
+    assert [c.schedule for c in points if c.executor == "native"] == ["gpipe"]  # its 1f1b needs m >= p
+    assert {c.framework for c in bench("--dtype", "bfloat16", "--peers").points} == {"torch", "tensorflow"}
+
+
+def test_a_schedule_file_brings_its_chunks(tmp_path: Path) -> None:
+    file = tmp_path / "two.txt"
+    file.write_text(format_schedule(make_schedule("interleaved", 2, 2, 2)))
+    argv = ["--preset", "tiny", "--framework", "torch", "--micro-batches", "2", "--schedules", f"file:{file}"]
+    assert [point.chunks for point in bench(*argv).points] == [2]
+    with pytest.raises(UsageError, match="has chunks = 2, the run has 1; expected --chunks 2"):
+        bench(*argv, "--chunks", "1")
 
 
 def test_the_first_steps_are_not_timed() -> None:
@@ -186,10 +205,22 @@ WRONG = {
     "--sweep --micro-batches 1,2,32": "micro_batches = 32 is more than batch_size = 16",
     "--untimed-steps 12": "leaves none of 8 steps; right would be 0 to 7",
     "--executor native": "paddle with 1f1b",
+    "--executor native --frameworks torch --stages 4 --micro-batches 2 --schedules 1f1b": "takes at least as many as",
+    "--executor native --frameworks torch --stages 3 --micro-batches 7 --batch-size 7 --schedules interleaved": "of 2",
+    "--executor native --frameworks torch --recompute full": "--recompute = full: executor = native recomputes nothing",
+    "--executor plain --stages 1 --frameworks torch --dtype bfloat16": "executor = plain does not compute in it",
+    "--executor native --frameworks torch --drift default-betas": "executor = native has no such habit",
+    "--frameworks paddle --dtype bfloat16": "paddle cannot compute in it; expected torch or tensorflow",
+    "--device cuda": "--device = cuda: this machine has no NVIDIA driver; expected cpu or auto",
     "--corpus /no/such/text": "/no/such/text: No such file or directory",
     "--config /no/such.toml": "right would be a readable TOML file",
     "--out /dev/null": "--out /dev/null",
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "has_cuda", lambda: False)
 
 
 @pytest.mark.parametrize("line", WRONG)
@@ -232,13 +263,44 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
         bench("--preset", "tiny", "--micro-batches", "1", "--schedules", f"file:{tmp_path / 'bad.txt'}")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("tain --steps 3", "unknown subcommand 'tain'; did you mean train?"),
+        ("frobnicate", "unknown subcommand 'frobnicate'; expected one of bench, train, relay"),
+        ("export x --to kears --out y", "--to: 'kears': unknown; right would be keras"),
+        ("simulate --schedule 1f1 --stages 2 --micro-batches 2", "did you mean 1f1b?"),
+        ("drift --rows tanh-glu", "--rows = 'tanh-glu': unknown; right would be tanh-gelu"),
+        ("relay --dropout native", "native dropout: every framework draws masks of its own"),
+        ("dump --executor native --out x", "executor = native: runs no unit by itself; expected executor = table"),
+    ],
+)
+def test_every_verb_names_what_is_wrong(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+HEAVY = ("jinja2", "matplotlib", "pandas", "scipy", "tokenizers")
+
+
+@pytest.mark.parametrize("verb", ["", *{module: verb for verb, (module, _) in cli.VERBS.items()}.values()])
+def test_help_imports_nothing_that_it_does_not_need(verb: str) -> None:
+    code = "import sys; from common.cli import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", code, *verb.split(), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    unwanted = {*HEAVY, *(("numpy", "pydantic", "rich", "psutil") if not verb else ())}
+    assert "--help" in done.stdout and not unwanted & set(done.stderr.split())
+
+
 # ------------------------------------------------------------------------------------------------- runs
 
 
-def start(tmp_path: Path, *argv: str, **variables: str) -> subprocess.Popen[str]:
+def start(tmp_path: Path, *argv: str, shell: str = 'exec "$@"', **variables: str) -> subprocess.Popen[str]:
+    """The benchmark with fakes, started by a line of shell."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
-        [sys.executable, "-m", "fakes.bench", *QUICK, "--out", str(tmp_path), *argv],
+        ["sh", "-c", shell, "sh", sys.executable, "-m", "fakes.bench", *QUICK, "--out", str(tmp_path), *argv],
         env=os.environ | {"PYTHONPATH": paths} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -287,6 +349,35 @@ def test_rows_that_fail_leave_the_others_intact(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/*/*.safetensors"))
 
 
+def test_a_reader_that_leaves_does_not_end_the_work(tmp_path: Path) -> None:
+    run = start(tmp_path, "--frameworks", "torch")
+    assert run.stdout is not None and run.stderr is not None
+    run.stdout.readline()
+    run.stdout.close()
+    errors = run.stderr.read()
+    assert run.wait() == 0, errors
+    assert errors.startswith("bench_all.py: standard output: Broken pipe; the work goes on without it\n")
+    assert [row["status"] for row in table(tmp_path)] == ["ok"]
+
+
+@pytest.mark.parametrize("shell", ['exec "$@" <&- >&- 2>&-', "trap '' CHLD HUP; kill -HUP $$; exec \"$@\""])
+def test_what_a_shell_hands_down_does_not_end_the_work(tmp_path: Path, shell: str) -> None:
+    run = start(tmp_path, "--frameworks", "torch", shell=shell)
+    output, errors = run.communicate()
+    assert run.returncode == 0, output + errors
+    assert [row["status"] for row in table(tmp_path)] == ["ok"]
+
+
+def test_an_ignored_interrupt_does_not_end_the_work(tmp_path: Path) -> None:
+    run = start(tmp_path, "--frameworks", "torch", shell="trap '' INT; exec \"$@\"")
+    assert run.stdout is not None
+    run.stdout.readline()
+    run.send_signal(signal.SIGINT)
+    output, errors = run.communicate()
+    assert run.returncode == 0, output + errors
+    assert [row["status"] for row in table(tmp_path)] == ["ok"]
+
+
 def test_native_dropout_is_shown_and_not_ranked(tmp_path: Path) -> None:
     run = start(tmp_path, "--dropout", "native", "--frameworks", "torch")
     output, errors = run.communicate(timeout=60)
@@ -305,12 +396,17 @@ def test_bfloat16_is_judged_beside_the_other_frameworks(tmp_path: Path) -> None:
     assert [row["parity"] for row in table(tmp_path / "alone")] == ["not checked"]
     # 0.1 % off is well below the ceiling, and far above three times what the other one errs.
     both = start(
-        tmp_path / "both", "--dtype", "bfloat16", "--frameworks", "torch,paddle", FAKE_FAULTS="paddle=wrong-loss"
+        tmp_path / "both",
+        "--dtype",
+        "bfloat16",
+        "--frameworks",
+        "torch,tensorflow",
+        FAKE_FAULTS="tensorflow=wrong-loss",
     )
     output, _ = both.communicate(timeout=60)
     assert both.returncode == 1
     assert [row["parity"] for row in table(tmp_path / "both")] == ["pass", "FAIL"]
-    assert "rule: no error more than 3 times the smallest of paddle, torch" in output
+    assert "rule: no error more than 3 times the smallest of tensorflow, torch" in output
 
 
 def test_two_schedule_files_of_one_name_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def test_imports_point_one_way_inside_common() -> None:
             assert used <= allowed, f"{file} imports {used - allowed}"
     for file in (ROOT / "common" / "runtime").rglob("*.py"):
         assert not any(name.startswith(("common.report", "common.cli")) for name in imported(file)), file
+
+
+def test_cpus_are_counted_in_one_place() -> None:
+    """But for the physical cores of the report's machine, which are no measure of what a run may use."""
+    rooms = [path for room in ("common", *FRAMEWORK_OF) for path in (ROOT / room).rglob("*.py")]
+    counting = {str(path.relative_to(ROOT)) for path in rooms if re.search("cpu_count|affinity", path.read_text())}
+    assert counting == {"common/runtime/cpus.py", "common/report/machine.py"}
 
 
 def test_only_child_processes_of_tests_import_a_framework() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
+import subprocess
 import time
 import uuid
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
 
-from common.runtime import launch
+from common.runtime import cpus, launch
 from common.runtime.job import Job
 from common.runtime.launch import ORACLE_MODULE, Implementation, Interrupted, Outcome, run_jobs_in_child, why_missing
 from common.runtime.oracle_worker import memory_bytes
@@ -116,6 +121,86 @@ def test_a_stop_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(Interrupted):
         run_jobs_in_child("fakes.impl", jobs, tmp_path, 60.0, lambda *_: stop.append(True), lambda: bool(stop))
     assert no_child_left()
+
+
+def test_the_working_directory_is_not_on_a_childs_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("common/__init__.py", "fakes.py", "queue.py", "random.py", "numpy.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(Path(__file__).parent)]))  # an empty entry is the same
+    assert run(tmp_path, monkeypatch, "").status == "ok"
+
+
+def test_what_changes_numbers_stays_behind_and_the_rest_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [
+        "TF_XLA_FLAGS",
+        "XLA_FLAGS",
+        "KERAS_HOME",
+        "KERAS_BACKEND",
+        "NVIDIA_TF32_OVERRIDE",
+        "RANK",
+        "MASTER_ADDR",
+        "PADDLE_TRAINER_ID",
+    ]
+    left += ["TORCHELASTIC_USE_AGENT_STORE", "PYTHONWARNINGS", "PYTHONOPTIMIZE", "FLAGS_prim_all"]
+    reported = {"OMP_NUM_THREADS": "7", "MKL_CBWR": "COMPATIBLE", "FLAGS_check_nan_inf": "1"}
+    for name, value in (dict.fromkeys(left, "1") | {"PYTHONWARNINGS": "error"} | reported).items():
+        monkeypatch.setenv(name, value)
+    environment = run(tmp_path, monkeypatch, "").parts[0].environment
+    assert set(left) <= set(environment["ignored_variables"])
+    assert reported.items() <= environment["variables"].items() and not set(left) & set(environment["variables"])
+
+
+def test_cpus_are_those_of_the_affinity_or_of_a_cgroups_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own"
+    for path, text in {
+        "v1/cpu/a/b/cpu.cfs_quota_us": "-1",
+        "v1/cpu/a/b/cpu.cfs_period_us": "100000",
+        "v1/cpu/a/cpu.cfs_quota_us": "250000",
+        "v1/cpu/a/cpu.cfs_period_us": "100000",
+        "v2/a/cpu.max": "max 100000",
+        "v2/cpu.max": "50000 100000",  # a container's root, whatever the cgroup is called outside
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    own.write_text("7:memory:/\n3:cpu,cpuacct:/a/b\n")
+    assert list(cpus.cgroup_quotas(tmp_path / "v1", own)) == [2.5]
+    own.write_text("0::/a/gone\n")
+    assert list(cpus.cgroup_quotas(tmp_path / "v2", own)) == [0.5]
+    assert list(cpus.cgroup_quotas(tmp_path / "v2", tmp_path / "none")) == []
+    monkeypatch.setattr(cpus.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    for quotas, usable in (([], 8), ([2.5, 16.0], 3), ([0.5], 1)):
+        monkeypatch.setattr(cpus, "cgroup_quotas", lambda quotas=quotas: iter(quotas))
+        assert (cpus.usable_cpus(), cpus.threads_per_stage(2, None)) == (usable, max(1, usable // 2))
+    assert cpus.threads_per_stage(2, 6) == 3
+
+
+def test_no_loopback_interface_is_known_before_a_child_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object) -> NoReturn:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    paddle, torch = (Implementation("fakes.impl", "numpy", "", processes) for processes in (("table",), ("native",)))
+    assert str(why_missing(paddle, "table")).startswith("no loopback interface, over which its stages talk")
+    assert why_missing(torch, "table") is None
+
+
+@pytest.mark.parametrize("module", [ORACLE_MODULE, "torch_impl", "tf_impl", "paddle_impl"])
+@pytest.mark.parametrize(
+    ("text", "said"), [('{"jobs": []}', "no job in it"), ('{"jobs": 3}', "jobs = 3"), (None, "readable")]
+)
+def test_a_wrong_job_file_is_one_line_in_every_implementation(
+    tmp_path: Path, module: str, text: str | None, said: str
+) -> None:
+    file = tmp_path / "jobs.json"
+    if text is not None:
+        file.write_text(text)
+    command = launch.child_command(module, str(file))
+    done = subprocess.run(command, env=launch.child_environment(module), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and said in done.stderr
 
 
 def test_a_missing_framework_says_how_to_install_it() -> None:

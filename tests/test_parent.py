@@ -13,7 +13,9 @@ from common.runtime.job import Job, JobFile
 from common.spec import RunConfig
 
 PARENT = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and a shell that ignores and blocks what a child is to end by
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 child = subprocess.Popen([sys.executable, "-m", sys.argv[1], sys.argv[2]], start_new_session=True)
 print(child.pid, flush=True)
 time.sleep(600)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from pydantic import ValidationError
-
 from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
-from common.spec import explain
 from tf_impl.devices import configure
 
 
@@ -28,10 +25,6 @@ def main(arguments: list[str]) -> int:
         configure(largest.stages, largest.threads, largest.device, largest.track, onednn)
         from tf_impl.drift import switch  # after `configure`, since both import TensorFlow
         from tf_impl.engine import build_engine
-    except OSError as error:
-        return _refuse(f"{arguments[0]}: {error.strerror}; right would be a readable file of jobs")
-    except ValidationError as error:
-        return _refuse(f"{arguments[0]}: {explain(error)}")
     except ImportError as error:
         return _refuse(f"TensorFlow cannot be imported ({error}); right would be: pip install 'triptych[cpu]'")
     except ValueError as error:

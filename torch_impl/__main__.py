@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from pydantic import ValidationError
-
 from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
-from common.spec import explain
 from torch_impl.devices import configure
 from torch_impl.ranks import run_on_ranks
 
@@ -20,16 +17,10 @@ def main(arguments: list[str]) -> int:
         return _refuse("usage: python -m torch_impl JOBS.json")
     try:
         jobs = JobFile.read(arguments[0])
-        if not jobs.jobs:
-            return _refuse(f"{arguments[0]}: no job in it; right would be at least one")
         largest = max((job.config for job in jobs.jobs), key=lambda config: config.stages)
         configure(largest.stages, largest.threads, largest.device)
         from torch_impl.drift import switch  # after `configure`, since both import PyTorch
         from torch_impl.engine import build_engine
-    except OSError as error:
-        return _refuse(f"{arguments[0]}: {error.strerror}; right would be a readable file of jobs")
-    except ValidationError as error:
-        return _refuse(f"{arguments[0]}: {'; '.join(explain(error).splitlines())}")
     except ImportError as error:
         return _refuse(f"PyTorch cannot be imported ({error}); right would be: pip install 'triptych[cpu]'")
     except ValueError as error:

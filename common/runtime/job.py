@@ -13,10 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.bounded import read_text
-from common.spec import RunConfig
+from common.spec import RunConfig, explain
 
 
 class Saving(BaseModel):
@@ -82,7 +82,18 @@ class JobFile(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path) -> JobFile:
-        return cls.model_validate_json(read_text(Path(path)))
+        """Raises ValueError, whose text is one line, for a file that cannot be read or holds no job."""
+        try:
+            file = cls.model_validate_json(read_text(Path(path)))
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}; right would be a readable file of jobs") from None
+        except ValidationError as error:
+            raise ValueError(f"{path}: {'; '.join(explain(error).splitlines())}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: {error}; right would be a file of jobs") from None
+        if not file.jobs:
+            raise ValueError(f"{path}: no job in it; right would be at least one")
+        return file
 
     def write(self, path: str | Path) -> None:
         Path(path).write_text(self.model_dump_json(indent=1))

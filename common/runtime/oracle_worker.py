@@ -121,10 +121,16 @@ class OracleEngine:
     def close(self) -> None: ...
 
 
-def main() -> int:
+def main(arguments: list[str], engine: Callable[[RunConfig], OracleEngine] = OracleEngine) -> int:
+    """As the implementations' (`python -m torch_impl JOBS.json`)."""
     end_with_parent()
-    return run_jobs(JobFile.read(sys.argv[1]), OracleEngine)
+    try:
+        jobs = JobFile.read(arguments[0])
+    except ValueError as error:
+        print(f"oracle: {error}", file=sys.stderr)
+        return 2
+    return run_jobs(jobs, engine)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -15,10 +15,7 @@ import numpy as np
 
 from common.data import Batch
 from common.runtime.dumping import in_precision
-from common.runtime.job import JobFile
-from common.runtime.oracle_worker import OracleEngine
-from common.runtime.parent import end_with_parent
-from common.runtime.worker import run_jobs
+from common.runtime.oracle_worker import OracleEngine, main
 
 
 class RoundedOracleEngine(OracleEngine):
@@ -45,10 +42,5 @@ class RoundedOracleEngine(OracleEngine):
             self.oracle.weights = masters
 
 
-def main() -> int:
-    end_with_parent()
-    return run_jobs(JobFile.read(sys.argv[1]), RoundedOracleEngine)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:], RoundedOracleEngine))

@@ -7,6 +7,8 @@ whatever the schedule.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,7 +130,10 @@ def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
     if name.startswith("file:"):
         return _from_file(Path(name.removeprefix("file:")), p, m, chunks)
     if name not in GENERATORS:
-        raise ScheduleError(f"schedule {name!r} is unknown; right would be one of {', '.join(GENERATORS)} or file:PATH")
+        guess = difflib.get_close_matches(name, GENERATORS, 1)
+        hint = f"; did you mean {guess[0]}?" if guess else ""
+        known = ", ".join(GENERATORS)
+        raise ScheduleError(f"schedule {name!r} is unknown; right would be one of {known} or file:PATH{hint}")
     generator = GENERATORS[name]
     if generator.chunks not in (None, chunks):
         has = "1 chunk" if generator.chunks == 1 else f"{generator.chunks} chunks"
@@ -137,17 +142,27 @@ def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
 
 
 def default_chunks(name: str) -> int:
-    """The chunks per device of a named schedule where nobody says how many."""
+    """The chunks per device of a named schedule, or of that in `file:PATH`, where nobody says how many."""
+    if name.startswith("file:"):
+        with contextlib.suppress(ScheduleError):  # `make_schedule` will say what is wrong with the file
+            return _read(Path(name.removeprefix("file:"))).num_chunks
     return (GENERATORS[name].chunks or 2) if name in GENERATORS else 1
 
 
 def _from_file(path: Path, p: int, m: int, chunks: int) -> Schedule:
+    schedule = _read(path)
+    for what, has, asked in (
+        ("stages", schedule.num_devices, p),
+        ("micro-batches", schedule.num_micro_batches, m),
+        ("chunks", schedule.num_chunks, chunks),
+    ):
+        if has != asked:
+            raise ScheduleError(f"schedule {path} has {what} = {has}, the run has {asked}; expected --{what} {has}")
+    return schedule
+
+
+def _read(path: Path) -> Schedule:
     try:
-        schedule = parse_schedule(read_text(path), path.stem)
+        return parse_schedule(read_text(path), path.stem)
     except (OSError, UnicodeDecodeError, ScheduleError) as error:
         raise ScheduleError(f"schedule {path}: {error}; right would be a readable schedule in text form") from None
-    asked = (p, m, chunks)
-    has = (schedule.num_devices, schedule.num_micro_batches, schedule.num_chunks)
-    if asked != has:
-        raise ScheduleError(f"schedule {path} has (stages, micro-batches, chunks) = {has}; the run has {asked}")
-    return schedule

@@ -17,7 +17,7 @@ from common.report.drift import print_zoo, write_page
 from common.report.machine import this_machine
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
 from common.spec import FRAMEWORKS
-from common.usage import UsageError
+from common.usage import UsageError, closest
 from common.verbs.options import file_to_write, plain_console
 from common.zoo import GOOD, Zoo, base_config, run_zoo
 
@@ -130,7 +130,7 @@ def chosen(text: str, known: tuple[str, ...] | list[str], option: str) -> list[s
     words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     for word in words:
         if word not in known:
-            raise UsageError(f"{option} = {word!r}: unknown; right would be some of {', '.join(known)}")
+            raise UsageError(f"{option} = {word!r}: unknown{closest(word, known)}")
     if not words:
         raise UsageError(f"{option}: nothing named; right would be some of {', '.join(known)}")
     return words

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from common import snapshot
 from common.data import load_tokenizer, read_tokenizer
+from common.rules import why_impossible
 from common.runtime.inference import Evaluated, Generated
 from common.runtime.job import Generation, Job
 from common.runtime.launch import (
@@ -25,7 +26,6 @@ from common.runtime.launch import (
     stop_on_signals,
     why_missing,
 )
-from common.schedule.generators import make_schedule
 from common.snapshot import Manifest
 from common.spec import RunConfig
 from common.usage import UsageError
@@ -167,8 +167,10 @@ def _for_samples(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
     given = hasattr(arguments, "train.micro_batches")
     m = config.train.micro_batches if given else min(arguments.samples, config.stages)
     train = config.train.model_copy(update={"micro_batches": m, "batch_size": max(arguments.samples, m)})
-    make_schedule(config.schedule, config.stages, m, config.chunks)
-    return config.model_copy(update={"train": train})
+    config = config.model_copy(update={"train": train})
+    if impossible := why_impossible(config):
+        raise UsageError(f"--samples {arguments.samples}: {impossible}")
+    return config
 
 
 def _prompt(

@@ -107,6 +107,8 @@ def make_dump(config: RunConfig, oracle: bool, step: int, path: Path, timeout_se
         raise DumpError(
             f"--step {step}: the run has {config.train.steps}; right would be 0 to {config.train.steps - 1}"
         )
+    if config.executor != "table" and not oracle:
+        raise DumpError(f"executor = {config.executor}: runs no unit by itself; expected executor = table")
     implementation = IMPLEMENTATIONS[config.framework]
     missing = None if oracle else why_missing(implementation, config.executor)
     if missing:

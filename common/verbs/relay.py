@@ -17,14 +17,14 @@ from rich.table import Table
 from common import snapshot
 from common.bench import make_folder
 from common.report import relay as report
-from common.report.compare import oracle_config
+from common.report.compare import oracle_config, why_not_comparable
 from common.report.machine import git_commit, this_machine
 from common.report.progress import progress_view
 from common.report.relay import Leg, Relay
+from common.rules import why_impossible
 from common.runtime.launch import IMPLEMENTATIONS, ORACLE_MODULE, Implementation, stop_on_signals, why_missing
 from common.runtime.restarts import Trained, Training
-from common.schedule.action import ScheduleError
-from common.schedule.generators import default_chunks, make_schedule
+from common.schedule.generators import default_chunks
 from common.settings import Key
 from common.spec import FRAMEWORKS, RunConfig, explain
 from common.usage import UsageError
@@ -129,12 +129,13 @@ def _config(base: RunConfig, leg: _Plan) -> RunConfig:
     }
     try:
         config = RunConfig.model_validate(base.model_dump() | placement | {"train": train})
-        make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
-        return config
     except ValidationError as error:
         raise UsageError(f"--legs: {leg.framework}: {explain(error).splitlines()[0]}") from None
-    except ScheduleError as error:
-        raise UsageError(f"--legs: {leg.framework}: {error}") from None
+    if impossible := why_impossible(config):
+        raise UsageError(f"--legs: {leg.framework}: {impossible}")
+    if reason := why_not_comparable(config):
+        raise UsageError(f"--legs: {reason}")
+    return config
 
 
 def _relay(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
