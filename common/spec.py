@@ -187,7 +187,9 @@ class RunConfig(Frozen):
         "except-last: the same, but not for the last micro-batch; every-N: pieces of N units, one after another",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where the framework sees it")
-    threads: int | None = Field(None, ge=1, description="CPU threads of the whole run; default: all usable CPUs")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of the whole run; default: all usable CPUs"
+    )
     corpus: tuple[str, ...] = Field((), description="text files; default: the manual that CPython carries")
     tokenizer: Literal["bytes", "bpe"] = Field("bytes", description="bytes, or byte-pair encoding trained at run time")
     sequence_lengths: Literal["full", "random"] = Field(

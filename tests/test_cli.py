@@ -271,6 +271,15 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
         ("export x --to kears --out y", "--to: 'kears': unknown; right would be keras"),
         ("simulate --schedule 1f1 --stages 2 --micro-batches 2", "did you mean 1f1b?"),
         ("drift --rows tanh-glu", "--rows = 'tanh-glu': unknown; right would be tanh-gelu"),
+        ("relay --legs torhc:p=2:1f1b:9", "--legs: 'torhc': unknown; right would be torch"),
+        (
+            "train --executor native --fault kill",
+            "executor = native does not tell its actions; expected executor = table",
+        ),
+        (
+            "train --threads 5000",
+            "--threads = '5000': right would be a whole number, at least 1 and at most 1024 or none",
+        ),
         ("relay --dropout native", "native dropout: every framework draws masks of its own"),
         ("dump --executor native --out x", "executor = native: runs no unit by itself; expected executor = table"),
     ],

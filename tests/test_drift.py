@@ -83,6 +83,10 @@ def test_the_page_and_the_picture_are_made_from_it(made: tuple[int, Path], tmp_p
     assert (again / "drift.md").read_text() == page
 
 
+def test_the_readme_counts_the_habits() -> None:
+    assert f"a zoo of {len(DRIFTS)} habits" in (ROOT / "README.md").read_text()
+
+
 def test_the_list_names_every_habit(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["drift", "--list"]) == 0
     out = capsys.readouterr().out

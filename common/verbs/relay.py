@@ -27,7 +27,7 @@ from common.runtime.restarts import Trained, Training
 from common.schedule.generators import default_chunks
 from common.settings import Key
 from common.spec import FRAMEWORKS, RunConfig, explain
-from common.usage import UsageError
+from common.usage import UsageError, closest
 from common.verbs.options import PLACEMENT, add_run_options, plain_console, read_run, reporting
 from common.verbs.train import drop_tensors, run_training
 
@@ -97,7 +97,9 @@ def _read_legs(text: str) -> list[_Plan]:
         numbers = dict(part.split("=", 1) for part in parts if "=" in part)
         names = [part for part in parts if "=" not in part]
         known = set(numbers) <= {"p", "m", "v"} and all(value.isdecimal() for value in numbers.values())
-        if len(names) != 3 or not known or not names[2].isdecimal() or names[0] not in FRAMEWORKS:
+        if len(names) == 3 and names[0] not in FRAMEWORKS:
+            raise UsageError(f"--legs: {names[0]!r}: unknown{closest(names[0], FRAMEWORKS)}")
+        if len(names) != 3 or not known or not names[2].isdecimal():
             raise UsageError(
                 f"--legs: {word!r}; right would be FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE, such as torch:p=2:1f1b:100"
             )

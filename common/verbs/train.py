@@ -117,6 +117,10 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
         config = read_run(arguments, saved)
         if resume is not None and saved is not None:
             check_resume(resume, saved, config)
+        if arguments.fault and config.executor != "table":
+            raise UsageError(
+                f"--fault: executor = {config.executor} does not tell its actions; expected executor = table"
+            )
         if directory is not None:
             _check_room(directory, resume)
         implementation = implementations[config.framework]
