@@ -75,7 +75,7 @@ def bench_main(argv: Sequence[str] | None = None, implementations: Mapping[str, 
     return _run(parser, sys.argv[1:] if argv is None else argv, is_long=True)
 
 
-def _run(parser: Parser, argv: Sequence[str], is_long: bool) -> int:
+def _run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
     """Parses and runs; wrong input is one line on stderr, never a traceback."""
 
     def notice(error: OSError) -> str:

@@ -60,7 +60,7 @@ def test_a_leg_that_trains_something_else_fails(
     ("legs", "message"),
     [
         ("torch:p=2:1f1b", "right would be FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE"),
-        ("jax:1f1b:3", "'jax:1f1b:3'; right would be FRAMEWORK"),
+        ("jax:1f1b:3", "'jax': unknown; right would be one of torch, tensorflow, paddle"),
         ("torch:1f1b:3,paddle:1f1b:3", "end after [3, 3] steps; right would be increasing numbers"),
         ("torch:p=9:1f1b:3", "stages x chunks = 9 is more than the 6 units"),
         ("torch:m=13:1f1b:3", "micro_batches = 13 is more than batch_size = 12"),
