@@ -175,8 +175,9 @@ def build_pipeline(config: RunConfig, layers: StageLayers, schedule: Schedule) -
         "micro_batch_size": config.train.micro_batch_size,
     }
     chosen = NativePipeline if config.executor == "native" else TablePipeline
-    if schedule.num_devices == 1:
-        # distributed_model takes another class for one process, one that can walk no table and records nothing.
+    if schedule.num_devices == 1 or (schedule.num_chunks > 1 and schedule.num_micro_batches < schedule.num_devices):
+        # distributed_model takes another class for one process, one that can walk no table and records nothing, and none
+        # where several chunks have fewer micro-batches than stages, which fleet's own schedules cannot do.
         pipeline = chosen(layers, fleet.get_hybrid_communicate_group(), strategy)
     else:
         names = ("PipelineParallel", "PipelineParallelWithInterleave", "PipelineParallelWithInterleaveFthenB")

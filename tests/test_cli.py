@@ -207,6 +207,7 @@ WRONG = {
     "--executor native": "paddle with 1f1b",
     "--executor native --frameworks torch --stages 4 --micro-batches 2 --schedules 1f1b": "takes at least as many as",
     "--executor native --frameworks torch --stages 3 --micro-batches 7 --batch-size 7 --schedules interleaved": "of 2",
+    "--executor native --frameworks torch --schedules 1f1b --micro-batches 5": "expected equal micro-batches",
     "--executor native --frameworks torch --recompute full": "--recompute = full: executor = native recomputes nothing",
     "--executor plain --stages 1 --frameworks torch --dtype bfloat16": "executor = plain does not compute in it",
     "--executor native --frameworks torch --drift default-betas": "executor = native has no such habit",
@@ -369,19 +370,22 @@ def test_a_reader_that_leaves_does_not_end_the_work(tmp_path: Path) -> None:
     assert [row["status"] for row in table(tmp_path)] == ["ok"]
 
 
-@pytest.mark.parametrize("shell", ['exec "$@" <&- >&- 2>&-', "trap '' CHLD HUP; kill -HUP $$; exec \"$@\""])
-def test_what_a_shell_hands_down_does_not_end_the_work(tmp_path: Path, shell: str) -> None:
-    run = start(tmp_path, "--frameworks", "torch", shell=shell)
+@pytest.mark.parametrize(
+    "before", ["exec <&- >&- 2>&-", "trap '' CHLD", "export PYTHONWARNINGS=error PYTHONOPTIMIZE=2"]
+)
+def test_what_a_shell_hands_down_does_not_end_the_work(tmp_path: Path, before: str) -> None:
+    run = start(tmp_path, "--frameworks", "torch", shell=f'{before}; exec "$@"')
     output, errors = run.communicate()
     assert run.returncode == 0, output + errors
     assert [row["status"] for row in table(tmp_path)] == ["ok"]
 
 
-def test_an_ignored_interrupt_does_not_end_the_work(tmp_path: Path) -> None:
-    run = start(tmp_path, "--frameworks", "torch", shell="trap '' INT; exec \"$@\"")
+@pytest.mark.parametrize("name", ["INT", "HUP"])
+def test_an_ignored_signal_does_not_end_the_work(tmp_path: Path, name: str) -> None:
+    run = start(tmp_path, "--frameworks", "torch", shell=f"trap '' {name}; exec \"$@\"")
     assert run.stdout is not None
     run.stdout.readline()
-    run.send_signal(signal.SIGINT)
+    run.send_signal(getattr(signal, f"SIG{name}"))
     output, errors = run.communicate()
     assert run.returncode == 0, output + errors
     assert [row["status"] for row in table(tmp_path)] == ["ok"]

@@ -17,7 +17,6 @@ from common.spec import PRESETS, RunConfig, TrainSpec, TransformerSpec, explain,
         ({"model": {"dropout": 1.0}}, ["model.dropout = 1.0", "less than 1"]),
         ({"model": {"d_modle": 8}}, ["model.d_modle = 8", "not permitted"]),
         ({"train": {"micro_batches": 17}}, ["micro_batches = 17 is more than batch_size = 16", "expected 1 to 16"]),
-        ({"executor": "native", "train": {"micro_batches": 5}}, ["native", "equal micro-batches", "[1, 2, 4, 8, 16]"]),
         ({"train": {"warmup_steps": 99}}, ["warmup_steps = 99", "0 to 20"]),
         ({"train": {"learning_rate": float("nan")}}, ["train.learning_rate = nan", "finite"]),
         ({"train": {"learning_rate": 1e-320}}, ["train.learning_rate = 0.0", "greater than 0"]),  # 0 in float32

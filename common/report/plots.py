@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,9 @@ def draw_losses(curves: Sequence[LossCurve], path: Path) -> None:
         color, dash = FRAMEWORK_COLORS[curve.framework], DASHES[number % len(DASHES)]
         above.plot(range(len(curve.losses)), curve.losses, dash, color=color, label=curve.name)
         if curve.differences:
-            below.semilogy(range(len(curve.differences)), curve.differences, dash, color=color)
+            # The same double has no place on a logarithmic axis; it stands at half of the smallest possible difference.
+            shown = [max(difference, sys.float_info.epsilon / 2) for difference in curve.differences]
+            below.semilogy(range(len(shown)), shown, dash, color=color)
     for oracle in {curve.oracle: curve for curve in curves if curve.oracle}:
         above.plot(range(len(oracle)), oracle, ".", color=ORACLE_COLOR, label="oracle")
     for limit in sorted({curve.limit for curve in curves if curve.differences}):
