@@ -44,7 +44,7 @@ def test_imports_point_one_way_inside_common() -> None:
         "schedule": {"schedule", "bounded"},
         "spec": {"rounding", "schedule"},
         "weights": {"spec"},
-        "partition": {"spec", "weights"},
+        "partition": {"spec", "weights", "schedule"},
         "data": {"spec"},
         "parity": set(),
         "dropout": set(),
