@@ -32,6 +32,7 @@ from common.runtime.launch import (
     stop_on_signals,
     why_missing,
 )
+from common.runtime.text import Texts
 from common.schedule.action import ScheduleError
 from common.schedule.draw import draw_color
 from common.schedule.generators import make_schedule
@@ -123,6 +124,9 @@ class _Session:
     results: dict[RunConfig, list[RunResult]] = field(default_factory=dict)
     oracles: dict[RunConfig, tuple[RunResult, Path]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.texts = Texts(self.folder)
+
     def run_oracle(self, config: RunConfig) -> None:
         name = "oracle" if not self.oracles else f"oracle-{len(self.oracles) + 1}"
         module, label = ORACLE_MODULE, ORACLE_NAME
@@ -159,9 +163,10 @@ class _Session:
         self.view.finish(f"{describe(config)}: {_summary(result)}")
 
     def clean_up(self) -> None:
-        """Gradients are as large as the model; they stay only where they are evidence of a difference."""
+        """Gradients are as large as the model; they stay only where they are evidence of a difference. Tokens go."""
         for _, folder in self.oracles.values():
             _drop_tensors(folder)
+        self.texts.drop()
 
     def _child(self, module: str, config: RunConfig, name: str) -> Outcome:
         if self.stopped():
@@ -170,7 +175,7 @@ class _Session:
         logs.mkdir(exist_ok=True)
         return run_jobs_in_child(
             module,
-            [Job(config=config, out=str(self.folder / name))],
+            [Job(config=config, out=str(self.folder / name), text=self.texts.of(config))],
             self.folder / name,
             self.bench.options.timeout,
             on_step=lambda _, step, loss: self.view.step(step, loss),

@@ -125,6 +125,7 @@ def bisect(a: Dump, b: Dump) -> Bisection:
         raise DumpError(f"step {a.step} against step {b.step}; right would be dumps of the same step")
     if a.config and b.config:
         _require_same(a.config, b.config)
+    _require_same_tokens(a, b)
     dtypes = [each.config.train.dtype for each in (a, b) if each.config]
     walk = _Walk(a, b, config, max(dtypes, key=COARSER.index))
     return Bisection(a, b, walk.dtype, tuple(walk.findings()), tuple(walk.missing()))
@@ -139,6 +140,15 @@ def _require_same(a: RunConfig, b: RunConfig) -> None:
         for name in model.model_fields:
             if name not in MAY_DIFFER and getattr(left, name) != getattr(right, name):
                 raise DumpError(f"{name} = {getattr(left, name)} against {getattr(right, name)}: not the same run")
+
+
+def _require_same_tokens(a: Dump, b: Dump) -> None:
+    """Of another corpus or tokenizer: then every tensor differs, and none of them says why."""
+    for key, tokens in a.tensors.items():
+        if key.phase == "reference_tokens" and not np.array_equal(tokens, b.tensors.get(key, tokens)):
+            raise DumpError(
+                f"the {key.tensor} are other tokens in A and B; expected runs of one text and one tokenizer"
+            )
 
 
 class _Walk:

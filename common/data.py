@@ -1,11 +1,10 @@
-"""Real text, tokens, and batches that depend on the seed and the step only."""
+"""Real text, its tokens, and batches that depend on the seed and the step only."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import pydoc_data.topics
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.spec import RunConfig
+from common.text import CorpusError as CorpusError
+from common.text import Text, read_texts
+from common.tokenizer import (
+    BYTES,
+    FileTokenizer,
+    Tokenizer,
+    TokenizerError,
+    blocks,
+    lines,
+    read_content,
+    read_tokenizer,
+    train_byte_pairs,
+)
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Corpus",
+    "CorpusError",
+    "MicroBatch",
+    "load_corpus",
+    "load_tokenizer",
+    "sequences_in",
+    "tokenize",
+]
 
 HELD_OUT_FRACTION = 0.1
 """The end of the corpus, kept for evaluation."""
 
 IGNORED = -1
 """A target that no loss counts: what follows the end of a sequence."""
-
-
-class CorpusError(ValueError):
-    """A corpus that cannot be read or is too short."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +91,30 @@ class MicroBatch:
 class Corpus:
     """Tokens, split into a training part and a held-out end."""
 
-    train: NDArray[np.int64]  # (n,)
-    held_out: NDArray[np.int64]  # (n,)
+    tokens: NDArray[Any]  # (n,)
+    """Unsigned integers of any width, perhaps mapped from a file."""
     digest: str
     """SHA-256 of the text, so that two results are known to be about the same data."""
     num_bytes: int
+    tokenizer: bytes | None = None
+    """The tokenizer.json that made the tokens; None for bytes."""
+
+    @property
+    def train(self) -> NDArray[Any]:  # (n,)
+        return self.tokens[: self._cut]
+
+    @property
+    def held_out(self) -> NDArray[Any]:  # (n,)
+        return self.tokens[self._cut :]
+
+    @property
+    def _cut(self) -> int:
+        return int(len(self.tokens) * (1 - HELD_OUT_FRACTION))
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of the tokenizer.json; empty for bytes."""
+        return "" if self.tokenizer is None else hashlib.sha256(self.tokenizer).hexdigest()
 
     def training_batch(self, config: RunConfig, step: int) -> Batch:
         """The mini-batch of `step` as `config` trains on it, always (batch_size, context_length).
@@ -122,91 +161,59 @@ def sequences_in(step: int, batch_size: int, sequences_per_epoch: int) -> int:
 
 
 def load_corpus(config: RunConfig) -> Corpus:
-    """Reads and tokenizes the text of `config`. Raises CorpusError."""
-    data = _read(config.corpus)
-    tokens = _bytes_as_tokens(data) if config.tokenizer == "bytes" else _byte_pairs(data, config.model.vocab_size)
-    cut = int(len(tokens) * (1 - HELD_OUT_FRACTION))
+    """Reads and tokenizes the text of `config`. Raises CorpusError and TokenizerError."""
+    return tokenize(config, read_texts(config.corpus))
+
+
+def tokenize(config: RunConfig, text: Text) -> Corpus:
+    """The tokens of `text` by the tokenizer of `config`. Raises CorpusError and TokenizerError."""
+    path = config.tokenizer_file
+    content = None if path is None else read_content(Path(path))
+    corpus = _tokenized(
+        text, config.tokenizer, content, f"tokenizer {path or config.tokenizer}", config.model.vocab_size
+    )
     needed = config.model.context_length + 1
-    if min(cut, len(tokens) - cut) < needed:
+    if min(len(corpus.train), len(corpus.held_out)) < needed:
         raise CorpusError(
-            f"the corpus has {len(tokens)} tokens; right would be at least {int(needed / HELD_OUT_FRACTION) + 1}, "
+            f"the corpus has {len(corpus.tokens)} tokens; right would be at least {int(needed / HELD_OUT_FRACTION) + 1}, "
             f"so that a tenth of it holds one sequence of {needed}"
         )
-    return Corpus(tokens[:cut], tokens[cut:], hashlib.sha256(data).hexdigest(), len(data))
+    return corpus
 
 
-def _read(paths: Sequence[str]) -> bytes:
-    if not paths:
-        topics: dict[str, str] = pydoc_data.topics.topics
-        return "\n".join(topics[name] for name in sorted(topics)).encode()
-    pieces = []
-    for path in paths:
-        try:
-            if not stat.S_ISREG(Path(path).stat().st_mode):  # a device or a pipe may never end
-                raise CorpusError(f"corpus {path}: not a plain file; right would be a readable text file")
-            pieces.append(Path(path).read_bytes())
-        except OSError as error:
-            raise CorpusError(f"corpus {path}: {error.strerror}; right would be a readable text file") from None
-    return b"\n".join(pieces)
+@functools.lru_cache(maxsize=2)  # for a process that first checks a text and then runs with it
+def _tokenized(text: Text, kind: str, content: bytes | None, where: str, vocab_size: int) -> Corpus:
+    if kind == "bytes":
+        return Corpus(np.frombuffer(text.data, np.uint8), text.digest, text.num_bytes)
+    decoded = text.decoded
+    tokenizer = FileTokenizer(content, where) if content else train_byte_pairs(decoded, vocab_size, text.digest)
+    check_vocabulary(tokenizer, vocab_size, where)
+    pieces = lines(decoded) if kind == "bpe" else blocks(decoded)
+    return Corpus(tokenizer.encode_all(pieces), text.digest, text.num_bytes, tokenizer.content)
 
 
-def _bytes_as_tokens(data: bytes) -> NDArray[np.int64]:
-    return np.frombuffer(data, np.uint8).astype(np.int64)
-
-
-def _byte_pairs(data: bytes, vocab_size: int) -> NDArray[np.int64]:
-    lines = _lines(data)
-    encoded = _trained_byte_pairs(lines, vocab_size).encode_batch(lines)
-    return np.asarray([token for line in encoded for token in line.ids], np.int64)
-
-
-def _lines(data: bytes) -> list[str]:
-    return data.decode("utf-8", errors="replace").splitlines(keepends=True)
-
-
-def _trained_byte_pairs(lines: list[str], vocab_size: int) -> Any:
-    """Byte-pair encoding (Sennrich et al. 2016) trained on the corpus itself; deterministic."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    tokenizer: Any = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(lines, vocab_size=vocab_size, show_progress=False)
-    return tokenizer
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """Text to tokens and back."""
-
-    encode: Callable[[str], list[int]]
-    decode: Callable[[Sequence[int]], str]
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+    """Raises TokenizerError if the model lacks tokens of the tokenizer; it may have more, which no text becomes."""
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(
+            f"{where}: has {tokenizer.vocab_size} tokens, added and special ones included; the model has "
+            f"vocab_size = {vocab_size}, expected at least {tokenizer.vocab_size}"
+        )
 
 
 def load_tokenizer(config: RunConfig) -> Tokenizer:
-    """The tokenizer that `load_corpus` uses. Raises CorpusError."""
+    """The tokenizer that `load_corpus` uses. Raises CorpusError and TokenizerError."""
     if config.tokenizer == "bytes":
-        return Tokenizer(
-            lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode("utf-8", errors="replace")
-        )
-    return _wrapped(_trained_byte_pairs(_lines(_read(config.corpus)), config.model.vocab_size))
+        return BYTES
+    if config.tokenizer_file is not None:
+        return read_tokenizer(Path(config.tokenizer_file))
+    text = read_texts(config.corpus)
+    return train_byte_pairs(text.decoded, config.model.vocab_size, text.digest)
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """A `tokenizer.json` as the tokenizers library writes it. Raises CorpusError."""
-    from tokenizers import Tokenizer as FromFile
-
-    try:
-        return _wrapped(FromFile.from_str(path.read_text(encoding="utf-8")))
-    except Exception as error:  # the library raises plain Exceptions
-        raise CorpusError(f"{path}: {error}; right would be a tokenizer.json") from None
-
-
-def _wrapped(tokenizer: Any) -> Tokenizer:
-    return Tokenizer(lambda text: list(tokenizer.encode(text).ids), lambda tokens: str(tokenizer.decode(list(tokens))))
-
-
-def _windows(tokens: NDArray[np.int64], step: int, key: tuple[int, int], batch_size: int, context_length: int) -> Batch:
+def _windows(tokens: NDArray[Any], step: int, key: tuple[int, int], batch_size: int, context_length: int) -> Batch:
     starts = _generator(key, step).integers(0, len(tokens) - context_length, batch_size)
-    windows = tokens[starts[:, None] + np.arange(context_length + 1)]  # (B, S + 1)
+    windows = np.asarray(tokens[starts[:, None] + np.arange(context_length + 1)], np.int64)  # (B, S + 1)
     return Batch(step, windows[:, :-1], windows[:, 1:])
 
 

@@ -24,6 +24,7 @@ from common.rules import BFLOAT16, why_impossible
 from common.schedule import recompute
 from common.schedule.generators import GENERATORS, default_chunks
 from common.spec import FRAMEWORKS, PRESETS, Frozen, RunConfig, TrainSpec, TransformerSpec
+from common.tokenizer import TokenizerError, read_tokenizer
 from common.usage import UsageError, closest
 
 MAX_TOML_BYTES = 2**20
@@ -185,6 +186,7 @@ def adapt(settings: Settings, given: Settings) -> None:
     if steps and ("bench", "untimed_steps") not in given and str(steps.value).isdigit():
         fewer = max(1, min(BenchOptions().untimed_steps, int(steps.value) - 1))
         settings["bench", "untimed_steps"] = Setting(fewer, "default")
+    _adapt_to_tokenizer_file(settings, given)
     tokenizer = settings.get(("run", "tokenizer"), Setting("bytes", ""))
     if tokenizer.value == "bytes" and ("model", "vocab_size") not in given:
         settings["model", "vocab_size"] = Setting(256, "tokenizer bytes")
@@ -208,6 +210,21 @@ def _adapt_to_drift(settings: Settings, given: Settings) -> None:
             settings[key] = Setting(value, f"drift {habit.name}, {key[1]}")
     if ("run", "framework") not in given:
         settings["run", "framework"] = Setting(list(habit.frameworks), f"drift {habit.name}, frameworks")
+
+
+def _adapt_to_tokenizer_file(settings: Settings, given: Settings) -> None:
+    """A tokenizer.json says which tokenizer, and how large the vocabulary is."""
+    setting, kind = settings.get(("run", "tokenizer_file")), given.get(("run", "tokenizer"))
+    if setting is None or not isinstance(setting.value, str) or setting.value.lower() == "none":
+        return
+    if kind is None:
+        settings["run", "tokenizer"] = Setting("file", setting.where)
+    if ("model", "vocab_size") not in given:
+        try:
+            size = read_tokenizer(Path(setting.value)).vocab_size
+        except TokenizerError as error:
+            raise UsageError(f"{setting.where}: {error}") from None
+        settings["model", "vocab_size"] = Setting(size, f"{setting.where}, its vocabulary")
 
 
 def read_toml(path: Path) -> Settings:
@@ -317,15 +334,13 @@ def _shown(value: Any) -> str:
 
 def check_corpora(points: Sequence[RunConfig]) -> None:
     """Reads every corpus once, so that a wrong path or a text that is too short is known before anything runs."""
-    distinct = {(c.corpus, c.tokenizer, c.model.vocab_size, c.model.context_length): c for c in points}
+    distinct = {
+        (c.corpus, c.tokenizer, c.tokenizer_file, c.model.vocab_size, c.model.context_length): c for c in points
+    }
     for config in distinct.values():
         try:
-            corpus = load_corpus(config)
+            load_corpus(config)
         except CorpusError as error:
             raise UsageError(f"--corpus: {error}") from None
-        largest = int(max(corpus.train.max(), corpus.held_out.max()))
-        if largest >= config.model.vocab_size:
-            raise UsageError(
-                f"vocab_size = {config.model.vocab_size}: the tokenizer {config.tokenizer!r} uses {largest + 1} tokens; "
-                f"right would be at least {largest + 1}"
-            )
+        except TokenizerError as error:
+            raise UsageError(str(error)) from None

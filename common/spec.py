@@ -191,7 +191,12 @@ class RunConfig(Frozen):
         None, ge=1, le=1024, description="CPU threads of the whole run; default: all usable CPUs"
     )
     corpus: tuple[str, ...] = Field((), description="text files; default: the manual that CPython carries")
-    tokenizer: Literal["bytes", "bpe"] = Field("bytes", description="bytes, or byte-pair encoding trained at run time")
+    tokenizer: Literal["bytes", "bpe", "file"] = Field(
+        "bytes", description="bytes; bpe: byte-pair encoding, trained on the corpus; file: that of tokenizer_file"
+    )
+    tokenizer_file: str | None = Field(
+        None, min_length=1, description="a tokenizer.json of the tokenizers library, whatever its kind"
+    )
     sequence_lengths: Literal["full", "random"] = Field(
         "full", description="random: every sequence ends somewhere, and the labels after its end are ignored"
     )
@@ -227,6 +232,10 @@ class RunConfig(Frozen):
     def _consistent(self) -> RunConfig:
         if self.tokenizer == "bytes" and self.model.vocab_size != 256:
             raise ValueError(f"vocab_size = {self.model.vocab_size}; the tokenizer 'bytes' has 256 tokens")
+        if self.tokenizer == "file" and self.tokenizer_file is None:
+            raise ValueError("tokenizer = file: which? expected tokenizer_file, the path of a tokenizer.json")
+        if self.tokenizer == "bytes" and self.tokenizer_file is not None:
+            raise ValueError("tokenizer = bytes: needs no tokenizer_file; expected one of the two")
         units, parts = self.model.num_layers + 2, self.stages * self.chunks
         if parts > units:
             raise ValueError(

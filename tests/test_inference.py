@@ -47,7 +47,7 @@ def run(*argv: Any) -> int:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    return snapshot.write_weights(tmp_path / "saved", MODEL, weights(), "a test")
+    return snapshot.write_weights(tmp_path / "saved", MODEL, weights(), "a test", b"")
 
 
 # ------------------------------------------------------------------------------------------------- which token

@@ -220,7 +220,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not JSON": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: "),
     "not an object": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json: "),
     "huge": (lambda f: (f / "manifest.json").write_text(" " * (16 * 2**20 + 1)), "larger than"),
-    "newer": (put("schema_version", 2), "schema_version = 2; this program reads 1; right would be a newer version"),
+    "newer": (
+        put("schema_version", 3),
+        "schema_version = 3; this program reads 1 and 2; right would be a newer version",
+    ),
     "unknown key": (put("extra", 1), "extra: Extra inputs are not permitted"),
     "NaN": (put("model/dropout", float("nan")), "model.dropout"),
     "negative step": (put("steps_done", -1), "steps_done"),

@@ -1,7 +1,7 @@
 """The child side of import and export: `python -m <implementation>.convert`, which alone may import its framework.
 
     export SNAPSHOT FILE          writes the framework's own file
-    import FILE SNAPSHOT SPEC     reads one; SPEC is the model as JSON
+    import FILE SNAPSHOT SPEC [TOKENIZER]   reads one; SPEC is the model as JSON, TOKENIZER a file, empty for bytes
 
 A wrong file is one line on stderr and exit status 2.
 """
@@ -41,13 +41,14 @@ def main(
             case ["export", folder, file]:
                 saved = snapshot.load(Path(folder), with_moments=False)
                 write(saved.manifest.model, saved.weights, Path(file))
-            case ["import", file, folder, spec]:
+            case ["import", file, folder, spec, *tokenizer]:
                 model = TransformerSpec.model_validate_json(spec)
                 check_size(Path(file), model)
                 weights = checked(read(model, Path(file)), model)
-                snapshot.write_weights(Path(folder), model, weights, Path(file).name)
+                content = Path(tokenizer[0]).read_bytes() if tokenizer else None
+                snapshot.write_weights(Path(folder), model, weights, Path(file).name, content)
             case _:
-                raise ExchangeError("usage: export SNAPSHOT FILE | import FILE SNAPSHOT SPEC")
+                raise ExchangeError("usage: export SNAPSHOT FILE | import FILE SNAPSHOT SPEC [TOKENIZER]")
         return 0
     except (ExchangeError, SnapshotError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)

@@ -26,6 +26,7 @@ def oracle_config(config: RunConfig) -> RunConfig:
         train=train,
         corpus=config.corpus,
         tokenizer=config.tokenizer,
+        tokenizer_file=config.tokenizer_file,
         sequence_lengths=config.sequence_lengths,
         sequences_per_epoch=config.sequences_per_epoch,
         stages=1,

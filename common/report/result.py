@@ -100,6 +100,8 @@ class RunResult(BaseModel):
     """By device: the most chunks of micro-batches held at once, as the executor counted them."""
     corpus_digest: str | None = None
     corpus_bytes: int | None = None
+    tokenizer_digest: str | None = None
+    """SHA-256 of the tokenizer.json; empty for bytes, None where nobody has said."""
     parity: Parity = Parity()
     resumed_from: str | None = None
     """The snapshot that the run went on from; its first step is that of `steps[0]`."""
@@ -219,6 +221,7 @@ def measured(outcome: Outcome, config: RunConfig, untimed_steps: int) -> dict[st
         "median_step_events": kept,
         "corpus_digest": last.corpus_digest,
         "corpus_bytes": last.corpus_bytes,
+        "tokenizer_digest": last.tokenizer_digest,
     }
 
 

@@ -46,6 +46,20 @@ class Generation(BaseModel):
     seed: int = 0
 
 
+class JobText(BaseModel):
+    """The text of a job as its parent has read it (`runtime.text`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: str
+    """The file of all tokens (.npy)."""
+    digest: str
+    """SHA-256 of the text."""
+    num_bytes: int
+    tokenizer: str | None
+    """The tokenizer.json; None for bytes."""
+
+
 class Job(BaseModel):
     """One run to do in a child process."""
 
@@ -59,6 +73,8 @@ class Job(BaseModel):
     evaluate, generate: train nothing (`runtime.inference`)."""
     noise: float = 0.0
     """Added to the initial weights (times standard normal), so that no bias is 0 and no norm weight 1 in a test."""
+    text: JobText | None = None
+    """None where nothing reads text; `launch` gives it to those that came without."""
     resume: str | None = None
     """The snapshot to go on from."""
     stop_at: int | None = None
@@ -139,3 +155,5 @@ class Part(BaseModel):
     environment: dict[str, Any]
     corpus_digest: str
     corpus_bytes: int
+    tokenizer_digest: str = ""
+    """Empty for bytes."""

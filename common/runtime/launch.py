@@ -31,6 +31,7 @@ from common.runtime import inherited
 from common.runtime.job import Job, JobFile, Part
 from common.runtime.loopback import why_no_loopback
 from common.runtime.parent import PARENT
+from common.runtime.text import with_texts
 from common.runtime.watch import Board
 
 Status = Literal["ok", "failed", "skipped"]
@@ -136,8 +137,23 @@ def run_jobs_in_child(
     Makes the jobs' folders; writes `jobs.json` and, unless `log` is another place, `child.log` into `folder`.
     `timeout_seconds` is for the whole child; `hang_seconds` is how long it may do without any device going on,
     once one has begun; it gets START_SECONDS at least for that.
-    `on_step(job, step, loss)` is called as steps end. Raises Interrupted, with the child ended, once `stopped()`.
+    `on_step(job, step, loss)` is called as steps end. Raises Interrupted, with the child ended, once `stopped()`, and
+    CorpusError and TokenizerError for jobs that come without their text.
     """
+    with with_texts(jobs, folder) as ready:
+        return _run(module, ready, folder, timeout_seconds, on_step, stopped, log, hang_seconds)
+
+
+def _run(
+    module: str,
+    jobs: Sequence[Job],
+    folder: Path,
+    timeout_seconds: float,
+    on_step: Callable[[int, int, float], None],
+    stopped: Callable[[], bool],
+    log: Path | None,
+    hang_seconds: float,
+) -> list[Outcome]:
     folder.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         Path(job.out).mkdir(parents=True, exist_ok=True)

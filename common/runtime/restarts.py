@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from common import snapshot
-from common.runtime.job import Job, Saving, StepRecord
+from common.runtime.job import Job, JobText, Saving, StepRecord
 from common.runtime.launch import Interrupted, Outcome, run_jobs_in_child
 from common.spec import RunConfig
 
@@ -28,6 +28,8 @@ class Training:
     folder: Path
     """Each child gets a folder in it: attempt-1, attempt-2, ..."""
     directory: Path
+    text: JobText | None = None
+    """Read once, for all children; None: each child's is read before it starts."""
     resume: Path | None = None
     stop_at: int | None = None
     save_every: int | None = None
@@ -101,6 +103,7 @@ def _job(training: Training, folder: Path, resume: Path | None, attempt: int) ->
     return Job(
         config=training.config,
         out=str(folder),
+        text=training.text,
         resume=None if resume is None else str(resume.resolve()),
         stop_at=training.stop_at,
         saving=Saving(

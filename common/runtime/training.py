@@ -43,8 +43,10 @@ def start(engine: Engine, job: Job, corpus: Corpus) -> int:
     saved = snapshot.load(Path(job.resume))
     position = saved.manifest.data
     different = snapshot.differences(saved.manifest, job.config)
-    if position is not None and position.corpus_digest != corpus.digest:
+    if position is not None and position.corpus_digest != corpus.digest:  # the parent has checked both before
         different.append("corpus: the snapshot was trained on another text")
+    if saved.manifest.tokenizer_digest not in (None, corpus.tokenizer_digest):
+        different.append("tokenizer: the snapshot has another one")
     if different:
         raise SnapshotError(f"{job.resume}: {different[0]}")
     engine.reset(saved.weights)
@@ -140,7 +142,16 @@ def _save(engine: Engine, job: Job, saving: Saving, corpus: Corpus, batch: Batch
     if job.must_be_finite and any(map(_is_bad, [*weights.values(), *state.values()])):
         raise _not_finite(engine, job, batch, "the weights after it are not finite", loss_is_finite=True)
     writer = SnapshotWriter(Path(saving.directory), saving.keep, saving.token)
-    writer.write(job.config, batch.step + 1, corpus.digest, engine.devices, weights, state, engine.environment())
+    writer.write(
+        job.config,
+        batch.step + 1,
+        corpus.digest,
+        engine.devices,
+        weights,
+        state,
+        engine.environment(),
+        tokenizer=corpus.tokenizer,
+    )
 
 
 def _not_finite(engine: Engine, job: Job, batch: Batch, what: str, loss_is_finite: bool = False) -> NotFiniteError:

@@ -20,6 +20,7 @@ from common.runtime.dumping import dump
 from common.runtime.engine import Engine
 from common.runtime.inference import evaluate, generate, load_weights
 from common.runtime.job import Job, JobFile, Part, StepRecord
+from common.runtime.text import open_text
 from common.runtime.training import held_out_batch, named, probe, start, starting_weights, train
 from common.spec import RunConfig
 
@@ -55,7 +56,7 @@ def run_jobs(
 
 
 def _run_job(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
-    corpus = None if job.kind == "generate" else load_corpus(job.config)  # the prompt comes in tokens
+    corpus = None if job.kind == "generate" else _corpus(job)  # the prompt comes in tokens
     began = time.perf_counter()
     engine = build_engine(job.config)
     try:
@@ -74,6 +75,11 @@ def _run_job(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
         (Path(job.out) / f"part-{engine.devices[0]}.json").write_text(part.model_dump_json())
     finally:
         engine.close()
+
+
+def _corpus(job: Job) -> Corpus:
+    """What the parent has read; a job file that was written by hand may leave it out."""
+    return load_corpus(job.config) if job.text is None else open_text(job.text)
 
 
 def _train_job(engine: Engine, job: Job, corpus: Corpus, began: float) -> Part:
@@ -111,4 +117,5 @@ def _part(
         environment=engine.environment() | STARTED_IN,
         corpus_digest="" if corpus is None else corpus.digest,
         corpus_bytes=0 if corpus is None else corpus.num_bytes,
+        tokenizer_digest="" if corpus is None else corpus.tokenizer_digest,
     )

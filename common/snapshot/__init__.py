@@ -4,6 +4,7 @@
       manifest.json              what it is: specification, position, and of every file and tensor what to expect
       shard-00000.safetensors    weights by canonical name, moments as "first_moment/<name>" and "second_moment/<name>"
       shard-00001.safetensors    ... one file for every process that trained
+      tokenizer.json             what the tokens mean; not there for bytes
 
 Nothing in it depends on framework, partition, schedule or device. It is written to a temporary folder beside its place,
 every file flushed to the disk, the manifest last, and then renamed: a folder of this name is a whole snapshot.
@@ -15,11 +16,12 @@ of one line: what is wrong, where, and what would be right.
 
 from common.snapshot.directory import locked, newest, prune, remove_leftovers, set_aside, snapshots_in
 from common.snapshot.header import HeaderEntry, opened, read_header
-from common.snapshot.manifest import Arrays, DataPosition, Manifest, SnapshotError, differences, moments_of
-from common.snapshot.read import Snapshot, load, read_manifest, verify
+from common.snapshot.manifest import TOKENIZER, Arrays, DataPosition, Manifest, SnapshotError, differences, moments_of
+from common.snapshot.read import Snapshot, load, read_manifest, read_tokenizer, verify
 from common.snapshot.write import SnapshotWriter, write_weights
 
 __all__ = [
+    "TOKENIZER",
     "Arrays",
     "DataPosition",
     "HeaderEntry",
@@ -36,6 +38,7 @@ __all__ = [
     "prune",
     "read_header",
     "read_manifest",
+    "read_tokenizer",
     "remove_leftovers",
     "set_aside",
     "snapshots_in",

@@ -18,7 +18,10 @@ from common.weights import parameter_shapes
 
 Arrays = dict[str, NDArray[Any]]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""1 has no tokenizer: one of byte pairs is trained again from the text of the digest that it has."""
+TOKENIZER = "tokenizer.json"
 MANIFEST = "manifest.json"
 MAX_HEADER_BYTES = 16 * 2**20
 """Of a safetensors file. A model with 1000 blocks needs about 8 MB."""
@@ -59,7 +62,8 @@ class DataPosition(Entry):
     seed: int = Field(ge=0)
     corpus_digest: str = Field(max_length=64)
     corpus: tuple[str, ...]
-    tokenizer: Literal["bytes", "bpe"]
+    tokenizer: Literal["bytes", "bpe", "file"]
+    """How the text became tokens; bpe: by a tokenizer that was trained on it, line by line (`common.tokenizer`)."""
     sequence_lengths: Literal["full", "random"]
     sequences_per_epoch: int | None
 
@@ -76,11 +80,27 @@ class Manifest(Entry):
     train: TrainSpec | None
     """None for imported weights, which nobody here has trained."""
     data: DataPosition | None
+    tokenizer: Literal["bytes"] | FileEntry | None = None
+    """bytes, or what tokenizer.json in the snapshot's folder has to be; None: not known."""
     optimizer_state: tuple[Moment, ...]
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
     written_by: dict[str, str | int | float | bool | None]
     """Framework and versions: information only."""
+
+    @property
+    def tokenizer_kind(self) -> Literal["bytes", "bpe", "file"] | None:
+        """None for imported weights whose tokenizer nobody has given."""
+        if self.data is not None:
+            return self.data.tokenizer
+        return None if self.tokenizer is None else "bytes" if self.tokenizer == "bytes" else "file"
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """SHA-256 of tokenizer.json; empty for bytes, None if the snapshot has none."""
+        if isinstance(self.tokenizer, FileEntry):
+            return self.tokenizer.sha256
+        return "" if self.tokenizer_kind == "bytes" else None
 
     @property
     def dtype(self) -> Dtype:

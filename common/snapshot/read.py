@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
@@ -12,8 +13,11 @@ from safetensors import safe_open
 from common.snapshot.header import digest_of, opened, read_header
 from common.snapshot.manifest import (
     MANIFEST,
+    READABLE_VERSIONS,
     SCHEMA_VERSION,
+    TOKENIZER,
     Arrays,
+    FileEntry,
     Manifest,
     SnapshotError,
     as_snapshot_error,
@@ -51,9 +55,10 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         version = _Version.model_validate_json(text).schema_version
-        if version != SCHEMA_VERSION:
+        if version not in READABLE_VERSIONS:
             newer = "; right would be a newer version of this program" if version > SCHEMA_VERSION else ""
-            raise SnapshotError(f"{path}: schema_version = {version}; this program reads {SCHEMA_VERSION}{newer}")
+            known = " and ".join(map(str, READABLE_VERSIONS))
+            raise SnapshotError(f"{path}: schema_version = {version}; this program reads {known}{newer}")
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         raise SnapshotError(f"{path}: {one_line(error)}") from None
@@ -66,7 +71,13 @@ def verify(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     for name in manifest.files:
         _verify_file(folder / name, manifest)
+    _read_tokenizer(folder, manifest)
     return manifest
+
+
+def read_tokenizer(folder: Path) -> bytes | None:
+    """The snapshot's tokenizer.json, checked; None where it has none. Raises SnapshotError."""
+    return _read_tokenizer(folder, read_manifest(folder))
 
 
 def load(folder: Path, with_moments: bool = True) -> Snapshot:
@@ -83,12 +94,21 @@ def load(folder: Path, with_moments: bool = True) -> Snapshot:
     return Snapshot(manifest, weights, arrays)
 
 
+def _read_tokenizer(folder: Path, manifest: Manifest) -> bytes | None:
+    entry = manifest.tokenizer
+    if not isinstance(entry, FileEntry):
+        return None
+    with opened(folder / TOKENIZER) as file:
+        _verify_size(file, folder / TOKENIZER, entry)
+        _verify_digest(file, folder / TOKENIZER, entry)
+        file.seek(0)
+        return bytes(file.read())
+
+
 def _verify_file(path: Path, manifest: Manifest) -> None:
-    entry = manifest.files[path.name]
     with opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != entry.bytes:
-            raise SnapshotError(f"{path}: has {size} bytes; right would be {entry.bytes}")
+        entry = manifest.files[path.name]
+        _verify_size(file, path, entry)
         expected = {
             name: (tensor.dtype, tensor.shape) for name, tensor in manifest.tensors.items() if tensor.file == path.name
         }
@@ -99,8 +119,16 @@ def _verify_file(path: Path, manifest: Manifest) -> None:
             raise SnapshotError(
                 f"{path}: {clip(name)} is {found.get(name, 'missing')}; the manifest says {expected.get(name, 'nothing')}"
             )
-        file.seek(0)
-        if digest_of(file) != entry.sha256:
-            raise SnapshotError(
-                f"{path}: SHA-256 differs from the manifest's: damaged; right would be another snapshot"
-            )
+        _verify_digest(file, path, entry)
+
+
+def _verify_size(file: Any, path: Path, entry: FileEntry) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size != entry.bytes:
+        raise SnapshotError(f"{path}: has {size} bytes; right would be {entry.bytes}")
+
+
+def _verify_digest(file: Any, path: Path, entry: FileEntry) -> None:
+    file.seek(0)
+    if digest_of(file) != entry.sha256:
+        raise SnapshotError(f"{path}: SHA-256 differs from the manifest's: damaged; right would be another snapshot")

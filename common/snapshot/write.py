@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from common.snapshot.header import digest_of
 from common.snapshot.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
+    TOKENIZER,
     DataPosition,
     Entry,
     FileEntry,
@@ -58,10 +60,12 @@ class SnapshotWriter:
         weights: Mapping[str, NDArray[Any]],
         optimizer_state: Mapping[str, NDArray[Any]],
         written_by: Mapping[str, Any],
+        tokenizer: bytes | None = None,
     ) -> Path | None:
         """Saves what `devices` hold. The process of device 0 waits for all others and finishes: it returns the folder.
 
-        A tied head's copy of the token embedding is left to the process that has the embedding. Raises SnapshotError.
+        A tied head's copy of the token embedding is left to the process that has the embedding. `tokenizer` is the
+        tokenizer.json; None for bytes. Raises SnapshotError.
         """
         tensors = {**weights, **optimizer_state}
         if 0 not in devices:  # device 0 has the embedding
@@ -82,6 +86,7 @@ class SnapshotWriter:
                     model=config.model,
                     train=config.train,
                     data=_data_position(config, steps_done, corpus_digest),
+                    tokenizer=_write_tokenizer(temporary, b"" if config.tokenizer == "bytes" else tokenizer),
                     optimizer_state=moments_of(config.train),
                     written_by={key: v for key, v in written_by.items() if isinstance(v, str | int | float | None)},
                 )
@@ -104,8 +109,17 @@ def _data_position(config: RunConfig, steps_done: int, corpus_digest: str) -> Da
     )
 
 
-def write_weights(folder: Path, model: TransformerSpec, weights: Mapping[str, NDArray[Any]], origin: str) -> Path:
-    """A snapshot of weights alone, at step 0, without optimizer state. Raises SnapshotError."""
+def write_weights(
+    folder: Path,
+    model: TransformerSpec,
+    weights: Mapping[str, NDArray[Any]],
+    origin: str,
+    tokenizer: bytes | None = None,
+) -> Path:
+    """A snapshot of weights alone, at step 0, without optimizer state. Raises SnapshotError.
+
+    `tokenizer` is their tokenizer.json, empty for bytes, None where nobody knows.
+    """
     with as_snapshot_error(f"cannot write {folder}"):
         if folder.exists():
             raise SnapshotError(f"{folder}: exists; right would be a new folder")
@@ -116,11 +130,21 @@ def write_weights(folder: Path, model: TransformerSpec, weights: Mapping[str, ND
             shards = _wait_for_shards(temporary, 1, 0.0)
             return _finish(
                 temporary, folder, shards, steps_done=0, model=model, train=None, data=None, optimizer_state=(),
-                written_by={"imported_from": origin},
+                tokenizer=_write_tokenizer(temporary, tokenizer), written_by={"imported_from": origin},
             )  # fmt: skip
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _write_tokenizer(temporary: Path, content: bytes | None) -> Literal["bytes"] | FileEntry | None:
+    """What the manifest says of it."""
+    if not content:
+        return None if content is None else "bytes"
+    path = temporary / TOKENIZER
+    path.write_bytes(content)
+    _flush(path)
+    return FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 class _Shard(Entry):

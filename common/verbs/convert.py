@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from common import snapshot
+from common.data import check_vocabulary
 from common.exchange.child import ExchangeError
 from common.exchange.gpt2 import read_gpt2
 from common.runtime.launch import (
@@ -24,8 +26,9 @@ from common.runtime.launch import (
     last_error,
     why_missing,
 )
-from common.snapshot import SnapshotError
+from common.snapshot import TOKENIZER, SnapshotError
 from common.spec import TransformerSpec, explain
+from common.tokenizer import BYTES, TokenizerError, read_tokenizer
 from common.usage import UsageError
 from common.verbs.options import add_run_options, read_model, reporting
 
@@ -59,23 +62,34 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     importer.add_argument("file", metavar="FILE", help="the file to read")
     importer.add_argument("--from", dest="origin", choices=(*FORMATS, GPT2), required=True, help="the kind of file")
     importer.add_argument("--out", metavar="SNAPSHOT", required=True, help="the snapshot's folder, a new one")
+    meaning = importer.add_mutually_exclusive_group()
+    meaning.add_argument(
+        "--tokenizer-file", metavar="FILE", help="what the tokens mean (default: a tokenizer.json beside FILE, if any)"
+    )
+    meaning.add_argument("--tokenizer", choices=("bytes",), help="the tokens are bytes")
     add_run_options(importer, sections=("model",))
     importer.set_defaults(run=reporting(lambda arguments: _import(arguments, implementations)))
 
 
 def _export(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
     folder, out = Path(arguments.snapshot), Path(arguments.out)
-    snapshot.read_manifest(folder)
+    tokenizer = snapshot.read_tokenizer(folder)
     if out.exists():
         raise UsageError(f"--out {out}: exists; right would be a new file")
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: {out.parent} is no folder")
+    beside = out.with_name(TOKENIZER)
+    if tokenizer is not None and beside.exists() and beside.read_bytes() != tokenizer:
+        raise UsageError(f"--out {out}: another {TOKENIZER} lies beside it; expected a folder without one")
     temporary = out.with_name(f".{os.getpid()}.{out.name}")  # a name that is half-written is never the good one
     try:
         status = _child(arguments.to, implementations, "export", str(folder), str(temporary))
         if status == EXIT_OK:
             temporary.rename(out)
             print(out)
+            if tokenizer is not None:
+                beside.write_bytes(tokenizer)
+                print(f"{beside}: its tokenizer")
         return status
     finally:
         temporary.unlink(missing_ok=True)
@@ -96,15 +110,43 @@ def _import(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
             raise UsageError(str(error)) from None
         except ValidationError as error:
             raise UsageError(f"{file}: {explain(error).splitlines()[0]}") from None
-        snapshot.write_weights(out, spec, weights, file.name)
+        tokenizer, source = _tokenizer(arguments, file, spec)
+        snapshot.write_weights(out, spec, weights, file.name, tokenizer)
     else:
         if not file.is_file():
             raise UsageError(f"{file}: no such file")
         spec = read_model(arguments)
-        status = _child(arguments.origin, implementations, "import", str(file), str(out), spec.model_dump_json())
+        tokenizer, source = _tokenizer(arguments, file, spec)
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / TOKENIZER
+            place.write_bytes(tokenizer or b"")
+            told = [str(place)] if tokenizer is not None else []
+            model = spec.model_dump_json()
+            status = _child(arguments.origin, implementations, "import", str(file), str(out), model, *told)
     if status == EXIT_OK:
         print(f"{out}: {_words(spec)}")
+        print(f"tokenizer: {source}")
     return status
+
+
+def _tokenizer(arguments: argparse.Namespace, file: Path, spec: TransformerSpec) -> tuple[bytes | None, str]:
+    """What the tokens of a foreign file mean, and in words where that comes from. Raises UsageError and TokenizerError."""
+    if arguments.tokenizer == "bytes":
+        if spec.vocab_size != BYTES.vocab_size:
+            raise UsageError(f"--tokenizer = bytes: has 256 tokens; the model has {spec.vocab_size}")
+        return b"", "bytes"
+    beside = (file if file.is_dir() else file.parent) / TOKENIZER
+    path = beside if arguments.tokenizer_file is None else Path(arguments.tokenizer_file)
+    if arguments.tokenizer_file is None and not beside.exists():
+        return None, "not known; --tokenizer-file FILE or --tokenizer bytes gives it, here or later"
+    try:
+        tokenizer = read_tokenizer(path)
+        check_vocabulary(tokenizer, spec.vocab_size, f"tokenizer {path}")
+    except TokenizerError as error:
+        if arguments.tokenizer_file is not None:
+            raise
+        return None, f"not known: {error}"
+    return tokenizer.content, f"{path}, {tokenizer.vocab_size} tokens"
 
 
 def _words(spec: TransformerSpec) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from common import snapshot
-from common.data import load_tokenizer, read_tokenizer
+from common.data import Corpus
 from common.rules import why_impossible
 from common.runtime.inference import Evaluated, Generated
 from common.runtime.job import Generation, Job
@@ -26,10 +27,11 @@ from common.runtime.launch import (
     stop_on_signals,
     why_missing,
 )
-from common.snapshot import Manifest
+from common.runtime.text import write_text
 from common.spec import RunConfig
 from common.usage import UsageError
-from common.verbs.options import add_run_options, only_vocabulary, plain_console, read_run, reporting
+from common.verbs.options import add_run_options, plain_console, read_run, reporting
+from common.verbs.saved import Saved, load_text
 from common.verbs.train import natural, positive
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
@@ -65,14 +67,13 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     )
     text.add_argument("--top-k", metavar="K", type=positive, help="only the K likeliest tokens (default: all)")
     text.add_argument("--seed", metavar="N", type=natural, default=0, help="of the choices (default: 0)")
-    text.add_argument("--tokenizer-file", metavar="FILE", help="a tokenizer.json, for a snapshot of imported weights")
     for parser, run in ((evaluate, _evaluate), (generate, _generate)):
         parser.add_argument("--snapshot", metavar="PATH", required=True, help="a folder such as step-00000100")
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument(
             "--timeout", metavar="SECONDS", type=float, default=math.inf, help="end a child that takes longer"
         )
-        add_run_options(parser, only_placement=True)
+        add_run_options(parser, only_placement=True, also=("corpus", "tokenizer", "tokenizer_file"))
         parser.set_defaults(run=reporting(_bound(run, implementations)))
 
 
@@ -94,22 +95,20 @@ def _temperature(text: str) -> float:
 
 def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
     folder = Path(arguments.snapshot)
-    saved = snapshot.verify(folder)
-    if only_vocabulary(saved):
-        raise UsageError(
-            f"{folder}: imported weights with a vocabulary of {saved.model.vocab_size}, whose tokenizer nobody knows; "
-            f"right would be a snapshot that was trained here"
-        )
+    saved = Saved(folder, snapshot.verify(folder))
     config = read_run(arguments, saved)
+    corpus = load_text(config, saved, may_be_another=hasattr(arguments, "run.corpus"))
     job = Job(config=config, out="", kind="evaluate", resume=str(folder.resolve()), batches=arguments.batches)
     console = plain_console()
-    found = _run(job, Evaluated, "evaluation.json", implementations, arguments.timeout, console)
+    found = _run(job, Evaluated, "evaluation.json", implementations, arguments.timeout, console, corpus)
     if not isinstance(found, Evaluated):
         return found
     facts = {
         "snapshot": str(folder),
         "framework": config.framework,
-        "steps_done": saved.steps_done,
+        "steps_done": saved.manifest.steps_done,
+        "corpus": list(config.corpus),
+        "corpus_digest": corpus.digest,
         "loss": found.loss,
         "perplexity": found.perplexity,
         "tokens": found.tokens,
@@ -118,6 +117,8 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
     if arguments.json:
         print(json.dumps(facts))
     else:
+        if not saved.is_trained_on(corpus.digest):
+            _say(console, f"of another text than it was trained on: {' '.join(config.corpus)}")
         _say(console, f"held-out loss {found.loss:.6f} per token, perplexity {found.perplexity:.4f}")
         _say(
             console,
@@ -129,7 +130,7 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
 
 def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
     folder = Path(arguments.snapshot)
-    saved = snapshot.verify(folder)
+    saved = Saved(folder, snapshot.verify(folder))
     config = _for_samples(read_run(arguments, saved), arguments)
     prompt, decode = _prompt(arguments, saved, config)
     wish = Generation(
@@ -174,9 +175,9 @@ def _for_samples(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
 
 
 def _prompt(
-    arguments: argparse.Namespace, saved: Manifest, config: RunConfig
+    arguments: argparse.Namespace, saved: Saved, config: RunConfig
 ) -> tuple[tuple[int, ...], Callable[[Sequence[int]], str]]:
-    """The prompt in tokens, and what makes text of tokens. Raises UsageError."""
+    """The prompt in tokens, and what makes text of tokens. Raises UsageError and TokenizerError."""
     decode: Callable[[Sequence[int]], str] = _as_numbers
     if (arguments.prompt is None) == (arguments.prompt_tokens is None):
         raise UsageError("--prompt: right would be one of --prompt TEXT and --prompt-tokens N,N,..")
@@ -186,16 +187,11 @@ def _prompt(
             raise UsageError(f"--prompt-tokens {arguments.prompt_tokens}: right would be numbers, such as 1,2,3")
         tokens = [int(word) for word in words]
     else:
-        if arguments.tokenizer_file is not None:
-            tokenizer = read_tokenizer(Path(arguments.tokenizer_file))
-        elif only_vocabulary(saved):
-            raise UsageError(
-                f"--prompt: imported weights with a vocabulary of {saved.model.vocab_size} have no tokenizer; "
-                f"right would be with --tokenizer-file FILE, or --prompt-tokens"
-            )
-        else:
-            tokenizer = load_tokenizer(config)
+        tokenizer = saved.load_tokenizer(config)
         tokens, decode = tokenizer.encode(arguments.prompt), tokenizer.decode
+        unknown = tokenizer.unknown(arguments.prompt)
+        if unknown:
+            print(f"note: --prompt: the tokenizer has no token for {unknown!r}", file=sys.stderr)
     if not tokens:
         raise UsageError("--prompt: empty; right would be at least one token")
     if max(tokens) >= config.model.vocab_size:
@@ -214,6 +210,7 @@ def _run(
     implementations: Mapping[str, Implementation],
     timeout_seconds: float,
     console: Console,
+    corpus: Corpus | None = None,
 ) -> Found | int:
     """What the child found, or an exit status after a line that says why there is nothing."""
     implementation = implementations[job.config.framework]
@@ -222,7 +219,8 @@ def _run(
         raise UsageError(missing)
     with tempfile.TemporaryDirectory(prefix="triptych-") as temporary, stop_on_signals() as stopped:
         folder = Path(temporary)
-        here = job.model_copy(update={"out": str(folder)})
+        text = None if corpus is None else write_text(corpus, folder)
+        here = job.model_copy(update={"out": str(folder), "text": text})
         try:
             outcome = run_jobs_in_child(implementation.module, [here], folder, timeout_seconds, stopped=stopped)[0]
         except Interrupted:

@@ -15,6 +15,7 @@ from rich.tree import Tree
 from safetensors.numpy import load_file
 
 from common.bisect import Bisection, Finding, bisect
+from common.data import load_corpus
 from common.dump import Dump, DumpError, read_dump, write_dump
 from common.parity import TensorKey
 from common.report.names import variant_of
@@ -22,6 +23,8 @@ from common.report.result import ResultError, RunResult
 from common.runtime.job import Job
 from common.runtime.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_child, why_missing
 from common.spec import RunConfig
+from common.text import CorpusError
+from common.tokenizer import TokenizerError
 from common.usage import Parser, UsageError
 from common.verbs.options import add_run_options, file_to_write, plain_console, read_run
 
@@ -76,7 +79,7 @@ def _reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
             return run(arguments)
-        except (DumpError, ResultError, OSError) as error:
+        except (DumpError, ResultError, CorpusError, TokenizerError, OSError) as error:
             raise UsageError(str(error)) from None
 
     return wrapped
@@ -162,6 +165,7 @@ def _dumped(text: str, step: int, path: Path, timeout_seconds: float) -> Dump:
         return read_dump(given)
     if given.is_dir():
         result = RunResult.read(given / "result.json")
+        _check_text(result, given)
         make_dump(result.config, result.is_oracle, step, path, timeout_seconds)
     elif "=" in text:
         config, oracle = _run_in_words(text)
@@ -169,6 +173,19 @@ def _dumped(text: str, step: int, path: Path, timeout_seconds: float) -> Dump:
     else:
         raise UsageError(f"{text}: no such file; right would be a dump, a run's folder, or framework=torch,stages=2,..")
     return read_dump(path)
+
+
+def _check_text(result: RunResult, folder: Path) -> None:
+    """A run is done again with the text and the tokenizer that it had, or not at all. Raises UsageError."""
+    corpus = load_corpus(result.config)
+    for what, now, then in (
+        ("corpus", corpus.digest, result.corpus_digest),
+        ("tokenizer", corpus.tokenizer_digest, result.tokenizer_digest),
+    ):
+        if then not in (None, now):
+            raise UsageError(
+                f"{folder}: its {what} has changed since (SHA-256 {now[:12]}.., not {then[:12]}..); expected that one"
+            )
 
 
 def _run_in_words(text: str) -> tuple[RunConfig, bool]:

@@ -27,9 +27,11 @@ from common.settings import (
     read_toml,
     validated,
 )
-from common.snapshot import Manifest, SnapshotError
+from common.snapshot import SnapshotError
 from common.spec import PRESETS, RunConfig, TransformerSpec
+from common.tokenizer import TokenizerError
 from common.usage import UsageError, closest
+from common.verbs.saved import Saved
 
 PLAIN_WIDTH = 200
 PRESET = "tiny"
@@ -41,11 +43,12 @@ TITLES = {"run": "the run", "model": "the model", "train": "the training"}
 def add_run_options(
     parser: argparse.ArgumentParser,
     only_placement: bool = False,
+    also: Sequence[str] = (),
     without: Sequence[str] = (),
     sections: Sequence[str] = tuple(TITLES),
     defaults: Mapping[Key, Any] = MappingProxyType({}),
 ) -> None:
-    """Options for one run but those `without`. `only_placement`: where the rest comes from a snapshot.
+    """Options for one run but those `without`. `only_placement`: where the rest comes from a snapshot, but `also` these.
 
     `defaults` are what the help says instead of the preset's.
     """
@@ -59,7 +62,7 @@ def add_run_options(
         fields = SECTIONS[section].model_fields
         names = [name for name in fields if name not in ("model", "train")]
         if only_placement:
-            names = {"run": list(PLACEMENT), "train": ["micro_batches"]}.get(section, [])
+            names = {"run": [*PLACEMENT, *also], "train": ["micro_batches"]}.get(section, [])
         names = [name for name in names if name not in without]
         group = _OneValue(parser.add_argument_group(TITLES[section])) if names else None
         for name in names:
@@ -86,18 +89,19 @@ class _OneValue:
 
 
 def read_run(
-    arguments: argparse.Namespace, saved: Manifest | None = None, defaults: Mapping[Key, Any] = MappingProxyType({})
+    arguments: argparse.Namespace, saved: Saved | None = None, defaults: Mapping[Key, Any] = MappingProxyType({})
 ) -> RunConfig:
     """The one run that the command line asks for. Raises UsageError.
 
-    Below it stands the snapshot `saved`, or else the preset, which `defaults` follow where nobody names one.
+    Below it stands the snapshot `saved`, or else the preset, which `defaults` follow where nobody names one. The text is
+    looked at too, unless there is a snapshot: `load_text` knows which one belongs to it.
     """
     settings = _layers(arguments, saved, defaults)
     for key, setting in settings.items():
         if isinstance(setting.value, list) and key[0] != "model" and key[1] in ("framework", "schedule"):
             raise UsageError(f"{setting.where} = {','.join(setting.value)}: this takes one")
     config = make_run(settings)
-    if not only_vocabulary(saved):
+    if saved is None:
         check_corpora([config])
     return config
 
@@ -107,7 +111,7 @@ def read_model(arguments: argparse.Namespace) -> TransformerSpec:
     return TransformerSpec(**validated("model", _layers(arguments, None, {})))
 
 
-def _layers(arguments: argparse.Namespace, saved: Manifest | None, defaults: Mapping[Key, Any]) -> Settings:
+def _layers(arguments: argparse.Namespace, saved: Saved | None, defaults: Mapping[Key, Any]) -> Settings:
     line: Settings = {}
     for dest, value in vars(arguments).items():
         section, _, name = dest.partition(".")
@@ -125,33 +129,15 @@ def _layers(arguments: argparse.Namespace, saved: Manifest | None, defaults: Map
     if preset is None:
         base |= {key: Setting(value, "default") for key, value in defaults.items()}
     if saved is not None and preset is None:
-        base |= _saved_settings(saved)
+        base |= saved.settings
     file = read_native_dropout(file, base)
     given = file | read_native_dropout(line, base | file)
+    if saved is not None:
+        given |= saved.tokenizer(given)
+        given.setdefault(("model", "vocab_size"), Setting(saved.manifest.model.vocab_size, "the snapshot's vocab_size"))
     settings = base | given
     adapt(settings, given)
     return settings
-
-
-def only_vocabulary(saved: Manifest | None) -> bool:
-    """Whether a snapshot's tokens are of an unknown tokenizer: imported weights with another vocabulary than bytes."""
-    return saved is not None and saved.data is None and saved.model.vocab_size != 256
-
-
-def _saved_settings(saved: Manifest) -> Settings:
-    found: dict[tuple[str, str], Any] = {
-        ("model", name): getattr(saved.model, name) for name in TransformerSpec.model_fields
-    }
-    if saved.train is not None:
-        found |= {("train", name): getattr(saved.train, name) for name in type(saved.train).model_fields}
-    else:
-        found[("train", "dtype")] = saved.dtype
-    if saved.data is not None:
-        for name in ("corpus", "tokenizer", "sequence_lengths", "sequences_per_epoch"):
-            found["run", name] = getattr(saved.data, name)
-    else:
-        found["run", "tokenizer"] = "bytes" if saved.model.vocab_size == 256 else "bpe"
-    return {key: Setting(value, f"the snapshot's {key[1]}") for key, value in found.items()}
 
 
 def file_to_write(text: str, option: str) -> Path:
@@ -176,7 +162,7 @@ def reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
             return run(arguments)
-        except (SnapshotError, CorpusError, OSError) as error:
+        except (SnapshotError, CorpusError, TokenizerError, OSError) as error:
             raise UsageError(str(error)) from None
 
     return wrapped

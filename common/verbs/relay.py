@@ -16,6 +16,7 @@ from rich.table import Table
 
 from common import snapshot
 from common.bench import make_folder
+from common.data import load_corpus
 from common.report import relay as report
 from common.report.compare import oracle_config, why_not_comparable
 from common.report.machine import git_commit, this_machine
@@ -24,6 +25,7 @@ from common.report.relay import Leg, Relay
 from common.rules import why_impossible
 from common.runtime.launch import IMPLEMENTATIONS, ORACLE_MODULE, Implementation, stop_on_signals, why_missing
 from common.runtime.restarts import Trained, Training
+from common.runtime.text import write_text
 from common.schedule.generators import default_chunks
 from common.settings import Key
 from common.spec import FRAMEWORKS, RunConfig, explain
@@ -155,8 +157,6 @@ def _relay(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
     folder = make_folder(Path(arguments.out), "relay")
     _say(console, f"results in {folder}/")
     runs = _run(configs, plans, folder, implementations, arguments.timeout, console)
-    for name in ("oracle", *(f"leg-{n}" for n in range(1, len(plans) + 1))):
-        drop_tensors(folder / name)
     oracle, legs = runs[0], runs[1:]
     if any(run.interrupted for run in runs):
         return EXIT_INTERRUPTED
@@ -179,13 +179,14 @@ def _run(
     console: Console,
 ) -> list[Trained]:
     """The oracle's run and then the legs', up to the first that does not end well."""
-    saves = folder / "snapshots"
+    saves, text = folder / "snapshots", write_text(load_corpus(configs[0]), folder)
     trainings = [
         Training(
             config=oracle_config(configs[0]),
             module=ORACLE_MODULE,
             folder=folder / "oracle",
             directory=folder / "oracle-snapshots",
+            text=text,
             save_every=math.gcd(*(leg.steps_done for leg in plans)),
             keep=plans[-1].steps_done,
             timeout_seconds=timeout_seconds,
@@ -199,6 +200,7 @@ def _run(
                 module=implementations[config.framework].module,
                 folder=folder / f"leg-{number + 1}",
                 directory=saves,
+                text=text,
                 resume=before,
                 stop_at=leg.steps_done,
                 keep=len(plans),
@@ -211,6 +213,8 @@ def _run(
             done.append(run_training(training, view, stopped, "oracle" if not done else None))
             if done[-1].interrupted or done[-1].outcome.status != "ok":
                 break
+    for training in trainings:
+        drop_tensors(training)
     return done
 
 

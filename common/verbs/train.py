@@ -20,10 +20,12 @@ from common.runtime import restarts
 from common.runtime.faults import KINDS, Fault, FaultError
 from common.runtime.launch import IMPLEMENTATIONS, Implementation, Outcome, stop_on_signals, why_missing
 from common.runtime.restarts import Trained, Training
+from common.runtime.text import drop_tokens, write_text
 from common.snapshot import Manifest
 from common.spec import RunConfig
 from common.usage import UsageError
 from common.verbs.options import add_run_options, plain_console, read_run, reporting
+from common.verbs.saved import Saved, load_text
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 SHOWN_LOSSES = 12
@@ -113,14 +115,15 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
 
     with snapshot.locked(directory) if directory else nullcontext():
         resume = _resume(arguments.resume, directory, say)
-        saved = None if resume is None else snapshot.read_manifest(resume)
+        saved = None if resume is None else Saved(resume, snapshot.read_manifest(resume))
         config = read_run(arguments, saved)
-        if resume is not None and saved is not None:
-            check_resume(resume, saved, config)
+        if saved is not None:
+            check_resume(saved.folder, saved.manifest, config)
         if arguments.fault and config.executor != "table":
             raise UsageError(
                 f"--fault: executor = {config.executor} does not tell its actions; expected executor = table"
             )
+        corpus = load_text(config, saved)
         if directory is not None:
             _check_room(directory, resume)
         implementation = implementations[config.framework]
@@ -136,6 +139,7 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
             module=implementation.module,
             folder=folder / name,
             directory=directory,
+            text=write_text(corpus, folder / name),
             resume=resume,
             save_every=arguments.save_every,
             keep=arguments.keep,
@@ -149,7 +153,7 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
                 trained = run_training(training, view, stopped)
             result = result_of(trained, training, arguments.command)
             result.write(folder / name / "result.json")
-            drop_tensors(training.folder)
+            drop_tensors(training)
             _show(result, trained, training, console)
     if trained.interrupted:
         return EXIT_INTERRUPTED
@@ -262,10 +266,12 @@ def _timed(outcome: Outcome) -> Outcome:
     return Outcome(outcome.status, outcome.reason, outcome.log, parts, outcome.wall_seconds)
 
 
-def drop_tensors(folder: Path) -> None:
-    """Step 0's gradients are as large as the model, and nothing here compares them."""
-    for path in folder.glob("attempt-*/part-*.safetensors"):
+def drop_tensors(training: Training) -> None:
+    """Step 0's gradients are as large as the model, and nothing here compares them; the tokens are as large as the text."""
+    for path in training.folder.glob("attempt-*/part-*.safetensors"):
         path.unlink()
+    if training.text is not None:
+        drop_tokens(training.text)
 
 
 def _show(result: RunResult, trained: Trained, training: Training, console: Console) -> None:

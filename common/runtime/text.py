@@ -1,0 +1,76 @@
+"""The text of a job in tokens, from the parent to its children by files: no child reads, trains or tokenizes.
+
+So all children of a run see the same text, whatever becomes of the files that it came from, and its tokenizer is there to
+be saved with the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.data import Corpus, load_corpus
+from common.runtime.job import Job, JobText
+from common.spec import RunConfig
+
+
+class Texts:
+    """The texts of the jobs of one run, each read when it is first asked for, and then the same for all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written: dict[tuple[object, ...], JobText] = {}
+
+    def of(self, config: RunConfig) -> JobText:
+        """Raises CorpusError and TokenizerError."""
+        key = (config.corpus, config.tokenizer, config.tokenizer_file, config.model.vocab_size)
+        if key not in self.written:
+            self.written[key] = write_text(load_corpus(config), self.folder, len(self.written))
+        return self.written[key]
+
+    def drop(self) -> None:
+        for text in self.written.values():
+            drop_tokens(text)
+
+
+def write_text(corpus: Corpus, folder: Path, number: int = 0) -> JobText:
+    """The tokens and their tokenizer.json, in a folder that is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = f"-{number + 1}" if number else ""
+    tokens, tokenizer = folder / f"tokens{suffix}.npy", folder / f"tokenizer{suffix}.json"
+    np.save(tokens, corpus.tokens)
+    if corpus.tokenizer is not None:
+        tokenizer.write_bytes(corpus.tokenizer)
+    return JobText(
+        tokens=str(tokens.resolve()),
+        digest=corpus.digest,
+        num_bytes=corpus.num_bytes,
+        tokenizer=None if corpus.tokenizer is None else str(tokenizer.resolve()),
+    )
+
+
+def drop_tokens(text: JobText) -> None:
+    """The tokens are as large as the text; the tokenizer stays."""
+    Path(text.tokens).unlink(missing_ok=True)
+
+
+def open_text(text: JobText) -> Corpus:
+    """The child's side: tokens that are mapped, not read."""
+    tokenizer = None if text.tokenizer is None else Path(text.tokenizer).read_bytes()
+    return Corpus(np.load(text.tokens, mmap_mode="r"), text.digest, text.num_bytes, tokenizer)
+
+
+@contextlib.contextmanager
+def with_texts(jobs: Sequence[Job], folder: Path) -> Iterator[list[Job]]:
+    """The jobs, those that read text with it. Raises CorpusError and TokenizerError."""
+    texts = Texts(folder)
+    try:
+        yield [
+            job if job.text or job.kind == "generate" else job.model_copy(update={"text": texts.of(job.config)})
+            for job in jobs
+        ]
+    finally:
+        texts.drop()
