@@ -129,6 +129,8 @@ def _metavar(section: str, name: str, field: FieldInfo) -> str:
         text = recompute.WORDS
     if name == "dropout":
         text += "|native[:X]"
+    if name == "tokenizer_file":
+        text = "FILE"
     return f"{text},.." if (section, name) in GRID else text
 
 

@@ -70,13 +70,12 @@ def _decoded(name: str, data: bytes) -> str:
         if data.startswith(mark):
             raise CorpusError(f"corpus {name}: {encoding} by its byte order mark; {utf8}")
     start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    text, wrong = "", data.find(b"\0")  # valid, but of no text: of UTF-16, say
     try:
         text = data[start:].decode("utf-8")
-        wrong, what = data.find(b"\0"), "a NUL, which no text has,"
     except UnicodeDecodeError as error:
-        text, wrong = "", start + error.start
-        what = f"0x{data[wrong]:02x} is not UTF-8"
+        wrong = start + error.start if wrong < 0 else min(wrong, start + error.start)
     if wrong >= 0:
         line = data.count(b"\n", 0, wrong) + 1
-        raise CorpusError(f"corpus {name}: {what} at byte {wrong} (line {line}); {utf8}")
+        raise CorpusError(f"corpus {name}: not UTF-8 text at byte {wrong} (line {line}), 0x{data[wrong]:02x}; {utf8}")
     return text

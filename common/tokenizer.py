@@ -76,7 +76,7 @@ class FileTokenizer:
         from tokenizers import Tokenizer as Library
 
         self.content, self.where = content, where
-        with self._one_line("cannot be read: "):
+        with self._one_line(f"; {EXPECTED}"):
             text = content.decode("utf-8")
             found = json.loads(text)
             if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
@@ -133,7 +133,7 @@ class FileTokenizer:
             return list(self._library.encode_batch_fast(texts, add_special_tokens=False))
 
     @contextlib.contextmanager
-    def _one_line(self, what: str = "") -> Iterator[None]:
+    def _one_line(self, hint: str = "") -> Iterator[None]:
         try:
             yield
         except TokenizerError:
@@ -142,7 +142,7 @@ class FileTokenizer:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(str(error).split())[:200]
-            raise TokenizerError(f"{self.where}: {what}{reason}; {EXPECTED}") from None
+            raise TokenizerError(f"{self.where}: {reason}{hint}") from None
 
 
 EXPECTED = "right would be a tokenizer.json as the tokenizers library writes it"
@@ -151,7 +151,7 @@ BYTES = ByteTokenizer()
 
 def _no_tokenizer(where: str, found: Any) -> str:
     """What a JSON file is instead, where that is known."""
-    if isinstance(found, dict) and found and all(isinstance(value, int) for value in found.values()):
+    if isinstance(found, dict) and found and all(type(value) is int for value in found.values()):
         return f"{where}: a vocabulary without its merges; {FROM_PAIR}"
     return f"{where}: JSON without a model; {EXPECTED}"
 

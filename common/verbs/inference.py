@@ -29,6 +29,7 @@ from common.runtime.launch import (
 )
 from common.runtime.text import write_text
 from common.spec import RunConfig
+from common.tokenizer import BYTES
 from common.usage import UsageError
 from common.verbs.options import add_run_options, plain_console, read_run, reporting
 from common.verbs.saved import Saved, load_text
@@ -188,6 +189,8 @@ def _prompt(
         tokens = [int(word) for word in words]
     else:
         tokenizer = saved.load_tokenizer(config)
+        if tokenizer is not BYTES and arguments.prompt.encode(errors="ignore").decode() != arguments.prompt:
+            raise UsageError("--prompt: not UTF-8; expected text")
         tokens, decode = tokenizer.encode(arguments.prompt), tokenizer.decode
         unknown = tokenizer.unknown(arguments.prompt)
         if unknown:

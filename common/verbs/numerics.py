@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -165,8 +166,7 @@ def _dumped(text: str, step: int, path: Path, timeout_seconds: float) -> Dump:
         return read_dump(given)
     if given.is_dir():
         result = RunResult.read(given / "result.json")
-        _check_text(result, given)
-        make_dump(result.config, result.is_oracle, step, path, timeout_seconds)
+        make_dump(_as_it_was(result, given), result.is_oracle, step, path, timeout_seconds)
     elif "=" in text:
         config, oracle = _run_in_words(text)
         make_dump(config, oracle, step, path, timeout_seconds)
@@ -175,17 +175,23 @@ def _dumped(text: str, step: int, path: Path, timeout_seconds: float) -> Dump:
     return read_dump(path)
 
 
-def _check_text(result: RunResult, folder: Path) -> None:
-    """A run is done again with the text and the tokenizer that it had, or not at all. Raises UsageError."""
-    corpus = load_corpus(result.config)
+def _as_it_was(result: RunResult, folder: Path) -> RunConfig:
+    """The run's configuration, with the text and the tokenizer that it had, or not at all.
+
+    Raises UsageError, CorpusError and TokenizerError.
+    """
+    config = result.config
+    for path in (*folder.glob("tokenizer*.json"), *folder.parent.glob("tokenizer*.json")):  # train's, the benchmark's
+        if config.tokenizer != "bytes" and hashlib.sha256(path.read_bytes()).hexdigest() == result.tokenizer_digest:
+            config = config.model_copy(update={"tokenizer_file": str(path)})
+    corpus = load_corpus(config)
     for what, now, then in (
         ("corpus", corpus.digest, result.corpus_digest),
         ("tokenizer", corpus.tokenizer_digest, result.tokenizer_digest),
     ):
         if then not in (None, now):
-            raise UsageError(
-                f"{folder}: its {what} has changed since (SHA-256 {now[:12]}.., not {then[:12]}..); expected that one"
-            )
+            raise UsageError(f"{folder}: its {what} has changed since (SHA-256 {now[:12]}..); expected {then[:12]}..")
+    return config
 
 
 def _run_in_words(text: str) -> tuple[RunConfig, bool]:
