@@ -240,15 +240,15 @@ def _groups(pieces: Iterator[str]) -> Iterator[list[str]]:
 # ------------------------------------------------------------------------------------------------- what is kept
 
 
-def _folder() -> Path:
-    """Raises RuntimeError where there is no home."""
+def kept_in() -> Path:
+    """The user's cache folder. Raises RuntimeError where there is no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych" / "tokenizers"
 
 
 def _kept(key: str) -> bytes | None:
     """A file's name has the digest of its content, so that a damaged one is not taken."""
     with contextlib.suppress(OSError, RuntimeError):
-        for path in _folder().glob(f"{key}-*.json"):
+        for path in kept_in().glob(f"{key}-*.json"):
             content = path.read_bytes()
             if path.name == f"{key}-{hashlib.sha256(content).hexdigest()}.json":
                 return content
@@ -257,7 +257,7 @@ def _kept(key: str) -> bytes | None:
 
 def _keep(key: str, content: bytes) -> None:
     with contextlib.suppress(OSError, RuntimeError):
-        folder = _folder()
+        folder = kept_in()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{key}-{hashlib.sha256(content).hexdigest()}.json"
         partial = folder / f".{path.name}.{os.getpid()}"

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from common import tokenizer
+
 os.environ.pop("COLUMNS", None)  # of the terminal that the tests were started in; tables would be folded to fit it
 
 settings.register_profile("default", deadline=None)  # examples are slow on a busy machine, not wrong
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tokenizers_are_not_kept_in_the_users_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("tokenizers")
+        patch.setattr(tokenizer, "kept_in", lambda: folder)
+        yield
+
 
 OWN_PROCESS = [Path(__file__).parent / framework for framework in ("torch", "tensorflow", "paddle")]
 """Folders whose tests import a framework. Two frameworks in one process crash it, so `test_frameworks.py` starts one pytest

@@ -157,23 +157,31 @@ def test_what_is_no_tokenizer_is_one_line_that_says_what_to_do(tmp_path: Path) -
 # ------------------------------------------------------------------------------------------------- byte pairs
 
 
+KEPT_IN = module.kept_in
+
+
 def test_byte_pairs_are_kept_and_a_damaged_copy_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "kept_in", lambda: tmp_path / "triptych")
     first = train_byte_pairs(TEXT, 280, "digest")
-    (kept,) = tmp_path.glob("triptych/tokenizers/*.json")
+    (kept,) = tmp_path.glob("triptych/*")
     assert kept.read_bytes() == first.content
-    monkeypatch.setattr(module, "lines", lambda text: pytest.fail("trained again"))
-    assert train_byte_pairs(TEXT, 280, "digest").content == first.content
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert train_byte_pairs(TEXT, 290, "digest").vocab_size == 290
+    assert train_byte_pairs("another text", 280, "other digest").content != first.content
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "lines", lambda text: pytest.fail("trained again"))
+        assert train_byte_pairs(TEXT, 280, "digest").content == first.content
     kept.write_bytes(first.content.replace(b'"!"', b'"?"'))
     assert train_byte_pairs(TEXT, 280, "digest").content == first.content
 
 
-@pytest.mark.parametrize("home", ["/proc/none", "/dev/null"])
+@pytest.mark.parametrize("home", ["/proc/none", "/dev/null", ""])
 def test_byte_pairs_do_without_a_home(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(module, "kept_in", KEPT_IN)
     monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setattr(Path, "home", no_home)
     assert train_byte_pairs(TEXT, 280, "digest").vocab_size == 280
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.data import Corpus, check_vocabulary, tokenize
+from common.data import Corpus, check_vocabulary, load_tokenizer, tokenize
 from common.settings import Setting, Settings
 from common.snapshot import TOKENIZER, Manifest
 from common.spec import RunConfig, TransformerSpec
 from common.text import CorpusError, read_texts
-from common.tokenizer import BYTES, FileTokenizer, Tokenizer, read_tokenizer
+from common.tokenizer import FileTokenizer, Tokenizer, read_tokenizer
 from common.usage import UsageError
 
 KIND, FILE = ("run", "tokenizer"), ("run", "tokenizer_file")
@@ -88,12 +88,9 @@ class Saved:
         Raises UsageError, CorpusError and TokenizerError.
         """
         self.check_known(config)
-        if config.tokenizer == "bytes":
-            return BYTES
-        if config.tokenizer_file is None:
-            corpus = load_text(config, self)
-            return FileTokenizer(corpus.tokenizer or b"", "tokenizer bpe")
-        tokenizer = read_tokenizer(Path(config.tokenizer_file))
+        if config.tokenizer == "bpe" and config.tokenizer_file is None:
+            return FileTokenizer(load_text(config, self).tokenizer or b"", "tokenizer bpe")
+        tokenizer = load_tokenizer(config)
         check_vocabulary(tokenizer, config.model.vocab_size, f"tokenizer {config.tokenizer_file}")
         return tokenizer
 
