@@ -170,9 +170,11 @@ def read_tokenizer(path: Path) -> FileTokenizer:
 def read_content(path: Path) -> bytes:
     """The file, which is one of JSON at least by its looks. Raises TokenizerError."""
     where = f"tokenizer {path}"
-    if path.is_dir():
-        raise TokenizerError(f"{where}: a folder; right would be a tokenizer.json, such as {path / 'tokenizer.json'}")
     try:
+        if path.is_dir():
+            raise TokenizerError(
+                f"{where}: a folder; right would be a tokenizer.json, such as {path / 'tokenizer.json'}"
+            )
         if path.exists() and not path.is_file():  # a device or a pipe may never end
             raise TokenizerError(f"{where}: not a plain file; {EXPECTED}")
         text = read_text(path, MAX_TOKENIZER_BYTES)

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 from safetensors.numpy import save
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from common import config as configuration
 from common import snapshot
@@ -52,6 +53,7 @@ from common.schedule.timetable import Timetable, read_table
 from common.schedule.validate import validate
 from common.snapshot import SnapshotError
 from common.spec import RunConfig, TrainSpec, TransformerSpec
+from common.tokenizer import TokenizerError, read_tokenizer
 from common.usage import Parser, UsageError
 from common.weights import initial_weights
 
@@ -376,6 +378,24 @@ def _job_files() -> list[bytes]:
     return [JobFile(jobs=(job,)).model_dump_json(indent=1).encode()]
 
 
+def _tokenizers() -> list[bytes]:
+    """One of each kind, with all that may stand around it."""
+    found = []
+    for model in (
+        models.BPE({"a": 0, "b": 1, "ab": 2, "[UNK]": 3}, [("a", "b")], unk_token="[UNK]"),
+        models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"),
+        models.Unigram([("<unk>", 0.0), ("a", -1.0), ("class", -2.0)], unk_id=0),
+        models.WordLevel({"[UNK]": 0, "The": 1}, unk_token="[UNK]"),
+    ):
+        made: Any = Tokenizer(model)
+        made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+        made.decoder = decoders.WordPiece()
+        made.add_special_tokens(["[CLS]"])
+        made.enable_truncation(4)
+        found.append(str(made.to_str(pretty=True)).encode())
+    return found
+
+
 def _text(read: Callable[[str], object]) -> Callable[[Path], object]:
     return lambda path: read(path.read_bytes().decode(errors="replace"))
 
@@ -390,6 +410,7 @@ READERS: tuple[Reader, ...] = (
     _one_file("TOML configuration", _valid_toml, _read_toml, UsageError),
     _one_file("schedule file", _valid_schedules, _read_schedule_file, ScheduleError, UnicodeDecodeError),
     _one_file("result.json", _valid_results, RunResult.read, ResultError),
+    _one_file("tokenizer.json", _tokenizers, lambda path: read_tokenizer(path).encode("The class"), TokenizerError),
     _one_file("job file", _job_files, JobFile.read, ValueError),
     _one_file("tensor key", lambda: KEYS, _text(TensorKey.parse), ValueError),
     _one_file("fault", lambda: FAULTS, _text(Fault.parse), FaultError),

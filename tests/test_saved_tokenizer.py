@@ -109,7 +109,7 @@ def test_evaluate_wants_the_text_or_another_one_by_name(capsys: pytest.CaptureFi
     expected = np.mean([engine.evaluate(batch) for batch in batches])
     assert loss("--corpus", "other") == pytest.approx(float(expected), rel=1e-12)
     assert run(*argv[:3], "--batches", 1, "--corpus", "other") == 0
-    assert "of another text than it was trained on: other" in capsys.readouterr().out
+    assert "the last tenth of another text than it was trained on: other" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])

@@ -149,6 +149,7 @@ def test_what_is_no_tokenizer_is_one_line_that_says_what_to_do(tmp_path: Path) -
         Path("/dev/zero"): "not a plain file",
         tmp_path / "none": "No such file",
         Path("a\0b"): "null",
+        Path("x" * 5000): "too long",
     }.items():
         with pytest.raises(TokenizerError, match=message):
             read_tokenizer(path)

@@ -45,7 +45,8 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     """Adds the verbs to argparse's subparsers."""
     evaluate = verbs.add_parser(
         "evaluate",
-        description="Loss per token and perplexity of a snapshot over the held-out text, by a pipeline of forwards.",
+        description="Loss per token and perplexity of a snapshot over the held-out text, by a pipeline of forwards: the "
+        "last tenth of its own text, or of another one that --corpus names.",
         usage="%(prog)s --snapshot PATH [options]",
     )
     evaluate.add_argument(
@@ -119,7 +120,7 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
         print(json.dumps(facts))
     else:
         if not saved.is_trained_on(corpus.digest):
-            _say(console, f"of another text than it was trained on: {' '.join(config.corpus)}")
+            _say(console, f"the last tenth of another text than it was trained on: {' '.join(config.corpus)}")
         _say(console, f"held-out loss {found.loss:.6f} per token, perplexity {found.perplexity:.4f}")
         _say(
             console,
