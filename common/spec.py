@@ -188,7 +188,10 @@ class RunConfig(Frozen):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where the framework sees it")
     threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads of the whole run; default: all usable CPUs"
+        None,
+        ge=1,
+        le=1024,
+        description="CPU threads of the whole run, shared by the stages, one each at least; default: all usable CPUs",
     )
     corpus: tuple[str, ...] = Field((), description="text files; default: the manual that CPython carries")
     tokenizer: Literal["bytes", "bpe", "file"] = Field(

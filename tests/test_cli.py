@@ -23,7 +23,9 @@ from common.runtime import oracle_worker
 from common.runtime.launch import Implementation
 from common.schedule.action import format_schedule
 from common.schedule.generators import make_schedule
+from common.spec import RunConfig
 from common.usage import Parser, UsageError
+from common.verbs.options import add_run_options, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--preset", "tiny", "--steps", "3", "--schedules", "1f1b", "--repeats", "1"]
@@ -70,6 +72,25 @@ def test_precedence_is_preset_then_file_then_command_line(tmp_path: Path) -> Non
     config = found.points[0]
     assert (config.model.num_layers, config.model.d_model, config.train.steps) == (2, 48, 5)  # preset, file, line
     assert (config.train.clip_norm, found.options.repeats, {c.stages for c in found.points}) == (None, 3, {1, 2})
+
+
+def one_run(tmp_path: Path, text: str, *argv: str) -> RunConfig:
+    """What a command that does one run makes of a TOML file."""
+    parser = Parser(prog="triptych")
+    add_run_options(parser)
+    return read_run(parser.parse_args(["--config", config_file(tmp_path, text), *argv]))
+
+
+def test_one_run_takes_its_preset_from_the_file_too(tmp_path: Path) -> None:
+    assert one_run(tmp_path, 'preset = "small"').model.num_layers == 6
+    assert one_run(tmp_path, 'preset = "small"', "--preset", "tiny").model.num_layers == 2
+    with pytest.raises(UsageError, match=r"bench\.toml: preset = 'smal': unknown; right would be small"):
+        one_run(tmp_path, 'preset = "smal"')
+
+
+def test_a_setting_that_a_command_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"bench\.toml: repeats: not a setting of this command"):
+        one_run(tmp_path, "repeats = 3")
 
 
 def test_every_field_of_the_specification_is_an_option() -> None:

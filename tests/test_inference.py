@@ -148,6 +148,20 @@ def test_generate_slides_beyond_the_context_and_prints_text(saved: Path, capsys:
     assert "--- sample 2" in text and "temperature 1, seed 0; closest call" in text and "2 micro-batches" in text
 
 
+def test_a_schedule_from_a_file_says_how_many_micro_batches_the_samples_make(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "table.txt").write_text("0: F0 F1 F2 F3 BW0 BW1 BW2 BW3\n")
+    words = ["--snapshot", saved, "--prompt", "The ", "--tokens", 1, "--stages", 1]
+    assert run("generate", *words, "--samples", 2, "--schedule", f"file:{tmp_path / 'table.txt'}") == 0
+    assert "1f1b" not in (text := capsys.readouterr().out) and "4 micro-batches" in text
+
+
+def test_fewer_mini_batches_than_asked_for_are_said(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", "--snapshot", saved, "--batches", 10**6) == 0
+    assert "mini-batches, all there are; " in capsys.readouterr().out
+
+
 def test_wrong_input_is_one_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {
         "generate --prompt x --snapshot /no/such": "right would be a file of a snapshot",

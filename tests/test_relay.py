@@ -56,6 +56,14 @@ def test_a_leg_that_trains_something_else_fails(
     assert "failed: ValueError: gave up" in capsys.readouterr().out
 
 
+def test_what_the_legs_say_is_said_there_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.toml").write_text("stages = 2\n")
+    assert run(FAKES, "--legs", "torch:1f1b:2", "--config", tmp_path / "a.toml", "--out", tmp_path / "out") == 2
+    assert "a.toml: stages: not a setting of this command" in capsys.readouterr().err
+    assert run(FAKES, "--legs", "torch:1f1b:2", "--warmup-steps", "3", "--out", tmp_path / "out") == 2
+    assert "warmup_steps = 3 is more than steps = 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("legs", "message"),
     [

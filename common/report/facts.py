@@ -87,7 +87,8 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
         ),
         (
             "Training",
-            f"{train.steps} steps of {train.batch_size} sequences, {train.optimizer}, seed {train.seed}, "
+            f"{train.steps} steps of {train.batch_size} sequences, {train.optimizer}, learning rate "
+            f"{train.learning_rate:.3g} ({train.learning_rate_schedule}, warm-up {train.warmup_steps}), seed {train.seed}, "
             f"{_distinct(r.config.train.dtype for r in results)}; "
             f"dropout {_distinct(dropout_words(r.config) for r in results)}; "
             f"recomputation {_distinct(r.config.recompute for r in results)}; "

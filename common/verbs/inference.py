@@ -113,6 +113,7 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
         "corpus_digest": corpus.digest,
         "loss": found.loss,
         "perplexity": found.perplexity,
+        "batches": found.batches,
         "tokens": found.tokens,
         "tokens_per_second": found.tokens_per_second,
     }
@@ -121,10 +122,11 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
     else:
         if not saved.is_trained_on(corpus.digest):
             _say(console, f"the last tenth of another text than it was trained on: {' '.join(config.corpus)}")
+        fewer = ", all there are" if found.batches < (arguments.batches or 0) else ""
         _say(console, f"held-out loss {found.loss:.6f} per token, perplexity {found.perplexity:.4f}")
         _say(
             console,
-            f"{found.tokens:,} tokens in {found.batches} mini-batches; {_where(config)}; "
+            f"{found.tokens:,} tokens in {found.batches} mini-batches{fewer}; {_where(config)}; "
             f"{found.tokens_per_second:,.0f} tokens/s",
         )
     return EXIT_OK
@@ -166,9 +168,9 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
 
 
 def _for_samples(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
-    """As many micro-batches as stages if there are samples for them, unless the user says how many."""
-    given = hasattr(arguments, "train.micro_batches")
-    m = config.train.micro_batches if given else min(arguments.samples, config.stages)
+    """As many micro-batches as stages if there are samples for them, unless the user or a schedule's file says how many."""
+    said = hasattr(arguments, "train.micro_batches") or config.schedule.startswith("file:")
+    m = config.train.micro_batches if said else min(arguments.samples, config.stages)
     train = config.train.model_copy(update={"micro_batches": m, "batch_size": max(arguments.samples, m)})
     config = config.model_copy(update={"train": train})
     if impossible := why_impossible(config):

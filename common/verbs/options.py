@@ -58,6 +58,7 @@ def add_run_options(
         )
         parser.add_argument("--config", metavar="FILE.toml", help="settings in TOML; the command line goes before it")
     shown = {key: setting.value for key, setting in base_settings(PRESET).items()} | dict(defaults)
+    taken: list[Key] = [("bench", "preset")]
     for section in sections:
         fields = SECTIONS[section].model_fields
         names = [name for name in fields if name not in ("model", "train")]
@@ -68,6 +69,8 @@ def add_run_options(
         for name in names:
             default = fields[name].default if name in PLURALS else shown.get((section, name), fields[name].default)
             add_option(group, section, name, fields[name], default)
+            taken.append((section, name))
+    parser.set_defaults(taken=tuple(taken))
 
 
 class _OneValue:
@@ -119,9 +122,15 @@ def _layers(arguments: argparse.Namespace, saved: Saved | None, defaults: Mappin
             line[section, name] = Setting(value, f"--{name.replace('_', '-')}")
     path = getattr(arguments, "config", None)
     file = read_toml(Path(path)) if path else {}
-    preset = getattr(arguments, "preset", None)
-    if preset is not None and preset not in PRESETS:
-        raise UsageError(f"--preset = {preset!r}: unknown{closest(preset, PRESETS)}")
+    for key, setting in file.items():
+        if key not in arguments.taken:
+            raise UsageError(f"{setting.where}: not a setting of this command; expected those that its --help lists")
+    named = file.pop(("bench", "preset"), Setting(None, ""))
+    if getattr(arguments, "preset", None) is not None:
+        named = Setting(arguments.preset, "--preset")
+    preset = named.value
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
+        raise UsageError(f"{named.where} = {preset!r}: unknown{closest(str(preset), PRESETS)}")
     base = base_settings(preset or PRESET) | {
         ("run", "framework"): Setting("torch", "default"),
         ("run", "schedule"): Setting("1f1b", "default"),

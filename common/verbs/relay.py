@@ -146,9 +146,8 @@ def _relay(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
     console = plain_console()
     plans = _read_legs(arguments.legs)
     steps = plans[-1].steps_done
-    given = {**DEFAULTS, ("train", "steps"): steps, ("train", "warmup_steps"): min(20, steps // 2)}
-    base = read_run(arguments, defaults=given)
-    base = base.model_copy(update={"train": base.train.model_copy(update={"steps": steps})})
+    setattr(arguments, "train.steps", steps)  # as if it were an option: what is given has to fit it, the rest follows
+    base = read_run(arguments, defaults={**DEFAULTS, ("train", "warmup_steps"): min(20, steps // 2)})
     configs = [_config(base, leg) for leg in plans]
     for config in configs:
         missing = why_missing(implementations[config.framework], config.executor)
