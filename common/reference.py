@@ -216,11 +216,12 @@ class Oracle:
             outputs[unit] = x
         logits, saved["head"] = self._head(x)
         outputs["head"] = logits
-        log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)  # (B, S)
-        saved["loss"] = log_sum
+        shifted = logits - logits.max(-1, keepdims=True)  # (B, S, V)
+        totals = np.exp(shifted).sum(-1, keepdims=True)  # (B, S, 1)
+        saved["loss"] = np.exp(shifted) / totals  # (B, S, V)
         counts = batch.targets != IGNORED  # (B, S)
-        picked = np.take_along_axis(logits, np.maximum(batch.targets, 0)[..., None], -1)[..., 0]  # (B, S)
-        return float((log_sum - picked)[counts].sum() / batch.num_tokens), outputs, saved
+        picked = np.take_along_axis(shifted, np.maximum(batch.targets, 0)[..., None], -1)  # (B, S, 1)
+        return float((np.log(totals) - picked)[counts].sum() / batch.num_tokens), outputs, saved
 
     def _masks(self, batch: Batch, training: bool) -> Masks:
         key = dropout.step_key(self.train.seed, batch.step) if training else None
@@ -303,9 +304,9 @@ class Oracle:
 
     def forward_backward(self, batch: Batch) -> float:
         """Mean loss per token; `gradients` then holds every gradient by name."""
-        loss, outputs, saved = self.forward(batch)
+        loss, _, saved = self.forward(batch)
         grads = self._no_gradients()
-        grad = np.exp(outputs["head"] - saved["loss"][..., None])  # (B, S, V)
+        grad = saved["loss"]  # (B, S, V)
         targets = np.maximum(batch.targets, 0)[..., None]  # (B, S, 1)
         np.put_along_axis(grad, targets, np.take_along_axis(grad, targets, -1) - 1, -1)
         grad *= (batch.targets != IGNORED)[..., None] / batch.num_tokens

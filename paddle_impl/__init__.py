@@ -1,1 +1,5 @@
 """The pipeline in PaddlePaddle: one process per stage, through fleet's pipeline API."""
+
+from paddle_impl.mkl import choose_kernels
+
+choose_kernels()  # here, since every process that imports Paddle comes by, and none has computed yet

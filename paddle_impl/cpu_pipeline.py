@@ -160,7 +160,7 @@ class SocketGroup:
             reduce = _REDUCTIONS[str(op).rsplit(".", 1)[-1]]
             with paddle.no_grad():
                 for peer in range(1, self._size):
-                    other = paddle.empty_like(tensor)
+                    other = paddle.zeros_like(tensor)
                     self.recv(other, peer)
                     tensor.copy_(reduce(tensor, other), True)
         return self.broadcast(tensor, 0)

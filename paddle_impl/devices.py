@@ -18,12 +18,13 @@ from common.runtime.cpus import threads_per_stage
 from common.runtime.memory import peak_resident_bytes
 from common.schedule.generators import make_schedule
 from common.spec import RunConfig
+from paddle_impl import mkl
 
 
 def configure(stages: int, threads: int | None, device: str) -> None:
     """Sets what must be set before Paddle computes anything. Raises ValueError for CUDA where there is none.
 
-    Paddle is imported in here, after the environment is set.
+    Paddle is imported in here, after the environment is set. (MKL's kernels were chosen by the package, `paddle_impl.mkl`.)
     """
     count = str(threads_per_stage(stages, threads))
     os.environ.update(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count, OPENBLAS_NUM_THREADS=count)
@@ -31,7 +32,12 @@ def configure(stages: int, threads: int | None, device: str) -> None:
     os.environ.update(FLAGS_use_onednn="0")
     os.environ.setdefault("GLOG_minloglevel", "2")
     warnings.filterwarnings("ignore", message="No ccache found")  # said by the import, needed for C++ extensions only
-    stage_devices(stages, device)
+    if set(stage_devices(stages, device)) == {"cpu"} and "FLAGS_use_stride_kernel" not in os.environ:
+        import paddle
+
+        # A transposed tensor would be a view, and the CPU kernel that makes it contiguous for every product that reads
+        # it takes more time than the products themselves.
+        paddle.set_flags({"FLAGS_use_stride_kernel": False})
 
 
 def stage_devices(stages: int, device: str) -> list[str]:
@@ -184,9 +190,17 @@ def environment() -> dict[str, Any]:
         "device_name": paddle.device.cuda.get_device_name() if kind == "cuda" else _cpu_name(),
         "threads_per_stage": _cpu_threads(),
         "tf32": kind == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0",
-        "onednn": paddle.get_flags("FLAGS_use_onednn")["FLAGS_use_onednn"],
+        "onednn": _flag("FLAGS_use_onednn"),
+        "mkl_kernels": mkl.kernels(),
+        "strided_views": _flag("FLAGS_use_stride_kernel"),
         "default_dtype": paddle.get_default_dtype(),
     }
+
+
+def _flag(name: str) -> Any:
+    import paddle
+
+    return paddle.get_flags(name)[name]
 
 
 def _cpu_threads() -> int | None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import paddle
 from paddle import Tensor, nn
+from paddle.autograd import PyLayer
 from paddle.nn import functional
 
 from common.data import IGNORED
@@ -17,6 +19,9 @@ from common.dropout import site_number
 from common.spec import TransformerSpec
 from paddle_impl.dropout import DropoutContext, dropout
 from paddle_impl.split import Linear, merge_backward, tied_projection
+
+MASKED = -1e30
+"""Added to the score of a later position: beside it every score vanishes, in float32 too."""
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -61,6 +66,8 @@ class Attention(nn.Layer):
     """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
 
     The key has no bias: softmax cancels it (see `common.spec.TransformerSpec`).
+
+    Differs: the mask is finite, since FLAGS_check_nan_inf stops at any infinity. The weights are the same bits.
     """
 
     def __init__(self, spec: TransformerSpec, site: int, context: DropoutContext) -> None:
@@ -72,7 +79,7 @@ class Attention(nn.Layer):
         self.num_heads, self.d_head = spec.num_heads, spec.d_head
         self.dropout, self.site, self.context = spec.dropout, site, context
         size = (spec.context_length, spec.context_length)
-        self.register_buffer("causal", paddle.full(size, -math.inf).triu(1), persistable=False)  # (S, S)
+        self.register_buffer("causal", paddle.full(size, MASKED).triu(1), persistable=False)  # (S, S)
 
     def forward(self, x: Tensor) -> Tensor:
         b, s, d = x.shape
@@ -167,5 +174,32 @@ def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
     So the losses and gradients of micro-batches add up, whatever their sizes. Logits (B, S, V), targets (B, S); where a
     target is IGNORED, loss and gradient are 0.
     """
-    logits, targets = logits.flatten(0, 1), targets.flatten()
-    return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / num_tokens
+    return _SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten()) / num_tokens
+
+
+class _SummedCrossEntropy(PyLayer):
+    """The sum of log sum exp(logits) - logits[target] over the rows whose target is not IGNORED.
+
+    Differs: written out, since Paddle's CPU kernels of softmax, log_softmax and cross_entropy clip `x - max` at -64: no
+    loss exceeds 64 + log V. Holds one tensor of the logits' size, as the other frameworks' kernels do. (In attention
+    the clip stays: a weight of exp(-64) = 1.6e-28 where 0 is right vanishes beside the others. tests/parity shows it.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        counts = (targets != IGNORED).unsqueeze(1)  # (N, 1)
+        places = targets.unsqueeze(1) * counts.astype(targets.dtype)  # (N, 1)
+        shifted = logits - logits.max(-1, keepdim=True)  # (N, V)
+        picked = paddle.index_sample(shifted, places)  # (N, 1)
+        exponentials = shifted.exp_()  # (N, V), in place as all that follows: it may be gigabytes
+        totals = exponentials.sum(-1, keepdim=True)  # (N, 1)
+        weights = counts.astype(logits.dtype)  # (N, 1)
+        at_targets = (picked.exp() / totals - 1) * weights  # (N, 1)
+        of_logits = exponentials.multiply_(weights / totals).put_along_axis_(places, at_targets, 1)  # (N, V)
+        ctx.save_for_backward(of_logits)
+        return (totals.log() - picked)[counts].sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (of_logits,) = ctx.saved_tensor()
+        return of_logits * gradient, None

@@ -233,7 +233,8 @@ class Channel:
             if not self._coming.get(device):
                 raise KeyError(f"device {device} sends no {message}")
             coming = self._coming[device].popleft()
-            tensor = paddle.empty(self._shapes[coming.micro_batch], self._dtype)
+            # Zeros, since what `empty` finds stops a run with FLAGS_check_nan_inf.
+            tensor = paddle.zeros(self._shapes[coming.micro_batch], self._dtype)
             paddle.distributed.recv(tensor, src=self._group.ranks[device], group=self._group)
             self._arrived[coming] = tensor
         return self._arrived.pop(message)
