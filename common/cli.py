@@ -41,6 +41,7 @@ VERBS = {
         "put back numerical habits of the frameworks, one at a time, and see what the parity check says",
     ),
     "margins": ("margins", "measure how much of every parity limit is used"),
+    "doctor": ("doctor", "measure each framework's kernels, to see whether a framework is slow or its pipeline"),
 }
 """The module in `common.verbs` that registers each verb, and the verb in a few words."""
 

@@ -107,6 +107,16 @@ DRIFTS: tuple[Drift, ...] = (
         run={"sequence_lengths": "random"},
     ),
     Drift(
+        "clipped-loss",
+        "log-softmax whose `x - max` ends at -64",
+        ("paddle",),
+        "loss_curve",
+        "loss",
+        "paddle's cross_entropy and softmax on CPU",
+        "float64",
+        train={"optimizer": "sgd", "learning_rate": 60.0, "weight_decay": 0.0, "warmup_steps": 0},
+    ),
+    Drift(
         "mean-per-micro-batch",
         "the mean of the micro-batches' means",
         EVERYWHERE,

@@ -61,6 +61,16 @@ def mean_over_all_labels(config: RunConfig) -> list[Patch]:
     return [Patch(stage, "summed_loss", loss)]
 
 
+def clipped_loss(config: RunConfig) -> list[Patch]:
+    """Paddle's own kernel: on CPU no loss exceeds 64 + log V."""
+
+    def loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
+        logits, targets = logits.flatten(0, 1), targets.flatten()
+        return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / num_tokens
+
+    return [Patch(stage, "summed_loss", loss)]
+
+
 def mean_per_micro_batch(config: RunConfig) -> list[Patch]:
     m = config.train.micro_batches
 
@@ -175,6 +185,7 @@ def plain_dropout(config: RunConfig) -> list[Patch]:
 
 HABITS: dict[str, Habit] = {
     "mean-over-all-labels": mean_over_all_labels,
+    "clipped-loss": clipped_loss,
     "mean-per-micro-batch": mean_per_micro_batch,
     "unscaled-micro-batches": unscaled_micro_batches,
     "per-stage-clipping": per_stage_clipping,

@@ -47,17 +47,18 @@ def add_run_options(
     without: Sequence[str] = (),
     sections: Sequence[str] = tuple(TITLES),
     defaults: Mapping[Key, Any] = MappingProxyType({}),
+    preset: str = PRESET,
 ) -> None:
     """Options for one run but those `without`. `only_placement`: where the rest comes from a snapshot, but `also` these.
 
-    `defaults` are what the help says instead of the preset's.
+    `defaults` are what the help says instead of those of `preset`, which counts where nobody names one.
     """
     if not only_placement:
         parser.add_argument(
-            "--preset", metavar="NAME", help=f"where to start from: {', '.join(PRESETS)} (default: {PRESET})"
+            "--preset", metavar="NAME", help=f"where to start from: {', '.join(PRESETS)} (default: {preset})"
         )
         parser.add_argument("--config", metavar="FILE.toml", help="settings in TOML; the command line goes before it")
-    shown = {key: setting.value for key, setting in base_settings(PRESET).items()} | dict(defaults)
+    shown = {key: setting.value for key, setting in base_settings(preset).items()} | dict(defaults)
     taken: list[Key] = [("bench", "preset")]
     for section in sections:
         fields = SECTIONS[section].model_fields
@@ -70,7 +71,7 @@ def add_run_options(
             default = fields[name].default if name in PLURALS else shown.get((section, name), fields[name].default)
             add_option(group, section, name, fields[name], default)
             taken.append((section, name))
-    parser.set_defaults(taken=tuple(taken))
+    parser.set_defaults(taken=tuple(taken), base_preset=preset)
 
 
 class _OneValue:
@@ -92,19 +93,22 @@ class _OneValue:
 
 
 def read_run(
-    arguments: argparse.Namespace, saved: Saved | None = None, defaults: Mapping[Key, Any] = MappingProxyType({})
+    arguments: argparse.Namespace,
+    saved: Saved | None = None,
+    defaults: Mapping[Key, Any] = MappingProxyType({}),
+    reads_text: bool = True,
 ) -> RunConfig:
     """The one run that the command line asks for. Raises UsageError.
 
     Below it stands the snapshot `saved`, or else the preset, which `defaults` follow where nobody names one. The text is
-    looked at too, unless there is a snapshot: `load_text` knows which one belongs to it.
+    looked at too, if the verb `reads_text`, unless there is a snapshot: `load_text` knows which one belongs to it.
     """
     settings = _layers(arguments, saved, defaults)
     for key, setting in settings.items():
         if isinstance(setting.value, list) and key[0] != "model" and key[1] in ("framework", "schedule"):
             raise UsageError(f"{setting.where} = {','.join(setting.value)}: this takes one")
     config = make_run(settings)
-    if saved is None:
+    if saved is None and reads_text:
         check_corpora([config])
     return config
 
@@ -131,7 +135,7 @@ def _layers(arguments: argparse.Namespace, saved: Saved | None, defaults: Mappin
     preset = named.value
     if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise UsageError(f"{named.where} = {preset!r}: unknown{closest(str(preset), PRESETS)}")
-    base = base_settings(preset or PRESET) | {
+    base = base_settings(preset or arguments.base_preset) | {
         ("run", "framework"): Setting("torch", "default"),
         ("run", "schedule"): Setting("1f1b", "default"),
     }

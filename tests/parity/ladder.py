@@ -78,22 +78,25 @@ def case_config(framework: str, case: str) -> RunConfig:
     return config(framework, *CASES[case], uneven=case.endswith("uneven"))
 
 
-def run_probes(configs: dict[str, RunConfig], folder: Path) -> dict[str, Run]:
-    """Runs all configurations of one framework in as few child processes as it allows. Raises RuntimeError."""
+def run_probes(configs: dict[str, RunConfig], folder: Path, noise: float = NOISE) -> dict[str, Run]:
+    """Runs all configurations of one framework in as few child processes as it allows. Raises RuntimeError.
+
+    `noise` is added to all initial weights.
+    """
     framework = next(iter(configs.values())).framework
     # Differs: a Paddle rank is a process and fleet starts once, so only runs of one p share processes.
     groups = {config.stages if framework == "paddle" else 0 for config in configs.values()}
     for group in sorted(groups):
         chosen = {n: c for n, c in configs.items() if framework != "paddle" or c.stages == group}
-        _run_child(MODULE[framework], chosen, folder, group)
+        _run_child(MODULE[framework], chosen, folder, group, noise)
     return {name: read_probe(folder / name) for name in configs}
 
 
-def _run_child(module: str, configs: dict[str, RunConfig], folder: Path, group: int) -> None:
+def _run_child(module: str, configs: dict[str, RunConfig], folder: Path, group: int, noise: float) -> None:
     jobs = []
     for name, one in configs.items():
         (folder / name).mkdir(parents=True)
-        jobs.append(Job(config=one, out=str(folder / name), kind="probe", noise=NOISE))
+        jobs.append(Job(config=one, out=str(folder / name), kind="probe", noise=noise))
     path = folder / f"jobs-{group}.json"
     JobFile(jobs=tuple(jobs)).write(path)
     log = folder / f"log-{group}.txt"
@@ -106,9 +109,9 @@ def _run_child(module: str, configs: dict[str, RunConfig], folder: Path, group: 
         raise RuntimeError(f"{module} ended with {status}:\n{log.read_text()[-4000:]}")
 
 
-def expected(one: RunConfig) -> Expected:
+def expected(one: RunConfig, noise: float = NOISE) -> Expected:
     """What the oracle says about a case."""
-    return common.probes.expected(one, NOISE)
+    return common.probes.expected(one, noise)
 
 
 def first_different_bits(a: Run, b: Run, phases: Iterable[str] = ("forward", "backward", "trained")) -> str | None:

@@ -1,0 +1,74 @@
+"""`python -m torch_impl.roofline CONFIG`: the kernels of a run one by one, on one thread (`common.roofline`)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from common.roofline import COPIES, Operations, answer
+from common.spec import RunConfig
+from torch_impl import devices
+
+
+def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
+    """The operations by the names of `common.roofline.kernels`, and the environment. Raises ValueError, ImportError."""
+    devices.configure(1, 1, "cpu")
+    import torch
+    from torch import Tensor
+
+    from torch_impl.layers import LayerNorm, activation, summed_loss
+
+    model, dtype = config.model, getattr(torch, config.train.dtype)
+    b, s = config.train.micro_batch_size, model.context_length
+    n, d, f, v, h = b * s, model.d_model, model.d_ff, model.vocab_size, model.num_heads
+    norm = LayerNorm(d, model.norm_epsilon, dtype=dtype)
+    targets = torch.zeros(b, s, dtype=torch.long)
+
+    def made(*shape: int) -> list[Tensor]:
+        return [torch.randn(shape).to(dtype) for _ in range(COPIES)]
+
+    def repeated(compute: Callable[..., Tensor], *inputs: list[Tensor]) -> Callable[[], object]:
+        @torch.no_grad()
+        def run() -> None:
+            for each in zip(*inputs, strict=True):
+                compute(*each)
+
+        return run
+
+    def with_gradient(compute: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+        inputs = [x.requires_grad_() for x in inputs]
+        gradient = torch.randn_like(compute(inputs[0]))
+
+        def run() -> None:
+            for x in inputs:
+                torch.autograd.grad(compute(x), x, gradient)
+
+        return run
+
+    def linear(name: str, rows: int, columns: int) -> Operations:
+        x, weight, y = made(n, rows), made(rows, columns), made(n, columns)
+        return {
+            name: repeated(lambda x, w: x @ w, x, weight),
+            f"{name}, input gradient": repeated(lambda y, w: y @ w.T, y, weight),
+            f"{name}, weight gradient": repeated(lambda x, y: x.T @ y, x, y),
+        }
+
+    queries, weights = made(b, h, s, d // h), made(b, h, s, s)
+    operations = {
+        **linear("query, key, value, output", d, d),
+        **linear("feed-forward up", d, f),
+        **linear("feed-forward down", f, d),
+        **linear("head", d, v),
+        "attention scores": repeated(lambda q, k: q @ k.transpose(-2, -1), queries, made(b, h, s, d // h)),
+        "attention mix": repeated(lambda w, v: w @ v, weights, queries),
+        "softmax and gradient": with_gradient(lambda x: torch.softmax(x, -1), made(b, h, s, s)),
+        f"{model.activation} and gradient": with_gradient(activation(model.activation), made(n, f)),
+        "layer norm and gradient": with_gradient(norm, made(n, d)),
+        "loss and gradient": with_gradient(lambda x: summed_loss(x, targets, n), made(b, s, v)),
+    }
+    return operations, devices.environment(torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    sys.exit(answer(sys.argv[1:], prepare))
