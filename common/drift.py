@@ -36,6 +36,8 @@ class Drift:
     """What the model needs for the habit to show, in the baseline too."""
     train: Mapping[str, Any] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
+    ladder_steps: int = 100
+    """Over which the loss curve is compared with the oracle's: fewer where training soon magnifies every rounding."""
     may_pass: str = ""
     """Why it may change bits and still stay within every limit; else it must fail."""
 
@@ -115,6 +117,7 @@ DRIFTS: tuple[Drift, ...] = (
         "paddle's cross_entropy and softmax on CPU",
         "float64",
         train={"optimizer": "sgd", "learning_rate": 60.0, "weight_decay": 0.0, "warmup_steps": 0},
+        ladder_steps=5,
     ),
     Drift(
         "mean-per-micro-batch",

@@ -214,14 +214,14 @@ def _read(outcome: Outcome, folder: Path, same_copies: bool) -> Run | str:
 # ------------------------------------------------------------------------------------------------- judging
 
 
-def first_failure(config: RunConfig, run: Run) -> Difference | None:
-    """The first rung of the ladder that does not hold, over the first `LADDER_STEPS` steps."""
-    return ladder(config, run).first_failure
+def first_failure(config: RunConfig, run: Run, steps: int = LADDER_STEPS) -> Difference | None:
+    """The first rung of the ladder that does not hold, over the first `steps` steps."""
+    return ladder(config, run, steps).first_failure
 
 
-def ladder(config: RunConfig, run: Run) -> Comparison:
-    """All rungs, the loss curve over the first `LADDER_STEPS` steps."""
-    steps = min(LADDER_STEPS, config.train.steps)
+def ladder(config: RunConfig, run: Run, steps: int = LADDER_STEPS) -> Comparison:
+    """All rungs, the loss curve over the first `steps` steps."""
+    steps = min(steps, config.train.steps)
     return compare_probe(run, expected(config, NOISE, steps), config.train.dtype)
 
 
@@ -239,11 +239,11 @@ def _judged(
     assert isinstance(baseline, Run) and isinstance(drifted, Run)
     last = max(steps)
     row = _measured(drift, framework, baseline, drifted, seeds, steps)
-    wrong = first_failure(config_of(drift, framework, last, on=False), baseline)
+    wrong = first_failure(config_of(drift, framework, last, on=False), baseline, drift.ladder_steps)
     if wrong is not None:
         return row.model_copy(update={"verdict": "baseline differs", **_found(wrong)})
     # Judged as the run without the habit: the oracle has none.
-    first = first_failure(config_of(drift, framework, last, on=False), drifted)
+    first = first_failure(config_of(drift, framework, last, on=False), drifted, drift.ladder_steps)
     if first is None:
         differ = any(not np.array_equal(value, drifted.tensors[key]) for key, value in baseline.tensors.items())
         return row.model_copy(update={"verdict": "within the limits" if drift.may_pass and differ else "not seen"})

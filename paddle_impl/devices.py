@@ -35,8 +35,7 @@ def configure(stages: int, threads: int | None, device: str) -> None:
     if set(stage_devices(stages, device)) == {"cpu"} and "FLAGS_use_stride_kernel" not in os.environ:
         import paddle
 
-        # A transposed tensor would be a view, and the CPU kernel that makes it contiguous for every product that reads
-        # it takes more time than the products themselves.
+        # A transposed tensor would be a view, which every product that reads it makes contiguous with a slow CPU kernel.
         paddle.set_flags({"FLAGS_use_stride_kernel": False})
 
 
@@ -191,7 +190,7 @@ def environment() -> dict[str, Any]:
         "threads_per_stage": _cpu_threads(),
         "tf32": kind == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0",
         "onednn": _flag("FLAGS_use_onednn"),
-        "mkl_kernels": mkl.kernels(),
+        "kernels": f"MKL {mkl.kernels()}" if mkl.kernels() else "not known",
         "strided_views": _flag("FLAGS_use_stride_kernel"),
         "default_dtype": paddle.get_default_dtype(),
     }

@@ -141,6 +141,11 @@ def environment() -> dict[str, Any]:
         "inter_op_threads": tf.config.threading.get_inter_op_parallelism_threads(),
         "one_core_per_stage": one_core_per_stage(),
         "tf32": tf.config.experimental.tensor_float_32_execution_enabled(),
-        "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") != "0",
+        "onednn": _has_onednn(),
+        "kernels": "cuBLAS" if gpus else "Eigen and oneDNN" if _has_onednn() else "Eigen",
         "graph_rewrites": not tf.config.optimizer.get_experimental_options().get("disable_meta_optimizer", False),
     }
+
+
+def _has_onednn() -> bool:
+    return os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") != "0"

@@ -82,6 +82,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_kind": device.type,
         "device_name": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads_per_stage": torch.get_num_threads(),
+        "kernels": "cuBLAS" if cuda else f"ATen {torch.backends.cpu.get_cpu_capability()}",
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "onednn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from common.report.collect import Collection
 from common.report.names import dropout_words
+from common.report.result import RunResult
 from common.spec import RunConfig
 
 TIMING_LEGEND = (
@@ -99,11 +100,18 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
             f"runs per row: {' or '.join(map(str, repeats))}, each in a fresh process, rows taking turns; first steps that "
             f"are not counted: {_distinct(str(r.untimed_steps) for r in results)}",
         ),
+        ("Kernels", _kernels(results)),
         ("Machine", _distinct(result.machine.one_line for result in results)),
         ("Corpus", f"SHA-256 {', '.join(digests)}" if digests else "not read"),
         ("Commit", _distinct(result.git_commit or "unknown" for result in results)),
         ("Started", _distinct(result.started for result in results)),
     ]
+
+
+def _kernels(results: Sequence[RunResult]) -> str:
+    """The libraries and instructions that ran, as every framework said itself."""
+    said = [(result.config.framework, result.environment.get("kernels")) for result in results]
+    return _distinct(f"{framework} {kernels}" for framework, kernels in said if kernels) or "not known"
 
 
 def _lengths(config: RunConfig) -> str:

@@ -61,7 +61,7 @@ from paddle_impl import devices
 devices.configure(1, 1, "cpu")
 import paddle
 paddle.matmul(paddle.ones([8, 8]), paddle.ones([8, 8]))
-print(json.dumps(devices.environment()["mkl_kernels"]))
+print(json.dumps(devices.environment()["kernels"]))
 """
     own = {name: value for name, value in os.environ.items() if name not in mkl.USERS}
     done = subprocess.run([sys.executable, "-c", code], env=own | environ, capture_output=True, text=True, check=True)
@@ -73,7 +73,7 @@ needs_mkl = pytest.mark.skipif(mkl.kernels() is None, reason="a Paddle without M
 
 @needs_mkl
 def test_what_ran_is_read_back_and_the_users_choice_stays() -> None:
-    assert kernels(MKL_DEBUG_CPU_TYPE="3") == "SSE4.2"
+    assert kernels(MKL_DEBUG_CPU_TYPE="3") == "MKL SSE4.2"
 
 
 @needs_mkl
@@ -83,6 +83,6 @@ def test_a_processor_of_another_vendor_gets_an_intel_ones_kernels(tmp_path: Path
     (tmp_path / "vendor.c").write_text("int mkl_serv_intel_cpu_true(void) { return 0; }\n")
     library = tmp_path / "vendor.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "vendor.c"], check=True)
-    assert kernels("AuthenticAMD", LD_PRELOAD=str(library), MKL_DEBUG_CPU_TYPE="") == "SSE2"
+    assert kernels("AuthenticAMD", LD_PRELOAD=str(library), MKL_DEBUG_CPU_TYPE="") == "MKL SSE2"
     best = {"7": "AVX-512", "5": "AVX2", None: "SSE2"}[mkl.cpu_type("AuthenticAMD", mkl.processor()[1], {})]
-    assert kernels("AuthenticAMD", LD_PRELOAD=str(library)) == best
+    assert kernels("AuthenticAMD", LD_PRELOAD=str(library)) == f"MKL {best}"
