@@ -102,7 +102,6 @@ def test_recomputation_changes_no_bit_and_holds_the_inputs_alone(found: Any) -> 
     assert held["every-1"] == {"0": 2 * activation, "1": 2 * activation}
     assert held["except-last"]["1"] == held["none"]["1"] > 10 * activation
     assert held["except-last"]["0"] == held["none"]["0"] / 2  # one of the two in flight
-    assert "right would be recompute='none'" in seen["refused"]
 
 
 def test_native_dropout_is_seeded_by_step_site_and_micro_batch(found: Any) -> None:

@@ -15,7 +15,8 @@ What crosses a border is passed explicitly: F returns what B or W will read ("sa
 Four kinds of operations need care:
 - What depends on no data (variable reads, constants, a transposed weight) is cheap and does not cross a border: every
   function that needs it repeats it. Weights are thus read where they are, never saved. They change only between steps.
-- What has a side effect (advancing the state of Keras' dropout seed) belongs to F, and so does all that reads it.
+- What has a side effect (advancing the state of Keras' dropout seed) belongs to F, and so does all that reads it; if it
+  is the gradient's own, to B (`tf_impl.effects` says what has one).
 - A copy, or a cast to a type of more bytes, holds nothing new: what crosses is the tensor that it was made from.
 - A token has no gradient, so the first stage's B aims at the output of its first unit; otherwise
   everything would count as W, and the stage would have no B to speak of.
@@ -29,14 +30,19 @@ The idea of splitting the backward is the Zero Bubble paper's (Qi et al. 2024, s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
 
-REPEATED = frozenset({"ReadVariableOp", "VarHandleOp", "Placeholder", "Const"})
-"""Stateful or not, these are repeated where they are needed, never saved."""
+from tf_impl.effects import REPEATED, is_repeatable
+
+RECOMPUTED_EFFECT = (
+    "a layer does more than compute its output and update its Keras variables (it calls Python, or draws a number without "
+    "a Keras seed), and a second forward would do so again; expected recompute='none'"
+)
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,19 @@ class StageFunctions:
     """The functions of one virtual stage. A dy of the last one (its output is the loss) is no argument at all."""
 
     forward: Any
-    """(x, *extra) -> [y, *reported, *saved]"""
+    """(x, *extra) -> [y, *reported, *saved]; the extras are a mask of x, if it has one, then labels and the like"""
     backward: Any
     """(*dy, *saved) -> [*dx]; adds to the weight gradients"""
     backward_input: Any
     """(*dy, *(saved[i] for i in saved_for_input)) -> [*dx, *handed_on]"""
     backward_weight: Any
     """(*(saved[i] for i in saved_for_weight), *handed_on) -> []; adds to the weight gradients"""
-    output: tf.TensorSpec
-    num_reported: int
+    handed_on: tuple[tf.TensorSpec, ...]
+    """The output and, where it has one, its mask."""
+    reported: tuple[str, ...]
+    """What comes after y, besides what is saved: see `Piece`."""
+    forward_part: Callable[[Sequence[bool]], tuple[Any, list[bool]]]
+    """Which of (y, its mask) -> a function for them alone, and which of (x, its mask) it takes."""
     saved_for_input: tuple[int, ...]
     saved_for_weight: tuple[int, ...]
     saved_bytes: int
@@ -99,14 +109,20 @@ class Trace:
     graph: Any
     inputs: list[tf.Tensor]  # x and the extras
     output: tf.Tensor  # y
-    reported: list[tf.Tensor]
+    reported: dict[str, tf.Tensor]  # see Piece
     output_gradient: list[tf.Tensor]  # dy, or nothing where y is the loss
     input_gradient: tf.Tensor  # dx
     weight_gradients: list[tf.Tensor]  # dw
+    num_forward: int  # operations of the forward; those made later are the backward's
+    again: list[tf.Operation]  # a forward that B repeats
 
 
-Piece = Callable[..., tuple[tf.Tensor, list[tf.Tensor]]]
-"""(h, *extra) -> the piece's output, and what to report along with it."""
+Piece = Callable[..., tuple[tf.Tensor, dict[str, tf.Tensor]]]
+"""(h, *extra) -> the piece's output, and what to report along with it, by name:
+
+"mask" of the stage's output; "prediction", where the output is the loss; "layer_losses", what the piece's layers add to the
+loss of the mini-batch, which is differentiated along with the output.
+"""
 
 
 def cut_stage(
@@ -118,47 +134,47 @@ def cut_stage(
     device: str,
     is_last: bool,
     recomputed: bool = False,
+    num_received: int = 1,
 ) -> StageFunctions:
     """Traces a stage and cuts it.
 
     `first(x, *extra)` is the first stage's first unit, None on all others; `rest` are the other units, in pieces that
-    B computes again, one after another, where `recomputed`. `signature` describes (x, *extra), with static shapes. The
+    B computes again, one after another, where `recomputed`. `signature` describes (x, *extra), with static shapes; the
+    first `num_received` of them come from the stage before, the others with the mini-batch. The
     weight gradients are added to `accumulators`. Must run in the replica context of the stage's strategy.
     Raises ValueError if the output does not depend differentiably on the stage's input, and for layers that cannot run
     twice.
     """
     with tf.device(device):
         trace, accumulators = trace_stage(first, rest, variables, accumulators, signature, is_last, recomputed)
-    scissors = Scissors(trace)
-    if recomputed and scissors.side_effects:
-        raise ValueError(
-            "a layer changes its own state (as the seed of a Keras Dropout), and a second forward would do so again; "
-            "right would be recompute='none'"
-        )
+    scissors = Scissors(trace, device)
+    if not scissors.repeatable.issuperset(trace.again):
+        raise ValueError(RECOMPUTED_EFFECT)
     f, b, w = scissors.forward, scissors.backward_input, scissors.backward_weight
     dy, dx = trace.output_gradient, [] if first is not None else [trace.input_gradient]
     dw = trace.weight_gradients
+    additions = list(zip(accumulators, dw, strict=True))
     for_input = scissors.crossing(b - {t.op for t in dy}, f, dx)
     for_weight = scissors.crossing(w, f, dw)
-    handed_on = scissors.crossing(w, b, dw)
+    for_later = scissors.crossing(w, b, dw)
     saved = unique([*for_input, *for_weight])
     place = {tensor.ref(): i for i, tensor in enumerate(saved)}
-    of_batch = trace.inputs if first is not None else trace.inputs[1:]
-    forward_results = [trace.output, *trace.reported, *saved]
+    of_batch = trace.inputs if first is not None else trace.inputs[num_received:]
+    forward_results = [trace.output, *trace.reported.values(), *saved]
+    handed_on = [trace.output, *(tensor for name, tensor in trace.reported.items() if name == "mask")]
     with tf.device(device):
         return StageFunctions(
-            forward=scissors.function(trace.inputs, forward_results, scissors.side_effects),
-            backward=scissors.function([*dy, *saved], dx, (), list(zip(accumulators, dw, strict=True))),
-            backward_input=scissors.function([*dy, *for_input], [*dx, *handed_on]),
-            backward_weight=scissors.function(
-                [*for_weight, *handed_on], [], (), list(zip(accumulators, dw, strict=True))
-            ),
-            output=tf.TensorSpec(trace.output.shape, trace.output.dtype),
-            num_reported=len(trace.reported),
+            forward=scissors.function(trace.inputs, forward_results, scissors.forward_effects),
+            backward=scissors.function([*dy, *saved], dx, scissors.backward_effects, additions),
+            backward_input=scissors.function([*dy, *for_input], [*dx, *for_later], scissors.backward_effects),
+            backward_weight=scissors.function([*for_weight, *for_later], [], (), additions),
+            handed_on=tuple(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in handed_on),
+            reported=tuple(trace.reported),
+            forward_part=functools.partial(scissors.forward_part, trace.inputs[:num_received]),
             saved_for_input=tuple(place[tensor.ref()] for tensor in for_input),
             saved_for_weight=tuple(place[tensor.ref()] for tensor in for_weight),
             saved_bytes=memory_bytes(saved, of_batch),
-            waiting_bytes=memory_bytes([*for_weight, *handed_on], of_batch),
+            waiting_bytes=memory_bytes([*for_weight, *for_later], of_batch),
         )
 
 
@@ -176,48 +192,63 @@ def trace_stage(
 
     @tf.function(input_signature=signature, autograph=False)
     def forward_and_backward(x: tf.Tensor, *extra: tf.Tensor) -> None:
+        graph = tf.compat.v1.get_default_graph()
+
         def recorded(h: tf.Tensor, pieces: Sequence[Piece], unit: Callable[..., tf.Tensor] | None) -> Any:
             """Runs `unit`, then `pieces`, on a tape: the tape, what the pieces start from, their output and reports."""
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(variables)
                 start = h if unit is None else unit(h, *extra)
                 tape.watch(start)
-                y, reported = start, []
+                y, reported = start, {}
                 for piece in pieces:
                     y, reported = piece(y, *extra)
             return tape, start, y, reported
 
-        def differentiated(tape: tf.GradientTape, start: tf.Tensor, y: tf.Tensor, dy: tf.Tensor | None) -> Any:
-            dx, *dw = tape.gradient(y, [start, *variables], output_gradients=dy)
+        def differentiated(
+            tape: tf.GradientTape, start: tf.Tensor, y: tf.Tensor, dy: tf.Tensor | None, reported: dict[str, tf.Tensor]
+        ) -> Any:
+            losses = [reported["layer_losses"]] if "layer_losses" in reported else []
+            given = [tf.ones_like(t) if t is not y or dy is None else dy for t in (y, *losses)]
+            dx, *dw = tape.gradient([y, *losses], [start, *variables], output_gradients=given)
             if dx is None:
                 raise ValueError("the output of a stage does not depend differentiably on its input")
             return dx, dw
 
+        again: list[tf.Operation] = []
         if not recomputed:
             tape, start, y, reported = recorded(x, rest, first)
         else:
-            starts, y, reported = [], x, []
+            starts, y, reported = [], x, {}
             for k, piece in enumerate(rest):
                 starts.append(y)
                 y = first(y, *extra) if k == 0 and first is not None else y
-                y, reported = piece(y, *extra)
+                y, more = piece(y, *extra)
+                if "layer_losses" in reported and "layer_losses" in more:
+                    more["layer_losses"] = reported["layer_losses"] + more["layer_losses"]
+                reported |= more
+        num_forward = len(graph.get_operations())
         # Nothing runs this graph, so the gradient of the output can be a placeholder that B gets as its argument.
         dy = None if is_last else tf.compat.v1.placeholder(y.dtype, y.shape)
         if not recomputed:
-            dx, dw = differentiated(tape, start, y, dy)
+            dx, dw = differentiated(tape, start, y, dy, reported)
         else:
             dx, dw = dy, [None] * len(variables)
             for k, piece in reversed(list(enumerate(rest))):
                 # A piece waits for the one behind it, or the activations of all would be there at once.
+                before = len(graph.get_operations())
                 with tf.control_dependencies([] if dx is None else [dx]):
-                    tape, start, again, _ = recorded(starts[k], [piece], first if k == 0 else None)
-                dx, more = differentiated(tape, start, again, dx)
+                    tape, start, y_again, more = recorded(starts[k], [piece], first if k == 0 else None)
+                again += graph.get_operations()[before:]
+                dx, more = differentiated(tape, start, y_again, dx, more)
                 dw = [new if old is None else old for old, new in zip(dw, more, strict=True)]
         pairs = [(variable, g) for variable, g in zip(accumulators, dw, strict=True) if g is not None]
         parts.update(
             inputs=[x, *extra],
             output=y,
-            reported=list(reported),
+            reported=reported,
+            num_forward=num_forward,
+            again=again,
             output_gradient=[] if dy is None else [dy],
             input_gradient=tf.convert_to_tensor(dx),
             # Dense: the rows of an embedding's sparse gradient come once per token, so that squares would not add up.
@@ -233,28 +264,44 @@ def trace_stage(
 class Scissors:
     """Sorts a trace's operations into F, B and W, and makes functions of them."""
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
+    def __init__(self, trace: Trace, device: str | None = None) -> None:
+        self.trace, self.device = trace, device
         self.operations = trace.graph.get_operations()
         self.graph_def = trace.graph.as_graph_def()
         self.nodes = {node.name: node for node in self.graph_def.node}
         self.captured = {inner.name: outer for outer, inner in trace.graph.captures}
-        self.side_effects = [op for op in trace.graph.control_outputs if op.type not in REPEATED]
+        library = {function.signature.name: function for function in self.graph_def.library.function}
+        self.repeatable = {op for op in self.operations if is_repeatable(self.nodes[op.name], library)}
+        must_run = {
+            op
+            for op in trace.graph.control_outputs
+            if not is_repeatable(self.nodes[op.name], library, REPEATED - {"Assert"})
+        }
+        of_forward = set(self.operations[: trace.num_forward])
+        self.forward_effects = [op for op in self.operations if op in must_run & of_forward]
+        self.backward_effects = [
+            op for op in self.operations if op in must_run - of_forward - set(trace.again) and op not in self.repeatable
+        ]
         self.dependent = self._dependent_on_data()
-        self.forward = ancestors([t.op for t in (trace.output, *trace.reported)] + self.side_effects)
+        self.forward = ancestors([t.op for t in (trace.output, *trace.reported.values())] + self.forward_effects)
         self.forward |= {t.op for t in trace.inputs}
-        self.backward_input = ancestors([trace.input_gradient.op]) - self.forward
+        self.backward_input = ancestors([trace.input_gradient.op, *self.backward_effects]) - self.forward
         self.backward_weight = ancestors([t.op for t in trace.weight_gradients]) - self.forward - self.backward_input
 
     def _dependent_on_data(self) -> set[tf.Operation]:
         """The operations whose results differ between micro-batches; all others may be repeated."""
-        data = {t.op for t in (*self.trace.inputs, *self.trace.output_gradient)}
-        assigned = {op.inputs[0].ref() for op in self.operations if op.type.startswith("Assign")}
-        for op in self.operations:  # in topological order
-            reads = any(t.op in data or t.ref() in assigned for t in op.inputs)
-            if reads or (op.op_def.is_stateful and op.type not in REPEATED):
-                data.add(op)
-        return data
+        effects = set(self.operations) - self.repeatable
+        changed = {t.ref() for op in effects for t in op.inputs if t.dtype == tf.resource}
+        waiting = [t.op for t in (*self.trace.inputs, *self.trace.output_gradient)]
+        self.changing = {op for op in self.operations if op in effects or any(t.ref() in changed for t in op.inputs)}
+        waiting += self.changing
+        found: set[tf.Operation] = set()
+        while waiting:
+            op = waiting.pop()
+            if op not in found:
+                found.add(op)
+                waiting += [consumer for output in op.outputs for consumer in output.consumers()]
+        return found
 
     def crossing(
         self, users: set[tf.Operation], source: set[tf.Operation], results: Iterable[tf.Tensor]
@@ -284,6 +331,10 @@ class Scissors:
         def piece(*values: tf.Tensor) -> list[tf.Tensor]:
             known = {t.name: value for t, value in zip(arguments, values, strict=True)}
             graph = tf.compat.v1.get_default_graph()
+            # Loops, branches and inner functions: as the graph's own, they live as long as what is cut from it. (Those
+            # in a GraphDef's library would be copies, under names that TensorFlow forgets along with the originals.)
+            for function in self.trace.graph._functions.values():
+                graph._add_function_recursive(function)
             variables = {name: graph.capture(outer) for name, outer in self.captured.items() if name in consumed}
             computed = [t.name for t in wanted if t.name not in known]
             imported = tf.graph_util.import_graph_def(
@@ -299,9 +350,23 @@ class Scissors:
 
         return piece.get_concrete_function()
 
+    def forward_part(self, received: Sequence[tf.Tensor], wanted: Sequence[bool]) -> tuple[Any, list[bool]]:
+        """As `StageFunctions.forward_part`. Raises ValueError if that depends on a state that the forward changes."""
+        outputs = [self.trace.output, *(t for name, t in self.trace.reported.items() if name == "mask")]
+        results = [t for t, is_wanted in zip(outputs, wanted, strict=True) if is_wanted]
+        part = ancestors(t.op for t in results)
+        if part & self.changing:
+            raise ValueError(
+                "the mask of the predictions depends on a layer with a state or random numbers, so the labels that count "
+                "are not known before the backward; expected one micro-batch, or a mask made before such layers"
+            )
+        given = [t for t in received if t.op in part]
+        with tf.device(self.device):
+            return self.function(given, results), [t.op in part for t in received]
+
     def _graph_def(self, part: set[tf.Operation]) -> Any:
         names = {op.name for op in part}
-        graph_def = tf.compat.v1.GraphDef(library=self.graph_def.library, versions=self.graph_def.versions)
+        graph_def = tf.compat.v1.GraphDef(versions=self.graph_def.versions)
         for op in self.operations:
             if op in part and f"{op.name}:0" not in self.captured:
                 node = graph_def.node.add()
@@ -344,9 +409,9 @@ def ancestors(operations: Iterable[tf.Operation], given: Iterable[Any] = ()) -> 
 
 
 def memory_bytes(tensors: Iterable[tf.Tensor], not_counted: Iterable[tf.Tensor] = ()) -> int:
-    """The sizes of `tensors` without those that are `not_counted`."""
+    """The sizes of `tensors` without those that are `not_counted`, and without those of no static size: a loop's lists."""
     left_out = {t.ref() for t in not_counted}
-    return sum(t.shape.num_elements() * t.dtype.size for t in tensors if t.ref() not in left_out)
+    return sum((t.shape.num_elements() or 0) * t.dtype.size for t in tensors if t.ref() not in left_out)
 
 
 def unique(tensors: Iterable[tf.Tensor]) -> list[tf.Tensor]:

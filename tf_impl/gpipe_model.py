@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -31,9 +32,11 @@ from common.schedule.recompute import WORDS, is_known, recomputes
 from common.spec import TransformerSpec
 from common.weights import unit_names
 from tf_impl import devices
+from tf_impl.cut import RECOMPUTED_EFFECT
+from tf_impl.effects import mask_of, with_mask
 from tf_impl.layers import Embedding, build_unit
 from tf_impl.optimizer import StageOptimizer, check_optimizer
-from tf_impl.stage import Channel, Chunk, ForwardOnly, Stage, apply_layer
+from tf_impl.stage import Channel, Chunk, ForwardOnly, Stage, apply_layer, concatenated
 
 Result = TypeVar("Result")
 
@@ -57,8 +60,17 @@ class GPipeModel(keras.Model):
     the dropout masks) are the Transformer's; ordinary layers have their own. One logical device per stage must exist
     (`tf_impl.devices.configure`).
 
+    It gives what `keras.Sequential` gives with the same weights: masks, regularizers and `add_loss` included. What a
+    layer adds with `add_loss` is taken for a mean over samples, as Keras' activity regularizers are: a micro-batch's
+    counts by its part of the mini-batch (so a sum over samples counts for less than in Keras). Two things are each
+    micro-batch's own: random numbers, and what layers update in the forward, such as the averages of a
+    BatchNormalization, which is done m times a step, each time from one micro-batch. `compile` (or `build`, if that
+    comes later) warns once and names the layers.
+
     Raises ValueError for more stages than layers, a partition that does not fit, missing devices, a layer that already has
-    weights (they would be on the wrong device) or comes twice; ScheduleError for a schedule that cannot be made.
+    weights (they would be on the wrong device), comes twice or is stateful; ScheduleError for a schedule that cannot be
+    made. `build` does for a device that would hand on integers or several tensors, for a `tf.py_function` that has to be
+    differentiated, and for `recompute` where a layer calls Python or draws numbers without a Keras seed.
     """
 
     def __init__(
@@ -115,7 +127,11 @@ class GPipeModel(keras.Model):
         self._threads = [ThreadPoolExecutor(1, f"stage-{d}") for d in range(num_stages)]
         self._optimizers: list[StageOptimizer] = []
         self._traced: dict[Any, list[Any]] = {}
+        self._mask_parts: dict[Any, list[Any]] = {}
+        """As `_traced`, where predictions have a mask: what it is computed with, chunk after chunk."""
         self._reports = False
+        self._is_masked = False
+        self._has_warned = False
 
     # ------------------------------------------------------------------------------------------- Keras' own methods
 
@@ -126,8 +142,8 @@ class GPipeModel(keras.Model):
         x = keras.KerasTensor((None, *input_shape[1:]), dtype)
         for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
             x = self.on_stage(d, functools.partial(chunk.build, x))
-        if self.losses:
-            raise ValueError("losses of layers (regularizers) are not supported; right would be weight_decay")
+        self._is_masked = mask_of(x) is not None
+        self._check_effects()
         if self._tied is not None:
             own, copy = self._tied
             copy.assign(own)
@@ -164,28 +180,27 @@ class GPipeModel(keras.Model):
         )
         check_optimizer(self.optimizer)
         self._optimizers, self._traced = [], {}
+        self._warn_of_states()
 
     def call(self, x: Any, training: bool = False) -> tf.Tensor:
         """The forward pass alone, stage after stage, without dropout."""
         if training:
             raise ValueError("a pipeline trains in forward_backward, not in call(training=True)")
-        for chunk in self.chunks:
-            with tf.device(chunk.device):
-                x = chunk.evaluate(tf.identity(x))
-        return x
+        return self._evaluated(x)[0]
 
     def train_step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         loss = self.forward_backward(x, y, sample_weight)
         self.apply_gradients()
-        prediction = tf.concat(self._collected_predictions(), 0) if self._reports else None
+        prediction = concatenated(self._collected_predictions()) if self._reports else None
         return self._update_metrics(loss, x, y, prediction, sample_weight)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         self._ensure_built(x)
-        prediction = self(x)
-        loss = self.summed_loss(prediction, *_labels(y, sample_weight), *self._count(y))
+        prediction, layer_losses = self._evaluated(x)
+        loss = self.summed_loss(prediction, *_labels(y, sample_weight), *self._count(y, mask_of(prediction)))
+        loss = math.fsum(float(value) for value in (loss, *layer_losses))
         return self._update_metrics(loss, x, y, prediction, sample_weight)
 
     def predict_step(self, data: Any) -> tf.Tensor:
@@ -209,7 +224,7 @@ class GPipeModel(keras.Model):
         labels = _labels(y, sample_weight)
         self._ensure_traced(x, labels)
         context = self.dropout_context(len(x), int(self.optimizer.iterations) if step is None else step)
-        count = self._count(y)
+        count = self._count(y, self._prediction_mask(x))
 
         def begin(d: int) -> Stage:
             stage = self.stages[d]
@@ -226,8 +241,8 @@ class GPipeModel(keras.Model):
 
         self.events = self._run(self.schedule, begin)
         self._add_tied_gradients()
-        losses = self.stages[self.schedule.location[-1][0]].losses
-        return math.fsum(float(loss) for loss in losses.values())
+        losses = [*self.stages[self.schedule.location[-1][0]].losses.values()]
+        return math.fsum(float(loss) for loss in itertools.chain(losses, *(s.layer_losses for s in self.stages)))
 
     def apply_gradients(self, step: int | None = None) -> float:
         """Clips over all stages, then one optimizer step (default: the next). Returns the norm before clipping."""
@@ -282,21 +297,25 @@ class GPipeModel(keras.Model):
 
         self._run(self.schedule.only_forward(), begin)
         predictions = passes[self.schedule.location[-1][0]].predictions
-        return tf.concat([predictions[i] for i in range(m)], 0)
+        return concatenated([predictions[i] for i in range(m)])
 
     def summed_loss(self, prediction: tf.Tensor, y: tf.Tensor, *rest: tf.Tensor, pieces: int = 1) -> tf.Tensor:
         """What one of `pieces` equal parts of a mini-batch adds to its loss.
 
         Where Keras' loss is a mean, this is the sum over the part, divided by the count of the whole mini-batch: never a
-        mean of means. `rest`: the sample weight, if there is one, and, where the loss ignores a label, how many labels of
-        the whole mini-batch count.
+        mean of means. `rest`: the sample weight, if there is one, and, where the loss ignores a label or the prediction
+        has a mask, how many labels of the whole mini-batch count.
         """
-        weight, count = (rest, ()) if self._loss.ignored is None else (rest[:-1], rest[-1:])
+        mask = mask_of(prediction)
+        weight, count = (rest, ()) if self._loss.ignored is None and mask is None else (rest[:-1], rest[-1:])
         if prediction.dtype.size < tf.float32.size:
             prediction = tf.cast(prediction, tf.float32)
         values = self._loss.per_element(y, prediction)
         if weight:
             own = tf.cast(weight[0], values.dtype)
+            values *= tf.reshape(own, (*own.shape, *[1] * (len(values.shape) - len(own.shape))))
+        if mask is not None:
+            own = tf.cast(mask, values.dtype)
             values *= tf.reshape(own, (*own.shape, *[1] * (len(values.shape) - len(own.shape))))
         total = tf.reduce_sum(values)
         if not self._loss.is_mean:
@@ -324,7 +343,9 @@ class GPipeModel(keras.Model):
         for chunk in self.chunks:
             with tf.device(chunk.device):
                 for layer in chunk.layers:
-                    x = apply_layer(layer, tf.identity(x), chunk._split(context)[1], training=True)
+                    x = apply_layer(
+                        layer, with_mask(tf.identity(x), mask_of(x)), chunk._split(context)[1], training=True
+                    )
                     outputs.append(x)
         return outputs
 
@@ -418,15 +439,15 @@ class GPipeModel(keras.Model):
             specs.append(tf.TensorSpec(shape, tf.as_dtype(tensor.dtype)))
         key = tuple(specs)
         if key not in self._traced:
-            signature, traced = specs[0], []
-            specs += [tf.TensorSpec((), tf.float64)] if self._loss.ignored is not None else []
+            received, traced = specs[:1], []
+            specs += [tf.TensorSpec((), tf.float64)] if self._loss.ignored is not None or self._is_masked else []
             context = []
             if self._has_dropout:
                 context = [tf.TensorSpec((), tf.int64), tf.TensorSpec((len(x) // m,), tf.int64)]
             for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
                 extra = [*(specs[1:] if chunk.is_last else []), *context]
                 work = functools.partial(
-                    chunk.trace, [signature, *extra], self._micro_batch_loss, self._reports and chunk.is_last
+                    chunk.trace, received, extra, self._micro_batch_loss, self._reports and chunk.is_last, 1 / m
                 )
                 traced.append(
                     {
@@ -434,10 +455,70 @@ class GPipeModel(keras.Model):
                         for again in {self._recomputes(i) for i in range(m)}
                     }
                 )
-                signature = next(iter(traced[-1].values())).output
+                received = next(iter(traced[-1].values())).handed_on
+            if self._is_masked:
+                self._mask_parts[key] = self._parts_for_mask(traced)
             self._traced[key] = traced
         for chunk, functions in zip(self.chunks, self._traced[key], strict=True):
             chunk.functions = functions
+        self._parts = self._mask_parts.get(key, [])
+
+    def _parts_for_mask(self, traced: Sequence[dict[bool, Any]]) -> list[tuple[Any, list[bool]]]:
+        """By chunk: a function for what of its output the predictions' mask depends on, and of its input it takes.
+
+        Where a mask depends on nothing but the tokens, as that of an Embedding, nothing else is computed.
+        """
+        parts, wanted = [], [False, True]
+        for (d, _), functions in reversed(list(zip(self.schedule.location, traced, strict=True))):
+            part = next(iter(functions.values())).forward_part
+            function, wanted = self.on_stage(d, functools.partial(part, wanted))
+            parts.insert(0, (function, wanted))
+        return parts
+
+    def _prediction_mask(self, x: Any) -> np.ndarray | None:
+        """That of the whole mini-batch: its loss is a mean over what counts, known before the first backward."""
+        if not self._is_masked:
+            return None
+        masks, takes_x = [], self._parts[0][1][0]
+        for piece in tf.split(tf.convert_to_tensor(x), self.schedule.num_micro_batches):
+            handed = [piece] if takes_x else []
+            for (d, _), (function, _) in zip(self.schedule.location, self._parts, strict=True):
+                handed = self.on_stage(d, lambda f=function, given=handed: f(*(tf.identity(t) for t in given)))
+            masks.append(handed[0].numpy())
+        return np.concatenate(masks)
+
+    def _evaluated(self, x: Any) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """The prediction, and what the layers add to its loss."""
+        mask, losses = mask_of(x), []
+        for chunk in self.chunks:
+            with tf.device(chunk.device):
+                x, mask, found = chunk.evaluate(*(t if t is None else tf.identity(t) for t in (x, mask)))
+            losses += [] if found is None else [found]
+        return with_mask(x, mask), losses
+
+    def _check_effects(self) -> None:
+        """Raises ValueError for layers that cannot run as often as a micro-batch asks; warns of those with a state."""
+        for layer, effects in (found for chunk in self.chunks for found in chunk.effects):
+            if effects.differentiates_python and self.schedule.num_micro_batches > 1:
+                raise ValueError(
+                    f"layer {layer.name}: TensorFlow keeps what the gradient of a tf.py_function needs of one call only; "
+                    "expected one micro-batch, or tf.numpy_function in a tf.custom_gradient"
+                )
+            if self.recompute != "none" and not effects.is_undone:
+                raise ValueError(f"layer {layer.name}: {RECOMPUTED_EFFECT}")
+        self._warn_of_states()
+
+    def _warn_of_states(self) -> None:
+        """Names, once, the layers that update variables in the forward: they do so with every micro-batch."""
+        names = [name for chunk in self.chunks for _, effects in chunk.effects for name in effects.changed]
+        m = self.schedule.num_micro_batches
+        if names and m > 1 and self.compiled and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{', '.join(dict.fromkeys(names))}: updated with every micro-batch, so {m} times a step, each time from "
+                "that micro-batch alone; keras.Sequential does so once, from the whole mini-batch",
+                stacklevel=2,
+            )
 
     def _recomputes(self, micro_batch: int) -> bool:
         return recomputes(self.recompute, micro_batch, self.schedule.num_micro_batches)
@@ -462,9 +543,15 @@ class GPipeModel(keras.Model):
                 f"{m} (drop_remainder=True where a data set is batched)"
             )
 
-    def _count(self, y: Any) -> list[int]:
-        """How many labels count, for a loss that ignores some; at least 1, so that a loss over none is 0."""
-        return [] if self._loss.ignored is None else [max(1, np.count_nonzero(np.asarray(y) != self._loss.ignored))]
+    def _count(self, y: Any, mask: Any = None) -> list[int]:
+        """How many labels count, where the loss ignores some or a mask does; at least 1, so that a loss over none is 0."""
+        if self._loss.ignored is None and mask is None:
+            return []
+        counted = np.ones_like(y, bool) if self._loss.ignored is None else np.asarray(y) != self._loss.ignored
+        if mask is not None:
+            mask = np.asarray(mask, bool)
+            counted = mask if self._loss.ignored is None else mask & counted.reshape(mask.shape)
+        return [max(1, np.count_nonzero(counted))]
 
     def dropout_context(self, batch_size: int, step: int) -> list[tuple[int, np.ndarray]]:
         """Key and sample indices of every micro-batch; nothing without dropout."""
@@ -507,6 +594,11 @@ def _check_layers(layers: Sequence[keras.layers.Layer]) -> None:
             raise ValueError(f"layer {i} ({layer.name}) already has weights; right would be a new layer, not built yet")
         if any(layer is other for other in layers[:i]):
             raise ValueError(f"layer {i} ({layer.name}) comes twice; right would be two layers")
+        if any(getattr(inner, "stateful", False) for inner in layer._flatten_layers()):
+            raise ValueError(
+                f"layer {i} ({layer.name}) is stateful, so a micro-batch would begin where other samples ended; expected "
+                "stateful=False"
+            )
 
 
 def _edges(spec: TransformerSpec | None, num_layers: int, parts: int, partition: str | Sequence[int]) -> list[int]:

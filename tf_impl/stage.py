@@ -9,9 +9,12 @@ A stage calls the functions that `cut` made of its graph. Between the calls it h
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -21,6 +24,7 @@ from common.runtime.held import HeldActivations
 from tf_impl.cut import StageFunctions, cut_stage
 from tf_impl.devices import on_one_thread
 from tf_impl.dropout import DropoutContext
+from tf_impl.effects import Effects, effects_of, mask_of, with_mask
 from tf_impl.layers import Unit
 
 SummedLoss = Callable[..., tf.Tensor]
@@ -30,6 +34,16 @@ SummedLoss = Callable[..., tf.Tensor]
 def apply_layer(layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext | None, training: bool) -> tf.Tensor:
     """Calls a unit of the Transformer with its dropout context, any other Keras layer with `training`."""
     return layer(x, context=context) if isinstance(layer, Unit) else layer(x, training=training)
+
+
+def losses_of(layer: keras.layers.Layer) -> list[tf.Tensor]:
+    """What the layer's last call and its weights add to the loss: regularizers and `add_loss`."""
+    return [] if isinstance(layer, Unit) else [keras.ops.sum(loss) for loss in layer.losses]
+
+
+def total(losses: Sequence[tf.Tensor]) -> tf.Tensor | None:
+    """Their sum; None for none."""
+    return functools.reduce(keras.ops.add, losses) if losses else None
 
 
 def master_of(variable: keras.Variable) -> keras.Variable:
@@ -54,6 +68,10 @@ class Chunk:
         self.gradients: list[tf.Variable] = []
         self.functions: dict[bool, StageFunctions]
         """By whether B computes the forward again."""
+        self.num_first = 1
+        """Layers up to the first floating output: a token or a category has no gradient."""
+        self.effects: list[tuple[keras.layers.Layer, Effects]] = []
+        """What the layers do besides computing their output; filled by `build`."""
         self.only_own_device = True
         """Whether all variables lie here. The seed of a Keras Dropout does not: it is made along with the layer."""
         self.evaluate = tf.function(self._evaluate, autograph=False)
@@ -63,10 +81,29 @@ class Chunk:
         self._cast = tf.function(self._cast_masters, autograph=False)
 
     def build(self, x: keras.KerasTensor) -> keras.KerasTensor:
-        """Makes the weights, on the chunk's device, for an input like `x`. Returns what the output is like."""
+        """Makes the weights, on the chunk's device, for an input like `x`. Returns what the output is like.
+
+        Raises ValueError for an output that cannot be handed on: several tensors, or integers, which have no gradient.
+        """
+        self.effects, floating = [], []
         with self.strategy.scope():
             for layer in self.layers:
-                x = layer(x)
+                given, x = x, layer(x)
+                if not isinstance(x, keras.KerasTensor):
+                    raise ValueError(
+                        f"layer {layer.name} has an output of type {type(x).__name__}; expected one tensor"
+                    )
+                floating.append(tf.as_dtype(x.dtype).is_floating)
+                if not isinstance(layer, Unit):
+                    call = functools.partial(apply_layer, layer, context=None, training=True)
+                    found = effects_of(layer, given, call)
+                    self.effects += [] if found is None else [(layer, found)]
+        if not self.is_last and not floating[-1]:
+            raise ValueError(
+                f"layer {self.layers[-1].name} is the last on its device and its output is {x.dtype}, which has no "
+                "gradient; expected a partition that puts the first layer with a floating output on the first device"
+            )
+        self.num_first = floating.index(True) + 1 if True in floating else len(floating)
         self.variables = [variable for layer in self.layers for variable in layer.trainable_variables]
         units = {
             id(variable) for layer in self.layers if isinstance(layer, Unit) for variable in layer.trainable_variables
@@ -79,28 +116,65 @@ class Chunk:
         return x
 
     def trace(
-        self, signature: Sequence[tf.TensorSpec], loss: SummedLoss, reports: bool, recomputed: int | None = None
+        self,
+        received: Sequence[tf.TensorSpec],
+        extra: Sequence[tf.TensorSpec],
+        loss: SummedLoss,
+        reports: bool,
+        share: float,
+        recomputed: int | None = None,
     ) -> StageFunctions:
-        """The chunk's functions for (x, *labels, *dropout context). `reports`: the last one also gives its prediction.
+        """The chunk's functions for (x or x and its mask, *labels, *dropout context).
 
-        `recomputed`: layers in each piece that B computes again, 0 for all of them, None for no recomputation.
+        `reports`: the last one also gives its prediction. `share`: the micro-batch's part of the mini-batch, by which the
+        layers' own losses count. `recomputed`: layers in each piece that B computes again, 0 for all of them, None for no
+        recomputation.
         """
-        first = self.layers[0] if self.is_first else None
-        size = recomputed or len(self.layers)
-        pieces = [self.layers[i : i + size] for i in range(0, len(self.layers), size)]
+        first = self.layers[: self.num_first] if self.is_first else []
+        edges = [0, len(self.layers)]
+        if recomputed:
+            edges[1:1] = range(max(recomputed, len(first)), len(self.layers), recomputed)
+        pieces = [self.layers[a:b] for a, b in itertools.pairwise(edges)]
+        states: dict[int, list[tuple[keras.Variable, tf.Tensor]]] = {}
+        losses: list[tf.Tensor] = []
+
+        def call(layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext | None) -> tf.Tensor:
+            """The second time, in a recomputation, with the state that the first time began with, and changing none."""
+            scope: Any = contextlib.nullcontext()
+            if id(layer) in states:
+                read = [(v, v.value) for v in layer.trainable_variables if v.regularizer is not None]
+                scope = keras.StatelessScope([*states[id(layer)], *read], True, False)
+            elif recomputed is not None and layer.non_trainable_variables:
+                states[id(layer)] = [(v, tf.identity(v.value)) for v in layer.non_trainable_variables]
+            with scope:
+                y = apply_layer(layer, x, context, training=True)
+                losses.extend(losses_of(layer))
+            return y
 
         def run_first(x: tf.Tensor, *extra: tf.Tensor) -> tf.Tensor:
-            return apply_layer(first, x, self._split(extra)[1], training=True)
+            for layer in first:
+                x = call(layer, x, self._split(extra)[1])
+            return x
 
         def run_piece(
             piece: Sequence[keras.layers.Layer], x: tf.Tensor, *extra: tf.Tensor
-        ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        ) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+            mask, extra = extra[: len(received) - 1], extra[len(received) - 1 :]
             labels, context = self._split(extra)
-            for layer in piece:
-                if layer is not first:
-                    x = apply_layer(layer, x, context, training=True)
-            has_loss = self.is_last and piece is pieces[-1]
-            return (loss(x, *labels), [x] if reports else []) if has_loss else (x, [])
+            if piece is pieces[0] and mask:
+                x = with_mask(x, mask[0])
+            for layer in piece[len(first) if piece is pieces[0] else 0 :]:
+                x = call(layer, x, context)
+            reported = {}
+            if piece is pieces[-1] and mask_of(x) is not None:
+                reported["mask"] = mask_of(x)
+            if losses:
+                reported["layer_losses"] = share * total(losses)
+                losses.clear()
+            if piece is pieces[-1] and self.is_last:
+                reported |= {"prediction": x} if reports else {}
+                x = loss(x, *labels)
+            return x, reported
 
         def cut() -> StageFunctions:
             variables = [self.local(variable) for variable in self.variables]
@@ -109,10 +183,11 @@ class Chunk:
                 [functools.partial(run_piece, piece) for piece in pieces],
                 variables,
                 self.gradients,
-                signature,
+                [*received, *extra],
                 self.device,
                 self.is_last,
                 recomputed is not None,
+                len(received),
             )
 
         with self.strategy.scope():
@@ -153,12 +228,17 @@ class Chunk:
         for gradient in self.gradients:
             gradient.assign(tf.zeros(gradient.shape, gradient.dtype), read_value=False)
 
-    def _evaluate(self, x: tf.Tensor) -> tf.Tensor:
-        """The chunk without dropout, for any batch size."""
+    def _evaluate(
+        self, x: tf.Tensor, mask: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor | None]:
+        """The chunk without dropout, for any batch size: its output, that one's mask, and the layers' losses."""
+        losses = []
         with tf.device(self.device):
+            x = with_mask(x, mask)
             for layer in self.layers:
                 x = apply_layer(layer, x, None, training=False)
-        return x
+                losses += losses_of(layer)
+        return x, mask_of(x), total(losses)
 
 
 class Stage:
@@ -182,25 +262,30 @@ class Stage:
         self._saved: dict[tuple[int, int], list[tf.Tensor]] = {}
         self._waiting: dict[tuple[int, int], list[tf.Tensor]] = {}
         self.losses: dict[int, tf.Tensor] = {}
+        self.layer_losses: list[tf.Tensor] = []
         self.predictions: dict[int, tf.Tensor] = {}
 
-    def forward(self, micro_batch: int, chunk: int, x: tf.Tensor | None) -> tf.Tensor | None:
+    def forward(self, micro_batch: int, chunk: int, x: Sequence[tf.Tensor] | None) -> list[tf.Tensor] | None:
+        """From and to a list: the tensor and, where Keras has given it one, its mask."""
         part, functions = self.chunks[chunk], self._functions(micro_batch, chunk)
-        arguments = [self._inputs[micro_batch] if x is None else x]
+        arguments = [self._inputs[micro_batch]] if x is None else list(x)
         if part.is_last:
             arguments += self._labels[micro_batch]
         if self._contexts:
             arguments += self._contexts[micro_batch]
         y, *results = functions.forward(*arguments)
-        reported = functions.num_reported
-        self._saved[micro_batch, chunk] = results[reported:]
+        reported = dict(zip(functions.reported, results, strict=False))
+        self._saved[micro_batch, chunk] = results[len(reported) :]
         self.held.bytes_of(micro_batch)[chunk] = functions.saved_bytes
         self.held.note(self._saved, self._waiting)
+        if "layer_losses" in reported:
+            self.layer_losses.append(reported["layer_losses"])
+        mask = reported.get("mask")
         if not part.is_last:
-            return y
+            return [y] if mask is None else [y, mask]
         self.losses[micro_batch] = y
-        if reported:
-            self.predictions[micro_batch] = results[0]
+        if "prediction" in reported:
+            self.predictions[micro_batch] = with_mask(reported["prediction"], mask)
         return None
 
     def backward(self, micro_batch: int, chunk: int, gradient: tf.Tensor | None) -> tf.Tensor | None:
@@ -234,18 +319,29 @@ class ForwardOnly:
         self.chunks = chunks
         self._inputs = inputs
         self.predictions: dict[int, tf.Tensor] = {}
+        self.layer_losses: dict[int, list[tf.Tensor]] = {}
+        """By micro-batch: what the layers add to the loss of a mini-batch that is this micro-batch alone."""
 
-    def forward(self, micro_batch: int, chunk: int, x: tf.Tensor | None) -> tf.Tensor | None:
+    def forward(self, micro_batch: int, chunk: int, x: Sequence[tf.Tensor] | None) -> list[tf.Tensor] | None:
+        """As `Stage.forward`."""
         part = self.chunks[chunk]
-        y = part.evaluate(self._inputs[micro_batch] if x is None else x)
+        y, mask, losses = part.evaluate(*([self._inputs[micro_batch]] if x is None else x))
+        if losses is not None:
+            self.layer_losses.setdefault(micro_batch, []).append(losses)
         if not part.is_last:
-            return y
-        self.predictions[micro_batch] = y
+            return [y] if mask is None else [y, mask]
+        self.predictions[micro_batch] = with_mask(y, mask)
         return None
 
 
 def _given(gradient: tf.Tensor | None) -> tuple[tf.Tensor, ...]:
     return () if gradient is None else (gradient,)
+
+
+def concatenated(pieces: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Micro-batches put together again, with their masks if they have any."""
+    masks = [mask_of(piece) for piece in pieces]
+    return with_mask(tf.concat(pieces, 0), None if masks[0] is None else tf.concat(masks, 0))
 
 
 class PipelineStopped(RuntimeError):
@@ -259,23 +355,23 @@ class Channel:
     """
 
     def __init__(self) -> None:
-        self._mail: dict[Message, tf.Tensor] = {}
+        self._mail: dict[Message, Any] = {}  # a tensor, or a tensor and its mask
         self._changed = threading.Condition()
         self.failure: BaseException | None = None
         """Why the pass was stopped: the first error of any stage."""
 
-    def send(self, message: Message, tensor: tf.Tensor, device: int) -> None:
+    def send(self, message: Message, tensor: Any, device: int) -> None:
         with self._changed:
             self._mail[message] = tensor
             self._changed.notify_all()
 
-    def receive(self, message: Message, device: int) -> tf.Tensor:
+    def receive(self, message: Message, device: int) -> Any:
         """Raises PipelineStopped if a stage fails before the tensor is there."""
         with self._changed:
             self._changed.wait_for(lambda: message in self._mail or self.failure)
             self.check()
             tensor = self._mail.pop(message)
-        return tf.identity(tensor)  # on the thread's own device
+        return tf.nest.map_structure(tf.identity, tensor)  # on the thread's own device
 
     def check(self) -> None:
         """Raises PipelineStopped once a stage has failed."""

@@ -1,0 +1,115 @@
+"""Which operations may run again, and which change something: what a cut, a second forward and many micro-batches ask.
+
+TensorFlow calls an operation stateful as soon as it reads a variable, and so the loop of every LSTM. What counts here is
+whether it, or any function that it calls, changes a state, draws a random number, or calls Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.framework import op_def_registry  # no public name
+
+REPEATED = frozenset(
+    {
+        *("ReadVariableOp", "VarHandleOp", "Placeholder", "Const", "ResourceGather", "ResourceGatherNd"),
+        *("VariableShape", "LookupTableFindV2", "LookupTableSizeV2", "Assert"),
+    }
+)
+"""Stateful or not, these are repeated where they are needed, and two of them are as good as one."""
+
+
+def mask_of(x: Any) -> tf.Tensor | None:
+    """The mask that Keras has attached to a tensor."""
+    return getattr(x, "_keras_mask", None)
+
+
+def with_mask(x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    """`x` itself, with the mask attached as Keras does, if there is one."""
+    if mask is not None:
+        x._keras_mask = mask
+    return x
+
+
+def called_functions(node: Any) -> list[str]:
+    """The functions that a node runs: a loop's body and condition, branches, an inner `tf.function`."""
+    given = [f.name for value in node.attr.values() for f in (value.func, *value.list.func) if f.name]
+    return given if op_def_registry.get(node.op) is not None else [node.op, *given]
+
+
+def is_repeatable(node: Any, library: Mapping[str, Any], among: frozenset[str] = REPEATED) -> bool:
+    """Whether running a node again, or in another place, changes nothing.
+
+    `library` holds its graph's functions by name; of stateful operations, only those in `among` are harmless.
+    """
+    called = called_functions(node)
+    if called:
+        return all(is_repeatable(inner, library, among) for name in called for inner in library[name].node_def)
+    return node.op in among or not op_def_registry.get(node.op).is_stateful
+
+
+def all_nodes(node: Any, library: Mapping[str, Any]) -> list[Any]:
+    """A node and those of all functions that it runs."""
+    inner = [other for name in called_functions(node) for other in library[name].node_def]
+    return [node, *(found for other in inner for found in all_nodes(other, library))]
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What a layer's call in training does besides computing its output."""
+
+    changed: tuple[str, ...]
+    """Where the variables are that it assigns (a layer's path); seeds of random numbers do not count."""
+    is_undone: bool
+    """Whether all of it is assignments to the layer's own Keras variables, which a `keras.StatelessScope` holds back."""
+    differentiates_python: bool
+    """Whether a `tf.py_function` computes what a gradient may be asked of."""
+
+
+def effects_of(layer: keras.layers.Layer, x: Any, call: Callable[[Any], Any]) -> Effects | None:
+    """Traces `call(x)`, a call of `layer`, for a symbolic `x`; None where that fails with an unknown batch size."""
+
+    @tf.function(autograph=False)
+    def traced(x: tf.Tensor, mask: tf.Tensor | None) -> None:
+        call(with_mask(x, mask))
+
+    def spec(t: Any) -> Any:
+        return None if t is None else tf.TensorSpec(t.shape, t.dtype)
+
+    try:
+        graph = traced.get_concrete_function(spec(x), spec(mask_of(x))).graph
+    except Exception:  # the real trace, with a batch size, has the last word
+        return None
+    graph_def = graph.as_graph_def()
+    library = {function.signature.name: function for function in graph_def.library.function}
+    found = [node for node in graph_def.node if not is_repeatable(node, library)]
+    outer = {inner.op.name: outer for outer, inner in graph.captures}
+    own = {id(handle): v for v in layer.variables for handle in handles(v)}
+    weights = {id(v) for v in layer.weights}
+    changed: dict[str, None] = {}
+    is_undone = True
+    for node in found:
+        resources = [outer[name] for name in node.input if name in outer and outer[name].dtype == tf.resource]
+        variables = [own.get(id(resource)) for resource in resources]
+        is_undone &= node.op.startswith("Assign") and bool(variables) and variables[0] is not None
+        assigned = variables if not node.op.startswith("Assign") else variables[:1]
+        for v in assigned:
+            if v is None:
+                changed[layer.name] = None
+            elif id(v) in weights and not v.trainable:
+                changed[v.path.rsplit("/", 1)[0]] = None
+    python = any(
+        inner.op == "EagerPyFunc" and any(tf.as_dtype(t).is_floating for t in inner.attr["Tout"].list.type)
+        for node in found
+        for inner in all_nodes(node, library)
+    )
+    return Effects(tuple(changed), is_undone, python)
+
+
+def handles(variable: keras.Variable) -> list[Any]:
+    """The resources of a variable, one on every device that it is on."""
+    return [part.handle for part in tf.distribute.get_strategy().experimental_local_results(variable.value)]
