@@ -40,8 +40,8 @@ import tensorflow as tf
 from tf_impl.effects import REPEATED, is_repeatable
 
 RECOMPUTED_EFFECT = (
-    "a layer does more than compute its output and update its Keras variables (it calls Python, or draws a number without "
-    "a Keras seed), and a second forward would do so again; expected recompute='none'"
+    "a layer calls Python, draws numbers without a Keras seed, or assigns what is trained or is no Keras variable, and a "
+    "second forward would do so again; expected recompute='none'"
 )
 
 

@@ -65,7 +65,8 @@ class Effects:
     changed: tuple[str, ...]
     """Where the variables are that it assigns (a layer's path); seeds of random numbers do not count."""
     is_undone: bool
-    """Whether all of it is assignments to the layer's own Keras variables, which a `keras.StatelessScope` holds back."""
+    """Whether all of it is assignments to Keras variables that are not trained: a `keras.StatelessScope` holds these back.
+    (SpectralNormalization assigns its kernel, too.)"""
     differentiates_python: bool
     """Whether a `tf.py_function` computes what a gradient may be asked of."""
 
@@ -95,12 +96,13 @@ def effects_of(layer: keras.layers.Layer, x: Any, call: Callable[[Any], Any]) ->
     for node in found:
         resources = [outer[name] for name in node.input if name in outer and outer[name].dtype == tf.resource]
         variables = [own.get(id(resource)) for resource in resources]
-        is_undone &= node.op.startswith("Assign") and bool(variables) and variables[0] is not None
+        target = variables[0] if node.op.startswith("Assign") and variables else None
+        is_undone &= target is not None and not target.trainable
         assigned = variables if not node.op.startswith("Assign") else variables[:1]
         for v in assigned:
             if v is None:
                 changed[layer.name] = None
-            elif id(v) in weights and not v.trainable:
+            elif id(v) in weights:
                 changed[v.path.rsplit("/", 1)[0]] = None
     python = any(
         inner.op == "EagerPyFunc" and any(tf.as_dtype(t).is_floating for t in inner.attr["Tout"].list.type)

@@ -126,9 +126,9 @@ class GPipeModel(keras.Model):
         self._strategies = strategies
         self._threads = [ThreadPoolExecutor(1, f"stage-{d}") for d in range(num_stages)]
         self._optimizers: list[StageOptimizer] = []
-        self._traced: dict[Any, list[Any]] = {}
-        self._mask_parts: dict[Any, list[Any]] = {}
-        """As `_traced`, where predictions have a mask: what it is computed with, chunk after chunk."""
+        self._traced: dict[Any, tuple[list[Any], list[Any]]] = {}
+        self._mask_parts: list[Any] = []
+        """By chunk, where predictions have a mask: what computes it."""
         self._reports = False
         self._is_masked = False
         self._has_warned = False
@@ -456,12 +456,10 @@ class GPipeModel(keras.Model):
                     }
                 )
                 received = next(iter(traced[-1].values())).handed_on
-            if self._is_masked:
-                self._mask_parts[key] = self._parts_for_mask(traced)
-            self._traced[key] = traced
-        for chunk, functions in zip(self.chunks, self._traced[key], strict=True):
+            self._traced[key] = traced, self._parts_for_mask(traced) if self._is_masked else []
+        traced, self._mask_parts = self._traced[key]
+        for chunk, functions in zip(self.chunks, traced, strict=True):
             chunk.functions = functions
-        self._parts = self._mask_parts.get(key, [])
 
     def _parts_for_mask(self, traced: Sequence[dict[bool, Any]]) -> list[tuple[Any, list[bool]]]:
         """By chunk: a function for what of its output the predictions' mask depends on, and of its input it takes.
@@ -479,10 +477,10 @@ class GPipeModel(keras.Model):
         """That of the whole mini-batch: its loss is a mean over what counts, known before the first backward."""
         if not self._is_masked:
             return None
-        masks, takes_x = [], self._parts[0][1][0]
+        masks, takes_x = [], self._mask_parts[0][1][0]
         for piece in tf.split(tf.convert_to_tensor(x), self.schedule.num_micro_batches):
             handed = [piece] if takes_x else []
-            for (d, _), (function, _) in zip(self.schedule.location, self._parts, strict=True):
+            for (d, _), (function, _) in zip(self.schedule.location, self._mask_parts, strict=True):
                 handed = self.on_stage(d, lambda f=function, given=handed: f(*(tf.identity(t) for t in given)))
             masks.append(handed[0].numpy())
         return np.concatenate(masks)

@@ -98,6 +98,11 @@ class Chunk:
                     call = functools.partial(apply_layer, layer, context=None, training=True)
                     found = effects_of(layer, given, call)
                     self.effects += [] if found is None else [(layer, found)]
+        if not isinstance(x, keras.KerasTensor):
+            raise ValueError(
+                f"layer {self.layers[-1].name} is the last on its device and its output is a {type(x).__name__}; expected "
+                "one tensor"
+            )
         if not self.is_last and not floating[-1]:
             raise ValueError(
                 f"layer {self.layers[-1].name} is the last on its device and its output is {x.dtype}, which has no "

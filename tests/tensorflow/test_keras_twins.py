@@ -294,7 +294,8 @@ def noisy(x: tf.Tensor) -> tf.Tensor:
         (lambda: [L.Dense(4), L.LSTM(4, stateful=True)], {}, "is stateful, so a micro-batch would begin where"),
         (lambda: [L.Dense(4), Apply(python), L.Dense(1)], {}, "tf.py_function needs of one call only"),
         (lambda: [L.Dense(4), Apply(noisy)], {"recompute": "full"}, "a second forward would do so again"),
-        (lambda: [L.Dense(4), Apply(lambda x: [x, x]), L.Add()], {}, "has an output of type list; expected one tensor"),
+        (lambda: [L.Dense(4), L.SpectralNormalization(L.Dense(4))], {"recompute": "full"}, "assigns what is trained"),
+        (lambda: [Apply(lambda x: [x, x]), L.Add()], {}, "its output is a list; expected one tensor"),
     ],
 )
 def test_layers_that_cannot_be_right_are_refused(
