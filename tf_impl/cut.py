@@ -86,14 +86,17 @@ class OnCallingThread:
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        self._captured, self._types = list(function.captured_inputs), [output.dtype for output in function.outputs]
+        self.captured_inputs, self._types = (
+            list(function.captured_inputs),
+            [output.dtype for output in function.outputs],
+        )
         config = tf.compat.v1.ConfigProto()  # an operation does not look at `tf.config`
         config.graph_options.rewrite_options.disable_meta_optimizer = True
         self._config = config.SerializeToString()
 
     def __call__(self, *arguments: tf.Tensor) -> list[tf.Tensor]:
         found = tf.raw_ops.StatefulPartitionedCall(
-            args=[*arguments, *self._captured],
+            args=[*arguments, *self.captured_inputs],
             Tout=self._types,
             f=self.function,
             config_proto=self._config,

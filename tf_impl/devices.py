@@ -116,6 +116,13 @@ def stage_thread(device: str, only_own_device: bool = True) -> contextlib.Abstra
     return stack
 
 
+def any_executor() -> contextlib.AbstractContextManager[Any]:
+    """Within `stage_thread`: the normal executor, for a function that reads a variable of another device."""
+    from tensorflow.python.eager import context
+
+    return context.function_executor_type("DEFAULT")
+
+
 def best_track(config: RunConfig) -> dict[str, Any]:
     """The part of `environment` that says what the track "best" does, and what it leaves out."""
     said = ["oneDNN: used", "XLA: not used, see docs/frameworks.md", "Grappler: not used, see docs/frameworks.md"]

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from common.data import IGNORED
 from common.reference import clip_scale, global_norm
 from common.spec import RunConfig
 from tf_impl import engine, layers, optimizer
@@ -89,7 +90,7 @@ def tf32(config: RunConfig) -> list[AbstractContextManager[Any]]:
 
 def mean_over_all_labels(config: RunConfig) -> list[AbstractContextManager[Any]]:
     """Keras' mean with sample weights 0 for what is ignored."""
-    return [patch(GPipeModel, "_count", lambda self, y: [np.size(y)])]
+    return [patch(GPipeModel, "_divisor", lambda self, traced, x, labels: np.size(labels[0]))]
 
 
 def mean_per_micro_batch(config: RunConfig) -> list[AbstractContextManager[Any]]:
@@ -103,9 +104,11 @@ def unscaled_micro_batches(config: RunConfig) -> list[AbstractContextManager[Any
 def _own_mean(divisor: int) -> Callable[..., tf.Tensor]:
     """The mean over the micro-batch's own labels, divided by `divisor`; evaluation stays as it is."""
 
+    micro_batch_loss = GPipeModel._micro_batch_loss
+
     def loss(self: GPipeModel, prediction: tf.Tensor, y: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-        own = tf.maximum(1, tf.math.count_nonzero(y != self._loss.ignored, dtype=tf.int32))
-        return self.summed_loss(prediction, y, own * divisor)
+        own = tf.maximum(1, tf.math.count_nonzero(y != IGNORED, dtype=tf.int32))
+        return micro_batch_loss(self, prediction, y, own * divisor)
 
     return loss
 
@@ -213,13 +216,14 @@ def sparse_embedding_gradient(config: RunConfig) -> list[AbstractContextManager[
 def _squared_rows(model: GPipeModel, x: Any, y: Any, step: int) -> tf.Tensor:
     """The squares of the rows of the token embedding's gradient, added up by token: (V, D)."""
     m, total = model.schedule.num_micro_batches, 0.0
+    contexts = model.dropout_context(len(x), step)
     token = model.chunks[0].local(model.units[0].token)
-    count = tf.constant(model._count(y)[0], tf.float64)
-    for i, (tokens, labels) in enumerate(zip(np.split(x, m), np.split(y, m), strict=True)):
+    count = np.count_nonzero(y != IGNORED)
+    for i, (tokens, labels) in enumerate(zip(np.array_split(x, m), np.array_split(y, m), strict=True)):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(token)
-            logits = model.unit_outputs(tokens, step, i)[-1]
-            loss = model._micro_batch_loss(logits, labels, count)
+            logits = model.unit_outputs(tokens, contexts[i] if contexts else ())[-1]
+            loss = model.summed_loss(logits, labels, count)
         rows = tape.gradient(loss, token)  # tf.IndexedSlices
         total += tf.math.unsorted_segment_sum(tf.square(rows.values), rows.indices, token.shape[0])
     return total

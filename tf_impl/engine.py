@@ -72,7 +72,9 @@ class TensorFlowEngine:
         named = named_parameters(unit_names(model), self.model.units, model.tied_head)
         self._named = [item._replace(parameter=self.model.master_of(item.parameter)) for item in named]
         not_decayed = [item.parameter for item in self._named if not train.decays(item.name)]
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=IGNORED)
+        loss = keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, ignore_class=IGNORED, dtype="float64" if train.dtype == "float64" else "float32"
+        )
         self.model.compile(make_optimizer(train, not_decayed), loss)
         self._stage_of = {unit: plan.part_of(unit) for unit in unit_names(model)}
 
@@ -92,13 +94,17 @@ class TensorFlowEngine:
 
     def evaluate(self, batch: Batch) -> float:
         pieces = batch.micro_batches(self.config.train.micro_batches)
-        losses = (self.model.summed_loss(self.model(p.inputs), p.targets, batch.num_tokens) for p in pieces)
+        losses = self.model.forward_only(
+            batch.inputs,
+            lambda i, logits: self.model.summed_loss(logits, tf.constant(pieces[i].targets), batch.num_tokens)[None],
+        )
         return math.fsum(float(loss) for loss in losses)
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
-        found = {}
+        found, contexts = {}, self.model.dropout_context(len(batch.inputs), batch.step)
         for i, piece in enumerate(batch.micro_batches(self.config.train.micro_batches)):
-            for unit, output in zip(self._stage_of, self.model.unit_outputs(piece.inputs, batch.step, i), strict=True):
+            outputs = self.model.unit_outputs(piece.inputs, contexts[i] if contexts else ())
+            for unit, output in zip(self._stage_of, outputs, strict=True):
                 stage = self.model.schedule.location[self._stage_of[unit]][0]
                 found[TensorKey(batch.step, "forward", stage, i, unit, "output")] = to_array(output)
         return found

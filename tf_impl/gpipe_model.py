@@ -11,11 +11,11 @@ on one device, because a mini-batch's gradients are added up over its micro-batc
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import keras
@@ -23,7 +23,6 @@ import numpy as np
 import tensorflow as tf
 
 from common.dropout import step_key
-from common.partition import even_boundaries
 from common.reference import clip_scale, global_norm
 from common.runtime.executor import Event, run_stage, unwatched
 from common.schedule.action import Action, Schedule
@@ -32,45 +31,44 @@ from common.schedule.recompute import WORDS, is_known, recomputes
 from common.spec import TransformerSpec
 from common.weights import unit_names
 from tf_impl import devices
-from tf_impl.cut import RECOMPUTED_EFFECT
+from tf_impl.batch import one_tensor, piece_sizes, unpacked
+from tf_impl.cut import RECOMPUTED_EFFECT, StageFunctions
 from tf_impl.effects import mask_of, with_mask
 from tf_impl.layers import Embedding, build_unit
-from tf_impl.optimizer import StageOptimizer, check_optimizer
+from tf_impl.loss import BatchLoss, batch_loss, check_loss
+from tf_impl.optimizer import StageOptimizer, check_optimizer, moments_of
+from tf_impl.row import cut_row, row_of
+from tf_impl.saving import layer_configs, layers_of, schedule_of, schedule_text
 from tf_impl.stage import Channel, Chunk, ForwardOnly, Stage, apply_layer, concatenated
 
 Result = TypeVar("Result")
 
 
-class Loss(NamedTuple):
-    """A Keras loss before its reduction."""
+class Traced(NamedTuple):
+    """What was traced for one shape of a mini-batch."""
 
-    per_element: Callable[[Any, Any], tf.Tensor]
-    is_mean: bool
-    """Whether Keras takes the mean of the elements; else their sum."""
-    ignored: int | None
-    """A label whose elements do not count (Keras' `ignore_class`)."""
+    functions: list[list[StageFunctions]]
+    """By chunk and micro-batch; micro-batches of one size share theirs."""
+    mask_parts: dict[int, list[Any]]
+    """By the size of a micro-batch and by chunk, where predictions have a mask: what computes it."""
+    divisor: Callable[..., tf.Tensor]
+    """(mask of the predictions or None, y[, sample_weight]) of a mini-batch -> what the sum of its losses is divided by."""
 
 
+@keras.saving.register_keras_serializable("triptych")
 class GPipeModel(keras.Model):
     """A row of Keras layers, or the Transformer of a `TransformerSpec`, cut over several devices.
 
-    `partition` gives the first layer of every virtual stage after the first; "even" spreads the layers evenly.
+    `layers` are as `keras.Sequential` has them: new ones, a `keras.Input` ahead of them or not. `partition` gives the first
+    layer of every virtual stage after the first; "even" spreads the layers evenly. `num_micro_batches` need not divide
+    a mini-batch: pieces then differ by one sample.
     `schedule` is a name (gpipe, 1f1b, ...), `file:PATH`, or a `Schedule`. `recompute`: what the backward
     computes again instead of holding it (`common.schedule.recompute`; GPipe's choice is "full"). `dtype` and `seed` (of
     the dropout masks) are the Transformer's; ordinary layers have their own. One logical device per stage must exist
     (`tf_impl.devices.configure`).
 
-    It gives what `keras.Sequential` gives with the same weights: masks, regularizers and `add_loss` included. What a
-    layer adds with `add_loss` is taken for a mean over samples, as Keras' activity regularizers are: a micro-batch's
-    counts by its part of the mini-batch (so a sum over samples counts for less than in Keras). Two things are each
-    micro-batch's own: random numbers, and what layers update in the forward, such as the averages of a
-    BatchNormalization, which is done m times a step, each time from one micro-batch. `compile` (or `build`, if that
-    comes later) warns once and names the layers.
-
     Raises ValueError for more stages than layers, a partition that does not fit, missing devices, a layer that already has
-    weights (they would be on the wrong device), comes twice or is stateful; ScheduleError for a schedule that cannot be
-    made. `build` does for a device that would hand on integers or several tensors, for a `tf.py_function` that has to be
-    differentiated, and for `recompute` where a layer calls Python or draws numbers without a Keras seed.
+    weights (they would be on the wrong device) or comes twice; ScheduleError for a schedule that cannot be made.
     """
 
     def __init__(
@@ -91,150 +89,243 @@ class GPipeModel(keras.Model):
         super().__init__(name=name, **({"dtype": dtype} if isinstance(layers, TransformerSpec) else {}))
         self.spec = layers if isinstance(layers, TransformerSpec) else None
         self.seed = seed
+        start = None
         if isinstance(layers, TransformerSpec):
             self.units = [build_unit(layers, unit, dtype) for unit in unit_names(layers)]
         else:
-            self.units = list(layers)
-            _check_layers(self.units)
+            self.units, start = row_of(layers)
         if isinstance(schedule, str):
-            schedule = make_schedule(schedule, num_stages, num_micro_batches, num_chunks)
-        self.schedule = schedule
+            made = make_schedule(schedule, num_stages, num_micro_batches, num_chunks)
+            schedule = made if schedule.startswith("file:") else schedule
+        else:
+            made = schedule
+        self.schedule = made
         if not is_known(recompute):
             raise ValueError(f"recompute {recompute!r}; right would be one of {WORDS}")
         self.recompute = recompute
-        edges = _edges(self.spec, len(self.units), schedule.num_virtual_stages, partition)
+        edges = cut_row(self.spec, len(self.units), made.num_virtual_stages, partition)
         names = devices.stage_devices(num_stages, device)
         strategies = devices.stage_strategies(names)
         self.chunks = [
             Chunk(
                 self.units[edges[k] : edges[k + 1]],
-                strategies[schedule.location[k][0]],
+                strategies[made.location[k][0]],
                 is_first=k == 0,
-                is_last=k == schedule.num_virtual_stages - 1,
+                is_last=k == made.num_virtual_stages - 1,
             )
-            for k in range(schedule.num_virtual_stages)
+            for k in range(made.num_virtual_stages)
         ]
         self.stages = [
-            Stage([self.chunks[schedule.virtual_stage(d, c)] for c in range(schedule.num_chunks)], self._recomputes)
-            for d in range(num_stages)
+            Stage([self.chunks[made.virtual_stage(d, c)] for c in range(made.num_chunks)]) for d in range(num_stages)
         ]
         self.stage_devices = names
         self.events: dict[int, list[Event]] = {}
         """What the last `forward_backward` did, per device."""
         self.on_action: Callable[[int, Action | None], None] = unwatched
         """Called with the device ahead of every action, and with None after the last, on the stage's thread."""
+        self._arguments = (num_stages, num_micro_batches, schedule_text(schedule))
+        self._options = (num_chunks, edges[1:-1], recompute, device, dtype, seed)
+        self._input: keras.KerasTensor | None = None
         self._strategies = strategies
         self._threads = [ThreadPoolExecutor(1, f"stage-{d}") for d in range(num_stages)]
         self._optimizers: list[StageOptimizer] = []
-        self._traced: dict[Any, tuple[list[Any], list[Any]]] = {}
-        self._mask_parts: list[Any] = []
-        """By chunk, where predictions have a mask: what computes it."""
+        self._traced: dict[Any, Traced] = {}
         self._reports = False
+        self._loss: BatchLoss | None = None
         self._is_masked = False
         self._has_warned = False
+        if start is not None:
+            self.build(start.shape, start.dtype)
 
     # ------------------------------------------------------------------------------------------- Keras' own methods
 
     def build(self, input_shape: Sequence[int | None], dtype: str | None = None) -> None:
         """Makes all weights, each on its stage's device. Called by the first step; needed before `load_weights`."""
+        if self._input is not None:
+            return
         if dtype is None:
             dtype = "int32" if isinstance(self.units[0], Embedding | keras.layers.Embedding) else keras.config.floatx()
-        x = keras.KerasTensor((None, *input_shape[1:]), dtype)
+        x = start = keras.KerasTensor((None, *input_shape[1:]), dtype)
         for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
             x = self.on_stage(d, functools.partial(chunk.build, x))
-        self._is_masked = mask_of(x) is not None
+        self._input, self._is_masked = start, mask_of(x) is not None
         self._check_effects()
         if self._tied is not None:
             own, copy = self._tied
             copy.assign(own)
             self.cast_masters()
 
-    def load_weights(self, *arguments: Any, **options: Any) -> None:
-        """As `keras.Model.load_weights`."""
-        super().load_weights(*arguments, **options)
-        for chunk in self.chunks:
-            for variable, master in zip(chunk.variables, chunk.masters, strict=True):
-                if variable is not master:
-                    master.assign(tf.cast(variable.value, tf.float32))
-
     def compile(
         self,
-        optimizer: str | keras.optimizers.Optimizer = "adam",
+        optimizer: str | keras.optimizers.Optimizer = "rmsprop",
         loss: Any = None,
+        loss_weights: Any = None,
         metrics: Any = None,
         weighted_metrics: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: str | bool = "auto",
+        auto_scale_loss: bool = True,
     ) -> None:
-        """As `keras.Model.compile`. Clipping by `global_clipnorm` is over all stages."""
-        if loss is None:
-            raise ValueError("compile needs a loss; right would be for example loss='mse'")
-        self._loss = _unreduced(loss)
-        self._reports = bool(metrics or weighted_metrics)
+        """As `keras.Model.compile`. Clipping by `global_clipnorm` is over all stages.
+
+        Whatever `run_eagerly` is, Python walks the schedule, and what it calls are traced functions. Raises ValueError for
+        XLA, and for an optimizer or a loss that a pipeline cannot have (`check_optimizer`, `check_loss`).
+        """
+        check_loss(loss)
+        if jit_compile is True:
+            raise ValueError("jit_compile=True: the cut functions are not compiled by XLA; expected 'auto' or False")
+        if type(self).compute_loss is not keras.Model.compute_loss:
+            raise ValueError(
+                "compute_loss is overridden, and a pipeline computes its loss in pieces; expected compile(loss=...)"
+            )
+        own_metrics = type(self).compute_metrics is not keras.Model.compute_metrics
+        self._reports = bool(metrics or weighted_metrics or own_metrics)
         # Eager, since the step is Python's: it starts functions that are already traced, from several threads.
         super().compile(
             optimizer=optimizer,
             loss=loss,
+            loss_weights=loss_weights,
             metrics=metrics,
             weighted_metrics=weighted_metrics,
             run_eagerly=True,
+            steps_per_execution=steps_per_execution,
             jit_compile=False,
+            auto_scale_loss=auto_scale_loss,
         )
         check_optimizer(self.optimizer)
-        self._optimizers, self._traced = [], {}
+        self._optimizers, self._traced, self._loss = [], {}, None
         self._warn_of_states()
+
+    def __call__(self, x: Any, *arguments: Any, **options: Any) -> Any:
+        """As `keras.Model`'s. Keras itself would build without a dtype."""
+        self._ensure_built(x if isinstance(x, keras.KerasTensor) else one_tensor(x, "x"))
+        return super().__call__(x, *arguments, **options)
 
     def call(self, x: Any, training: bool = False) -> tf.Tensor:
         """The forward pass alone, stage after stage, without dropout."""
         if training:
             raise ValueError("a pipeline trains in forward_backward, not in call(training=True)")
-        return self._evaluated(x)[0]
+        mask = mask_of(x)
+        for chunk in self.chunks:
+            with tf.device(chunk.device):
+                x, mask, _ = chunk.evaluate(*(t if t is None else tf.identity(t) for t in (x, mask)))
+        return with_mask(x, mask)
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        x, y, sample_weight = unpacked(data)
         loss = self.forward_backward(x, y, sample_weight)
-        self.apply_gradients()
+        if any(chunk.variables for chunk in self.chunks):
+            self.apply_gradients()
+        else:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         prediction = concatenated(self._collected_predictions()) if self._reports else None
-        return self._update_metrics(loss, x, y, prediction, sample_weight)
+        return self._reported(loss, x, y, prediction, sample_weight)
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        self._ensure_built(x)
-        prediction, layer_losses = self._evaluated(x)
-        loss = self.summed_loss(prediction, *_labels(y, sample_weight), *self._count(y, mask_of(prediction)))
-        loss = math.fsum(float(value) for value in (loss, *layer_losses))
-        return self._update_metrics(loss, x, y, prediction, sample_weight)
+        x, y, sample_weight = unpacked(data)
+        prediction, layer_losses = self._forward(x)
+        loss = math.fsum(float(value) for value in (self._compile_loss(y, prediction, sample_weight), *layer_losses))
+        return self._reported(loss, x, y, prediction, sample_weight)
 
     def predict_step(self, data: Any) -> tf.Tensor:
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        self._ensure_built(x)
-        return self(x)
+        return self.forward_only(one_tensor(keras.utils.unpack_x_y_sample_weight(data)[0], "x"))
+
+    # ------------------------------------------------------------------------------------------- saving and loading
+
+    def get_config(self) -> dict[str, Any]:
+        num_stages, num_micro_batches, schedule = self._arguments
+        num_chunks, partition, recompute, device, dtype, seed = self._options
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "spec": self.spec and self.spec.model_dump(),
+            "layers": [] if self.spec else layer_configs(self.units),
+            "input": None if self._input is None else [list(self._input.shape), self._input.dtype],
+            "num_stages": num_stages,
+            "num_micro_batches": num_micro_batches,
+            "schedule": schedule,
+            "num_chunks": num_chunks,
+            "partition": list(partition),
+            "recompute": recompute,
+            "device": device,
+            "dtype": dtype,
+            "seed": seed,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: dict[str, Any] | None = None) -> GPipeModel:
+        """A model with new weights, as `keras.Sequential.from_config`; built if the other one was."""
+        config = dict(config)
+        spec, layers, start, trainable = (config.pop(key) for key in ("spec", "layers", "input", "trainable"))
+        config["schedule"] = schedule_of(config["schedule"])
+        model = cls(TransformerSpec(**spec) if spec else layers_of(layers, custom_objects), **config)
+        if start:
+            model.build(*start)
+        if not trainable:
+            model.trainable = False
+        return model
+
+    def get_build_config(self) -> None:
+        """None: the configuration says what the input is like."""
+
+    def compile_from_config(self, config: Mapping[str, Any]) -> None:
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self._build_optimizer()  # its slots are loaded next
+
+    def save_own_variables(self, store: Any) -> None:
+        """The float32 masters, if layers compute in bfloat16."""
+        for i, (_, master) in enumerate(self._copies):
+            store[str(i)] = master.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        for i, (_, master) in enumerate(self._copies):
+            if str(i) in store:
+                master.assign(store[str(i)])
+
+    def load_weights(self, *arguments: Any, **options: Any) -> None:
+        """As `keras.Model.load_weights`."""
+        super().load_weights(*arguments, **options)
+        self._follow_weights()
+
+    def set_weights(self, weights: Any) -> None:
+        """As `keras.Model.set_weights`."""
+        super().set_weights(weights)
+        self._follow_weights()
 
     # ------------------------------------------------------------------------------------------- one training step
 
     def forward_backward(self, x: Any, y: Any, sample_weight: Any = None, step: int | None = None) -> float:
         """Runs the schedule over a mini-batch, replacing the gradients. Returns the mini-batch's loss.
 
-        `step` (default: the optimizer's) chooses the Transformer's dropout masks. Raises ValueError for a batch that
-        does not divide into micro-batches, RuntimeError before `compile`, and a failed stage's StageFailure.
+        `step` (default: the optimizer's) chooses the Transformer's dropout masks. Raises ValueError for a batch with
+        fewer samples than micro-batches, RuntimeError before `compile`, and a failed stage's StageFailure.
         """
         if not self.compiled:
             raise RuntimeError("the model has no optimizer and no loss yet; right would be compile(optimizer, loss)")
+        x, y, sample_weight = unpacked((x, y, sample_weight))
         m = self.schedule.num_micro_batches
-        self._check_divides(len(x))
+        if len(x) < m:
+            raise ValueError(
+                f"a batch of {len(x)} samples cannot be cut into {m} micro-batches; expected at least {m} "
+                "(drop_remainder=True where a data set is batched)"
+            )
         self._ensure_built(x)
-        labels = _labels(y, sample_weight)
-        self._ensure_traced(x, labels)
+        labels = [y] if sample_weight is None else [y, sample_weight]
+        divisor = self._divisor(self._ensure_traced(x, labels), x, labels)
+        sizes = piece_sizes(len(x), m)
         context = self.dropout_context(len(x), int(self.optimizer.iterations) if step is None else step)
-        count = self._count(y, self._prediction_mask(x))
 
         def begin(d: int) -> Stage:
             stage = self.stages[d]
             for chunk in stage.chunks:
                 chunk.clear_gradients()
             first, last = (any(getattr(c, end) for c in stage.chunks) for end in ("is_first", "is_last"))
-            pieces = zip(*(tf.split(tf.convert_to_tensor(t), m) for t in labels), strict=True) if last else []
+            pieces = zip(*(tf.split(t, sizes) for t in labels), strict=True) if last else []
             stage.begin(
-                tf.split(tf.convert_to_tensor(x), m) if first else [],
-                [(*piece, *(tf.constant(n, tf.float64) for n in count)) for piece in pieces],
+                tf.split(x, sizes) if first else [],
+                [(*piece, tf.constant(divisor, tf.float64)) for piece in pieces],
                 [(tf.constant(key, tf.int64), tf.constant(samples)) for key, samples in context],
             )
             return stage
@@ -242,7 +333,7 @@ class GPipeModel(keras.Model):
         self.events = self._run(self.schedule, begin)
         self._add_tied_gradients()
         losses = [*self.stages[self.schedule.location[-1][0]].losses.values()]
-        return math.fsum(float(loss) for loss in itertools.chain(losses, *(s.layer_losses for s in self.stages)))
+        return math.fsum(float(loss) for loss in (*losses, *(loss for s in self.stages for loss in s.layer_losses)))
 
     def apply_gradients(self, step: int | None = None) -> float:
         """Clips over all stages, then one optimizer step (default: the next). Returns the norm before clipping."""
@@ -254,20 +345,20 @@ class GPipeModel(keras.Model):
         if self.optimizer.global_clipnorm is not None:
             squares = self.on_all_stages(lambda d: self._optimizers[d].squared_norms())
             norm, scales = self._clip(squares)
-        self.on_all_stages(lambda d: self._optimizers[d].step(step, rate, scales[d]))
+        self.on_all_stages(lambda d: self._optimizers[d].step(rate, scales[d]))
+        next(optimizer for optimizer in self._optimizers if not optimizer.is_empty).share()
         self.cast_masters()
-        self.optimizer.iterations.assign(step + 1)
         return norm
 
     def reset_optimizer(self) -> None:
-        """Forgets the optimizer's moments and steps."""
-        self.optimizer.iterations.assign(0)
-        for optimizer in self._optimizers:
-            optimizer.reset()
+        """Forgets the moments and steps of one of `tf_impl.optimizer`'s optimizers, whose slots all begin with zeros."""
+        for variable in self.optimizer.variables:
+            if variable is not self.optimizer._learning_rate:
+                variable.assign(tf.zeros(variable.shape, variable.dtype))
 
     def cast_masters(self) -> None:
         """Gives the layers what they compute with, where that is less precise than what the optimizer updates."""
-        if self.dtype_policy.name == "bfloat16":
+        if self._copies:
             self.on_all_stages(lambda d: [chunk.cast_masters() for chunk in self.stages[d].chunks])
 
     def master_of(self, variable: keras.Variable) -> keras.Variable:
@@ -277,50 +368,46 @@ class GPipeModel(keras.Model):
 
     def moments(self) -> dict[str, Callable[[keras.Variable], tf.Variable]]:
         """The optimizer's "first_moment" and "second_moment", as far as it has them: where that of a weight is."""
-        self._ensure_optimizers()
-        found: dict[str, dict[int, tf.Variable]] = {}
-        for optimizer in self._optimizers:
-            for name, of in optimizer.moments().items():
-                found.setdefault(name, {}).update(of)
+        self._build_optimizer()
+        found = moments_of(self.optimizer, self._masters)
         return {name: lambda variable, of=of: of[id(variable)] for name, of in found.items()}
 
-    def forward_only(self, x: Any) -> tf.Tensor:
-        """The prediction without dropout, through the pipeline in micro-batches. Raises as `forward_backward`."""
-        m = self.schedule.num_micro_batches
-        self._check_divides(len(x))
-        passes: dict[int, ForwardOnly] = {}
+    def forward_only(self, x: Any, finish: Callable[[int, tf.Tensor], tf.Tensor] = lambda i, y: y) -> tf.Tensor:
+        """The prediction without dropout, through the pipeline in micro-batches, or, for a small batch, in single samples.
+
+        `finish(micro_batch, prediction)` is called on the last stage, for what to keep instead. Raises a failed stage's
+        StageFailure.
+        """
+        return self._forward(x, finish)[0]
+
+    def _forward(
+        self, x: Any, finish: Callable[[int, tf.Tensor], tf.Tensor] = lambda i, y: y
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """As `forward_only`, and what the layers add to the loss of the mini-batch."""
+        x = one_tensor(x, "x")
+        self._ensure_built(x)
+        count = min(self.schedule.num_micro_batches, len(x))
+        sizes, passes = piece_sizes(len(x), count), {}
+        rows = self.schedule.only_forward().devices
+        forwards = tuple(tuple(action for action in row if action.micro_batch < count) for row in rows)
 
         def begin(d: int) -> ForwardOnly:
             chunks = self.stages[d].chunks
-            passes[d] = ForwardOnly(chunks, tf.split(tf.convert_to_tensor(x), m) if chunks[0].is_first else [])
+            passes[d] = ForwardOnly(chunks, tf.split(x, sizes) if chunks[0].is_first else [], finish)
             return passes[d]
 
-        self._run(self.schedule.only_forward(), begin)
-        predictions = passes[self.schedule.location[-1][0]].predictions
-        return concatenated([predictions[i] for i in range(m)])
+        self._run(replace(self.schedule, devices=forwards), begin)
+        found = passes[self.schedule.location[-1][0]].predictions
+        losses = [sizes[i] / len(x) * loss for p in passes.values() for i, of in p.layer_losses.items() for loss in of]
+        return concatenated([found[i] for i in range(count)]), losses
 
-    def summed_loss(self, prediction: tf.Tensor, y: tf.Tensor, *rest: tf.Tensor, pieces: int = 1) -> tf.Tensor:
-        """What one of `pieces` equal parts of a mini-batch adds to its loss.
-
-        Where Keras' loss is a mean, this is the sum over the part, divided by the count of the whole mini-batch: never a
-        mean of means. `rest`: the sample weight, if there is one, and, where the loss ignores a label or the prediction
-        has a mask, how many labels of the whole mini-batch count.
-        """
-        mask = mask_of(prediction)
-        weight, count = (rest, ()) if self._loss.ignored is None and mask is None else (rest[:-1], rest[-1:])
-        if prediction.dtype.size < tf.float32.size:
-            prediction = tf.cast(prediction, tf.float32)
-        values = self._loss.per_element(y, prediction)
-        if weight:
-            own = tf.cast(weight[0], values.dtype)
-            values *= tf.reshape(own, (*own.shape, *[1] * (len(values.shape) - len(own.shape))))
-        if mask is not None:
-            own = tf.cast(mask, values.dtype)
-            values *= tf.reshape(own, (*own.shape, *[1] * (len(values.shape) - len(own.shape))))
-        total = tf.reduce_sum(values)
-        if not self._loss.is_mean:
-            return total
-        return total / (tf.cast(count[0], values.dtype) if count else values.shape.num_elements() * pieces)
+    def summed_loss(self, prediction: tf.Tensor, y: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
+        """What a part of a mini-batch adds to its loss. `rest`: the sample weight, if there is one, and the divisor."""
+        *weight, divisor = rest
+        if self._loss is None:
+            self._understand_loss(prediction, y, *weight)
+        total = self._loss.numerator(y, prediction, *weight)
+        return tf.math.divide_no_nan(total, tf.cast(divisor, total.dtype))
 
     def gradient_of(self, variable: keras.Variable) -> tf.Variable:
         """Where the gradients of a weight (its master) are added up."""
@@ -331,21 +418,18 @@ class GPipeModel(keras.Model):
             if own is variable
         )
 
-    def unit_outputs(self, x: Any, step: int, micro_batch: int) -> list[tf.Tensor]:
-        """The output of every layer for one micro-batch, with the dropout of a training step (to compare them)."""
-        m = self.schedule.num_micro_batches
-        context = [
-            tf.constant(value, tf.int64)
-            for of_micro_batch in self.dropout_context(len(x) * m, step)[micro_batch : micro_batch + 1]
-            for value in of_micro_batch
-        ]
+    def unit_outputs(self, x: Any, context: Sequence[Any]) -> list[tf.Tensor]:
+        """The output of every layer for one micro-batch, with the dropout of a training step (to compare them).
+
+        `context`: what `dropout_context` has for this micro-batch, or nothing.
+        """
+        given = [tf.constant(value, tf.int64) for value in context]
         outputs = []
         for chunk in self.chunks:
             with tf.device(chunk.device):
                 for layer in chunk.layers:
-                    x = apply_layer(
-                        layer, with_mask(tf.identity(x), mask_of(x)), chunk._split(context)[1], training=True
-                    )
+                    x = with_mask(tf.identity(x), mask_of(x))
+                    x = apply_layer(layer, x, chunk._split(given)[1], training=True)
                     outputs.append(x)
         return outputs
 
@@ -418,81 +502,89 @@ class GPipeModel(keras.Model):
         return norm, [clip_scale(norm, self.optimizer.global_clipnorm)] * len(squares)
 
     def _make_optimizer(self, d: int) -> StageOptimizer:
-        pairs = [p for chunk in self.stages[d].chunks for p in zip(chunk.masters, chunk.gradients, strict=True)]
+        pairs = [pair for chunk in self.stages[d].chunks for pair in chunk.updated()]
         variables, gradients = [v for v, _ in pairs], [g for _, g in pairs]
         counted = [g for v, g in pairs if self._tied is None or v is not self._tied[1]]
         return StageOptimizer(self.optimizer, self._strategies[d], variables, gradients, counted)
 
     def _ensure_optimizers(self) -> None:
+        self._build_optimizer()
         if not self._optimizers:
             self._optimizers = self.on_all_stages(self._make_optimizer)
 
-    def _ensure_built(self, x: Any) -> None:
+    def _build_optimizer(self) -> None:
+        if not self.optimizer.built:
+            self.optimizer.build(self._masters)
+
+    @property
+    def _masters(self) -> list[keras.Variable]:
+        """What the optimizer updates, in Keras' order."""
+        return [master for chunk in self.chunks for master in chunk.masters]
+
+    @property
+    def _copies(self) -> list[tuple[keras.Variable, keras.Variable]]:
+        """Weights that are less precise than what the optimizer updates, and that."""
+        pairs = (pair for chunk in self.chunks for pair in zip(chunk.variables, chunk.masters, strict=True))
+        return [(variable, master) for variable, master in pairs if variable is not master]
+
+    def _follow_weights(self) -> None:
+        """Makes the masters anew from weights that were set; one that rounds to its weight was set with it."""
+        for variable, master in self._copies:
+            value = tf.convert_to_tensor(variable)
+            if bool(tf.reduce_any(tf.cast(tf.convert_to_tensor(master), value.dtype) != value)):
+                master.assign(tf.cast(value, tf.float32))
+
+    def _ensure_built(self, x: tf.Tensor) -> None:
         if not self.built:
             self.build(tuple(x.shape), keras.backend.standardize_dtype(x.dtype))
 
-    def _ensure_traced(self, x: Any, labels: Sequence[Any]) -> None:
-        """Traces and cuts every chunk, once for every shape of a batch."""
-        m, specs = self.schedule.num_micro_batches, []
-        for tensor in (x, *labels):
-            shape = (len(tensor) // m, *tensor.shape[1:])
-            specs.append(tf.TensorSpec(shape, tf.as_dtype(tensor.dtype)))
-        key = tuple(specs)
+    def _ensure_traced(self, x: tf.Tensor, labels: Sequence[tf.Tensor]) -> Traced:
+        """Traces and cuts every chunk, for the one or two sizes of micro-batches that every shape of a batch has."""
+        m, whole = self.schedule.num_micro_batches, [tf.TensorSpec(t.shape, t.dtype) for t in (x, *labels)]
+        key = tuple(whole)
         if key not in self._traced:
-            received, traced = specs[:1], []
-            specs += [tf.TensorSpec((), tf.float64)] if self._loss.ignored is not None or self._is_masked else []
-            context = []
-            if self._has_dropout:
-                context = [tf.TensorSpec((), tf.int64), tf.TensorSpec((len(x) // m,), tf.int64)]
-            for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
-                extra = [*(specs[1:] if chunk.is_last else []), *context]
-                work = functools.partial(
-                    chunk.trace, received, extra, self._micro_batch_loss, self._reports and chunk.is_last, 1 / m
-                )
-                traced.append(
-                    {
-                        again: self.on_stage(d, functools.partial(work, self._recomputed_layers if again else None))
-                        for again in {self._recomputes(i) for i in range(m)}
-                    }
-                )
-                received = next(iter(traced[-1].values())).handed_on
-            self._traced[key] = traced, self._parts_for_mask(traced) if self._is_masked else []
-        traced, self._mask_parts = self._traced[key]
-        for chunk, functions in zip(self.chunks, traced, strict=True):
+            if not self._traced:  # Keras, too, sees which layers are trainable in the first step after `compile`
+                self._collect_variables()
+            sizes = piece_sizes(len(x), m)
+            found: dict[tuple[int, bool], list[StageFunctions]] = {}
+            self._sample = tuple(labels)
+            for size in dict.fromkeys(sizes):
+                again = dict.fromkeys(self._recomputes(i) for i in range(m) if sizes[i] == size)
+                specs = [tf.TensorSpec((size, *spec.shape[1:]), spec.dtype) for spec in whole]
+                received: Sequence[tf.TensorSpec] = specs[:1]
+                specs += [tf.TensorSpec((), tf.float64)]
+                context = [tf.TensorSpec((), tf.int64), tf.TensorSpec((size,), tf.int64)] if self._has_dropout else []
+                for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
+                    extra = [*(specs[1:] if chunk.is_last else []), *context]
+                    reports, share = self._reports and chunk.is_last, size / len(x)
+                    work = functools.partial(chunk.trace, received, extra, self._micro_batch_loss, reports, share)
+                    for recomputed in again:
+                        layers = self._recomputed_layers if recomputed else None
+                        functions = self.on_stage(d, functools.partial(work, layers))
+                        found.setdefault((size, recomputed), []).append(functions)
+                    received = functions.handed_on
+            kinds = [(sizes[i], self._recomputes(i)) for i in range(m)]
+            by_chunk = [[found[kind][k] for kind in kinds] for k in range(len(self.chunks))]
+            masks = (
+                {size: self._parts_for_mask(found[size, again]) for size, again in dict.fromkeys(kinds)}
+                if self._is_masked
+                else {}
+            )
+            self._traced[key] = Traced(by_chunk, masks, self._traced_divisor(len(x)))
+        for chunk, functions in zip(self.chunks, self._traced[key].functions, strict=True):
             chunk.functions = functions
+        return self._traced[key]
 
-    def _parts_for_mask(self, traced: Sequence[dict[bool, Any]]) -> list[tuple[Any, list[bool]]]:
+    def _parts_for_mask(self, traced: Sequence[StageFunctions]) -> list[tuple[Any, list[bool]]]:
         """By chunk: a function for what of its output the predictions' mask depends on, and of its input it takes.
 
         Where a mask depends on nothing but the tokens, as that of an Embedding, nothing else is computed.
         """
         parts, wanted = [], [False, True]
         for (d, _), functions in reversed(list(zip(self.schedule.location, traced, strict=True))):
-            part = next(iter(functions.values())).forward_part
-            function, wanted = self.on_stage(d, functools.partial(part, wanted))
+            function, wanted = self.on_stage(d, functools.partial(functions.forward_part, wanted))
             parts.insert(0, (function, wanted))
         return parts
-
-    def _prediction_mask(self, x: Any) -> np.ndarray | None:
-        """That of the whole mini-batch: its loss is a mean over what counts, known before the first backward."""
-        if not self._is_masked:
-            return None
-        masks, takes_x = [], self._mask_parts[0][1][0]
-        for piece in tf.split(tf.convert_to_tensor(x), self.schedule.num_micro_batches):
-            handed = [piece] if takes_x else []
-            for (d, _), (function, _) in zip(self.schedule.location, self._mask_parts, strict=True):
-                handed = self.on_stage(d, lambda f=function, given=handed: f(*(tf.identity(t) for t in given)))
-            masks.append(handed[0].numpy())
-        return np.concatenate(masks)
-
-    def _evaluated(self, x: Any) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """The prediction, and what the layers add to its loss."""
-        mask, losses = mask_of(x), []
-        for chunk in self.chunks:
-            with tf.device(chunk.device):
-                x, mask, found = chunk.evaluate(*(t if t is None else tf.identity(t) for t in (x, mask)))
-            losses += [] if found is None else [found]
-        return with_mask(x, mask), losses
 
     def _check_effects(self) -> None:
         """Raises ValueError for layers that cannot run as often as a micro-batch asks; warns of those with a state."""
@@ -518,6 +610,12 @@ class GPipeModel(keras.Model):
                 stacklevel=2,
             )
 
+    def _collect_variables(self) -> None:
+        for d, stage in enumerate(self.stages):
+            self.on_stage(d, lambda stage=stage: [chunk.collect_variables() for chunk in stage.chunks])
+        if self.optimizer.built:
+            self.optimizer._check_variables_are_known(self._masters)
+
     def _recomputes(self, micro_batch: int) -> bool:
         return recomputes(self.recompute, micro_batch, self.schedule.num_micro_batches)
 
@@ -531,85 +629,56 @@ class GPipeModel(keras.Model):
         return self.spec is not None and self.spec.dropout > 0
 
     def _micro_batch_loss(self, prediction: tf.Tensor, *labels: tf.Tensor) -> tf.Tensor:
-        return self.summed_loss(prediction, *labels, pieces=self.schedule.num_micro_batches)
+        """As `summed_loss`, while the last stage is traced: only now is it known what a prediction is like."""
+        self._understand_loss(prediction, *self._sample)
+        return self.summed_loss(prediction, *labels)
 
-    def _check_divides(self, batch_size: int) -> None:
-        m = self.schedule.num_micro_batches
-        if batch_size % m:
-            raise ValueError(
-                f"a batch of {batch_size} samples cannot be cut into {m} equal micro-batches; right would be a multiple of "
-                f"{m} (drop_remainder=True where a data set is batched)"
-            )
+    def _understand_loss(self, prediction: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor | None = None) -> None:
+        """Sets how the loss goes over micro-batches, from labels of a real mini-batch and what a prediction is like."""
+        self._prediction = tf.TensorSpec(prediction.shape, prediction.dtype)
+        with tf.init_scope():
+            pieces = self.schedule.num_micro_batches
+            self._loss = batch_loss(self._compile_loss, y, self._prediction, sample_weight, pieces)
 
-    def _count(self, y: Any, mask: Any = None) -> list[int]:
-        """How many labels count, where the loss ignores some or a mask does; at least 1, so that a loss over none is 0."""
-        if self._loss.ignored is None and mask is None:
-            return []
-        counted = np.ones_like(y, bool) if self._loss.ignored is None else np.asarray(y) != self._loss.ignored
-        if mask is not None:
-            mask = np.asarray(mask, bool)
-            counted = mask if self._loss.ignored is None else mask & counted.reshape(mask.shape)
-        return [max(1, np.count_nonzero(counted))]
+    def _traced_divisor(self, batch_size: int) -> Callable[..., tf.Tensor]:
+        loss, like = self._loss, self._prediction
+
+        @tf.function(autograph=False)
+        def divisor(mask: tf.Tensor | None, *labels: tf.Tensor) -> tf.Tensor:
+            prediction = tf.zeros((batch_size, *like.shape[1:]), like.dtype)
+            with_mask(prediction, mask)
+            return loss.divisor(labels[0], prediction, *labels[1:])
+
+        return divisor
+
+    def _divisor(self, traced: Traced, x: tf.Tensor, labels: Sequence[tf.Tensor]) -> float:
+        """What the sum of a mini-batch's losses is divided by."""
+        return float(traced.divisor(self._prediction_mask(traced, x), *labels))
+
+    def _prediction_mask(self, traced: Traced, x: tf.Tensor) -> np.ndarray | None:
+        """That of the whole mini-batch: its loss is a mean over what counts, known before the first backward."""
+        if not self._is_masked:
+            return None
+        masks = []
+        for piece in tf.split(x, piece_sizes(len(x), self.schedule.num_micro_batches)):
+            parts = traced.mask_parts[len(piece)]
+            handed = [piece] if parts[0][1][0] else []
+            for (d, _), (function, _) in zip(self.schedule.location, parts, strict=True):
+                handed = self.on_stage(d, lambda f=function, given=handed: f(*(tf.identity(t) for t in given)))
+            masks.append(handed[0].numpy())
+        return np.concatenate(masks)
 
     def dropout_context(self, batch_size: int, step: int) -> list[tuple[int, np.ndarray]]:
         """Key and sample indices of every micro-batch; nothing without dropout."""
         if not self._has_dropout:
             return []
-        samples = np.split(np.arange(batch_size), self.schedule.num_micro_batches)
+        samples = np.array_split(np.arange(batch_size), self.schedule.num_micro_batches)
         return [(step_key(self.seed, step), piece) for piece in samples]
 
     def _collected_predictions(self) -> list[tf.Tensor]:
         predictions = self.stages[self.schedule.location[-1][0]].predictions
         return [predictions[i] for i in range(self.schedule.num_micro_batches)]
 
-    def _update_metrics(self, loss: Any, x: Any, y: Any, prediction: Any, sample_weight: Any) -> dict[str, Any]:
-        for metric in self.metrics:
-            if metric.name == "loss":
-                metric.update_state(loss, sample_weight=len(x))
-            else:
-                metric.update_state(y, prediction, sample_weight=sample_weight)
-        return self.get_metrics_result()
-
-
-def _labels(y: Any, sample_weight: Any) -> list[Any]:
-    return [y] if sample_weight is None else [y, sample_weight]
-
-
-def _unreduced(loss: Any) -> Loss:
-    found = keras.losses.get(loss)
-    if not isinstance(found, keras.losses.Loss):
-        return Loss(found, True, None)
-    if found.reduction not in ("sum_over_batch_size", "mean", "sum"):
-        raise ValueError(
-            f"loss reduction {found.reduction!r} is not supported; right would be sum_over_batch_size or sum"
-        )
-    return Loss(found.call, found.reduction != "sum", getattr(found, "ignore_class", None))
-
-
-def _check_layers(layers: Sequence[keras.layers.Layer]) -> None:
-    for i, layer in enumerate(layers):
-        if layer.weights:
-            raise ValueError(f"layer {i} ({layer.name}) already has weights; right would be a new layer, not built yet")
-        if any(layer is other for other in layers[:i]):
-            raise ValueError(f"layer {i} ({layer.name}) comes twice; right would be two layers")
-        if any(getattr(inner, "stateful", False) for inner in layer._flatten_layers()):
-            raise ValueError(
-                f"layer {i} ({layer.name}) is stateful, so a micro-batch would begin where other samples ended; expected "
-                "stateful=False"
-            )
-
-
-def _edges(spec: TransformerSpec | None, num_layers: int, parts: int, partition: str | Sequence[int]) -> list[int]:
-    """The first layer of every virtual stage, and the number of layers."""
-    if parts > num_layers:
-        raise ValueError(f"{parts} virtual stages for {num_layers} layers; right would be at most {num_layers}")
-    if isinstance(partition, str):
-        if partition != "even":
-            raise ValueError(f"partition {partition!r}; right would be 'even' or boundaries such as [2, 5]")
-        inner = even_boundaries(spec.num_layers, parts) if spec else [k * num_layers // parts for k in range(1, parts)]
-    else:
-        inner = list(partition)
-    edges = [0, *inner, num_layers]
-    if len(inner) != parts - 1 or any(a >= b for a, b in itertools.pairwise(edges)):
-        raise ValueError(f"partition {inner} needs {parts - 1} increasing boundaries between 1 and {num_layers - 1}")
-    return edges
+    def _reported(self, loss: Any, x: Any, y: Any, prediction: Any, sample_weight: Any) -> dict[str, Any]:
+        self._loss_tracker.update_state(loss, sample_weight=len(x))
+        return self.compute_metrics(x, y, prediction, sample_weight)

@@ -1,7 +1,8 @@
-"""The optimizers of `TrainSpec` as Keras optimizers, and one device's copy of any Keras optimizer."""
+"""The optimizers of `TrainSpec` as Keras optimizers, and any Keras optimizer on one device of several."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,11 @@ import keras
 import tensorflow as tf
 
 from common.spec import TrainSpec
+from tf_impl.devices import any_executor
+from tf_impl.keras_copy import shallow_copy
 
 
+@keras.saving.register_keras_serializable("triptych")
 class AdamW(keras.optimizers.AdamW):
     """Keras' AdamW with epsilon where the others have it.
 
@@ -42,6 +46,7 @@ class AdamW(keras.optimizers.AdamW):
         )
 
 
+@keras.saving.register_keras_serializable("triptych")
 class SGD(keras.optimizers.SGD):
     """SGD with momentum as PyTorch has it: m = momentum x m + g + decay x w; w -= rate x m.
 
@@ -117,10 +122,17 @@ def moments_of(
     }
 
 
-class StageOptimizer:
-    """A copy of `optimizer` for the weights on one device, with its slots beside them.
+def _like(variable: keras.Variable) -> keras.Variable:
+    return keras.Variable(variable.numpy(), dtype=variable.dtype, trainable=False, name=variable.name)
 
-    It never clips by the global norm, since it sees only a part of the gradients: the model does, over all stages.
+
+class StageOptimizer:
+    """`optimizer`, at work on the weights of one device.
+
+    Keras puts slots beside their weights, so this is the same optimizer with the same slots, and `optimizer.variables`
+    has all of them. What is one number for all weights (iterations, learning rate, Nadam's product of momenta) has
+    a copy here, since stages run at once and cannot wait for one another. It never clips by the global norm, since it
+    sees only a part of the gradients: the model does, over all stages.
     """
 
     def __init__(
@@ -131,14 +143,18 @@ class StageOptimizer:
         gradients: Sequence[tf.Variable],
         counted: Sequence[tf.Variable],
     ) -> None:
-        """`counted` are the gradients that the global norm is over: a tied weight's second copy is not."""
-        config = optimizer.get_config() | {"learning_rate": 0.0, "global_clipnorm": None}
+        """`optimizer` is built. `counted`: what the global norm is over, without a tied weight's second copy."""
+        scalars = {name: value for name, value in vars(optimizer).items() if isinstance(value, keras.Variable)}
         with strategy.scope():
-            self.optimizer = type(optimizer).from_config(config)
-            for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
-                if hasattr(optimizer, name):  # not part of the configuration
-                    setattr(self.optimizer, name, getattr(optimizer, name))
-            self.optimizer.build(variables)
+            copies = {name: _like(value) for name, value in scalars.items()}
+            rate = keras.Variable(0.0, trainable=False, name="learning_rate")
+        own = shallow_copy(
+            optimizer,
+            **copies | {"_learning_rate": rate},
+            _distribution_strategy=strategy,
+            global_clipnorm=None,
+            _trainable_variables=list(variables),
+        )
 
         @tf.function(autograph=False)
         def squares() -> tf.Tensor:
@@ -148,29 +164,34 @@ class StageOptimizer:
         def update(scale: tf.Tensor) -> None:
             def on_replica() -> None:
                 # Also where it is 1: a second trace, in the first step that clips nothing, takes a second.
-                self.optimizer.apply([g * tf.cast(scale, g.dtype) for g in gradients], variables)
+                own.apply([g * tf.cast(scale, g.dtype) for g in gradients], variables)
 
             strategy.run(on_replica)
 
-        self._squares, self._update, self._variables = squares, update, variables
-        self._has_counted, self._is_empty = bool(counted), not variables
+        device = strategy.extended.worker_devices[0]
+        update = update.get_concrete_function(tf.TensorSpec((), tf.float64)) if variables else update
+        foreign = any(outer.device != device for outer, _ in update.graph.captures) if variables else False
+        # Keras does not put every slot beside its weight (Adafactor's rows and columns).
+        self._executor = any_executor if foreign else contextlib.nullcontext
+        self._squares, self._update, self._rate = squares, update, rate
+        self._scalars = [(scalars[name], copies[name]) for name in scalars if name != "_learning_rate"]
+        self._has_counted = bool(counted)
+        self.is_empty = not variables
 
     def squared_norms(self) -> list[float]:
         """Each tensor's sum of squared gradients, in float64."""
         return self._squares().numpy().tolist() if self._has_counted else []
 
-    def step(self, step: int, learning_rate: float, scale: float) -> None:
-        """Updates the weights for `step` (from 0) with the gradients times `scale`."""
-        if not self._is_empty:
-            self.optimizer.iterations.assign(step)
-            self.optimizer.learning_rate = learning_rate
-            self._update(tf.constant(scale, tf.float64))
+    def step(self, learning_rate: float, scale: float) -> None:
+        """One update of the weights, with the gradients times `scale`."""
+        if not self.is_empty:
+            for shared, copy in self._scalars:
+                copy.assign(shared.numpy())
+            self._rate.assign(learning_rate)
+            with self._executor():
+                self._update(tf.constant(scale, tf.float64))
 
-    def moments(self) -> dict[str, dict[int, tf.Variable]]:
-        """As `moments_of`."""
-        return moments_of(self.optimizer, self._variables)
-
-    def reset(self) -> None:
-        """Forgets all moments."""
-        for variable in self.optimizer.variables:
-            variable.assign(tf.zeros(variable.shape, variable.dtype))
+    def share(self) -> None:
+        """Gives the optimizer what a step made of its scalars: the same on all stages."""
+        for shared, copy in self._scalars:
+            shared.assign(copy.numpy())

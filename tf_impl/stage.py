@@ -66,8 +66,8 @@ class Chunk:
         self.masters: list[keras.Variable] = []
         """What the optimizer updates: the same, or where units compute in bfloat16, float32 (Micikevicius et al. 2018)."""
         self.gradients: list[tf.Variable] = []
-        self.functions: dict[bool, StageFunctions]
-        """By whether B computes the forward again."""
+        self.functions: Sequence[StageFunctions] = ()
+        """By micro-batch; those of one size share theirs, but for one whose B computes the forward again."""
         self.num_first = 1
         """Layers up to the first floating output: a token or a category has no gradient."""
         self.effects: list[tuple[keras.layers.Layer, Effects]] = []
@@ -75,10 +75,6 @@ class Chunk:
         self.only_own_device = True
         """Whether all variables lie here. The seed of a Keras Dropout does not: it is made along with the layer."""
         self.evaluate = tf.function(self._evaluate, autograph=False)
-        # One call instead of two operations a weight: at the start of a step all stages do this at once, and operations
-        # called one by one make their threads pass Python's lock to and fro (4 ms alone, 10 to 20 ms for two stages).
-        self._clear = tf.function(self._clear_gradients, autograph=False)
-        self._cast = tf.function(self._cast_masters, autograph=False)
 
     def build(self, x: keras.KerasTensor) -> keras.KerasTensor:
         """Makes the weights, on the chunk's device, for an input like `x`. Returns what the output is like.
@@ -98,27 +94,33 @@ class Chunk:
                     call = functools.partial(apply_layer, layer, context=None, training=True)
                     found = effects_of(layer, given, call)
                     self.effects += [] if found is None else [(layer, found)]
-        if not isinstance(x, keras.KerasTensor):
-            raise ValueError(
-                f"layer {self.layers[-1].name} is the last on its device and its output is a {type(x).__name__}; expected "
-                "one tensor"
-            )
         if not self.is_last and not floating[-1]:
             raise ValueError(
                 f"layer {self.layers[-1].name} is the last on its device and its output is {x.dtype}, which has no "
                 "gradient; expected a partition that puts the first layer with a floating output on the first device"
             )
         self.num_first = floating.index(True) + 1 if True in floating else len(floating)
-        self.variables = [variable for layer in self.layers for variable in layer.trainable_variables]
-        units = {
-            id(variable) for layer in self.layers if isinstance(layer, Unit) for variable in layer.trainable_variables
-        }
-        with self.strategy.scope():
-            self.masters = [master_of(variable) if id(variable) in units else variable for variable in self.variables]
-        with tf.device(self.device):
-            zeros = [tf.zeros(v.shape, v.dtype) for v in self.masters]
-            self.gradients = [tf.Variable(zero, trainable=False, name="gradient") for zero in zeros]
+        self.collect_variables()
         return x
+
+    def collect_variables(self) -> None:
+        """Takes the weights that are trainable now. Those that were before keep their masters and their gradients."""
+        known = {id(v): (v, m, g) for v, m, g in zip(self.variables, self.masters, self.gradients, strict=True)}
+        units = {id(v) for layer in self.layers if isinstance(layer, Unit) for v in layer.trainable_variables}
+        found = []
+        for variable in (v for layer in self.layers for v in layer.trainable_variables):
+            if id(variable) not in known:
+                with self.strategy.scope():
+                    master = master_of(variable) if id(variable) in units else variable
+                with tf.device(self.device):
+                    zero = tf.zeros(master.shape, master.dtype)
+                    known[id(variable)] = variable, master, tf.Variable(zero, trainable=False, name="gradient")
+            found.append(known[id(variable)])
+        self.variables, self.masters, self.gradients = ([entry[k] for entry in found] for k in range(3))
+        # One call instead of two operations a weight: at the start of a step all stages do this at once, and operations
+        # called one by one make their threads pass Python's lock to and fro (4 ms alone, 10 to 20 ms for two stages).
+        self._clear = tf.function(self._clear_gradients, autograph=False)
+        self._cast = tf.function(self._cast_masters, autograph=False)
 
     def trace(
         self,
@@ -201,6 +203,12 @@ class Chunk:
         self.only_own_device = all(device == self.device.split("device:")[-1] for device in captured)
         return functions.on_calling_thread() if on_one_thread(self.device, self.only_own_device) else functions
 
+    def updated(self) -> list[tuple[keras.Variable, tf.Variable]]:
+        """(master, gradient) of the weights that have a gradient: Keras leaves others alone, their weight decay too."""
+        added = {id(tensor) for functions in self.functions for tensor in functions.backward.captured_inputs}
+        pairs = zip(self.masters, self.gradients, strict=True)
+        return [(master, g) for master, g in pairs if not self.functions or id(g.handle) in added]
+
     def local(self, variable: keras.Variable) -> tf.Variable:
         """The variable on this chunk's device."""
         return self.strategy.experimental_local_results(variable.value)[0]
@@ -249,11 +257,9 @@ class Chunk:
 class Stage:
     """The chunks of one device, as `common.runtime.executor.run_stage` drives them."""
 
-    def __init__(self, chunks: Sequence[Chunk], recomputes: Callable[[int], bool]) -> None:
-        """`recomputes(micro_batch)`: whether its B computes its forward again."""
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
         self.chunks = chunks
-        self.held = HeldActivations(len(chunks), recomputes)
-        self._recomputes = recomputes
+        self.held = HeldActivations(len(chunks), lambda micro_batch: id(self._functions(micro_batch, 0)))
         self.begin([], [], [])
 
     def begin(
@@ -313,16 +319,18 @@ class Stage:
         self._functions(micro_batch, chunk).backward_weight(*self._waiting.pop((micro_batch, chunk)))
 
     def _functions(self, micro_batch: int, chunk: int) -> StageFunctions:
-        return self.chunks[chunk].functions[self._recomputes(micro_batch)]
+        return self.chunks[chunk].functions[micro_batch]
 
 
 class ForwardOnly:
     """A pass that only predicts: the forward half of `common.runtime.executor.Stage`, without dropout."""
 
-    def __init__(self, chunks: Sequence[Chunk], inputs: Sequence[tf.Tensor]) -> None:
-        """`inputs` are the micro-batches of the mini-batch, on the first stage."""
+    def __init__(
+        self, chunks: Sequence[Chunk], inputs: Sequence[tf.Tensor], finish: Callable[[int, tf.Tensor], tf.Tensor]
+    ) -> None:
+        """`inputs`: the micro-batches, on the first stage. `finish` makes of a prediction what is kept of it."""
         self.chunks = chunks
-        self._inputs = inputs
+        self._inputs, self._finish = inputs, finish
         self.predictions: dict[int, tf.Tensor] = {}
         self.layer_losses: dict[int, list[tf.Tensor]] = {}
         """By micro-batch: what the layers add to the loss of a mini-batch that is this micro-batch alone."""
@@ -335,7 +343,7 @@ class ForwardOnly:
             self.layer_losses.setdefault(micro_batch, []).append(losses)
         if not part.is_last:
             return [y] if mask is None else [y, mask]
-        self.predictions[micro_batch] = with_mask(y, mask)
+        self.predictions[micro_batch] = self._finish(micro_batch, with_mask(y, mask))
         return None
 
 

@@ -1,0 +1,64 @@
+"""A row of Keras layers: what may be in it, and where it is cut."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+
+from common.partition import even_boundaries
+from common.spec import TransformerSpec
+
+
+class Row(NamedTuple):
+    """The layers of a model, and what its input is like, where one of them says so."""
+
+    layers: list[keras.layers.Layer]
+    input: keras.KerasTensor | None
+
+
+def row_of(given: Sequence[Any]) -> Row:
+    """`given` without its `keras.Input` or `InputLayer`. Raises ValueError for what cannot be a row of new layers."""
+    layers = [entry._keras_history.operation if isinstance(entry, keras.KerasTensor) else entry for entry in given]
+    start = None
+    if layers and isinstance(layers[0], keras.layers.InputLayer):
+        start = layers.pop(0).output
+    elif layers and getattr(layers[0], "_input_shape_arg", None) is not None:
+        start = keras.Input(layers[0]._input_shape_arg, dtype=layers[0].compute_dtype)
+    if not layers:
+        raise ValueError("no layer; expected a list of Keras layers")
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, keras.layers.Layer):
+            raise ValueError(f"layer {i} is a {type(layer).__name__}; expected a Keras layer")
+        if isinstance(layer, keras.layers.InputLayer):
+            raise ValueError(f"layer {i} ({layer.name}) is an input; expected one only, ahead of all layers")
+        if layer.weights:
+            raise ValueError(f"layer {i} ({layer.name}) already has weights; right would be a new layer, not built yet")
+        if any(layer is other for other in layers[:i]):
+            raise ValueError(f"layer {i} ({layer.name}) comes twice; right would be two layers")
+        if any(getattr(inner, "stateful", False) for inner in layer._flatten_layers()):
+            raise ValueError(
+                f"layer {i} ({layer.name}) is stateful, so a micro-batch would begin where other samples ended; expected "
+                "stateful=False"
+            )
+        if any(layer.name == other.name for other in layers[:i]):
+            raise ValueError(f"two layers are called {layer.name!r}; expected names that differ, as Sequential does")
+    return Row(layers, start)
+
+
+def cut_row(spec: TransformerSpec | None, num_layers: int, parts: int, partition: str | Sequence[int]) -> list[int]:
+    """The first layer of every virtual stage, and the number of layers. Raises ValueError."""
+    if parts > num_layers:
+        raise ValueError(f"{parts} virtual stages for {num_layers} layers; right would be at most {num_layers}")
+    if isinstance(partition, str):
+        if partition != "even":
+            raise ValueError(f"partition {partition!r}; right would be 'even' or boundaries such as [2, 5]")
+        inner = even_boundaries(spec.num_layers, parts) if spec else [k * num_layers // parts for k in range(1, parts)]
+    else:
+        inner = list(partition)
+    edges = [0, *inner, num_layers]
+    if len(inner) != parts - 1 or any(a >= b for a, b in itertools.pairwise(edges)):
+        raise ValueError(f"partition {inner} needs {parts - 1} increasing boundaries between 1 and {num_layers - 1}")
+    return edges
