@@ -74,16 +74,16 @@ class BatchLoss(NamedTuple):
         """The values, the mask, and the weight with the mask in it, as `Loss.__call__` has them."""
         dtype = self.loss.dtype
         values = self.loss.call(keras.ops.convert_to_tensor(y, dtype), keras.ops.convert_to_tensor(prediction, dtype))
+        if sample_weight is not None:
+            fitted = squeeze_or_expand_to_same_rank(values, keras.ops.convert_to_tensor(sample_weight, dtype))
+            if len(fitted[0].shape) != len(fitted[1].shape):
+                raise ValueError(
+                    f"sample_weight of shape {tuple(sample_weight.shape)} for a loss of shape {tuple(values.shape)}; "
+                    "expected a weight for every value, or 1 in place of an axis"
+                )
         masks = [mask for mask in (mask_of(prediction), mask_of(values)) if mask is not None]
         mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
         weight = apply_mask(sample_weight, mask, dtype, "sum")
-        if weight is not None:
-            fitted, weight = squeeze_or_expand_to_same_rank(values, keras.ops.convert_to_tensor(weight, dtype))
-            if len(weight.shape) != len(fitted.shape):
-                raise ValueError(
-                    f"sample_weight of shape {tuple(weight.shape)} for a loss of shape {tuple(values.shape)}; "
-                    "expected a weight for every value, or 1 in place of an axis"
-                )
         return values, mask, weight
 
 

@@ -548,7 +548,7 @@ def errors() -> dict[str, str]:
     built[1].build((None, 16))
     found = {
         "compile": message(lambda: model.forward_backward(x, y)),
-        "divide": message(lambda: compiled(model).forward_backward(x, y)),
+        "divide": message(lambda: compiled(model).forward_backward(x[:3], y[:3])),
         "stages": message(lambda: GPipeModel(layers(), 6, 4)),
         "devices": message(lambda: GPipeModel(layers(), 4, 4)),
         "built": message(lambda: GPipeModel(built, 2, 4)),
