@@ -13,10 +13,10 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
@@ -24,39 +24,30 @@ import tensorflow as tf
 
 from common.dropout import step_key
 from common.reference import clip_scale, global_norm
-from common.runtime.executor import Event, run_stage, unwatched
+from common.runtime.executor import Event, unwatched
 from common.schedule.action import Action, Schedule
 from common.schedule.generators import make_schedule
-from common.schedule.recompute import WORDS, is_known, recomputes
+from common.schedule.recompute import WORDS, is_known
 from common.spec import TransformerSpec
 from common.weights import unit_names
 from tf_impl import devices
 from tf_impl.batch import one_tensor, piece_sizes, unpacked
-from tf_impl.cut import RECOMPUTED_EFFECT, StageFunctions
+from tf_impl.cut import RECOMPUTED_EFFECT
 from tf_impl.effects import mask_of, with_mask
 from tf_impl.layers import Embedding, build_unit
-from tf_impl.loss import BatchLoss, batch_loss, check_loss
+from tf_impl.loss import BatchLoss, check_loss
 from tf_impl.optimizer import StageOptimizer, check_optimizer, moments_of
 from tf_impl.row import cut_row, row_of
-from tf_impl.saving import layer_configs, layers_of, schedule_of, schedule_text
-from tf_impl.stage import Channel, Chunk, ForwardOnly, Stage, apply_layer, concatenated
+from tf_impl.saving import SavedRow, schedule_text
+from tf_impl.stage import Chunk, ForwardOnly, Stage, apply_layer, concatenated
+from tf_impl.threads import StageThreads
+from tf_impl.tracing import Traced, TracedRow
 
 Result = TypeVar("Result")
 
 
-class Traced(NamedTuple):
-    """What was traced for one shape of a mini-batch."""
-
-    functions: list[list[StageFunctions]]
-    """By chunk and micro-batch; micro-batches of one size share theirs."""
-    mask_parts: dict[int, list[Any]]
-    """By the size of a micro-batch and by chunk, where predictions have a mask: what computes it."""
-    divisor: Callable[..., tf.Tensor]
-    """(mask of the predictions or None, y[, sample_weight]) of a mini-batch -> what the sum of its losses is divided by."""
-
-
 @keras.saving.register_keras_serializable("triptych")
-class GPipeModel(keras.Model):
+class GPipeModel(TracedRow, SavedRow, StageThreads):
     """A row of Keras layers, or the Transformer of a `TransformerSpec`, cut over several devices.
 
     `layers` are as `keras.Sequential` has them: new ones, a `keras.Input` ahead of them or not. `partition` gives the first
@@ -231,69 +222,6 @@ class GPipeModel(keras.Model):
     def predict_step(self, data: Any) -> tf.Tensor:
         return self.forward_only(one_tensor(keras.utils.unpack_x_y_sample_weight(data)[0], "x"))
 
-    # ------------------------------------------------------------------------------------------- saving and loading
-
-    def get_config(self) -> dict[str, Any]:
-        num_stages, num_micro_batches, schedule = self._arguments
-        num_chunks, partition, recompute, device, dtype, seed = self._options
-        return {
-            "name": self.name,
-            "trainable": self.trainable,
-            "spec": self.spec and self.spec.model_dump(),
-            "layers": [] if self.spec else layer_configs(self.units),
-            "input": None if self._input is None else [list(self._input.shape), self._input.dtype],
-            "num_stages": num_stages,
-            "num_micro_batches": num_micro_batches,
-            "schedule": schedule,
-            "num_chunks": num_chunks,
-            "partition": list(partition),
-            "recompute": recompute,
-            "device": device,
-            "dtype": dtype,
-            "seed": seed,
-        }
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], custom_objects: dict[str, Any] | None = None) -> GPipeModel:
-        """A model with new weights, as `keras.Sequential.from_config`; built if the other one was."""
-        config = dict(config)
-        spec, layers, start, trainable = (config.pop(key) for key in ("spec", "layers", "input", "trainable"))
-        config["schedule"] = schedule_of(config["schedule"])
-        model = cls(TransformerSpec(**spec) if spec else layers_of(layers, custom_objects), **config)
-        if start:
-            model.build(*start)
-        if not trainable:
-            model.trainable = False
-        return model
-
-    def get_build_config(self) -> None:
-        """None: the configuration says what the input is like."""
-
-    def compile_from_config(self, config: Mapping[str, Any]) -> None:
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built:
-            self._build_optimizer()  # its slots are loaded next
-
-    def save_own_variables(self, store: Any) -> None:
-        """The float32 masters, if layers compute in bfloat16."""
-        for i, (_, master) in enumerate(self._copies):
-            store[str(i)] = master.numpy()
-
-    def load_own_variables(self, store: Any) -> None:
-        for i, (_, master) in enumerate(self._copies):
-            if str(i) in store:
-                master.assign(store[str(i)])
-
-    def load_weights(self, *arguments: Any, **options: Any) -> None:
-        """As `keras.Model.load_weights`."""
-        super().load_weights(*arguments, **options)
-        self._follow_weights()
-
-    def set_weights(self, weights: Any) -> None:
-        """As `keras.Model.set_weights`."""
-        super().set_weights(weights)
-        self._follow_weights()
-
     # ------------------------------------------------------------------------------------------- one training step
 
     def forward_backward(self, x: Any, y: Any, sample_weight: Any = None, step: int | None = None) -> float:
@@ -433,54 +361,7 @@ class GPipeModel(keras.Model):
                     outputs.append(x)
         return outputs
 
-    def on_stage(self, d: int, work: Callable[[], Result]) -> Result:
-        """Runs `work` on a stage's thread, where its device and its strategy may be entered.
-
-        Not so on the caller's: `fit` calls `train_step` within Keras' own strategy.
-        """
-        return self._submit(d, work).result()
-
-    def on_all_stages(self, work: Callable[[int], Result]) -> list[Result]:
-        """Runs `work(device)` on the threads of all stages at once."""
-        futures = [self._submit(d, functools.partial(work, d)) for d in range(len(self.stages))]
-        return [future.result() for future in futures]
-
-    def close(self) -> None:
-        """Ends the stages' threads; the model can no longer train."""
-        for thread in self._threads:
-            thread.shutdown()
-
     # ------------------------------------------------------------------------------------------- inside
-
-    def _run(self, schedule: Schedule, begin: Callable[[int], Any]) -> dict[int, list[Event]]:
-        """Walks `schedule` on all stages, `begin(device)` first. Returns the events; raises the first stage's failure."""
-        channel = Channel()
-
-        def walk(d: int) -> list[Event]:
-            def before(action: Action) -> None:
-                channel.check()
-                self.on_action(d, action)
-
-            try:
-                events = run_stage(schedule, d, begin(d), channel, before)
-                self.on_action(d, None)
-                return events
-            except Exception as error:
-                channel.stop(error)
-                return []
-
-        events = dict(enumerate(self.on_all_stages(walk)))
-        if channel.failure is not None:
-            raise channel.failure
-        return events
-
-    def _submit(self, d: int, work: Callable[[], Result]) -> Future[Result]:
-        def on_device() -> Result:
-            only_own_device = all(chunk.only_own_device for chunk in self.stages[d].chunks)
-            with devices.stage_thread(self.stage_devices[d], only_own_device):
-                return work()
-
-        return self._threads[d].submit(on_device)
 
     @property
     def _tied(self) -> tuple[keras.Variable, keras.Variable] | None:
@@ -521,70 +402,9 @@ class GPipeModel(keras.Model):
         """What the optimizer updates, in Keras' order."""
         return [master for chunk in self.chunks for master in chunk.masters]
 
-    @property
-    def _copies(self) -> list[tuple[keras.Variable, keras.Variable]]:
-        """Weights that are less precise than what the optimizer updates, and that."""
-        pairs = (pair for chunk in self.chunks for pair in zip(chunk.variables, chunk.masters, strict=True))
-        return [(variable, master) for variable, master in pairs if variable is not master]
-
-    def _follow_weights(self) -> None:
-        """Makes the masters anew from weights that were set; one that rounds to its weight was set with it."""
-        for variable, master in self._copies:
-            value = tf.convert_to_tensor(variable)
-            if bool(tf.reduce_any(tf.cast(tf.convert_to_tensor(master), value.dtype) != value)):
-                master.assign(tf.cast(value, tf.float32))
-
     def _ensure_built(self, x: tf.Tensor) -> None:
         if not self.built:
             self.build(tuple(x.shape), keras.backend.standardize_dtype(x.dtype))
-
-    def _ensure_traced(self, x: tf.Tensor, labels: Sequence[tf.Tensor]) -> Traced:
-        """Traces and cuts every chunk, for the one or two sizes of micro-batches that every shape of a batch has."""
-        m, whole = self.schedule.num_micro_batches, [tf.TensorSpec(t.shape, t.dtype) for t in (x, *labels)]
-        key = tuple(whole)
-        if key not in self._traced:
-            if not self._traced:  # Keras, too, sees which layers are trainable in the first step after `compile`
-                self._collect_variables()
-            sizes = piece_sizes(len(x), m)
-            found: dict[tuple[int, bool], list[StageFunctions]] = {}
-            self._sample = tuple(labels)
-            for size in dict.fromkeys(sizes):
-                again = dict.fromkeys(self._recomputes(i) for i in range(m) if sizes[i] == size)
-                specs = [tf.TensorSpec((size, *spec.shape[1:]), spec.dtype) for spec in whole]
-                received: Sequence[tf.TensorSpec] = specs[:1]
-                specs += [tf.TensorSpec((), tf.float64)]
-                context = [tf.TensorSpec((), tf.int64), tf.TensorSpec((size,), tf.int64)] if self._has_dropout else []
-                for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
-                    extra = [*(specs[1:] if chunk.is_last else []), *context]
-                    reports, share = self._reports and chunk.is_last, size / len(x)
-                    work = functools.partial(chunk.trace, received, extra, self._micro_batch_loss, reports, share)
-                    for recomputed in again:
-                        layers = self._recomputed_layers if recomputed else None
-                        functions = self.on_stage(d, functools.partial(work, layers))
-                        found.setdefault((size, recomputed), []).append(functions)
-                    received = functions.handed_on
-            kinds = [(sizes[i], self._recomputes(i)) for i in range(m)]
-            by_chunk = [[found[kind][k] for kind in kinds] for k in range(len(self.chunks))]
-            masks = (
-                {size: self._parts_for_mask(found[size, again]) for size, again in dict.fromkeys(kinds)}
-                if self._is_masked
-                else {}
-            )
-            self._traced[key] = Traced(by_chunk, masks, self._traced_divisor(len(x)))
-        for chunk, functions in zip(self.chunks, self._traced[key].functions, strict=True):
-            chunk.functions = functions
-        return self._traced[key]
-
-    def _parts_for_mask(self, traced: Sequence[StageFunctions]) -> list[tuple[Any, list[bool]]]:
-        """By chunk: a function for what of its output the predictions' mask depends on, and of its input it takes.
-
-        Where a mask depends on nothing but the tokens, as that of an Embedding, nothing else is computed.
-        """
-        parts, wanted = [], [False, True]
-        for (d, _), functions in reversed(list(zip(self.schedule.location, traced, strict=True))):
-            function, wanted = self.on_stage(d, functools.partial(functions.forward_part, wanted))
-            parts.insert(0, (function, wanted))
-        return parts
 
     def _check_effects(self) -> None:
         """Raises ValueError for layers that cannot run as often as a micro-batch asks; warns of those with a state."""
@@ -609,64 +429,6 @@ class GPipeModel(keras.Model):
                 "that micro-batch alone; keras.Sequential does so once, from the whole mini-batch",
                 stacklevel=2,
             )
-
-    def _collect_variables(self) -> None:
-        for d, stage in enumerate(self.stages):
-            self.on_stage(d, lambda stage=stage: [chunk.collect_variables() for chunk in stage.chunks])
-        if self.optimizer.built:
-            self.optimizer._check_variables_are_known(self._masters)
-
-    def _recomputes(self, micro_batch: int) -> bool:
-        return recomputes(self.recompute, micro_batch, self.schedule.num_micro_batches)
-
-    @property
-    def _recomputed_layers(self) -> int:
-        """In a piece; 0 for the whole chunk."""
-        return int(self.recompute.removeprefix("every-")) if self.recompute.startswith("every-") else 0
-
-    @property
-    def _has_dropout(self) -> bool:
-        return self.spec is not None and self.spec.dropout > 0
-
-    def _micro_batch_loss(self, prediction: tf.Tensor, *labels: tf.Tensor) -> tf.Tensor:
-        """As `summed_loss`, while the last stage is traced: only now is it known what a prediction is like."""
-        self._understand_loss(prediction, *self._sample)
-        return self.summed_loss(prediction, *labels)
-
-    def _understand_loss(self, prediction: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor | None = None) -> None:
-        """Sets how the loss goes over micro-batches, from labels of a real mini-batch and what a prediction is like."""
-        self._prediction = tf.TensorSpec(prediction.shape, prediction.dtype)
-        with tf.init_scope():
-            pieces = self.schedule.num_micro_batches
-            self._loss = batch_loss(self._compile_loss, y, self._prediction, sample_weight, pieces)
-
-    def _traced_divisor(self, batch_size: int) -> Callable[..., tf.Tensor]:
-        loss, like = self._loss, self._prediction
-
-        @tf.function(autograph=False)
-        def divisor(mask: tf.Tensor | None, *labels: tf.Tensor) -> tf.Tensor:
-            prediction = tf.zeros((batch_size, *like.shape[1:]), like.dtype)
-            with_mask(prediction, mask)
-            return loss.divisor(labels[0], prediction, *labels[1:])
-
-        return divisor
-
-    def _divisor(self, traced: Traced, x: tf.Tensor, labels: Sequence[tf.Tensor]) -> float:
-        """What the sum of a mini-batch's losses is divided by."""
-        return float(traced.divisor(self._prediction_mask(traced, x), *labels))
-
-    def _prediction_mask(self, traced: Traced, x: tf.Tensor) -> np.ndarray | None:
-        """That of the whole mini-batch: its loss is a mean over what counts, known before the first backward."""
-        if not self._is_masked:
-            return None
-        masks = []
-        for piece in tf.split(x, piece_sizes(len(x), self.schedule.num_micro_batches)):
-            parts = traced.mask_parts[len(piece)]
-            handed = [piece] if parts[0][1][0] else []
-            for (d, _), (function, _) in zip(self.schedule.location, parts, strict=True):
-                handed = self.on_stage(d, lambda f=function, given=handed: f(*(tf.identity(t) for t in given)))
-            masks.append(handed[0].numpy())
-        return np.concatenate(masks)
 
     def dropout_context(self, batch_size: int, step: int) -> list[tuple[int, np.ndarray]]:
         """Key and sample indices of every micro-batch; nothing without dropout."""

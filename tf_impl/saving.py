@@ -1,13 +1,96 @@
-"""The configuration of a row of layers, for `.keras` files and `from_config`."""
+"""How a row of layers is written and read: `.keras` files, weights, `from_config`.
+
+Slots need nothing here: they are the variables of the model's one optimizer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from common.schedule.action import Schedule, parse_schedule
+from common.spec import TransformerSpec
+
+
+class SavedRow(keras.Model):
+    """The part of a `GPipeModel` that Keras' saving asks."""
+
+    def get_config(self) -> dict[str, Any]:
+        num_stages, num_micro_batches, schedule = self._arguments
+        num_chunks, partition, recompute, device, dtype, seed = self._options
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "spec": self.spec and self.spec.model_dump(),
+            "layers": [] if self.spec else layer_configs(self.units),
+            "input": None if self._input is None else [list(self._input.shape), self._input.dtype],
+            "num_stages": num_stages,
+            "num_micro_batches": num_micro_batches,
+            "schedule": schedule,
+            "num_chunks": num_chunks,
+            "partition": list(partition),
+            "recompute": recompute,
+            "device": device,
+            "dtype": dtype,
+            "seed": seed,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+        """A model with new weights, as `keras.Sequential.from_config`; built if the other one was."""
+        config = dict(config)
+        spec, layers, start, trainable = (config.pop(key) for key in ("spec", "layers", "input", "trainable"))
+        config["schedule"] = schedule_of(config["schedule"])
+        model = cls(TransformerSpec(**spec) if spec else layers_of(layers, custom_objects), **config)
+        if start:
+            model.build(*start)
+        if not trainable:
+            model.trainable = False
+        return model
+
+    def get_build_config(self) -> None:
+        """None: the configuration says what the input is like."""
+
+    def compile_from_config(self, config: Mapping[str, Any]) -> None:
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self._build_optimizer()  # its slots are loaded next
+
+    def save_own_variables(self, store: Any) -> None:
+        """The float32 masters, if layers compute in bfloat16."""
+        for i, (_, master) in enumerate(self._copies):
+            store[str(i)] = master.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        for i, (_, master) in enumerate(self._copies):
+            if str(i) in store:
+                master.assign(store[str(i)])
+
+    def load_weights(self, *arguments: Any, **options: Any) -> None:
+        """As `keras.Model.load_weights`."""
+        super().load_weights(*arguments, **options)
+        self._follow_weights()
+
+    def set_weights(self, weights: Any) -> None:
+        """As `keras.Model.set_weights`."""
+        super().set_weights(weights)
+        self._follow_weights()
+
+    @property
+    def _copies(self) -> list[tuple[keras.Variable, keras.Variable]]:
+        """Weights that are less precise than what the optimizer updates, and that."""
+        pairs = (pair for chunk in self.chunks for pair in zip(chunk.variables, chunk.masters, strict=True))
+        return [(variable, master) for variable, master in pairs if variable is not master]
+
+    def _follow_weights(self) -> None:
+        """Makes the masters anew from weights that were set; one that rounds to its weight was set with it."""
+        for variable, master in self._copies:
+            value = tf.convert_to_tensor(variable)
+            if bool(tf.reduce_any(tf.cast(tf.convert_to_tensor(master), value.dtype) != value)):
+                master.assign(tf.cast(value, tf.float32))
 
 
 def layer_configs(layers: Sequence[keras.layers.Layer]) -> list[dict[str, Any]]:
