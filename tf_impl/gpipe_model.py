@@ -125,6 +125,8 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         self._loss: BatchLoss | None = None
         self._is_masked = False
         self._has_warned = False
+        # A step is Python's: it starts functions that are already traced, from several threads.
+        self.run_eagerly, self.jit_compile = True, False
         if start is not None:
             self.build(start.shape, start.dtype)
 
@@ -172,7 +174,6 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
             )
         own_metrics = type(self).compute_metrics is not keras.Model.compute_metrics
         self._reports = bool(metrics or weighted_metrics or own_metrics)
-        # Eager, since the step is Python's: it starts functions that are already traced, from several threads.
         super().compile(
             optimizer=optimizer,
             loss=loss,

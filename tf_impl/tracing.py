@@ -82,8 +82,9 @@ class TracedRow(keras.Model):
     def _collect_variables(self) -> None:
         for d, stage in enumerate(self.stages):
             self.on_stage(d, lambda stage=stage: [chunk.collect_variables() for chunk in stage.chunks])
-        if self.optimizer.built:
-            self.optimizer._check_variables_are_known(self._masters)
+        known = self.optimizer._trainable_variables_indices if self.optimizer.built else None
+        if known is not None and any(self.optimizer._var_key(master) not in known for master in self._masters):
+            raise ValueError("the optimizer was built for other weights; expected a new one")
 
     def _recomputes(self, micro_batch: int) -> bool:
         return recomputes(self.recompute, micro_batch, self.schedule.num_micro_batches)

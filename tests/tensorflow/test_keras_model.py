@@ -51,7 +51,7 @@ def pair(layers: Layers, x: Any, micro_batches: int = 3, **options: Any) -> tupl
     keras.utils.set_random_seed(0)
     plain, model = keras.Sequential(layers()), GPipeModel(layers(), 2, micro_batches, **options)
     plain(x[:1])
-    model(x[:1])
+    assert model(x[:1]).shape == model.predict(x[:1], verbose=0).shape  # before `compile`
     model.set_weights(plain.get_weights())
     return plain, model
 
@@ -255,6 +255,7 @@ def compiled(loss: Any = "mse", optimizer: Any = "sgd", **options: Any) -> GPipe
     return model
 
 
+SHARED = optimizers.SGD()
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no loss": (lambda: compiled(None), "expected one"),
     "two losses": (lambda: compiled(["mse", "mae"]), "2 losses; expected one"),
@@ -269,6 +270,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "weight of a sequence": (
         lambda: fit(compiled(), SEQUENCES, SEQUENCES[..., :1], sample_weight=WEIGHT),
         "expected a weight for every value",
+    ),
+    "another's optimizer": (
+        lambda: [fit(compiled(optimizer=SHARED), X, COLUMN) for _ in range(2)],
+        "for other weights",
     ),
     "few samples": (lambda: fit(compiled(), X[:2], COLUMN[:2]), "expected at least 3"),
     "no labels": (lambda: fit(compiled(), X, None), "no labels"),
