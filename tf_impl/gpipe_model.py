@@ -58,8 +58,17 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
     the dropout masks) are the Transformer's; ordinary layers have their own. One logical device per stage must exist
     (`tf_impl.devices.configure`).
 
+    It gives what `keras.Sequential` gives with the same weights: masks, regularizers and `add_loss` included. What a
+    layer adds with `add_loss` is taken for a mean over samples, as Keras' activity regularizers are: a micro-batch's
+    counts by its part of the mini-batch (so a sum over samples counts for less than in Keras). A layer sees one
+    micro-batch at a time: random numbers are each micro-batch's own, so is whatever is computed across samples, and what
+    layers update in the forward, such as the averages of a BatchNormalization, is updated m times a step, each time from
+    one micro-batch. `compile` (or `build`, if that comes later) warns once of such updates and names the layers.
+
     Raises ValueError for more stages than layers, a partition that does not fit, missing devices, a layer that already has
-    weights (they would be on the wrong device) or comes twice; ScheduleError for a schedule that cannot be made.
+    weights (they would be on the wrong device), comes twice or is stateful; ScheduleError for a schedule that cannot be
+    made. `build` does for a device that would hand on integers or several tensors, for a `tf.py_function` that has to be
+    differentiated, and for `recompute` where a layer calls Python or draws numbers without a Keras seed.
     """
 
     def __init__(
