@@ -69,14 +69,18 @@ class Effects:
     (SpectralNormalization assigns its kernel, too.)"""
     differentiates_python: bool
     """Whether a `tf.py_function` computes what a gradient may be asked of."""
+    mask: keras.KerasTensor | None
+    """That of the output. (Keras' own symbolic call does not see those that are made inside a nested model.)"""
 
 
 def effects_of(layer: keras.layers.Layer, x: Any, call: Callable[[Any], Any]) -> Effects | None:
     """Traces `call(x)`, a call of `layer`, for a symbolic `x`; None where that fails with an unknown batch size."""
 
+    masks = []
+
     @tf.function(autograph=False)
     def traced(x: tf.Tensor, mask: tf.Tensor | None) -> None:
-        call(with_mask(x, mask))
+        masks.append(mask_of(call(with_mask(x, mask))))
 
     def spec(t: Any) -> Any:
         return None if t is None else tf.TensorSpec(t.shape, t.dtype)
@@ -109,7 +113,8 @@ def effects_of(layer: keras.layers.Layer, x: Any, call: Callable[[Any], Any]) ->
         for node in found
         for inner in all_nodes(node, library)
     )
-    return Effects(tuple(changed), is_undone, python)
+    masks = [None if mask is None else keras.KerasTensor(mask.shape, mask.dtype.name) for mask in masks]
+    return Effects(tuple(changed), is_undone, python, masks[-1])
 
 
 def handles(variable: keras.Variable) -> list[Any]:

@@ -85,15 +85,19 @@ class Chunk:
         with self.strategy.scope():
             for layer in self.layers:
                 given, x = x, layer(x)
-                if not isinstance(x, keras.KerasTensor):
-                    raise ValueError(
-                        f"layer {layer.name} has an output of type {type(x).__name__}; expected one tensor"
-                    )
-                floating.append(tf.as_dtype(x.dtype).is_floating)
+                floating.append(isinstance(x, keras.KerasTensor) and tf.as_dtype(x.dtype).is_floating)
                 if not isinstance(layer, Unit):
                     call = functools.partial(apply_layer, layer, context=None, training=True)
                     found = effects_of(layer, given, call)
-                    self.effects += [] if found is None else [(layer, found)]
+                    if found is not None:
+                        self.effects.append((layer, found))
+                    if found is not None and isinstance(x, keras.KerasTensor):
+                        x._keras_mask = found.mask
+        if not isinstance(x, keras.KerasTensor):
+            raise ValueError(
+                f"layer {self.layers[-1].name} is the last on its device and its output is a {type(x).__name__}; expected "
+                "one tensor"
+            )
         if not self.is_last and not floating[-1]:
             raise ValueError(
                 f"layer {self.layers[-1].name} is the last on its device and its output is {x.dtype}, which has no "

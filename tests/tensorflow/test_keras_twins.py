@@ -161,6 +161,14 @@ CASES: dict[str, tuple[Callable[[], list[L.Layer]], Any, Any, Any, dict[str, Any
         lambda: [L.Dense(4, "relu", use_bias=False), L.Masking(), L.LSTM(4, return_sequences=True), L.Dense(1)],
         *(SEQUENCES, STEPS, "mse", {}),
     ),
+    "masked in a nested model": (
+        lambda: [
+            keras.Sequential(embedded(L.Dense(4))),
+            keras.Sequential([L.LSTM(3, return_sequences=True)]),
+            L.Dense(1),
+        ],
+        *(TOKENS, STEPS, "mse", {}),
+    ),
     "masked, with labels that do not count": (
         lambda: embedded(L.Dense(4), L.Dense(3)),
         *(TOKENS, LABELS, cross_entropy(ignore_class=1), {"weighted_metrics": ["accuracy"]}),
@@ -196,6 +204,7 @@ RUNS: list[tuple[str, int, dict[str, Any]]] = [
     ("masked attention", 3, {"schedule": "zb-h1"}),
     ("masked by values", 2, {"schedule": "1f1b", "partition": [1]}),
     ("masked by values", 2, {"schedule": "1f1b", "partition": [2], "recompute": "every-1"}),
+    ("masked in a nested model", 2, {"schedule": "gpipe"}),
     ("masked, with labels that do not count", 2, {"schedule": "gpipe"}),
     ("layers' own losses", 2, {"schedule": "interleaved", "num_chunks": 2}),
     ("layers' own losses", 1, {"schedule": "gpipe", "recompute": "every-2"}),
