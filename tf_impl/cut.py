@@ -240,7 +240,7 @@ def trace_stage(
             for k, piece in reversed(list(enumerate(rest))):
                 # A piece waits for the one behind it, or the activations of all would be there at once.
                 before = len(graph.get_operations())
-                with tf.control_dependencies([] if dx is None else [dx]):
+                with tf.control_dependencies([] if dx is None else [unbundled(dx)]):
                     tape, start, y_again, more = recorded(starts[k], [piece], first if k == 0 else None)
                 again += graph.get_operations()[before:]
                 dx, more = differentiated(tape, start, y_again, dx, more)
@@ -248,14 +248,14 @@ def trace_stage(
         pairs = [(variable, g) for variable, g in zip(accumulators, dw, strict=True) if g is not None]
         parts.update(
             inputs=[x, *extra],
-            output=y,
-            reported=reported,
+            output=unbundled(y),
+            reported={name: unbundled(tensor) for name, tensor in reported.items()},
             num_forward=num_forward,
             again=again,
             output_gradient=[] if dy is None else [dy],
-            input_gradient=tf.convert_to_tensor(dx),
+            input_gradient=unbundled(tf.convert_to_tensor(dx)),
             # Dense: the rows of an embedding's sparse gradient come once per token, so that squares would not add up.
-            weight_gradients=[dense(g, variable.dtype) for variable, g in pairs],
+            weight_gradients=[unbundled(dense(g, variable.dtype)) for variable, g in pairs],
             accumulators=[variable for variable, _ in pairs],
         )
 
@@ -375,9 +375,9 @@ class Scissors:
                 node = graph_def.node.add()
                 node.CopyFrom(self.nodes[op.name])
                 node.attr.pop("_class", None)  # "same device as", possibly beyond the cut
-                inputs = [name for name in node.input if not name.startswith("^") or name[1:] in names]
+                controls = [name for name in node.input if name.startswith("^") and name[1:] in names]
                 del node.input[:]
-                node.input.extend(inputs)
+                node.input.extend([*(unbundled(t).name for t in op.inputs), *controls])
         return graph_def
 
 
@@ -388,13 +388,19 @@ def dense(gradient: tf.Tensor | tf.IndexedSlices, dtype: tf.DType) -> tf.Tensor:
     return tf.convert_to_tensor(gradient)
 
 
+def unbundled(tensor: tf.Tensor) -> tf.Tensor:
+    """What an IdentityN copies. A custom gradient bundles its results and arguments in one, and nobody needs them all."""
+    while tensor.op.type == "IdentityN":
+        tensor = tensor.op.inputs[tensor.value_index]
+    return tensor
+
+
 def source_of(tensor: tf.Tensor) -> tf.Tensor:
     """The tensor that has the values of this one in the fewest bytes: what it is a copy of, or was cast from."""
     while True:
+        tensor = unbundled(tensor)
         op = tensor.op
-        if op.type in ("Identity", "IdentityN"):
-            tensor = op.inputs[tensor.value_index]
-        elif op.type == "Cast" and op.inputs[0].dtype.size < tensor.dtype.size:
+        if op.type == "Identity" or (op.type == "Cast" and op.inputs[0].dtype.size < tensor.dtype.size):
             tensor = op.inputs[0]
         else:
             return tensor
@@ -407,7 +413,7 @@ def ancestors(operations: Iterable[tf.Operation], given: Iterable[Any] = ()) -> 
         op = waiting.pop()
         if op not in found:
             found.add(op)
-            waiting += [t.op for t in op.inputs if t.ref() not in given]
+            waiting += [t.op for t in map(unbundled, op.inputs) if t.ref() not in given]
     return found
 
 
