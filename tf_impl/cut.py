@@ -361,7 +361,7 @@ class Scissors:
         if part & self.changing:
             raise ValueError(
                 "the mask of the predictions depends on a layer with a state or random numbers, so the labels that count "
-                "are not known before the backward; expected one micro-batch, or a mask made before such layers"
+                "are not known before the backward; expected a mask that is made before such layers"
             )
         given = [t for t in received if t.op in part]
         with tf.device(self.device):
