@@ -70,7 +70,11 @@ def test_cpus_are_counted_in_one_place() -> None:
     assert counting == {"common/runtime/cpus.py", "common/report/machine.py"}
 
 
-def test_only_child_processes_of_tests_import_a_framework() -> None:
+def test_only_tests_in_a_process_of_their_own_import_a_framework() -> None:
+    home = {"torch": "torch_impl", "tensorflow": "tf_impl", "paddle": "paddle_impl"}
     for path in (ROOT / "tests").rglob("*.py"):
-        if "children" not in path.parts:
-            assert not top(imported(path)) & FRAMEWORKS, path
+        folder = path.relative_to(ROOT / "tests").parts[0]
+        own = home.get(folder, "")
+        found = top(imported(path))
+        assert found & FRAMEWORKS <= FRAMEWORK_OF.get(own, {"torch"} if folder == "children" else set()), path
+        assert found & set(FRAMEWORK_OF) <= {own} or folder == "children", path

@@ -1,0 +1,40 @@
+"""Numbers beyond the parity ladder against the oracle: short batches, units alone, predictions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.engines import Make, batch, check_predictions, check_short_batch, check_units_alone, train
+
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+@every_dtype
+@pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
+def test_ignored_labels_and_missing_sequences_count_for_nothing(make: Make, dtype: str, micro_batches: int) -> None:
+    check_short_batch(make, dtype, micro_batches)
+
+
+@pytest.mark.parametrize(("dtype", "norm", "tied_head"), [("float32", "pre", True), ("float64", "post", False)])
+def test_units_alone_are_the_oracles_and_leave_the_engine_as_it_was(
+    make: Make, dtype: str, norm: str, tied_head: bool
+) -> None:
+    check_units_alone(make, dtype, norm, tied_head)
+
+
+@pytest.mark.parametrize(("dtype", "norm", "tied_head"), [("float32", "pre", True), ("float64", "post", False)])
+def test_predictions_are_the_oracles_and_those_of_fleets_own_pipeline(
+    make: Make, dtype: str, norm: str, tied_head: bool
+) -> None:
+    options = {"dtype": dtype, "norm": norm, "tied_head": tied_head, "dropout": 0.1}
+    table, native = (make(2, run={"executor": executor}, **options) for executor in ("table", "native"))
+    train(table, [0])
+    native.reset(table.weights())
+    check_predictions(table, (8, 16), (4, 16), (12, 5))
+    tokens = batch(table).inputs
+    np.testing.assert_array_equal(table.predict(tokens), native.predict(tokens))
+
+
+def test_predictions_of_the_plain_loop_are_the_oracles(make: Make) -> None:
+    check_predictions(make(1, "gpipe", dtype="float64", dropout=0.1, run={"executor": "plain"}), (4, 16), (8, 3))
