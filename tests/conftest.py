@@ -1,4 +1,4 @@
-"""Which tests run in this process, which share a worker, and when one hangs."""
+"""Which tests run in this process, and which share a worker."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from hypothesis import settings
 
 from common import tokenizer
+
+pytest_plugins = ["tests.watchdog"]
 
 os.environ.pop("COLUMNS", None)  # of the terminal that the tests were started in; tables would be folded to fit it
 

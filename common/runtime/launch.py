@@ -31,6 +31,7 @@ from common.runtime import inherited
 from common.runtime.job import Job, JobFile, Part
 from common.runtime.loopback import why_no_loopback
 from common.runtime.parent import PARENT
+from common.runtime.patience import Patience
 from common.runtime.text import with_texts
 from common.runtime.watch import Board
 
@@ -44,10 +45,14 @@ ENDED_BY = "was ended by"
 """How `common.runtime.ranks` says that a stage's process got a signal."""
 
 POLL_SECONDS = 0.1
+HANG_SECONDS = 600.0
+"""A child that has computed nothing for so long hangs."""
 START_SECONDS = 120.0
 """What a child gets at least to import its framework and to build the model, before it can be said to hang."""
 TERMINATE_SECONDS = 3.0
 """What a child gets to end by itself after SIGTERM; then SIGKILL."""
+KILL_SECONDS = 60.0
+"""How long to wait for processes that have got SIGKILL, which are gone as soon as the system comes to it."""
 
 
 @dataclass(frozen=True)
@@ -126,17 +131,19 @@ def run_jobs_in_child(
     module: str,
     jobs: Sequence[Job],
     folder: Path,
-    timeout_seconds: float,
+    timeout_seconds: float = float("inf"),
     on_step: Callable[[int, int, float], None] = lambda job, step, loss: None,
     stopped: Callable[[], bool] = lambda: False,
     log: Path | None = None,
-    hang_seconds: float = float("inf"),
+    hang_seconds: float | None = None,
 ) -> list[Outcome]:
     """Runs `python -m module` over all jobs and returns one outcome per job.
 
     Makes the jobs' folders; writes `jobs.json` and, unless `log` is another place, `child.log` into `folder`.
-    `timeout_seconds` is for the whole child; `hang_seconds` is how long it may do without any device going on,
-    once one has begun; it gets START_SECONDS at least for that.
+    `timeout_seconds` is for the whole child, however busy the machine. A child hangs when no device goes on and nothing is
+    computed for `hang_seconds` (at least START_SECONDS before a device has begun), or when one thread computes for so
+    long, and START_SECONDS at least, and still no device goes on. Without `hang_seconds` only a child that computes
+    nothing hangs, after HANG_SECONDS.
     `on_step(job, step, loss)` is called as steps end. Raises Interrupted, with the child ended, once `stopped()`, and
     CorpusError and TokenizerError for jobs that come without their text.
     """
@@ -162,7 +169,8 @@ def _run(
     progress = [_Progress(Path(job.out) / "progress.jsonl") for job in jobs]
     boards = [Board(Path(job.out), job.config) for job in jobs]
     began = time.monotonic()
-    went_on, allowed_seconds = began, max(hang_seconds, START_SECONDS)
+    idle_seconds = HANG_SECONDS if hang_seconds is None else hang_seconds
+    busy_seconds = float("inf") if hang_seconds is None else max(hang_seconds, START_SECONDS)
     ended_because = None
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -173,18 +181,20 @@ def _run(
             env=child_environment(module),
             start_new_session=True,
         )
+        patience = Patience(child.pid, max(idle_seconds, START_SECONDS), busy_seconds)
         try:
             while child.poll() is None:
                 if stopped():
                     raise Interrupted
-                now = time.monotonic()
-                if now - began > timeout_seconds:
+                if time.monotonic() - began > timeout_seconds:
                     ended_because = f"no result within {timeout_seconds:g} s (--timeout)"
                     break
                 if any(board.changed() for board in boards):
-                    went_on, allowed_seconds = now, hang_seconds
-                if now - went_on > allowed_seconds:
-                    ended_because = f"no progress for {allowed_seconds:g} s (--hang-timeout): {_where(jobs, boards)}"
+                    patience.renew(idle_seconds, busy_seconds)
+                if patience.is_over():
+                    ended_because = (
+                        f"no progress for {patience.idle_seconds:g} s (--hang-timeout): {_where(jobs, boards)}"
+                    )
                     break
                 for number, file in enumerate(progress):
                     for step, loss in file.new_steps():
@@ -214,12 +224,12 @@ def _where(jobs: Sequence[Job], boards: Sequence[Board]) -> str:
 
 def end_group(child: subprocess.Popen[bytes]) -> None:
     """Ends every process of the child's group: SIGTERM, a moment, SIGKILL."""
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+    for signal_number, seconds in ((signal.SIGTERM, TERMINATE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         if not _members(child):
             break
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal_number)
-        deadline = time.monotonic() + TERMINATE_SECONDS
+        deadline = time.monotonic() + seconds
         while _members(child) and time.monotonic() < deadline:
             time.sleep(0.02)
     child.wait()
