@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,7 +178,7 @@ class _Session:
             module,
             [Job(config=config, out=str(self.folder / name), text=self.texts.of(config))],
             self.folder / name,
-            self.bench.options.timeout,
+            self.bench.options.timeout or math.inf,
             on_step=lambda _, step, loss: self.view.step(step, loss),
             stopped=self.stopped,
             log=logs / f"{name}.log",

@@ -36,7 +36,9 @@ class BenchOptions(Frozen):
     preset: str = Field("small", description=f"where to start from: {', '.join(PRESETS)}")
     repeats: int = Field(2, ge=1, description="runs per row, each in a fresh process, taking turns with the other rows")
     untimed_steps: int = Field(2, ge=0, description="first steps of a run that no statistics count")
-    timeout: float = Field(600, gt=0, description="seconds that one run may take; then it is ended and has failed")
+    timeout: float | None = Field(
+        None, gt=0, description="seconds that one run may take; then it is ended and has failed"
+    )
     out: str = Field("results", min_length=1, description="folder in which the benchmark makes a folder of its own")
     parity: bool = Field(True, description="run the float64 oracle first and compare every run with it")
     peers: bool = Field(

@@ -8,11 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
-import psutil
 import pytest
 
 from common import cli, rules
@@ -26,6 +24,7 @@ from common.schedule.generators import make_schedule
 from common.spec import RunConfig
 from common.usage import Parser, UsageError
 from common.verbs.options import add_run_options, read_run
+from tests.waiting import marked, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--preset", "tiny", "--steps", "3", "--schedules", "1f1b", "--repeats", "1"]
@@ -365,7 +364,7 @@ def test_a_dry_run_shows_what_each_device_gets_from_every_schedule(capsys: pytes
 
 def test_rows_that_fail_leave_the_others_intact(tmp_path: Path) -> None:
     run = start(tmp_path, FAKE_FAULTS="paddle=raise", FAKE_MISSING="tensorflow")
-    output, errors = run.communicate(timeout=60)
+    output, errors = run.communicate()
     assert run.returncode == 1, errors
     rows = {row["framework"]: row for row in table(tmp_path)}
     assert [rows[name]["status"] for name in ("torch", "tensorflow", "paddle")] == ["ok", "skipped", "failed"]
@@ -414,7 +413,7 @@ def test_an_ignored_signal_does_not_end_the_work(tmp_path: Path, name: str) -> N
 
 def test_native_dropout_is_shown_and_not_ranked(tmp_path: Path) -> None:
     run = start(tmp_path, "--dropout", "native", "--frameworks", "torch")
-    output, errors = run.communicate(timeout=60)
+    output, errors = run.communicate()
     assert run.returncode == 0, output + errors
     (row,) = table(tmp_path)
     assert (row["status"], row["parity"], row["ratio"]) == ("ok", "not comparable", "")
@@ -426,7 +425,7 @@ def test_native_dropout_is_shown_and_not_ranked(tmp_path: Path) -> None:
 
 def test_bfloat16_is_judged_beside_the_other_frameworks(tmp_path: Path) -> None:
     alone = start(tmp_path / "alone", "--dtype", "bfloat16", "--frameworks", "torch")
-    assert alone.wait(timeout=60) == 0
+    assert alone.wait() == 0
     assert [row["parity"] for row in table(tmp_path / "alone")] == ["not checked"]
     # 0.1 % off is well below the ceiling, and far above three times what the other one errs.
     both = start(
@@ -437,7 +436,7 @@ def test_bfloat16_is_judged_beside_the_other_frameworks(tmp_path: Path) -> None:
         "torch,tensorflow",
         FAKE_FAULTS="tensorflow=wrong-loss",
     )
-    output, _ = both.communicate(timeout=60)
+    output, _ = both.communicate()
     assert both.returncode == 1
     assert [row["parity"] for row in table(tmp_path / "both")] == ["pass", "FAIL"]
     assert "rule: no error more than 3 times the smallest of tensorflow, torch" in output
@@ -450,7 +449,7 @@ def test_two_schedule_files_of_one_name_do_not_share_a_folder(tmp_path: Path) ->
     files = ",".join(f"file:{tmp_path / folder / 'mine.txt'}" for folder in ("a", "b"))
     argv = ["--schedules", files, "--frameworks", "torch", "--micro-batches", "1", "--no-parity"]
     run = start(tmp_path / "out", *argv)
-    output, errors = run.communicate(timeout=60)
+    output, errors = run.communicate()
     assert run.returncode == 0, output + errors
     schedules = {RunResult.read(path).config.schedule for path in tmp_path.glob("out/*/*/result.json")}
     assert schedules == set(files.split(","))
@@ -470,7 +469,7 @@ def test_an_oracle_that_does_not_fit_is_skipped_and_said_so(
 
 def test_repeats_are_interleaved_and_a_difference_fails_the_run(tmp_path: Path) -> None:
     run = start(tmp_path, "--repeats", "2", "--frameworks", "torch,paddle", FAKE_FAULTS="paddle=wrong-loss")
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate()
     assert run.returncode == 1
     started = [line.split("] ")[1].split()[0] for line in output.splitlines() if line.startswith("[")]
     assert started == ["oracle", "torch", "paddle", "paddle", "torch"]
@@ -487,22 +486,11 @@ def test_an_interruption_keeps_finished_rows_and_leaves_no_process(
 ) -> None:
     mark = uuid.uuid4().hex
     run = start(tmp_path, FAKE_FAULTS="tensorflow=stubborn", FAKE_MARK=mark)
-    deadline = time.monotonic() + 60
-    while not marked(mark) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: marked(mark), run)
     run.send_signal(signal_number)
-    output, errors = run.communicate(timeout=30)
+    output, errors = run.communicate()
     assert run.returncode == 130, errors
     assert [(row["framework"], row["status"]) for row in table(tmp_path)] == [("torch", "ok")]
     assert "interrupted: 1 of 3 runs finished" in output
     assert "Traceback" not in output + errors
     assert not marked(mark)
-
-
-def marked(mark: str) -> list[int]:
-    """Living processes that the fake has started."""
-    return [
-        process.pid
-        for process in psutil.process_iter(["cmdline", "status"])
-        if mark in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
-    ]

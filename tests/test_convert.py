@@ -100,7 +100,7 @@ def test_gpt2_continues_as_the_library_does(gpt2: Path, framework: str, tmp_path
     )  # fmt: skip
     wish = Generation(prompt=tuple(text[:4]), tokens=len(text) - 4)
     job = Job(config=config, out=str(tmp_path), kind="generate", resume=str(gpt2 / "imported"), generation=wish)
-    outcome = run_jobs_in_child(IMPLEMENTATIONS[framework].module, [job], tmp_path, float("inf"))[0]
+    outcome = run_jobs_in_child(IMPLEMENTATIONS[framework].module, [job], tmp_path)[0]
     assert outcome.reason == ""
     found = json.loads((tmp_path / "generation.json").read_text())
     assert found["tokens"] == [text[4:]] and found["closest_call"] > 1e-6

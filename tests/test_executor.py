@@ -61,7 +61,7 @@ class Mailboxes:
         self.box(message).put(tensor)
 
     def receive(self, message: Message, device: int) -> int:
-        return self.box(message).get(timeout=10)
+        return self.box(message).get()
 
 
 def run(schedule: Schedule) -> tuple[list[Adder], dict[int, list[Event]]]:

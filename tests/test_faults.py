@@ -25,9 +25,11 @@ from common.schedule.action import parse_action
 from common.spec import FRAMEWORKS, RunConfig, TrainSpec
 from common.usage import Parser
 from common.verbs import train
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTY = {name: Implementation("fakes.faulty", "numpy", "") for name in FRAMEWORKS}
+PROGRESS = "out/*/*/attempt-1/progress.jsonl"
 SMALL = (
     "--num-layers 2 --d-model 8 --d-ff 8 --num-heads 2 --context-length 8 --batch-size 4 --micro-batches 4 --steps 8"
 )
@@ -117,19 +119,13 @@ def test_a_signal_given_twice_while_a_save_hangs(tmp_path: Path, number: int) ->
     code += "sys.exit(t.run(pathlib.Path(sys.argv[1]), *sys.argv[2:]))"
     argv = [str(tmp_path), "--save-every", "2", *given("hang@step=3,action=save")]
     parent = subprocess.Popen([sys.executable, "-c", code, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    progress = tmp_path / "out"
-    while time.monotonic() < deadline:
-        lines = [path.read_bytes().count(b"\n") for path in progress.glob("*/*/attempt-1/progress.jsonl")]
-        if lines == [4]:
-            break
-        time.sleep(0.05)
+    wait_until(lambda: [b.count(b"\n") for b in map(Path.read_bytes, tmp_path.glob(PROGRESS))] == [4], parent)
     children = psutil.Process(parent.pid).children(recursive=True)
     assert children
     parent.send_signal(number)
     time.sleep(0.01)
     parent.send_signal(number)
-    output, _ = parent.communicate(timeout=30)
+    output, _ = parent.communicate()
     assert parent.returncode == 130, output
     assert "interrupted" in output and "Traceback" not in output
     assert not [process for process in children if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
@@ -288,9 +284,14 @@ def test_the_parent_sees_what_the_devices_do(tmp_path: Path) -> None:
     Watch(tmp_path, [0]).enter("save", 1)  # nobody watches: nothing happens
 
 
-def test_a_child_has_time_to_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "START_SECONDS", 0.1)
-    assert run(tmp_path, "--hang-timeout", "0.1") == 1
-    assert result(tmp_path).reason == (
-        "no progress for 0.1 s (--hang-timeout): device 0 has not begun; device 1 has not begun"
-    )
+def test_a_child_that_never_begins_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "START_SECONDS", 1.0)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "endless.py").write_text("while True: pass")
+    (tmp_path / "idle.py").write_text("import signal; signal.pause()")
+    for module in ("endless", "idle"):
+        never = {name: Implementation(module, "numpy", "") for name in FRAMEWORKS}
+        assert run(tmp_path / module, "--hang-timeout", "0.1", implementations=never) == 1
+        assert result(tmp_path / module).reason == (
+            "no progress for 1 s (--hang-timeout): device 0 has not begun; device 1 has not begun"
+        )

@@ -11,12 +11,16 @@ import pytest
 from common.spec import FRAMEWORKS
 
 ROOT = Path(__file__).parent.parent
-NO_TESTS = 5
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_its_own_tests_pass(framework: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-o", "addopts=-ra", f"tests/{framework}"]
-    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]
-    print(done.stdout.splitlines()[-1])
+def test_its_own_tests_pass(framework: str, pytestconfig: pytest.Config) -> None:
+    sooner = float(pytestconfig.getini("hang_seconds")) / 2  # than this test, which would say less about a hang
+    options = ["-p", "no:xdist", "-o", "addopts=-ra", "-o", f"hang_seconds={sooner}", "--durations=5"]
+    command = [sys.executable, "-m", "pytest", "-v", *options, f"tests/{framework}"]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            print(line, end="", flush=True)  # as it comes, so that a failure of any kind shows how far it got
+    assert child.returncode == 0

@@ -205,7 +205,7 @@ def look(browser: str, page: Path, tmp_path: Path, width: int, dark: bool) -> di
     flags += f"--disable-component-update --disable-sync --blink-settings=preferredColorScheme={0 if dark else 1}"
     command = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1500,1000"]
     address = (tmp_path / "look.html").as_uri()
-    output = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=60).stdout
+    output = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True).stdout
     found = re.search("SEEN(.*)END", output)
     assert found is not None, output[-2000:]
     return dict(json.loads(html.unescape(found[1])))

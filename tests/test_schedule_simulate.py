@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -309,14 +308,11 @@ def test_costs_that_do_not_fit_are_refused() -> None:
         simulate(broken)
 
 
-def test_a_million_actions_in_seconds() -> None:
-    began = time.process_time()
+def test_a_million_actions() -> None:
+    """In some 3 s; what is not linear takes minutes here."""
     schedule = make_schedule("interleaved", 64, 2048, 4)
     assert validate(schedule) == []
     simulation = simulate(schedule, check=False)
-    seconds = time.process_time() - began
     assert schedule.num_actions == 1_048_576
     assert simulation.makespan - 2048 * 3 == pytest.approx(63 * 3 / 4)
     assert np.isfinite(simulation.end).all()
-    # About 3 s when it was written; one that is not linear takes minutes.
-    assert seconds < 60

@@ -65,7 +65,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, noisy: Path) -> Any:
             Job(config=wide, out=str(folder / "sampled"), kind="generate", resume=str(noisy), generation=SAMPLED),
             Job(config=one, out=str(folder / "evaluated"), kind="evaluate", resume=str(noisy), batches=3),
         ]
-        return folder, run_jobs_in_child(IMPLEMENTATIONS[framework].module, jobs, folder, 300.0)
+        return folder, run_jobs_in_child(IMPLEMENTATIONS[framework].module, jobs, folder)
 
     return run
 

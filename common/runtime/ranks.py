@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +22,13 @@ from typing import Any
 
 from common.runtime.engine import Engine
 from common.runtime.job import Job, JobFile
+from common.runtime.patience import Patience
 from common.runtime.worker import Switch, no_drift, run_jobs
 from common.spec import RunConfig
 
 GRACE_SECONDS = 5.0
-"""What the other ranks have to write down how the failure of one looked to them."""
+"""What the other ranks may compute, or do nothing, before they have written down how the failure of one looked to them."""
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,14 @@ def _run_until_failure(ranks: Ranks, jobs: Sequence[Job], switch: Switch) -> int
 def _all_end_well(processes: Sequence[Any]) -> bool:
     """Waits for the first failure, then for the grace time; or for all."""
     running = {process.sentinel: process for process in processes}
-    deadline = None
+    patience = None
     while running:
-        ended = wait(list(running), None if deadline is None else max(0.0, deadline - time.monotonic()))
-        if not ended:
+        ended = wait(list(running), None if patience is None else POLL_SECONDS)
+        if patience is not None and patience.is_over():
             return False
-        if any(_exit_code(running.pop(sentinel)) for sentinel in ended) and deadline is None:
-            deadline = time.monotonic() + GRACE_SECONDS
-    return deadline is None
+        if any(_exit_code(running.pop(sentinel)) for sentinel in ended) and patience is None:
+            patience = Patience(os.getpid(), GRACE_SECONDS, GRACE_SECONDS)
+    return patience is None
 
 
 def _exit_code(process: Any) -> int:

@@ -33,8 +33,6 @@ from common.snapshot.manifest import (
 )
 from common.spec import RunConfig, TransformerSpec
 
-SHARD_TIMEOUT_SECONDS = 300.0
-"""How long the process of device 0 waits for the other processes' shards."""
 POLL_SECONDS = 0.02
 
 
@@ -49,7 +47,6 @@ class SnapshotWriter:
     directory: Path
     keep: int
     token: str
-    timeout_seconds: float = SHARD_TIMEOUT_SECONDS
 
     def write(
         self,
@@ -64,6 +61,8 @@ class SnapshotWriter:
     ) -> Path | None:
         """Saves what `devices` hold. The process of device 0 waits for all others and finishes: it returns the folder.
 
+        It waits as long as they take: whoever has started them knows when one has ended, or hangs, and ends all.
+
         A tied head's copy of the token embedding is left to the process that has the embedding. `tokenizer` is the
         tokenizer.json; None for bytes. Raises SnapshotError.
         """
@@ -77,7 +76,7 @@ class SnapshotWriter:
                 _write_shard(temporary, devices, tensors)
                 if 0 not in devices:
                     return None
-                shards = _wait_for_shards(temporary, config.stages, self.timeout_seconds)
+                shards = _wait_for_shards(temporary, config.stages)
                 folder = _finish(
                     temporary,
                     self.directory / folder_name(steps_done),
@@ -127,7 +126,7 @@ def write_weights(
         temporary.mkdir(parents=True)
         try:
             _write_shard(temporary, (0,), weights)
-            shards = _wait_for_shards(temporary, 1, 0.0)
+            shards = _wait_for_shards(temporary, 1)
             return _finish(
                 temporary, folder, shards, steps_done=0, model=model, train=None, data=None, optimizer_state=(),
                 tokenizer=_write_tokenizer(temporary, tokenizer), written_by={"imported_from": origin},
@@ -179,22 +178,15 @@ def _write_shard(temporary: Path, devices: Sequence[int], tensors: Mapping[str, 
     note.rename(temporary / f"{name}.note")
 
 
-def _wait_for_shards(temporary: Path, stages: int, timeout_seconds: float) -> list[_Shard]:
+def _wait_for_shards(temporary: Path, stages: int) -> list[_Shard]:
     """The notes of all processes, which together hold every device; takes the notes away."""
-    deadline = time.monotonic() + timeout_seconds
     while True:
         notes = sorted(temporary.glob("*.note"))
         shards = [_Shard.model_validate_json(note.read_text()) for note in notes]
-        lacking = set(range(stages)) - {device for shard in shards for device in shard.devices}
-        if not lacking:
+        if {device for shard in shards for device in shard.devices} == set(range(stages)):
             for note in notes:
                 note.unlink()
             return shards
-        if time.monotonic() > deadline:
-            raise SnapshotError(
-                f"{temporary.name}: no shard from device {', '.join(map(str, sorted(lacking)))} "
-                f"within {timeout_seconds:g} s"
-            )
         time.sleep(POLL_SECONDS)
 
 

@@ -86,7 +86,9 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
         f"(default: {DEFAULT_LEGS})",
     )
     parser.add_argument("--out", metavar="FOLDER", default="results", help="where its folder goes (default: results)")
-    parser.add_argument("--timeout", metavar="SECONDS", type=float, default=1800.0, help="end a leg that takes longer")
+    parser.add_argument(
+        "--timeout", metavar="SECONDS", type=float, default=math.inf, help="end a leg that takes longer"
+    )
     add_run_options(parser, without=[*PLACEMENT, "steps", "executor", "track", "drift"], defaults=DEFAULTS)
     parser.set_defaults(run=reporting(lambda arguments: _relay(arguments, implementations)))
 

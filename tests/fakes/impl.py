@@ -21,7 +21,7 @@ from common.runtime.oracle_worker import OracleEngine
 from common.runtime.worker import run_jobs
 from common.schedule.generators import make_schedule
 
-SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)", os.environ.get("FAKE_MARK", "")]
+SLEEPER = [sys.executable, "-c", "import signal; signal.pause()", os.environ.get("FAKE_MARK", "")]
 """A process that a test can find again by FAKE_MARK."""
 
 
@@ -48,7 +48,7 @@ class FakeEngine(OracleEngine):
                 print("SomeError: gave up", flush=True)
                 os._exit(3)
             case "hang":
-                time.sleep(600)
+                subprocess.run(SLEEPER)
             case "stubborn":  # ignores SIGTERM, and so does a process that it starts
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 subprocess.run(SLEEPER)
