@@ -28,7 +28,7 @@ from common.verbs import train
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
-FAULTY = {name: Implementation("fakes.faulty", "numpy", "") for name in FRAMEWORKS}
+FAULTY = {name: Implementation("tests.fakes.faulty", "numpy", "") for name in FRAMEWORKS}
 PROGRESS = "out/*/*/attempt-1/progress.jsonl"
 SMALL = (
     "--num-layers 2 --d-model 8 --d-ff 8 --num-heads 2 --context-length 8 --batch-size 4 --micro-batches 4 --steps 8"
@@ -39,7 +39,7 @@ CONFIG = RunConfig(stages=2, schedule="1f1b", train=TrainSpec(batch_size=4, micr
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # not its folder `tests`, in which `torch` is the tests' own
 
 
 def run(tmp_path: Path, *argv: Any, implementations: Any = FAULTY) -> int:
@@ -115,7 +115,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_was_saved(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_given_twice_while_a_save_hangs(tmp_path: Path, number: int) -> None:
-    code = "import sys; sys.path.insert(0, 'tests'); import test_faults as t, pathlib; "
+    code = "import sys, pathlib; import tests.test_faults as t; "
     code += "sys.exit(t.run(pathlib.Path(sys.argv[1]), *sys.argv[2:]))"
     argv = [str(tmp_path), "--save-every", "2", *given("hang@step=3,action=save")]
     parent = subprocess.Popen([sys.executable, "-c", code, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -65,7 +65,8 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
         metavar="SECONDS",
         type=float,
         default=600.0,
-        help="end a child of which no device goes on for so long, and say who waits for whom (default: 600)",
+        help="end a child of which no device goes on and that computes nothing for so long, and say who waits for whom "
+        "(default: 600)",
     )
     parser.add_argument(
         "--fault",

@@ -1,15 +1,14 @@
-"""`python -m fakes.faulty JOBS.json`: the oracle, which tells of its actions, so that faults of `Job.fault` strike it."""
+"""`python -m tests.fakes.faulty JOBS.json`: the oracle, which tells of its actions, so that `Job.fault` strikes it."""
 
 from __future__ import annotations
 
 import sys
 
-from fakes.impl import FakeEngine
-
 from common.data import Batch
 from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
+from tests.fakes.impl import FakeEngine
 
 
 class FaultyEngine(FakeEngine):

@@ -1,4 +1,4 @@
-"""`python -m fakes.mortal JOBS.json`: the oracle, which dies on request, once at each place.
+"""`python -m tests.fakes.mortal JOBS.json`: the oracle, which dies on request, once at each place.
 
 The variable FAKE_DEATHS, such as `kill@3,raise@5`, says how and in which step; FAKE_MARK names a folder that remembers
 which of them have happened.
@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from fakes.impl import FakeEngine
 
 from common.data import Batch
 from common.runtime.job import JobFile
 from common.runtime.worker import run_jobs
+from tests.fakes.impl import FakeEngine
 
 
 class MortalEngine(FakeEngine):
