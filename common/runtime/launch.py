@@ -159,7 +159,7 @@ def _run(
     on_step: Callable[[int, int, float], None],
     stopped: Callable[[], bool],
     log: Path | None,
-    hang_seconds: float,
+    hang_seconds: float | None,
 ) -> list[Outcome]:
     folder.mkdir(parents=True, exist_ok=True)
     for job in jobs:
