@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import Bench
+from common.edges import printable
 from common.partition import plan_partition, unit_costs
 from common.report import compare, tables
 from common.report.collect import collect
@@ -93,7 +94,7 @@ def make_folder(out: Path, preset: str) -> Path:
 
 def run_name(config: RunConfig, repeat: int | None = None) -> str:
     """The run's folder: framework, schedule, and what else tells it from the others of its grid."""
-    schedule = Path(config.schedule.removeprefix("file:")).stem
+    schedule = printable(Path(config.schedule.removeprefix("file:")).stem, 48)  # a file's name may be of any length
     name = f"{config.framework}-{schedule}-p{config.stages}-m{config.train.micro_batches}"
     name += f"-v{config.chunks}" if config.chunks > 1 else ""
     name += f"-{config.executor}" if config.executor != "table" else ""
@@ -106,7 +107,7 @@ def describe(config: RunConfig) -> str:
     chunks = f" v={config.chunks}" if config.chunks > 1 else ""
     executor = f" {config.executor}" if config.executor != "table" else ""
     size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
-    return " ".join([f"{config.framework} {config.schedule}{executor} {size}", *variant_of(config)])
+    return " ".join([f"{config.framework} {config.schedule_name}{executor} {size}", *variant_of(config)])
 
 
 @dataclass

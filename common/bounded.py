@@ -10,9 +10,12 @@ MAX_TEXT_BYTES = 64 * 2**20
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The file as UTF-8. Raises OSError, also for a file with more than `max_bytes`, and UnicodeDecodeError."""
+    """The file as UTF-8, with or without a byte-order mark.
+
+    Raises OSError, also for a file with more than `max_bytes`, and UnicodeDecodeError.
+    """
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"{os.strerror(errno.EFBIG)}: more than {max_bytes} bytes", str(path))
-    return data.decode("utf-8")
+    return data.decode("utf-8-sig")

@@ -6,6 +6,7 @@ A verb's module is imported when the verb is named: nobody waits for what anothe
 from __future__ import annotations
 
 import importlib
+import logging
 import shlex
 import signal
 import sys
@@ -85,6 +86,7 @@ def _run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
         # A reader that has seen enough, such as head, is no error.
         return "" if isinstance(error, BrokenPipeError) else f"{parser.prog}: standard output: {error.strerror}"
 
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it complains of a home that cannot be written
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a child has ended
     with lasting_streams(notice) as output:
         try:
@@ -99,6 +101,9 @@ def _run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
             return EXIT_USAGE
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
+        except OSError as error:  # a folder that cannot be written, a disk that is full, no place for temporary files
+            print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+            return EXIT_USAGE
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from common.edges import printable
 from common.parity import TensorKey
 from common.snapshot import SnapshotError
 from common.snapshot.header import read_header
-from common.snapshot.manifest import clip
 from common.spec import RunConfig, explain
 
 FORMAT = "triptych-dump"
@@ -61,7 +61,10 @@ def write_dump(
         "config": config.model_dump_json(),
         "about": json.dumps(dict(about or {}), default=str),
     }
-    save_file({str(key): np.ascontiguousarray(value) for key, value in tensors.items()}, path, metadata)
+    try:
+        save_file({str(key): np.ascontiguousarray(value) for key, value in tensors.items()}, path, metadata)
+    except SafetensorError as error:  # how it says that a disk is full
+        raise DumpError(f"{path}: {error}") from None
 
 
 def read_dump(path: Path) -> Dump:
@@ -74,7 +77,7 @@ def read_dump(path: Path) -> Dump:
     for text, entry in entries.items():
         if entry.dtype not in READABLE:
             raise DumpError(
-                f"{path}: {clip(text)} has dtype {entry.dtype}; right would be {', '.join(READABLE.values())}"
+                f"{path}: {printable(text)} has dtype {entry.dtype}; right would be {', '.join(READABLE.values())}"
             )
     try:
         with safe_open(path, framework="numpy") as opened:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from common.edges import OsText
 from common.parity import Comparison, Difference, compare, relative_margins
 from common.probes import Run, compare_probe, expected, losses_as_tensors
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
@@ -64,7 +65,7 @@ class Margins(BaseModel):
     margins: list[Margin]
     problems: list[str]
     """Runs that could not be made."""
-    command: str
+    command: OsText
     machine: str
     versions: dict[str, str]
 

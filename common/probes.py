@@ -52,7 +52,7 @@ def read_probe(folder: Path, same_copies: bool = True) -> Run:
 
     Tensors of a type that NumPy lacks are a ValueError too: an engine gives float32 where it computes in bfloat16.
     """
-    parts = [Part.model_validate_json(path.read_text()) for path in sorted(folder.glob("part-*.json"))]
+    parts = [Part.model_validate_json(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("part-*.json"))]
     tensors: Tensors = {}
     for path in sorted(folder.glob("part-*.safetensors")):
         try:

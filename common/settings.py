@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from common import drift
 from common.bounded import read_text
 from common.data import CorpusError, load_corpus
+from common.edges import OsText, number, whole_number
 from common.rules import BFLOAT16, why_impossible
 from common.schedule import recompute
 from common.schedule.generators import GENERATORS, default_chunks
@@ -39,7 +40,7 @@ class BenchOptions(Frozen):
     timeout: float | None = Field(
         None, gt=0, description="seconds that one run may take; then it is ended and has failed"
     )
-    out: str = Field("results", min_length=1, description="folder in which the benchmark makes a folder of its own")
+    out: OsText = Field("results", min_length=1, description="folder in which the benchmark makes a folder of its own")
     parity: bool = Field(True, description="run the float64 oracle first and compare every run with it")
     peers: bool = Field(
         False,
@@ -78,6 +79,9 @@ GRID: tuple[Key, ...] = (
 
 PLURALS = {"framework": "frameworks", "schedule": "schedules"}
 """Fields whose option has another name."""
+
+
+OF_ONE_OPTIMIZER = {"momentum": "sgd", "beta1": "adamw", "beta2": "adamw", "epsilon": "adamw"}
 
 
 @dataclass(frozen=True)
@@ -178,22 +182,38 @@ def read_native_dropout(given: Settings, below: Settings) -> Settings:
 def adapt(settings: Settings, given: Settings) -> None:
     """Lets what the user did not give follow what they gave: the warm-up fits into the steps, the vocabulary is bytes."""
     _adapt_to_drift(settings, given)
+    _refuse_unused(settings, given)
     dtypes = listed(settings[("train", "dtype")].value) if ("train", "dtype") in settings else []
     default = settings.get(("run", "framework"), Setting(None, "")).value
     if dtypes == ["bfloat16"] and isinstance(default, list) and ("run", "framework") not in given:
         settings["run", "framework"] = Setting([name for name in default if name in BFLOAT16], "default")
-    steps, warmup = settings.get(("train", "steps")), settings.get(("train", "warmup_steps"))
+    warmup, steps = settings.get(("train", "warmup_steps")), None
+    if ("train", "steps") in settings:
+        steps = whole_number(settings["train", "steps"].value)  # None: for validation to say so
     if steps and warmup and ("train", "warmup_steps") not in given:
-        # What is no number stays, for validation to say so.
-        shorter = min(warmup.value, int(steps.value)) if str(steps.value).isdigit() else warmup.value
-        settings["train", "warmup_steps"] = Setting(shorter, warmup.where)
-    if steps and ("bench", "untimed_steps") not in given and str(steps.value).isdigit():
-        fewer = max(1, min(BenchOptions().untimed_steps, int(steps.value) - 1))
+        settings["train", "warmup_steps"] = Setting(min(warmup.value, steps), warmup.where)
+    if steps and ("bench", "untimed_steps") not in given:
+        fewer = max(1, min(BenchOptions().untimed_steps, steps - 1))
         settings["bench", "untimed_steps"] = Setting(fewer, "default")
     _adapt_to_tokenizer_file(settings, given)
     tokenizer = settings.get(("run", "tokenizer"), Setting("bytes", ""))
     if tokenizer.value == "bytes" and ("model", "vocab_size") not in given:
         settings["model", "vocab_size"] = Setting(256, "tokenizer bytes")
+
+
+def _refuse_unused(settings: Settings, given: Settings) -> None:
+    """What the user says and nothing would read is a mistake; the value that holds anyway is none."""
+    optimizer = settings.get(("train", "optimizer"), Setting(TrainSpec().optimizer, ""))
+    for name, owner in OF_ONE_OPTIMIZER.items():
+        setting = given.get(("train", name))
+        if setting is None or optimizer.value == owner or number(setting.value) == TrainSpec.model_fields[name].default:
+            continue
+        raise UsageError(
+            f"{setting.where} = {setting.value}: {optimizer.value} has none; expected with --optimizer {owner}"
+        )
+    masks, dropout = given.get(("model", "dropout_masks")), settings.get(("model", "dropout"), Setting(0.0, ""))
+    if masks is not None and masks.value == "native" and number(dropout.value) == 0:
+        raise UsageError(f"{masks.where} = native: nothing is dropped; expected with a --dropout of more than 0")
 
 
 def _adapt_to_drift(settings: Settings, given: Settings) -> None:

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from common.edges import OsText, printable
 from common.rounding import finite_float32, round_to_float32
 from common.schedule import recompute
 from common.schedule.action import MAX_PLACES
@@ -103,7 +104,7 @@ class TrainSpec(Frozen):
     epsilon: Float32 = Field(1e-8, gt=0.0, description="AdamW: added to sqrt(v / (1 - beta2^t))")
     momentum: Float32 = Field(0.0, ge=0.0, lt=1.0, description="SGD: momentum")
     weight_decay: Float32 = Field(0.1, ge=0.0, description="AdamW: decoupled; SGD: L2 added to the gradient")
-    no_decay: tuple[str, ...] = Field(
+    no_decay: tuple[OsText, ...] = Field(
         ("*.bias", "*norm*"), description="patterns of parameter names that are not decayed"
     )
     clip_norm: Float32 | None = Field(1.0, gt=0.0, description="largest global gradient norm over all stages")
@@ -166,7 +167,7 @@ class RunConfig(Frozen):
     train: TrainSpec = TrainSpec()
     stages: int = Field(2, ge=1, description="devices in the pipeline (p)")
     chunks: int = Field(1, ge=1, description="model chunks per device (v), for interleaved schedules")
-    schedule: str = Field("1f1b", min_length=1, description="name of the pipeline schedule, or file:PATH")
+    schedule: OsText = Field("1f1b", min_length=1, description="name of the pipeline schedule, or file:PATH")
     executor: Literal["table", "native", "plain"] = Field(
         "table",
         description="table: our schedule tables; native: the framework's own pipeline (torch.distributed.pipelining, "
@@ -193,11 +194,11 @@ class RunConfig(Frozen):
         le=1024,
         description="CPU threads of the whole run, shared by the stages, one each at least; default: all usable CPUs",
     )
-    corpus: tuple[str, ...] = Field((), description="text files; default: the manual that CPython carries")
+    corpus: tuple[OsText, ...] = Field((), description="text files; default: the manual that CPython carries")
     tokenizer: Literal["bytes", "bpe", "file"] = Field(
         "bytes", description="bytes; bpe: byte-pair encoding, trained on the corpus; file: that of tokenizer_file"
     )
-    tokenizer_file: str | None = Field(
+    tokenizer_file: OsText | None = Field(
         None, min_length=1, description="a tokenizer.json of the tokenizers library, whatever its kind"
     )
     sequence_lengths: Literal["full", "random"] = Field(
@@ -209,6 +210,11 @@ class RunConfig(Frozen):
     drift: str | None = Field(
         None, description="one numerical habit to put back to a framework's default; `triptych drift --list` names them"
     )
+
+    @property
+    def schedule_name(self) -> str:
+        """The schedule, for people: a file's name may have any bytes in it."""
+        return printable(self.schedule, 1000)
 
     @property
     def recomputed_units(self) -> int | None:

@@ -1,12 +1,16 @@
-"""Standard streams that outlast their readers: work is not lost because nobody reads what it says."""
+"""Standard streams that outlast their readers and show what their encoding lacks: nothing is lost for what it says."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
+
+_PLAIN = {"·": ".", "─": "-", "—": "-", "…": "..."}
+"""What draws a chart, for streams that have ASCII alone."""
 
 
 class LastingStream:
@@ -49,6 +53,7 @@ def lasting_streams(notice: Callable[[OSError], str]) -> Iterator[LastingStream]
     Yields the first. `notice(error)` makes the line that standard error gets where that fails; none if it is empty.
     """
     _open_closed_streams()
+    set_up_streams()
     errors = LastingStream(sys.stderr)
 
     def say(error: OSError) -> None:
@@ -72,4 +77,21 @@ def _open_closed_streams() -> None:
             os.fstat(number)
             continue
         os.open(os.devnull, os.O_RDWR)  # gets this number: those before it are open
-        setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+        setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def set_up_streams() -> None:
+    """Lets standard output and error replace what their encoding lacks, and print names as the bytes that they are."""
+    codecs.register_error("readable", _readable)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # None where it is closed
+            stream.reconfigure(errors="readable")
+
+
+def _readable(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letter = error.object[error.start]
+    if "\udc80" <= letter <= "\udcff":
+        return bytes([ord(letter) - 0xDC00]), error.start + 1
+    return _PLAIN.get(letter) or letter.encode("ascii", "backslashreplace").decode(), error.start + 1

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from common.drift import DRIFTS, Drift
+from common.edges import OsText, write_file
 from common.parity import Comparison, Difference
 from common.probes import Run, compare_probe, expected, read_probe
 from common.rules import has_cuda
@@ -87,13 +88,13 @@ class Zoo(BaseModel):
     spread_framework: str
     spread_curve: list[float] = []
     """The spread between seeds of the plain baseline, over the steps, as `Row.curve`."""
-    command: str
+    command: OsText
     machine: str
     versions: dict[str, str]
     config: RunConfig
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(json.loads(self.model_dump_json()), indent=1) + "\n")
+        write_file(path, json.dumps(json.loads(self.model_dump_json()), indent=1) + "\n")
 
 
 def base_config(steps: int) -> RunConfig:

@@ -23,6 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from common.cli import main as triptych
+from common.edges import write_file
 from common.schedule.draw import draw_text
 from common.schedule.generators import default_chunks, make_schedule
 from common.schedule.search import limits, lower_bound, search
@@ -216,7 +217,7 @@ def fill_frameworks(csv: Path) -> None:
 
 def rows() -> Iterator[dict[str, Any]]:
     for name in ("zero_bubble_tables.json", "zero_bubble_more_rows.json"):
-        yield from json.loads((GOLDEN / name).read_text())["rows"]
+        yield from json.loads((GOLDEN / name).read_text(encoding="utf-8"))["rows"]
 
 
 def costs_of(row: dict[str, Any]) -> Costs:
@@ -226,10 +227,10 @@ def costs_of(row: dict[str, Any]) -> Costs:
 def fill(name: str, content: str, page: Path = PAGE) -> None:
     """Replaces the part `name` of a page."""
     part = re.compile(rf"(<!-- made: {name} -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL)
-    text, found = part.subn(lambda match: match[1] + content + "\n" + match[2], page.read_text())
+    text, found = part.subn(lambda match: match[1] + content + "\n" + match[2], page.read_text(encoding="utf-8"))
     if found != 1:
         raise SystemExit(f"{page}: {found} parts named {name}; right would be 1")
-    page.write_text(text)
+    write_file(page, text)
 
 
 PARTS: dict[str, Callable[[], None]] = {

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ import paddle
 from numpy.typing import NDArray
 from paddle import Tensor, nn
 
-from common.exchange.child import ExchangeError, check_names, check_tied, in_one_line, main
+from common.exchange.child import check_names, check_tied, in_one_line, main
+from common.exchange.errors import ExchangeError, note
+from common.exchange.names import unwrapped, weights_in
 from common.snapshot import Arrays
 from common.spec import TransformerSpec
 from common.weights import TOKEN_EMBEDDING, unit_names
@@ -34,6 +37,8 @@ from paddle_impl.weights import load_weights, named_parameters
 
 NAME_TABLE = "StructuredToParameterName@@"
 """What `paddle.save` adds to a state dict: Paddle's own names of the parameters."""
+TIED = "head.tied_weight"
+"""The same tensor as the token embedding, where the head is tied; a file need not have it twice."""
 
 
 class Transformer(nn.Layer):
@@ -73,21 +78,36 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
     """Reads a state dict; of its pickle, arrays alone. Raises ExchangeError."""
     try:
         with path.open("rb") as file:
-            state = _ArraysOnly(file).load()
+            loaded = _ArraysOnly(file).load()
     except ExchangeError:
         raise
     except Exception as error:  # a pickle can be wrong in every way
         raise ExchangeError(f"{path}: no state dict: {in_one_line(error)}") from None
-    if not isinstance(state, dict):
-        raise ExchangeError(f"{path}: right would be a dictionary of arrays")
-    state.pop(NAME_TABLE, None)
-    if not all(isinstance(name, str) and isinstance(array, np.ndarray) for name, array in state.items()):
-        raise ExchangeError(f"{path}: right would be a dictionary of arrays")
+    try:
+        found = weights_in(loaded, lambda value: isinstance(_array_in(value), np.ndarray), besides=NAME_TABLE)
+    except ExchangeError as error:
+        raise ExchangeError(f"{path}: {error}") from None
+    state = {short: _wide(_array_in(found[name])) for short, name in unwrapped(found, ("model",)).items()}
+    if spec.tied_head and TIED not in state and TOKEN_EMBEDDING in state:
+        state[TIED] = state[TOKEN_EMBEDDING]
     model = plain_model(spec)
     check_names(set(state), set(model.state_dict()))
     if spec.tied_head:
-        check_tied(state[TOKEN_EMBEDDING], state.pop("head.tied_weight"))
+        check_tied(state[TOKEN_EMBEDDING], state.pop(TIED))
     return state  # Differs: (in, out) and the canonical names already; nothing is left to do in Paddle's tensors
+
+
+def _array_in(value: Any) -> Any:
+    """The array; in a nested dictionary Paddle saves a tensor as its name and its array."""
+    return value[1] if isinstance(value, tuple) and len(value) == 2 else value
+
+
+def _wide(array: NDArray[Any]) -> NDArray[Any]:
+    """bfloat16, which NumPy lacks and Paddle saves as its bits, as float32."""
+    if array.dtype != np.uint16:
+        return array
+    note("bfloat16 becomes float32")
+    return (array.astype(np.uint32) << 16).view(np.float32)
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -101,6 +121,10 @@ class _ArraysOnly(pickle.Unpickler):
                 return None  # the array's type: `_empty_array` does not look, and nobody can call it
             case ("numpy", "dtype"):
                 return _number_dtype
+            case "collections", "OrderedDict":
+                return OrderedDict
+            case ("builtins" | "__builtin__", "tuple"):
+                return tuple
             case ("_codecs", "encode"):  # how pickle protocol 2 writes bytes
                 return _latin1
         raise ExchangeError(f"the file asks for {module}.{name}; right would be a state dict of arrays")
@@ -112,9 +136,9 @@ def _empty_array(kind: Any, shape: Any, code: Any) -> NDArray[Any]:
 
 
 def _number_dtype(code: Any, *rest: Any) -> np.dtype[Any]:
-    """Floating numbers, never objects."""
+    """Numbers (an optimizer's counters are whole ones), never objects."""
     dtype = np.dtype(str(code))
-    if dtype.kind != "f":
+    if dtype.kind not in "fiub":
         raise ExchangeError(f"an array of dtype {dtype}; right would be float32 or float64")
     return dtype
 

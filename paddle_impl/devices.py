@@ -144,7 +144,7 @@ def forget_peak_memory() -> None:
     if paddle.device.get_device().startswith("gpu"):
         paddle.device.cuda.reset_max_memory_allocated()
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory_bytes() -> int:
@@ -211,6 +211,7 @@ def _cpu_threads() -> int | None:
 
 
 def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()  # platform.processor() is empty on many Linux systems
+    # platform.processor() is empty on many Linux systems
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()

@@ -35,7 +35,7 @@ def cpu_type(vendor: str, flags: Collection[str], environ: Mapping[str, str]) ->
 def processor() -> tuple[str, frozenset[str]]:
     """The first processor's vendor and flags; nothing where the system does not say."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}

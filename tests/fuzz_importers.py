@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from common.exchange.child import ExchangeError, check_size, checked
+from common.exchange.child import check_size, checked
+from common.exchange.errors import ExchangeError
 from common.snapshot import SnapshotError
 from common.weights import initial_weights
 from tests.fuzz_readers import MODEL, Random, Reader, bounded, mutated, try_one

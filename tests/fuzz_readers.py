@@ -39,8 +39,9 @@ from common import snapshot
 from common.bounded import read_text
 from common.config import add_options, read_bench
 from common.dump import DumpError, read_dump, write_dump
-from common.exchange.child import ExchangeError
+from common.exchange.errors import ExchangeError
 from common.exchange.gpt2 import foreign_shapes, read_gpt2
+from common.exchange.source import find
 from common.parity import TensorKey
 from common.report.machine import this_machine
 from common.report.result import Parity, ResultError, RunResult, Step
@@ -304,7 +305,8 @@ def _attack_gpt2(folder: Path, rng: Random) -> Callable[[], object]:
     config.unlink(missing_ok=True)
     if hostile_config or rng.random() < 0.5:
         config.write_bytes(mutated(GPT2_CONFIG, rng, text=True) if hostile_config else GPT2_CONFIG)
-    return lambda: read_gpt2(path, rng.choice([None, 2, 3, 10**12]))
+    heads = rng.choice([None, 2, 3, 10**12])
+    return lambda: read_gpt2(find(path), {} if heads is None else {"num_heads": heads})
 
 
 TOML = b"""preset = "tiny"

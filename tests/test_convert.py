@@ -6,6 +6,7 @@ Each framework's own files are for `test_convert.py` in the frameworks' folders.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from common import cli, snapshot
+from common.exchange.gpt2 import foreign_shapes
 from common.runtime.job import Generation, Job
 from common.runtime.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_child
 from common.runtime.oracle_worker import OracleEngine
@@ -106,11 +108,152 @@ def test_gpt2_continues_as_the_library_does(gpt2: Path, framework: str, tmp_path
     assert found["tokens"] == [text[4:]] and found["closest_call"] > 1e-6
 
 
+def same_weights(a: Path, b: Path) -> None:
+    one, other = snapshot.load(a), snapshot.load(b)
+    assert one.manifest.model == other.manifest.model
+    for name, value in one.weights.items():
+        np.testing.assert_array_equal(value, other.weights[name], err_msg=name)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A folder as the library saves it, of random weights."""
+    spec = TransformerSpec(
+        vocab_size=11, context_length=5, num_layers=2, d_model=6, num_heads=3, d_ff=7, tied_head=True
+    )
+    random = np.random.default_rng(0)
+    tensors = {f"transformer.{name}": random.standard_normal(shape) for name, shape in foreign_shapes(spec).items()}
+    (tmp_path / "small").mkdir()
+    save_file(tensors, tmp_path / "small" / "model.safetensors")
+    (tmp_path / "small" / "config.json").write_text('{"n_head": 3, "activation_function": "gelu_new"}')
+    return tmp_path / "small"
+
+
+def in_the_cache(small: Path, cache: Path) -> Path:
+    """The library's model as the Hugging Face cache keeps it; returns its revision's folder."""
+    revision = cache / "models--gpt2" / "snapshots" / "0123abc"
+    revision.mkdir(parents=True)
+    (cache / "models--gpt2" / "blobs").mkdir()
+    for number, name in enumerate(("config.json", "model.safetensors")):
+        shutil.copy(small / name, cache / "models--gpt2" / "blobs" / f"b{number}")
+        (revision / name).symlink_to(Path("../../blobs") / f"b{number}")
+    return revision
+
+
+def in_shards(small: Path, folder: Path, places: tuple[str, str] = ("a.safetensors", "b.safetensors")) -> Path:
+    """The same in two files and an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(small / "config.json", folder)
+    tensors = sorted(load_file(small / "model.safetensors").items())
+    for part, place in enumerate(places):
+        (folder / place).parent.mkdir(exist_ok=True)
+        save_file(dict(tensors[part::2]), folder / place)
+    index = {"metadata": {}, "weight_map": {name: places[n % 2] for n, (name, _) in enumerate(tensors)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder / "model.safetensors.index.json"
+
+
+def test_gpt2_is_found_wherever_its_users_have_it(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    revision = in_the_cache(small, tmp_path / "hub")
+    (tmp_path / "link.safetensors").symlink_to(small / "model.safetensors")
+    in_shards(small, tmp_path / "shards", ("a.safetensors", "sub/b.safetensors"))
+    cached = in_shards(small, tmp_path / "hub" / "models--gpt2" / "snapshots" / "456def")
+    shard = cached.parent / "a.safetensors"
+    shard.rename(tmp_path / "hub" / "models--gpt2" / "blobs" / "shard")
+    shard.symlink_to("../../blobs/shard")
+    places = (
+        small,
+        revision,
+        revision / "model.safetensors",
+        tmp_path / "link.safetensors",
+        tmp_path / "shards",
+        cached,
+    )
+    for number, place in enumerate(places):
+        assert run("import", place, "--from", "gpt2", "--out", tmp_path / f"out-{number}") == 0, capsys.readouterr().err
+        same_weights(tmp_path / "out-0", tmp_path / f"out-{number}")
+
+
+def test_gpt2_as_pytorch_pickles_it(gpt2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("import", gpt2 / "bin", "--from", "gpt2", "--out", tmp_path / "bin") == 0, capfd.readouterr().err
+    same_weights(gpt2 / "imported", tmp_path / "bin")
+    capfd.readouterr()
+    argv = ("--from", "gpt2", "--num-heads", 3, "--dropout", 0.25, "--out", tmp_path / "wrapped")
+    assert run("import", gpt2 / "checkpoint.pt", *argv) == 0
+    said = capfd.readouterr().out
+    assert "note: the weights are those under 'model'; not read: epoch, optimizer\n" in said
+    assert "note: 'module' (DistributedDataParallel) was taken off" in said and "'_orig_mod' (torch.compile)" in said
+    assert "note: no config.json says activation = gelu_tanh, norm_epsilon = 1e-05; taken as in GPT-2" in said
+    wrapped, plain = (snapshot.load(place) for place in (tmp_path / "wrapped", gpt2 / "imported"))
+    assert wrapped.manifest.model == plain.manifest.model.model_copy(update={"dropout": 0.25})
+    for name, value in plain.weights.items():
+        np.testing.assert_array_equal(wrapped.weights[name], value)
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        ("../a.safetensors", "leads out of the model's folder"),
+        ("sub/../../a.safetensors", "leads out of the model's folder"),
+        ("..\\a.safetensors", "leads out of the model's folder"),
+        ("C:\\a.safetensors", "leads out of the model's folder"),
+        ("/etc/passwd", "leads out of the model's folder"),
+        ("", "leads out of the model's folder"),
+        ("a.safetensors\0", "leads out of the model's folder"),
+        ("none.safetensors", "No such file or directory"),
+        ("out.safetensors", "is a link out of the model's folder"),
+        ("circle.safetensors", "circle of links"),
+        ("sub", "not a plain file"),
+        ("./sub/../a.safetensors", ""),
+    ],
+)
+def test_an_index_names_files_of_its_own_folder(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], shard: str, message: str
+) -> None:
+    index = in_shards(small, tmp_path / "model")
+    (index.parent / "sub").mkdir()
+    shutil.copy(index.parent / "a.safetensors", tmp_path / "a.safetensors")
+    (index.parent / "out.safetensors").symlink_to("../a.safetensors")
+    (index.parent / "circle.safetensors").symlink_to("circle.safetensors")
+    index.write_text(index.read_text().replace('"a.safetensors"', json.dumps(shard)))
+    status, error = run("import", index, "--from", "gpt2", "--out", tmp_path / "out"), capsys.readouterr().err
+    assert (status, error.count("\n")) == ((2, 1) if message else (0, 0)), error
+    assert message in error
+
+
+def test_what_gpt2s_file_decides_is_no_option(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, message in {
+        "--d-model banana": "--d-model: --from gpt2 reads the model from the file",
+        "--tied-head": "--tied-head: --from gpt2 reads",
+        "--preset tiny": "--preset: --from gpt2 reads",
+        "--num-heads 4": "num_heads = 4: config.json has n_head = 3",
+        "--num-heads \N{SUPERSCRIPT THREE}": "right would be a whole number, at least 1",
+        "--activation relu": "activation = relu: config.json has activation_function = gelu_tanh",
+        "--dropout 2": "right would be a number, at least 0.0 and less than 1.0",
+    }.items():
+        argv = ("--from", "gpt2", "--out", tmp_path / "out", *option.split())
+        status, error = run("import", small, *argv), capsys.readouterr().err
+        assert status == 2 and message in error and error.count("\n") == 1, (option, error)
+    (tmp_path / "alone.safetensors").symlink_to(small / "model.safetensors")
+    shutil.copy(small / "model.safetensors", tmp_path / "copy.safetensors")
+    assert run("import", tmp_path / "copy.safetensors", "--from", "gpt2", "--out", tmp_path / "out") == 2
+    assert "how many heads? right would be with --num-heads" in capsys.readouterr().err
+    (tmp_path / "hub" / "snapshots" / "1").mkdir(parents=True)
+    assert run("import", tmp_path / "hub", "--from", "gpt2", "--out", tmp_path / "out") == 2
+    assert f"no model in this folder; right would be {tmp_path / 'hub' / 'snapshots' / '1'}" in capsys.readouterr().err
+
+
 def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = load_file(gpt2 / "gpt2" / "model.safetensors")
     assert any(name.startswith("transformer.") for name in tensors)
     short = {name.removeprefix("transformer."): array.astype(np.float32) for name, array in tensors.items()}
     short |= {"h.0.attn.bias": np.ones((1, 1, 12, 12), np.uint8), "lm_head.weight": short["wte.weight"]}
+    short |= {
+        "transformer.h.1.attn.bias": np.ones((1, 1, 12, 12), np.bool_),
+        "h.1.attn.masked_bias": np.ones((), np.int64),
+    }
 
     def attempt(name: str, changes: dict[str, Any], *argv: Any) -> tuple[int, str]:
         content = {key: value for key, value in (short | changes).items() if value is not None}

@@ -99,7 +99,7 @@ def test_the_list_names_every_habit(capsys: pytest.CaptureFixture[str]) -> None:
         ("--rows nope", "--rows = 'nope': unknown"),
         ("--frameworks jax", "--frameworks = 'jax': unknown"),
         ("--steps 10,x", "right would be whole numbers"),
-        ("--seeds 0", "right would be at least 1"),
+        ("--seeds 0", "right would be a whole number, at least 1"),
         ("--from /nowhere", "No such file"),
         ("--json /no/such/place.json", "right would be in a folder that exists"),
         (f"--out {__file__}/docs", "is a file; right would be a folder"),

@@ -63,7 +63,7 @@ def test_the_seeds_walk_through_the_models() -> None:
 
 def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for line, message in {
-        "--repeats 0": "right would be at least 1",
+        "--repeats 0": "right would be a whole number, at least 1",
         "--dtypes float16": "--dtypes = 'float16': unknown",
         "--frameworks ,": "--frameworks: nothing named",
         "--out /no/such/place.md": "--out /no/such/place.md: right would be in a folder that exists",

@@ -18,6 +18,25 @@ ROW: dict[str, Any] = json.loads((GOLDEN / "zero_bubble_tables.json").read_text(
 TIMES = [f"--{key.replace('_', '-')}={value}" for key, value in ROW["milliseconds"].items()]
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("draw --schedule 1f1b --stages 2 --micro-batches 2 --memory-limit 3", "only schedule search keeps to one"),
+        ("compare-schedules --stages 2 --micro-batches 2 --schedules 1f1b --memory-limit 3", "only schedule search"),
+        ("simulate --schedule 1f1b --stages 2 --micro-batches 2 --kept-for-recompute 0.3", "expected with --recompute"),
+        ("draw --schedule 1f1b --stages 2 --micro-batches 2 --activation-bytes 3", "unknown option"),
+        ("draw --schedule file:PATH --chunks 2", "--chunks 2; the schedule in the file has 1"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(
+    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("0: F0 BW0\n1: F0 BW0\n")
+    assert main(line.replace("PATH", str(tmp_path / "mine.txt")).split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_draw_prints_the_chart(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["draw", "--schedule", "1f1b", *SIZE]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -16,7 +16,7 @@ from common import cli, snapshot
 from common.report.result import RunResult
 from common.runtime import launch
 from common.runtime.launch import Implementation
-from common.spec import FRAMEWORKS
+from common.spec import FRAMEWORKS, RunConfig, TrainSpec
 from common.usage import Parser
 from common.verbs import train
 from tests.waiting import LONG_SECONDS, time_jumps, wait_until
@@ -156,10 +156,33 @@ def test_a_damaged_snapshot_is_set_aside(tmp_path: Path, capsys: pytest.CaptureF
     assert snapshot.newest(saves) == saves / "step-00000008"
 
 
+def test_weights_alone_start_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves = tmp_path / "snapshots"
+    assert run("--out", tmp_path / "a", "--save-dir", saves, "--steps", 2) == 0
+    other = ["--weights", saves / "step-00000002", "--dropout", 0.3, "--seed", 1, "--steps", 4]
+    still = [*other, "--optimizer", "sgd", "--learning-rate", 1e-30, "--weight-decay", 0]
+    assert run("--out", tmp_path / "b", "--save-dir", tmp_path / "still", *still) == 0
+    assert [step.step for step in result(tmp_path / "b").steps] == [0, 1, 2, 3]
+    expected = snapshot.load(saves / "step-00000002").weights
+    for name, value in snapshot.load(tmp_path / "still" / "step-00000004").weights.items():
+        np.testing.assert_array_equal(value, expected[name])
+    manifest = snapshot.read_manifest(saves / "step-00000002").without_training()
+    in_float32 = RunConfig(model=manifest.model, train=TrainSpec(dtype="float32"))
+    assert snapshot.differences(manifest, in_float32) == []
+    assert run("--out", tmp_path / "c", "--save-dir", tmp_path / "whole", *other) == 0
+    monkeypatch.setenv("FAKE_DEATHS", "kill@2")
+    argv = [*other, "--save-every", 1, "--max-restarts", 1]
+    assert run("--out", tmp_path / "d", "--save-dir", tmp_path / "joined", *argv) == 0
+    assert len(result(tmp_path / "d").restarts) == 1  # on from its own snapshot, not from the weights again
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "joined"))
+
+
 def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saves = tmp_path / "snapshots"
     assert run("--out", tmp_path / "a", "--save-dir", saves, "--steps", 2) == 0
     last = saves / "step-00000002"
+    (tmp_path / "bench.toml").write_text("repeats = 3\n")
+    (tmp_path / "preset.toml").write_text('preset = "tinny"\n')
     capsys.readouterr()
     wrong = {
         f"--save-dir {saves}": "holds step-00000002 of an earlier run; right would be --resume latest",
@@ -171,6 +194,15 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Cap
         f"--resume {last} --norm post --seed 1": "model.norm: the snapshot has pre, the run post (and 1 more)",
         f"--resume {last} --steps 2": "all 2 of 2 steps are done; right would be more --steps",
         f"--resume {last} --dtype float32": "train.dtype: the snapshot has float64, the run float32",
+        f"--resume {last} --weights {last}": "--resume goes on with a training and --weights starts another",
+        f"--weights {last} --norm post": "model.norm: the snapshot has pre, the run post; what may change",
+        f"--weights {saves}": f"right would be one of them, such as {last}",
+        "--momentum 0.9": "--momentum = 0.9: adamw has none; expected with --optimizer sgd",
+        "--optimizer sgd --beta1 0.5": "--beta1 = 0.5: sgd has none; expected with --optimizer adamw",
+        "--dropout 0 --dropout-masks native": "--dropout-masks = native: nothing is dropped",
+        "--fault kill@step=1 --fault kill@step=2": "--fault: 2 of them for 1 children; expected --max-restarts 1",
+        f"--config {tmp_path / 'bench.toml'}": "bench.toml: repeats: this verb does not read it",
+        f"--config {tmp_path / 'preset.toml'}": "preset.toml: preset = 'tinny': unknown; right would be tiny",
         "--save-every 0": "--save-every: '0'; right would be a whole number, at least 1",
         "--framework jax": "--framework = 'jax': unknown; right would be one of torch, tensorflow, paddle",
         "--preset tinny": "--preset = 'tinny': unknown; right would be tiny",

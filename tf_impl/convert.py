@@ -10,6 +10,8 @@ The file is that of `plain_model`, an ordinary Keras model without a pipeline:
 from __future__ import annotations
 
 import sys
+import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,20 @@ import h5py
 import keras
 from numpy.typing import NDArray
 
-from common.exchange.child import ExchangeError, check_tied, in_one_line, main
+from common.exchange.child import OVERHEAD_BYTES, check_tied, in_one_line, main, note_dtypes
+from common.exchange.errors import ExchangeError
 from common.snapshot import Arrays
 from common.spec import TransformerSpec
+from common.text import printable
 from common.weights import TOKEN_EMBEDDING, unit_names
 from tf_impl.layers import build_unit
 from tf_impl.weights import export_weights, load_weights, named_parameters
+
+SUFFIXES = (".weights.h5", ".keras", ".h5")
+WEIGHTS = "model.weights.h5"
+"""The file in a .keras archive that has the weights."""
+MAX_UNPACKED = 20
+"""Times the archive's own size: Keras does not compress; weights would not become smaller than this."""
 
 
 def plain_model(spec: TransformerSpec, dtype: str = "float32", length: int | None = None) -> keras.Sequential:
@@ -45,14 +55,19 @@ def write_weights(spec: TransformerSpec, weights: Arrays, path: Path) -> None:
 
 
 def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]]:
-    """Reads a file of `plain_model`; HDF5 holds no code. Raises ExchangeError."""
-    if not path.name.endswith(".weights.h5"):
-        raise ExchangeError(f"{path}: Keras wants a name that ends in .weights.h5")
-    model = plain_model(spec, _dtype(path))
-    try:
-        model.load_weights(path)
-    except Exception as error:  # HDF5 can be wrong in every way
-        raise ExchangeError(f"{path}: not the weights of this model: {in_one_line(error)}") from None
+    """Reads a file of `plain_model`, or of the whole model as `model.save` writes it. Raises ExchangeError.
+
+    HDF5 holds no code. A .keras archive may, in its configuration, so its weights alone are read.
+    """
+    if not path.name.endswith(SUFFIXES):
+        raise ExchangeError(f"{path}: Keras wants a name that ends in .weights.h5, .keras or .h5")
+    with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
+        file = _unpacked(path, Path(folder)) if path.suffix == ".keras" else path
+        model = plain_model(spec, _dtype(file))
+        try:
+            model.load_weights(file)
+        except Exception as error:  # HDF5 can be wrong in every way
+            raise ExchangeError(f"{path}: not the weights of this model: {in_one_line(error)}") from None
     named = _named(spec, model)
     if spec.tied_head:
         own, copy = (item.parameter.numpy() for item in named if item.name == TOKEN_EMBEDDING)
@@ -60,15 +75,40 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
     return export_weights(item for item in named if not item.is_copy)
 
 
+def _unpacked(path: Path, folder: Path) -> Path:
+    """The weights of a .keras archive, as a file of their own. Raises ExchangeError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size, packed = archive.getinfo(WEIGHTS).file_size, path.stat().st_size
+            if size > MAX_UNPACKED * packed + OVERHEAD_BYTES:
+                raise ExchangeError(f"{path}: {WEIGHTS} in it has {size} bytes, packed in {packed}")
+            return Path(archive.extract(WEIGHTS, folder))
+    except ExchangeError:
+        raise
+    except Exception as error:  # an archive can be wrong in every way
+        raise ExchangeError(f"{path}: no archive of Keras: {in_one_line(error)}") from None
+
+
 def _dtype(path: Path) -> str:
-    """float64 if the file has nothing else."""
-    found: list[str] = []
+    """float64 if the file has no other floating type. Raises ExchangeError, also where it leads into other files."""
+    links: dict[str, Any] = {}
+    found: set[str] = set()
     try:
         with h5py.File(path) as file:
-            file.visititems(lambda _, item: found.append(str(item.dtype)) if isinstance(item, h5py.Dataset) else None)
+            file.visititems_links(lambda name, link: links.update({name: link}))
+            for name, link in links.items():
+                item = file[name] if isinstance(link, h5py.HardLink) else None
+                own = not isinstance(item, h5py.Dataset) or not (item.external or item.is_virtual)
+                if isinstance(link, h5py.ExternalLink) or not own:
+                    raise ExchangeError(f"{path}: {printable(name)} leads to another file")
+                if isinstance(item, h5py.Dataset) and item.dtype.kind == "f":
+                    found.add(str(item.dtype))
+    except ExchangeError:
+        raise
     except Exception as error:
         raise ExchangeError(f"{path}: not HDF5: {in_one_line(error)}") from None
-    return "float64" if set(found) == {"float64"} else "float32"
+    note_dtypes(sorted(found))
+    return "float64" if found == {"float64"} else "float32"
 
 
 def _named(spec: TransformerSpec, model: keras.Sequential) -> Any:

@@ -92,6 +92,18 @@ class Unit(keras.layers.Layer):
         self.spec = spec
         self.unit_name = name
 
+    def get_config(self) -> dict[str, Any]:
+        """What `model.save` writes of a plain model. Differs: Keras alone saves how a model is made."""
+        return {
+            "spec": self.spec.model_dump(mode="json"),
+            "name": self.unit_name,
+            "dtype": self.dtype_policy.name,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Unit:
+        return cls(TransformerSpec.model_validate(config["spec"]), config["name"], config["dtype"])
+
     def linear(self, units: int, name: str, bias: bool = True) -> Linear:
         return Linear(units, use_bias=bias, name=name, dtype=self.dtype)  # kernel (in, out), as canonical
 

@@ -2,8 +2,10 @@
 
     export SNAPSHOT FILE          writes the framework's own file
     import FILE SNAPSHOT SPEC [TOKENIZER]   reads one; SPEC is the model as JSON, TOKENIZER a file, empty for bytes
+    tensors OUT FILE..            PyTorch: all tensors of the files, by their own names, as one safetensors file
 
-A wrong file is one line on stderr and exit status 2.
+What was done to a file's content is said in lines with "note: " on stdout. A wrong file is one line on stderr and exit
+status 2.
 """
 
 from __future__ import annotations
@@ -16,26 +18,31 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from common import snapshot
+from common.edges import printable
+from common.exchange.errors import ExchangeError, note
+from common.exchange.source import find
 from common.snapshot import Arrays, SnapshotError
 from common.spec import TransformerSpec
+from common.streams import set_up_streams
 from common.weights import TOKEN_EMBEDDING, parameter_shapes
 
+CHECKPOINT_BYTES_PER_WEIGHT = 32
+"""Weight, two moments and a copy, in float64."""
 OVERHEAD_BYTES = 64 * 2**20
 """Of a foreign file: what it may have besides the weights."""
-
-
-class ExchangeError(ValueError):
-    """A file that is not what it should be; its text is one line."""
 
 
 def main(
     arguments: Sequence[str],
     write: Callable[[TransformerSpec, Arrays, Path], None],
     read: Callable[[TransformerSpec, Path], Mapping[str, NDArray[Any]]],
+    read_tensors: Callable[[Sequence[Path]], Mapping[str, NDArray[Any]]] | None = None,
 ) -> int:
-    """Runs one of the two directions with an implementation's own functions."""
+    """Runs one of the directions with an implementation's own functions."""
+    set_up_streams()
     try:
         match list(arguments):
             case ["export", folder, file]:
@@ -47,8 +54,12 @@ def main(
                 weights = checked(read(model, Path(file)), model)
                 content = Path(tokenizer[0]).read_bytes() if tokenizer else None
                 snapshot.write_weights(Path(folder), model, weights, Path(file).name, content)
+            case ["tensors", out, *files] if read_tensors is not None:
+                save_file(dict(read_tensors([Path(file) for file in files])), out)
             case _:
-                raise ExchangeError("usage: export SNAPSHOT FILE | import FILE SNAPSHOT SPEC [TOKENIZER]")
+                raise ExchangeError(
+                    "usage: export SNAPSHOT FILE | import FILE SNAPSHOT SPEC [TOKENIZER] | tensors OUT FILE.."
+                )
         return 0
     except (ExchangeError, SnapshotError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
@@ -61,11 +72,11 @@ def in_one_line(error: Exception) -> str:
 
 
 def check_size(path: Path, model: TransformerSpec) -> None:
-    """Before anything is read: no file of this model is that large. Raises ExchangeError."""
+    """Before anything is read: no checkpoint of this model, optimizer and all, is that large. Raises ExchangeError."""
     shapes = parameter_shapes(model)
     elements = sum(math.prod(shape) for shape in shapes.values()) + math.prod(shapes[TOKEN_EMBEDDING])
-    limit = 8 * elements + OVERHEAD_BYTES
-    size = path.stat().st_size
+    limit = CHECKPOINT_BYTES_PER_WEIGHT * elements + OVERHEAD_BYTES
+    size = sum(file.stat().st_size for file in find(path).files)
     if size > limit:
         raise ExchangeError(f"{path}: {size} bytes; right would be at most {limit} for this model")
 
@@ -79,15 +90,23 @@ def checked(found: Mapping[str, NDArray[Any]], model: TransformerSpec) -> Arrays
             raise ExchangeError(f"{name} has shape {list(found[name].shape)}; right would be {list(shape)}")
         if not np.issubdtype(found[name].dtype, np.floating):
             raise ExchangeError(f"{name} has dtype {found[name].dtype}; right would be float32 or float64")
-    dtype = "float64" if all(array.dtype == np.float64 for array in found.values()) else "float32"
+    dtypes = sorted({str(array.dtype) for array in found.values()})
+    dtype = "float64" if dtypes == ["float64"] else "float32"
+    note_dtypes(dtypes)
     return {name: np.ascontiguousarray(found[name].astype(dtype)) for name in expected}
+
+
+def note_dtypes(dtypes: Sequence[str]) -> None:
+    """Says so where the weights are kept in another precision than the file's."""
+    if list(dtypes) not in (["float32"], ["float64"]):
+        note(f"{', '.join(dtypes)} becomes float32")
 
 
 def check_names(found: set[str], expected: set[str]) -> None:
     """Raises ExchangeError with the first name that is missing or too many."""
     if found != expected:
         name = min(found ^ expected)
-        raise ExchangeError(f"{name[:80]} is {'not part of this model' if name in found else 'missing'}")
+        raise ExchangeError(f"{printable(name)} is {'not part of this model' if name in found else 'missing'}")
 
 
 def check_tied(own: NDArray[Any], copy: NDArray[Any]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from common.edges import printable
 from common.parity import BFLOAT16_FACTOR, relative_margins
 from common.report.compare import oracle_config
 from common.report.result import Parity, ResultError, RunResult
@@ -99,7 +100,7 @@ def collect(folders: Sequence[Path]) -> Collection:
     oracles: list[Run] = []
     same_names = len({folder.name for folder in folders}) < len(folders)
     for folder in folders:
-        name = str(folder) if same_names else folder.name
+        name = printable(str(folder) if same_names else folder.name, 1000)
         runs = [Run(RunResult.read(path), path.parent) for path in sorted(folder.glob("*/result.json"))]
         if not runs:
             raise ResultError(f"{folder}: holds no */result.json; right would be a folder that a benchmark has made")

@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.report.plots import DPI, ORACLE_COLOR, new_figure
+from common.edges import write_file
+from common.figure import new_figure
+from common.report.plots import DPI, ORACLE_COLOR
 from common.zoo import AVERAGED_STEPS, CURVE_STRIDE, GOOD, LADDER_STEPS, Row, Zoo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 PANELS = {
     "the first check that fails: activations": ("activation",),
@@ -114,7 +117,7 @@ def write_page(zoo: Zoo, folder: Path) -> None:
     """drift.md and images/drift.png."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     draw_curves(zoo, folder / "images" / "drift.png")
-    (folder / "drift.md").write_text(page(zoo))
+    write_file(folder / "drift.md", page(zoo))
 
 
 def page(zoo: Zoo) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from common.edges import write_file
 from common.report import peers, tables
 from common.report.charts import LineChart, Series, Timeline, line_chart, timeline
 from common.report.collect import Collection, RowRuns
@@ -56,7 +57,7 @@ def write_html(collection: Collection, swept: Mapping[Axis, Sequence[Curve]], pa
         facts=facts(collection),
         environments=_environments(collection),
     )
-    path.write_text(page)
+    write_file(path, page)
 
 
 def _track(track: str, rows: Sequence[Row]) -> dict[str, Any]:

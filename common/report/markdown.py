@@ -53,7 +53,7 @@ def _timing(collection: Collection) -> list[str]:
     ]
     for row, timing in timed:
         lines.append(
-            f"| {row.name} | {timing.measured_pipeline_seconds * 1e3:,.1f} "
+            f"| {tables.in_cell(row.name)} | {timing.measured_pipeline_seconds * 1e3:,.1f} "
             f"| {timing.simulated_pipeline_seconds * 1e3:,.1f} "
             f"| {timing.replayed_pipeline_seconds * 1e3:,.1f} | {timing.measured_bubble_fraction:.1%} "
             f"| {timing.simulated_bubble_fraction:.1%} | {timing.measured_step_seconds * 1e3:,.1f} "
@@ -68,5 +68,9 @@ def _timing(collection: Collection) -> list[str]:
     for row, timing in timed:
         for device, time in timing.stages.items():
             parts = (time.compute, time.communication_wait, time.schedule_wait, time.host, time.rest, time.total)
-            lines.append(f"| {row.name} | {device} | " + " | ".join(f"{part * 1e3:,.1f}" for part in parts) + " |")
+            lines.append(
+                f"| {tables.in_cell(row.name)} | {device} | "
+                + " | ".join(f"{part * 1e3:,.1f}" for part in parts)
+                + " |"
+            )
     return lines

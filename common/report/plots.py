@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.figure import new_figure
 from common.report.collect import Collection
 from common.report.losses import LossCurve
 from common.report.sweep import Curve
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 FRAMEWORK_COLORS = {"torch": "#d1495b", "tensorflow": "#e8a33d", "paddle": "#3b7dd8"}
 ORACLE_COLOR = "#8a8f98"
@@ -116,13 +117,3 @@ def draw_sweep(curves: Sequence[Curve], path: Path) -> None:
     axes.legend(fontsize=7)
     axes.set_title("dotted: the first point scaled by the ideal; ring: the knee", fontsize=8)
     figure.savefig(path, dpi=DPI)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches, drawn without a display. Matplotlib is imported here: most verbs never draw."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from common.edges import write_file
 from common.report import plots, tables
 from common.report.collect import Collection
 from common.report.facts import parity_verdict
@@ -27,9 +28,9 @@ def publish(collection: Collection, folder: Path, sweep: bool = False) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     swept = {axis: found for axis in AXES if (found := curves(collection.rows, axis))} if sweep else {}
-    (folder / "table.csv").write_text(tables.csv_table(collection.rows))
-    (folder / "summary.json").write_text(json.dumps(_summary(collection, swept), indent=1) + "\n")
-    (folder / "report.md").write_text(markdown_report(collection, swept))
+    write_file(folder / "table.csv", tables.csv_table(collection.rows))
+    write_file(folder / "summary.json", json.dumps(_summary(collection, swept), indent=1) + "\n")
+    write_file(folder / "report.md", markdown_report(collection, swept))
     write_html(collection, swept, folder / "report.html")
     _pictures(collection, swept, folder)
     for group in collection.groups:

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from common.edges import OsText
+from common.figure import new_figure
 from common.parity import LIMITS, TensorKey, difference
 from common.report.machine import Machine
-from common.report.plots import DPI, FRAMEWORK_COLORS, ORACLE_COLOR, new_figure
+from common.report.plots import DPI, FRAMEWORK_COLORS, ORACLE_COLOR
 from common.snapshot import Arrays
 from common.spec import RunConfig
 from common.weights import unit_of
@@ -47,7 +49,7 @@ class Relay(BaseModel):
     loss_limit: float
     weight_limit: float
     passed: bool
-    command: str
+    command: OsText
     machine: Machine
     git_commit: str | None
 
@@ -82,6 +84,7 @@ def largest_weight_difference(weights: Arrays, expected: Arrays) -> tuple[float,
 
 def draw_relay(relay: Relay, path: Path) -> None:
     """Above: the joined loss curve over the oracle's. Below: their relative difference, with the limit."""
+
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(8.0, 6.0)
@@ -98,7 +101,7 @@ def draw_relay(relay: Relay, path: Path) -> None:
     for leg in relay.legs:
         color, config = FRAMEWORK_COLORS[leg.config.framework], leg.config
         steps = np.arange(leg.first_step + 1, leg.first_step + len(leg.losses) + 1)
-        label = f"{config.framework}, p={config.stages}, {config.schedule}"
+        label = f"{config.framework}, p={config.stages}, {config.schedule_name}"
         above.plot(steps, leg.losses, color=color, linewidth=1.1, label=label)
         expected = oracle[leg.first_step : leg.first_step + len(leg.losses)]
         relative = np.abs(np.array(leg.losses) / expected - 1)
@@ -123,7 +126,7 @@ def summary(relay: Relay) -> list[list[Any]]:
             leg.config.framework,
             leg.version,
             str(leg.config.stages),
-            leg.config.schedule,
+            leg.config.schedule_name,
             f"{leg.first_step + 1} to {leg.steps_done}",
             f"{leg.loss_difference:.1e}",
             f"{leg.weight_difference:.1e}",

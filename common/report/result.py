@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.bounded import read_text
+from common.edges import OsText, write_file
 from common.report.machine import Machine
 from common.report.timing import Timing, executed_schedule, measure
 from common.runtime.job import EventRecord
@@ -69,7 +70,7 @@ class RunResult(BaseModel):
     schema_version: int = SCHEMA_VERSION
     status: Status
     reason: str = ""
-    log: str | None = None
+    log: OsText | None = None
     """Path of the child's log or traceback, relative to the folder of the whole benchmark."""
     preset: str
     row: int = 0
@@ -103,11 +104,11 @@ class RunResult(BaseModel):
     tokenizer_digest: str | None = None
     """SHA-256 of the tokenizer.json; empty for bytes, None where nobody has said."""
     parity: Parity = Parity()
-    resumed_from: str | None = None
+    resumed_from: OsText | None = None
     """The snapshot that the run went on from; its first step is that of `steps[0]`."""
     restarts: tuple[str, ...] = ()
     """One line for every child that died and was followed by another; `steps` are of all of them together."""
-    command: str
+    command: OsText
     machine: Machine
     git_commit: str | None = None
     started: str = Field("", description="ISO 8601, UTC")
@@ -150,7 +151,7 @@ class RunResult(BaseModel):
             "final_loss": self.final_loss,
         }
         partial = path.with_name(f".{path.name}.partial")  # never half a result under its name
-        partial.write_text(json.dumps(json.loads(self.model_dump_json()) | {"derived": derived}, indent=1) + "\n")
+        write_file(partial, json.dumps(json.loads(self.model_dump_json()) | {"derived": derived}, indent=1) + "\n")
         partial.replace(path)
 
     @classmethod
@@ -231,7 +232,7 @@ def _timing(
     """None where the executor recorded nothing, or something that is no schedule."""
     try:
         schedule = executed_schedule(
-            events[-1], config.schedule, config.train.micro_batches, config.chunks, _placement(config)
+            events[-1], config.schedule_name, config.train.micro_batches, config.chunks, _placement(config)
         )
         return measure(events, [step.seconds for step in steps], schedule, untimed_steps)
     except ScheduleError:

@@ -138,7 +138,7 @@ def _row(repeats: Sequence[RunResult]) -> Row:
     return Row(
         framework=config.framework,
         version=next((result.version for result in good), ""),
-        schedule=config.schedule,
+        schedule=config.schedule_name,
         stages=config.stages,
         chunks=config.chunks,
         micro_batches=config.train.micro_batches,
@@ -334,8 +334,13 @@ def markdown_table(rows: Sequence[Row]) -> str:
         "| " + " | ".join(column.title for column in columns) + " |",
         "| " + " | ".join("---:" if column.numeric else "---" for column in columns) + " |",
     ]
-    lines += ["| " + " | ".join(column.cell(row) for column in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(in_cell(column.cell(row)) for column in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def in_cell(text: str) -> str:
+    """As a cell of a Markdown table takes it: a bar would end the cell."""
+    return text.replace("|", "\\|")
 
 
 def csv_table(rows: Sequence[Row]) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.edges import write_file
 from common.report.result import RunResult
 from common.report.timing import executed, executed_schedule, simulated
 from common.schedule.picture import draw_pictures
@@ -24,7 +25,9 @@ def timelines(result: RunResult) -> dict[str, Simulation]:
     events, config, timing = result.median_step_events, result.config, result.timing
     if not events or not all(events.values()) or timing is None:
         return {}
-    schedule = executed_schedule(events, config.schedule, config.train.micro_batches, config.chunks, timing.placement)
+    schedule = executed_schedule(
+        events, config.schedule_name, config.train.micro_batches, config.chunks, timing.placement
+    )
     charts = {"measured": executed(schedule, events), "simulated": simulated(schedule, timing)}
     return {_title(config.framework, kind, chart): chart for kind, chart in charts.items()}
 
@@ -34,7 +37,7 @@ def write_timelines(charts: Mapping[str, Simulation], folder: Path) -> None:
     if not charts:
         return
     draw_pictures(charts, *(folder / name for name in PICTURES), time_label="ms since the step's first action")
-    (folder / TRACE).write_text(json.dumps(chrome_traces(charts)))
+    write_file(folder / TRACE, json.dumps(chrome_traces(charts)))
 
 
 def _title(framework: str, kind: str, chart: Simulation) -> str:

@@ -28,7 +28,7 @@ def cgroup_quotas(mounted: Path = CGROUPS, own: Path = OWN_CGROUPS) -> Iterator[
     A container may see its cgroup under another name than the one it has outside; its root is looked at in any case.
     """
     with contextlib.suppress(OSError, ValueError):  # no Linux, or nothing mounted
-        for line in own.read_text().splitlines():
+        for line in own.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue
@@ -41,9 +41,9 @@ def cgroup_quotas(mounted: Path = CGROUPS, own: Path = OWN_CGROUPS) -> Iterator[
 
 def _quota(folder: Path) -> Iterator[float]:
     with contextlib.suppress(OSError, ValueError):  # v2; "max 100000" is no quota
-        quota, period = (folder / "cpu.max").read_text().split()
+        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
         yield int(quota) / int(period)
     with contextlib.suppress(OSError, ValueError):  # v1; -1 is no quota
-        quota_us = int((folder / "cpu.cfs_quota_us").read_text())
+        quota_us = int((folder / "cpu.cfs_quota_us").read_text(encoding="utf-8"))
         if quota_us > 0:
-            yield quota_us / int((folder / "cpu.cfs_period_us").read_text())
+            yield quota_us / int((folder / "cpu.cfs_period_us").read_text(encoding="utf-8"))

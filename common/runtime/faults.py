@@ -99,7 +99,7 @@ def _action(text: str, value: str) -> str:
 
 def exhaust_memory() -> NoReturn:
     """Allocates until MemoryError comes. The limit stays, so that other threads of the process feel it too."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     limit = pages * resource.getpagesize() + OOM_HEADROOM_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     taken = []

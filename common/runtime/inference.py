@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from common import snapshot
 from common.data import Corpus
+from common.edges import write_file
 from common.runtime.engine import Engine
 from common.runtime.job import Generation, Job
 
@@ -160,4 +161,4 @@ def _rate(counts: list[int], seconds: list[float], warming_up: list[int]) -> flo
 
 def _write(engine: Engine, job: Job, name: str, found: BaseModel) -> None:
     if 0 in engine.devices:
-        (Path(job.out) / name).write_text(found.model_dump_json())
+        write_file(Path(job.out) / name, found.model_dump_json())

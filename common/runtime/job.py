@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.bounded import read_text
+from common.edges import OsText, write_file
 from common.spec import RunConfig, explain
 
 
@@ -24,7 +25,7 @@ class Saving(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    directory: str
+    directory: OsText
     every: int | None
     keep: int
     token: str
@@ -51,12 +52,12 @@ class JobText(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tokens: str
+    tokens: OsText
     """The file of all tokens (.npy)."""
     digest: str
     """SHA-256 of the text."""
     num_bytes: int
-    tokenizer: str | None
+    tokenizer: OsText | None
     """The tokenizer.json; None for bytes."""
 
 
@@ -66,7 +67,7 @@ class Job(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: RunConfig
-    out: str
+    out: OsText
     """The job's folder; the parent makes it."""
     kind: Literal["train", "probe", "dump", "evaluate", "generate"] = "train"
     """probe: also write the tensors of the parity ladder. dump: those of the step after `stop_at` (`runtime.dumping`).
@@ -75,8 +76,10 @@ class Job(BaseModel):
     """Added to the initial weights (times standard normal), so that no bias is 0 and no norm weight 1 in a test."""
     text: JobText | None = None
     """None where nothing reads text; `launch` gives it to those that came without."""
-    resume: str | None = None
+    resume: OsText | None = None
     """The snapshot to go on from."""
+    weights_alone: bool = False
+    """Whether only the weights of that snapshot count: the training starts at step 0."""
     stop_at: int | None = None
     """Steps done when the job ends; default: all of the specification."""
     saving: Saving | None = None
@@ -112,7 +115,7 @@ class JobFile(BaseModel):
         return file
 
     def write(self, path: str | Path) -> None:
-        Path(path).write_text(self.model_dump_json(indent=1))
+        write_file(Path(path), self.model_dump_json(indent=1))
 
 
 class EventRecord(BaseModel):

@@ -268,6 +268,7 @@ def child_environment(module: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
+        "PYTHONIOENCODING": "utf-8:backslashreplace",  # of the log, whatever the parent's terminal has
         PARENT: str(os.getpid()),
     }
 
@@ -304,11 +305,11 @@ def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outco
     parts: list[Part] = []
     if failures:
         # The first to fail is the cause. Where a process was ended from outside, another had to say so, after its own end.
-        reasons = [last_error(path.read_text(errors="replace")) for path in failures]
+        reasons = [last_error(path.read_text(encoding="utf-8", errors="replace")) for path in failures]
         reason = next((line for line in reasons if ENDED_BY in line), reasons[0])
     else:
         try:
-            parts = [Part.model_validate_json(path.read_text()) for path in out.glob("part-*.json")]
+            parts = [Part.model_validate_json(path.read_text(encoding="utf-8")) for path in out.glob("part-*.json")]
         except ValidationError as error:
             reason = f"a part of the result cannot be read: {error}".splitlines()[0]
         parts.sort(key=lambda part: part.devices)
@@ -326,7 +327,7 @@ def _why_it_ended(return_code: int, log: Path) -> str:
     killed = -return_code if return_code < 0 else return_code - 128  # 128 + n: a shell's way to say signal n
     if killed == signal.SIGKILL:
         return "killed by SIGKILL: most likely out of memory"
-    error = last_error(log.read_text(errors="replace"))
+    error = last_error(log.read_text(encoding="utf-8", errors="replace"))
     if return_code < 0:
         name = signal.Signals(killed).name
         return f"crashed with {name}" + (f": {error}" if error else "")

@@ -14,7 +14,7 @@ def peak_resident_bytes() -> int:
     reports its parent's size until it has outgrown it.
     """
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in

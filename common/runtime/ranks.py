@@ -20,6 +20,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from common.edges import write_file
 from common.runtime.engine import Engine
 from common.runtime.job import Job, JobFile
 from common.runtime.patience import Patience
@@ -106,7 +107,7 @@ def _report(name: str, job: Job, processes: Sequence[Any]) -> None:
         if process.exitcode is not None and process.exitcode < 0:
             line = f"stage {rank} was ended by {signal.Signals(-process.exitcode).name}"
             print(f"{name}: {line}", file=sys.stderr, flush=True)
-            (Path(job.out) / f"failed-{rank}.txt").write_text(line + "\n")
+            write_file(Path(job.out) / f"failed-{rank}.txt", line + "\n")
 
 
 def _rank_main(
@@ -132,7 +133,7 @@ def _rank_main(
     except Exception:
         text = traceback.format_exc()
         print(text, flush=True)
-        (Path(jobs[progress[rank]].out) / f"failed-{rank}.txt").write_text(text)
+        write_file(Path(jobs[progress[rank]].out) / f"failed-{rank}.txt", text)
         sys.stdout.flush()
         os._exit(1)
 

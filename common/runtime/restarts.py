@@ -31,6 +31,8 @@ class Training:
     text: JobText | None = None
     """Read once, for all children; None: each child's is read before it starts."""
     resume: Path | None = None
+    weights_alone: bool = False
+    """Whether only the weights of `resume` count."""
     stop_at: int | None = None
     save_every: int | None = None
     keep: int = 3
@@ -105,6 +107,7 @@ def _job(training: Training, folder: Path, resume: Path | None, attempt: int) ->
         out=str(folder),
         text=training.text,
         resume=None if resume is None else str(resume.resolve()),
+        weights_alone=training.weights_alone and resume == training.resume,
         stop_at=training.stop_at,
         saving=Saving(
             directory=str(training.directory.resolve()),
@@ -129,7 +132,7 @@ def _joined(before: list[StepRecord], progress: Path) -> list[StepRecord]:
 
 def not_finite(folder: Path) -> str | None:
     """Where a child stopped at a number that was not finite: its step and, over all its processes, the first tensor."""
-    notes = [json.loads(path.read_text()) for path in folder.glob("not-finite-*.json")]
+    notes = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("not-finite-*.json")]
     if not notes:
         return None
     first = min(notes, key=lambda note: note["order"])

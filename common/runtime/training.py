@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from common import snapshot
 from common.data import Batch, Corpus
+from common.edges import write_file
 from common.parity import TensorKey
 from common.runtime.engine import Arrays, Engine
 from common.runtime.faults import Fault
@@ -40,19 +41,23 @@ def start(engine: Engine, job: Job, corpus: Corpus) -> int:
     if job.resume is None:
         engine.reset(starting_weights(job))
         return 0
-    saved = snapshot.load(Path(job.resume))
-    position = saved.manifest.data
-    different = snapshot.differences(saved.manifest, job.config)
+    saved = snapshot.load(Path(job.resume), with_moments=not job.weights_alone)
+    manifest = saved.manifest.without_training() if job.weights_alone else saved.manifest
+    position = manifest.data
+    different = snapshot.differences(manifest, job.config)
     if position is not None and position.corpus_digest != corpus.digest:  # the parent has checked both before
         different.append("corpus: the snapshot was trained on another text")
     if saved.manifest.tokenizer_digest not in (None, corpus.tokenizer_digest):
         different.append("tokenizer: the snapshot has another one")
     if different:
         raise SnapshotError(f"{job.resume}: {different[0]}")
-    engine.reset(saved.weights)
-    if saved.manifest.steps_done:
-        engine.load_optimizer_state(saved.optimizer_state, saved.manifest.steps_done)
-    return saved.manifest.steps_done
+    # In another precision than the snapshot's where a training starts from weights alone.
+    engine.reset(
+        {name: value.astype(job.config.train.master_dtype, copy=False) for name, value in saved.weights.items()}
+    )
+    if manifest.steps_done:
+        engine.load_optimizer_state(saved.optimizer_state, manifest.steps_done)
+    return manifest.steps_done
 
 
 def starting_weights(job: Job) -> Arrays:
@@ -123,7 +128,7 @@ def train(
         if job.saving is not None and len(records) > EVENTS_KEPT:
             records[-1 - EVENTS_KEPT].events.clear()
         if 0 in engine.devices:
-            with (out / "progress.jsonl").open("a") as progress:
+            with (out / "progress.jsonl").open("a", encoding="utf-8") as progress:
                 progress.write(json.dumps(record.model_dump(exclude={"events"})) + "\n")
         if job.saving is not None and _is_due(job.saving.every, step + 1, end):
             watch.enter("save", step)
@@ -178,7 +183,7 @@ def _not_finite(engine: Engine, job: Job, batch: Batch, what: str, loss_is_finit
     ]
     first = min(found, default=((4,), "none that this process has"))
     note = {"step": batch.step, "what": what, "order": first[0], "tensor": first[1]}
-    (Path(job.out) / f"not-finite-{engine.devices[0]}.json").write_text(json.dumps(note))
+    write_file(Path(job.out) / f"not-finite-{engine.devices[0]}.json", json.dumps(note))
     return NotFiniteError(f"step {batch.step + 1}: {what}; the first tensor that is not finite: {first[1]}")
 
 

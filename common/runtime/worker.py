@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from common.data import Corpus, load_corpus
+from common.edges import write_file
 from common.parity import TensorKey
 from common.runtime import inherited
 from common.runtime.dumping import dump
@@ -50,7 +51,7 @@ def run_jobs(
         except Exception:
             status = 1
             text = traceback.format_exc()
-            (Path(job.out) / f"failed-{first_device}.txt").write_text(text)
+            write_file(Path(job.out) / f"failed-{first_device}.txt", text)
             print(text, flush=True)
     return status
 
@@ -72,7 +73,7 @@ def _run_job(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
         else:
             part = _train_job(engine, job, corpus, began)
         # Last, so that a part file says that the job ended well.
-        (Path(job.out) / f"part-{engine.devices[0]}.json").write_text(part.model_dump_json())
+        write_file(Path(job.out) / f"part-{engine.devices[0]}.json", part.model_dump_json())
     finally:
         engine.close()
 

@@ -112,7 +112,7 @@ MAX_PLACES = 2**20
 """Devices x micro-batches x chunks of a schedule: two or three actions stand in each."""
 
 _HEADER = re.compile(r"#\s*schedule:\s*(?P<name>\S+)(?P<rest>.*)")
-_ACTION = re.compile(r"(?P<op>BW|F|B|W)(?P<micro_batch>\d{1,9})(?:\.(?P<chunk>\d{1,4}))?")
+_ACTION = re.compile(r"(?P<op>BW|F|B|W)(?P<micro_batch>[0-9]{1,9})(?:\.(?P<chunk>[0-9]{1,4}))?")
 
 
 def format_schedule(schedule: Schedule) -> str:

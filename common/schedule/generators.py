@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.bounded import read_text
-from common.schedule.action import Action, Op, Schedule, ScheduleError, parse_schedule
+from common.edges import printable
+from common.schedule.action import MAX_PLACES, Action, Op, Schedule, ScheduleError, parse_schedule
 from common.schedule.search import limits, search
 from common.schedule.simulate import Costs
 from common.schedule.zero_bubble import zb_h1, zb_h2, zb_v
@@ -127,6 +128,10 @@ def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
     """The named schedule, or the one in `file:PATH`. Raises ScheduleError."""
     if min(p, m, chunks) < 1:
         raise ScheduleError(f"{p} stages, {m} micro-batches, {chunks} chunks; right would be at least 1 of each")
+    if p * m * chunks > MAX_PLACES:
+        raise ScheduleError(
+            f"{p} stages x {m} micro-batches x {chunks} chunks; expected a product of at most {MAX_PLACES}"
+        )
     if name.startswith("file:"):
         return _from_file(Path(name.removeprefix("file:")), p, m, chunks)
     if name not in GENERATORS:
@@ -163,6 +168,6 @@ def _from_file(path: Path, p: int, m: int, chunks: int) -> Schedule:
 
 def _read(path: Path) -> Schedule:
     try:
-        return parse_schedule(read_text(path), path.stem)
+        return parse_schedule(read_text(path), printable(path.stem))
     except (OSError, UnicodeDecodeError, ScheduleError) as error:
         raise ScheduleError(f"schedule {path}: {error}; right would be a readable schedule in text form") from None

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from common.figure import new_figure
 from common.schedule.action import Op, Schedule
 from common.schedule.simulate import Simulation
 from common.schedule.table import OPS
@@ -42,8 +41,7 @@ def draw_pictures(charts: Mapping[str, Simulation], *paths: str | Path, time_lab
     room = max(sim.makespan / _shortest(sim) for sim in simulations) * INCHES_PER_ACTION
     width = min(max(room, MIN_WIDTH_INCHES), MAX_WIDTH_INCHES)
     heights = [0.34 * simulation.schedule.num_devices + 0.3 for simulation in simulations]
-    figure = Figure(figsize=(width + 1, sum(heights) + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width + 1, sum(heights) + 0.8)
     rows = figure.subplots(len(charts), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, simulation) in zip(rows, charts.items(), strict=True):
         _draw(axes, simulation, width * 72 / makespan)

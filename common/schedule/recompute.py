@@ -16,7 +16,7 @@ PATTERN = r"^(none|full|except-last|every-[1-9][0-9]*)$"
 
 
 def is_known(recompute: str) -> bool:
-    return re.match(PATTERN, recompute) is not None
+    return re.fullmatch(PATTERN, recompute) is not None
 
 
 def recomputes(recompute: str, micro_batch: int, micro_batches: int) -> bool:

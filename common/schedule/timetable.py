@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from common.schedule.action import Action, Schedule, ScheduleError, build_schedule, parse_action, parse_schedule
 
 # Bounded, and only from a word's beginning, so that a long word does not take quadratic time.
-_TIMED = re.compile(r"(?<!\w)(?P<action>\w{1,16}(?:\.\d{1,9})?)@(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)")
+_TIMED = re.compile(
+    r"(?<!\w)(?P<action>\w{1,16}(?:\.\d{1,9})?)@(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _parse_cell(word: str, time: str) -> Action:
 
 
 def _is_number(text: str) -> bool:
-    return re.fullmatch(r"\d+(\.\d+)?", text) is not None
+    return re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) is not None
 
 
 def _time(text: str) -> float:

@@ -73,7 +73,7 @@ def locked(directory: Path) -> Iterator[None]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("a+")
+        file = (directory / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise SnapshotError(f"{directory}: {error.strerror}; right would be a folder that can be written") from None
     with file:

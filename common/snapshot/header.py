@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from common.snapshot.manifest import MAX_HEADER_BYTES, SnapshotError, clip, one_line
+from common.edges import printable
+from common.snapshot.manifest import MAX_HEADER_BYTES, SnapshotError, one_line
 
 DIGEST_CHUNK_BYTES = 2**20
 DTYPES: Mapping[str, str] = {"F32": "float32", "F64": "float64"}
@@ -38,7 +39,8 @@ class _HeaderTensor(BaseModel):
     data_offsets: tuple[int, int]
 
 
-ITEM_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+ITEM_BYTES: dict[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+ITEM_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 def read_header(file: Any, path: Path) -> dict[str, HeaderEntry]:
@@ -60,9 +62,11 @@ def read_header(file: Any, path: Path) -> dict[str, HeaderEntry]:
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         item_bytes = ITEM_BYTES.get(entry.dtype)
         if item_bytes is None:
-            raise SnapshotError(f"{path}: {clip(name)} has dtype {clip(entry.dtype)}")
+            raise SnapshotError(f"{path}: {printable(name)} has dtype {printable(entry.dtype)}")
         if entry.data_offsets != (end, end + math.prod(entry.shape) * item_bytes):
-            raise SnapshotError(f"{path}: {clip(name)} lies at {entry.data_offsets}, which its shape does not fill")
+            raise SnapshotError(
+                f"{path}: {printable(name)} lies at {entry.data_offsets}, which its shape does not fill"
+            )
         end = entry.data_offsets[1]
     if end != size - 8 - length:
         raise SnapshotError(f"{path}: its tensors have {end} bytes; the file has {size - 8 - length} for them")
@@ -73,10 +77,11 @@ def read_header(file: Any, path: Path) -> dict[str, HeaderEntry]:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A regular file, not a link to one, nor a device that never ends. Raises SnapshotError."""
+def opened(path: Path, follow_links: bool = False) -> Iterator[Any]:
+    """A regular file, and no device that never ends; a link to one where the user has named it. Raises SnapshotError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+        descriptor = os.open(path, flags)
     except OSError as error:
         reason = "a link" if path.is_symlink() else error.strerror
         raise SnapshotError(f"{path}: {reason}; right would be a file of a snapshot") from None

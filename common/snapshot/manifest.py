@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
+from common.edges import OsText, printable
 from common.spec import RunConfig, TrainSpec, TransformerSpec
 from common.weights import parameter_shapes
 
@@ -61,7 +62,7 @@ class DataPosition(Entry):
     step: int = Field(ge=0)
     seed: int = Field(ge=0)
     corpus_digest: str = Field(max_length=64)
-    corpus: tuple[str, ...]
+    corpus: tuple[OsText, ...]
     tokenizer: Literal["bytes", "bpe", "file"]
     """How the text became tokens; bpe: by a tokenizer that was trained on it, line by line (`common.tokenizer`)."""
     sequence_lengths: Literal["full", "random"]
@@ -87,6 +88,11 @@ class Manifest(Entry):
     tensors: dict[str, TensorEntry]
     written_by: dict[str, str | int | float | bool | None]
     """Framework and versions: information only."""
+
+    def without_training(self) -> Manifest:
+        """Its weights alone, for another training to start from."""
+        alone = {"steps_done": 0, "train": None, "data": None, "optimizer_state": ()}
+        return self.model_copy(update=alone)
 
     @property
     def tokenizer_kind(self) -> Literal["bytes", "bpe", "file"] | None:
@@ -140,7 +146,7 @@ def check_contents(manifest: Manifest, folder: Path) -> None:
     expected = tensor_shapes(manifest.model, moments)
     if set(manifest.tensors) != set(expected):
         name = min(set(manifest.tensors) ^ set(expected))
-        raise wrong(f"{clip(name)} is {'not part of the model' if name in manifest.tensors else 'missing'}")
+        raise wrong(f"{printable(name)} is {'not part of the model' if name in manifest.tensors else 'missing'}")
     size = dict.fromkeys(manifest.files, 0)
     dtype = manifest.dtype if train is None else train.master_dtype
     for name, entry in manifest.tensors.items():
@@ -149,11 +155,11 @@ def check_contents(manifest: Manifest, folder: Path) -> None:
         if entry.dtype != dtype:
             raise wrong(f"{name} has dtype {entry.dtype}; right would be {dtype}")
         if entry.file not in size:
-            raise wrong(f"{name} is in {clip(entry.file)}, which is no file of the snapshot")
+            raise wrong(f"{name} is in {printable(entry.file)}, which is no file of the snapshot")
         size[entry.file] += math.prod(entry.shape) * ITEM_BYTES[dtype]
     for name, content in size.items():
         if not SHARD.fullmatch(name):
-            raise wrong(f"file {clip(name)}; right would be shard-NNNNN.safetensors")
+            raise wrong(f"file {printable(name)}; right would be shard-NNNNN.safetensors")
         extra = manifest.files[name].bytes - content
         if not 8 <= extra <= 8 + MAX_HEADER_BYTES:
             raise wrong(f"{name} has {manifest.files[name].bytes} bytes; its tensors have {content}")
@@ -161,19 +167,20 @@ def check_contents(manifest: Manifest, folder: Path) -> None:
 
 MAY_CHANGE = ("micro_batches",)
 """Of `TrainSpec`: what does not change what is learned."""
+NOT_OF_THE_WEIGHTS = ("dropout", "dropout_masks")
+"""Of `TransformerSpec`: how it is trained, and not what its weights mean."""
 
 
 def differences(manifest: Manifest, config: RunConfig) -> list[str]:
     """What keeps `config` from going on where the snapshot stands, one line each; none if it can.
 
     Framework, stages, chunks, schedule, partition, micro-batches, recomputation, device and threads are free. So is the
-    number of steps where the learning rate does not depend on it.
+    number of steps where the learning rate does not depend on it. From weights alone (`without_training`) every training
+    may start, in any precision and with any dropout.
     """
-    lines = _differing("model", manifest.model, config.model, ())
     if manifest.train is None:
-        if manifest.dtype != config.train.master_dtype:
-            lines.append(f"dtype: the snapshot has {manifest.dtype}, the run {config.train.master_dtype}")
-        return lines
+        return _differing("model", manifest.model, config.model, NOT_OF_THE_WEIGHTS)
+    lines = _differing("model", manifest.model, config.model, ())
     steps = ("steps",) if manifest.train.learning_rate_schedule == "constant" else ()
     lines += _differing("train", manifest.train, config.train, (*MAY_CHANGE, *steps))
     if manifest.data is not None:
@@ -192,16 +199,10 @@ def _differing(section: str, saved: BaseModel, asked: BaseModel, free: Iterable[
     ]
 
 
-def clip(text: str) -> str:
-    """For a message: a name from a foreign file may be of any length and have any characters."""
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:81])
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def one_line(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        place = ".".join(clip(str(part)) for part in first["loc"][:6])
+        place = ".".join(printable(str(part)) for part in first["loc"][:6])
         return f"{place}: {first['msg']}" if place else str(first["msg"])
     return " ".join(str(error).split())[:300]
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 
+from common.edges import printable
 from common.snapshot.header import digest_of, opened, read_header
 from common.snapshot.manifest import (
     MANIFEST,
@@ -22,7 +23,6 @@ from common.snapshot.manifest import (
     SnapshotError,
     as_snapshot_error,
     check_contents,
-    clip,
     one_line,
     tensor_shapes,
 )
@@ -117,7 +117,8 @@ def _verify_file(path: Path, manifest: Manifest) -> None:
         if found != expected:
             name = min(name for name in {**found, **expected} if found.get(name) != expected.get(name))
             raise SnapshotError(
-                f"{path}: {clip(name)} is {found.get(name, 'missing')}; the manifest says {expected.get(name, 'nothing')}"
+                f"{path}: {printable(name)} is {found.get(name, 'missing')}; "
+                f"the manifest says {expected.get(name, 'nothing')}"
             )
         _verify_digest(file, path, entry)
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from common.edges import printable, write_file
 from common.snapshot.directory import folder_name, prune
 from common.snapshot.header import digest_of
 from common.snapshot.manifest import (
@@ -129,7 +130,7 @@ def write_weights(
             shards = _wait_for_shards(temporary, 1)
             return _finish(
                 temporary, folder, shards, steps_done=0, model=model, train=None, data=None, optimizer_state=(),
-                tokenizer=_write_tokenizer(temporary, tokenizer), written_by={"imported_from": origin},
+                tokenizer=_write_tokenizer(temporary, tokenizer), written_by={"imported_from": printable(origin)},
             )  # fmt: skip
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -174,7 +175,7 @@ def _write_shard(temporary: Path, devices: Sequence[int], tensors: Mapping[str, 
         tensors=entries,
     )
     note = temporary / f".{name}.writing"
-    note.write_text(shard.model_dump_json())
+    write_file(note, shard.model_dump_json())
     note.rename(temporary / f"{name}.note")
 
 
@@ -182,7 +183,7 @@ def _wait_for_shards(temporary: Path, stages: int) -> list[_Shard]:
     """The notes of all processes, which together hold every device; takes the notes away."""
     while True:
         notes = sorted(temporary.glob("*.note"))
-        shards = [_Shard.model_validate_json(note.read_text()) for note in notes]
+        shards = [_Shard.model_validate_json(note.read_text(encoding="utf-8")) for note in notes]
         if {device for shard in shards for device in shard.devices} == set(range(stages)):
             for note in notes:
                 note.unlink()
@@ -204,7 +205,7 @@ def _finish(temporary: Path, folder: Path, shards: Sequence[_Shard], **fields: A
     )
     check_contents(manifest, folder)
     path = temporary / MANIFEST
-    path.write_text(manifest.model_dump_json(indent=1) + "\n")
+    write_file(path, manifest.model_dump_json(indent=1) + "\n")
     _flush(path)
     _flush(temporary)
     temporary.rename(folder)

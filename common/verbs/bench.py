@@ -8,8 +8,8 @@ from typing import Any
 
 from common.bench import print_dry_run, run_bench
 from common.config import add_options, read_bench
+from common.console import make_console
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
-from common.verbs.options import plain_console
 
 DESCRIPTION = (
     "Trains one Transformer with several frameworks, pipeline schedules and numbers of stages, each run in a process of "
@@ -30,7 +30,7 @@ def prepare(parser: argparse.ArgumentParser, implementations: Mapping[str, Imple
 
 
 def _bench(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
-    bench, console = read_bench(arguments), plain_console()
+    bench, console = read_bench(arguments), make_console()
     if bench.dry_run:
         print_dry_run(bench, console)
         return 0

@@ -16,8 +16,10 @@ from pydantic import ValidationError
 
 from common import snapshot
 from common.data import check_vocabulary
-from common.exchange.child import ExchangeError
-from common.exchange.gpt2 import read_gpt2
+from common.edges import whole_number
+from common.exchange.errors import NOTE, ExchangeError
+from common.exchange.gpt2 import NOT_IN_THE_WEIGHTS, read_gpt2
+from common.exchange.source import Source, find
 from common.runtime.launch import (
     IMPLEMENTATIONS,
     Implementation,
@@ -26,7 +28,8 @@ from common.runtime.launch import (
     last_error,
     why_missing,
 )
-from common.snapshot import TOKENIZER, SnapshotError
+from common.settings import Setting, Settings, flag, read_native_dropout, validated
+from common.snapshot import TOKENIZER, Arrays
 from common.spec import TransformerSpec, explain
 from common.tokenizer import BYTES, TokenizerError, read_tokenizer
 from common.usage import UsageError
@@ -36,6 +39,8 @@ EXIT_OK, EXIT_FAILED = 0, 1
 FORMATS = {"torch": "torch", "keras": "tensorflow", "paddle": "paddle"}
 """The framework that reads and writes each kind of file, in a process of its own."""
 GPT2 = "gpt2"
+FREE = ("dropout", "dropout_masks")
+"""What may be said of any weights: it changes how they are trained on, not what they mean."""
 TIMEOUT_SECONDS = 1800
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)
 
@@ -55,11 +60,14 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
 
     importer = verbs.add_parser(
         "import",
-        description="Makes a snapshot at step 0 of weights from such a file, or of a GPT-2 of the transformers library in "
-        "safetensors. No code in a file is run. The model is what the options say; GPT-2's is read from the file.",
+        description="Makes a snapshot at step 0 of weights from such a file, or of a GPT-2 of the transformers library: a "
+        "file, an index of shards, or the folder. No code in a file is run. The model is what the options say; GPT-2's is "
+        "read from the file and its config.json.",
         usage="%(prog)s FILE --from torch|keras|paddle|gpt2 --out SNAPSHOT [options]",
     )
-    importer.add_argument("file", metavar="FILE", help="the file to read")
+    importer.add_argument(
+        "file", metavar="FILE", help="the file to read, or a folder as the transformers library saves it"
+    )
     importer.add_argument("--from", dest="origin", choices=(*FORMATS, GPT2), required=True, help="the kind of file")
     importer.add_argument("--out", metavar="SNAPSHOT", required=True, help="the snapshot's folder, a new one")
     meaning = importer.add_mutually_exclusive_group()
@@ -96,48 +104,44 @@ def _export(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
 
 
 def _import(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
-    file, out = Path(arguments.file), Path(arguments.out)
+    path, out = Path(arguments.file), Path(arguments.out)
     if out.exists():
         raise UsageError(f"--out {out}: exists; right would be a new folder")
-    status = EXIT_OK
-    if arguments.origin == GPT2:
-        heads = getattr(arguments, "model.num_heads", None)
-        if heads is not None and not (heads.isdecimal() and int(heads)):
-            raise UsageError(f"--num-heads = {heads!r}: right would be a whole number, at least 1")
-        try:
-            spec, weights = read_gpt2(file, None if heads is None else int(heads))
-        except (ExchangeError, SnapshotError) as error:
-            raise UsageError(str(error)) from None
-        except ValidationError as error:
-            raise UsageError(f"{file}: {explain(error).splitlines()[0]}") from None
-        tokenizer, source = _tokenizer(arguments, file, spec)
-        snapshot.write_weights(out, spec, weights, file.name, tokenizer)
-    else:
-        if not file.is_file():
-            raise UsageError(f"{file}: no such file")
-        spec = read_model(arguments)
-        tokenizer, source = _tokenizer(arguments, file, spec)
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder) / TOKENIZER
-            place.write_bytes(tokenizer or b"")
-            told = [str(place)] if tokenizer is not None else []
-            model = spec.model_dump_json()
-            status = _child(arguments.origin, implementations, "import", str(file), str(out), model, *told)
+    try:
+        source = find(path)
+        if arguments.origin == GPT2:
+            spec, weights = _read_gpt2(arguments, source, implementations)
+            tokenizer, words = _tokenizer(arguments, source, spec)
+            snapshot.write_weights(out, spec, weights, path.name, tokenizer)
+            status = EXIT_OK
+        else:
+            spec = read_model(arguments)
+            _say_what_no_file_says(arguments, spec)
+            tokenizer, words = _tokenizer(arguments, source, spec)
+            with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
+                place = Path(folder) / TOKENIZER
+                place.write_bytes(tokenizer or b"")
+                told = [str(place)] if tokenizer is not None else []
+                model = spec.model_dump_json()
+                status = _child(arguments.origin, implementations, "import", str(path), str(out), model, *told)
+    except ExchangeError as error:
+        raise UsageError(str(error)) from None
+    except ValidationError as error:
+        raise UsageError(f"{path}: {explain(error).splitlines()[0]}") from None
     if status == EXIT_OK:
         print(f"{out}: {_words(spec)}")
-        print(f"tokenizer: {source}")
+        print(f"tokenizer: {words}")
     return status
 
 
-def _tokenizer(arguments: argparse.Namespace, file: Path, spec: TransformerSpec) -> tuple[bytes | None, str]:
+def _tokenizer(arguments: argparse.Namespace, source: Source, spec: TransformerSpec) -> tuple[bytes | None, str]:
     """What the tokens of a foreign file mean, and in words where that comes from. Raises UsageError and TokenizerError."""
     if arguments.tokenizer == "bytes":
         if spec.vocab_size != BYTES.vocab_size:
             raise UsageError(f"--tokenizer = bytes: has 256 tokens; the model has {spec.vocab_size}")
         return b"", "bytes"
-    beside = (file if file.is_dir() else file.parent) / TOKENIZER
-    path = beside if arguments.tokenizer_file is None else Path(arguments.tokenizer_file)
-    if arguments.tokenizer_file is None and not beside.exists():
+    path = source.beside(TOKENIZER) if arguments.tokenizer_file is None else Path(arguments.tokenizer_file)
+    if path is None:
         return None, "not known; --tokenizer-file FILE or --tokenizer bytes gives it, here or later"
     try:
         tokenizer = read_tokenizer(path)
@@ -149,6 +153,53 @@ def _tokenizer(arguments: argparse.Namespace, file: Path, spec: TransformerSpec)
     return tokenizer.content, f"{path}, {tokenizer.vocab_size} tokens"
 
 
+def _read_gpt2(
+    arguments: argparse.Namespace, source: Source, implementations: Mapping[str, Implementation]
+) -> tuple[TransformerSpec, Arrays]:
+    """Raises UsageError for options that the file answers, and all that `read_gpt2` raises."""
+    given = {name.removeprefix("model."): value for name, value in vars(arguments).items() if name.startswith("model.")}
+    unused = [name for name in given if name not in (*NOT_IN_THE_WEIGHTS, *FREE)]
+    unused += [name for name in ("preset", "config") if getattr(arguments, name) is not None]
+    if unused:
+        raise UsageError(
+            f"{flag(unused[0])}: --from gpt2 reads the model from the file and its config.json; expected without it"
+        )
+    line = read_native_dropout({("model", name): Setting(value, flag(name)) for name, value in given.items()}, {})
+    with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
+        pickled = [str(file) for file in source.files if file.suffix != ".safetensors"]
+        if pickled:  # PyTorch alone reads these; the rest goes on as for any other file
+            merged = Path(folder) / "model.safetensors"
+            status = _child("torch", implementations, "tensors", str(merged), *pickled)
+            if status != EXIT_OK:
+                raise UsageError(f"{pickled[0]}: cannot be read")
+            tensors_from = [merged, *(file for file in source.files if file.suffix == ".safetensors")]
+        else:
+            tensors_from = list(source.files)
+        return read_gpt2(source, _said(line), tensors_from)
+
+
+def _said(line: Settings) -> dict[str, Any]:
+    """The options' values, each checked by itself; rules between them need the file's shapes."""
+    found: dict[str, Any] = {}
+    for key, setting in line.items():
+        if key[1] == "num_heads":  # what it has to divide is in the file
+            found["num_heads"] = whole_number(setting.value)
+            if (found["num_heads"] or 0) < 1:
+                raise UsageError(f"{setting.where} = {setting.value!r}: right would be a whole number, at least 1")
+        else:
+            found[key[1]] = validated("model", {key: setting})[key[1]]
+    return found
+
+
+def _say_what_no_file_says(arguments: argparse.Namespace, spec: TransformerSpec) -> None:
+    """These change what the weights mean, and no shape shows them."""
+    if arguments.preset is None and arguments.config is None:
+        unsaid = [name for name in NOT_IN_THE_WEIGHTS if not hasattr(arguments, f"model.{name}")]
+        if unsaid:
+            words = ", ".join(f"{flag(name)} {getattr(spec, name)}" for name in unsaid)
+            print(f"{NOTE}the file does not say {words}; taken as by default")
+
+
 def _words(spec: TransformerSpec) -> str:
     return (
         f"{spec.num_layers} blocks, d_model {spec.d_model}, {spec.num_heads} heads, d_ff {spec.d_ff}, "
@@ -157,7 +208,7 @@ def _words(spec: TransformerSpec) -> str:
 
 
 def _child(kind: str, implementations: Mapping[str, Implementation], *argv: str) -> int:
-    """Runs the framework's own converter. Raises UsageError with its line where the input is wrong."""
+    """Runs the framework's own converter and passes its notes on. Raises UsageError with its line for wrong input."""
     implementation = implementations[FORMATS[kind]]
     missing = why_missing(implementation)
     if missing:
@@ -168,16 +219,20 @@ def _child(kind: str, implementations: Mapping[str, Implementation], *argv: str)
         env=child_environment(module),
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
-        errors="replace",
+        encoding="utf-8",
+        errors="surrogateescape",
         timeout=TIMEOUT_SECONDS,
         check=False,
     )
+    for line in child.stdout.splitlines():
+        if line.startswith(NOTE):
+            print(line)
     if child.returncode == 2:
         raise UsageError(child.stderr.strip().splitlines()[-1])
-    if argv[0] == "import" and -child.returncode in CRASHES:  # a file that a library in C trips over
+    if argv[0] != "export" and -child.returncode in CRASHES:  # a file that a library in C trips over
         name = signal.Signals(-child.returncode).name
-        raise UsageError(f"{argv[1]}: reading it ended with {name}; right would be a file as `export` writes it")
+        file = argv[1] if argv[0] == "import" else argv[2]
+        raise UsageError(f"{file}: reading it ended with {name}; right would be a file as `export` writes it")
     if child.returncode:
         print(f"failed: {last_error(child.stderr)}", file=sys.stderr)
         return EXIT_FAILED

@@ -11,12 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from common.console import make_console
+from common.edges import write_file
 from common.report.machine import this_machine
 from common.roofline import PEAKS, Kernel, Measured, kernels, measure
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
 from common.spec import FRAMEWORKS, RunConfig, TrainSpec
 from common.verbs.drift import chosen
-from common.verbs.options import add_run_options, file_to_write, plain_console, read_run
+from common.verbs.options import add_run_options, file_to_write, read_run
 
 EXIT_OK, EXIT_NOTHING_MEASURED = 0, 1
 SLOW = 0.5
@@ -62,7 +64,7 @@ def _doctor(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
     found = measure(config, frameworks, arguments.rounds, implementations)
     if path is not None:
         write(path, kernels(config), found)
-    show(plain_console(), config, found)
+    show(make_console(), config, found)
     measured = [name for name in frameworks if not found[name].error]
     return EXIT_OK if measured else EXIT_NOTHING_MEASURED
 
@@ -74,7 +76,7 @@ def write(path: Path, rows: Sequence[Kernel], found: Mapping[str, Measured]) -> 
         for name, one in found.items()
     }
     work = {kernel.name: {"work": kernel.work, "unit": kernel.unit} for kernel in (*rows, *PEAKS)}
-    path.write_text(json.dumps({"kernels": work, "measured": said}, indent=1, default=str) + "\n")
+    write_file(path, json.dumps({"kernels": work, "measured": said}, indent=1, default=str) + "\n")
 
 
 def rate(kernel: Kernel, seconds: float) -> float:

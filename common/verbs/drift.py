@@ -13,18 +13,31 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from common.console import make_console
 from common.drift import DRIFTS
+from common.edges import whole_number
 from common.report.drift import print_zoo, write_page
 from common.report.machine import this_machine
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
 from common.spec import FRAMEWORKS
 from common.usage import UsageError, closest
-from common.verbs.options import file_to_write, plain_console
+from common.verbs.numbers import positive, seconds
+from common.verbs.options import check_writable, file_to_write
 from common.zoo import GOOD, Zoo, base_config, run_zoo
 
 EXIT_OK, EXIT_UNEXPECTED = 0, 1
 PROGRESS_STEPS = 1000
 """Steps of a framework between two lines."""
+
+
+RUN_OPTIONS: Mapping[str, Any] = {
+    "frameworks": ",".join(FRAMEWORKS),
+    "rows": "all",
+    "steps": "100,500",
+    "seeds": 5,
+    "timeout": math.inf,
+}
+"""The options that say what is run, with their defaults."""
 
 
 def register(verbs: Any) -> None:
@@ -35,37 +48,34 @@ def register(verbs: Any) -> None:
         "Exit status: 0 every habit fails first where it should, 1 one does not, or a run failed, 2 wrong input.",
     )
     parser.add_argument("--list", action="store_true", help="name the habits and run nothing")
-    parser.add_argument(
-        "--frameworks", default=",".join(FRAMEWORKS), metavar="F,..", help="which ones (default %(default)s)"
-    )
-    parser.add_argument("--rows", default="all", metavar="NAME,..", help="which habits (default %(default)s)")
+    parser.add_argument("--frameworks", metavar="F,..", help="which ones (default %(default)s)")
+    parser.add_argument("--rows", metavar="NAME,..", help="which habits (default %(default)s)")
     parser.add_argument(
         "--steps",
-        default="100,500",
         metavar="N,..",
         help="where the cost is taken; the last one ends the runs (%(default)s)",
     )
-    parser.add_argument(
-        "--seeds", type=int, default=5, metavar="N", help="baselines for the spread (default %(default)s)"
-    )
+    parser.add_argument("--seeds", type=positive, metavar="N", help="baselines for the spread (default %(default)s)")
     parser.add_argument("--out", metavar="FOLDER", help="write drift.md, drift.json and images/drift.png there")
     parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
     parser.add_argument(
         "--from", dest="source", metavar="FILE", help="run nothing; take the result of an earlier --json"
     )
-    parser.add_argument(
-        "--timeout", type=float, default=math.inf, metavar="SECONDS", help="end a child that takes longer"
-    )
-    parser.set_defaults(run=run)
+    parser.add_argument("--timeout", type=seconds, metavar="SECONDS", help="end a child that takes longer")
+    parser.set_defaults(run=run, **RUN_OPTIONS)
 
 
 def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:
-    console = plain_console()
+    console = make_console()
     if arguments.list:
         console.print(_listed())
         return EXIT_OK
     json_file = file_to_write(arguments.json, "--json") if arguments.json else None
     folder = _folder(Path(arguments.out)) if arguments.out else None
+    if arguments.source:
+        unused = [name for name, default in RUN_OPTIONS.items() if getattr(arguments, name) != default]
+        if unused:
+            raise UsageError(f"--{unused[0]}: --from runs nothing; expected without it")
     zoo = _read(Path(arguments.source)) if arguments.source else _run(arguments, console, implementations)
     print_zoo(zoo, console)
     if json_file is not None:
@@ -84,12 +94,13 @@ def _folder(path: Path) -> Path:
     there = next(each for each in (path, *path.parents) if each.exists())
     if not there.is_dir():
         raise UsageError(f"--out {path}: {there} is a file; right would be a folder")
+    check_writable(there, f"--out {path}")
     return path
 
 
 def _read(path: Path) -> Zoo:
     try:
-        return Zoo.model_validate_json(path.read_text())
+        return Zoo.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--from {path}: {error.strerror}") from None
     except (ValidationError, UnicodeDecodeError):
@@ -101,8 +112,6 @@ def _run(arguments: argparse.Namespace, console: Console, implementations: Mappi
     names = [drift.name for drift in DRIFTS]
     rows = names if arguments.rows == "all" else chosen(arguments.rows, names, "--rows")
     steps = _steps(arguments.steps)
-    if arguments.seeds < 1:
-        raise UsageError(f"--seeds {arguments.seeds}: right would be at least 1")
 
     def stepped(framework: str, done: int) -> None:
         if done % PROGRESS_STEPS == 0:
@@ -137,10 +146,10 @@ def chosen(text: str, known: tuple[str, ...] | list[str], option: str) -> list[s
 
 
 def _steps(text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+    steps = {whole_number(word) or 0 for word in text.split(",")}
+    if min(steps) < 1:
         raise UsageError(f"--steps {text}: right would be whole numbers with commas, such as 100,500")
-    return sorted({int(word) for word in words})
+    return sorted(steps)
 
 
 def _listed() -> Table:

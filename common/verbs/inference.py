@@ -15,7 +15,9 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from common import snapshot
+from common.console import make_console
 from common.data import Corpus
+from common.edges import from_command_line, number, whole_number
 from common.rules import why_impossible
 from common.runtime.inference import Evaluated, Generated
 from common.runtime.job import Generation, Job
@@ -31,9 +33,9 @@ from common.runtime.text import write_text
 from common.spec import RunConfig
 from common.tokenizer import BYTES
 from common.usage import UsageError
-from common.verbs.options import add_run_options, plain_console, read_run, reporting
+from common.verbs.numbers import natural, positive, seconds
+from common.verbs.options import add_run_options, read_run, reporting
 from common.verbs.saved import Saved, load_text
-from common.verbs.train import natural, positive
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 DEFAULT_TOKENS = 64
@@ -64,16 +66,14 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     text.add_argument("--tokens", metavar="N", type=positive, default=DEFAULT_TOKENS, help="new tokens (default: 64)")
     text.add_argument("--samples", metavar="N", type=positive, default=1, help="continuations (default: 1)")
     text.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    text.add_argument(
-        "--temperature", metavar="T", type=_temperature, default=1.0, help="divides the logits (default: 1)"
-    )
+    text.add_argument("--temperature", metavar="T", type=_temperature, help="divides the logits (default: 1)")
     text.add_argument("--top-k", metavar="K", type=positive, help="only the K likeliest tokens (default: all)")
-    text.add_argument("--seed", metavar="N", type=natural, default=0, help="of the choices (default: 0)")
+    text.add_argument("--seed", metavar="N", type=natural, help="of the choices (default: 0)")
     for parser, run in ((evaluate, _evaluate), (generate, _generate)):
         parser.add_argument("--snapshot", metavar="PATH", required=True, help="a folder such as step-00000100")
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument(
-            "--timeout", metavar="SECONDS", type=float, default=math.inf, help="end a child that takes longer"
+            "--timeout", metavar="SECONDS", type=seconds, default=math.inf, help="end a child that takes longer"
         )
         add_run_options(parser, only_placement=True, also=("corpus", "tokenizer", "tokenizer_file"))
         parser.set_defaults(run=reporting(_bound(run, implementations)))
@@ -84,11 +84,8 @@ def _bound(run: Any, implementations: Mapping[str, Implementation]) -> Any:
 
 
 def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
+    value = number(text) or 0.0
+    if value <= 0:
         raise argparse.ArgumentTypeError(
             f"{text!r}; right would be a number, more than 0 (for the likeliest: --greedy)"
         )
@@ -101,7 +98,7 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
     config = read_run(arguments, saved)
     corpus = load_text(config, saved, may_be_another=hasattr(arguments, "run.corpus"))
     job = Job(config=config, out="", kind="evaluate", resume=str(folder.resolve()), batches=arguments.batches)
-    console = plain_console()
+    console = make_console()
     found = _run(job, Evaluated, "evaluation.json", implementations, arguments.timeout, console, corpus)
     if not isinstance(found, Evaluated):
         return found
@@ -133,6 +130,12 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
 
 
 def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
+    if arguments.greedy:
+        for option in ("temperature", "top_k", "seed"):
+            if getattr(arguments, option) is not None:
+                raise UsageError(f"--{option.replace('_', '-')}: --greedy makes no random choice; expected one of them")
+    temperature = 1.0 if arguments.temperature is None else arguments.temperature
+    seed = arguments.seed or 0
     folder = Path(arguments.snapshot)
     saved = Saved(folder, snapshot.verify(folder))
     config = _for_samples(read_run(arguments, saved), arguments)
@@ -141,12 +144,12 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
         prompt=prompt,
         tokens=arguments.tokens,
         samples=arguments.samples,
-        temperature=None if arguments.greedy else arguments.temperature,
+        temperature=None if arguments.greedy else temperature,
         top_k=arguments.top_k,
-        seed=arguments.seed,
+        seed=seed,
     )
     job = Job(config=config, out="", kind="generate", resume=str(folder.resolve()), generation=wish)
-    console = plain_console()
+    console = make_console()
     found = _run(job, Generated, "generation.json", implementations, arguments.timeout, console)
     if not isinstance(found, Generated):
         return found
@@ -155,11 +158,11 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
         facts = {"snapshot": str(folder), "framework": config.framework, "prompt": prompt, "texts": texts}
         print(json.dumps(facts | found.model_dump()))
         return EXIT_OK
-    for number, text in enumerate(texts):
+    for sample, text in enumerate(texts):
         if len(texts) > 1:
-            _say(console, f"--- sample {number}")
-        _say(console, text)
-    kind = "greedy" if arguments.greedy else f"temperature {arguments.temperature:g}, seed {arguments.seed}"
+            _say(console, f"--- sample {sample}")
+        print(text)
+    kind = "greedy" if arguments.greedy else f"temperature {temperature:g}, seed {seed}"
     _say(
         console,
         f"\n{kind}; closest call {found.closest_call:.1e}; {_where(config)}; {found.tokens_per_second:,.1f} tokens/s",
@@ -186,16 +189,20 @@ def _prompt(
     if (arguments.prompt is None) == (arguments.prompt_tokens is None):
         raise UsageError("--prompt: right would be one of --prompt TEXT and --prompt-tokens N,N,..")
     if arguments.prompt_tokens is not None:
-        words = [word.strip() for word in arguments.prompt_tokens.split(",")]
-        if not all(word.isdecimal() for word in words):
+        numbers = [whole_number(word) for word in arguments.prompt_tokens.split(",")]
+        tokens = [token for token in numbers if token is not None and token >= 0]
+        if len(tokens) < len(numbers):
             raise UsageError(f"--prompt-tokens {arguments.prompt_tokens}: right would be numbers, such as 1,2,3")
-        tokens = [int(word) for word in words]
     else:
         tokenizer = saved.load_tokenizer(config)
-        if tokenizer is not BYTES and arguments.prompt.encode(errors="ignore").decode() != arguments.prompt:
-            raise UsageError("--prompt: not UTF-8; expected text")
-        tokens, decode = tokenizer.encode(arguments.prompt), tokenizer.decode
-        unknown = tokenizer.unknown(arguments.prompt)
+        try:
+            text = from_command_line(arguments.prompt, "--prompt")
+        except ValueError as error:
+            if tokenizer is not BYTES:
+                raise UsageError(str(error)) from None
+            text = arguments.prompt  # any bytes
+        tokens, decode = tokenizer.encode(text), tokenizer.decode
+        unknown = tokenizer.unknown(text)
         if unknown:
             print(f"note: --prompt: the tokenizer has no token for {unknown!r}", file=sys.stderr)
     if not tokens:
@@ -234,12 +241,12 @@ def _run(
         if outcome.status != "ok":
             _say(console, f"failed: {outcome.reason}")
             return EXIT_FAILED
-        return kind.model_validate_json((folder / name).read_text())
+        return kind.model_validate_json((folder / name).read_text(encoding="utf-8"))
 
 
 def _where(config: RunConfig) -> str:
     m = config.train.micro_batches
-    return f"{config.framework}, {config.stages} stages, {config.schedule}, {m} micro-batch{'es' if m > 1 else ''}"
+    return f"{config.framework}, {config.stages} stages, {config.schedule_name}, {m} micro-batch{'es' if m > 1 else ''}"
 
 
 def _say(console: Console, line: str) -> None:

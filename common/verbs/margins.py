@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.console import make_console
+from common.edges import write_file
 from common.margins import REFUSED, Margins, measure
 from common.report.machine import this_machine
 from common.report.margins import explanation_in, page, print_margins
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
 from common.spec import FRAMEWORKS
-from common.usage import UsageError
 from common.verbs.drift import PROGRESS_STEPS, chosen
-from common.verbs.options import file_to_write, plain_console
+from common.verbs.numbers import positive, seconds
+from common.verbs.options import file_to_write
 
 DTYPES = ("float64", "float32", "bfloat16")
 EXIT_OK, EXIT_SHORT = 0, 1
@@ -30,12 +32,12 @@ def register(verbs: Any) -> None:
         "Exit status: 0 every fixed limit has five times room and bfloat16 keeps to its rule, 1 otherwise or if a run "
         "failed, 2 wrong input.",
     )
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="seeds (default %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=20, metavar="N", help="seeds (default %(default)s)")
     parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), metavar="F,..", help="default: %(default)s")
     parser.add_argument("--dtypes", default=",".join(DTYPES), metavar="T,..", help="default: %(default)s")
     parser.add_argument("--out", metavar="FILE.md", help="write the table as Markdown; what is written by hand stays")
     parser.add_argument(
-        "--timeout", type=float, default=math.inf, metavar="SECONDS", help="end a child that takes longer"
+        "--timeout", type=seconds, default=math.inf, metavar="SECONDS", help="end a child that takes longer"
     )
     parser.set_defaults(run=run)
 
@@ -43,10 +45,8 @@ def register(verbs: Any) -> None:
 def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:
     frameworks = chosen(arguments.frameworks, FRAMEWORKS, "--frameworks")
     dtypes = chosen(arguments.dtypes, DTYPES, "--dtypes")
-    if arguments.repeats < 1:
-        raise UsageError(f"--repeats {arguments.repeats}: right would be at least 1")
     out = file_to_write(arguments.out, "--out") if arguments.out else None
-    console = plain_console()
+    console = make_console()
 
     def stepped(framework: str, done: int) -> None:
         if done % PROGRESS_STEPS == 0:
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementat
     )
     print_margins(found, console)
     if out is not None:
-        by_hand = explanation_in(out.read_text()) if out.is_file() else ""
-        out.write_text(page(found, by_hand))
+        by_hand = explanation_in(out.read_text(encoding="utf-8")) if out.is_file() else ""
+        write_file(out, page(found, by_hand))
     is_short = any(not margin.has_room for margin in margins)
     return EXIT_SHORT if is_short or any(REFUSED not in problem for problem in problems) else EXIT_OK

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from rich.tree import Tree
 from safetensors.numpy import load_file
 
 from common.bisect import Bisection, Finding, bisect
+from common.console import make_console
 from common.data import load_corpus
 from common.dump import Dump, DumpError, read_dump, write_dump
+from common.edges import write_file
 from common.parity import TensorKey
 from common.report.names import variant_of
 from common.report.result import ResultError, RunResult
@@ -28,7 +30,8 @@ from common.spec import RunConfig
 from common.text import CorpusError
 from common.tokenizer import TokenizerError
 from common.usage import Parser, UsageError
-from common.verbs.options import add_run_options, file_to_write, plain_console, read_run
+from common.verbs.numbers import natural, seconds
+from common.verbs.options import add_run_options, file_to_write, read_run
 
 EXIT_AGREE, EXIT_DIFFER = 0, 1
 ORACLE = "oracle"
@@ -43,11 +46,11 @@ def register(verbs: Any) -> None:
     )
     add_run_options(dump)
     dump.add_argument(
-        "--step", type=_step, default=0, metavar="N", help="which one; those before are trained (default 0)"
+        "--step", type=natural, default=0, metavar="N", help="which one; those before are trained (default 0)"
     )
     dump.add_argument("--out", required=True, metavar="FILE", help="the file to write, such as a.safetensors")
     dump.add_argument(
-        "--timeout", type=float, default=math.inf, metavar="SECONDS", help="end a child that takes longer"
+        "--timeout", type=seconds, default=math.inf, metavar="SECONDS", help="end a child that takes longer"
     )
     dump.set_defaults(run=_reporting(_dump))
 
@@ -60,18 +63,12 @@ def register(verbs: Any) -> None:
     )
     walk.add_argument("a", metavar="A", help="the one that counts as right")
     walk.add_argument("b", metavar="B", help="the other one")
-    walk.add_argument("--step", type=_step, default=0, metavar="N", help="of runs that are dumped first (default 0)")
+    walk.add_argument("--step", type=natural, default=0, metavar="N", help="of runs that are dumped first (default 0)")
     walk.add_argument("--json", metavar="OUT", help="write all findings to OUT; - is standard output, without the tree")
     walk.add_argument(
-        "--timeout", type=float, default=math.inf, metavar="SECONDS", help="end a child that takes longer"
+        "--timeout", type=seconds, default=math.inf, metavar="SECONDS", help="end a child that takes longer"
     )
     walk.set_defaults(run=_reporting(_bisect))
-
-
-def _step(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}; right would be a whole number, at least 0")
-    return int(text)
 
 
 def _reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -135,13 +132,16 @@ def describe(config: RunConfig) -> str:
     """The run in words."""
     chunks = f" v={config.chunks}" if config.chunks > 1 else ""
     size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
-    return " ".join([f"{config.framework} {config.schedule} {size}", *variant_of(config)])
+    return " ".join([f"{config.framework} {config.schedule_name} {size}", *variant_of(config)])
 
 
 # ------------------------------------------------------------------------------------------------- bisect
 
 
 def _bisect(arguments: argparse.Namespace) -> int:
+    out = file_to_write(arguments.json, "--json") if arguments.json not in (None, "-") else None
+    if arguments.step and Path(arguments.a).is_file() and Path(arguments.b).is_file():
+        raise UsageError(f"--step {arguments.step}: both are dumps, each of its own step; expected without it")
     with tempfile.TemporaryDirectory() as folder:
         a, b = (
             _dumped(text, arguments.step, Path(folder) / f"{side}.safetensors", arguments.timeout)
@@ -150,12 +150,12 @@ def _bisect(arguments: argparse.Namespace) -> int:
         found = bisect(a, b)
     if arguments.json:
         text = json.dumps(found.as_json(), indent=1) + "\n"
-        if arguments.json == "-":
+        if out is None:
             print(text, end="")
         else:
-            Path(arguments.json).write_text(text)
+            write_file(out, text)
     if arguments.json != "-":
-        print_bisection(found, plain_console())
+        print_bisection(found, make_console())
     return EXIT_AGREE if found.first is None else EXIT_DIFFER
 
 
@@ -196,7 +196,7 @@ def _as_it_was(result: RunResult, folder: Path) -> RunConfig:
 
 def _run_in_words(text: str) -> tuple[RunConfig, bool]:
     """`framework=oracle,dtype=float64`: the options of `dump` without their dashes; whether it is the oracle."""
-    parser = Parser(prog=text)
+    parser = Parser(prog=text, add_help=False)
     add_run_options(parser)
     words: list[str] = []
     for word in text.split(","):
@@ -214,14 +214,15 @@ def _run_in_words(text: str) -> tuple[RunConfig, bool]:
 
 def print_bisection(found: Bisection, console: Console) -> None:
     """The tree: units in the order of computation, then what belongs to the whole step."""
-    tree = Tree(f"[bold]A[/bold] {escape(found.a.name)}   [bold]B[/bold] {escape(found.b.name)}   step {found.a.step}")
+    names = (("A", "bold"), f" {found.a.name}   ", ("B", "bold"), f" {found.b.name}   step {found.a.step}")
+    tree = Tree(Text.assemble(*names))
     units = list(dict.fromkeys(finding.unit for finding in found.findings if finding.place == "forward"))
     before = [finding for finding in found.findings if finding.place == "weights before"]
     if before:
         tree.add(_summary("weights before the step", before, found.first))
     for unit in units:
         own = [finding for finding in found.findings if finding.unit == unit]
-        branch = tree.add(escape(unit))
+        branch = tree.add(unit)
         _add(branch, "output", [f for f in own if f.place == "forward"], found.first)
         _add(branch, "output as it ran", [f for f in own if f.place == "message"], found.first)
         backward = [f for f in own if f.place == "backward"]
@@ -245,16 +246,16 @@ def _add(branch: Tree, title: str, findings: Sequence[Finding], first: Finding |
         branch.add(_summary(title, findings, first))
 
 
-def _summary(title: str, findings: Sequence[Finding], first: Finding | None) -> str:
+def _summary(title: str, findings: Sequence[Finding], first: Finding | None) -> Text:
     """One line for some tensors: the first that differs, or the worst."""
     failed = [finding for finding in findings if not finding.passed]
     shown = failed[0] if failed else max(findings, key=lambda finding: finding.difference.relative)
     relative, limit = shown.difference.relative, shown.difference.limit
-    name = "" if len(findings) == 1 else f" ({escape(shown.tensor)})"
+    name = "" if len(findings) == 1 else f" ({shown.tensor})"
     running = "" if shown.running is None else f", as it ran {shown.running:.1e}"
-    mark = "[green]ok[/green]"
+    mark = ("ok", "green")
     if failed:
         count = "" if len(findings) == 1 else f", {len(failed)} of {len(findings)}"
         what = "FIRST DIFFERENCE" if any(finding is first for finding in findings) else "differs"
-        mark = f"[red]{what}{count}[/red]"
-    return f"{title}: {relative:.1e} of {limit:.0e}{running}{name} {mark}"
+        mark = (f"{what}{count}", "red")
+    return Text.assemble(f"{title}: {relative:.1e} of {limit:.0e}{running}{name} ", mark)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-
-from rich.console import Console
 
 from common.data import CorpusError
 from common.settings import (
@@ -33,7 +32,6 @@ from common.tokenizer import TokenizerError
 from common.usage import UsageError, closest
 from common.verbs.saved import Saved
 
-PLAIN_WIDTH = 200
 PRESET = "tiny"
 PLACEMENT = ("framework", "stages", "chunks", "schedule", "partition", "device", "threads")
 """Fields of a run that change who computes what, and not what is computed."""
@@ -53,6 +51,7 @@ def add_run_options(
 
     `defaults` are what the help says instead of those of `preset`, which counts where nobody names one.
     """
+    parser.set_defaults(not_options=tuple(without))
     if not only_placement:
         parser.add_argument(
             "--preset", metavar="NAME", help=f"where to start from: {', '.join(PRESETS)} (default: {preset})"
@@ -114,8 +113,10 @@ def read_run(
 
 
 def read_model(arguments: argparse.Namespace) -> TransformerSpec:
-    """The model alone, of any vocabulary. Raises UsageError."""
-    return TransformerSpec(**validated("model", _layers(arguments, None, {})))
+    """The model alone, of any vocabulary; a file may have the rest of a run too. Raises UsageError."""
+    settings = _layers(arguments, None, {})
+    validated("train", settings)
+    return TransformerSpec(**validated("model", settings))
 
 
 def _layers(arguments: argparse.Namespace, saved: Saved | None, defaults: Mapping[Key, Any]) -> Settings:
@@ -160,13 +161,18 @@ def file_to_write(text: str, option: str) -> Path:
         raise UsageError(f"{option} {path}: is a folder; right would be a file")
     if not path.parent.is_dir():
         raise UsageError(f"{option} {path}: right would be in a folder that exists")
+    check_writable(path.parent, f"{option} {path}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UsageError(f"{option} {path}: cannot be written")
     return path
 
 
-def plain_console() -> Console:
-    """The terminal, or lines wide enough not to be folded."""
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PLAIN_WIDTH)
+def check_writable(folder: Path, what: str) -> None:
+    """Raises UsageError if no file can be made in `folder`, whatever its mode says: a read-only disk, for one."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{what}: {error.strerror}; expected a folder that can be written") from None
 
 
 def reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

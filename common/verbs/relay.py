@@ -16,7 +16,9 @@ from rich.table import Table
 
 from common import snapshot
 from common.bench import make_folder
+from common.console import make_console
 from common.data import load_corpus
+from common.edges import whole_number, write_file
 from common.report import relay as report
 from common.report.compare import oracle_config, why_not_comparable
 from common.report.machine import git_commit, this_machine
@@ -30,7 +32,8 @@ from common.schedule.generators import default_chunks
 from common.settings import Key
 from common.spec import FRAMEWORKS, RunConfig, explain
 from common.usage import UsageError, closest
-from common.verbs.options import PLACEMENT, add_run_options, plain_console, read_run, reporting
+from common.verbs.numbers import seconds
+from common.verbs.options import PLACEMENT, add_run_options, read_run, reporting
 from common.verbs.train import drop_tensors, run_training
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
@@ -87,7 +90,7 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     )
     parser.add_argument("--out", metavar="FOLDER", default="results", help="where its folder goes (default: results)")
     parser.add_argument(
-        "--timeout", metavar="SECONDS", type=float, default=math.inf, help="end a leg that takes longer"
+        "--timeout", metavar="SECONDS", type=seconds, default=math.inf, help="end a leg that takes longer"
     )
     add_run_options(parser, without=[*PLACEMENT, "steps", "executor", "track", "drift"], defaults=DEFAULTS)
     parser.set_defaults(run=reporting(lambda arguments: _relay(arguments, implementations)))
@@ -100,21 +103,21 @@ def _read_legs(text: str) -> list[_Plan]:
         parts = word.strip().split(":")
         numbers = dict(part.split("=", 1) for part in parts if "=" in part)
         names = [part for part in parts if "=" not in part]
-        known = set(numbers) <= {"p", "m", "v"} and all(value.isdecimal() for value in numbers.values())
+        known = set(numbers) <= {"p", "m", "v"} and all(whole_number(value) for value in numbers.values())
         if len(names) == 3 and names[0] not in FRAMEWORKS:
             raise UsageError(f"--legs: {names[0]!r}: unknown{closest(names[0], FRAMEWORKS)}")
-        if len(names) != 3 or not known or not names[2].isdecimal():
+        if len(names) != 3 or not known or not whole_number(names[2]):
             raise UsageError(
                 f"--legs: {word!r}; right would be FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE, such as torch:p=2:1f1b:100"
             )
         legs.append(
             _Plan(
                 framework=names[0],
-                stages=int(numbers.get("p", "1")),
+                stages=whole_number(numbers.get("p", 1)) or 1,
                 schedule=names[1],
-                chunks=int(numbers.get("v", default_chunks(names[1]))),
-                micro_batches=int(numbers["m"]) if "m" in numbers else None,
-                steps_done=int(names[2]),
+                chunks=whole_number(numbers.get("v", default_chunks(names[1]))) or 1,
+                micro_batches=whole_number(numbers.get("m")),
+                steps_done=whole_number(names[2]) or 0,
             )
         )
     ends = [0, *(leg.steps_done for leg in legs)]
@@ -145,7 +148,7 @@ def _config(base: RunConfig, leg: _Plan) -> RunConfig:
 
 
 def _relay(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
-    console = plain_console()
+    console = make_console()
     plans = _read_legs(arguments.legs)
     steps = plans[-1].steps_done
     setattr(arguments, "train.steps", steps)  # as if it were an option: what is given has to fit it, the rest follows
@@ -165,7 +168,7 @@ def _relay(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
         _say(console, f"failed: {runs[-1].outcome.reason} (log: {runs[-1].outcome.log})")
         return EXIT_FAILED
     relay = _judged(configs, plans, oracle, legs, folder, arguments.command)
-    (folder / "relay.json").write_text(relay.model_dump_json(indent=1) + "\n")
+    write_file(folder / "relay.json", relay.model_dump_json(indent=1) + "\n")
     report.draw_relay(relay, folder / "relay.png")
     _show(relay, folder, console)
     return EXIT_OK if relay.passed else EXIT_FAILED

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from common.console import make_console
+from common.edges import number
 from common.report import tables
 from common.report.collect import Collection, collect
 from common.report.compare_runs import compare_collections, print_comparison
@@ -19,7 +18,6 @@ from common.report.statistics import LEAST_REPEATS, LEAST_STEPS, TOO_FEW
 from common.usage import UsageError
 
 EXIT_OK, EXIT_SLOWER = 0, 1
-PLAIN_WIDTH = 200
 
 
 def register(verbs: Any) -> None:
@@ -53,10 +51,8 @@ def register(verbs: Any) -> None:
 
 def _share(text: str) -> float:
     """5% or 0.05."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
+    found = number(text.removesuffix("%"))
+    value = -1.0 if found is None else found / (100 if text.endswith("%") else 1)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; right would be a share below 100 %, such as 5% or 0.05")
     return value
@@ -72,11 +68,6 @@ def _reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
             raise UsageError(str(error)) from None
 
     return wrapped
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PLAIN_WIDTH)
 
 
 def _collected(*folders: str) -> Collection:
@@ -97,7 +88,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from common.report.publish import publish  # imported here, with all that draws
 
     publish(collection, folder, arguments.sweep)
-    console = _console()
+    console = make_console()
     for rows in tables.by_track(collection.rows).values():
         tables.print_table(rows, console)
         console.print()
@@ -110,7 +101,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     compared = compare_collections(_collected(arguments.before), _collected(arguments.after))
     if not compared.changes:
         raise UsageError(f"{arguments.before} and {arguments.after} have no row in common")
-    console = _console()
+    console = make_console()
     print_comparison(compared, console)
     if arguments.fail_on is not None and not any(change.is_judged for change in compared.changes):
         raise UsageError(

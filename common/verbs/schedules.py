@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from common.bounded import read_text
+from common.console import make_console
+from common.edges import number, printable, write_file
 from common.schedule.action import Op, Schedule, ScheduleError, format_schedule
 from common.schedule.draw import draw_color, draw_text
 from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_schedule
@@ -24,9 +24,10 @@ from common.schedule.table import OP_CODE, tabulate
 from common.schedule.timetable import Timetable, read_table
 from common.schedule.validate import validate, validate_timetable
 from common.usage import UsageError
+from common.verbs.numbers import positive
 
 EXIT_VIOLATIONS = 1
-PLAIN_WIDTH = 200
+MEMORY_LIMIT = (2.0,)
 PUBLISHED_WRAP_AROUND: WrapAround = "first"
 """The default of `simulate` and `compare-schedules`, so that their figures are comparable with the published ones."""
 
@@ -38,7 +39,7 @@ def register(verbs: Any) -> None:
     """Adds the verbs to argparse's subparsers."""
     draw = verbs.add_parser("draw")
     _add_schedule(draw, required=True)
-    _add_costs(draw)
+    _add_costs(draw, memory=False)
     draw.add_argument("--output", metavar="FILE", help="write to FILE: .png, .svg, .txt or .json (a Chrome trace)")
     draw.set_defaults(run=_reporting(_draw))
 
@@ -67,19 +68,20 @@ def _add_schedule(parser: argparse.ArgumentParser, required: bool) -> None:
     more = "" if required else "; a comma list, default: all of them"
     help_text = f"{names} or file:PATH{more}"
     parser.add_argument("--schedule" if required else "--schedules", metavar="S", required=required, help=help_text)
-    parser.add_argument("--stages", type=int, metavar="P", help="devices in the pipeline; a file says it itself")
-    parser.add_argument("--micro-batches", type=int, metavar="M", help="of one optimizer step; a file says it itself")
-    parser.add_argument("--chunks", type=int, metavar="V", help="model chunks per device (interleaved; default 2)")
+    parser.add_argument("--stages", type=positive, metavar="P", help="devices in the pipeline; a file says it itself")
+    parser.add_argument(
+        "--micro-batches", type=positive, metavar="M", help="of one optimizer step; a file says it itself"
+    )
+    parser.add_argument("--chunks", type=positive, metavar="V", help="model chunks per device (interleaved; default 2)")
     parser.add_argument(
         "--memory-limit",
         type=_numbers,
-        default=(2.0,),
         metavar="X",
         help="search: activations held at most, in units of 1f1b's peak; one number, or one per stage (default 2.0)",
     )
 
 
-def _add_costs(parser: argparse.ArgumentParser) -> None:
+def _add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
     costs = parser.add_argument_group(
         "costs", "of one micro-batch on a whole stage, in any one unit; one number, or a comma list with one per stage"
     )
@@ -87,10 +89,11 @@ def _add_costs(parser: argparse.ArgumentParser) -> None:
     costs.add_argument("--backward-input", type=_numbers, default=(1.0,), metavar="X")
     costs.add_argument("--backward-weight", type=_numbers, default=(1.0,), metavar="X")
     costs.add_argument("--communication", type=_numbers, default=(0.0,), metavar="X", help="of every hop (default 0)")
-    costs.add_argument("--activation-bytes", type=_numbers, metavar="X", help="adds the peak memory in bytes")
+    if memory:
+        costs.add_argument("--activation-bytes", type=_numbers, metavar="X", help="adds the peak memory in bytes")
     costs.add_argument(
         "--kept-for-weight",
-        type=float,
+        type=_share,
         default=Costs.kept_by_backward_input,
         metavar="SHARE",
         help="of an activation, that B leaves held until W: 0 to 1 (default %(default)s)",
@@ -103,10 +106,10 @@ def _add_costs(parser: argparse.ArgumentParser) -> None:
     )
     costs.add_argument(
         "--kept-for-recompute",
-        type=float,
-        default=Costs.kept_by_forward,
+        type=_share,
         metavar="SHARE",
-        help="of an activation, that F leaves held where B computes it again, its input: 0 to 1 (default %(default)s)",
+        help="of an activation, that F leaves held where B computes it again, its input: 0 to 1 (default "
+        f"{Costs.kept_by_forward})",
     )
 
 
@@ -122,10 +125,17 @@ def _add_wrap_around(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> _Numbers:
-    try:
-        return tuple(float(word) for word in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number or a comma list of numbers") from None
+    found = tuple(number(word) for word in text.split(","))
+    if any(each is None or each < 0 for each in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or a comma list of numbers, 0 or more")
+    return tuple(each or 0.0 for each in found)
+
+
+def _share(text: str) -> float:
+    found = number(text)
+    if found is None or not 0 <= found <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; right would be a share, 0 to 1")
+    return found
 
 
 def _reporting(run: _Run) -> _Run:
@@ -141,10 +151,17 @@ def _reporting(run: _Run) -> _Run:
 
 
 def _costs(arguments: argparse.Namespace, stages: int) -> Costs:
+    if arguments.kept_for_recompute is not None and arguments.recompute == "none":
+        raise ScheduleError("--kept-for-recompute: nothing is computed again; expected with --recompute")
+
     def each(option: str) -> _Numbers:
         return per_stage(getattr(arguments, option), stages, "--" + option.replace("_", "-"))
 
-    sizes = None if arguments.activation_bytes is None else tuple(round(size) for size in each("activation_bytes"))
+    sizes = (
+        None
+        if getattr(arguments, "activation_bytes", None) is None
+        else tuple(round(size) for size in each("activation_bytes"))
+    )
     return Costs(
         each("forward"),
         each("backward_input"),
@@ -153,7 +170,7 @@ def _costs(arguments: argparse.Namespace, stages: int) -> Costs:
         sizes,
         arguments.kept_for_weight,
         arguments.recompute,
-        arguments.kept_for_recompute,
+        Costs.kept_by_forward if arguments.kept_for_recompute is None else arguments.kept_for_recompute,
     )
 
 
@@ -165,9 +182,12 @@ def _size(arguments: argparse.Namespace) -> tuple[int, int]:
 
 def _planned(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]:
     """The named schedule and the costs for it."""
+    if arguments.memory_limit is not None and name != SEARCH:
+        raise ScheduleError(f"--memory-limit: only schedule {SEARCH} keeps to one; expected without it, or {SEARCH}")
     if name.startswith("file:"):
         schedule = _read_schedule(name.removeprefix("file:"))
-        for option, has in (("stages", schedule.num_devices), ("micro_batches", schedule.num_micro_batches)):
+        sizes = {"stages": schedule.num_devices, "micro_batches": schedule.num_micro_batches}
+        for option, has in (sizes | {"chunks": schedule.num_chunks}).items():
             asked = getattr(arguments, option)
             if asked not in (None, has):
                 raise ScheduleError(f"--{option.replace('_', '-')} {asked}; the schedule in the file has {has}")
@@ -181,33 +201,29 @@ def _planned(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]
         if arguments.chunks not in (None, 1):
             raise ScheduleError(f"schedule {SEARCH} has 1 chunk per device, not {arguments.chunks}")
         costs = _costs(arguments, stages)
-        return search(stages, micro_batches, costs, limits(stages, micro_batches, arguments.memory_limit)), costs
+        most = limits(stages, micro_batches, arguments.memory_limit or MEMORY_LIMIT)
+        return search(stages, micro_batches, costs, most), costs
     chunks = default_chunks(name) if arguments.chunks is None else arguments.chunks
     schedule = make_schedule(name, stages, micro_batches, chunks)
     return schedule, _costs(arguments, stages)
 
 
 def _read_schedule(path: str) -> Schedule:
-    table = read_table(_read(path), Path(path).stem)
+    table = read_table(_read(path), printable(Path(path).stem))
     return table.schedule if isinstance(table, Timetable) else table
 
 
 def _read(path: str) -> str:
     try:
-        return sys.stdin.read() if path == "-" else read_text(Path(path))
+        return sys.stdin.buffer.read().decode("utf-8-sig") if path == "-" else read_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ScheduleError(f"{path}: {error}; right would be a readable text file") from None
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=PLAIN_WIDTH)
 
 
 def _draw(arguments: argparse.Namespace) -> int:
     schedule, costs = _planned(arguments.schedule, arguments)
     if arguments.output is None:
-        console = _console()
+        console = make_console()
         if console.is_terminal:
             console.print(draw_color(schedule, costs, console.width), end="")
         else:
@@ -216,11 +232,11 @@ def _draw(arguments: argparse.Namespace) -> int:
     path = Path(arguments.output)
     match path.suffix.lower():
         case ".txt":
-            path.write_text(draw_text(schedule, costs) + "\n")
+            write_file(path, draw_text(schedule, costs) + "\n")
         case ".json":
             from common.schedule.trace import chrome_trace
 
-            path.write_text(json.dumps(chrome_trace(simulate(schedule, costs))))
+            write_file(path, json.dumps(chrome_trace(simulate(schedule, costs))))
         case ".png" | ".svg":
             # Imported late: the other verbs should not wait for matplotlib.
             from common.schedule.picture import draw_picture
@@ -235,7 +251,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     schedule, costs = _planned(arguments.schedule, arguments)
     result = _result(simulate(schedule, costs, wrap_around=arguments.wrap_around), arguments)
     if arguments.output is not None:
-        Path(arguments.output).write_text(format_schedule(schedule))
+        write_file(Path(arguments.output), format_schedule(schedule))
     if arguments.json:
         print(json.dumps(result, indent=1))
         return 0
@@ -270,7 +286,7 @@ def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, 
         result["wrap_around"] = arguments.wrap_around
         result["bubble_fraction_every_wrap_around"] = every.bubble_fraction
     if arguments.schedule == SEARCH:
-        limit = limits(schedule.num_devices, schedule.num_micro_batches, arguments.memory_limit)
+        limit = limits(schedule.num_devices, schedule.num_micro_batches, arguments.memory_limit or MEMORY_LIMIT)
         bound = lower_bound(schedule.num_micro_batches, costs, limit)
         busy = float(costs.per_micro_batch.mean()) * schedule.num_micro_batches
         result["memory_limit_per_stage"] = [_whole(each) for each in limit]
@@ -287,7 +303,8 @@ def _short(value: Any) -> str:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    table = read_table(_read(arguments.file), "standard input" if arguments.file == "-" else Path(arguments.file).stem)
+    name = "standard input" if arguments.file == "-" else printable(Path(arguments.file).stem)
+    table = read_table(_read(arguments.file), name)
     timed = isinstance(table, Timetable)
     violations = validate_timetable(table) if isinstance(table, Timetable) else validate(table)
     schedule = table.schedule if isinstance(table, Timetable) else table
@@ -324,6 +341,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         fixed = GENERATORS[name].chunks if name in GENERATORS else None
         # --chunks is meant for those that can have any number of them.
         alone.chunks = fixed if fixed is not None else arguments.chunks
+        if SEARCH in names and name != SEARCH:  # so is --memory-limit
+            alone.memory_limit = None
         schedule, costs = _planned(name, alone)
         results.append(_result(simulate(schedule, costs, wrap_around=arguments.wrap_around), alone))
     if arguments.json:
@@ -343,7 +362,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             f"{max(result['peak_in_flight_per_stage']):g}",
             f"{max(result['peak_memory_per_stage']):g}",
         )
-    console = _console()
+    console = make_console()
     console.print(table)
     console.print("Peaks are those of the worst stage, in activations of one micro-batch on a whole stage.")
     for result in results:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from common import snapshot
 from common.bench import describe, make_folder, run_name
+from common.console import make_console
 from common.report.machine import git_commit, this_machine
 from common.report.progress import ProgressView, progress_view
 from common.report.result import Parity, RunResult, Step, measured
@@ -24,7 +25,8 @@ from common.runtime.text import drop_tokens, write_text
 from common.snapshot import Manifest
 from common.spec import RunConfig
 from common.usage import UsageError
-from common.verbs.options import add_run_options, plain_console, read_run, reporting
+from common.verbs.numbers import natural, positive, seconds
+from common.verbs.options import add_run_options, read_run, reporting
 from common.verbs.saved import Saved, load_text
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
@@ -47,6 +49,11 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
         "--resume", metavar="latest|PATH", help="go on from the newest snapshot in --save-dir, or from this one"
     )
     saving.add_argument(
+        "--weights",
+        metavar="PATH",
+        help="start at step 0 from a snapshot's weights alone, with any training and dropout",
+    )
+    saving.add_argument(
         "--max-restarts",
         metavar="N",
         type=natural,
@@ -56,14 +63,14 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=float,
+        type=seconds,
         default=float("inf"),
         help="end a child that takes longer",
     )
     parser.add_argument(
         "--hang-timeout",
         metavar="SECONDS",
-        type=float,
+        type=seconds,
         default=600.0,
         help="end a child of which no device goes on and that computes nothing for so long, and say who waits for whom "
         "(default: 600)",
@@ -84,14 +91,6 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     parser.set_defaults(run=reporting(lambda arguments: _train(arguments, implementations)))
 
 
-def positive(text: str) -> int:
-    return _at_least(text, 1)
-
-
-def natural(text: str) -> int:
-    return _at_least(text, 0)
-
-
 def _fault(text: str) -> str:
     try:
         return str(Fault.parse(text))
@@ -99,34 +98,37 @@ def _fault(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _at_least(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r}; right would be a whole number, at least {least}")
-    return int(text)
-
-
 def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
-    console = plain_console()
+    console = make_console()
     directory = None if arguments.save_dir is None else Path(arguments.save_dir)
     if arguments.resume == "latest" and directory is None:
         raise UsageError("--resume latest: of which run? right would be with --save-dir DIR")
+
+    if len(arguments.fault) > arguments.max_restarts + 1:
+        raise UsageError(
+            f"--fault: {len(arguments.fault)} of them for {arguments.max_restarts + 1} children; expected --max-restarts "
+            f"{len(arguments.fault) - 1}"
+        )
+    if arguments.resume is not None and arguments.weights is not None:
+        raise UsageError("--resume goes on with a training and --weights starts another; expected one of them")
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     with snapshot.locked(directory) if directory else nullcontext():
-        resume = _resume(arguments.resume, directory, say)
+        resume = _resume(arguments.resume or arguments.weights, directory, say)
         saved = None if resume is None else Saved(resume, snapshot.read_manifest(resume))
         config = read_run(arguments, saved)
         if saved is not None:
-            check_resume(saved.folder, saved.manifest, config)
+            manifest = saved.manifest if arguments.weights is None else saved.manifest.without_training()
+            check_resume(saved.folder, manifest, config)
         if arguments.fault and config.executor != "table":
             raise UsageError(
                 f"--fault: executor = {config.executor} does not tell its actions; expected executor = table"
             )
-        corpus = load_text(config, saved)
+        corpus = load_text(config, saved, may_be_another=arguments.weights is not None)
         if directory is not None:
-            _check_room(directory, resume)
+            _check_room(directory, None if arguments.weights else resume)
         implementation = implementations[config.framework]
         missing = why_missing(implementation, config.executor)
         if missing:
@@ -142,6 +144,7 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
             directory=directory,
             text=write_text(corpus, folder / name),
             resume=resume,
+            weights_alone=arguments.weights is not None,
             save_every=arguments.save_every,
             keep=arguments.keep,
             max_restarts=arguments.max_restarts,
@@ -169,7 +172,7 @@ def _resume(asked: str | None, directory: Path | None, say: Any) -> Path | None:
         path = Path(asked)
         inside = snapshot.snapshots_in(path)
         if inside:
-            raise UsageError(f"--resume {path}: holds snapshots; right would be one of them, such as {inside[-1]}")
+            raise UsageError(f"{path}: holds snapshots; right would be one of them, such as {inside[-1]}")
         snapshot.verify(path)
         return path
     if directory is None:
@@ -188,9 +191,14 @@ def check_resume(resume: Path, saved: Manifest, config: RunConfig) -> None:
     different = snapshot.differences(saved, config)
     if different:
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        free = "framework, stages, chunks, schedule, partition, micro_batches, recompute, device, threads"
+        if saved.train is None:
+            raise UsageError(
+                f"{resume}: {different[0]}{more}; what may change: {free}, dropout, and all of the training"
+            )
         raise UsageError(
-            f"--resume {resume}: {different[0]}{more}; what may change: framework, stages, chunks, schedule, partition, "
-            f"micro_batches, recompute, device, threads, and steps where the learning rate does not depend on it"
+            f"--resume {resume}: {different[0]}{more}; what may change: {free}, and steps where the learning rate does not "
+            f"depend on it; --weights starts another training from its weights"
         )
     if saved.steps_done >= config.train.steps:
         raise UsageError(

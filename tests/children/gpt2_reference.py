@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -33,6 +35,21 @@ def make(folder: Path) -> None:
             text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], 1)
     np.savez(folder / "expected.npz", tokens=tokens.numpy(), logits=logits.numpy(), text=text.numpy())
     model.save_pretrained(folder / "gpt2")
+    save_pickled(model.state_dict(), folder)
+
+
+def save_pickled(state: dict[str, torch.Tensor], folder: Path) -> None:
+    """`bin`: shards with an index, as the library saved them once. checkpoint.pt: a training loop's, of a wrapped model."""
+    (folder / "bin").mkdir()
+    shutil.copy(folder / "gpt2" / "config.json", folder / "bin")
+    names = sorted(state)
+    places = {name: f"pytorch_model-0000{1 + n % 2}-of-00002.bin" for n, name in enumerate(names)}
+    for place in set(places.values()):
+        torch.save({name: state[name] for name in names if places[name] == place}, folder / "bin" / place)
+    (folder / "bin" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    wrapped["module._orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, CONTEXT, CONTEXT, dtype=torch.bool)
+    torch.save({"model": wrapped, "epoch": 3, "optimizer": {"state": {}}}, folder / "checkpoint.pt")
 
 
 def check(folder: Path) -> None:
