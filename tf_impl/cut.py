@@ -153,6 +153,11 @@ def cut_stage(
     scissors = Scissors(trace, device)
     if not scissors.repeatable.issuperset(trace.again):
         raise ValueError(RECOMPUTED_EFFECT)
+    if (scissors.backward_input | scissors.backward_weight) & scissors.changing & scissors.repeatable:
+        raise ValueError(
+            "the gradient of a layer reads a variable that its forward changes, and by then other micro-batches have "
+            "changed it again; expected a gradient of the values that the forward has read"
+        )
     f, b, w = scissors.forward, scissors.backward_input, scissors.backward_weight
     dy, dx = trace.output_gradient, [] if first is not None else [trace.input_gradient]
     dw = trace.weight_gradients
@@ -286,7 +291,9 @@ class Scissors:
             op for op in self.operations if op in must_run - of_forward - set(trace.again) and op not in self.repeatable
         ]
         self.dependent = self._dependent_on_data()
-        self.forward = ancestors([t.op for t in (trace.output, *trace.reported.values())] + self.forward_effects)
+        # What reads a state is the forward's even where only B needs it: in B it would be another micro-batch's.
+        outputs = [t.op for t in (trace.output, *trace.reported.values())]
+        self.forward = ancestors([*outputs, *self.forward_effects, *(self.changing & of_forward)])
         self.forward |= {t.op for t in trace.inputs}
         self.backward_input = ancestors([trace.input_gradient.op, *self.backward_effects]) - self.forward
         self.backward_weight = ancestors([t.op for t in trace.weight_gradients]) - self.forward - self.backward_input

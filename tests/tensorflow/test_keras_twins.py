@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 import weakref
@@ -218,23 +219,21 @@ RUNS: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def plain() -> dict[str, Any]:
-    """By case, what `keras.Sequential` gives, and the weights that it started from."""
-    found: dict[str, Any] = {}
-    for name, (make, x, y, loss, options) in CASES.items():
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential(make())
-        model.build(x.shape)
-        found[name] = model.get_weights(), fitted(model, x, y, loss, options, SIZES[name])
-    return found
+@functools.cache
+def plain(name: str) -> tuple[list[Any], list[Any]]:
+    """The weights that a case starts from, and what `keras.Sequential` makes of them."""
+    make, x, y, loss, options = CASES[name]
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(make())
+    model.build(x.shape)
+    return model.get_weights(), fitted(model, x, y, loss, options, SIZES[name])
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
 @pytest.mark.parametrize(("name", "stages", "cut"), RUNS)
-def test_a_pipeline_gives_what_keras_gives(plain: dict[str, Any], name: str, stages: int, cut: dict[str, Any]) -> None:
+def test_a_pipeline_gives_what_keras_gives(name: str, stages: int, cut: dict[str, Any]) -> None:
     make, x, y, loss, options = CASES[name]
-    start, expected = plain[name]
+    start, expected = plain(name)
     model = GPipeModel(make(), stages, 4, **cut)
     model.build(x.shape, keras.backend.standardize_dtype(x.dtype))
     model.set_weights(start)
