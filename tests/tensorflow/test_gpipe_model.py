@@ -74,7 +74,7 @@ def test_a_keras_user_gets_what_plain_keras_gives(schedule: str, tmp_path: Path)
     assert [chunk.variables[0].value.device[-5:] for chunk in model.chunks] == ["CPU:0", "CPU:1", "CPU:2"]
 
     model.save_weights(tmp_path / "model.weights.h5")
-    other = GPipeModel(layers(), num_stages=2, num_micro_batches=1)
+    other = GPipeModel(layers(), num_stages=2, num_micro_batches=4)  # as many: predictions go through in micro-batches
     other.build((None, FEATURES))
     other.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(prediction, other.predict(data(20), verbose=0))
