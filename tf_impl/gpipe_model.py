@@ -453,4 +453,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
 
     def _reported(self, loss: Any, x: Any, y: Any, prediction: Any, sample_weight: Any) -> dict[str, Any]:
         self._loss_tracker.update_state(loss, sample_weight=len(x))
+        if self._compile_metrics is not None and not self._compile_metrics.built:
+            self._compile_metrics.build(y, prediction)
+            self._compile_metrics.reset_state()  # of metrics that another model has used; Keras does so while it builds
         return self.compute_metrics(x, y, prediction, sample_weight)

@@ -118,7 +118,8 @@ def test_sample_weights_of_every_rank(reduction: str, rank: int) -> None:
 
 
 def test_class_weights_metrics_and_the_weight_of_the_loss() -> None:
-    compiled = {"loss": SPARSE(True), "loss_weights": 2.5, "metrics": ["accuracy"], "weighted_metrics": ["accuracy"]}
+    compiled = {"loss": SPARSE(True), "loss_weights": 2.5, "weighted_metrics": ["accuracy"]}
+    compiled["metrics"] = ["accuracy", keras.metrics.SparseTopKCategoricalAccuracy(2)]  # one object for both twins
     train_twins(classes, X, LABELS, lambda: compiled, class_weight={0: 1.0, 1: 3.0, 2: 0.5}, validation_split=0.25)
 
 
