@@ -201,7 +201,7 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Cap
         "--optimizer sgd --beta1 0.5": "--beta1 = 0.5: sgd has none; expected with --optimizer adamw",
         "--dropout 0 --dropout-masks native": "--dropout-masks = native: nothing is dropped",
         "--fault kill@step=1 --fault kill@step=2": "--fault: 2 of them for 1 children; expected --max-restarts 1",
-        f"--config {tmp_path / 'bench.toml'}": "bench.toml: repeats: this verb does not read it",
+        f"--config {tmp_path / 'bench.toml'}": "bench.toml: repeats: not a setting of this command",
         f"--config {tmp_path / 'preset.toml'}": "preset.toml: preset = 'tinny': unknown; right would be tiny",
         "--save-every 0": "--save-every: '0'; right would be a whole number, at least 1",
         "--framework jax": "--framework = 'jax': unknown; right would be one of torch, tensorflow, paddle",
