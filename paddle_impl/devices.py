@@ -157,19 +157,25 @@ def peak_memory_bytes() -> int:
 
 
 def static_units(config: RunConfig) -> bool:
-    """Whether units run as traced programs: on the track "best", where they do the same in every forward and backward."""
+    """Whether units run as traced programs: on the track "best", where they do the same in every forward and backward.
+
+    Not with micro-batches of two sizes: once both are traced and another one follows (1f1b, sizes 3, 2, 2), Paddle 3.3.1
+    gives wrong gradients for all that lies below the last program.
+    """
     differs = bool(config.model.dropout) or config.recompute != "none" or config.executor == "native"
-    splits = (
-        config.executor == "table"
-        and make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks).splits_backward
+    changes = config.executor == "table" and (
+        not config.train.micro_batches_are_equal
+        or make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks).splits_backward
     )
-    return config.track == "best" and not differs and not splits
+    return config.track == "best" and not differs and not changes
 
 
 def best_track(config: RunConfig) -> dict[str, Any]:
     """The part of `environment` that says what the track "best" does, and what it leaves out."""
     used = (
-        "used" if static_units(config) else "not used with dropout, recomputation, a split backward or fleet's own loop"
+        "used"
+        if static_units(config)
+        else "not used with dropout, recomputation, a split backward, micro-batches of two sizes or fleet's own loop"
     )
     names = ("oneDNN", "scaled_dot_product_attention")
     said = [f"jit.to_static: {used}", *(f"{name}: not used, see docs/frameworks.md" for name in names)]

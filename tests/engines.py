@@ -124,7 +124,7 @@ def check_short_batch(make: Make, dtype: str, micro_batches: int) -> None:
 def check_units_alone(make: Make, dtype: str, norm: str, tied_head: bool) -> None:
     """Every unit, fed with the oracle's tensors, gives the oracle's, and leaves the engine's gradients as they were."""
     run = {"sequence_lengths": "random"}
-    engine = make(2, dtype=dtype, run=run, norm=norm, tied_head=tied_head, dropout=0.1)
+    engine = make(2, dtype=dtype, train={"micro_batches": 3}, run=run, norm=norm, tied_head=tied_head, dropout=0.1)
     given, oracle = batch(engine, 1), oracle_of(engine)
     outputs = oracle.oracle.forward(given)[1]
     oracle.forward_backward(given)

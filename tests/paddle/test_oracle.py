@@ -5,15 +5,34 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.engines import Make, batch, check_predictions, check_short_batch, check_units_alone, train
+from tests.engines import (
+    Make,
+    assert_within,
+    batch,
+    check_predictions,
+    check_short_batch,
+    check_units_alone,
+    oracle_of,
+    train,
+)
 
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 @every_dtype
-@pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro_batches", [1, 3, 4, 8])
 def test_ignored_labels_and_missing_sequences_count_for_nothing(make: Make, dtype: str, micro_batches: int) -> None:
     check_short_batch(make, dtype, micro_batches)
+
+
+@pytest.mark.parametrize("batch_size", [6, 7])  # 7: micro-batches of 3, 2 and 2
+def test_the_best_track_has_the_oracles_gradients(make: Make, batch_size: int) -> None:
+    engine = make(1, run={"track": "best"}, train={"batch_size": batch_size, "micro_batches": 3})
+    oracle = oracle_of(engine)
+    for step in range(2):
+        losses = [{"loss": one.forward_backward(batch(engine, step))} for one in (engine, oracle)]
+        assert_within(*losses, "loss", "float32")
+        assert_within(engine.gradients(), oracle.gradients(), "gradient", "float32")
 
 
 @pytest.mark.parametrize(("dtype", "norm", "tied_head"), [("float32", "pre", True), ("float64", "post", False)])
