@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from common import tokenizer
 pytest_plugins = ["tests.watchdog"]
 
 os.environ.pop("COLUMNS", None)  # of the terminal that the tests were started in; tables would be folded to fit it
+
+# Tests send these to children, who would inherit that they are ignored (nohup, a script's job in the background).
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)  # which no child inherits
 
 settings.register_profile("default", deadline=None)  # examples are slow on a busy machine, not wrong
 settings.load_profile("default")

@@ -175,8 +175,13 @@ def stretch(low: Any, high: Any) -> float:
 
 
 def check_same_bits(make: Make, runs: Sequence[tuple[int, str, dict[str, Any]]], steps: int, **options: Any) -> None:
-    """Runs of (stages, schedule, further fields) train to the bits of the first."""
-    first, *others = (train(make(p, schedule, run=run, **options), range(steps)) for p, schedule, run in runs)
+    """Runs of (stages, schedule, further fields) train, and are evaluated, to the bits of the first."""
+
+    def trained(stages: int, schedule: str, run: dict[str, Any]) -> Arrays:
+        engine = make(stages, schedule, run=run, **options)
+        return train(engine, range(steps)) | {"held-out loss": np.array(engine.evaluate(batch(engine)))}
+
+    first, *others = (trained(*run) for run in runs)
     for run, other in zip(runs[1:], others, strict=True):
         assert different(first, other) == [], run
 

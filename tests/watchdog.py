@@ -25,7 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    def fail(number: int, frame: FrameType | None) -> None:
+    def fail(number: int, frame: FrameType | None) -> None:  # in the main thread, where the test is
+        _say_where()
         pytest.fail(f"the test hangs: nothing was computed for {config.getini('hang_seconds')} s")
 
     signal.signal(signal.SIGUSR1, fail)
@@ -33,9 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    over = threading.Event()
-    seconds = float(item.config.getini("hang_seconds"))
-    watch = threading.Thread(target=_watch, args=(item.nodeid, over, seconds), name="watchdog", daemon=True)
+    over, seconds = threading.Event(), float(item.config.getini("hang_seconds"))
+    watch = threading.Thread(target=_watch, args=(over, seconds), name="watchdog", daemon=True)
     watch.start()
     try:
         return (yield)
@@ -44,17 +44,23 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         watch.join()
 
 
-def _watch(test: str, over: threading.Event, seconds: float) -> None:
+def _watch(over: threading.Event, seconds: float) -> None:
     patience, strikes = Patience(os.getpid(), seconds), 0
     while not over.wait(min(5.0, seconds / 8)):
         if not patience.is_over():
             continue
-        if strikes:  # it is where no signal reaches it
+        if strikes:  # the main thread is where no signal reaches it
+            _say_where()
             os._exit(1)
         strikes += 1
-        print(f"\n{test} hangs", file=sys.__stderr__, flush=True)
-        faulthandler.dump_traceback(sys.__stderr__)
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGABRT)  # with `faulthandler` on, they say where they are, too
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+
+def _say_where() -> None:
+    """Where every thread is; and where those of the children are that know `faulthandler`, as they end."""
+    faulthandler.dump_traceback(sys.__stderr__)
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            child.send_signal(signal.SIGABRT)
+    psutil.wait_procs(children, timeout=5)
