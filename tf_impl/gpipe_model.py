@@ -103,7 +103,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         if not is_known(recompute):
             raise ValueError(f"recompute {recompute!r}; right would be one of {WORDS}")
         self.recompute = recompute
-        edges = cut_row(self.spec, len(self.units), made.num_virtual_stages, partition)
+        edges = cut_row(self.spec, len(self.units), num_stages, made.num_chunks, partition)
         names = devices.stage_devices(num_stages, device)
         strategies = devices.stage_strategies(names)
         self.chunks = [

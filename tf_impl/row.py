@@ -48,14 +48,18 @@ def row_of(given: Sequence[Any]) -> Row:
     return Row(layers, start)
 
 
-def cut_row(spec: TransformerSpec | None, num_layers: int, parts: int, partition: str | Sequence[int]) -> list[int]:
+def cut_row(
+    spec: TransformerSpec | None, num_layers: int, stages: int, chunks: int, partition: str | Sequence[int]
+) -> list[int]:
     """The first layer of every virtual stage, and the number of layers. Raises ValueError."""
+    parts = stages * chunks
     if parts > num_layers:
         raise ValueError(f"{parts} virtual stages for {num_layers} layers; right would be at most {num_layers}")
     if isinstance(partition, str):
         if partition != "even":
             raise ValueError(f"partition {partition!r}; right would be 'even' or boundaries such as [2, 5]")
-        inner = even_boundaries(spec.num_layers, parts) if spec else [k * num_layers // parts for k in range(1, parts)]
+        spread = [k * num_layers // parts for k in range(1, parts)]
+        inner = even_boundaries(spec.num_layers, stages, chunks) if spec else spread
     else:
         inner = list(partition)
     edges = [0, *inner, num_layers]
