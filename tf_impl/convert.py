@@ -20,11 +20,11 @@ import h5py
 import keras
 from numpy.typing import NDArray
 
+from common.edges import printable
 from common.exchange.child import OVERHEAD_BYTES, check_tied, in_one_line, main, note_dtypes
 from common.exchange.errors import ExchangeError
 from common.snapshot import Arrays
 from common.spec import TransformerSpec
-from common.text import printable
 from common.weights import TOKEN_EMBEDDING, unit_names
 from tf_impl.layers import build_unit
 from tf_impl.weights import export_weights, load_weights, named_parameters

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from common.edges import printable
 from common.exchange.child import check_names, check_tied, in_one_line, main, note_dtypes
 from common.exchange.errors import ExchangeError
 from common.exchange.names import unwrapped, weights_in
 from common.exchange.source import find
 from common.snapshot import Arrays, opened, read_header
 from common.spec import TransformerSpec
-from common.text import printable
 from common.weights import TOKEN_EMBEDDING, unit_names
 from torch_impl.layers import build_unit
 from torch_impl.weights import export_weights, load_weights, named_parameters

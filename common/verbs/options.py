@@ -51,7 +51,6 @@ def add_run_options(
 
     `defaults` are what the help says instead of those of `preset`, which counts where nobody names one.
     """
-    parser.set_defaults(not_options=tuple(without))
     if not only_placement:
         parser.add_argument(
             "--preset", metavar="NAME", help=f"where to start from: {', '.join(PRESETS)} (default: {preset})"
@@ -113,10 +112,8 @@ def read_run(
 
 
 def read_model(arguments: argparse.Namespace) -> TransformerSpec:
-    """The model alone, of any vocabulary; a file may have the rest of a run too. Raises UsageError."""
-    settings = _layers(arguments, None, {})
-    validated("train", settings)
-    return TransformerSpec(**validated("model", settings))
+    """The model alone, of any vocabulary. Raises UsageError."""
+    return TransformerSpec(**validated("model", _layers(arguments, None, {})))
 
 
 def _layers(arguments: argparse.Namespace, saved: Saved | None, defaults: Mapping[Key, Any]) -> Settings:
