@@ -47,9 +47,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
     """A module's tests stay together, but for those over frameworks: each framework's do."""
-    for item in items:
+    for item in items if config.pluginmanager.has_plugin("xdist") else ():
         parameters = getattr(item, "callspec", None)
         framework = parameters.params.get("framework", "") if parameters else ""
         item.add_marker(pytest.mark.xdist_group(f"{item.path.name}:{framework}"))
