@@ -48,7 +48,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
-    """A module's tests stay together, but for those over frameworks: each framework's do."""
+    """A module's tests stay together, but for those over frameworks: each framework's do. The longest begin first."""
+    items.sort(key=lambda item: item.path.name != "test_frameworks.py")
     for item in items if config.pluginmanager.has_plugin("xdist") else ():
         parameters = getattr(item, "callspec", None)
         framework = parameters.params.get("framework", "") if parameters else ""
