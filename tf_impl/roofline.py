@@ -32,7 +32,9 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
     norm = keras.layers.LayerNormalization(epsilon=model.norm_epsilon, dtype=dtype.name)
     norm.build((n, d))
     targets = tf.zeros((b, s), tf.int64)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=IGNORED, reduction="sum")
+    loss = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, ignore_class=IGNORED, reduction="sum", dtype=wide.name
+    )
 
     def made(*shape: int) -> list[tf.Tensor]:
         return [tf.cast(tf.random.normal(shape), dtype) for _ in range(COPIES)]
