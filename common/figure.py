@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -20,3 +21,10 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def log_y(axes: Axes) -> None:
+    """Makes the y axis logarithmic; its numbers are plain text (1e-05), since matplotlib's own are mathematics."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.0e}")
+    axes.yaxis.set_minor_formatter("")

@@ -13,6 +13,7 @@ from common import cli
 from common.bench import run_name
 from common.console import make_console
 from common.edges import from_command_line, number, printable, whole_number
+from common.figure import log_y, new_figure
 from common.runtime.job import Job, JobFile
 from common.spec import RunConfig, TrainSpec, TransformerSpec
 
@@ -189,3 +190,13 @@ def test_wrong_input_is_one_line_whatever_its_letters(line: str, capsys: pytest.
     assert cli.main(line.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("triptych: ") and error.count("\n") == 1
+
+
+def test_numbers_on_a_logarithmic_axis_are_text() -> None:
+    figure = new_figure(3, 3)
+    axes = figure.add_subplot()
+    log_y(axes)
+    axes.set_ylim(1e-8, 1e-5)
+    figure.canvas.draw()
+    assert "1e\N{MINUS SIGN}06" in [label.get_text() for label in axes.get_yticklabels()]
+    assert not any("$" in label.get_text() for label in axes.get_yticklabels(which="both"))

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.edges import write_file
-from common.figure import new_figure
+from common.figure import log_y, new_figure
 from common.report.plots import DPI, ORACLE_COLOR
 from common.zoo import AVERAGED_STEPS, CURVE_STRIDE, GOOD, LADDER_STEPS, Row, Zoo
 
@@ -184,7 +184,7 @@ def _one_per_habit(rows: Iterable[Row]) -> list[Row]:
 
 def _draw_panel(panel: Axes, title: str, rows: Sequence[Row], zoo: Zoo, bottom: float) -> None:
     panel.set_title(title, fontsize=9, loc="left")
-    panel.set_yscale("log")
+    log_y(panel)
     panel.set_ylim(bottom, 30)
     middle = CURVE_STRIDE / 2
     if zoo.spread_curve:

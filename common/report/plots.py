@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.figure import new_figure
+from common.figure import log_y, new_figure
 from common.report.collect import Collection
 from common.report.losses import LossCurve
 from common.report.sweep import Curve
@@ -38,13 +38,14 @@ def draw_losses(curves: Sequence[LossCurve], path: Path) -> None:
         if curve.differences:
             # The same double has no place on a logarithmic axis; it stands at half of the smallest possible difference.
             shown = [max(difference, sys.float_info.epsilon / 2) for difference in curve.differences]
-            below.semilogy(range(len(shown)), shown, dash, color=color)
+            below.plot(range(len(shown)), shown, dash, color=color)
     for oracle in {curve.oracle: curve for curve in curves if curve.oracle}:
         above.plot(range(len(oracle)), oracle, ".", color=ORACLE_COLOR, label="oracle")
     for limit in sorted({curve.limit for curve in curves if curve.differences}):
         below.axhline(limit, color=ORACLE_COLOR, linewidth=0.8)
         below.annotate(f"limit {limit:g}", (0, limit), fontsize=7, va="bottom")
     above.set_ylabel("loss per token")
+    log_y(below)
     below.set_ylabel("relative difference from the oracle")
     below.set_xlabel("step")
     above.legend(fontsize=7)

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from common.edges import OsText
-from common.figure import new_figure
+from common.figure import log_y, new_figure
 from common.parity import LIMITS, TensorKey, difference
 from common.report.machine import Machine
 from common.report.plots import DPI, FRAMEWORK_COLORS, ORACLE_COLOR
@@ -106,9 +106,10 @@ def draw_relay(relay: Relay, path: Path) -> None:
         expected = oracle[leg.first_step : leg.first_step + len(leg.losses)]
         relative = np.abs(np.array(leg.losses) / expected - 1)
         # The same double has no place on a logarithmic axis; it stands at half of the smallest possible difference.
-        below.semilogy(steps, np.maximum(relative, np.finfo(float).eps / 2), ".", markersize=3, color=color)
+        below.plot(steps, np.maximum(relative, np.finfo(float).eps / 2), ".", markersize=3, color=color)
         for axes in (above, below):
             axes.axvline(leg.steps_done, color="#30343b", linewidth=0.6, linestyle=":")
+    log_y(below)
     below.axhline(relay.loss_limit, color="#30343b", linewidth=0.9)
     below.annotate(f"limit {relay.loss_limit:g}", (1, relay.loss_limit), fontsize=8, va="top")
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
