@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from common.roofline import kernels
-from common.spec import preset
 from paddle_impl.roofline import prepare
+from tests.kernels import check_kernels
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_kernel_runs_under_its_name(dtype: str) -> None:
-    tiny = preset("tiny")
-    one = tiny.model_copy(update={"train": tiny.train.model_copy(update={"dtype": dtype})})
-    operations, environment = prepare(one)
-    assert list(operations) == [kernel.name for kernel in kernels(one)]
-    for operation in operations.values():
-        operation()
-    assert environment["framework"] == "paddle"
+    check_kernels(prepare, "paddle", dtype)

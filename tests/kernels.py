@@ -1,0 +1,20 @@
+"""The kernels that `triptych doctor` measures, for every framework. Imports no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from common.roofline import kernels
+from common.spec import preset
+
+
+def check_kernels(prepare: Callable[..., Any], framework: str, dtype: str) -> None:
+    """Every kernel of `prepare(config)` runs, under its name and in its order."""
+    tiny = preset("tiny")
+    one = tiny.model_copy(update={"train": tiny.train.model_copy(update={"dtype": dtype})})
+    operations, environment = prepare(one)
+    assert list(operations) == [kernel.name for kernel in kernels(one)]
+    for operation in operations.values():
+        operation()
+    assert environment["framework"] == framework
