@@ -109,6 +109,27 @@ def test_every_schedule_computes_the_same(schedule: Schedule) -> None:
             assert event.ready_seconds <= event.start_seconds <= event.end_seconds
 
 
+def test_times_are_those_of_the_clock_and_are_read_after_the_last_action() -> None:
+    class Queue:
+        """A device that has begun nothing before all is queued: its k-th mark lies k + 0.5 seconds later."""
+
+        marks = 0
+
+        def mark(self) -> int:
+            self.marks += 1
+            return self.marks - 1
+
+        def seconds(self, mark: int) -> float:
+            assert self.marks == 3 * len(schedule.devices[0])
+            return mark + 0.5
+
+    schedule = make_schedule("gpipe", 1, 2)
+    events = run_stage(schedule, 0, Adder(schedule, 0), Mailboxes(), clock=Queue())
+    assert [(event.ready_seconds, event.start_seconds, event.end_seconds) for event in events] == [
+        (k + 0.5, k + 1.5, k + 2.5) for k in range(0, 12, 3)
+    ]
+
+
 def test_a_failure_names_device_and_action() -> None:
     class Broken(Adder):
         def backward(self, micro_batch: int, chunk: int, gradient: Any) -> Any:

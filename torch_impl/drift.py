@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import common.spec
-from common.data import IGNORED, MicroBatch
+from common.data import IGNORED
 from common.reference import clip_scale, global_norm
 from common.spec import RunConfig, TrainSpec
 from torch_impl import engine, layers, optimizer, stage
@@ -147,15 +147,15 @@ def inverted_attention_mask(config: RunConfig) -> list[Patch]:
 
 
 def local_dropout_samples(config: RunConfig) -> list[Patch]:
-    def context(self: Stage, key: int, piece: MicroBatch) -> DropoutContext:
-        return shared_dropout(self, key, MicroBatch(piece.inputs, piece.targets, piece.samples - piece.samples[0]))
+    def context(self: Stage, key: int, samples: Tensor, first_sample: int) -> DropoutContext:
+        return shared_dropout(self, key, samples - first_sample, 0)
 
     return [(Stage, "_dropout", context)]
 
 
 def native_dropout(config: RunConfig) -> list[Patch]:
-    def context(self: Stage, key: int, piece: MicroBatch) -> DropoutContext:
-        return shared_dropout(self, key, piece)._replace(generator=torch.Generator(self.device))
+    def context(self: Stage, key: int, samples: Tensor, first_sample: int) -> DropoutContext:
+        return shared_dropout(self, key, samples, first_sample)._replace(generator=torch.Generator(self.device))
 
     return [(Stage, "_dropout", context)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,9 +24,10 @@ from common.schedule.generators import make_schedule
 from common.spec import RunConfig
 from common.weights import TOKEN_EMBEDDING, parameter_shapes, unit_names
 from torch_impl import devices
+from torch_impl.clock import StreamClock
 from torch_impl.optimizer import StageOptimizer
 from torch_impl.probe import probe_units
-from torch_impl.stage import Channel, Mode, Stage
+from torch_impl.stage import Channel, Mode, Stage, copy_streams
 from torch_impl.weights import (
     export_gradients,
     export_weights,
@@ -36,6 +37,9 @@ from torch_impl.weights import (
 )
 
 Result = TypeVar("Result")
+
+POLL_SECONDS = 0.5
+"""How often a pass on GPUs is asked where they are, for `Engine.on_action`."""
 
 
 def build_engine(config: RunConfig) -> Engine:
@@ -59,6 +63,7 @@ class TorchEngine:
         self.devices = tuple(range(config.stages))
         self.on_action: Callable[[int, Action | None], None] = unwatched
         self._torch_devices = devices.stage_devices(config.stages, config.device)
+        self._copy_streams = copy_streams(self._torch_devices)
         parts = plan_partition(config).parts
         threads = devices.threads_per_stage(config.stages, config.threads)
         self._threads = [
@@ -169,24 +174,35 @@ class TorchEngine:
 
     def _run(self, schedule: Schedule, batch: Batch, mode: Mode) -> float:
         """Every stage walks its line of the schedule. Returns the mean loss; raises the first stage's failure."""
-        channel = Channel(self._torch_devices)
+        channel = Channel(self._torch_devices, self._copy_streams)
+        clocks: list[StreamClock] = []
 
         def walk(d: int) -> tuple[list[Event], list[float]]:
+            note, clock = partial(self.on_action, d), None
+
             def before(action: Action) -> None:
                 channel.check()
-                self.on_action(d, action)
+                note(action)
 
             try:
                 stage = self.stages[d]
                 stage.begin(batch, mode)
-                events = run_stage(schedule, d, stage, channel, before)
+                if stage.device.type == "cuda":
+                    clock = StreamClock(note)
+                    clocks.append(clock)
+                    note = clock.begin
+                events = run_stage(schedule, d, stage, channel, before, clock)
                 self.on_action(d, None)
                 return events, stage.losses()
             except Exception as error:
                 channel.stop(error)
                 return [], []
 
-        results = self._on_all(walk)
+        walks = [self._submit(d, partial(walk, d)) for d in self.devices]
+        while wait(walks, POLL_SECONDS).not_done:
+            for clock in tuple(clocks):
+                clock.note_again()
+        results = [one.result() for one in walks]
         if channel.failure is not None:
             raise channel.failure
         if mode is Mode.TRAIN:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, permutations
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from common.data import Batch, MicroBatch
+from common.data import Batch
 from common.dropout import step_key
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
@@ -62,8 +65,9 @@ class Pass:
 
     mode: Mode
     num_tokens: int
-    tokens: list[Tensor]  # (b, S) each
-    targets: list[Tensor]  # (b, S) each
+    sequences: list[int]
+    tokens: list[Tensor]  # (b, S) each; none where the embedding is elsewhere
+    targets: list[Tensor]  # (b, S) each; none where the head is elsewhere
     contexts: list[DropoutContext | None]
     losses: list[Tensor]  # scalars, in the order of the schedule
 
@@ -92,14 +96,15 @@ class Stage:
 
     def begin(self, batch: Batch, mode: Mode) -> None:
         """Makes ready for a pass over `batch`; a training pass starts with zero gradients."""
-        pieces = batch.micro_batches(self.config.train.micro_batches)
-        key = step_key(self.config.train.seed, batch.step)
+        samples = [piece.samples for piece in batch.micro_batches(self.config.train.micro_batches)]
+        units = [unit for chunk in self.chunks for unit in chunk.part]
         self._pass = Pass(
             mode,
             batch.num_tokens,
-            [torch.from_numpy(piece.inputs).to(self.device) for piece in pieces],
-            [torch.from_numpy(piece.targets).to(self.device) for piece in pieces],
-            [self._dropout(key, piece) if mode.has_dropout else None for piece in pieces],
+            [len(piece) for piece in samples],
+            self._micro_batches(batch.inputs) if "embedding" in units else [],
+            self._micro_batches(batch.targets) if "head" in units else [],
+            self._contexts(batch, samples) if mode.has_dropout and self.config.model.dropout else [None] * len(samples),
             [],
         )
         self.in_flight.clear()
@@ -111,21 +116,33 @@ class Stage:
         if mode is Mode.TRAIN:
             torch._foreach_zero_(self._gradients)
 
-    def _dropout(self, key: int, piece: MicroBatch) -> DropoutContext:
-        samples = torch.from_numpy(piece.samples).to(self.device)
-        return DropoutContext(key, samples, int(piece.samples[0]), self._elements, self._generator)
+    def _micro_batches(self, array: NDArray[Any]) -> list[Tensor]:
+        """The rows (B, ...) on the stage's device, cut into micro-batches. One copy, which the host does not wait for."""
+        whole = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            whole = whole.pin_memory().to(self.device, non_blocking=True)
+        return list(whole.tensor_split(self.config.train.micro_batches))
+
+    def _contexts(self, batch: Batch, samples: Sequence[NDArray[Any]]) -> list[DropoutContext | None]:
+        key = step_key(self.config.train.seed, batch.step)
+        moved = self._micro_batches(np.concatenate(samples))
+        return [self._dropout(key, rows, int(piece[0])) for rows, piece in zip(moved, samples, strict=True)]
+
+    def _dropout(self, key: int, samples: Tensor, first_sample: int) -> DropoutContext:
+        return DropoutContext(key, samples, first_sample, self._elements, self._generator)
 
     def _kind(self, micro_batch: int) -> tuple[bool, int]:
         """What decides how much a micro-batch holds: whether it is recomputed, and its sequences."""
-        return self.config.recomputes(micro_batch), len(self._pass.tokens[micro_batch])
+        return self.config.recomputes(micro_batch), self._pass.sequences[micro_batch]
 
-    def micro_batches(self) -> list[tuple[Tensor, DropoutContext | None]]:
-        """Tokens (b, S) and dropout of each micro-batch of the pass."""
-        return list(zip(self._pass.tokens, self._pass.contexts, strict=True))
+    def micro_batches(self) -> list[tuple[Tensor | None, DropoutContext | None]]:
+        """Tokens (b, S), where the embedding is here, and dropout of each micro-batch of the pass."""
+        now = self._pass
+        return list(zip(now.tokens or [None] * len(now.contexts), now.contexts, strict=True))
 
     def losses(self) -> list[float]:
         """Each micro-batch's share of the mean loss; empty without the head."""
-        return [loss.item() for loss in self._pass.losses]
+        return torch.stack(self._pass.losses).tolist() if self._pass.losses else []
 
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
         """Runs the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
@@ -151,7 +168,6 @@ class Stage:
                 others = [*module.parameters(), *module.buffers(), *now.tokens, *now.targets]
                 sizes[chunk] = memory_bytes(saved, others)
             self.held.note(self.in_flight, self.waiting)
-        self._finish()
         return None if has_head else y.detach()
 
     def _run(self, micro_batch: int, module: Chunk, piece: slice, x: Tensor) -> Tensor:
@@ -195,7 +211,6 @@ class Stage:
             (tap.layer, next(again) if tap.x is None else tap.x, piece)
             for tap, piece in zip(taps, found[first_tap:], strict=True)
         ]
-        self._finish()
         return found[0] if inputs else None
 
     @torch.no_grad()
@@ -203,37 +218,52 @@ class Stage:
         """W: adds the products that B left over to the weight gradients."""
         for layer, x, gradient in self.waiting.pop((micro_batch, chunk)):
             add_weight_gradient(layer, x, gradient)
-        self._finish()
-
-    def _finish(self) -> None:
-        """Waits for the GPU, so that an action's times are those of its work and a sent tensor is complete."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
 
 
 class PipelineStopped(RuntimeError):
     """Another stage has failed, so what this one waits for will never come."""
 
 
+CopyStreams = Mapping[tuple[torch.device, torch.device], tuple[torch.cuda.Stream, torch.cuda.Stream]]
+
+
+def copy_streams(devices: Sequence[torch.device]) -> CopyStreams:
+    """By sender and receiver, a stream on each of two GPUs: a copy waits for no computing and for no other copy."""
+    gpus = {device for device in devices if device.type == "cuda"}
+    return {(a, b): (torch.cuda.Stream(a), torch.cuda.Stream(b)) for a, b in permutations(gpus, 2)}
+
+
 class Channel:
     """Hands tensors between the threads of one process; made anew for every pass.
 
-    A tensor moves to its receiver's device in `send`, in plain sight. Sends never wait.
+    A tensor moves to its receiver's device in `send`, in plain sight. Sends never wait. On GPUs neither does `receive`:
+    events put the copy after the sender's work and before the receiver's.
     """
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._devices = devices
+    def __init__(self, devices: Sequence[torch.device], streams: CopyStreams) -> None:
+        self._devices, self._streams = devices, streams
         self._mail: dict[Message, tuple[Tensor, torch.cuda.Event | None]] = {}
         self._changed = threading.Condition()
         self.failure: BaseException | None = None
         """Why the pass was stopped: the first error of any stage."""
 
     def send(self, message: Message, tensor: Tensor, device: int) -> None:
-        moved = tensor.to(self._devices[device], non_blocking=True)
-        arrived = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+        moved, arrived = self._move(tensor, self._devices[device]) if tensor.is_cuda else (tensor, None)
         with self._changed:
             self._mail[message] = moved, arrived
             self._changed.notify_all()
+
+    def _move(self, tensor: Tensor, to: torch.device) -> tuple[Tensor, torch.cuda.Event]:
+        """Queues the copy; the event says when it is done."""
+        here = torch.cuda.current_stream(tensor.device)
+        if to == tensor.device:
+            return tensor, here.record_event()
+        leaving, arriving = self._streams[tensor.device, to]
+        leaving.wait_stream(here)
+        with torch.cuda.stream(arriving), torch.cuda.stream(leaving):
+            moved = tensor.to(to, non_blocking=True)
+        tensor.record_stream(leaving)
+        return moved, arriving.record_event()
 
     def receive(self, message: Message, device: int) -> Tensor:
         """Raises PipelineStopped if a stage fails before the tensor is there."""
@@ -242,7 +272,7 @@ class Channel:
             self.check()
             tensor, arrived = self._mail.pop(message)
         if arrived is not None:
-            arrived.synchronize()
+            torch.cuda.current_stream().wait_event(arrived)
             tensor.record_stream(torch.cuda.current_stream())  # its memory came from another stream
         return tensor
 

@@ -43,6 +43,26 @@ class Event:
     end_seconds: float
 
 
+class Clock(Protocol):
+    """Says when: at once on a CPU; for a device whose work is only queued, when the pass has ended."""
+
+    def mark(self) -> Any:
+        """Now, in the order of the device's work."""
+
+    def seconds(self, mark: Any) -> float:
+        """When that was, in seconds of the monotonic clock. Waits for the device where it has not got there yet."""
+
+
+class HostClock:
+    """For devices whose work is done when a call returns."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, mark: float) -> float:
+        return mark
+
+
 def unwatched(device: int, action: Action | None) -> None:
     """An `Engine.on_action` for engines that nobody watches."""
 
@@ -83,25 +103,27 @@ def run_stage(
     stage: Stage[Any],
     channel: Channel[Any],
     before: Callable[[Action], None] = lambda action: None,
+    clock: Clock | None = None,
 ) -> list[Event]:
-    """Executes `schedule.devices[device]` in its order and returns what was done when.
+    """Executes `schedule.devices[device]` in its order; returns what was done when, by `clock` (the host's, unless given).
 
     `before` is called ahead of every action (fault injection and progress hook into it). Raises StageFailure.
     """
     last = schedule.num_virtual_stages - 1
-    events: list[Event] = []
+    clock = clock or HostClock()
+    marks: list[tuple[Action, Any, Any, Any]] = []
     for action in schedule.devices[device]:
         k = schedule.virtual_stage(device, action.chunk)
         i, chunk = action.micro_batch, action.chunk
         try:
             before(action)
-            ready = time.perf_counter()
+            ready = clock.mark()
             received = None
             if action.op is Op.F and k > 0:
                 received = channel.receive(Message("activation", i, k), schedule.location[k - 1][0])
             elif action.op in (Op.B, Op.BW) and k < last:
                 received = channel.receive(Message("gradient", i, k), schedule.location[k + 1][0])
-            start = time.perf_counter()
+            start = clock.mark()
             match action.op:
                 case Op.F:
                     result = stage.forward(i, chunk, received)
@@ -117,7 +139,7 @@ def run_stage(
                 kind: Literal["activation", "gradient"] = "activation" if action.op is Op.F else "gradient"
                 channel.send(Message(kind, i, to), result, schedule.location[to][0])
             del received, result  # a reference held here would keep an activation alive through the next wait
-            events.append(Event(action, ready, start, time.perf_counter()))
+            marks.append((action, ready, start, clock.mark()))
         except Exception as error:
             raise StageFailure(f"device {device}, action {action}: {type(error).__name__}: {error}") from error
-    return events
+    return [Event(action, *map(clock.seconds, when)) for action, *when in marks]

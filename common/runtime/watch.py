@@ -59,6 +59,7 @@ class Watch:
             and (fault.device, fault.step) == (device, self._step)
             and fault.action in (None, str(action))
         ):
+            self._fault = None  # once: where a GPU lags behind, an action is noted again
             fault.strike()
 
     def _strike_if_here(self) -> None:
