@@ -305,6 +305,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "train": {"steps": 10, "batch_size": 8, "micro_batches": 4},
         "run": {"stages": 4},
     },
+    # One billion parameters, for GPUs: every action takes long enough that the host keeps ahead.
+    "gpu-1b": {
+        "model": {"context_length": 1024, "num_layers": 20, "d_model": 2048, "num_heads": 16, "d_ff": 8192},
+        "train": {
+            "steps": 8,
+            "batch_size": 16,
+            "micro_batches": 8,
+            "learning_rate": 2e-4,
+            "warmup_steps": 4,
+            "dtype": "bfloat16",
+        },
+    },
 }
 
 
