@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,37 @@ def test_a_row_that_fails_parity_is_shown_and_not_ranked() -> None:
     assert (rows[0].parity, rows[0].ratio, rows[1].ratio) == ("FAIL", None, 1.0)
     assert rows[0].tokens_per_second is not None
     assert "not ranked" in markdown_table(rows)
+
+
+def on_cards(name: str, *places: str) -> dict[str, object]:
+    return {
+        "version": "1.0",
+        "device_kind": "cuda",
+        "device_name": name,
+        "stage_devices": list(places),
+        "driver": "580",
+    }
+
+
+def test_cards_have_names_and_no_ratio_leaves_its_kind_of_device() -> None:
+    rows = make_rows(
+        [
+            [result("torch", (900, *[400] * 6), repeat=repeat) for repeat in range(2)],
+            [result("torch", environment=on_cards("A", "cuda:0", "cuda:1"))],
+            [result("torch", (900, *[220] * 6), environment=on_cards("A", "cuda:0", "cuda:0"))],
+            [result("torch", environment=on_cards("B", "cuda:0", "cuda:1"))],
+            [failed("paddle")],
+        ]
+    )
+    assert [row.is_baseline for row in rows] == [True, True, False, True, False]
+    assert rows[2].ratio == pytest.approx(0.5)
+    assert [row.shares_gpu for row in rows] == [False, False, True, False, False]
+    lines = markdown_table(rows).splitlines()
+    for line, device in zip(lines[2:5], ("| cpu |", "| 2 x A |", "| 1 x A |"), strict=True):
+        assert device in line
+    assert "| device |" in lines[0] and "| device |" not in markdown_table(rows[:1])
+    shared = replace(rows[2], bubble_fraction=0.5, simulated_bubble_fraction=0.4)
+    assert "| shared GPU |" in markdown_table([shared]) and "50.0%" in markdown_table([replace(shared, gpus=2)])
 
 
 def test_one_step_has_no_throughput() -> None:

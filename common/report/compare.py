@@ -15,7 +15,7 @@ from common.report.result import Parity, RunResult, Step
 from common.spec import RunConfig, TrainSpec
 from common.weights import parameter_shapes
 
-JUDGED_TOGETHER = "not judged: needs a run of another framework beside it"
+JUDGED_TOGETHER = "below bfloat16's ceiling; more needs a run of another framework beside it"
 
 
 def oracle_config(config: RunConfig) -> RunConfig:

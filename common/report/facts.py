@@ -46,7 +46,8 @@ def parity_verdict(collection: Collection) -> Verdict:
     if incomparable:
         words.append(f"{incomparable} not comparable")
     if unchecked:
-        words.append(f"{unchecked} not checked")
+        reasons = dict.fromkeys(p.reason for p in parities if p.status == "not checked" and p.reason)
+        words.append(f"{unchecked} not checked" + (f" ({', '.join(reasons)})" if reasons else ""))
     if failures:
         words.append(f"{failures} failed")
     if skipped:
@@ -101,6 +102,7 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
             f"are not counted: {_distinct(str(r.untimed_steps) for r in results)}",
         ),
         ("Kernels", _kernels(results)),
+        *_gpus(results),
         ("Machine", _distinct(result.machine.one_line for result in results)),
         ("Corpus", f"SHA-256 {', '.join(digests)}" if digests else "not read"),
         ("Commit", _distinct(result.git_commit or "unknown" for result in results)),
@@ -112,6 +114,17 @@ def _kernels(results: Sequence[RunResult]) -> str:
     """The libraries and instructions that ran, as every framework said itself."""
     said = [(result.config.framework, result.environment.get("kernels")) for result in results]
     return _distinct(f"{framework} {kernels}" for framework, kernels in said if kernels) or "not known"
+
+
+def _gpus(results: Sequence[RunResult]) -> list[tuple[str, str]]:
+    """Cards, driver and libraries of the runs that used any."""
+    keys = {"driver": "driver", "cuda": "CUDA", "nccl": "NCCL", "cublas_workspace": "cuBLAS workspace"}
+    said = [result.environment for result in results if "cuda" in str(result.environment.get("device_kind"))]
+    lines = [
+        ", ".join([str(one.get("device_name")), *(f"{name} {one[key]}" for key, name in keys.items() if one.get(key))])
+        for one in said
+    ]
+    return [("GPUs", _distinct(lines))] if lines else []
 
 
 def _lengths(config: RunConfig) -> str:

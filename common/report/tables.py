@@ -45,7 +45,7 @@ class Row:
     tokens_per_second: float | None
     """Median over the repeats of each run's own median."""
     ratio: float | None
-    """To the first ranked row of its track; None for a row that is not ranked."""
+    """To the first ranked row of its track and device; None for a row that is not ranked."""
     ratio_low: float | None
     ratio_high: float | None
     """95 % bootstrap interval of the ratio; None for the first ranked row, and where there are too few samples for one."""
@@ -64,7 +64,7 @@ class Row:
     held_activation_mb: float | None
     """10^6 bytes of activations held for the backward on the stage that holds most."""
     is_baseline: bool = False
-    """The first ranked row of its track, which the others' ratios are to."""
+    """The first ranked row of its track and device, which the others' ratios are to."""
     timed_steps: int = 0
     """Of the repeat that has fewest."""
     source: str = ""
@@ -74,6 +74,15 @@ class Row:
     """Whose masks, and the probability."""
     sequence_lengths: str = "full"
     drift: str = ""
+    device: str = "cpu"
+    """cpu, or the card's name."""
+    gpus: int = 0
+    """Cards that the stages lie on; 0 on the CPU, and where nobody has said."""
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether stages take turns on a card: its idle time is then no bubble of any of them."""
+        return 0 < self.gpus < self.stages
 
     @property
     def ranked(self) -> bool:
@@ -100,20 +109,20 @@ class Row:
 
 
 def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
-    """One row per group; a group holds the repeats of one configuration. The ratio is taken within a track."""
+    """One row per group; a group holds the repeats of one configuration. Ratios are within a track and kind of device."""
     groups = [group for group in groups if group]
     rows = [_row(group) for group in groups]
-    baselines: dict[str, tuple[str, Samples]] = {}
+    baselines: dict[tuple[str, str], tuple[str, Samples]] = {}
     rated = []
     for row, group in zip(rows, groups, strict=True):
-        samples = seconds_per_token(group)
+        samples, kind = seconds_per_token(group), (row.track, row.device)
         if not (row.ranked and samples):
             rated.append(row)
-        elif row.track not in baselines:
-            baselines[row.track] = group[0].started, samples
+        elif kind not in baselines:
+            baselines[kind] = group[0].started, samples
             rated.append(replace(row, ratio=1.0, is_baseline=True))
         else:
-            started, baseline = baselines[row.track]
+            started, baseline = baselines[kind]
             ratio = speed_ratio(samples, baseline, same_session=group[0].started == started)
             rated.append(
                 row if ratio is None else replace(row, ratio=ratio.value, ratio_low=ratio.low, ratio_high=ratio.high)
@@ -135,6 +144,7 @@ def _row(repeats: Sequence[RunResult]) -> Row:
     good = [result for result in repeats if result.status == "ok"]
     step = summarize([second * 1e3 for result in good for second in result.steady_seconds])
     timings = [result.timing for result in good if result.timing]
+    device, gpus = _device(good)
     return Row(
         framework=config.framework,
         version=next((result.version for result in good), ""),
@@ -170,6 +180,19 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         dropout=dropout_words(config),
         sequence_lengths=config.sequence_lengths,
         drift=config.drift or "",
+        device=device,
+        gpus=gpus,
+    )
+
+
+def _device(good: Sequence[RunResult]) -> tuple[str, int]:
+    """The kind of device and how many cards, as the children said; where processes differ, all that they said."""
+    said = good[0].environment if good else {}
+    if "cuda" not in str(said.get("device_kind", "cpu")):
+        return "cpu", 0
+    name, places = said.get("device_name", "cuda"), said.get("stage_devices", [])
+    return (", ".join(dict.fromkeys(map(str, name))) if isinstance(name, list) else str(name)), len(
+        set(map(str, places))
     )
 
 
@@ -225,7 +248,13 @@ def _ratio(row: Row) -> str:
     return Ratio(row.ratio, row.ratio_low, row.ratio_high).text()
 
 
+def _device_cell(row: Row) -> str:
+    return f"{row.gpus} x {row.device}" if row.gpus else row.device
+
+
 def _bubble(row: Row) -> str:
+    if row.shares_gpu:
+        return "shared GPU"
     if row.bubble_fraction is None or row.simulated_bubble_fraction is None:
         return ""
     return f"{row.bubble_fraction:.1%} / {row.simulated_bubble_fraction:.1%}"
@@ -240,6 +269,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("chunks", lambda row: str(row.chunks)),
     Column("micro-batches", lambda row: str(row.micro_batches), keep=4),
     Column("executor", lambda row: row.executor, numeric=False, keep=12),
+    Column("device", _device_cell, numeric=False, keep=11),
     Column("dtype", lambda row: row.dtype, numeric=False),
     Column("recompute", lambda row: row.recompute, numeric=False),
     Column("dropout", lambda row: row.dropout, numeric=False),
@@ -263,13 +293,15 @@ COLUMNS: tuple[Column, ...] = (
 LEGEND = (
     f"tokens/s, step ms: medians of the timed steps (brackets: 10th and 90th percentile, of {LEAST_FOR_PERCENTILES} steps "
     "or more). First step: apart, it traces "
-    "and fills caches. Ratio: tokens/s to the first ranked row, with a 95 % bootstrap interval (repeats, then steps); "
+    "and fills caches. Ratio: tokens/s to the first ranked row on the same kind of device, with a 95 % bootstrap interval "
+    "(repeats, then steps); "
     "paired by repeat, so that a drifting machine cancels; where the interval includes 1, no difference is shown. It takes "
     f"{LEAST_STEPS} timed steps in each of {LEAST_REPEATS} repeats; of fewer it is unknown, and there is no verdict. A row "
     "that fails parity, or has nothing to be compared with, is not ranked. Parity: against the float64 NumPy oracle, loss "
     "of every step and all gradients. "
     "Bubble: idle share of all stages, measured / simulated from the run's own costs; sim. step: simulated step time "
-    "against the measured median. Peak MB: 10^6 bytes, all processes of a run; held MB: activations held for the "
+    "against the measured median; where stages share a GPU there is no bubble to speak of. Peak MB: 10^6 bytes, all "
+    "processes of a run; held MB: activations held for the "
     "backward, on the stage that holds most."
 )
 
@@ -279,6 +311,7 @@ def columns_for(rows: Sequence[Row]) -> list[Column]:
     constant = {
         "run": all(not row.source for row in rows),
         "chunks": all(row.chunks == 1 for row in rows),
+        "device": all(row.device == "cpu" for row in rows),
         "dtype": len({row.dtype for row in rows}) == 1,
         "executor": all(row.executor == "table" for row in rows),
         "recompute": all(row.recompute == "none" for row in rows),
