@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import drift
+from common.runtime.gpus import visible_gpus
 from common.schedule.action import ScheduleError
 from common.schedule.generators import make_schedule
 from common.schedule.validate import validate
@@ -101,8 +102,18 @@ def _executor(config: RunConfig) -> Impossible | None:
     return None if why_not is None else Impossible("executor", f" = native: {why_not}")
 
 
+def why_too_few_gpus(stages: int, gpus: int) -> str | None:
+    """Why a process per stage cannot run on so many GPUs; None if it can."""
+    if gpus >= stages:
+        return None
+    return f"NCCL takes one process per GPU, and {stages} stages have {gpus}; expected stages = {gpus}, or device = cpu"
+
+
 def _why_not_native(config: RunConfig) -> str | None:
     p, m, name = config.stages, config.train.micro_batches, config.schedule
+    cards = len(visible_gpus()) if config.framework == "torch" and config.device != "cpu" else 0
+    if cards and (why := why_too_few_gpus(p, cards)):
+        return why
     if name not in NATIVE_SCHEDULES.get(config.framework, ()):
         offered = "; ".join(f"{framework} with {', '.join(names)}" for framework, names in NATIVE_SCHEDULES.items())
         return f"{config.framework} has no pipeline of its own with the schedule {name}; right would be {offered}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.runtime.cpus import threads_per_stage
+from common.runtime.gpus import visible_gpus
 from common.spec import RunConfig
 
 if TYPE_CHECKING:
@@ -58,6 +60,17 @@ def prepare_thread(device: torch.device, threads: int) -> None:
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
+def free_workspaces(used: Iterable[torch.device]) -> None:
+    """Gives back what cuBLAS holds for every thread's stream that has used it (32 MiB each, set by `configure`).
+
+    For all of the process: others get theirs anew with their next product.
+    """
+    import torch
+
+    if any(device.type == "cuda" for device in used):
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 def fused_attention(config: RunConfig) -> bool:
     """Whether attention is PyTorch's own kernel: on the track "best", and without dropout, whose masks are ours."""
     return config.track == "best" and config.model.dropout == 0
@@ -70,10 +83,11 @@ def best_track(config: RunConfig) -> dict[str, Any]:
     return {"track": config.track, "best": said if config.track == "best" else []}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, threads and flags as the calling thread finds them, and what `device` is."""
+def environment(used: Sequence[torch.device]) -> dict[str, Any]:
+    """Versions, threads and flags as the calling thread finds them, and what the stages' devices are."""
     import torch
 
+    device = used[0]
     cuda = device.type == "cuda"
     return {
         "framework": "torch",
@@ -87,4 +101,44 @@ def environment(device: torch.device) -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "onednn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+    } | (_gpu_environment(used) if cuda else {})
+
+
+def _gpu_environment(used: Sequence[torch.device]) -> dict[str, Any]:
+    """What only a run on GPUs has."""
+    import torch
+
+    return {
+        "stage_devices": [str(device) for device in used],
+        "driver": next((gpu.driver for gpu in visible_gpus()), "unknown"),
+        "cuda": torch.version.cuda,
+        "nccl": nccl_version(),
+        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
     }
+
+
+def nccl_version() -> str:
+    """Of the library that this PyTorch brings; "none" where it was built without."""
+    import torch
+
+    has_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    return ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "none"
+
+
+def gpus() -> str:
+    """What this PyTorch makes of the machine's GPUs, in a line, with what to do where it sees none."""
+    import torch
+
+    wheel, found = torch.version.cuda, visible_gpus()
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        names = ", ".join(f"{card.name} with {card.total_memory / 2**30:.0f} GiB" for card in cards)
+        return f"sees {names}; CUDA {wheel}, NCCL {nccl_version()}"
+    if not found:
+        return f"computes on the CPU: no NVIDIA driver answers; CUDA {wheel or 'not built in'}"
+    if wheel is None:
+        return "computes on the CPU: it is a CPU build; expected a CUDA build, from https://pytorch.org/get-started/locally"
+    return (
+        f"computes on the CPU: it sees no GPU though the driver {found[0].driver} has {len(found)}; expected a driver for "
+        f"CUDA {wheel} or newer, or a PyTorch that was built for an older CUDA"
+    )

@@ -152,7 +152,7 @@ class TorchEngine:
         return self._events
 
     def environment(self) -> dict[str, Any]:
-        return self._on(0, lambda: devices.environment(self._torch_devices[0])) | devices.best_track(self.config)
+        return self._on(0, lambda: devices.environment(self._torch_devices)) | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
         """As the protocol says; stages that share a GPU are counted together, under the first of them."""
@@ -171,6 +171,7 @@ class TorchEngine:
     def close(self) -> None:
         for thread in self._threads:
             thread.shutdown()
+        devices.free_workspaces(self._torch_devices)
 
     def _run(self, schedule: Schedule, batch: Batch, mode: Mode) -> float:
         """Every stage walks its line of the schedule. Returns the mean loss; raises the first stage's failure."""

@@ -122,7 +122,7 @@ class Peer:
         return {self.devices[0]: self._events}
 
     def environment(self) -> dict[str, Any]:
-        return devices.environment(self._device) | devices.best_track(self.config)
+        return devices.environment([self._device]) | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
         if self._device.type == "cuda":
@@ -135,7 +135,8 @@ class Peer:
     def in_flight_peak(self) -> dict[int, int]:
         return {}
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        devices.free_workspaces([self._device])
 
     def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, S), targets (B, S) and sample indices (B,) of the whole mini-batch."""

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from common.edges import write_file
+from common.rules import why_too_few_gpus
 from common.runtime.engine import Engine
 from common.runtime.job import Job
 from common.runtime.ranks import Ranks
 from common.runtime.ranks import run_on_ranks as run
 from common.runtime.worker import Switch
 from common.spec import RunConfig
+from torch_impl import devices
 
 
 def run_on_ranks(jobs: Sequence[Job], switch: Switch) -> int:
     """Runs the jobs, which share `stages` and `device`, on one process per stage. Returns the exit status."""
-    return run(Ranks("torch_impl", _join, _wait_for_all), jobs, switch)
+    config = jobs[0].config
+    used = devices.stage_devices(config.stages, config.device)
+    on_gpus = used[0].type == "cuda"
+    if on_gpus and (why := why_too_few_gpus(config.stages, len(set(used)))):
+        for job in jobs:
+            write_file(Path(job.out) / "failed-0.txt", f"ValueError: executor = native: {why}\n")
+        return 1
+    return run(Ranks("torch_impl", _join, _wait_for_all, "spawn" if on_gpus else "fork"), jobs, switch)
 
 
 def _join(rank: int, endpoints: Sequence[str], config: RunConfig) -> Callable[[RunConfig], Engine]:
+    devices.configure(config.stages, config.threads, config.device)  # a spawned rank knows nothing of its parent's
     from torch import distributed
 
-    from torch_impl import devices
     from torch_impl.engine import build_engine
 
     device = devices.stage_devices(config.stages, config.device)[rank]

@@ -67,7 +67,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         "layer norm and gradient": with_gradient(norm, made(n, d)),
         "loss and gradient": with_gradient(lambda x: summed_loss(x, targets, n), made(b, s, v)),
     }
-    return operations, devices.environment(torch.device("cpu"))
+    return operations, devices.environment([torch.device("cpu")]) | {"gpus": devices.gpus()}
 
 
 if __name__ == "__main__":

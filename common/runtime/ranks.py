@@ -1,7 +1,8 @@
 """One process per stage: started together, ended together.
 
-The framework is imported once and then forked, which starts two stages in about half the time of its own launcher. A rank
-dies with its parent; if one rank fails, the others end at once, and the jobs after the failed one get new ranks.
+The framework is imported once and then forked, which starts two stages in about half the time of its own launcher; for
+GPUs every rank is spawned. A rank dies with its parent; if one rank fails, the others end at once, and the jobs after the
+failed one get new ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common.edges import write_file
 from common.runtime.engine import Engine
@@ -34,7 +35,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Ranks:
-    """What an implementation says about its processes. All three run inside a rank, after the fork."""
+    """What an implementation says about its processes. The functions run inside a rank; spawned ones find them by name."""
 
     name: str
     """Of the implementation, for messages."""
@@ -42,6 +43,8 @@ class Ranks:
     """(rank, addresses of all ranks as host:port, first config) -> build_engine; returns when all have joined."""
     wait_for_all: Callable[[int], None]
     """(number of ranks): returns when all have called it."""
+    start_method: Literal["fork", "spawn"] = "fork"
+    """spawn where the ranks use GPUs: CUDA, once it was asked anything, does not work after a fork."""
 
 
 def run_on_ranks(ranks: Ranks, jobs: Sequence[Job], switch: Switch = no_drift) -> int:
@@ -61,12 +64,12 @@ def run_on_ranks(ranks: Ranks, jobs: Sequence[Job], switch: Switch = no_drift) -
 
 def _run_until_failure(ranks: Ranks, jobs: Sequence[Job], switch: Switch) -> int | None:
     """The index of the first job that failed, or None."""
-    fork = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context(ranks.start_method)
     stages = jobs[0].config.stages
     endpoints = _free_endpoints(stages)
-    progress = fork.Array("i", stages, lock=False)  # the job that each rank is at
+    progress = context.Array("i", stages, lock=False)  # the job that each rank is at
     arguments = (ranks, jobs, switch, endpoints, os.getpid(), progress)
-    processes = [fork.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(stages)]
+    processes = [context.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(stages)]
     try:
         for process in processes:
             process.start()

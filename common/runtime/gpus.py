@@ -1,0 +1,48 @@
+"""The NVIDIA GPUs of this machine, as its driver says; asks no framework."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+
+QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total,driver_version", "--format=csv,noheader,nounits")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One card."""
+
+    name: str
+    memory_bytes: int
+    driver: str
+
+
+@cache
+def visible_gpus() -> tuple[Gpu, ...]:
+    """Those that CUDA_VISIBLE_DEVICES leaves, in its order; none where no driver answers."""
+    try:
+        said = subprocess.run(QUERY, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return _chosen(said, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _chosen(said: str, wanted: str | None) -> tuple[Gpu, ...]:
+    """As CUDA reads the variable: indices or the beginnings of UUIDs, up to the first that is neither."""
+    cards = [[cell.strip() for cell in line.split(",")] for line in said.splitlines() if line.count(",") == 4]
+    rows = {index: (uuid, Gpu(name, _mebibytes(memory), driver)) for index, uuid, name, memory, driver in cards}
+    if wanted is None:
+        return tuple(gpu for _, gpu in rows.values())
+    chosen = []
+    for word in map(str.strip, wanted.split(",")):
+        found = [gpu for index, (uuid, gpu) in rows.items() if word and (word == index or uuid.startswith(word))]
+        if not found:
+            break
+        chosen.append(found[0])
+    return tuple(chosen)
+
+
+def _mebibytes(text: str) -> int:
+    return int(text) * 2**20 if text.isdecimal() else 0
