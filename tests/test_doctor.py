@@ -9,6 +9,7 @@ import pytest
 
 from common.cli import main
 from common.roofline import Kernel, Measured, kernels, measure
+from common.runtime.gpus import Gpu
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
 from common.spec import RunConfig, preset
 from common.verbs import doctor
@@ -59,10 +60,12 @@ def test_the_table_and_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "measure", lambda *given: measure(*given[:3], {"torch": FAKE, "paddle": MISSING}))
+    monkeypatch.setattr(doctor, "visible_gpus", lambda: (Gpu("NVIDIA H200", 140 * 2**30, "580.95"),))
     line = ["doctor", "--frameworks", "torch,paddle", "--preset", "tiny", "--rounds", "1"]
     assert main([*line, "--json", str(tmp_path / "found.json")]) == 0
     printed = capsys.readouterr().out
     assert "feed-forward down, weight gradient" in printed
+    assert "GPUs: NVIDIA H200 with 140 GiB; driver 580.95; " in printed
     assert "paddle: no_such_package is not installed; make install" in printed
     assert set(json.loads((tmp_path / "found.json").read_text())["measured"]) == {"machine", "torch", "paddle"}
     assert main([*line[:2], "paddle", *line[3:]]) == 1

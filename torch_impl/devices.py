@@ -69,6 +69,7 @@ def free_workspaces(used: Iterable[torch.device]) -> None:
 
     if any(device.type == "cuda" for device in used):
         torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
 
 
 def fused_attention(config: RunConfig) -> bool:

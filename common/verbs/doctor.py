@@ -15,6 +15,7 @@ from common.console import make_console
 from common.edges import write_file
 from common.report.machine import this_machine
 from common.roofline import PEAKS, Kernel, Measured, kernels, measure
+from common.runtime.gpus import Gpu, visible_gpus
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
 from common.spec import FRAMEWORKS, RunConfig, TrainSpec
 from common.verbs.drift import chosen
@@ -90,11 +91,20 @@ def slow(kernel: Kernel, found: Mapping[str, Measured]) -> list[str]:
     return [name for name, own in seconds.items() if min(seconds.values()) / own < SLOW]
 
 
+def _cards(gpus: Sequence[Gpu]) -> str:
+    """The GPUs, as their driver says; what each framework makes of them stands in its own line."""
+    if not gpus:
+        return "GPUs: none that an NVIDIA driver shows (nvidia-smi)"
+    cards = ", ".join(f"{gpu.name} with {gpu.memory_bytes / 2**30:.0f} GiB" for gpu in gpus)
+    return f"GPUs: {cards}; driver {gpus[0].driver}; the kernels below are those of the CPU"
+
+
 def show(console: Console, config: RunConfig, found: Mapping[str, Measured]) -> None:
     """Prints the table, what the mark means, and every environment."""
     rows = kernels(config)
     frameworks = [name for name in found if name != "machine" and not found[name].error]
     console.print(f"{this_machine().one_line}; one thread, {config.train.dtype}", soft_wrap=True, markup=False)
+    console.print(_cards(visible_gpus()), soft_wrap=True, markup=False)
     peaks = found["machine"]
     for kernel in PEAKS if not peaks.error else ():
         console.print(f"NumPy: {rate(kernel, peaks.seconds[kernel.name]):.1f} {kernel.unit} ({kernel.name})")
