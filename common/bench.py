@@ -291,7 +291,8 @@ def print_dry_run(bench: Bench, console: Console) -> None:
     for name, stages, micro_batches, chunks in sorted(schedules):
         console.print(f"{name}, {stages} stages, {micro_batches} micro-batches", style="bold", highlight=False)
         try:
-            console.print(draw_color(make_schedule(name, stages, micro_batches, chunks), width=console.width))
+            schedule = make_schedule(name, stages, micro_batches, chunks)
+            console.print(draw_color(schedule, None, console.width, console.options.ascii_only))
         except ScheduleError as error:
             console.print(f"not drawn: {error}\n", highlight=False)
     repeats = f" x {bench.options.repeats} repeats" if bench.options.repeats > 1 else ""

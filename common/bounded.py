@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 MAX_TEXT_BYTES = 64 * 2**20
 
@@ -15,7 +16,12 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     Raises OSError, also for a file with more than `max_bytes`, and UnicodeDecodeError.
     """
     with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
+        return read_stream(file, str(path), max_bytes)
+
+
+def read_stream(file: BinaryIO, name: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The same for an open file, which an error calls `name`."""
+    data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise OSError(errno.EFBIG, f"{os.strerror(errno.EFBIG)}: more than {max_bytes} bytes", str(path))
+        raise OSError(errno.EFBIG, f"{os.strerror(errno.EFBIG)}: more than {max_bytes} bytes", name)
     return data.decode("utf-8-sig")

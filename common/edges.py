@@ -26,7 +26,7 @@ def _escape(text: str) -> str:
     def byte(match: re.Match[str]) -> str:
         number = ord(match[0]) - 0xDC00
         if not 0x80 <= number <= 0xFF:
-            raise ValueError("half of a character (a lone surrogate); expected whole ones")
+            raise ValueError("half of a character (a lone surrogate); expected text of whole characters")
         return f"\0{number:02x}"
 
     return _SURROGATE.sub(byte, text)
@@ -35,7 +35,7 @@ def _escape(text: str) -> str:
 def _read(text: str) -> str:
     found = _ESCAPED.sub(lambda match: chr(0xDC00 + int(match[1], 16)), text)
     if "\0" in found:
-        raise ValueError("a NUL character; expected text without one")
+        raise ValueError("a NUL character; expected text without a NUL character")
     return found
 
 
@@ -84,4 +84,8 @@ def printable(text: str, longest: int = 80) -> str:
 
 def write_file(path: Path, text: str) -> None:
     """Writes UTF-8 whatever the locale; names that are not UTF-8 are in it as `\\udcXX`."""
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    try:
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it has no room for
+        raise

@@ -23,7 +23,7 @@ from common.data import CorpusError, load_corpus
 from common.edges import OsText, number, whole_number
 from common.rules import BFLOAT16, why_impossible
 from common.schedule import recompute
-from common.schedule.generators import GENERATORS, default_chunks
+from common.schedule.generators import GENERATORS, default_chunks, keep_schedule
 from common.spec import FRAMEWORKS, PRESETS, Frozen, RunConfig, TrainSpec, TransformerSpec
 from common.tokenizer import TokenizerError, read_tokenizer
 from common.usage import UsageError, closest
@@ -156,8 +156,8 @@ def _words(annotation: Any) -> list[str]:
 def base_settings(preset: str) -> Settings:
     """What holds where the user says nothing: the preset, all frameworks, and two schedules to compare."""
     settings: Settings = {
-        ("run", "framework"): Setting(list(FRAMEWORKS), "default"),
-        ("run", "schedule"): Setting(["gpipe", "1f1b"], "default"),
+        ("run", "framework"): Setting(list(FRAMEWORKS), "the default --frameworks"),
+        ("run", "schedule"): Setting(["gpipe", "1f1b"], "the default --schedules"),
     }
     for section, values in PRESETS[preset].items():
         for name, value in values.items():
@@ -287,7 +287,9 @@ def listed(value: Any) -> list[Any]:
 
 
 def make_run(settings: Settings) -> RunConfig:
+    """One run. A schedule in a file is read here, for all processes. Raises UsageError."""
     name = settings["run", "schedule"].value
+    keep_schedule(str(name))
     if ("run", "chunks") not in settings:
         settings["run", "chunks"] = Setting(default_chunks(str(name)), f"schedule {name}, chunks")
     model = TransformerSpec(**validated("model", settings))
@@ -303,6 +305,11 @@ def validated(section: str, settings: Settings, **fixed: Any) -> dict[str, Any]:
     """The section's values, checked. Raises UsageError with the first wrong one and its origin."""
     model = SECTIONS[section]
     values = {name: _from_text(model, name, setting.value) for (s, name), setting in settings.items() if s == section}
+    for name, value in values.items():
+        field = model.model_fields[name]
+        if isinstance(value, bool) and bool not in _alternatives(field.annotation):  # pydantic would take it for 1
+            what = _wrong(field, {"type": "bool", "msg": "expected text", "input": value})
+            raise UsageError(f"{settings[section, name].where} = {str(value).lower()}: {what}")
     try:
         return dict(model.model_validate(values | fixed))
     except ValidationError as error:

@@ -19,14 +19,21 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("usage", "%(prog)s [options]")
         super().__init__(allow_abbrev=False, **options)
 
+    def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
+        """As argparse's, but what is left over is refused here: only the verb's own parser knows the verb's options."""
+        found, rest = super().parse_known_args(*arguments, **options)
+        for action in self._actions:  # those with a dot are fields of the specification, which have their own rules
+            if action.dest and "." not in action.dest and getattr(found, action.dest, None) in ("", [""]):
+                name = action.option_strings[-1] if action.option_strings else str(action.metavar)
+                raise UsageError(f"{name}: empty; expected {action.metavar or 'a value'}")
+        if not rest:
+            return found, rest
+        if not rest[0].startswith("-"):
+            raise UsageError(f"{rest[0]!r}: belongs to no option; a list takes commas, such as 1,2,4")
+        known = [option for action in self._actions for option in action.option_strings]
+        raise UsageError(f"{rest[0]}: unknown option{closest(rest[0].split('=')[0], known, 'see --help')}")
+
     def error(self, message: str) -> NoReturn:
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            word = message.removeprefix(prefix).split()[0]
-            if not word.startswith("-"):
-                raise UsageError(f"{word!r}: belongs to no option; a list takes commas, such as 1,2,4")
-            known = [option for action in self._actions for option in action.option_strings]
-            message = f"{word}: unknown option{closest(word.split('=')[0], known, 'see --help')}"
         raise UsageError(message.removeprefix("argument "))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -222,6 +222,7 @@ WRONG = {
     "--repeats 0": "--repeats = '0': right would be a whole number, at least 1",
     "--timeout -1": "--timeout = '-1': right would be a number, more than 0",
     "--sweep": "right would be with a list",
+    "--chunks 2": "the default --schedules: schedule gpipe has 1 chunk per device, not 2",
     "--sweep --micro-batches 1,2,32": "micro_batches = 32 is more than batch_size = 16",
     "--untimed-steps 12": "leaves none of 8 steps; right would be 0 to 7",
     "--executor native": "paddle with 1f1b",
@@ -263,6 +264,9 @@ def test_wrong_input_is_one_line_and_status_2(line: str, capsys: pytest.CaptureF
         ("model = 3\n", "right would be a table [model]"),
         ("[train]\nsteps = 'x'\n", "[train] steps = 'x': right would be a whole number, at least 1"),
         ("stages = \n", "not TOML"),
+        ("stages = true\n", "stages = true: right would be a whole number, at least 1"),
+        ("[train]\nlearning_rate = true\n", "learning_rate = true: right would be a number, more than 0.0"),
+        ('corpus = "a\\u0000b"\n', "expected text without a NUL character"),
     ],
 )
 def test_a_wrong_file_is_named_with_the_place(tmp_path: Path, text: str, message: str) -> None:
@@ -288,6 +292,14 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("tain --steps 3", "unknown subcommand 'tain'; did you mean train?"),
+        ("bench --schedles gpipe", "--schedles: unknown option; right would be --schedules"),
+        ("simulate --schedule gpipe --stges=2", "--stges=2: unknown option; right would be --stages"),
+        ("train --save-dir= --steps 1", "--save-dir: empty; expected DIR"),
+        ("train --resume=", "--resume: empty; expected latest|PATH"),
+        ("train --fault kill@device=2 --steps 1", "there is no device 2; expected 0 to 1"),
+        ("train --fault kill@step=9 --steps 2", "there is no step 9; expected 0 to 1"),
+        ("report results/example --sweep", "--sweep: no two ranked rows differ"),
+        ("report results/example --out /dev/null", "--out /dev/null: File exists; expected a folder"),
         ("frobnicate", "unknown subcommand 'frobnicate'; expected one of bench, train, relay"),
         ("export x --to kears --out y", "--to: 'kears': unknown; right would be keras"),
         ("simulate --schedule 1f1 --stages 2 --micro-batches 2", "did you mean 1f1b?"),

@@ -15,9 +15,11 @@ import psutil
 import pytest
 
 from common.runtime import cpus, launch
-from common.runtime.job import Job
+from common.runtime.job import Job, JobFile
 from common.runtime.launch import ORACLE_MODULE, Implementation, Interrupted, Outcome, run_jobs_in_child, why_missing
 from common.runtime.oracle_worker import memory_bytes
+from common.schedule import generators
+from common.schedule.generators import make_schedule
 from common.spec import RunConfig, TrainSpec, TransformerSpec, preset
 from tests.waiting import LONG_SECONDS, marked, time_jumps
 
@@ -55,6 +57,23 @@ def test_a_good_run_has_all_parts_and_reports_its_steps(tmp_path: Path) -> None:
     assert [outcome.status for outcome in outcomes] == ["ok", "ok"]
     assert [part.devices for part in outcomes[1].parts] == [(0, 1)]
     assert sorted(seen) == [(job, step) for job in (0, 1) for step in (0, 1, 2)]
+
+
+def test_a_schedule_in_a_file_is_the_one_that_the_parent_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens to the file while the children of a benchmark start one after another."""
+    path = tmp_path / "mine.txt"
+    path.write_text("0: F0 BW0\n1: F0 BW0\n")
+    config = CONFIG.model_copy(update={"schedule": f"file:{path}"})
+    monkeypatch.setattr(generators, "kept", {})
+    generators.keep_schedule(config.schedule)
+    asked = make_schedule(config.schedule, 2, 1)
+    path.write_text("0: F0 F1 BW0 BW1\n1: F0 BW0 F1 BW1\n")
+    JobFile(jobs=(Job(config=config, out=str(tmp_path)),)).write(tmp_path / "jobs.json")
+    assert make_schedule(config.schedule, 2, 1) == asked
+    generators.kept.clear()  # as in a child
+    JobFile.read(tmp_path / "jobs.json")
+    path.unlink()
+    assert make_schedule(config.schedule, 2, 1) == asked
 
 
 def test_the_oracle_runs_as_a_child(tmp_path: Path) -> None:

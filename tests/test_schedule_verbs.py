@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ TIMES = [f"--{key.replace('_', '-')}={value}" for key, value in ROW["millisecond
         ("compare-schedules --stages 2 --micro-batches 2 --schedules 1f1b --memory-limit 3", "only schedule search"),
         ("simulate --schedule 1f1b --stages 2 --micro-batches 2 --kept-for-recompute 0.3", "expected with --recompute"),
         ("draw --schedule 1f1b --stages 2 --micro-batches 2 --activation-bytes 3", "unknown option"),
+        ("simulate --schedule 1f1b --stages 2 --micro-batches 2 --wrap-around first", "1f1b sends nothing"),
+        ("compare-schedules --stages 2 --micro-batches 2 --schedules zb-v --wrap-around every", "zb-v sends nothing"),
+        ("compare-schedules --stages 2 --micro-batches 2 --schedules gpipe,zb-v --chunks 2", "cannot choose"),
         ("draw --schedule file:PATH --chunks 2", "--chunks 2; the schedule in the file has 1"),
     ],
 )
@@ -76,6 +80,19 @@ def test_simulate_gives_the_published_figures(capsys: pytest.CaptureFixture[str]
             assert every["bubble_fraction"] == result["bubble_fraction_every_wrap_around"]
         else:
             assert "wrap_around" not in result
+
+
+def test_an_empty_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", ""]) == 2 and capsys.readouterr().err == "triptych: FILE: empty; expected FILE\n"
+
+
+def test_standard_input_that_does_not_end_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/zero").open(encoding="utf-8") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        assert main(["validate", "-"]) == 2
+    assert "more than 67108864 bytes" in capsys.readouterr().err
 
 
 def test_simulate_takes_one_number_per_stage(capsys: pytest.CaptureFixture[str]) -> None:

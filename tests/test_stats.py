@@ -191,6 +191,7 @@ def row(**fields: object) -> Row:
         "schedule": "1f1b",
         "stages": 2,
         "chunks": 1,
+        "batch_size": 16,
         "executor": "table",
         "track": "matched",
         "dtype": "float32",
@@ -230,4 +231,9 @@ def test_a_sweep_over_stages_may_have_no_knee() -> None:
     (curve,) = curves(rows, "stages")
     assert curve.knee is None and "no knee up to stages = 4" in curve.sentence
     assert curve.ideal == pytest.approx([100.0, 100 * 2 * 8 / 9, 100 * 4 * 8 / 11])
-    assert ideal_efficiency("micro_batches", 4, 4) == pytest.approx(4 / 7)
+    assert ideal_efficiency("micro_batches", 4, 4, 16) == pytest.approx(4 / 7)
+
+
+def test_unequal_micro_batches_fill_the_pipeline_as_slowly_as_the_largest() -> None:
+    """10 sequences as 3, 3, 2, 2 over 4 stages: the last stage starts after 3 x 3 and computes 10."""
+    assert ideal_efficiency("micro_batches", 4, 4, 10) == pytest.approx(10 / 19)

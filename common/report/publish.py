@@ -26,8 +26,8 @@ def publish(collection: Collection, folder: Path, sweep: bool = False) -> None:
 
     `sweep` adds throughput over micro-batches and over stages, where several of them ran.
     """
+    swept = sweeps(collection) if sweep else {}
     folder.mkdir(parents=True, exist_ok=True)
-    swept = {axis: found for axis in AXES if (found := curves(collection.rows, axis))} if sweep else {}
     write_file(folder / "table.csv", tables.csv_table(collection.rows))
     write_file(folder / "summary.json", json.dumps(_summary(collection, swept), indent=1) + "\n")
     write_file(folder / "report.md", markdown_report(collection, swept))
@@ -37,6 +37,11 @@ def publish(collection: Collection, folder: Path, sweep: bool = False) -> None:
         # What a benchmark in another folder has already is left as it is.
         if group.shown and (group.shown.folder.parent == folder or not (group.shown.folder / TRACE).exists()):
             write_timelines(timelines(group.shown.result), group.shown.folder)
+
+
+def sweeps(collection: Collection) -> dict[Axis, list[Curve]]:
+    """The curves over every axis that has any."""
+    return {axis: found for axis in AXES if (found := curves(collection.rows, axis))}
 
 
 def _summary(collection: Collection, swept: dict[Axis, list[Curve]]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def draw_relay(relay: Relay, path: Path) -> None:
         relative = np.abs(np.array(leg.losses) / expected - 1)
         # The same double has no place on a logarithmic axis; it stands at half of the smallest possible difference.
         below.plot(steps, np.maximum(relative, np.finfo(float).eps / 2), ".", markersize=3, color=color)
-        for axes in (above, below):
+        for axes in (above, below) if leg is not relay.legs[-1] else ():
             axes.axvline(leg.steps_done, color="#30343b", linewidth=0.6, linestyle=":")
     log_y(below)
     below.axhline(relay.loss_limit, color="#30343b", linewidth=0.9)

@@ -54,9 +54,13 @@ class Curve:
         return f"{self.name}: knee at {what} = {self.knee}, the next step gains less than {KNEE_GAIN:.0%}"
 
 
-def ideal_efficiency(axis: Axis, stages: int, micro_batches: int) -> float:
-    """m / (m + p - 1), the busy share of GPipe and 1F1B (Huang et al. 2019); times p where p is what is varied."""
-    efficiency = micro_batches / (micro_batches + stages - 1)
+def ideal_efficiency(axis: Axis, stages: int, micro_batches: int, batch_size: int) -> float:
+    """m / (m + p - 1), the busy share of GPipe and 1F1B (Huang et al. 2019); times p where p is what is varied.
+
+    Where m does not divide the mini-batch, the first micro-batches have one sequence more, and they fill the pipeline.
+    """
+    largest = -(-batch_size // micro_batches)
+    efficiency = batch_size / (batch_size + (stages - 1) * largest)
     return efficiency * stages if axis == "stages" else efficiency
 
 
@@ -72,7 +76,7 @@ def curves(rows: Sequence[Row], axis: Axis) -> list[Curve]:
         if len(same) < 2:
             continue
         throughput = [row.tokens_per_second or 0.0 for row in same]
-        efficiency = [ideal_efficiency(axis, row.stages, row.micro_batches) for row in same]
+        efficiency = [ideal_efficiency(axis, row.stages, row.micro_batches, row.batch_size) for row in same]
         both = list(zip(throughput, same, strict=True))
         found.append(
             Curve(

@@ -34,6 +34,8 @@ class Row:
     stages: int
     chunks: int
     micro_batches: int
+    batch_size: int
+    """Sequences in one mini-batch."""
     executor: str
     track: str
     dtype: str
@@ -152,6 +154,7 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         stages=config.stages,
         chunks=config.chunks,
         micro_batches=config.train.micro_batches,
+        batch_size=config.train.batch_size,
         executor=config.executor,
         track=config.track,
         dtype=config.train.dtype,

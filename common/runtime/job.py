@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.bounded import read_text
 from common.edges import OsText, write_file
+from common.schedule import generators
 from common.spec import RunConfig, explain
 
 
@@ -98,6 +99,8 @@ class JobFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     jobs: tuple[Job, ...]
+    schedules: dict[OsText, str] = {}
+    """The texts of schedules in files, by path, as the parent read them."""
 
     @classmethod
     def read(cls, path: str | Path) -> JobFile:
@@ -112,10 +115,14 @@ class JobFile(BaseModel):
             raise ValueError(f"{path}: {error}; right would be a file of jobs") from None
         if not file.jobs:
             raise ValueError(f"{path}: no job in it; right would be at least one")
+        generators.kept.update(file.schedules)
         return file
 
     def write(self, path: str | Path) -> None:
-        write_file(Path(path), self.model_dump_json(indent=1))
+        """Adds the texts of the jobs' schedules that this process keeps."""
+        paths = {str(Path(job.config.schedule.removeprefix("file:"))) for job in self.jobs}
+        texts = {path: text for path, text in generators.kept.items() if path in paths}
+        write_file(Path(path), self.model_copy(update={"schedules": texts}).model_dump_json(indent=1))
 
 
 class EventRecord(BaseModel):

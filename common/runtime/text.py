@@ -7,6 +7,8 @@ be saved with the weights.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -41,7 +43,10 @@ def write_text(corpus: Corpus, folder: Path, number: int = 0) -> JobText:
     folder.mkdir(parents=True, exist_ok=True)
     suffix = f"-{number + 1}" if number else ""
     tokens, tokenizer = folder / f"tokens{suffix}.npy", folder / f"tokenizer{suffix}.json"
-    np.save(tokens, corpus.tokens)
+    try:
+        np.save(tokens, corpus.tokens)
+    except OSError as error:  # NumPy says how many numbers found no room, and not where
+        raise OSError(error.errno or errno.ENOSPC, os.strerror(error.errno or errno.ENOSPC), str(tokens)) from None
     if corpus.tokenizer is not None:
         tokenizer.write_bytes(corpus.tokenizer)
     return JobText(

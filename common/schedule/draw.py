@@ -32,19 +32,25 @@ class _Line:
     styles: list[tuple[int, int, str]]
 
 
-def draw_text(schedule: Schedule, costs: Costs | None = None, width: int | None = None) -> str:
+def draw_text(
+    schedule: Schedule, costs: Costs | None = None, width: int | None = None, ascii_only: bool = False
+) -> str:
     """The chart as plain text; `width` folds it into blocks of at most that many columns.
+
+    `ascii_only` is for terminals that are not UTF-8: those of East Asia draw `·` and `─` two columns wide.
 
     The times are those of the simulator, by default with F = B = W = 1; `·` is idle. Raises ScheduleError for a schedule
     that cannot run or whose chart would be too wide.
     """
-    return "\n".join(line.text.rstrip() for line in _fold(_lines(simulate(schedule, costs)), width))
+    return "\n".join(line.text.rstrip() for line in _fold(_lines(simulate(schedule, costs), ascii_only), width))
 
 
-def draw_color(schedule: Schedule, costs: Costs | None = None, width: int | None = None) -> Text:
+def draw_color(
+    schedule: Schedule, costs: Costs | None = None, width: int | None = None, ascii_only: bool = False
+) -> Text:
     """The same chart in colour, for `rich.print`."""
     picture = Text(no_wrap=True)
-    for line in _fold(_lines(simulate(schedule, costs)), width):
+    for line in _fold(_lines(simulate(schedule, costs), ascii_only), width):
         text = Text(line.text + "\n")
         for first, last, style in line.styles:
             text.stylize(style, first, last)
@@ -57,7 +63,8 @@ def label(action: Action) -> str:
     return str(action)
 
 
-def _lines(simulation: Simulation) -> list[_Line]:
+def _lines(simulation: Simulation, ascii_only: bool) -> list[_Line]:
+    dot, dash = (".", "-") if ascii_only else ("·", "─")
     table, schedule = simulation.table, simulation.schedule
     spent = simulation.end - simulation.start
     shortest = float(spent[spent > 0].min()) if (spent > 0).any() else 1.0
@@ -71,18 +78,18 @@ def _lines(simulation: Simulation) -> list[_Line]:
             f"schedule {schedule.name} has {table.num_rows} actions, too many for text; right would be .png, .svg or .json"
         )
     scale = cell / shortest
-    head = " " * 0 + "time".ljust(len(f"device {schedule.num_devices - 1}") + 1)
+    head = "time".ljust(len(f"device {schedule.num_devices - 1}") + 1)
     lines = [_Line(head + "".join(_axis(simulation.makespan, shortest, cell)), [])]
     for device in range(schedule.num_devices):
         prefix = f"device {device}".ljust(len(head))
-        idle = ("·".ljust(cell) * (columns // cell + 1))[:columns]
+        idle = (dot.ljust(cell) * (columns // cell + 1))[:columns]
         text, styles = list(prefix + idle), []
         for row in range(int(table.bounds[device]), int(table.bounds[device + 1])):
             first = len(prefix) + round(simulation.start[row] * scale)
             last = len(prefix) + round(simulation.end[row] * scale)
             action = table.action(row)
             room = last - first - 1
-            text[first:last] = list(names[row][:room].ljust(max(room, 0), "─") + " ")[: last - first]
+            text[first:last] = list(names[row][:room].ljust(max(room, 0), dash) + " ")[: last - first]
             styles.append((first, last - 1, STYLES[action.op] + (" dim" if action.chunk % 2 else "")))
         lines.append(_Line("".join(text), styles))
     return lines

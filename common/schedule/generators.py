@@ -166,8 +166,23 @@ def _from_file(path: Path, p: int, m: int, chunks: int) -> Schedule:
     return schedule
 
 
+kept: dict[str, str] = {}
+"""Texts of schedules by path, which count instead of the files (`keep_schedule`, and `common.runtime.job` in a child)."""
+
+
+def keep_schedule(name: str) -> None:
+    """Reads the schedule of `file:PATH` now, for this process and its children, whatever happens to the file later."""
+    if name.startswith("file:"):
+        path = Path(name.removeprefix("file:"))
+        kept.pop(str(path), None)
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # `make_schedule` will say what is wrong with the file
+            kept[str(path)] = read_text(path)
+
+
 def _read(path: Path) -> Schedule:
     try:
-        return parse_schedule(read_text(path), printable(path.stem))
+        text = kept[str(path)] if str(path) in kept else read_text(path)
+        return parse_schedule(text, printable(path.stem))
     except (OSError, UnicodeDecodeError, ScheduleError) as error:
-        raise ScheduleError(f"schedule {path}: {error}; right would be a readable schedule in text form") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ScheduleError(f"schedule {path}: {why}; right would be a readable schedule in text form") from None

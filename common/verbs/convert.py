@@ -196,7 +196,10 @@ def _say_what_no_file_says(arguments: argparse.Namespace, spec: TransformerSpec)
     if arguments.preset is None and arguments.config is None:
         unsaid = [name for name in NOT_IN_THE_WEIGHTS if not hasattr(arguments, f"model.{name}")]
         if unsaid:
-            words = ", ".join(f"{flag(name)} {getattr(spec, name)}" for name in unsaid)
+            values = {name: getattr(spec, name) for name in unsaid}
+            words = ", ".join(
+                f"{flag(n)} {v:g}" if isinstance(v, float) else f"{flag(n)} {v}" for n, v in values.items()
+            )
             print(f"{NOTE}the file does not say {words}; taken as by default")
 
 

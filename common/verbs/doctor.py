@@ -19,6 +19,7 @@ from common.runtime.gpus import Gpu, visible_gpus
 from common.runtime.launch import IMPLEMENTATIONS, Implementation
 from common.spec import FRAMEWORKS, RunConfig, TrainSpec
 from common.verbs.drift import chosen
+from common.verbs.numbers import positive
 from common.verbs.options import add_run_options, file_to_write, read_run
 
 EXIT_OK, EXIT_NOTHING_MEASURED = 0, 1
@@ -46,16 +47,10 @@ def register(verbs: Any) -> None:
         "--frameworks", default=",".join(FRAMEWORKS), metavar="F,..", help="which ones (default %(default)s)"
     )
     parser.add_argument(
-        "--rounds", type=_rounds, default=5, metavar="N", help="turns of each framework (default %(default)s)"
+        "--rounds", type=positive, default=5, metavar="N", help="turns of each framework (default %(default)s)"
     )
     parser.add_argument("--json", metavar="FILE", help="also write what was measured to FILE")
     parser.set_defaults(run=_doctor)
-
-
-def _rounds(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number, at least 1")
-    return int(text)
 
 
 def _doctor(arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:

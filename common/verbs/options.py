@@ -134,8 +134,8 @@ def _layers(arguments: argparse.Namespace, saved: Saved | None, defaults: Mappin
     if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise UsageError(f"{named.where} = {preset!r}: unknown{closest(str(preset), PRESETS)}")
     base = base_settings(preset or arguments.base_preset) | {
-        ("run", "framework"): Setting("torch", "default"),
-        ("run", "schedule"): Setting("1f1b", "default"),
+        ("run", "framework"): Setting("torch", "the default --framework"),
+        ("run", "schedule"): Setting("1f1b", "the default --schedule"),
     }
     if preset is None:
         base |= {key: Setting(value, "default") for key, value in defaults.items()}

@@ -85,9 +85,17 @@ def _report(arguments: argparse.Namespace) -> int:
         raise UsageError("the same run twice; right would be different ones")
     folder = Path(arguments.out or arguments.runs[0])
     collection = _collected(*arguments.runs)
-    from common.report.publish import publish  # imported here, with all that draws
+    from common.report.publish import publish, sweeps  # imported here, with all that draws
 
-    publish(collection, folder, arguments.sweep)
+    if arguments.sweep and not sweeps(collection):
+        raise UsageError(
+            "--sweep: no two ranked rows differ in micro-batches or in stages alone; expected a benchmark with a list, "
+            "--micro-batches 1,2,4 or --stages 1,2,4"
+        )
+    try:
+        publish(collection, folder, arguments.sweep)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--out {folder}: {error.strerror}; expected a folder that can be written") from None
     console = make_console()
     for rows in tables.by_track(collection.rows).values():
         tables.print_table(rows, console)

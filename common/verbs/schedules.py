@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table as RichTable
 
-from common.bounded import read_text
+from common.bounded import read_stream, read_text
 from common.console import make_console
 from common.edges import number, printable, write_file
 from common.schedule.action import Op, Schedule, ScheduleError, format_schedule
@@ -117,7 +117,6 @@ def _add_wrap_around(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wrap-around",
         choices=("every", "first"),
-        default=PUBLISHED_WRAP_AROUND,
         help="interleaved: which micro-batches of a group wait for their message between the last and the first device. "
         "first (default): only the group's first, the rule behind the published figures, too low by up to "
         "stages x communication; every: all, as a run does",
@@ -215,9 +214,10 @@ def _read_schedule(path: str) -> Schedule:
 
 def _read(path: str) -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig") if path == "-" else read_text(Path(path))
+        return read_stream(sys.stdin.buffer, "standard input") if path == "-" else read_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"{path}: {error}; right would be a readable text file") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ScheduleError(f"{path}: {why}; right would be a readable text file") from None
 
 
 def _draw(arguments: argparse.Namespace) -> int:
@@ -225,9 +225,9 @@ def _draw(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         console = make_console()
         if console.is_terminal:
-            console.print(draw_color(schedule, costs, console.width), end="")
+            console.print(draw_color(schedule, costs, console.width, console.options.ascii_only), end="")
         else:
-            print(draw_text(schedule, costs))
+            print(draw_text(schedule, costs, ascii_only=console.options.ascii_only))
         return 0
     path = Path(arguments.output)
     match path.suffix.lower():
@@ -249,7 +249,8 @@ def _draw(arguments: argparse.Namespace) -> int:
 
 def _simulate(arguments: argparse.Namespace) -> int:
     schedule, costs = _planned(arguments.schedule, arguments)
-    result = _result(simulate(schedule, costs, wrap_around=arguments.wrap_around), arguments)
+    _check_wrap_around([schedule], arguments)
+    result = _result(_simulated(schedule, costs, arguments), arguments)
     if arguments.output is not None:
         write_file(Path(arguments.output), format_schedule(schedule))
     if arguments.json:
@@ -259,6 +260,17 @@ def _simulate(arguments: argparse.Namespace) -> int:
         shown = ", ".join(map(_short, value)) if isinstance(value, list) else _short(value)
         print(f"{key.replace('_', ' '):34}{shown}")
     return 0
+
+
+def _check_wrap_around(schedules: Sequence[Schedule], arguments: argparse.Namespace) -> None:
+    if arguments.wrap_around is None or any(each.num_chunks > 1 and each.placement == "loop" for each in schedules):
+        return
+    names = ", ".join(dict.fromkeys(each.name for each in schedules))
+    raise ScheduleError(f"--wrap-around: {names} sends nothing from the last device to the first; expected interleaved")
+
+
+def _simulated(schedule: Schedule, costs: Costs, arguments: argparse.Namespace) -> Simulation:
+    return simulate(schedule, costs, wrap_around=arguments.wrap_around or PUBLISHED_WRAP_AROUND)
 
 
 def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -283,7 +295,7 @@ def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, 
         result["peak_bytes_per_stage"] = simulation.peak_bytes_per_stage
     if simulation.table.trusted_wrap_arounds.any() and max(costs.communication) > 0:
         every = simulate(schedule, costs, check=False)
-        result["wrap_around"] = arguments.wrap_around
+        result["wrap_around"] = arguments.wrap_around or PUBLISHED_WRAP_AROUND
         result["bubble_fraction_every_wrap_around"] = every.bubble_fraction
     if arguments.schedule == SEARCH:
         limit = limits(schedule.num_devices, schedule.num_micro_batches, arguments.memory_limit or MEMORY_LIMIT)
@@ -335,7 +347,10 @@ def _adds_in_order(schedule: Schedule) -> bool:
 def _compare(arguments: argparse.Namespace) -> int:
     able = [name for name in GENERATORS if name != SEARCH or arguments.recompute == Costs.recompute]
     names = able if arguments.schedules is None else arguments.schedules.split(",")
-    results = []
+    has_own = [name in GENERATORS and GENERATORS[name].chunks is not None for name in names]
+    if arguments.chunks is not None and all(has_own):
+        raise ScheduleError(f"--chunks {arguments.chunks}: {', '.join(names)} cannot choose; expected with interleaved")
+    planned = []
     for name in names:
         alone = argparse.Namespace(**vars(arguments), schedule=name)
         fixed = GENERATORS[name].chunks if name in GENERATORS else None
@@ -343,8 +358,9 @@ def _compare(arguments: argparse.Namespace) -> int:
         alone.chunks = fixed if fixed is not None else arguments.chunks
         if SEARCH in names and name != SEARCH:  # so is --memory-limit
             alone.memory_limit = None
-        schedule, costs = _planned(name, alone)
-        results.append(_result(simulate(schedule, costs, wrap_around=arguments.wrap_around), alone))
+        planned.append((*_planned(name, alone), alone))
+    _check_wrap_around([schedule for schedule, _, _ in planned], arguments)
+    results = [_result(_simulated(schedule, costs, alone), alone) for schedule, costs, alone in planned]
     if arguments.json:
         print(json.dumps(results, indent=1))
         return 0

@@ -126,6 +126,14 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
             raise UsageError(
                 f"--fault: executor = {config.executor} does not tell its actions; expected executor = table"
             )
+        for text in arguments.fault:
+            fault = Fault.parse(text)
+            for what, number, count in (
+                ("device", fault.device, config.stages),
+                ("step", fault.step, config.train.steps),
+            ):
+                if number >= count:
+                    raise UsageError(f"--fault {text}: there is no {what} {number}; expected 0 to {count - 1}")
         corpus = load_text(config, saved, may_be_another=arguments.weights is not None)
         if directory is not None:
             _check_room(directory, None if arguments.weights else resume)
