@@ -294,6 +294,12 @@ def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.Ca
             "ln_f.bias has shape [5]; right would be [24]",
         ),
         "integers": ({"ln_f.bias": np.ones(24, np.int64)}, ["--num-heads", 3], "right would be float32"),
+        "not finite": (
+            {"ln_f.bias": np.full(24, np.nan)},
+            ["--num-heads", 3],
+            "head.norm.bias has values that are not",
+        ),
+        "too large": ({"ln_f.bias": np.full(24, 1e300)}, ["--num-heads", 3], "are not finite in float32"),
         "no-gpt2": ({"wte.weight": None}, ["--num-heads", 3], "wte.weight is missing"),
         "odd": ({}, ["--num-heads", 5], "num_heads = 5 does not divide d_model = 24"),
     }
@@ -304,6 +310,8 @@ def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.Ca
         '{"activation_function": ["gelu"]}': "activation_function: Input should be 'gelu_new', 'gelu_pytorch_tanh', ",
         '{"n_head": "many"}': "n_head: Input should be a valid integer",
         '{"scale_attn_weights": false}': "scale_attn_weights: Input should be True, not False",
+        '{"n_head": 3, "n_layer": 7}': "num_layers = 3 by its tensors; config.json says n_layer = 7; expected the same",
+        '{"n_head": 3, "model_type": "gptj"}': "model_type: Input should be 'gpt2', not 'gptj'",
         "[]": "config.json: Input should be an object, not []",
     }.items():
         (tmp_path / "config.json").write_text(text)

@@ -131,7 +131,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle can be wrong in every way
         # PyTorch's reason, without its advice on how to load what is not to be trusted.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].split("\n")[0].split(". ")[0]
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0].split(". ")[0]
         why = f"{type(error).__name__}: {reason[:200]}"
         raise ExchangeError(f"{path}: no state dict that torch.load(weights_only=True) reads: {why}") from None
     try:

@@ -68,7 +68,7 @@ def main(
 
 def in_one_line(error: Exception) -> str:
     """What a framework says to a file that it cannot read: the kind of error and the first line of its text."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
 
 
 def check_size(path: Path, model: TransformerSpec) -> None:
@@ -93,7 +93,12 @@ def checked(found: Mapping[str, NDArray[Any]], model: TransformerSpec) -> Arrays
     dtypes = sorted({str(array.dtype) for array in found.values()})
     dtype = "float64" if dtypes == ["float64"] else "float32"
     note_dtypes(dtypes)
-    return {name: np.ascontiguousarray(found[name].astype(dtype)) for name in expected}
+    with np.errstate(over="ignore"):  # said below
+        weights = {name: np.ascontiguousarray(found[name].astype(dtype)) for name in expected}
+    for name, array in weights.items():
+        if not np.isfinite(array).all():
+            raise ExchangeError(f"{name} has values that are not finite in {dtype}; expected weights that compute")
+    return weights
 
 
 def note_dtypes(dtypes: Sequence[str]) -> None:

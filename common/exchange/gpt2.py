@@ -51,8 +51,25 @@ NOT_IN_THE_WEIGHTS: Mapping[str, str] = {
 """What the shapes do not show, by its name in config.json."""
 
 
+IN_THE_WEIGHTS: Mapping[str, str] = {
+    "n_layer": "num_layers",
+    "n_embd": "d_model",
+    "n_inner": "d_ff",
+    "vocab_size": "vocab_size",
+    "n_positions": "context_length",
+}
+"""What config.json says and the shapes show: they have to agree, or a part of the model is missing."""
+
+
 class _Config(BaseModel):
-    """What a config.json says besides the shapes; the rest of it changes no number here."""
+    """What a config.json says that matters here; the rest of it changes no number."""
+
+    model_type: Literal["gpt2"] = "gpt2"
+    n_layer: int | None = None
+    n_embd: int | None = None
+    n_inner: int | None = None
+    vocab_size: int | None = None
+    n_positions: int | None = None
 
     n_head: int | None = Field(None, ge=1)
     activation_function: Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"] = "gelu_new"
@@ -87,6 +104,12 @@ def read_gpt2(
     shapes = {short: headers[name][1].shape for short, name in names.items()}
     config = _config(source.beside("config.json"))
     spec = _spec(path, shapes, config, said)
+    for field, name in IN_THE_WEIGHTS.items():
+        if getattr(config, field) not in (None, getattr(spec, name)):
+            said_there = f"config.json says {field} = {getattr(config, field)}"
+            raise ExchangeError(
+                f"{path}: {name} = {getattr(spec, name)} by its tensors; {said_there}; expected the same"
+            )
     wanted = foreign_shapes(spec)
     check_names({*names} - {HEAD}, set(wanted))
     for name, shape in wanted.items():
