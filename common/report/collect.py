@@ -88,7 +88,7 @@ class Collection:
 
 def _ended(run: Run) -> str:
     log = f" (log: {run.folder.parent / run.result.log})" if run.result.log else ""
-    return f"{run.result.status}: {run.result.reason}{log}"
+    return f"{run.result.status}: {printable(run.result.reason, 500)}{log}"
 
 
 def collect(folders: Sequence[Path]) -> Collection:

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -26,6 +26,7 @@ from common.runtime.engine import Engine
 from common.runtime.job import Job, JobFile
 from common.runtime.patience import Patience
 from common.runtime.worker import Switch, no_drift, run_jobs
+from common.schedule import generators
 from common.spec import RunConfig
 
 GRACE_SECONDS = 5.0
@@ -68,7 +69,7 @@ def _run_until_failure(ranks: Ranks, jobs: Sequence[Job], switch: Switch) -> int
     stages = jobs[0].config.stages
     endpoints = _free_endpoints(stages)
     progress = context.Array("i", stages, lock=False)  # the job that each rank is at
-    arguments = (ranks, jobs, switch, endpoints, os.getpid(), progress)
+    arguments = (ranks, jobs, switch, dict(generators.kept), endpoints, os.getpid(), progress)
     processes = [context.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(stages)]
     try:
         for process in processes:
@@ -118,6 +119,7 @@ def _rank_main(
     ranks: Ranks,
     jobs: Sequence[Job],
     switch: Switch,
+    schedules: Mapping[str, str],
     endpoints: Sequence[str],
     parent: int,
     progress: Any,
@@ -125,6 +127,7 @@ def _rank_main(
     """The life of one rank. It ends with status 1 at the first job that fails here or on another rank."""
     _die_with(parent)
     try:
+        generators.kept.update(schedules)  # a spawned rank has none
         build_engine = ranks.join(rank, endpoints, jobs[0].config)
         for index, job in enumerate(jobs):
             progress[rank] = index
