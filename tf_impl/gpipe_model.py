@@ -50,7 +50,8 @@ Result = TypeVar("Result")
 class GPipeModel(TracedRow, SavedRow, StageThreads):
     """A row of Keras layers, or the Transformer of a `TransformerSpec`, cut over several devices.
 
-    `layers` are as `keras.Sequential` has them: new ones, a `keras.Input` ahead of them or not. `partition` gives the first
+    `layers` are as `keras.Sequential` has them, a `keras.Input` ahead of them or not. Weights that they already have are
+    moved to the stage's device. `partition` gives the first
     layer of every virtual stage after the first; "even" spreads the layers evenly. `num_micro_batches` need not divide
     a mini-batch: pieces then differ by one sample.
     `schedule` is a name (gpipe, 1f1b, ...), `file:PATH`, or a `Schedule`. `recompute`: what the backward
@@ -58,15 +59,14 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
     the dropout masks) are the Transformer's; ordinary layers have their own. One logical device per stage must exist
     (`tf_impl.devices.configure`).
 
-    It gives what `keras.Sequential` gives with the same weights: masks, regularizers and `add_loss` included. What a
-    layer adds with `add_loss` is taken for a mean over samples, as Keras' activity regularizers are: a micro-batch's
-    counts by its part of the mini-batch (so a sum over samples counts for less than in Keras). A layer sees one
+    It gives what `keras.Sequential` gives with the same weights: masks, regularizers and `add_loss` included, where what
+    is added is a mean or a sum over samples, or depends on the weights alone. A layer sees one
     micro-batch at a time: random numbers are each micro-batch's own, so is whatever is computed across samples, and what
     layers update in the forward, such as the averages of a BatchNormalization, is updated m times a step, each time from
     one micro-batch. `compile` (or `build`, if that comes later) warns once of such updates and names the layers.
 
-    Raises ValueError for more stages than layers, a partition that does not fit, missing devices, a layer that already has
-    weights (they would be on the wrong device), comes twice or is stateful; ScheduleError for a schedule that cannot be
+    Raises ValueError for more stages than layers, a partition that does not fit, missing devices, a layer that comes
+    twice, is stateful or part of another model; ScheduleError for a schedule that cannot be
     made. `build` does for a device that would hand on integers or several tensors, for a `tf.py_function` that has to be
     differentiated, and for `recompute` where a layer calls Python or draws numbers without a Keras seed.
     """
@@ -148,8 +148,15 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         if dtype is None:
             dtype = "int32" if isinstance(self.units[0], Embedding | keras.layers.Embedding) else keras.config.floatx()
         x = start = keras.KerasTensor((None, *input_shape[1:]), dtype)
+        taken: set[int] = set()
         for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
+            for shared in (v for layer in chunk.layers for v in layer.variables if id(v) in taken):
+                raise ValueError(
+                    f"layers of two virtual stages share the variable {shared.path}; expected a partition that keeps them "
+                    "together"
+                )
             x = self.on_stage(d, functools.partial(chunk.build, x))
+            taken |= {id(v) for layer in chunk.layers for v in layer.variables}
         self._input, self._is_masked = start, mask_of(x) is not None
         self._check_effects()
         if self._tied is not None:
@@ -208,9 +215,10 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         if training:
             raise ValueError("a pipeline trains in forward_backward, not in call(training=True)")
         mask = mask_of(x)
-        for chunk in self.chunks:
-            with tf.device(chunk.device):
-                x, mask, _ = chunk.evaluate(*(t if t is None else tf.identity(t) for t in (x, mask)))
+        for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
+            with self._executor(d):  # the stage's: a loop that is traced for another one does not run on it
+                given = (t if t is None else tf.identity(t) for t in (x, mask))
+                x, mask, _ = chunk.evaluate(*given, tf.ones((), tf.float64))
         return with_mask(x, mask)
 
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -331,12 +339,13 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
 
         def begin(d: int) -> ForwardOnly:
             chunks = self.stages[d].chunks
-            passes[d] = ForwardOnly(chunks, tf.split(x, sizes) if chunks[0].is_first else [], finish)
+            inputs = tf.split(x, sizes) if chunks[0].is_first else []
+            passes[d] = ForwardOnly(chunks, inputs, [size / len(x) for size in sizes], finish)
             return passes[d]
 
         self._run(replace(self.schedule, devices=forwards), begin)
         found = passes[self.schedule.location[-1][0]].predictions
-        losses = [sizes[i] / len(x) * loss for p in passes.values() for i, of in p.layer_losses.items() for loss in of]
+        losses = [loss for p in passes.values() for loss in p.layer_losses]
         return concatenated([found[i] for i in range(count)]), losses
 
     def summed_loss(self, prediction: tf.Tensor, y: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
@@ -418,8 +427,15 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
 
     def _check_effects(self) -> None:
         """Raises ValueError for layers that cannot run as often as a micro-batch asks; warns of those with a state."""
+        m = self.schedule.num_micro_batches
+        for chunk, layer in ((c, each) for c in self.chunks for each in c.layers):
+            if m > 1 and any("neither" in kinds for kinds in chunk.kinds.get(id(layer), {}).values()):
+                raise ValueError(
+                    f"layer {layer.name}: what it adds to the loss of a batch is not known to be the sum or the mean of "
+                    "what it adds for the samples; expected one of the two, or num_micro_batches=1"
+                )
         for layer, effects in (found for chunk in self.chunks for found in chunk.effects):
-            if effects.differentiates_python and self.schedule.num_micro_batches > 1:
+            if effects.differentiates_python and m > 1:
                 raise ValueError(
                     f"layer {layer.name}: TensorFlow keeps what the gradient of a tf.py_function needs of one call only; "
                     "expected one micro-batch, or tf.numpy_function in a tf.custom_gradient"

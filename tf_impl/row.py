@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -20,7 +20,9 @@ class Row(NamedTuple):
 
 
 def row_of(given: Sequence[Any]) -> Row:
-    """`given` without its `keras.Input` or `InputLayer`. Raises ValueError for what cannot be a row of new layers."""
+    """`given` without its `keras.Input` or `InputLayer`. Raises ValueError for what cannot be a row of layers."""
+    if not isinstance(given, Iterable):
+        raise ValueError(f"layers is a {type(given).__name__}; expected a list of Keras layers")
     layers = [entry._keras_history.operation if isinstance(entry, keras.KerasTensor) else entry for entry in given]
     start = None
     if layers and isinstance(layers[0], keras.layers.InputLayer):
@@ -34,8 +36,11 @@ def row_of(given: Sequence[Any]) -> Row:
             raise ValueError(f"layer {i} is a {type(layer).__name__}; expected a Keras layer")
         if isinstance(layer, keras.layers.InputLayer):
             raise ValueError(f"layer {i} ({layer.name}) is an input; expected one only, ahead of all layers")
-        if layer.weights:
-            raise ValueError(f"layer {i} ({layer.name}) already has weights; right would be a new layer, not built yet")
+        if layer._inbound_nodes:
+            raise ValueError(
+                f"layer {i} ({layer.name}) is part of another model, whose functions would go on with its old weights; "
+                "expected a new layer"
+            )
         if any(layer is other for other in layers[:i]):
             raise ValueError(f"layer {i} ({layer.name}) comes twice; right would be two layers")
         if any(getattr(inner, "stateful", False) for inner in layer._flatten_layers()):

@@ -59,6 +59,12 @@ class SavedRow(keras.Model):
         if self.built:
             self._build_optimizer()  # its slots are loaded next
 
+    def export(self, *arguments: Any, **options: Any) -> None:
+        """Refused: what is exported is one graph, and a pipeline is Python that calls many."""
+        raise ValueError(
+            "a pipeline cannot be exported; expected a keras.Sequential of new layers with the same weights"
+        )
+
     def save_own_variables(self, store: Any) -> None:
         """The float32 masters, if layers compute in bfloat16."""
         for i, (_, master) in enumerate(self._copies):
@@ -94,21 +100,11 @@ class SavedRow(keras.Model):
 
 
 def layer_configs(layers: Sequence[keras.layers.Layer]) -> list[dict[str, Any]]:
-    return [unbuilt(keras.saving.serialize_keras_object(layer)) for layer in layers]
+    return [keras.saving.serialize_keras_object(layer) for layer in layers]
 
 
 def layers_of(configs: Sequence[dict[str, Any]], custom_objects: dict[str, Any] | None) -> list[keras.layers.Layer]:
-    """New layers without weights: a pipeline makes those on the devices of its stages."""
     return [keras.saving.deserialize_keras_object(config, custom_objects) for config in configs]
-
-
-def unbuilt(config: Any) -> Any:
-    """`config` without what would make Keras build a layer when it is read, in nested layers too."""
-    if isinstance(config, list | tuple):
-        return [unbuilt(entry) for entry in config if not _is_input(entry)]
-    if isinstance(config, dict):
-        return {k: unbuilt(v) for k, v in config.items() if k not in ("build_config", "build_input_shape")}
-    return config
 
 
 def schedule_text(schedule: str | Schedule) -> str:
@@ -118,7 +114,3 @@ def schedule_text(schedule: str | Schedule) -> str:
 
 def schedule_of(text: str) -> str | Schedule:
     return parse_schedule(text) if "\n" in text else text
-
-
-def _is_input(config: Any) -> bool:
-    return isinstance(config, dict) and config.get("class_name") == "InputLayer"

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -25,6 +25,7 @@ from tf_impl.cut import StageFunctions, cut_stage
 from tf_impl.devices import on_one_thread
 from tf_impl.dropout import DropoutContext
 from tf_impl.effects import Effects, effects_of, mask_of, with_mask
+from tf_impl.layer_losses import Kind, kinds_of_losses, losses_of, shared, total
 from tf_impl.layers import Unit
 
 SummedLoss = Callable[..., tf.Tensor]
@@ -36,21 +37,20 @@ def apply_layer(layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext
     return layer(x, context=context) if isinstance(layer, Unit) else layer(x, training=training)
 
 
-def losses_of(layer: keras.layers.Layer) -> list[tf.Tensor]:
-    """What the layer's last call and its weights add to the loss: regularizers and `add_loss`."""
-    return [] if isinstance(layer, Unit) else [keras.ops.sum(loss) for loss in layer.losses]
-
-
-def total(losses: Sequence[tf.Tensor]) -> tf.Tensor | None:
-    """Their sum; None for none."""
-    return functools.reduce(keras.ops.add, losses) if losses else None
-
-
 def master_of(variable: keras.Variable) -> keras.Variable:
     """A float32 variable of the same values for one in bfloat16, else the variable itself."""
     if variable.dtype != "bfloat16":
         return variable
     return keras.Variable(tf.cast(variable.value, tf.float32), dtype="float32", name=variable.name)
+
+
+def move_here(layer: keras.layers.Layer) -> None:
+    """Puts the weights that the layer already has on the device of the strategy whose scope this is."""
+    for variable in layer.weights:
+        variable._initialize(variable.numpy())
+    for inner in layer._flatten_layers():
+        if isinstance(inner, keras.Model):  # traced with the weights where they were
+            inner.train_function = inner.test_function = inner.predict_function = None
 
 
 class Chunk:
@@ -72,6 +72,8 @@ class Chunk:
         """Layers up to the first floating output: a token or a category has no gradient."""
         self.effects: list[tuple[keras.layers.Layer, Effects]] = []
         """What the layers do besides computing their output; filled by `build`."""
+        self.kinds: dict[int, Mapping[bool, list[Kind]]] = {}
+        """By the identity of a layer that calls `add_loss`, and by `training`: how its losses go over micro-batches."""
         self.only_own_device = True
         """Whether all variables lie here. The seed of a Keras Dropout does not: it is made along with the layer."""
         self.evaluate = tf.function(self._evaluate, autograph=False)
@@ -81,9 +83,10 @@ class Chunk:
 
         Raises ValueError for an output that cannot be handed on: several tensors, or integers, which have no gradient.
         """
-        self.effects, floating = [], []
+        self.effects, self.kinds, floating = [], {}, []
         with self.strategy.scope():
             for layer in self.layers:
+                move_here(layer)
                 given, x = x, layer(x)
                 floating.append(isinstance(x, keras.KerasTensor) and tf.as_dtype(x.dtype).is_floating)
                 if not isinstance(layer, Unit):
@@ -91,6 +94,8 @@ class Chunk:
                     found = effects_of(layer, given, call)
                     if found is not None:
                         self.effects.append((layer, found))
+                    if len(layer.losses) > sum(v.regularizer is not None for v in layer.trainable_variables):
+                        self.kinds[id(layer)] = kinds_of_losses(layer, given, layer)
                     if found is not None and isinstance(x, keras.KerasTensor):
                         x._keras_mask = found.mask
         if not isinstance(x, keras.KerasTensor):
@@ -112,7 +117,8 @@ class Chunk:
         known = {id(v): (v, m, g) for v, m, g in zip(self.variables, self.masters, self.gradients, strict=True)}
         units = {id(v) for layer in self.layers if isinstance(layer, Unit) for v in layer.trainable_variables}
         found = []
-        for variable in (v for layer in self.layers for v in layer.trainable_variables):
+        # One that several layers share counts once.
+        for variable in {id(v): v for layer in self.layers for v in layer.trainable_variables}.values():
             if id(variable) not in known:
                 with self.strategy.scope():
                     master = master_of(variable) if id(variable) in units else variable
@@ -159,7 +165,7 @@ class Chunk:
                 states[id(layer)] = [(v, tf.identity(v.value)) for v in layer.non_trainable_variables]
             with scope:
                 y = apply_layer(layer, x, context, training=True)
-                losses.extend(losses_of(layer))
+                losses.extend(self._losses(layer, True, share))
             return y
 
         def run_first(x: tf.Tensor, *extra: tf.Tensor) -> tf.Tensor:
@@ -180,7 +186,7 @@ class Chunk:
             if piece is pieces[-1] and mask_of(x) is not None:
                 reported["mask"] = mask_of(x)
             if losses:
-                reported["layer_losses"] = share * total(losses)
+                reported["layer_losses"] = total(losses)
                 losses.clear()
             if piece is pieces[-1] and self.is_last:
                 reported |= {"prediction": x} if reports else {}
@@ -245,16 +251,24 @@ class Chunk:
         for gradient in self.gradients:
             gradient.assign(tf.zeros(gradient.shape, gradient.dtype), read_value=False)
 
+    def _losses(self, layer: keras.layers.Layer, training: bool, share: Any) -> list[tf.Tensor]:
+        """What the layer's last call, of a part of a mini-batch, adds to the mini-batch's loss."""
+        kinds = self.kinds.get(id(layer), {}).get(training, ())
+        return [] if isinstance(layer, Unit) else shared(losses_of(layer), kinds, share)
+
     def _evaluate(
-        self, x: tf.Tensor, mask: tf.Tensor | None = None
+        self, x: tf.Tensor, mask: tf.Tensor | None, share: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor | None]:
-        """The chunk without dropout, for any batch size: its output, that one's mask, and the layers' losses."""
+        """The chunk without dropout, for any batch size: its output, that one's mask, and the layers' losses.
+
+        `share`: the part of a mini-batch that `x` is, as in `trace`.
+        """
         losses = []
         with tf.device(self.device):
             x = with_mask(x, mask)
             for layer in self.layers:
                 x = apply_layer(layer, x, None, training=False)
-                losses += losses_of(layer)
+                losses += self._losses(layer, False, share)
         return x, mask_of(x), total(losses)
 
 
@@ -330,21 +344,28 @@ class ForwardOnly:
     """A pass that only predicts: the forward half of `common.runtime.executor.Stage`, without dropout."""
 
     def __init__(
-        self, chunks: Sequence[Chunk], inputs: Sequence[tf.Tensor], finish: Callable[[int, tf.Tensor], tf.Tensor]
+        self,
+        chunks: Sequence[Chunk],
+        inputs: Sequence[tf.Tensor],
+        shares: Sequence[float],
+        finish: Callable[[int, tf.Tensor], tf.Tensor],
     ) -> None:
-        """`inputs`: the micro-batches, on the first stage. `finish` makes of a prediction what is kept of it."""
+        """`inputs`: the micro-batches, on the first stage; `shares`: their parts of the mini-batch. `finish` makes of a
+        prediction what is kept of it."""
         self.chunks = chunks
         self._inputs, self._finish = inputs, finish
+        self._shares = [tf.constant(share, tf.float64) for share in shares]
         self.predictions: dict[int, tf.Tensor] = {}
-        self.layer_losses: dict[int, list[tf.Tensor]] = {}
-        """By micro-batch: what the layers add to the loss of a mini-batch that is this micro-batch alone."""
+        self.layer_losses: list[tf.Tensor] = []
+        """What the layers add to the loss of the mini-batch."""
 
     def forward(self, micro_batch: int, chunk: int, x: Sequence[tf.Tensor] | None) -> list[tf.Tensor] | None:
         """As `Stage.forward`."""
         part = self.chunks[chunk]
-        y, mask, losses = part.evaluate(*([self._inputs[micro_batch]] if x is None else x))
+        received, *masks = [self._inputs[micro_batch]] if x is None else x
+        y, mask, losses = part.evaluate(received, *(masks or [None]), self._shares[micro_batch])
         if losses is not None:
-            self.layer_losses.setdefault(micro_batch, []).append(losses)
+            self.layer_losses.append(losses)
         if not part.is_last:
             return [y] if mask is None else [y, mask]
         self.predictions[micro_batch] = self._finish(micro_batch, with_mask(y, mask))

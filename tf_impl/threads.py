@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -61,8 +62,12 @@ class StageThreads(keras.Model):
 
     def _submit(self, d: int, work: Callable[[], Result]) -> Future[Result]:
         def on_device() -> Result:
-            only_own_device = all(chunk.only_own_device for chunk in self.stages[d].chunks)
-            with devices.stage_thread(self.stage_devices[d], only_own_device):
+            with self._executor(d):
                 return work()
 
         return self._threads[d].submit(on_device)
+
+    def _executor(self, d: int) -> contextlib.AbstractContextManager[Any]:
+        """The device of a stage, and what runs its functions."""
+        only_own_device = all(chunk.only_own_device for chunk in self.stages[d].chunks)
+        return devices.stage_thread(self.stage_devices[d], only_own_device)

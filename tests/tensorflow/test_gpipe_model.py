@@ -91,12 +91,6 @@ def test_a_seed_on_another_device_neither_hangs_nor_stands_still(make: Make) -> 
     assert alone == [[True, False], [True, True]]
 
 
-def with_weights() -> list[keras.layers.Layer]:
-    built = layers()
-    built[1].build((None, 16))
-    return built
-
-
 @pytest.mark.parametrize(
     ("work", "kind", "message"),
     [
@@ -112,11 +106,10 @@ def with_weights() -> list[keras.layers.Layer]:
         ),
         (lambda: GPipeModel(layers(), 6, 4), ValueError, "6 virtual stages for 5 layers"),
         (lambda: GPipeModel(layers(), 4, 4), ValueError, r"tf_impl.devices.configure\(stages=4\)"),
-        (lambda: GPipeModel(with_weights(), 2, 4), ValueError, "already has weights"),
         (lambda: GPipeModel(layers(), 3, 4, partition=[3, 3]), ValueError, "2 increasing boundaries"),
         (lambda: GPipeModel(TransformerSpec(num_layers=1), 4, 4), ValueError, "4 virtual stages for 3 layers"),
     ],
-    ids=["not compiled", "batch", "stages", "devices", "built", "partition", "Transformer"],
+    ids=["not compiled", "batch", "stages", "devices", "partition", "Transformer"],
 )
 def test_errors_say_what_is_wrong(work: Callable[[], Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):

@@ -283,6 +283,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "two outputs": (lambda: GPipeModel([L.Dense(1), L.Lambda(lambda t: [t, t])], 2, 3)(X), "expected one tensor"),
     "not a layer": (lambda: GPipeModel([L.Dense(1), "relu"], 2, 3), "layer 1 is a str"),
     "late input": (lambda: GPipeModel([L.Dense(1), keras.Input((5,))], 2, 3), "ahead of all layers"),
+    "not a list": (lambda: GPipeModel(L.Dense(1), 2, 3), "layers is a Dense; expected a list"),
+    "another's layer": (
+        lambda: GPipeModel(keras.Sequential([keras.Input((5,)), L.Dense(1)]).layers, 1, 3),
+        "is part of another model",
+    ),
+    "export": (lambda: compiled().export("folder"), "expected a keras.Sequential of new layers"),
     "one name": (lambda: GPipeModel([L.Dense(1, name="a"), L.Dense(1, name="a")], 2, 3), "called 'a'"),
 }
 

@@ -98,6 +98,29 @@ class Counter(L.Layer):
         return shape
 
 
+class Adds(L.Layer):
+    """Adds to the loss what `function` makes of its input."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(self.function(x))
+        return x
+
+
+def residual(width: int) -> keras.Model:
+    """A functional model: it has its weights already."""
+    start = keras.Input((width,))
+    return keras.Model(start, L.Add()([start, L.Dense(width, "tanh")(start)]))
+
+
+def one_weight_twice() -> list[L.Layer]:
+    shared = L.Dense(4, "tanh")
+    return [L.Dense(4), *(keras.Sequential([shared, L.Activation("tanh")]) for _ in range(2)), residual(4), L.Dense(1)]
+
+
 def nested_loops(x: tf.Tensor) -> tf.Tensor:
     def body(i: tf.Tensor, h: tf.Tensor) -> Any:
         mapped = tf.cond(i > 0, lambda: tf.map_fn(lambda row: tf.tanh(row), h), lambda: 1.1 * h)
@@ -189,6 +212,16 @@ CASES: dict[str, tuple[Callable[[], list[L.Layer]], Any, Any, Any, dict[str, Any
         lambda: embedded(L.LSTM(4, return_sequences=True, activity_regularizer="l2"), Says(3), L.Dense(1)),
         *(TOKENS, STEPS, keras.losses.MeanSquaredError(reduction="sum"), {}),
     ),
+    "losses that are sums over samples": (
+        lambda: [
+            L.Dense(4, kernel_regularizer="l2"),
+            keras.Sequential([L.Dropout(0.0), Adds(lambda x: [0.1 * tf.reduce_sum(x**2), tf.reduce_mean(x**2)])]),
+            Adds(lambda x: 0.1 * tf.reduce_mean(x**2, axis=1)),
+            L.Dense(1, activity_regularizer="l2"),
+        ],
+        *(VECTORS, COLUMN, "mse", {}),
+    ),
+    "shared and with weights already": (one_weight_twice, VECTORS, COLUMN, "mse", {}),
     "integers first": (
         lambda: [L.Reshape((S, 1)), L.Flatten(), L.Embedding(20, 4), L.Flatten(), L.Dense(1)],
         *(TOKENS, COLUMN, "mse", {}),
@@ -216,6 +249,8 @@ RUNS: list[tuple[str, int, dict[str, Any]]] = [
     ("layers' own losses", 1, {"schedule": "gpipe", "recompute": "every-2"}),
     ("masked, with layers' own losses", 3, {"schedule": "zb-h1", "recompute": "full"}),
     ("integers first", 2, {"schedule": "1f1b", "partition": [3], "recompute": "every-1"}),
+    ("losses that are sums over samples", 2, {"schedule": "zb-h1", "recompute": "full"}),
+    ("shared and with weights already", 2, {"schedule": "1f1b", "partition": [3]}),
 ]
 
 
@@ -237,6 +272,7 @@ def test_a_pipeline_gives_what_keras_gives(name: str, stages: int, cut: dict[str
     model = GPipeModel(make(), stages, 4, **cut)
     model.build(x.shape, keras.backend.standardize_dtype(x.dtype))
     model.set_weights(start)
+    model(x[: B // 4])  # traced on this thread, and run on the stages' threads
     for found, right in zip(fitted(model, x, y, loss, options, SIZES[name]), expected, strict=True):
         np.testing.assert_allclose(found, right, rtol=2e-5, atol=2e-6)
 
@@ -309,6 +345,8 @@ def noisy(x: tf.Tensor) -> tf.Tensor:
         (lambda: [L.Dense(4), Apply(noisy)], {"recompute": "full"}, "a second forward would do so again"),
         (lambda: [L.Dense(4), L.SpectralNormalization(L.Dense(4))], {"recompute": "full"}, "assigns what is trained"),
         (lambda: [L.Lambda(lambda x: [x, x]), L.Add()], {}, "its output is a list; expected one tensor"),
+        (lambda: [L.Dense(4), Adds(tf.math.reduce_std)], {}, "not known to be the sum or the mean"),
+        (one_weight_twice, {"partition": [2]}, "layers of two virtual stages share the variable .*kernel"),
     ],
 )
 def test_layers_that_cannot_be_right_are_refused(
