@@ -53,6 +53,8 @@ def kind(device: str) -> str:
     """ "CPU" or "GPU" for the request "auto", "cpu" or "cuda". Raises ValueError."""
     import tensorflow as tf
 
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device = {device!r}; expected auto, cpu or cuda")
     has_gpu = bool(tf.config.list_physical_devices("GPU"))
     if device == "cuda" and not has_gpu:
         raise ValueError("device = 'cuda', but TensorFlow sees no GPU; right would be 'cpu' or 'auto'")

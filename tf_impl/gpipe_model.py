@@ -37,7 +37,7 @@ from tf_impl.effects import mask_of, with_mask
 from tf_impl.layers import Embedding, build_unit
 from tf_impl.loss import BatchLoss, check_loss
 from tf_impl.optimizer import StageOptimizer, check_optimizer, moments_of
-from tf_impl.row import cut_row, row_of
+from tf_impl.row import check_numbers, cut_row, row_of
 from tf_impl.saving import SavedRow, schedule_text
 from tf_impl.stage import Chunk, ForwardOnly, Stage, apply_layer, concatenated
 from tf_impl.threads import StageThreads
@@ -86,6 +86,9 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
+        check_numbers(num_stages=num_stages, num_micro_batches=num_micro_batches, num_chunks=num_chunks)
+        if not isinstance(schedule, str | Schedule):
+            raise ValueError(f"schedule {schedule!r}; expected a name, file:PATH or a Schedule")
         super().__init__(name=name, **({"dtype": dtype} if isinstance(layers, TransformerSpec) else {}))
         self.spec = layers if isinstance(layers, TransformerSpec) else None
         self.seed = seed
@@ -100,7 +103,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         else:
             made = schedule
         self.schedule = made
-        if not is_known(recompute):
+        if not is_known(str(recompute)):
             raise ValueError(f"recompute {recompute!r}; right would be one of {WORDS}")
         self.recompute = recompute
         edges = cut_row(self.spec, len(self.units), num_stages, made.num_chunks, partition)
@@ -163,6 +166,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
             own, copy = self._tied
             copy.assign(own)
             self.cast_masters()
+        self._claim_optimizer()
 
     def compile(
         self,
@@ -203,6 +207,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         )
         check_optimizer(self.optimizer)
         self._optimizers, self._traced, self._loss = [], {}, None
+        self._claim_optimizer()
         self._warn_of_states()
 
     def __call__(self, x: Any, *arguments: Any, **options: Any) -> Any:
@@ -216,7 +221,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
             raise ValueError("a pipeline trains in forward_backward, not in call(training=True)")
         mask = mask_of(x)
         for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
-            with self._executor(d):  # the stage's: a loop that is traced for another one does not run on it
+            with self._executor(d):  # a loop that is traced for another does not run on it
                 given = (t if t is None else tf.identity(t) for t in (x, mask))
                 x, mask, _ = chunk.evaluate(*given, tf.ones((), tf.float64))
         return with_mask(x, mask)
@@ -415,6 +420,11 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
     def _build_optimizer(self) -> None:
         if not self.optimizer.built:
             self.optimizer.build(self._masters)
+
+    def _claim_optimizer(self) -> None:
+        """Where the optimizer updates masters, builds it before a callback does for the copies."""
+        if self.compiled and self._copies:
+            self._build_optimizer()
 
     @property
     def _masters(self) -> list[keras.Variable]:

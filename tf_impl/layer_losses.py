@@ -1,8 +1,9 @@
 """What a layer adds to the loss, as a sum over micro-batches.
 
-Keras sees one number: a mean over samples (activity regularizers), a sum over them, or a value of the weights alone. A
-micro-batch's mean counts by its part of the mini-batch, and so do values that are the same in every micro-batch; its sum
-counts whole. Which it is shows in the values for some rows and for their two parts.
+Keras sees one number: a mean over samples (activity regularizers), a sum over them, or a value of
+the weights alone. A micro-batch's mean counts by its part of the mini-batch, and so do values that
+are the same in every micro-batch; its sum counts whole. Which it is shows in the values for some
+rows and for their two parts.
 """
 
 from __future__ import annotations
@@ -18,19 +19,25 @@ import tensorflow as tf
 from tf_impl.effects import mask_of, with_mask
 
 Kind = Literal["mean", "sum", "neither"]
-ROWS, FIRST, OPEN_AXIS = 8, 3, 4
-"""Rows to try a layer with, those of them in the first part, and the length of an axis that has none."""
+FIRST, REST = 3, 5
+"""Rows of the two parts of the batch that a layer is tried with."""
+OPEN_AXIS = 4
+"""The length there of an axis that has none."""
 
 
 def losses_of(layer: keras.layers.Layer) -> list[tf.Tensor]:
-    """What the layer's last call adds to the loss, then its weight regularizers, each as one number."""
+    """What the layer's last call adds to the loss, then its weight regularizers."""
     return [keras.ops.sum(loss) for loss in layer.losses]
 
 
 def shared(losses: Sequence[tf.Tensor], kinds: Sequence[Kind], share: Any) -> list[tf.Tensor]:
-    """`losses_of` a layer for a part of a mini-batch, as parts of its loss. `share`: that part's share of the samples."""
-    is_sum = [kind == "sum" for kind in kinds] + [False] * (len(losses) - len(kinds))
-    return [loss if s else keras.ops.cast(share, loss.dtype) * loss for loss, s in zip(losses, is_sum, strict=True)]
+    """`losses_of` a layer for a part of a mini-batch, as parts of its loss.
+
+    `share`: that part's share of the samples.
+    """
+    kinds = [*kinds, *["mean"] * (len(losses) - len(kinds))]
+    shares = [1 if kind == "sum" else share for kind in kinds]
+    return [keras.ops.cast(s, loss.dtype) * loss for s, loss in zip(shares, losses, strict=True)]
 
 
 def total(losses: Sequence[tf.Tensor]) -> tf.Tensor | None:
@@ -43,7 +50,7 @@ def kinds_of_losses(layer: keras.layers.Layer, x: Any, call: Callable[..., Any])
 
     In training, layers such as Dropout hide it; then it is what it is without training.
     """
-    found = {training: _kinds(layer, x, functools.partial(call, training=training)) for training in (False, True)}
+    found = {t: _kinds(layer, x, functools.partial(call, training=t)) for t in (False, True)}
     if len(found[True]) == len(found[False]):
         pairs = zip(found[True], found[False], strict=True)
         found[True] = [other if kind == "neither" else kind for kind, other in pairs]
@@ -51,26 +58,33 @@ def kinds_of_losses(layer: keras.layers.Layer, x: Any, call: Callable[..., Any])
 
 
 def _kinds(layer: keras.layers.Layer, like: Any, call: Callable[[Any], Any]) -> list[Kind]:
-    generator = np.random.default_rng(0)
-    shape = (ROWS, *(OPEN_AXIS if n is None else n for n in like.shape[1:]))
-    dtype = tf.as_dtype(like.dtype)
-    # Positive, to be valid for every loss.
-    numbers = generator.uniform(0.1, 0.9, shape) if dtype.is_floating else generator.integers(0, 2, shape)
-    mask = None if mask_of(like) is None else tf.constant(generator.random(shape[: len(mask_of(like).shape)]) < 0.7)
+    generator, dtype = np.random.default_rng(0), tf.as_dtype(like.dtype)
+    shape = (FIRST + REST, *(OPEN_AXIS if n is None else n for n in like.shape[1:]))
+    low, high = (0.1, 0.9) if dtype.is_floating else (0, 2)  # valid for logarithms and for tokens
+    numbers = generator.uniform(low, high, shape)
+    mask = mask_of(like)
+    if mask is not None:
+        mask = tf.constant(generator.random(shape[: len(mask.shape)]) < 0.7)
 
     def values(rows: slice) -> np.ndarray:
         state = [(v, v.value) for v in layer.variables]
         with keras.StatelessScope(state, collect_losses=True, initialize_variables=False):
-            call(with_mask(tf.cast(numbers[rows], dtype), None if mask is None else mask[rows]))
-            regularized = sum(v.regularizer is not None for v in layer.trainable_variables)
-            found = losses_of(layer)
-            return np.array([float(loss) for loss in found[: len(found) - regularized]])
+            x = tf.cast(numbers[rows], dtype)
+            call(with_mask(x, None if mask is None else mask[rows]))
+            found = [float(loss) for loss in losses_of(layer)]
+        return np.array(found[: len(found) - num_regularized(layer)])
 
     try:
-        whole, first, rest = (values(rows) for rows in (slice(ROWS), slice(FIRST), slice(FIRST, ROWS)))
+        whole, first, rest = map(values, (slice(None), slice(FIRST), slice(FIRST, None)))
     except Exception:  # a layer that takes no numbers, or no other number of rows
         return ["neither"]
     limit = 1e-3 if tf.as_dtype(layer.compute_dtype).size > 2 else 3e-2
     same = functools.partial(np.isclose, whole, rtol=limit, atol=0)
-    is_mean, is_sum = same((FIRST * first + (ROWS - FIRST) * rest) / ROWS), same(first + rest)
-    return ["mean" if m else "sum" if s else "neither" for m, s in zip(is_mean, is_sum, strict=True)]
+    is_mean, is_sum = same((FIRST * first + REST * rest) / (FIRST + REST)), same(first + rest)
+    pairs = zip(is_mean, is_sum, strict=True)
+    return ["mean" if mean else "sum" if sum_ else "neither" for mean, sum_ in pairs]
+
+
+def num_regularized(layer: keras.layers.Layer) -> int:
+    """How many of the layer's losses come from its weights alone; they are the last."""
+    return sum(v.regularizer is not None for v in layer.trainable_variables)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import keras
@@ -53,6 +54,13 @@ def row_of(given: Sequence[Any]) -> Row:
     return Row(layers, start)
 
 
+def check_numbers(**given: Any) -> None:
+    """Raises ValueError for what is no whole number, by its name."""
+    for name, value in given.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} = {value!r}; expected a whole number")
+
+
 def cut_row(
     spec: TransformerSpec | None, num_layers: int, stages: int, chunks: int, partition: str | Sequence[int]
 ) -> list[int]:
@@ -66,7 +74,8 @@ def cut_row(
         spread = [k * num_layers // parts for k in range(1, parts)]
         inner = even_boundaries(spec.num_layers, stages, chunks) if spec else spread
     else:
-        inner = list(partition)
+        inner = list(partition) if isinstance(partition, Iterable) else [partition]
+        check_numbers(**{f"partition[{k}]": edge for k, edge in enumerate(inner)})
     edges = [0, *inner, num_layers]
     if len(inner) != parts - 1 or any(a >= b for a, b in itertools.pairwise(edges)):
         raise ValueError(f"partition {inner} needs {parts - 1} increasing boundaries between 1 and {num_layers - 1}")

@@ -25,7 +25,7 @@ from tf_impl.cut import StageFunctions, cut_stage
 from tf_impl.devices import on_one_thread
 from tf_impl.dropout import DropoutContext
 from tf_impl.effects import Effects, effects_of, mask_of, with_mask
-from tf_impl.layer_losses import Kind, kinds_of_losses, losses_of, shared, total
+from tf_impl.layer_losses import Kind, kinds_of_losses, losses_of, num_regularized, shared, total
 from tf_impl.layers import Unit
 
 SummedLoss = Callable[..., tf.Tensor]
@@ -73,7 +73,7 @@ class Chunk:
         self.effects: list[tuple[keras.layers.Layer, Effects]] = []
         """What the layers do besides computing their output; filled by `build`."""
         self.kinds: dict[int, Mapping[bool, list[Kind]]] = {}
-        """By the identity of a layer that calls `add_loss`, and by `training`: how its losses go over micro-batches."""
+        """How the losses that a layer adds go over micro-batches: by its identity and `training`."""
         self.only_own_device = True
         """Whether all variables lie here. The seed of a Keras Dropout does not: it is made along with the layer."""
         self.evaluate = tf.function(self._evaluate, autograph=False)
@@ -94,7 +94,7 @@ class Chunk:
                     found = effects_of(layer, given, call)
                     if found is not None:
                         self.effects.append((layer, found))
-                    if len(layer.losses) > sum(v.regularizer is not None for v in layer.trainable_variables):
+                    if len(layer.losses) > num_regularized(layer):
                         self.kinds[id(layer)] = kinds_of_losses(layer, given, layer)
                     if found is not None and isinstance(x, keras.KerasTensor):
                         x._keras_mask = found.mask
@@ -350,8 +350,10 @@ class ForwardOnly:
         shares: Sequence[float],
         finish: Callable[[int, tf.Tensor], tf.Tensor],
     ) -> None:
-        """`inputs`: the micro-batches, on the first stage; `shares`: their parts of the mini-batch. `finish` makes of a
-        prediction what is kept of it."""
+        """`inputs`: the micro-batches, on the first stage; `shares`: their parts of the mini-batch.
+
+        `finish` makes of a prediction what is kept of it.
+        """
         self.chunks = chunks
         self._inputs, self._finish = inputs, finish
         self._shares = [tf.constant(share, tf.float64) for share in shares]

@@ -24,6 +24,7 @@ from tests.engines import (
 from tests.tensorflow.test_recompute import RECOMPUTED
 from tf_impl.dropout import DropoutContext
 from tf_impl.engine import build_engine
+from tf_impl.gpipe_model import GPipeModel
 from tf_impl.layers import build_unit
 from tf_impl.precision import products_are_rounded
 
@@ -92,3 +93,17 @@ def test_errors_of_bfloat16_have_no_sign() -> None:
     a, b = numbers(64, 32), numbers(32, 48)
     own = stretch(tf.cast(tf.matmul(a, b), tf.float64), tf.matmul(tf.cast(a, tf.float64), tf.cast(b, tf.float64)))
     assert products_are_rounded() == (own < 0.2), own  # TensorFlow's own product, -0.7 without oneDNN
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_the_optimizer_is_built_for_the_masters_before_a_callback_builds_it(
+    compiled_first: bool,
+) -> None:
+    """BackupAndRestore would build it for `trainable_variables`, which are in bfloat16."""
+    spec = TransformerSpec(num_layers=1, context_length=8, d_model=16, num_heads=2, d_ff=16)
+    model = GPipeModel(spec, 2, 2, dtype="bfloat16")
+    work = [lambda: model.compile("adam", "mse"), lambda: model.build((None, 8))]
+    for step in work if compiled_first else reversed(work):
+        step()
+    assert model.optimizer.built
+    assert {variable.dtype for variable in model.optimizer._trainable_variables} == {"float32"}

@@ -283,6 +283,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "two outputs": (lambda: GPipeModel([L.Dense(1), L.Lambda(lambda t: [t, t])], 2, 3)(X), "expected one tensor"),
     "not a layer": (lambda: GPipeModel([L.Dense(1), "relu"], 2, 3), "layer 1 is a str"),
     "late input": (lambda: GPipeModel([L.Dense(1), keras.Input((5,))], 2, 3), "ahead of all layers"),
+    "no whole number": (lambda: GPipeModel(regression(), 2, 3.0), "num_micro_batches = 3.0; expected a whole number"),
+    "a boundary": (lambda: GPipeModel(regression(), 2, 3, partition=["1"]), "partition[0] = '1'; expected a whole"),
+    "no schedule": (lambda: GPipeModel(regression(), 2, 3, None), "schedule None; expected a name"),
+    "not a device": (lambda: GPipeModel(regression(), 2, 3, device="tpu"), "device = 'tpu'; expected"),
     "not a list": (lambda: GPipeModel(L.Dense(1), 2, 3), "layers is a Dense; expected a list"),
     "another's layer": (
         lambda: GPipeModel(keras.Sequential([keras.Input((5,)), L.Dense(1)]).layers, 1, 3),
