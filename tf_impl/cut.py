@@ -31,12 +31,13 @@ The idea of splitting the backward is the Zero Bubble paper's (Qi et al. 2024, s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
 
+from common.schedule.action import Op
 from tf_impl.effects import REPEATED, is_repeatable
 
 RECOMPUTED_EFFECT = (
@@ -47,7 +48,10 @@ RECOMPUTED_EFFECT = (
 
 @dataclass(frozen=True)
 class StageFunctions:
-    """The functions of one virtual stage. A dy of the last one (its output is the loss) is no argument at all."""
+    """The functions of one virtual stage. A dy of the last one (its output is the loss) is no argument at all.
+
+    None for what no action of the stage's schedule calls: making a function takes longer than many steps.
+    """
 
     forward: Any
     """(x, *extra) -> [y, *reported, *saved]; the extras are a mask of x, if it has one, then labels and the like"""
@@ -74,7 +78,8 @@ class StageFunctions:
     def on_calling_thread(self) -> StageFunctions:
         """The same functions, each run by the thread that calls it."""
         names = ("forward", "backward", "backward_input", "backward_weight")
-        return replace(self, **{name: OnCallingThread(getattr(self, name)) for name in names})
+        made = {name: function for name in names if (function := getattr(self, name)) is not None}
+        return replace(self, **{name: OnCallingThread(function) for name, function in made.items()})
 
 
 class OnCallingThread:
@@ -136,6 +141,7 @@ def cut_stage(
     signature: Sequence[tf.TensorSpec],
     device: str,
     is_last: bool,
+    ops: Collection[Op],
     recomputed: bool = False,
     num_received: int = 1,
 ) -> StageFunctions:
@@ -144,7 +150,8 @@ def cut_stage(
     `first(x, *extra)` is the first stage's first unit, None on all others; `rest` are the other units, in pieces that
     B computes again, one after another, where `recomputed`. `signature` describes (x, *extra), with static shapes; the
     first `num_received` of them come from the stage before, the others with the mini-batch. The
-    weight gradients are added to `accumulators`. Must run in the replica context of the stage's strategy.
+    weight gradients are added to `accumulators`. `ops` are those of the stage's schedule.
+    Must run in the replica context of the stage's strategy.
     Raises ValueError if the output does not depend differentiably on the stage's input, and for layers that cannot run
     twice.
     """
@@ -170,12 +177,15 @@ def cut_stage(
     of_batch = trace.inputs if first is not None else trace.inputs[num_received:]
     forward_results = [trace.output, *trace.reported.values(), *saved]
     handed_on = [trace.output, *(tensor for name, tensor in trace.reported.items() if name == "mask")]
+    function = scissors.function
     with tf.device(device):
         return StageFunctions(
-            forward=scissors.function(trace.inputs, forward_results, scissors.forward_effects),
-            backward=scissors.function([*dy, *saved], dx, scissors.backward_effects, additions),
-            backward_input=scissors.function([*dy, *for_input], [*dx, *for_later], scissors.backward_effects),
-            backward_weight=scissors.function([*for_weight, *for_later], [], (), additions),
+            forward=function(trace.inputs, forward_results, scissors.forward_effects),
+            backward=function([*dy, *saved], dx, scissors.backward_effects, additions) if Op.BW in ops else None,
+            backward_input=function([*dy, *for_input], [*dx, *for_later], scissors.backward_effects)
+            if Op.B in ops
+            else None,
+            backward_weight=function([*for_weight, *for_later], [], (), additions) if Op.W in ops else None,
             handed_on=tuple(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in handed_on),
             reported=tuple(trace.reported),
             forward_part=functools.partial(scissors.forward_part, trace.inputs[:num_received]),

@@ -115,6 +115,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
                 strategies[made.location[k][0]],
                 is_first=k == 0,
                 is_last=k == made.num_virtual_stages - 1,
+                ops={action.op for action in made.devices[made.location[k][0]]},
             )
             for k in range(made.num_virtual_stages)
         ]

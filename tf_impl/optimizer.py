@@ -27,21 +27,25 @@ class AdamW(keras.optimizers.AdamW):
     computed in float64: in float32, 1 - 0.999^2 would keep only three digits.
     """
 
+    def apply(self, grads: Sequence[tf.Tensor], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Computes the bias corrections once for all weights: for each of them it is a third of what is traced."""
+        t = tf.cast(self.iterations, tf.float64) + 1.0
+        self._root = tf.sqrt(1.0 - tf.pow(tf.constant(self.beta_2, tf.float64), t))
+        self._rate_factor = self._root / (1.0 - tf.pow(tf.constant(self.beta_1, tf.float64), t))
+        super().apply(grads, trainable_variables)
+
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
         dtype, index = variable.dtype, self._get_variable_index(variable)
-        t = tf.cast(self.iterations, tf.float64) + 1.0
-        c1 = 1.0 - tf.pow(tf.constant(self.beta_1, tf.float64), t)
-        root = tf.sqrt(1.0 - tf.pow(tf.constant(self.beta_2, tf.float64), t))
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].value.handle,
             v=self._velocities[index].value.handle,
             beta1_power=tf.zeros((), dtype),  # its own bias correction, switched off
             beta2_power=tf.zeros((), dtype),
-            lr=tf.cast(tf.cast(learning_rate, tf.float64) * root / c1, dtype),
+            lr=tf.cast(tf.cast(learning_rate, tf.float64) * self._rate_factor, dtype),
             beta1=tf.constant(self.beta_1, dtype),
             beta2=tf.constant(self.beta_2, dtype),
-            epsilon=tf.cast(self.epsilon * root, dtype),
+            epsilon=tf.cast(self.epsilon * self._root, dtype),
             grad=gradient,
         )
 

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
+from common.schedule.action import Op
 from tf_impl.cut import StageFunctions, cut_stage
 from tf_impl.devices import on_one_thread
 from tf_impl.dropout import DropoutContext
@@ -57,9 +58,16 @@ class Chunk:
     """Consecutive layers of the model on one device, with the sums of their gradients: a virtual stage."""
 
     def __init__(
-        self, layers: Sequence[keras.layers.Layer], strategy: tf.distribute.Strategy, is_first: bool, is_last: bool
+        self,
+        layers: Sequence[keras.layers.Layer],
+        strategy: tf.distribute.Strategy,
+        is_first: bool,
+        is_last: bool,
+        ops: Collection[Op],
     ) -> None:
+        """`ops` are those that its device's schedule has."""
         self.layers, self.strategy, self.is_first, self.is_last = list(layers), strategy, is_first, is_last
+        self.ops = ops
         self.device: str = strategy.extended.worker_devices[0]
         self.variables: list[keras.Variable] = []
         """What the layers compute with."""
@@ -203,6 +211,7 @@ class Chunk:
                 [*received, *extra],
                 self.device,
                 self.is_last,
+                self.ops,
                 recomputed is not None,
                 len(received),
             )
@@ -215,7 +224,8 @@ class Chunk:
 
     def updated(self) -> list[tuple[keras.Variable, tf.Variable]]:
         """(master, gradient) of the weights that have a gradient: Keras leaves others alone, their weight decay too."""
-        added = {id(tensor) for functions in self.functions for tensor in functions.backward.captured_inputs}
+        adding = [functions.backward or functions.backward_weight for functions in self.functions]
+        added = {id(tensor) for function in adding for tensor in function.captured_inputs}
         pairs = zip(self.masters, self.gradients, strict=True)
         return [(master, g) for master, g in pairs if not self.functions or id(g.handle) in added]
 
