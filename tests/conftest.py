@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -33,9 +34,18 @@ def _tokenizers_are_not_kept_in_the_users_home(tmp_path_factory: pytest.TempPath
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_there_is_no_garbage() -> None:
+    """A collection that looks at all of TensorFlow, and at what other modules left, takes 0.4 s; there are many."""
+    gc.collect()
+    gc.freeze()
+
+
 OWN_PROCESS = [Path(__file__).parent / framework for framework in ("torch", "tensorflow", "paddle")]
 """Folders whose tests import a framework. Two frameworks in one process crash it, so `test_frameworks.py` starts one pytest
 process for each; they are collected here only where the command line names them."""
+
+LONGEST_FIRST = ("tensorflow", "paddle", "torch")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -49,8 +59,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
     """A module's tests stay together, but for those over frameworks: each framework's do. The longest begin first."""
-    items.sort(key=lambda item: item.path.name != "test_frameworks.py")
-    for item in items if config.pluginmanager.has_plugin("xdist") else ():
+
+    def framework(item: pytest.Item) -> str:
         parameters = getattr(item, "callspec", None)
-        framework = parameters.params.get("framework", "") if parameters else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}:{framework}"))
+        return str(parameters.params.get("framework", "")) if parameters else ""
+
+    def place(item: pytest.Item) -> int:
+        is_long = item.path.name in ("test_frameworks.py", "test_ladder.py")
+        return LONGEST_FIRST.index(framework(item)) if is_long else len(LONGEST_FIRST)
+
+    items.sort(key=place)
+    for item in items if config.pluginmanager.has_plugin("xdist") else ():
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}:{framework(item)}"))
