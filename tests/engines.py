@@ -111,7 +111,7 @@ def assert_within(observed: Mapping[Any, Any], expected: Mapping[Any, Any], chec
 def check_short_batch(make: Make, dtype: str, micro_batches: int) -> None:
     """Sequences end early, and from five on the last of the mini-batch are not there: they count for nothing."""
     run = {"sequence_lengths": "random", "sequences_per_epoch": 5}
-    engine = make(2, dtype=dtype, dropout=0.1, train={"micro_batches": micro_batches}, run=run)
+    engine = make(2, dtype=dtype, dropout=0.1, num_layers=1, train={"micro_batches": micro_batches}, run=run)
     whole, oracle = batch(engine), oracle_of(engine)
     losses = {"loss": engine.forward_backward(whole), "held-out loss": engine.evaluate(whole)}
     gradients = engine.gradients()
@@ -124,7 +124,8 @@ def check_short_batch(make: Make, dtype: str, micro_batches: int) -> None:
 def check_units_alone(make: Make, dtype: str, norm: str, tied_head: bool) -> None:
     """Every unit, fed with the oracle's tensors, gives the oracle's, and leaves the engine's gradients as they were."""
     run = {"sequence_lengths": "random"}
-    engine = make(2, dtype=dtype, train={"micro_batches": 3}, run=run, norm=norm, tied_head=tied_head, dropout=0.1)
+    model = {"norm": norm, "tied_head": tied_head, "dropout": 0.1, "num_layers": 1}
+    engine = make(2, dtype=dtype, train={"micro_batches": 3}, run=run, **model)
     given, oracle = batch(engine, 1), oracle_of(engine)
     outputs = oracle.oracle.forward(given)[1]
     oracle.forward_backward(given)
@@ -225,7 +226,7 @@ def numpy_mask(site: int, shape: tuple[int, ...], probability: float) -> Any:
 def habits_here(
     framework: str, names: Sequence[str], folder: Path, build_engine: Callable[[RunConfig], Any], switch: Switch
 ) -> dict[str, str]:
-    """The zoo's verdict on each habit, with the runs in this process and not in a child."""
+    """The zoo's verdict on each habit, with the runs in this process and not in a child, and one block instead of two."""
 
     def run_here(module: str, jobs: Sequence[Job], home: Path, *_: Any) -> list[Outcome]:
         for job in jobs:
@@ -233,7 +234,10 @@ def habits_here(
         run_jobs(JobFile(jobs=tuple(jobs)), build_engine, switch=switch)
         return [_outcome(job, home, "no result", 0.0) for job in jobs]
 
+    base = zoo.base_config(20)
+    one_block = base.model_copy(update={"model": base.model.model_copy(update={"num_layers": 1})})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zoo, "run_jobs_in_child", run_here)
+        patch.setattr(zoo, "base_config", lambda steps: one_block)
         rows = zoo.run_zoo(folder, [framework], names, [20], seeds=1, timeout_seconds=np.inf)[0]
     return {row.name: row.verdict if row.verdict in zoo.GOOD else str(row) for row in rows}

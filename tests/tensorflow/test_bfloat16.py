@@ -21,7 +21,6 @@ from tests.engines import (
     stretch,
     train,
 )
-from tests.tensorflow.test_recompute import RECOMPUTED
 from tf_impl.dropout import DropoutContext
 from tf_impl.engine import build_engine
 from tf_impl.gpipe_model import GPipeModel
@@ -29,7 +28,7 @@ from tf_impl.layers import build_unit
 from tf_impl.precision import products_are_rounded
 
 OPTIONS: dict[str, Any] = {"dtype": "bfloat16", "dropout": 0.1, "tied_head": True}
-ELSEWHERE = (*RECOMPUTED, (2, "zb-h1", {"recompute": "full"}))
+ELSEWHERE = ((1, "gpipe", {}), (2, "zb-v", {"chunks": 2}), (3, "zb-h1", {"partition": (1, 3), "recompute": "full"}))
 
 
 def test_bfloat16_computes_low_and_adds_up_high(make: Make, tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ def test_masks_are_numpys_to_the_bit(site: int, shape: tuple[int, ...], probabil
 
 def test_native_masks_are_the_same_in_every_run_and_schedule(make: Make) -> None:
     runs = [(1, "gpipe", {}), (1, "gpipe", {}), (2, "zb-h1", {})]
-    check_same_bits(make, runs, 2, dropout=0.5, dropout_masks="native")
+    check_same_bits(make, runs, 2, num_layers=1, dropout=0.5, dropout_masks="native")
 
 
 def test_native_masks_are_not_ours_and_absent_from_evaluation(make: Make) -> None:
-    native, shared = (make(1, "gpipe", dropout=0.5, dropout_masks=masks) for masks in ("native", "shared"))
+    native, shared = (make(1, "gpipe", num_layers=1, dropout=0.5, dropout_masks=m) for m in ("native", "shared"))
     evaluated = native.evaluate(batch(native))
     assert evaluated == native.evaluate(batch(native)) == shared.evaluate(batch(shared))
     assert native.forward_backward(batch(native)) != shared.forward_backward(batch(shared))

@@ -33,7 +33,7 @@ def test_units_alone_are_the_oracles_and_leave_the_engine_as_it_was(
 def test_predictions_are_the_oracles_and_shapes_are_traced_once(
     make: Make, stages: int, schedule: str, executor: str
 ) -> None:
-    engine = make(stages, schedule, dtype="float64", dropout=0.1, run={"executor": executor})
+    engine = make(stages, schedule, dtype="float64", num_layers=1, dropout=0.1, run={"executor": executor})
     check_predictions(engine, (4, 16), (8, 3), (4, 16))
     if executor == "table":
         assert [chunk.evaluate.experimental_get_tracing_count() for chunk in engine.model.chunks] == [2, 2]

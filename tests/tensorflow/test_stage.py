@@ -18,7 +18,7 @@ def test_split_backward_gives_the_bits_of_the_merged_one(make: Make, tmp_path: P
     for backward in ("BW{0}", "B{0} W{0}"):
         line = " ".join(f"F{i} {backward.format(i)}" for i in range(4))
         (tmp_path / "table.txt").write_text(f"# schedule: one micro_batches=4\n0: {line}\n1: {line}\n")
-        engine = make(2, f"file:{tmp_path / 'table.txt'}", dropout=0.1, tied_head=True)
+        engine = make(2, f"file:{tmp_path / 'table.txt'}", num_layers=1, dropout=0.1, tied_head=True)
         engine.forward_backward(batch(engine, 3))
         found.append(engine.gradients())
     assert all(np.any(gradient) for gradient in found[0].values())
