@@ -8,23 +8,21 @@ from collections.abc import Callable
 import pytest
 
 from common.parity import Comparison
-from tests.parity.ladder import CASES, Run, case_config, run_probes
+from common.spec import FRAMEWORKS
+from tests.parity.ladder import Probed, run_ladder
 
 MARGINS: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
 
 
+@pytest.fixture(scope="session", params=FRAMEWORKS)
+def framework(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
-def ladder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Run]]:
-    """The runs of all ladder cases, by framework."""
-    done: dict[str, dict[str, Run]] = {}
-
-    def runs(framework: str) -> dict[str, Run]:
-        if framework not in done:
-            cases = {name: case_config(framework, name) for name in CASES}
-            done[framework] = run_probes(cases, tmp_path_factory.mktemp(framework))
-        return done[framework]
-
-    return runs
+def ladder(framework: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Probed]:
+    """All runs of the framework, by name. Where they fail, all its tests do, and nothing runs again."""
+    return run_ladder(framework, tmp_path_factory.mktemp(framework))
 
 
 @pytest.fixture

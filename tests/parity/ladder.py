@@ -2,17 +2,18 @@
 
 The cases cover every value of p, m and dtype, every combination of head, norm and activation, all kinds of partition,
 micro-batches with different numbers of tokens, or none, and of different sizes (8 sequences in 3 or 5). All train for 100
-AdamW steps with clipping, warm-up and cosine. The cases of a framework share as few child processes as the framework
-allows, since frameworks start slowly.
+AdamW steps with clipping, warm-up and cosine: four blocks over four stages, else two blocks. The variants are runs of three
+steps whose bits must be equal. All runs of a framework share as few child processes as the framework allows, since
+frameworks start slowly.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from common.spec import RunConfig
 ROOT = Path(__file__).parent.parent.parent
 MODULE = {"torch": "torch_impl", "tensorflow": "tf_impl", "paddle": "paddle_impl"}
 NOISE = 0.1
+EXTREME_NOISE = 2.0
+"""Makes weights so large that logits and attention scores lie hundreds apart."""
 
 # Sequences end anywhere; of 13 per epoch the second mini-batch has 5: micro-batches of 2, 2, 1 and 0 sequences.
 UNEVEN: dict[str, Any] = {"sequence_lengths": "random", "sequences_per_epoch": 13}
@@ -56,12 +59,12 @@ CASES: dict[str, tuple[Any, ...]] = {
     "1-1-float64": (1, 1, "float64", "untied", "pre", "gelu", "even", 0.0, "1f1b"),
     "1-4-float64": (1, 4, "float64", "tied", "post", "relu", "even", 0.1, "gpipe"),
     "2-1-float64": (2, 1, "float64", "tied", "pre", "relu", "even", 0.0, "naive"),
-    "2-4-float64": (2, 4, "float64", "untied", "post", "gelu", "2", 0.1, "1f1b"),
+    "2-4-float64": (2, 4, "float64", "untied", "post", "gelu", "1", 0.1, "1f1b"),
     "4-1-float64": (4, 1, "float64", "untied", "post", "relu", "even", 0.1, "gpipe"),
     "4-4-float64": (4, 4, "float64", "tied", "pre", "gelu", "1,2,5", 0.0, "1f1b"),
     "1-1-float32": (1, 1, "float32", "tied", "post", "relu", "even", 0.1, "1f1b"),
     "1-4-float32": (1, 4, "float32", "untied", "pre", "gelu", "even", 0.0, "gpipe"),
-    "2-1-float32": (2, 1, "float32", "tied", "post", "gelu", "4", 0.1, "1f1b"),
+    "2-1-float32": (2, 1, "float32", "tied", "post", "gelu", "3", 0.1, "1f1b"),
     "2-4-float32": (2, 4, "float32", "tied", "pre", "relu", "balanced", 0.0, "gpipe"),
     "4-1-float32": (4, 1, "float32", "tied", "pre", "gelu", "1,2,5", 0.0, "1f1b"),
     "4-4-float32": (4, 4, "float32", "untied", "pre", "relu", "even", 0.1, "1f1b"),
@@ -74,28 +77,107 @@ CASES: dict[str, tuple[Any, ...]] = {
 
 def case_config(framework: str, case: str) -> RunConfig:
     """The run of a ladder case."""
-    return config(framework, *CASES[case], uneven=case.endswith("uneven"))
+    p, *_ = CASES[case]
+    return config(framework, *CASES[case], uneven=case.endswith("uneven"), num_layers=4 if p == 4 else 2)
 
 
-def run_probes(configs: dict[str, RunConfig], folder: Path, noise: float = NOISE) -> dict[str, Run]:
+def extreme_config(framework: str) -> RunConfig:
+    """A run whose weights begin with `EXTREME_NOISE`."""
+    return config(framework, 2, 4, "float64", "untied", "pre", "gelu", "even", 0.0, steps=3, num_layers=2)
+
+
+# name: p, partition, schedule, chunks, recompute; all with m = 4, over 4 units, and equal to the first to the bit.
+VARIANTS: dict[str, tuple[int, str, str, int, str]] = {
+    "one-stage": (1, "even", "gpipe", 1, "none"),
+    "one-stage-1f1b": (1, "even", "1f1b", 1, "none"),
+    "rerun": (2, "even", "1f1b", 1, "none"),
+    "rerun-again": (2, "even", "1f1b", 1, "none"),
+    "naive": (2, "even", "naive", 1, "none"),
+    "gpipe": (2, "even", "gpipe", 1, "none"),
+    "split": (2, "even", "file:SPLIT", 1, "none"),
+    "uneven": (2, "1", "1f1b", 1, "none"),
+    "four": (4, "even", "1f1b", 1, "none"),
+    "three-uneven": (3, "1,3", "gpipe", 1, "none"),
+    "interleaved": (2, "even", "interleaved", 2, "none"),
+    "zb-h1": (4, "even", "zb-h1", 1, "none"),
+    "zb-h2": (2, "even", "zb-h2", 1, "none"),
+    "zb-v": (2, "even", "zb-v", 2, "none"),
+    "recompute-full": (2, "even", "1f1b", 1, "full"),
+    "recompute-full-split": (2, "even", "zb-h1", 1, "full"),
+    "recompute-every-1": (2, "even", "zb-h1", 1, "every-1"),
+    "recompute-except-last": (4, "even", "1f1b", 1, "except-last"),
+}
+SPLIT = """# schedule: split micro_batches=4
+0: F0 F1 F2 B0 W0 F3 B1 W1 B2 B3 W2 W3
+1: F0 B0 F1 B1 W0 F2 B2 F3 B3 W1 W2 W3
+"""
+MODELS: dict[str, tuple[str, str, str, int, tuple[str, ...]]] = {
+    "float32": ("float32", "tied", "pre", 10, tuple(VARIANTS)),
+    "float64": (
+        *("float64", "untied", "post", 8),
+        ("one-stage", "rerun", "uneven", "four", "interleaved", "zb-h1", "zb-v", "recompute-full-split"),
+    ),
+}
+"""dtype, head, norm, batch size, and the variants: 8 sequences make micro-batches of 2; 10 make such of 3, 3, 2 and 2.
+
+The order of the actions is the schedule's business and not the model's, so one of the models has every kind of variant
+(one stage, more, cut unevenly, chunks, a split backward, recomputation) but not every variant.
+"""
+
+
+def variant_configs(framework: str, model: str, folder: Path) -> dict[str, RunConfig]:
+    """The variants of one of the `MODELS`, and "few": one micro-batch for two stages, which makes other bits."""
+    dtype, head, norm, batch_size, names = MODELS[model]
+    (folder / "split.txt").write_text(SPLIT)
+
+    def of(p: int, m: int, partition: str, schedule: str, chunks: int, recompute: str) -> RunConfig:
+        return config(
+            framework, p, m, dtype, head, norm, "gelu", partition, 0.1,
+            schedule.replace("SPLIT", str(folder / "split.txt")), steps=3, chunks=chunks, num_layers=2,
+            recompute=recompute, batch_size=batch_size,
+        )  # fmt: skip
+
+    found = {name: of(VARIANTS[name][0], 4, *VARIANTS[name][1:]) for name in names}
+    return found | {"few": of(2, 1, "even", "zb-v", 2, "none")}
+
+
+class Probed(NamedTuple):
+    config: RunConfig
+    run: Run
+
+
+def run_ladder(framework: str, folder: Path) -> dict[str, Probed]:
+    """All runs of a framework: the cases by name, the variants as "model/variant", and "extreme"."""
+    configs = {name: case_config(framework, name) for name in CASES} | {"extreme": extreme_config(framework)}
+    for model in MODELS:
+        configs |= {f"{model}/{name}": one for name, one in variant_configs(framework, model, folder).items()}
+    runs = run_probes(configs, folder, {"extreme": EXTREME_NOISE})
+    return {name: Probed(one, runs[name]) for name, one in configs.items()}
+
+
+def run_probes(
+    configs: dict[str, RunConfig], folder: Path, noises: Mapping[str, float] | None = None
+) -> dict[str, Run]:
     """Runs all configurations of one framework in as few child processes as it allows. Raises RuntimeError.
 
-    `noise` is added to all initial weights.
+    `noises` are added to all initial weights, else `NOISE`.
     """
     framework = next(iter(configs.values())).framework
     # Differs: a Paddle rank is a process and fleet starts once, so only runs of one p share processes.
     groups = {config.stages if framework == "paddle" else 0 for config in configs.values()}
     for group in sorted(groups):
         chosen = {n: c for n, c in configs.items() if framework != "paddle" or c.stages == group}
-        _run_child(MODULE[framework], chosen, folder, group, noise)
+        _run_child(MODULE[framework], chosen, folder, group, noises or {})
     return {name: read_probe(folder / name) for name in configs}
 
 
-def _run_child(module: str, configs: dict[str, RunConfig], folder: Path, group: int, noise: float) -> None:
+def _run_child(
+    module: str, configs: dict[str, RunConfig], folder: Path, group: int, noises: Mapping[str, float]
+) -> None:
     jobs = []
     for name, one in configs.items():
         (folder / name).mkdir(parents=True)
-        jobs.append(Job(config=one, out=str(folder / name), kind="probe", noise=noise))
+        jobs.append(Job(config=one, out=str(folder / name), kind="probe", noise=noises.get(name, NOISE)))
     path = folder / f"jobs-{group}.json"
     JobFile(jobs=tuple(jobs)).write(path)
     log = folder / f"log-{group}.txt"
