@@ -2,7 +2,7 @@
 
 import sys
 
-from common.cli import bench_main
+from common.cli.main import bench_main
 
 if __name__ == "__main__":
     sys.exit(bench_main())

@@ -1,4 +1,4 @@
-"""Weights as a Paddle state dict, and back: `python -m paddle_impl.convert` (`common.exchange.child`).
+"""Weights as a Paddle state dict, and back: `python -m paddle_impl.convert` (`common.checkpoint.foreign.child`).
 
 The state dict is that of `plain_model`, an ordinary layer without a pipeline:
 
@@ -24,12 +24,12 @@ import paddle
 from numpy.typing import NDArray
 from paddle import Tensor, nn
 
-from common.exchange.child import check_names, check_tied, in_one_line, main
-from common.exchange.errors import ExchangeError, note
-from common.exchange.names import unwrapped, weights_in
-from common.snapshot import Arrays
-from common.spec import TransformerSpec
-from common.weights import TOKEN_EMBEDDING, unit_names
+from common.checkpoint import Arrays
+from common.checkpoint.foreign.child import check_names, check_tied, in_one_line, main
+from common.checkpoint.foreign.errors import ExchangeError, note
+from common.checkpoint.foreign.names import unwrapped, weights_in
+from common.spec.parameters import TOKEN_EMBEDDING, unit_names
+from common.spec.run import TransformerSpec
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.layers import build_unit
 from paddle_impl.split import merge_backward

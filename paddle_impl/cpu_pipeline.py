@@ -6,7 +6,7 @@ groups race for the same keys of the store. `SocketGroup` has what fleet's dynam
 meaning: sends are queued, and receives of a coalesced batch wait until all its sends are out.
 
 A peer that dies closes its sockets, so whoever waits for it gets a ConnectionError at once. For one that lives the ranks
-wait as long as it takes; that it hangs is for their parent to find (`common.runtime.launch`). Sockets listen at the
+wait as long as it takes; that it hangs is for their parent to find (`common.harness.launch`). Sockets listen at the
 address of PADDLE_CURRENT_ENDPOINT (the loopback device, unless a launcher for several hosts says otherwise).
 """
 

@@ -17,7 +17,7 @@ from typing import Any
 from common.runtime.cpus import threads_per_stage
 from common.runtime.memory import peak_resident_bytes
 from common.schedule.generators import make_schedule
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 from paddle_impl import mkl
 
 

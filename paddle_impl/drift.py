@@ -1,4 +1,4 @@
-"""The numerical habits of `common.drift` that Paddle has: each puts back what the main code decides otherwise."""
+"""The numerical habits of `common.spec.habits` that Paddle has: each puts back what the main code decides otherwise."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from paddle import Tensor
 from paddle.nn import functional
 
-from common.data import IGNORED
-from common.spec import RunConfig
+from common.spec.data import IGNORED
+from common.spec.run import RunConfig
 from paddle_impl import engine, layers, stage
 from paddle_impl.dropout import DropoutContext, keep_mask, native_dropout
 from paddle_impl.engine import PaddleEngine
@@ -200,4 +200,4 @@ HABITS: dict[str, Habit] = {
     "plain-dropout": plain_dropout,
     "untied-gradients": untied_gradients,
 }
-"""By their names in `common.drift`."""
+"""By their names in `common.spec.habits`."""

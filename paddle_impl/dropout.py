@@ -1,4 +1,4 @@
-"""Dropout: `common.dropout` in Paddle's integers, bit for bit, or Paddle's own generator; on the stage's own device."""
+"""Dropout: `common.spec.dropout_masks` in Paddle's integers, bit for bit, or Paddle's own generator; on the stage's own device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 from paddle.nn import functional
 
-from common.dropout import MULTIPLIERS, mix, threshold
+from common.spec.dropout_masks import MULTIPLIERS, mix, threshold
 
 SIGN = 2**31
 """The sign bit of a 32-bit integer."""
@@ -50,7 +50,7 @@ def _shift_(x: Tensor, places: int) -> Tensor:
 
 
 def _multiply_and_shift_(x: Tensor) -> Tensor:
-    """What `common.dropout.mix` does after its first shift, in place. Products of int32 wrap at 2^32."""
+    """What `common.spec.dropout_masks.mix` does after its first shift, in place. Products of int32 wrap at 2^32."""
     for multiplier in MULTIPLIERS:
         _shift_(x.multiply_(paddle.full_like(x, multiplier)), 15)
     return x

@@ -14,9 +14,9 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 from paddle.nn import functional
 
-from common.data import IGNORED
-from common.dropout import site_number
-from common.spec import TransformerSpec
+from common.spec.data import IGNORED
+from common.spec.dropout_masks import site_number
+from common.spec.run import TransformerSpec
 from paddle_impl.dropout import DropoutContext, dropout
 from paddle_impl.split import Linear, merge_backward, tied_projection
 
@@ -65,7 +65,7 @@ class Embedding(nn.Layer):
 class Attention(nn.Layer):
     """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
 
-    The key has no bias: softmax cancels it (see `common.spec.TransformerSpec`).
+    The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`).
 
     Differs: the mask is finite, since FLAGS_check_nan_inf stops at any infinity. The weights are the same bits.
     """

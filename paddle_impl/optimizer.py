@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 from numpy.typing import NDArray
 
-from common.spec import TrainSpec
+from common.spec.run import TrainSpec
 from paddle_impl.weights import NamedParameter
 
 

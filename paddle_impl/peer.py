@@ -14,14 +14,14 @@ import paddle
 from numpy.typing import NDArray
 from paddle import Tensor, nn
 
-from common.data import Batch
-from common.dropout import step_key
-from common.parity import TensorKey
-from common.reference import clip_scale, global_norm
+from common.oracle.limits import TensorKey
+from common.oracle.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event
-from common.spec import RunConfig
-from common.weights import parameter_shapes, unit_names
+from common.spec.data import Batch
+from common.spec.dropout_masks import step_key
+from common.spec.parameters import parameter_shapes, unit_names
+from common.spec.run import RunConfig
 from paddle_impl import devices
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.layers import build_unit, make_static, summed_loss

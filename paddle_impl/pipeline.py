@@ -21,11 +21,11 @@ from paddle.distributed import fleet
 from paddle.distributed.fleet import model as fleet_model
 from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer, PipelineParallel, SharedLayerDesc
 
-from common.partition import PartitionPlan
 from common.runtime.executor import Event, run_stage
 from common.schedule.action import Action, Op, Schedule
-from common.spec import RunConfig, TransformerSpec
-from common.weights import unit_names
+from common.spec.parameters import unit_names
+from common.spec.partition import PartitionPlan
+from common.spec.run import RunConfig, TransformerSpec
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.layers import Block, Embedding, Head
 from paddle_impl.stage import Channel, Stage

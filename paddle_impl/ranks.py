@@ -11,7 +11,7 @@ from common.runtime.engine import Engine
 from common.runtime.job import Job
 from common.runtime.ranks import Ranks
 from common.runtime.ranks import run_on_ranks as run
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 
 
 def run_on_ranks(jobs: Sequence[Job]) -> int:

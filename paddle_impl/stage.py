@@ -18,13 +18,13 @@ from functools import partial
 import paddle
 from paddle import Tensor, nn
 
-from common.data import Batch
-from common.dropout import step_key
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
 from common.schedule.action import Op, Schedule
 from common.schedule.dependencies import Step, sends_to
-from common.spec import RunConfig
+from common.spec.data import Batch
+from common.spec.dropout_masks import step_key
+from common.spec.run import RunConfig
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.held import memory_bytes, saved_tensors
 from paddle_impl.layers import Head, summed_loss

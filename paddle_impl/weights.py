@@ -12,7 +12,7 @@ import paddle
 from numpy.typing import NDArray
 from paddle import Tensor, nn
 
-from common.weights import TOKEN_EMBEDDING
+from common.spec.parameters import TOKEN_EMBEDDING
 from paddle_impl.layers import Block, Embedding, Head
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from common import tokenizer
+from common.spec import tokenizer
 
 pytest_plugins = ["tests.watchdog"]
 

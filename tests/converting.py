@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import snapshot
-from common.exchange.child import ExchangeError, main
+from common import checkpoint
+from common.checkpoint.foreign.child import ExchangeError, main
 from common.runtime.oracle_worker import OracleEngine
-from common.spec import RunConfig, TrainSpec, TransformerSpec
-from common.weights import random_arrays
+from common.spec.parameters import random_arrays
+from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 
 MODEL = TransformerSpec(context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, dropout=0.1)
 TOLERANCE = 1e-12
@@ -41,8 +41,8 @@ def check_file(
 ) -> None:
     """`convert` is the implementation's module; `logits(spec, file, tokens)` are those of its plain model."""
     file, both = place / name, (convert.write_weights, convert.read_weights)
-    saved = snapshot.load(
-        snapshot.write_weights(place / "saved", spec, random_arrays(spec, 1, "float64", 0.5), "a test")
+    saved = checkpoint.load(
+        checkpoint.write_weights(place / "saved", spec, random_arrays(spec, 1, "float64", 0.5), "a test")
     )
     assert main(["export", str(place / "saved"), str(file)], *both) == 0
     oracle = OracleEngine(RunConfig(model=spec, train=TrainSpec(batch_size=4, micro_batches=2, dtype="float64")))
@@ -52,7 +52,7 @@ def check_file(
     assert np.linalg.norm(logits(spec, file, tokens) - expected) < TOLERANCE * np.linalg.norm(expected)
 
     assert main(["import", str(file), str(place / "back"), spec.model_dump_json()], *both) == 0
-    for key, value in snapshot.load(place / "back").weights.items():
+    for key, value in checkpoint.load(place / "back").weights.items():
         np.testing.assert_array_equal(value, saved.weights[key], key)
 
     wrong = [

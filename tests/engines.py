@@ -15,16 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import dropout, zoo
-from common.data import Batch, load_corpus
-from common.parity import Check, TensorKey, compare
+from common.harness import drift
+from common.harness.launch import Outcome, _outcome
+from common.oracle.limits import Check, TensorKey, compare
 from common.runtime.job import Job, JobFile
-from common.runtime.launch import Outcome, _outcome
 from common.runtime.oracle_worker import OracleEngine
 from common.runtime.training import starting_weights
 from common.runtime.worker import Switch, run_jobs
-from common.spec import PRESETS, RunConfig, TrainSpec, TransformerSpec
-from common.weights import unit_names
+from common.spec import dropout_masks
+from common.spec.data import Batch, load_corpus
+from common.spec.parameters import unit_names
+from common.spec.run import PRESETS, RunConfig, TrainSpec, TransformerSpec
 
 Arrays = dict[str, Any]
 Make = Callable[..., Any]
@@ -210,7 +211,7 @@ def held_bytes(make: Make, recompute: str, schedule: str = "1f1b", **options: An
 
 # ------------------------------------------------------------------------------------------------- dropout and habits
 
-SAMPLES, STEP_KEY = np.array([3, 0, 7, 200_000]), dropout.step_key(5, 11)
+SAMPLES, STEP_KEY = np.array([3, 0, 7, 200_000]), dropout_masks.step_key(5, 11)
 
 every_mask = pytest.mark.parametrize(
     ("site", "shape", "probability"),
@@ -220,7 +221,7 @@ every_mask = pytest.mark.parametrize(
 
 
 def numpy_mask(site: int, shape: tuple[int, ...], probability: float) -> Any:
-    return dropout.keep_mask(STEP_KEY, site, SAMPLES, shape, probability)
+    return dropout_masks.keep_mask(STEP_KEY, site, SAMPLES, shape, probability)
 
 
 def habits_here(
@@ -234,10 +235,10 @@ def habits_here(
         run_jobs(JobFile(jobs=tuple(jobs)), build_engine, switch=switch)
         return [_outcome(job, home, "no result", 0.0) for job in jobs]
 
-    base = zoo.base_config(20)
+    base = drift.base_config(20)
     one_block = base.model_copy(update={"model": base.model.model_copy(update={"num_layers": 1})})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo, "run_jobs_in_child", run_here)
-        patch.setattr(zoo, "base_config", lambda steps: one_block)
-        rows = zoo.run_zoo(folder, [framework], names, [20], seeds=1, timeout_seconds=np.inf)[0]
-    return {row.name: row.verdict if row.verdict in zoo.GOOD else str(row) for row in rows}
+        patch.setattr(drift, "run_jobs_in_child", run_here)
+        patch.setattr(drift, "base_config", lambda steps: one_block)
+        rows = drift.run_zoo(folder, [framework], names, [20], seeds=1, timeout_seconds=np.inf)[0]
+    return {row.name: row.verdict if row.verdict in drift.GOOD else str(row) for row in rows}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from common.roofline import kernels
-from common.spec import preset
+from common.harness.roofline import kernels
+from common.spec.run import preset
 
 
 def check_kernels(prepare: Callable[..., Any], framework: str, dtype: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.spec import FRAMEWORKS
+from common.spec.run import FRAMEWORKS
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from common.runtime import launch
+from common.harness import launch
 
 LONG_SECONDS = 100_000
 """A timeout that strikes in `time_jumps` alone."""

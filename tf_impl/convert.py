@@ -1,4 +1,4 @@
-"""Weights as Keras' own file, and back: `python -m tf_impl.convert` (`common.exchange.child`).
+"""Weights as Keras' own file, and back: `python -m tf_impl.convert` (`common.checkpoint.foreign.child`).
 
 The file is that of `plain_model`, an ordinary Keras model without a pipeline:
 
@@ -20,12 +20,12 @@ import h5py
 import keras
 from numpy.typing import NDArray
 
-from common.edges import printable
-from common.exchange.child import OVERHEAD_BYTES, check_tied, in_one_line, main, note_dtypes
-from common.exchange.errors import ExchangeError
-from common.snapshot import Arrays
-from common.spec import TransformerSpec
-from common.weights import TOKEN_EMBEDDING, unit_names
+from common.checkpoint import Arrays
+from common.checkpoint.foreign.child import OVERHEAD_BYTES, check_tied, in_one_line, main, note_dtypes
+from common.checkpoint.foreign.errors import ExchangeError
+from common.io.edges import printable
+from common.spec.parameters import TOKEN_EMBEDDING, unit_names
+from common.spec.run import TransformerSpec
 from tf_impl.layers import build_unit
 from tf_impl.weights import export_weights, load_weights, named_parameters
 

@@ -12,7 +12,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from common.runtime.cpus import threads_per_stage
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 
 if TYPE_CHECKING:
     import tensorflow as tf

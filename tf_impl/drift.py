@@ -1,4 +1,4 @@
-"""The habits of `common.drift` that TensorFlow and Keras have: each puts back what the main code decides otherwise.
+"""The habits of `common.spec.habits` that TensorFlow and Keras have: each puts back what the main code decides otherwise.
 
 The rest of the package knows nothing of them: `switch` puts a replacement in place and takes it away again.
 """
@@ -16,9 +16,9 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from common.data import IGNORED
-from common.reference import clip_scale, global_norm
-from common.spec import RunConfig
+from common.oracle.reference import clip_scale, global_norm
+from common.spec.data import IGNORED
+from common.spec.run import RunConfig
 from tf_impl import engine, layers, optimizer
 from tf_impl.dropout import native_dropout
 from tf_impl.gpipe_model import GPipeModel
@@ -278,4 +278,4 @@ HABITS: dict[str, Habit] = {
     "untied-gradients": untied_gradients,
     "tf32": tf32,
 }
-"""In the order of `common.drift.DRIFTS`."""
+"""In the order of `common.spec.habits.DRIFTS`."""

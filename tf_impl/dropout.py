@@ -1,4 +1,4 @@
-"""Dropout: `common.dropout` in TensorFlow's 64-bit integers, bit for bit, or TensorFlow's own; on the stage's device."""
+"""Dropout: `common.spec.dropout_masks` in TensorFlow's 64-bit integers, bit for bit, or TensorFlow's own; on the stage's device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from common.dropout import MASK32, MULTIPLIERS, mix, threshold
+from common.spec.dropout_masks import MASK32, MULTIPLIERS, mix, threshold
 from tf_impl.precision import at_least_float32
 
 
@@ -19,7 +19,7 @@ class DropoutContext(NamedTuple):
 
 
 def mix_tensor(x: tf.Tensor) -> tf.Tensor:
-    """`common.dropout.mix` of int64 values in [0, 2^32)."""
+    """`common.spec.dropout_masks.mix` of int64 values in [0, 2^32)."""
     x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _int64(16)))
     x = tf.bitwise.bitwise_and(x * MULTIPLIERS[0], _int64(MASK32))
     x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _int64(15)))

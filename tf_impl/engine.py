@@ -10,16 +10,16 @@ import keras
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from common.data import IGNORED, Batch
-from common.parity import TensorKey
-from common.partition import plan_partition
+from common.oracle.limits import TensorKey
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, unwatched
 from common.runtime.memory import peak_resident_bytes
 from common.schedule.action import Action
 from common.schedule.generators import make_schedule
-from common.spec import RunConfig
-from common.weights import parameter_shapes, unit_names
+from common.spec.data import IGNORED, Batch
+from common.spec.parameters import parameter_shapes, unit_names
+from common.spec.partition import plan_partition
+from common.spec.run import RunConfig
 from tf_impl import devices
 from tf_impl.gpipe_model import GPipeModel
 from tf_impl.optimizer import learning_rate, make_optimizer

@@ -22,14 +22,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from common.dropout import step_key
-from common.reference import clip_scale, global_norm
+from common.oracle.reference import clip_scale, global_norm
 from common.runtime.executor import Event, unwatched
 from common.schedule.action import Action, Schedule
 from common.schedule.generators import make_schedule
 from common.schedule.recompute import WORDS, is_known
-from common.spec import TransformerSpec
-from common.weights import unit_names
+from common.spec.dropout_masks import step_key
+from common.spec.parameters import unit_names
+from common.spec.run import TransformerSpec
 from tf_impl import devices
 from tf_impl.batch import one_tensor, piece_sizes, unpacked
 from tf_impl.cut import RECOMPUTED_EFFECT

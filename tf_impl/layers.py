@@ -13,8 +13,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from common.dropout import site_number
-from common.spec import TransformerSpec
+from common.spec.dropout_masks import site_number
+from common.spec.run import TransformerSpec
 from tf_impl.dropout import DropoutContext, dropout, native_dropout
 from tf_impl.precision import at_least_float32, product
 
@@ -111,7 +111,7 @@ class Unit(keras.layers.Layer):
         return keras.layers.LayerNormalization(epsilon=self.spec.norm_epsilon, name=name, dtype=self.dtype)
 
     def dropout(self, x: tf.Tensor, place: int, context: DropoutContext | None) -> tf.Tensor:
-        """Dropout at one of the unit's places (`common.dropout.site_number`)."""
+        """Dropout at one of the unit's places (`common.spec.dropout_masks.site_number`)."""
         chosen = dropout if self.spec.dropout_masks == "shared" else native_dropout
         return chosen(x, self.spec.dropout, site_number(self.unit_name, place), context)
 
@@ -227,7 +227,7 @@ class Head(Unit):
 
 
 def build_unit(spec: TransformerSpec, name: str, dtype: str) -> Unit:
-    """The unit of this name (see `common.weights.unit_names`), without weights yet: Keras makes them in `build`."""
+    """The unit of this name (see `common.spec.parameters.unit_names`), without weights yet: Keras makes them in `build`."""
     if name == "embedding":
         return Embedding(spec, name, dtype)
     return Head(spec, name, dtype) if name == "head" else Block(spec, name, dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from common.spec import TrainSpec
+from common.spec.run import TrainSpec
 from tf_impl.devices import any_executor
 from tf_impl.keras_copy import shallow_copy
 

@@ -7,7 +7,7 @@ Differs: PyTorch's kernels do so themselves. TensorFlow 2.21 on CPU
 - sums over rows in bfloat16, as for the gradient of a bias: 10 roundoffs off after 768 rows;
 - rounds after every operation that GELU consists of, and Python's numbers too: 1 / 0.9 becomes 1.109.
 
-`tests/test_tf_impl.py` measures these; docs/numerics.md says what they did to a loss curve.
+`tests/common/test_tf_impl.py` measures these; docs/numerics.md says what they did to a loss curve.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m tf_impl.roofline CONFIG`: the kernels of a run one by one, on one thread (`common.roofline`).
+"""`python -m tf_impl.roofline CONFIG`: the kernels of a run one by one, on one thread (`common.harness.roofline`).
 
 Differs: all copies are operations of one traced function, called as those of a stage are (`cut.OnCallingThread`).
 """
@@ -9,14 +9,14 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from common.data import IGNORED
-from common.roofline import COPIES, Operations, answer
-from common.spec import RunConfig
+from common.harness.roofline import COPIES, Operations, answer
+from common.spec.data import IGNORED
+from common.spec.run import RunConfig
 from tf_impl import devices
 
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
-    """The operations by the names of `common.roofline.kernels`, and the environment. Raises ValueError, ImportError."""
+    """The operations by the names of `common.harness.roofline.kernels`, and the environment. Raises ValueError, ImportError."""
     devices.configure(1, 1, "cpu")
     import keras
     import tensorflow as tf

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import keras
 
-from common.partition import even_boundaries
-from common.spec import TransformerSpec
+from common.spec.partition import even_boundaries
+from common.spec.run import TransformerSpec
 
 
 class Row(NamedTuple):

@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from common.schedule.action import Schedule, parse_schedule
-from common.spec import TransformerSpec
+from common.spec.run import TransformerSpec
 
 
 class SavedRow(keras.Model):

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from common.weights import TOKEN_EMBEDDING
+from common.spec.parameters import TOKEN_EMBEDDING
 from tf_impl.layers import Block, Embedding, Head, Unit
 
 

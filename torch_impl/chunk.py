@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 from torch_impl import devices
 from torch_impl.layers import build_unit
 from torch_impl.weights import masters, named_parameters

@@ -1,4 +1,4 @@
-"""Weights as a plain PyTorch state dict, and back: `python -m torch_impl.convert` (`common.exchange.child`).
+"""Weights as a plain PyTorch state dict, and back: `python -m torch_impl.convert` (`common.checkpoint.foreign.child`).
 
 The state dict is that of `plain_model`, an ordinary module without a pipeline:
 
@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.edges import printable
-from common.exchange.child import check_names, check_tied, in_one_line, main, note_dtypes
-from common.exchange.errors import ExchangeError
-from common.exchange.names import unwrapped, weights_in
-from common.exchange.source import find
-from common.snapshot import Arrays, opened, read_header
-from common.spec import TransformerSpec
-from common.weights import TOKEN_EMBEDDING, unit_names
+from common.checkpoint import Arrays, opened, read_header
+from common.checkpoint.foreign.child import check_names, check_tied, in_one_line, main, note_dtypes
+from common.checkpoint.foreign.errors import ExchangeError
+from common.checkpoint.foreign.names import unwrapped, weights_in
+from common.checkpoint.foreign.source import find
+from common.io.edges import printable
+from common.spec.parameters import TOKEN_EMBEDDING, unit_names
+from common.spec.run import TransformerSpec
 from torch_impl.layers import build_unit
 from torch_impl.weights import export_weights, load_weights, named_parameters
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.runtime.cpus import threads_per_stage
-from common.runtime.gpus import visible_gpus
-from common.spec import RunConfig
+from common.spec.gpus import visible_gpus
+from common.spec.run import RunConfig
 
 if TYPE_CHECKING:
     import torch

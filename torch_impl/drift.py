@@ -1,4 +1,4 @@
-"""The habits of `common.drift` that PyTorch has or lets its users have: each replaces one name of this package.
+"""The habits of `common.spec.habits` that PyTorch has or lets its users have: each replaces one name of this package.
 
 The rest of the package knows nothing of them: `switch` puts the replacement in place and takes it away again.
 """
@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import common.spec
-from common.data import IGNORED
-from common.reference import clip_scale, global_norm
-from common.spec import RunConfig, TrainSpec
+import common.spec.run
+from common.oracle.reference import clip_scale, global_norm
+from common.spec.data import IGNORED
+from common.spec.run import RunConfig, TrainSpec
 from torch_impl import engine, layers, optimizer, stage
 from torch_impl.dropout import DropoutContext
 from torch_impl.engine import TorchEngine
@@ -120,7 +120,7 @@ def unrounded_hyperparameters(config: RunConfig) -> list[Patch]:
         floats = {name: float(f"{value:.7g}") for name, value in train if isinstance(value, float)}
         return StageOptimizer(train.model_copy(update=floats), named)
 
-    return [(engine, "StageOptimizer", exact), (common.spec, "round_to_float32", float)]
+    return [(engine, "StageOptimizer", exact), (common.spec.run, "round_to_float32", float)]
 
 
 def late_learning_rate(config: RunConfig) -> list[Patch]:
@@ -186,4 +186,4 @@ HABITS: dict[str, Callable[[RunConfig], list[Patch]]] = {
     "untied-gradients": untied_gradients,
     "tf32": tf32,
 }
-"""In the order of `common.drift.DRIFTS`."""
+"""In the order of `common.spec.habits.DRIFTS`."""

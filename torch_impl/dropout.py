@@ -1,4 +1,4 @@
-"""Dropout: `common.dropout` in PyTorch's integers, bit for bit, or PyTorch's own generator; on the stage's own device."""
+"""Dropout: `common.spec.dropout_masks` in PyTorch's integers, bit for bit, or PyTorch's own generator; on the stage's own device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.dropout import MASK32, MULTIPLIERS, mix, threshold
+from common.spec.dropout_masks import MASK32, MULTIPLIERS, mix, threshold
 
 SIGN = -(2**31)
 """The sign bit of a 32-bit integer."""
@@ -43,7 +43,7 @@ class DropoutContext(NamedTuple):
 
 
 def mix_(x: Tensor) -> Tensor:
-    """`common.dropout.mix` of int64 values in [0, 2^32), in place."""
+    """`common.spec.dropout_masks.mix` of int64 values in [0, 2^32), in place."""
     x ^= x >> 16
     x *= MULTIPLIERS[0]
     x &= MASK32

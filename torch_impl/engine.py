@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.data import Batch
-from common.parity import TensorKey
-from common.partition import plan_partition
-from common.reference import clip_scale, global_norm
+from common.oracle.limits import TensorKey
+from common.oracle.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, run_stage, unwatched
 from common.runtime.memory import peak_resident_bytes
 from common.schedule.action import Action, Schedule
 from common.schedule.generators import make_schedule
-from common.spec import RunConfig
-from common.weights import TOKEN_EMBEDDING, parameter_shapes, unit_names
+from common.spec.data import Batch
+from common.spec.parameters import TOKEN_EMBEDDING, parameter_shapes, unit_names
+from common.spec.partition import plan_partition
+from common.spec.run import RunConfig
 from torch_impl import devices
 from torch_impl.clock import StreamClock
 from torch_impl.optimizer import StageOptimizer

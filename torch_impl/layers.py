@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.data import IGNORED
-from common.dropout import site_number
-from common.spec import TransformerSpec
+from common.spec.data import IGNORED
+from common.spec.dropout_masks import site_number
+from common.spec.run import TransformerSpec
 from torch_impl.dropout import DropoutContext, dropout
 from torch_impl.precision import LayerNorm
 
@@ -60,7 +60,7 @@ def causal_mask(size: int) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
 
-    The key has no bias: softmax cancels it (see `common.spec.TransformerSpec`). `fused`: scores and softmax in one kernel
+    The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`). `fused`: scores and softmax in one kernel
     that stores neither; it has no place for our dropout masks.
     """
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.optim import SGD, AdamW
 
-from common.spec import TrainSpec
+from common.spec.run import TrainSpec
 from torch_impl.weights import NamedParameter, export_tensor, load_tensor
 
 

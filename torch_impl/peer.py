@@ -23,18 +23,18 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from common.data import Batch
-from common.dropout import step_key
-from common.parity import TensorKey
-from common.partition import plan_partition
-from common.reference import clip_scale, global_norm
+from common.oracle.limits import TensorKey
+from common.oracle.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays
 from common.runtime.executor import Event
 from common.runtime.memory import peak_resident_bytes
 from common.schedule.action import Action, Op
 from common.schedule.generators import make_schedule
-from common.spec import RunConfig
-from common.weights import TOKEN_EMBEDDING, parameter_shapes, unit_names
+from common.spec.data import Batch
+from common.spec.dropout_masks import step_key
+from common.spec.parameters import TOKEN_EMBEDDING, parameter_shapes, unit_names
+from common.spec.partition import plan_partition
+from common.spec.run import RunConfig
 from torch_impl import devices
 from torch_impl.dropout import DropoutContext, ElementHashes
 from torch_impl.layers import build_unit, summed_loss

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.edges import write_file
-from common.rules import why_too_few_gpus
+from common.io.edges import write_file
 from common.runtime.engine import Engine
 from common.runtime.job import Job
 from common.runtime.ranks import Ranks
 from common.runtime.ranks import run_on_ranks as run
 from common.runtime.worker import Switch
-from common.spec import RunConfig
+from common.spec.rules import why_too_few_gpus
+from common.spec.run import RunConfig
 from torch_impl import devices
 
 

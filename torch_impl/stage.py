@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from common.data import Batch
-from common.dropout import step_key
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
-from common.spec import RunConfig
+from common.spec.data import Batch
+from common.spec.dropout_masks import step_key
+from common.spec.run import RunConfig
 from torch_impl.chunk import Chunk, Tap, add_weight_gradient
 from torch_impl.dropout import DropoutContext, ElementHashes
 from torch_impl.held import memory_bytes, saved_tensors

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from common.weights import TOKEN_EMBEDDING
+from common.spec.parameters import TOKEN_EMBEDDING
 from torch_impl.layers import Block, Embedding, Head
 
 

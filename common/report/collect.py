@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from common.edges import printable
-from common.parity import BFLOAT16_FACTOR, relative_margins
+from common.io.edges import printable
+from common.oracle.limits import BFLOAT16_FACTOR, relative_margins
 from common.report.compare import oracle_config
 from common.report.result import Parity, ResultError, RunResult
 from common.report.tables import Row, make_rows
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 
 
 @dataclass(frozen=True)

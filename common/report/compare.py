@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from common.parity import BFLOAT16_FACTOR, LIMITS, Check, Comparison, Difference, TensorKey, compare, difference
-from common.partition import plan_partition
+from common.oracle.limits import BFLOAT16_FACTOR, LIMITS, Check, Comparison, Difference, TensorKey, compare, difference
 from common.report.result import Parity, RunResult, Step
-from common.spec import RunConfig, TrainSpec
-from common.weights import parameter_shapes
+from common.spec.parameters import parameter_shapes
+from common.spec.partition import plan_partition
+from common.spec.run import RunConfig, TrainSpec
 
 JUDGED_TOGETHER = "below bfloat16's ceiling; more needs a run of another framework beside it"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from common.report.collect import Collection
 from common.report.names import dropout_words
 from common.report.result import RunResult
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 
 TIMING_LEGEND = (
     "Simulated: every action takes what it took on its stage in this run (the mean of a step, of that the median over "

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from common.edges import write_file
+from common.io.edges import write_file
 from common.report import peers, tables
 from common.report.charts import LineChart, Series, Timeline, line_chart, timeline
 from common.report.collect import Collection, RowRuns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.parity import LIMITS
+from common.oracle.limits import LIMITS
 from common.report.collect import Collection
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 
 
 def dropout_words(config: RunConfig) -> str:

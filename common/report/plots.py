@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.figure import log_y, new_figure
+from common.io.figure import log_y, new_figure
 from common.report.collect import Collection
 from common.report.losses import LossCurve
 from common.report.sweep import Curve

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common.edges import write_file
+from common.io.edges import write_file
 from common.report import plots, tables
 from common.report.collect import Collection
 from common.report.facts import parity_verdict

@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.bounded import read_text
-from common.edges import OsText, write_file
+from common.harness.launch import Outcome, Status
+from common.io.bounded import read_text
+from common.io.edges import OsText, write_file
 from common.report.machine import Machine
 from common.report.timing import Timing, executed_schedule, measure
 from common.runtime.job import EventRecord
-from common.runtime.launch import Outcome, Status
 from common.schedule.action import Placement, ScheduleError
 from common.schedule.generators import make_schedule
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 
 IS_ORACLE = "this is the oracle"
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.edges import write_file
+from common.io.edges import write_file
 from common.report.result import RunResult
 from common.report.timing import executed, executed_schedule, simulated
 from common.schedule.picture import draw_pictures

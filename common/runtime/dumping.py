@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.data import Batch, Corpus
-from common.parity import TensorKey
-from common.reference import Oracle
+from common.oracle.limits import TensorKey
+from common.oracle.reference import Oracle
 from common.runtime.engine import Arrays, Engine
 from common.runtime.job import Job
 from common.runtime.training import named, starting_weights
-from common.spec import RunConfig
-from common.weights import unit_names, unit_of
+from common.spec.data import Batch, Corpus
+from common.spec.parameters import unit_names, unit_of
+from common.spec.run import RunConfig
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 An engine holds some of the pipeline's devices: all of them where stages are threads (torch, TensorFlow), one where a stage
 is a process (Paddle). Every dictionary of tensors it returns covers the devices that it holds, keyed by canonical names
-with canonical shapes (`common.weights`), as NumPy arrays of `TrainSpec.master_dtype`. Where stages are processes, all ranks
+with canonical shapes (`common.spec.parameters`), as NumPy arrays of `TrainSpec.master_dtype`. Where stages are processes, all ranks
 call the same methods in the same order.
 """
 
@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from common.data import Batch
-from common.parity import TensorKey
+from common.oracle.limits import TensorKey
 from common.runtime.executor import Event
 from common.schedule.action import Action
+from common.spec.data import Batch
 
 Arrays = dict[str, NDArray[Any]]
 

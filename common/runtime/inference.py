@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from common import snapshot
-from common.data import Corpus
-from common.edges import write_file
+from common import checkpoint
+from common.io.edges import write_file
 from common.runtime.engine import Engine
 from common.runtime.job import Generation, Job
+from common.spec.data import Corpus
 
 SHORTEST = 16
 """Contexts are filled up to this length, twice this, and so on, so that few shapes are traced or compiled."""
@@ -61,7 +61,7 @@ def load_weights(engine: Engine, job: Job) -> None:
     """Gives the engine the weights of the job's snapshot. Raises SnapshotError."""
     if job.resume is None:
         raise ValueError(f"a job that is to {job.kind} needs a snapshot")
-    engine.reset(snapshot.load(Path(job.resume), with_moments=False).weights)
+    engine.reset(checkpoint.load(Path(job.resume), with_moments=False).weights)
 
 
 def evaluate(engine: Engine, job: Job, corpus: Corpus) -> Evaluated:

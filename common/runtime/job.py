@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from common.bounded import read_text
-from common.edges import OsText, write_file
+from common.io.bounded import read_text
+from common.io.edges import OsText, write_file
 from common.schedule import generators
-from common.spec import RunConfig, explain
+from common.spec.run import RunConfig, explain
 
 
 class Saving(BaseModel):
-    """Where and how often a job saves snapshots (`common.snapshot`). It always saves its last step."""
+    """Where and how often a job saves snapshots (`common.checkpoint`). It always saves its last step."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.data import Batch
-from common.parity import TensorKey
-from common.reference import Oracle
+from common.oracle.limits import TensorKey
+from common.oracle.reference import Oracle
 from common.runtime.engine import Arrays
 from common.runtime.executor import Event, unwatched
 from common.runtime.job import JobFile
@@ -23,8 +22,9 @@ from common.runtime.memory import peak_resident_bytes
 from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
 from common.schedule.action import Action
-from common.spec import RunConfig
-from common.weights import parameter_shapes, unit_names
+from common.spec.data import Batch
+from common.spec.parameters import parameter_shapes, unit_names
+from common.spec.run import RunConfig
 
 
 def memory_bytes(config: RunConfig) -> int:
@@ -39,7 +39,7 @@ def memory_bytes(config: RunConfig) -> int:
 
 
 class OracleEngine:
-    """The float64 model of `common.reference` behind the `Engine` protocol. Knows neither stages nor schedules."""
+    """The float64 model of `common.oracle.reference` behind the `Engine` protocol. Knows neither stages nor schedules."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

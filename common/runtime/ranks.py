@@ -21,13 +21,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
-from common.edges import write_file
+from common.io.edges import write_file
 from common.runtime.engine import Engine
 from common.runtime.job import Job, JobFile
 from common.runtime.patience import Patience
 from common.runtime.worker import Switch, no_drift, run_jobs
 from common.schedule import generators
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 
 GRACE_SECONDS = 5.0
 """What the other ranks may compute, or do nothing, before they have written down how the failure of one looked to them."""

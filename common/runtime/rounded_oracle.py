@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from common.data import Batch
 from common.runtime.dumping import in_precision
 from common.runtime.oracle_worker import OracleEngine, main
+from common.spec.data import Batch
 
 
 class RoundedOracleEngine(OracleEngine):

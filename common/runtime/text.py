@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import Corpus, load_corpus
 from common.runtime.job import Job, JobText
-from common.spec import RunConfig
+from common.spec.data import Corpus, load_corpus
+from common.spec.run import RunConfig
 
 
 class Texts:

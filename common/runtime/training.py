@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common import snapshot
-from common.data import Batch, Corpus
-from common.edges import write_file
-from common.parity import TensorKey
+from common import checkpoint
+from common.checkpoint import SnapshotError, SnapshotWriter
+from common.io.edges import write_file
+from common.oracle.limits import TensorKey
 from common.runtime.engine import Arrays, Engine
 from common.runtime.faults import Fault
 from common.runtime.job import EventRecord, Job, Saving, StepRecord
 from common.runtime.watch import Watch
-from common.snapshot import SnapshotError, SnapshotWriter
-from common.spec import RunConfig
-from common.weights import initial_weights, parameter_shapes, random_arrays, unit_names, unit_of
+from common.spec.data import Batch, Corpus
+from common.spec.parameters import initial_weights, parameter_shapes, random_arrays, unit_names, unit_of
+from common.spec.run import RunConfig
 
 EVENTS_KEPT = 500
 """Steps at the end of a run that saves snapshots whose events are kept: such a run may be long."""
@@ -41,10 +41,10 @@ def start(engine: Engine, job: Job, corpus: Corpus) -> int:
     if job.resume is None:
         engine.reset(starting_weights(job))
         return 0
-    saved = snapshot.load(Path(job.resume), with_moments=not job.weights_alone)
+    saved = checkpoint.load(Path(job.resume), with_moments=not job.weights_alone)
     manifest = saved.manifest.without_training() if job.weights_alone else saved.manifest
     position = manifest.data
-    different = snapshot.differences(manifest, job.config)
+    different = checkpoint.differences(manifest, job.config)
     if position is not None and position.corpus_digest != corpus.digest:  # the parent has checked both before
         different.append("corpus: the snapshot was trained on another text")
     if saved.manifest.tokenizer_digest not in (None, corpus.tokenizer_digest):

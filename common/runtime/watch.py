@@ -18,7 +18,7 @@ from common.runtime.faults import Fault
 from common.schedule.action import Action, Op, Schedule, ScheduleError
 from common.schedule.dependencies import MESSAGE_OFFSET
 from common.schedule.generators import make_schedule
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 
 Phase = Literal["start", "schedule", "optimizer", "save", "end"]
 PHASES: tuple[Phase, ...] = get_args(Phase)

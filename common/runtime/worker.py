@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from common.data import Corpus, load_corpus
-from common.edges import write_file
-from common.parity import TensorKey
+from common.io.edges import write_file
+from common.oracle.limits import TensorKey
 from common.runtime import inherited
 from common.runtime.dumping import dump
 from common.runtime.engine import Engine
@@ -23,7 +22,8 @@ from common.runtime.inference import evaluate, generate, load_weights
 from common.runtime.job import Job, JobFile, Part, StepRecord
 from common.runtime.text import open_text
 from common.runtime.training import held_out_batch, named, probe, start, starting_weights, train
-from common.spec import RunConfig
+from common.spec.data import Corpus, load_corpus
+from common.spec.run import RunConfig
 
 STARTED_IN = inherited.report()
 """Asked at the import, before an implementation sets variables of its own."""

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.bounded import read_text
-from common.edges import printable
+from common.io.bounded import read_text
+from common.io.edges import printable
 from common.schedule.action import MAX_PLACES, Action, Op, Schedule, ScheduleError, parse_schedule
 from common.schedule.search import limits, search
 from common.schedule.simulate import Costs

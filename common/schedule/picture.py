@@ -11,7 +11,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
-from common.figure import new_figure
+from common.io.figure import new_figure
 from common.schedule.action import Op, Schedule
 from common.schedule.simulate import Simulation
 from common.schedule.table import OPS

@@ -53,11 +53,11 @@ def save_pickled(state: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    from common import snapshot
-    from common.spec import RunConfig, TrainSpec
+    from common import checkpoint
+    from common.spec.run import RunConfig, TrainSpec
     from torch_impl.engine import build_engine
 
-    saved, expected = snapshot.load(folder / "imported"), np.load(folder / "expected.npz")
+    saved, expected = checkpoint.load(folder / "imported"), np.load(folder / "expected.npz")
     train = TrainSpec(batch_size=4, micro_batches=2, dtype="float64")
     engine = build_engine(RunConfig(model=saved.manifest.model, train=train, tokenizer="bpe", threads=2))
     engine.reset(saved.weights)

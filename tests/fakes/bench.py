@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import sys
 
-from common.cli import bench_main
-from common.runtime import launch
-from common.runtime.launch import Implementation
-from common.spec import FRAMEWORKS
+from common.cli.main import bench_main
+from common.harness import launch
+from common.harness.launch import Implementation
+from common.spec.run import FRAMEWORKS
 
 MISSING = os.environ.get("FAKE_MISSING")
 IMPLEMENTATIONS = {

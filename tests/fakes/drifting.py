@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.data import Batch
-from common.reference import Oracle
+from common.oracle.reference import Oracle
 from common.runtime.job import JobFile
 from common.runtime.oracle_worker import OracleEngine
 from common.runtime.worker import run_jobs
+from common.spec.data import Batch
 
 
 class DriftingEngine(OracleEngine):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from common.data import Batch
 from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
+from common.spec.data import Batch
 from tests.fakes.impl import FakeEngine
 
 

@@ -13,13 +13,13 @@ import time
 
 import numpy as np
 
-from common.data import Batch
 from common.runtime.engine import Arrays
 from common.runtime.executor import Event
 from common.runtime.job import JobFile
 from common.runtime.oracle_worker import OracleEngine
 from common.runtime.worker import run_jobs
 from common.schedule.generators import make_schedule
+from common.spec.data import Batch
 
 SLEEPER = [sys.executable, "-c", "import signal; signal.pause()", os.environ.get("FAKE_MARK", "")]
 """A process that a test can find again by FAKE_MARK."""

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import Batch
 from common.runtime.job import JobFile
 from common.runtime.worker import run_jobs
+from common.spec.data import Batch
 from tests.fakes.impl import FakeEngine
 
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from common.roofline import Operations, answer, kernels
-from common.spec import RunConfig
+from common.harness.roofline import Operations, answer, kernels
+from common.spec.run import RunConfig
 
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:

@@ -10,7 +10,7 @@ from paddle_impl import devices  # before Paddle: its package chooses the kernel
 
 pytest.importorskip("paddle")
 
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 from tests.engines import Make, maker
 from tests.paddle.ranks import Pipeline, Ranks
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.runtime.ranks import _free_endpoints
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 
 
 class Ranks:

@@ -7,7 +7,7 @@ from typing import Any
 
 import paddle
 
-from common.spec import TransformerSpec
+from common.spec.run import TransformerSpec
 from paddle_impl import convert
 from tests.converting import check_file, every_model
 

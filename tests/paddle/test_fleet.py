@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from common.runtime.job import Job, JobFile, Part
 from common.schedule.generators import make_schedule
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 from tests.engines import Make, small
 from tests.waiting import wait_for_end, wait_until
 

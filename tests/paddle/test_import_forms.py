@@ -9,9 +9,9 @@ import numpy as np
 import paddle
 import pytest
 
-from common.exchange.child import checked
-from common.spec import TransformerSpec
-from common.weights import random_arrays
+from common.checkpoint.foreign.child import checked
+from common.spec.parameters import random_arrays
+from common.spec.run import TransformerSpec
 from paddle_impl.convert import TIED, plain_model, read_weights
 
 MODEL = TransformerSpec(context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, tied_head=True)

@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from paddle.nn import functional
 
-from common.data import IGNORED
-from common.spec import TransformerSpec
+from common.spec.data import IGNORED
+from common.spec.run import TransformerSpec
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.layers import Attention, build_unit, summed_loss
 from paddle_impl.split import Linear

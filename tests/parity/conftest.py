@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from common.parity import Comparison
-from common.spec import FRAMEWORKS
+from common.oracle.limits import Comparison
+from common.spec.run import FRAMEWORKS
 from tests.parity.ladder import Probed, run_ladder
 
 MARGINS: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)

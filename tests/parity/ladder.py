@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import common.probes
-from common.probes import Expected, Run, read_probe
+import common.harness.probes
+from common.harness.probes import Expected, Run, read_probe
 from common.runtime.job import Job, JobFile
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 
 ROOT = Path(__file__).parent.parent.parent
 MODULE = {"torch": "torch_impl", "tensorflow": "tf_impl", "paddle": "paddle_impl"}
@@ -192,7 +192,7 @@ def _run_child(
 
 def expected(one: RunConfig, noise: float = NOISE) -> Expected:
     """What the oracle says about a case."""
-    return common.probes.expected(one, noise)
+    return common.harness.probes.expected(one, noise)
 
 
 def first_different_bits(a: Run, b: Run, phases: Iterable[str] = ("forward", "backward", "trained")) -> str | None:

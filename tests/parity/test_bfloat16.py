@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from common.parity import Comparison, relative_margins
-from common.probes import Run, compare_probe, expected
-from common.spec import FRAMEWORKS
-from common.zoo import NOISE, run_all
+from common.harness.drift import NOISE, run_all
+from common.harness.probes import Run, compare_probe, expected
+from common.oracle.limits import Comparison, relative_margins
+from common.spec.run import FRAMEWORKS
 from tests.parity.ladder import config
 
 Judge = Callable[[str, str, Comparison], None]

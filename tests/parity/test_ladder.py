@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from common.parity import Comparison, compare
-from common.probes import compare_probe
+from common.harness.probes import compare_probe
+from common.oracle.limits import Comparison, compare
 from common.schedule.generators import make_schedule
-from common.spec import RunConfig
+from common.spec.run import RunConfig
 from tests.parity.ladder import CASES, EXTREME_NOISE, MODELS, Probed, Run, expected, first_different_bits
 
 Ladder = dict[str, Probed]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from common.spec import TransformerSpec
+from common.spec.run import TransformerSpec
 from tests.engines import (
     Make,
     batch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common.spec import TransformerSpec
+from common.spec.run import TransformerSpec
 from tests.converting import check_file, every_model
 from tf_impl import convert
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from common.runtime.executor import StageFailure
 from common.schedule.action import Action, Op
-from common.spec import TransformerSpec
+from common.spec.run import TransformerSpec
 from tests.engines import Make, batch
 from tf_impl.gpipe_model import GPipeModel
 

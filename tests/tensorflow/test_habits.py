@@ -1,4 +1,4 @@
-"""TensorFlow's habits in the drift zoo; one that is a setting of the whole process is in `tests/test_tf_zoo.py`."""
+"""TensorFlow's habits in the drift zoo; one that is a setting of the whole process is in `tests/common/test_tf_zoo.py`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from common.drift import DRIFTS
-from common.zoo import PROCESS_WIDE, has_cuda
+from common.harness.drift import PROCESS_WIDE, has_cuda
+from common.spec.habits import DRIFTS
 from tests.engines import habits_here, small
 from tf_impl.drift import HABITS, switch
 from tf_impl.engine import build_engine

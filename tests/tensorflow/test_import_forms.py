@@ -9,9 +9,9 @@ import h5py
 import numpy as np
 import pytest
 
-from common.exchange.errors import ExchangeError
-from common.spec import TransformerSpec
-from common.weights import random_arrays
+from common.checkpoint.foreign.errors import ExchangeError
+from common.spec.parameters import random_arrays
+from common.spec.run import TransformerSpec
 from tf_impl.convert import plain_model, read_weights, write_weights
 
 MODEL = TransformerSpec(context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, tied_head=True)

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from common.data import IGNORED
+from common.spec.data import IGNORED
 from tests.extreme import EXTREME_LOGITS, check_loss
 from tf_impl.gpipe_model import GPipeModel
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.spec import TransformerSpec
+from common.spec.run import TransformerSpec
 from tests.engines import Make, bfloat16_errors, check_all_float32, check_same_bits, small, stretch, train
 from tests.torch.test_recompute import RECOMPUTED
 from torch_impl.dropout import DropoutContext, ElementHashes

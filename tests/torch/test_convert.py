@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from common.spec import TransformerSpec
+from common.spec.run import TransformerSpec
 from tests.converting import check_file, every_model
 from torch_impl import convert
 

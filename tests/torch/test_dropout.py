@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.dropout import step_key
+from common.spec.dropout_masks import step_key
 from tests.engines import SAMPLES, STEP_KEY, Make, batch, check_same_bits, every_mask, numpy_mask
 from torch_impl.dropout import DropoutContext, ElementHashes, keep_mask, native_mask
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from common.drift import DRIFTS
-from common.spec import RunConfig
-from common.zoo import has_cuda
+from common.harness.drift import has_cuda
+from common.spec.habits import DRIFTS
+from common.spec.run import RunConfig
 from tests.engines import habits_here
 from torch_impl.drift import HABITS, switch
 from torch_impl.engine import build_engine

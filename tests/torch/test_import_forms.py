@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.exchange.child import checked
-from common.exchange.errors import ExchangeError
-from common.spec import TransformerSpec
-from common.weights import random_arrays
+from common.checkpoint.foreign.child import checked
+from common.checkpoint.foreign.errors import ExchangeError
+from common.spec.parameters import random_arrays
+from common.spec.run import TransformerSpec
 from torch_impl.convert import plain_model, read_weights, write_weights
 
 MODEL = TransformerSpec(context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, tied_head=True)

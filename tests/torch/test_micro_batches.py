@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from common.data import load_corpus
-from common.spec import PRESETS, RunConfig, TrainSpec, TransformerSpec
-from common.weights import initial_weights
+from common.spec.data import load_corpus
+from common.spec.parameters import initial_weights
+from common.spec.run import PRESETS, RunConfig, TrainSpec, TransformerSpec
 from torch_impl.engine import TorchEngine
 
 

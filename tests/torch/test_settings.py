@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.runtime.gpus import Gpu
+from common.harness.launch import last_error
 from common.runtime.job import Job
-from common.runtime.launch import last_error
 from common.runtime.worker import no_drift
+from common.spec.gpus import Gpu
 from tests.engines import Make, batch, small
 from torch_impl import devices, ranks
 from torch_impl.drift import switch

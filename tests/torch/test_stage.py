@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from common import dropout
 from common.runtime.executor import StageFailure
+from common.spec import dropout_masks
 from tests.engines import Make, batch, different, train
 from torch_impl.dropout import DropoutContext, ElementHashes
 from torch_impl.stage import Mode
@@ -36,7 +36,7 @@ def test_tapped_gradients_are_those_of_plain_autograd(make: Make) -> None:
     given, stage = batch(engine), engine.stages[0]
     engine.forward_backward(given)
     logits = torch.from_numpy(given.inputs)
-    context = DropoutContext(dropout.step_key(0, 0), torch.arange(len(logits)), 0, ElementHashes())
+    context = DropoutContext(dropout_masks.step_key(0, 0), torch.arange(len(logits)), 0, ElementHashes())
     for unit in stage.chunks[0].units:
         logits = unit(logits, context)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(given.targets).flatten())

@@ -1,0 +1,47 @@
+"""Snapshots: all that is needed to go on with training, in any framework, on any number of stages.
+
+    step-00000100/
+      manifest.json              what it is: specification, position, and of every file and tensor what to expect
+      shard-00000.safetensors    weights by canonical name, moments as "first_moment/<name>" and "second_moment/<name>"
+      shard-00001.safetensors    ... one file for every process that trained
+      tokenizer.json             what the tokens mean; not there for bytes
+
+Nothing in it depends on framework, partition, schedule or device. It is written to a temporary folder beside its place,
+every file flushed to the disk, the manifest last, and then renamed: a folder of this name is a whole snapshot.
+
+What is read may come from anywhere. So names, types, shapes and sizes are checked against the specification before memory
+is taken for any tensor, digests before a tensor is used, and nothing is ever unpickled. Every error is a `SnapshotError`
+of one line: what is wrong, where, and what would be right.
+"""
+
+from common.checkpoint.directory import locked, newest, prune, remove_leftovers, set_aside, snapshots_in
+from common.checkpoint.header import HeaderEntry, opened, read_header
+from common.checkpoint.manifest import TOKENIZER, Arrays, DataPosition, Manifest, SnapshotError, differences, moments_of
+from common.checkpoint.read import Snapshot, load, read_manifest, read_tokenizer, verify
+from common.checkpoint.write import SnapshotWriter, write_weights
+
+__all__ = [
+    "TOKENIZER",
+    "Arrays",
+    "DataPosition",
+    "HeaderEntry",
+    "Manifest",
+    "Snapshot",
+    "SnapshotError",
+    "SnapshotWriter",
+    "differences",
+    "load",
+    "locked",
+    "moments_of",
+    "newest",
+    "opened",
+    "prune",
+    "read_header",
+    "read_manifest",
+    "read_tokenizer",
+    "remove_leftovers",
+    "set_aside",
+    "snapshots_in",
+    "verify",
+    "write_weights",
+]

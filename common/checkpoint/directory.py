@@ -1,0 +1,127 @@
+"""A run's directory of snapshots: which there are, which is the newest that is whole, and who may write there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint.manifest import MANIFEST, SnapshotError
+from common.checkpoint.read import verify
+
+FOLDER = re.compile(r"step-([0-9]{8,18})")
+
+
+def folder_name(steps_done: int) -> str:
+    return f"step-{steps_done:08}"
+
+
+def snapshots_in(directory: Path) -> list[Path]:
+    """The snapshots of a run, the newest last. Links, files and unfinished ones are none."""
+    if not directory.is_dir():
+        return []
+    found = [
+        (int(match.group(1)), path)
+        for path in directory.iterdir()
+        if (match := FOLDER.fullmatch(path.name)) and not path.is_symlink() and (path / MANIFEST).is_file()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Removes all but the last `keep` snapshots; the newest always stays."""
+    for path in snapshots_in(directory)[: -max(1, keep)]:
+        doomed = directory / f".{path.name}.deleted"
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)  # never half a snapshot under a good name
+        shutil.rmtree(doomed)
+
+
+def newest(directory: Path, report: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The newest snapshot that is whole; every newer one that is not goes to `report` as a line."""
+    for path in reversed(snapshots_in(directory)):
+        try:
+            verify(path)
+            return path
+        except SnapshotError as error:
+            report(str(error))
+    return None
+
+
+def set_aside(path: Path) -> Path:
+    """Moves a damaged snapshot out of the way, so that the run can save this step again; deletes nothing."""
+    for number in range(1, 10_000):
+        place = path.with_name(f"damaged-{path.name}-{number}")
+        if not place.exists():
+            return path.rename(place)
+    raise SnapshotError(f"{path.parent}: holds 9999 damaged copies of {path.name}")
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps other runs out of `directory`, and takes away what a run that died has left half-written.
+
+    The lock is the kernel's (flock), so it goes with its process, however that ends; `.lock` says for people and other
+    machines who holds it. Raises SnapshotError if another run is in there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise SnapshotError(f"{directory}: {error.strerror}; right would be a folder that can be written") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SnapshotError(
+                f"{directory}: in use by {_owner(file)}; right would be another folder, or to wait"
+            ) from None
+        here = os.uname().nodename
+        owner = _owner(file)
+        if owner and owner["host"] != here:  # not every network's file system carries locks from host to host
+            raise SnapshotError(f"{directory}: in use by {owner}; if that run is over, remove {directory / '.lock'}")
+        _write_owner(
+            file, json.dumps({"pid": os.getpid(), "host": here, "since": time.strftime("%FT%TZ", time.gmtime())})
+        )
+        try:
+            remove_leftovers(directory)
+            yield
+        finally:
+            remove_leftovers(directory)
+            _write_owner(file, "")
+
+
+class _Owner(dict[str, Any]):
+    def __str__(self) -> str:
+        return f"process {self['pid']} on {self['host']} since {self['since']}"
+
+
+def _owner(file: Any) -> _Owner:
+    """Who wrote the lock last and has not left; empty if nobody has, or nobody can tell."""
+    file.seek(0)
+    try:
+        found = json.loads(file.read(4096))
+        return _Owner({key: str(found[key])[:100] for key in ("pid", "host", "since")})
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return _Owner()
+
+
+def _write_owner(file: Any, text: str) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(text)
+    file.flush()
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Takes away what processes that died have left half-written. Only for the holder of the lock, with no child alive."""
+    for path in directory.glob(".step-*"):
+        if re.fullmatch(r"\.step-[0-9]{8,18}\.([0-9a-f]+\.partial|deleted)", path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,230 @@
+"""A GPT-2 of the transformers library (Radford et al. 2019) from local safetensors files, in canonical names.
+
+    wte.weight (V, D), wpe.weight (S, D), h.N.ln_1, h.N.attn.c_attn (D, 3 D), h.N.attn.c_proj, h.N.ln_2,
+    h.N.mlp.c_fc (D, F), h.N.mlp.c_proj (F, D), ln_f; with or without "transformer.", or a wrapper's word, before them
+
+Its linear layers ("Conv1D") are (in, out), as the canonical ones. Query, key and value are one matrix there. The key's bias
+is dropped: it adds the same number to all scores of a query, and softmax cancels it. GPT-2's GELU is the tanh form.
+What the weights do not say, such as the number of heads, is read from the model's config.json, or said by the user.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import safe_open
+
+from common.checkpoint import Arrays, HeaderEntry, opened, read_header
+from common.checkpoint.foreign.child import check_names, checked
+from common.checkpoint.foreign.errors import ExchangeError, note
+from common.checkpoint.foreign.names import unwrapped
+from common.checkpoint.foreign.source import Source, read_bounded
+from common.checkpoint.manifest import one_line
+from common.io.edges import printable
+from common.spec.parameters import parameter_shapes
+from common.spec.rounding import round_to_float32
+from common.spec.run import TransformerSpec
+
+BUFFER = re.compile(r"h\.[0-9]+\.attn\.(bias|masked_bias)")
+"""The causal mask, which older files carry as a tensor."""
+ACTIVATIONS: Mapping[str, Literal["gelu", "gelu_tanh", "relu"]] = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
+HEAD = "lm_head.weight"
+MAX_CONFIG_BYTES = 2**20
+NOT_IN_THE_WEIGHTS: Mapping[str, str] = {
+    "num_heads": "n_head",
+    "activation": "activation_function",
+    "norm_epsilon": "layer_norm_epsilon",
+}
+"""What the shapes do not show, by its name in config.json."""
+
+
+IN_THE_WEIGHTS: Mapping[str, str] = {
+    "n_layer": "num_layers",
+    "n_embd": "d_model",
+    "n_inner": "d_ff",
+    "vocab_size": "vocab_size",
+    "n_positions": "context_length",
+}
+"""What config.json says and the shapes show: they have to agree, or a part of the model is missing."""
+
+
+class _Config(BaseModel):
+    """What a config.json says that matters here; the rest of it changes no number."""
+
+    model_type: Literal["gpt2"] = "gpt2"
+    n_layer: int | None = None
+    n_embd: int | None = None
+    n_inner: int | None = None
+    vocab_size: int | None = None
+    n_positions: int | None = None
+
+    n_head: int | None = Field(None, ge=1)
+    activation_function: Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"] = "gelu_new"
+    layer_norm_epsilon: float = Field(1e-5, ge=0)
+    tie_word_embeddings: bool = True
+    scale_attn_weights: Literal[True] = True
+    scale_attn_by_inverse_layer_idx: Literal[False] = False
+
+
+def read_gpt2(
+    source: Source, said: Mapping[str, Any] = MappingProxyType({}), tensors_from: Sequence[Path] | None = None
+) -> tuple[TransformerSpec, Arrays]:
+    """The model and its weights.
+
+    `said` are fields of the specification that the shapes do not show. `tensors_from` has the tensors as safetensors where
+    the source's own files have not. Raises ExchangeError, SnapshotError and pydantic.ValidationError.
+    """
+    headers: dict[str, tuple[Path, HeaderEntry]] = {}
+    for path in tensors_from or source.files:
+        with opened(path, follow_links=True) as file:
+            for name, entry in read_header(file, path).items():
+                if name in headers:
+                    raise ExchangeError(f"{printable(name)} is in both {headers[name][0].name} and {path.name}")
+                headers[name] = path, entry
+    names = unwrapped(headers, ("transformer", "model"))
+    names = {short: name for short, name in names.items() if not BUFFER.fullmatch(short)}
+    path = source.files[0]
+    for name in names.values():
+        entry = headers[name][1]
+        if entry.dtype not in ("float32", "float64", "F16", "BF16"):
+            raise ExchangeError(f"{path}: {printable(name)} has dtype {entry.dtype}; right would be float32")
+    shapes = {short: headers[name][1].shape for short, name in names.items()}
+    config = _config(source.beside("config.json"))
+    spec = _spec(path, shapes, config, said)
+    for field, name in IN_THE_WEIGHTS.items():
+        if getattr(config, field) not in (None, getattr(spec, name)):
+            said_there = f"config.json says {field} = {getattr(config, field)}"
+            raise ExchangeError(
+                f"{path}: {name} = {getattr(spec, name)} by its tensors; {said_there}; expected the same"
+            )
+    wanted = foreign_shapes(spec)
+    check_names({*names} - {HEAD}, set(wanted))
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise ExchangeError(f"{path}: {name} has shape {list(shapes[name])}; right would be {list(shape)}")
+    if HEAD not in names and not config.tie_word_embeddings:
+        raise ExchangeError(f"{path}: {HEAD} is missing, and config.json says tie_word_embeddings = false")
+    arrays = {name: _tensor(*headers[names[name]], names[name]) for name in wanted}
+    if HEAD in names:
+        head = _tensor(*headers[names[HEAD]], names[HEAD])
+        if not np.array_equal(head, arrays["wte.weight"]):
+            arrays, spec = arrays | {HEAD: head}, spec.model_copy(update={"tied_head": False})
+            note("the head is not tied: it differs from the token embedding")
+    return spec, checked(_canonical(arrays, spec), spec)
+
+
+def _tensor(path: Path, entry: HeaderEntry, name: str) -> NDArray[Any]:
+    if entry.dtype == "BF16":  # a type that NumPy lacks: the upper half of a float32
+        bits = np.fromfile(path, "<u2", math.prod(entry.shape), offset=entry.first_byte)
+        return (bits.astype(np.uint32) << 16).view(np.float32).reshape(entry.shape)
+    with safe_open(path, "numpy") as found:
+        return np.asarray(found.get_tensor(name))
+
+
+def _spec(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], config: _Config, said: Mapping[str, Any]
+) -> TransformerSpec:
+    for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
+        if len(shapes.get(name, ())) != 2:
+            raise ExchangeError(f"{path}: {name} is missing; right would be a GPT-2 of the transformers library")
+    given: dict[str, Any] = {
+        "num_heads": config.n_head,
+        "activation": ACTIVATIONS[config.activation_function],
+        "norm_epsilon": config.layer_norm_epsilon,
+    }
+    if "norm_epsilon" in said:  # which is rounded
+        given["norm_epsilon"] = round_to_float32(config.layer_norm_epsilon)
+    for name, field in NOT_IN_THE_WEIGHTS.items():
+        if field in config.model_fields_set and given[name] not in (None, said.get(name, given[name])):
+            raise ExchangeError(f"{name} = {said[name]}: config.json has {field} = {given[name]}; expected the same")
+    vocab_size, d_model = shapes["wte.weight"]
+    fields = given | dict(said)
+    if fields["num_heads"] is None:
+        raise ExchangeError(
+            f"{path}: how many heads? right would be with --num-heads, or a config.json beside it (the published "
+            f"GPT-2s have d_model / 64, here {d_model / 64:g})"
+        )
+    known = {*said, *(name for name, field in NOT_IN_THE_WEIGHTS.items() if field in config.model_fields_set)}
+    if unsaid := [name for name in NOT_IN_THE_WEIGHTS if name not in known]:
+        note(
+            f"no config.json says {', '.join(f'{name} = {_shown(fields[name])}' for name in unsaid)}; taken as in GPT-2"
+        )
+    return TransformerSpec.model_validate(
+        {
+            "vocab_size": vocab_size,
+            "context_length": shapes["wpe.weight"][0],
+            "num_layers": sum(bool(re.fullmatch(r"h\.[0-9]+\.ln_1\.weight", name)) for name in shapes),
+            "d_model": d_model,
+            "d_ff": shapes["h.0.mlp.c_fc.weight"][1],
+            "norm": "pre",
+            "tied_head": True,
+        }
+        | fields
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)  # float32's 1e-05 has more digits
+
+
+def _config(path: Path | None) -> _Config:
+    """The config.json, or what it is without one. Raises ExchangeError."""
+    if path is None:
+        return _Config()
+    try:
+        return _Config.model_validate_json(read_bounded(path, MAX_CONFIG_BYTES))
+    except ValidationError as error:
+        given = printable(repr(error.errors()[0]["input"]))
+        raise ExchangeError(f"{path}: {one_line(error)}, not {given}") from None
+
+
+def foreign_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
+    """What a file of this model holds, by the library's names; a tied head is not in it."""
+    d, f = spec.d_model, spec.d_ff
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (spec.vocab_size, d), "wpe.weight": (spec.context_length, d)}
+    for i in range(spec.num_layers):
+        parts = {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, f), "mlp.c_proj": (f, d)}
+        for name, shape in parts.items():
+            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"h.{i}.{name}.weight": (d,), f"h.{i}.{name}.bias": (d,)}
+    return shapes | {"ln_f.weight": (d,), "ln_f.bias": (d,)}
+
+
+def _canonical(arrays: Mapping[str, NDArray[Any]], spec: TransformerSpec) -> Arrays:
+    found = {
+        "embedding.token.weight": arrays["wte.weight"],
+        "embedding.position.weight": arrays["wpe.weight"],
+        "head.norm.weight": arrays["ln_f.weight"],
+        "head.norm.bias": arrays["ln_f.bias"],
+    }
+    if not spec.tied_head:
+        found["head.output.weight"] = arrays[HEAD].T
+    for i in range(spec.num_layers):
+        for part in ("weight", "bias"):
+            query, key, value = np.split(arrays[f"h.{i}.attn.c_attn.{part}"], 3, axis=-1)
+            block = {
+                f"norm_1.{part}": arrays[f"h.{i}.ln_1.{part}"],
+                f"attention.query.{part}": query,
+                f"attention.key.{part}": key,
+                f"attention.value.{part}": value,
+                f"attention.output.{part}": arrays[f"h.{i}.attn.c_proj.{part}"],
+                f"norm_2.{part}": arrays[f"h.{i}.ln_2.{part}"],
+                f"feed_forward.up.{part}": arrays[f"h.{i}.mlp.c_fc.{part}"],
+                f"feed_forward.down.{part}": arrays[f"h.{i}.mlp.c_proj.{part}"],
+            }
+            found |= {f"block.{i}.{name}": array for name, array in block.items()}
+    return {name: found[name] for name in parameter_shapes(spec)}  # without the keys' biases

@@ -1,0 +1,69 @@
+"""Names and nesting that a model's wrappers and training loops add to its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from common.checkpoint.foreign.errors import ExchangeError, note
+from common.io.edges import printable
+
+WRAPPERS: Mapping[str, str] = {
+    "module": "DistributedDataParallel",
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_layers": "paddle.DataParallel",
+}
+"""What stands, anywhere in a name, for a module around another; no name of ours or of GPT-2 has these words."""
+CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "module", "weights")
+"""Under which of its keys a training loop's checkpoint has the weights."""
+MAX_DEPTH = 4
+
+
+def unwrapped(names: Iterable[str], prefixes: tuple[str, ...]) -> dict[str, str]:
+    """The names as the file has them by what they are without wrappers and `prefixes`; says what was taken off.
+
+    Raises ExchangeError where two become one.
+    """
+    found: dict[str, str] = {}
+    removed: dict[str, int] = {}
+    for name in names:
+        words = name.split(".")
+        kept = [word for word in words if word not in WRAPPERS]
+        while len(kept) > 1 and kept[0] in prefixes:
+            kept = kept[1:]
+        for word in {*words} - {*kept}:
+            removed[word] = removed.get(word, 0) + 1
+        short = ".".join(kept)
+        if short in found:
+            raise ExchangeError(
+                f"{printable(found[short])} and {printable(name)} are both {printable(short)} without what wraps them"
+            )
+        found[short] = name
+    for word, count in removed.items():
+        whose = f" ({WRAPPERS[word]})" if word in WRAPPERS else ""
+        note(f"{word!r}{whose} was taken off {count} names")
+    return found
+
+
+def weights_in(loaded: Any, is_tensor: Callable[[Any], bool], besides: str = "") -> dict[str, Any]:
+    """The state dict in what a file holds: the whole, or what a checkpoint has under a usual key.
+
+    `besides` may stand in it too and is left out. Raises ExchangeError.
+    """
+    for _ in range(MAX_DEPTH):
+        if not isinstance(loaded, dict) or not loaded:
+            break
+        state = {name: value for name, value in loaded.items() if name != besides}
+        if all(isinstance(name, str) and is_tensor(value) for name, value in state.items()):
+            return state
+        key = next((key for key in CHECKPOINT_KEYS if isinstance(loaded.get(key), dict)), None)
+        if key is None:
+            break
+        others = ", ".join(printable(str(other), 30) for other in list(state)[:9] if other != key)
+        note(f"the weights are those under {key!r}" + (f"; not read: {others}" if others else ""))
+        loaded = loaded[key]
+    raise ExchangeError(
+        "right would be a dictionary of tensors, or a checkpoint with one under 'state_dict' or 'model'"
+    )

@@ -1,0 +1,135 @@
+"""Reading a snapshot: all is checked before it is used, sizes and shapes before memory is taken."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from safetensors import safe_open
+
+from common.checkpoint.header import digest_of, opened, read_header
+from common.checkpoint.manifest import (
+    MANIFEST,
+    READABLE_VERSIONS,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    Arrays,
+    FileEntry,
+    Manifest,
+    SnapshotError,
+    as_snapshot_error,
+    check_contents,
+    one_line,
+    tensor_shapes,
+)
+from common.io.edges import printable
+from common.spec.parameters import parameter_shapes
+
+MAX_MANIFEST_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A manifest with its tensors."""
+
+    manifest: Manifest
+    weights: Arrays
+    optimizer_state: Arrays
+
+
+class _Version(BaseModel):
+    schema_version: int
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest, checked against its own specification. Raises SnapshotError."""
+    path = folder / MANIFEST
+    with opened(path) as file:
+        text = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise SnapshotError(
+            f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; right would be the manifest of a snapshot"
+        )
+    try:
+        version = _Version.model_validate_json(text).schema_version
+        if version not in READABLE_VERSIONS:
+            newer = "; right would be a newer version of this program" if version > SCHEMA_VERSION else ""
+            known = " and ".join(map(str, READABLE_VERSIONS))
+            raise SnapshotError(f"{path}: schema_version = {version}; this program reads {known}{newer}")
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise SnapshotError(f"{path}: {one_line(error)}") from None
+    check_contents(manifest, folder)
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """Reads everything once without keeping it: manifest, headers, digests. Raises SnapshotError."""
+    manifest = read_manifest(folder)
+    for name in manifest.files:
+        _verify_file(folder / name, manifest)
+    _read_tokenizer(folder, manifest)
+    return manifest
+
+
+def read_tokenizer(folder: Path) -> bytes | None:
+    """The snapshot's tokenizer.json, checked; None where it has none. Raises SnapshotError."""
+    return _read_tokenizer(folder, read_manifest(folder))
+
+
+def load(folder: Path, with_moments: bool = True) -> Snapshot:
+    """The snapshot, all of it checked, with or without the optimizer's state. Raises SnapshotError."""
+    manifest = verify(folder)
+    wanted = tensor_shapes(manifest.model, manifest.optimizer_state if with_moments else ())
+    arrays: Arrays = {}
+    for name in manifest.files:
+        with as_snapshot_error(f"{folder / name}"), safe_open(folder / name, "numpy") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                if key in wanted:
+                    arrays[key] = file.get_tensor(key)
+    weights = {name: arrays.pop(name) for name in parameter_shapes(manifest.model)}
+    return Snapshot(manifest, weights, arrays)
+
+
+def _read_tokenizer(folder: Path, manifest: Manifest) -> bytes | None:
+    entry = manifest.tokenizer
+    if not isinstance(entry, FileEntry):
+        return None
+    with opened(folder / TOKENIZER) as file:
+        _verify_size(file, folder / TOKENIZER, entry)
+        _verify_digest(file, folder / TOKENIZER, entry)
+        file.seek(0)
+        return bytes(file.read())
+
+
+def _verify_file(path: Path, manifest: Manifest) -> None:
+    with opened(path) as file:
+        entry = manifest.files[path.name]
+        _verify_size(file, path, entry)
+        expected = {
+            name: (tensor.dtype, tensor.shape) for name, tensor in manifest.tensors.items() if tensor.file == path.name
+        }
+        header = read_header(file, path)
+        found = {name: (tensor.dtype, tensor.shape) for name, tensor in header.items()}
+        if found != expected:
+            name = min(name for name in {**found, **expected} if found.get(name) != expected.get(name))
+            raise SnapshotError(
+                f"{path}: {printable(name)} is {found.get(name, 'missing')}; "
+                f"the manifest says {expected.get(name, 'nothing')}"
+            )
+        _verify_digest(file, path, entry)
+
+
+def _verify_size(file: Any, path: Path, entry: FileEntry) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size != entry.bytes:
+        raise SnapshotError(f"{path}: has {size} bytes; right would be {entry.bytes}")
+
+
+def _verify_digest(file: Any, path: Path, entry: FileEntry) -> None:
+    file.seek(0)
+    if digest_of(file) != entry.sha256:
+        raise SnapshotError(f"{path}: SHA-256 differs from the manifest's: damaged; right would be another snapshot")

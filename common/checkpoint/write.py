@@ -1,0 +1,222 @@
+"""Writing a snapshot: every process its shard, the process of device 0 the manifest and the rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from common.checkpoint.directory import folder_name, prune
+from common.checkpoint.header import digest_of
+from common.checkpoint.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    DataPosition,
+    Entry,
+    FileEntry,
+    Manifest,
+    SnapshotError,
+    TensorEntry,
+    as_snapshot_error,
+    check_contents,
+    moments_of,
+)
+from common.io.edges import printable, write_file
+from common.spec.run import RunConfig, TransformerSpec
+
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class SnapshotWriter:
+    """Writes snapshots into `directory` and keeps the last `keep`.
+
+    Where stages are processes, each of them has a writer with the same `token`, which tells this run's temporary folders
+    from what an earlier run may have left.
+    """
+
+    directory: Path
+    keep: int
+    token: str
+
+    def write(
+        self,
+        config: RunConfig,
+        steps_done: int,
+        corpus_digest: str,
+        devices: Sequence[int],
+        weights: Mapping[str, NDArray[Any]],
+        optimizer_state: Mapping[str, NDArray[Any]],
+        written_by: Mapping[str, Any],
+        tokenizer: bytes | None = None,
+    ) -> Path | None:
+        """Saves what `devices` hold. The process of device 0 waits for all others and finishes: it returns the folder.
+
+        It waits as long as they take: whoever has started them knows when one has ended, or hangs, and ends all.
+
+        A tied head's copy of the token embedding is left to the process that has the embedding. `tokenizer` is the
+        tokenizer.json; None for bytes. Raises SnapshotError.
+        """
+        tensors = {**weights, **optimizer_state}
+        if 0 not in devices:  # device 0 has the embedding
+            tensors = {name: array for name, array in tensors.items() if "embedding." not in name}
+        with as_snapshot_error(f"cannot save step {steps_done} in {self.directory}"):
+            temporary = self.directory / f".{folder_name(steps_done)}.{self.token}.partial"
+            temporary.mkdir(parents=True, exist_ok=True)
+            try:
+                _write_shard(temporary, devices, tensors)
+                if 0 not in devices:
+                    return None
+                shards = _wait_for_shards(temporary, config.stages)
+                folder = _finish(
+                    temporary,
+                    self.directory / folder_name(steps_done),
+                    shards,
+                    steps_done=steps_done,
+                    model=config.model,
+                    train=config.train,
+                    data=_data_position(config, steps_done, corpus_digest),
+                    tokenizer=_write_tokenizer(temporary, b"" if config.tokenizer == "bytes" else tokenizer),
+                    optimizer_state=moments_of(config.train),
+                    written_by={key: v for key, v in written_by.items() if isinstance(v, str | int | float | None)},
+                )
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            prune(self.directory, self.keep)
+            return folder
+
+
+def _data_position(config: RunConfig, steps_done: int, corpus_digest: str) -> DataPosition:
+    return DataPosition(
+        step=steps_done,
+        seed=config.train.seed,
+        corpus_digest=corpus_digest,
+        corpus=config.corpus,
+        tokenizer=config.tokenizer,
+        sequence_lengths=config.sequence_lengths,
+        sequences_per_epoch=config.sequences_per_epoch,
+    )
+
+
+def write_weights(
+    folder: Path,
+    model: TransformerSpec,
+    weights: Mapping[str, NDArray[Any]],
+    origin: str,
+    tokenizer: bytes | None = None,
+) -> Path:
+    """A snapshot of weights alone, at step 0, without optimizer state. Raises SnapshotError.
+
+    `tokenizer` is their tokenizer.json, empty for bytes, None where nobody knows.
+    """
+    with as_snapshot_error(f"cannot write {folder}"):
+        if folder.exists():
+            raise SnapshotError(f"{folder}: exists; right would be a new folder")
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        temporary.mkdir(parents=True)
+        try:
+            _write_shard(temporary, (0,), weights)
+            shards = _wait_for_shards(temporary, 1)
+            return _finish(
+                temporary, folder, shards, steps_done=0, model=model, train=None, data=None, optimizer_state=(),
+                tokenizer=_write_tokenizer(temporary, tokenizer), written_by={"imported_from": printable(origin)},
+            )  # fmt: skip
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _write_tokenizer(temporary: Path, content: bytes | None) -> Literal["bytes"] | FileEntry | None:
+    """What the manifest says of it."""
+    if not content:
+        return None if content is None else "bytes"
+    path = temporary / TOKENIZER
+    path.write_bytes(content)
+    _flush(path)
+    return FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+class _Shard(Entry):
+    """What one process says about the file it has written."""
+
+    devices: tuple[int, ...]
+    file: str
+    entry: FileEntry
+    tensors: dict[str, TensorEntry]
+
+
+def _write_shard(temporary: Path, devices: Sequence[int], tensors: Mapping[str, NDArray[Any]]) -> None:
+    """The tensors, and last the note that they are there."""
+    name = f"shard-{devices[0]:05}.safetensors"
+    path = temporary / name
+    save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, path)
+    _flush(path)
+    with path.open("rb") as file:
+        digest = digest_of(file)
+    entries = {
+        key: TensorEntry.model_validate({"file": name, "dtype": str(array.dtype), "shape": array.shape})
+        for key, array in tensors.items()
+    }
+    shard = _Shard(
+        devices=tuple(devices),
+        file=name,
+        entry=FileEntry(bytes=path.stat().st_size, sha256=digest),
+        tensors=entries,
+    )
+    note = temporary / f".{name}.writing"
+    write_file(note, shard.model_dump_json())
+    note.rename(temporary / f"{name}.note")
+
+
+def _wait_for_shards(temporary: Path, stages: int) -> list[_Shard]:
+    """The notes of all processes, which together hold every device; takes the notes away."""
+    while True:
+        notes = sorted(temporary.glob("*.note"))
+        shards = [_Shard.model_validate_json(note.read_text(encoding="utf-8")) for note in notes]
+        if {device for shard in shards for device in shard.devices} == set(range(stages)):
+            for note in notes:
+                note.unlink()
+            return shards
+        time.sleep(POLL_SECONDS)
+
+
+def _finish(temporary: Path, folder: Path, shards: Sequence[_Shard], **fields: Any) -> Path:
+    """Manifest, rename: from here on the snapshot is there, also after a power cut."""
+    names = [name for shard in shards for name in shard.tensors]
+    if len(names) != len(set(names)):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise SnapshotError(f"{folder}: {twice[0]} was saved by two processes")
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        files={shard.file: shard.entry for shard in shards},
+        tensors={name: entry for shard in shards for name, entry in shard.tensors.items()},
+        **fields,
+    )
+    check_contents(manifest, folder)
+    path = temporary / MANIFEST
+    write_file(path, manifest.model_dump_json(indent=1) + "\n")
+    _flush(path)
+    _flush(temporary)
+    temporary.rename(folder)
+    _flush(folder.parent)
+    return folder
+
+
+def _flush(path: Path) -> None:
+    """Until the disk has it (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The command line: subcommands, options, exit statuses. Only this room knows them."""

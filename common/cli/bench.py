@@ -1,0 +1,37 @@
+"""The verb bench, which is also `bench_all.py`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from common.cli.config import add_options, read_bench
+from common.harness.bench import print_dry_run, run_bench
+from common.harness.launch import IMPLEMENTATIONS, Implementation
+from common.io.console import make_console
+
+DESCRIPTION = (
+    "Trains one Transformer with several frameworks, pipeline schedules and numbers of stages, each run in a process of "
+    "its own, compares every run with a float64 oracle, and prints a table of losses, throughput and memory. "
+    "Exit status: 0 all well; 1 a run failed or differs from the oracle; 2 wrong input; 130 interrupted."
+)
+
+
+def register(verbs: Any) -> None:
+    """Adds the verb to argparse's subparsers."""
+    prepare(verbs.add_parser("bench", description=DESCRIPTION))
+
+
+def prepare(parser: argparse.ArgumentParser, implementations: Mapping[str, Implementation] | None = None) -> None:
+    """Gives the parser the verb's options, and what it does."""
+    add_options(parser)
+    parser.set_defaults(run=lambda arguments: _bench(arguments, implementations or IMPLEMENTATIONS))
+
+
+def _bench(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
+    bench, console = read_bench(arguments), make_console()
+    if bench.dry_run:
+        print_dry_run(bench, console)
+        return 0
+    return run_bench(bench, arguments.command, console, implementations)

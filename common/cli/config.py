@@ -1,0 +1,165 @@
+"""From a command line and a TOML file to the runs of a benchmark: every point of its grid, and their peers."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cli.settings import (
+    GRID,
+    SECTIONS,
+    BenchOptions,
+    Setting,
+    Settings,
+    adapt,
+    add_option,
+    base_settings,
+    check_corpora,
+    flag,
+    listed,
+    make_run,
+    read_native_dropout,
+    read_toml,
+    validated,
+)
+from common.io.usage import UsageError, closest
+from common.spec.rules import why_impossible
+from common.spec.run import PRESETS, RunConfig
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark: every point of the grid, in the order of the table's rows."""
+
+    options: BenchOptions
+    points: tuple[RunConfig, ...]
+    dry_run: bool = False
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All options of the benchmark, in groups. Only those that the user gives appear in the namespace."""
+    groups = {
+        "grid": parser.add_argument_group(
+            "what to compare", "Each of these takes a list, such as 1,2,4; several lists make a grid."
+        ),
+        "bench": parser.add_argument_group("the benchmark"),
+        "run": parser.add_argument_group("the run"),
+        "model": parser.add_argument_group("the model", "Defaults are those of the preset 'small'."),
+        "train": parser.add_argument_group("the training", "Defaults are those of the preset 'small'."),
+    }
+    groups["bench"].add_argument(
+        "--config",
+        metavar="FILE.toml",
+        help="settings in TOML, with tables [model] and [train]; the command line goes before it",
+    )
+    groups["bench"].add_argument(
+        "--dry-run", action="store_true", help="check everything, print the partition plans and schedules, run nothing"
+    )
+    defaults = base_settings("small")
+    ordered = [*reversed(GRID), *((section, name) for section in SECTIONS for name in SECTIONS[section].model_fields)]
+    for section, name in dict.fromkeys(ordered):
+        if section == "run" and name in ("model", "train"):
+            continue
+        field = SECTIONS[section].model_fields[name]
+        group = groups["grid" if (section, name) in GRID else section]
+        default = defaults[section, name].value if (section, name) in defaults else field.default
+        add_option(group, section, name, field, default)
+
+
+# ------------------------------------------------------------------------------------------------- layers
+
+
+def read_bench(arguments: argparse.Namespace) -> Bench:
+    """The benchmark that the command line (and the TOML file it names) asks for. Raises UsageError."""
+    line: Settings = {}
+    for dest, value in vars(arguments).items():
+        section, _, name = dest.partition(".")
+        if section in SECTIONS and name:
+            line[section, name] = Setting(value, flag(name))
+    file = {} if arguments.config is None else read_toml(Path(arguments.config))
+    preset = (file | line).get(("bench", "preset"), Setting("small", ""))
+    if not isinstance(preset.value, str) or preset.value not in PRESETS:
+        raise UsageError(f"{preset.where} = {preset.value!r}: unknown{closest(str(preset.value), PRESETS)}")
+    base = base_settings(preset.value)
+    file = read_native_dropout(file, base)
+    given = file | read_native_dropout(line, base | file)
+    settings = base | given
+    adapt(settings, given)
+    options = BenchOptions(**validated("bench", settings))
+    points = _grid(settings)
+    if options.peers:
+        points = tuple(dict.fromkeys((*points, *_native_peers(points), *_plain_peers(points))))
+    _check_bench(options, points, settings)
+    check_corpora(points)
+    return Bench(options, points, bool(arguments.dry_run))
+
+
+# ------------------------------------------------------------------------------------------------- validation
+
+
+def _grid(settings: Settings) -> tuple[RunConfig, ...]:
+    """Every combination of the listed values, each validated before anything runs."""
+    axes = [[(key, value) for value in listed(settings[key].value)] for key in GRID if key in settings]
+    for axis in axes:
+        if not axis:
+            key = next(key for key in GRID if key in settings and not listed(settings[key].value))
+            raise UsageError(f"{settings[key].where}: an empty list; right would be with at least one value")
+    points, errors = [], []
+    for combination in itertools.product(*axes):
+        chosen = settings | {key: Setting(value, settings[key].where) for key, value in combination}
+        try:
+            points.append(make_run(chosen))
+        except UsageError as error:
+            errors.append(str(error))
+    if errors:
+        distinct = list(dict.fromkeys(errors))
+        more = f" (and {len(distinct) - 1} more points of the grid are impossible)" if len(distinct) > 1 else ""
+        raise UsageError(distinct[0] + more)
+    return tuple(dict.fromkeys(points))
+
+
+def _native_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
+    """The framework's own pipeline for every point that it can run."""
+    native = [point.model_copy(update={"executor": "native", "track": "matched"}) for point in points]
+    return [peer for point, peer in zip(points, native, strict=True) if _has_peers(point) and not why_impossible(peer)]
+
+
+def _plain_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
+    """The plain loop of every framework: one device, the whole mini-batch at once, all the threads."""
+    alone = {
+        "executor": "plain",
+        "track": "matched",
+        "stages": 1,
+        "chunks": 1,
+        "schedule": "naive",
+        "partition": "even",
+    }
+    plain = [
+        point.model_copy(update=alone | {"train": point.train.model_copy(update={"micro_batches": 1})})
+        for point in points
+        if _has_peers(point)
+    ]
+    return [peer for peer in plain if not why_impossible(peer)]
+
+
+def _has_peers(point: RunConfig) -> bool:
+    """Peers neither recompute nor drift."""
+    return point.executor == "table" and point.recompute == "none" and point.drift is None
+
+
+def _check_bench(options: BenchOptions, points: Sequence[RunConfig], settings: Settings) -> None:
+    steps = min(point.train.steps for point in points)
+    if options.untimed_steps and options.untimed_steps >= steps > 1:
+        where = settings["bench", "untimed_steps"].where
+        raise UsageError(
+            f"{where} = {options.untimed_steps} leaves none of {steps} steps; right would be 0 to {steps - 1}"
+        )
+    swept = {(point.stages, point.train.micro_batches) for point in points}
+    if options.sweep and len(swept) < 2:
+        raise UsageError("--sweep: one point only; right would be with a list, --micro-batches 1,2,4 or --stages 1,2,4")

@@ -1,0 +1,242 @@
+"""The verbs import and export: a snapshot's weights from and to other people's files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from common import checkpoint
+from common.checkpoint import TOKENIZER, Arrays
+from common.checkpoint.foreign.errors import NOTE, ExchangeError
+from common.checkpoint.foreign.gpt2 import NOT_IN_THE_WEIGHTS, read_gpt2
+from common.checkpoint.foreign.source import Source, find
+from common.cli.options import add_run_options, read_model, reporting
+from common.cli.settings import Setting, Settings, flag, read_native_dropout, validated
+from common.harness.launch import (
+    IMPLEMENTATIONS,
+    Implementation,
+    child_command,
+    child_environment,
+    last_error,
+    why_missing,
+)
+from common.io.edges import whole_number
+from common.io.usage import UsageError
+from common.spec.data import check_vocabulary
+from common.spec.run import TransformerSpec, explain
+from common.spec.tokenizer import BYTES, TokenizerError, read_tokenizer
+
+EXIT_OK, EXIT_FAILED = 0, 1
+FORMATS = {"torch": "torch", "keras": "tensorflow", "paddle": "paddle"}
+"""The framework that reads and writes each kind of file, in a process of its own."""
+GPT2 = "gpt2"
+FREE = ("dropout", "dropout_masks")
+"""What may be said of any weights: it changes how they are trained on, not what they mean."""
+TIMEOUT_SECONDS = 1800
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)
+
+
+def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
+    """Adds the verbs to argparse's subparsers."""
+    export = verbs.add_parser(
+        "export",
+        description="Writes the weights of a snapshot as a PyTorch state dict, Keras weights (.weights.h5) or Paddle "
+        "parameters (.pdparams) of the plain model; docs/snapshots.md says how to build that model.",
+        usage="%(prog)s SNAPSHOT --to torch|keras|paddle --out FILE",
+    )
+    export.add_argument("snapshot", metavar="SNAPSHOT", help="a folder such as step-00000100")
+    export.add_argument("--to", choices=tuple(FORMATS), required=True, help="the kind of file")
+    export.add_argument("--out", metavar="FILE", required=True, help="the file to write")
+    export.set_defaults(run=reporting(lambda arguments: _export(arguments, implementations)))
+
+    importer = verbs.add_parser(
+        "import",
+        description="Makes a snapshot at step 0 of weights from such a file, or of a GPT-2 of the transformers library: a "
+        "file, an index of shards, or the folder. No code in a file is run. The model is what the options say; GPT-2's is "
+        "read from the file and its config.json.",
+        usage="%(prog)s FILE --from torch|keras|paddle|gpt2 --out SNAPSHOT [options]",
+    )
+    importer.add_argument(
+        "file", metavar="FILE", help="the file to read, or a folder as the transformers library saves it"
+    )
+    importer.add_argument("--from", dest="origin", choices=(*FORMATS, GPT2), required=True, help="the kind of file")
+    importer.add_argument("--out", metavar="SNAPSHOT", required=True, help="the snapshot's folder, a new one")
+    meaning = importer.add_mutually_exclusive_group()
+    meaning.add_argument(
+        "--tokenizer-file", metavar="FILE", help="what the tokens mean (default: a tokenizer.json beside FILE, if any)"
+    )
+    meaning.add_argument("--tokenizer", choices=("bytes",), help="the tokens are bytes")
+    add_run_options(importer, sections=("model",))
+    importer.set_defaults(run=reporting(lambda arguments: _import(arguments, implementations)))
+
+
+def _export(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
+    folder, out = Path(arguments.snapshot), Path(arguments.out)
+    tokenizer = checkpoint.read_tokenizer(folder)
+    if out.exists():
+        raise UsageError(f"--out {out}: exists; right would be a new file")
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: {out.parent} is no folder")
+    beside = out.with_name(TOKENIZER)
+    if tokenizer is not None and beside.exists() and beside.read_bytes() != tokenizer:
+        raise UsageError(f"--out {out}: another {TOKENIZER} lies beside it; expected a folder without one")
+    temporary = out.with_name(f".{os.getpid()}.{out.name}")  # a name that is half-written is never the good one
+    try:
+        status = _child(arguments.to, implementations, "export", str(folder), str(temporary))
+        if status == EXIT_OK:
+            temporary.rename(out)
+            print(out)
+            if tokenizer is not None:
+                beside.write_bytes(tokenizer)
+                print(f"{beside}: its tokenizer")
+        return status
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _import(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
+    path, out = Path(arguments.file), Path(arguments.out)
+    if out.exists():
+        raise UsageError(f"--out {out}: exists; right would be a new folder")
+    try:
+        source = find(path)
+        if arguments.origin == GPT2:
+            spec, weights = _read_gpt2(arguments, source, implementations)
+            tokenizer, words = _tokenizer(arguments, source, spec)
+            checkpoint.write_weights(out, spec, weights, path.name, tokenizer)
+            status = EXIT_OK
+        else:
+            spec = read_model(arguments)
+            _say_what_no_file_says(arguments, spec)
+            tokenizer, words = _tokenizer(arguments, source, spec)
+            with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
+                place = Path(folder) / TOKENIZER
+                place.write_bytes(tokenizer or b"")
+                told = [str(place)] if tokenizer is not None else []
+                model = spec.model_dump_json()
+                status = _child(arguments.origin, implementations, "import", str(path), str(out), model, *told)
+    except ExchangeError as error:
+        raise UsageError(str(error)) from None
+    except ValidationError as error:
+        raise UsageError(f"{path}: {explain(error).splitlines()[0]}") from None
+    if status == EXIT_OK:
+        print(f"{out}: {_words(spec)}")
+        print(f"tokenizer: {words}")
+    return status
+
+
+def _tokenizer(arguments: argparse.Namespace, source: Source, spec: TransformerSpec) -> tuple[bytes | None, str]:
+    """What the tokens of a foreign file mean, and in words where that comes from. Raises UsageError and TokenizerError."""
+    if arguments.tokenizer == "bytes":
+        if spec.vocab_size != BYTES.vocab_size:
+            raise UsageError(f"--tokenizer = bytes: has 256 tokens; the model has {spec.vocab_size}")
+        return b"", "bytes"
+    path = source.beside(TOKENIZER) if arguments.tokenizer_file is None else Path(arguments.tokenizer_file)
+    if path is None:
+        return None, "not known; --tokenizer-file FILE or --tokenizer bytes gives it, here or later"
+    try:
+        tokenizer = read_tokenizer(path)
+        check_vocabulary(tokenizer, spec.vocab_size, f"tokenizer {path}")
+    except TokenizerError as error:
+        if arguments.tokenizer_file is not None:
+            raise
+        return None, f"not known: {error}"
+    return tokenizer.content, f"{path}, {tokenizer.vocab_size} tokens"
+
+
+def _read_gpt2(
+    arguments: argparse.Namespace, source: Source, implementations: Mapping[str, Implementation]
+) -> tuple[TransformerSpec, Arrays]:
+    """Raises UsageError for options that the file answers, and all that `read_gpt2` raises."""
+    given = {name.removeprefix("model."): value for name, value in vars(arguments).items() if name.startswith("model.")}
+    unused = [name for name in given if name not in (*NOT_IN_THE_WEIGHTS, *FREE)]
+    unused += [name for name in ("preset", "config") if getattr(arguments, name) is not None]
+    if unused:
+        raise UsageError(
+            f"{flag(unused[0])}: --from gpt2 reads the model from the file and its config.json; expected without it"
+        )
+    line = read_native_dropout({("model", name): Setting(value, flag(name)) for name, value in given.items()}, {})
+    with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
+        pickled = [str(file) for file in source.files if file.suffix != ".safetensors"]
+        if pickled:  # PyTorch alone reads these; the rest goes on as for any other file
+            merged = Path(folder) / "model.safetensors"
+            status = _child("torch", implementations, "tensors", str(merged), *pickled)
+            if status != EXIT_OK:
+                raise UsageError(f"{pickled[0]}: cannot be read")
+            tensors_from = [merged, *(file for file in source.files if file.suffix == ".safetensors")]
+        else:
+            tensors_from = list(source.files)
+        return read_gpt2(source, _said(line), tensors_from)
+
+
+def _said(line: Settings) -> dict[str, Any]:
+    """The options' values, each checked by itself; rules between them need the file's shapes."""
+    found: dict[str, Any] = {}
+    for key, setting in line.items():
+        if key[1] == "num_heads":  # what it has to divide is in the file
+            found["num_heads"] = whole_number(setting.value)
+            if (found["num_heads"] or 0) < 1:
+                raise UsageError(f"{setting.where} = {setting.value!r}: right would be a whole number, at least 1")
+        else:
+            found[key[1]] = validated("model", {key: setting})[key[1]]
+    return found
+
+
+def _say_what_no_file_says(arguments: argparse.Namespace, spec: TransformerSpec) -> None:
+    """These change what the weights mean, and no shape shows them."""
+    if arguments.preset is None and arguments.config is None:
+        unsaid = [name for name in NOT_IN_THE_WEIGHTS if not hasattr(arguments, f"model.{name}")]
+        if unsaid:
+            values = {name: getattr(spec, name) for name in unsaid}
+            words = ", ".join(
+                f"{flag(n)} {v:g}" if isinstance(v, float) else f"{flag(n)} {v}" for n, v in values.items()
+            )
+            print(f"{NOTE}the file does not say {words}; taken as by default")
+
+
+def _words(spec: TransformerSpec) -> str:
+    return (
+        f"{spec.num_layers} blocks, d_model {spec.d_model}, {spec.num_heads} heads, d_ff {spec.d_ff}, "
+        f"vocabulary {spec.vocab_size}, context {spec.context_length}, {spec.norm}-norm, {spec.activation}"
+    )
+
+
+def _child(kind: str, implementations: Mapping[str, Implementation], *argv: str) -> int:
+    """Runs the framework's own converter and passes its notes on. Raises UsageError with its line for wrong input."""
+    implementation = implementations[FORMATS[kind]]
+    missing = why_missing(implementation)
+    if missing:
+        raise UsageError(missing)
+    module = f"{implementation.module}.convert"
+    child = subprocess.run(
+        child_command(module, *argv),
+        env=child_environment(module),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+    for line in child.stdout.splitlines():
+        if line.startswith(NOTE):
+            print(line)
+    if child.returncode == 2:
+        raise UsageError(child.stderr.strip().splitlines()[-1])
+    if argv[0] != "export" and -child.returncode in CRASHES:  # a file that a library in C trips over
+        name = signal.Signals(-child.returncode).name
+        file = argv[1] if argv[0] == "import" else argv[2]
+        raise UsageError(f"{file}: reading it ended with {name}; right would be a file as `export` writes it")
+    if child.returncode:
+        print(f"failed: {last_error(child.stderr)}", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_OK

@@ -1,0 +1,160 @@
+"""The verb drift: every habit of the zoo switched on, one at a time."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from common.cli.numbers import positive, seconds
+from common.cli.options import check_writable, file_to_write
+from common.harness.drift import GOOD, Zoo, base_config, run_zoo
+from common.harness.launch import IMPLEMENTATIONS, Implementation
+from common.io.console import make_console
+from common.io.edges import whole_number
+from common.io.usage import UsageError, closest
+from common.report.drift import print_zoo, write_page
+from common.report.machine import this_machine
+from common.spec.habits import DRIFTS
+from common.spec.run import FRAMEWORKS
+
+EXIT_OK, EXIT_UNEXPECTED = 0, 1
+PROGRESS_STEPS = 1000
+"""Steps of a framework between two lines."""
+
+
+RUN_OPTIONS: Mapping[str, Any] = {
+    "frameworks": ",".join(FRAMEWORKS),
+    "rows": "all",
+    "steps": "100,500",
+    "seeds": 5,
+    "timeout": math.inf,
+}
+"""The options that say what is run, with their defaults."""
+
+
+def register(verbs: Any) -> None:
+    """Adds the verb to argparse's subparsers."""
+    parser = verbs.add_parser(
+        "drift",
+        description="For every habit and framework: the parity ladder with and without it, and both trained on. "
+        "Exit status: 0 every habit fails first where it should, 1 one does not, or a run failed, 2 wrong input.",
+    )
+    parser.add_argument("--list", action="store_true", help="name the habits and run nothing")
+    parser.add_argument("--frameworks", metavar="F,..", help="which ones (default %(default)s)")
+    parser.add_argument("--rows", metavar="NAME,..", help="which habits (default %(default)s)")
+    parser.add_argument(
+        "--steps",
+        metavar="N,..",
+        help="where the cost is taken; the last one ends the runs (%(default)s)",
+    )
+    parser.add_argument("--seeds", type=positive, metavar="N", help="baselines for the spread (default %(default)s)")
+    parser.add_argument("--out", metavar="FOLDER", help="write drift.md, drift.json and images/drift.png there")
+    parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    parser.add_argument(
+        "--from", dest="source", metavar="FILE", help="run nothing; take the result of an earlier --json"
+    )
+    parser.add_argument("--timeout", type=seconds, metavar="SECONDS", help="end a child that takes longer")
+    parser.set_defaults(run=run, **RUN_OPTIONS)
+
+
+def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:
+    console = make_console()
+    if arguments.list:
+        console.print(_listed())
+        return EXIT_OK
+    json_file = file_to_write(arguments.json, "--json") if arguments.json else None
+    folder = _folder(Path(arguments.out)) if arguments.out else None
+    if arguments.source:
+        unused = [name for name, default in RUN_OPTIONS.items() if getattr(arguments, name) != default]
+        if unused:
+            raise UsageError(f"--{unused[0]}: --from runs nothing; expected without it")
+    zoo = _read(Path(arguments.source)) if arguments.source else _run(arguments, console, implementations)
+    print_zoo(zoo, console)
+    if json_file is not None:
+        zoo.write(json_file)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        zoo.write(folder / "drift.json")
+        write_page(zoo, folder)
+        console.print(f"page: {folder / 'drift.md'}", highlight=False, soft_wrap=True)
+    good = all(row.verdict in GOOD for row in zoo.rows)
+    return EXIT_OK if good else EXIT_UNEXPECTED
+
+
+def _folder(path: Path) -> Path:
+    """Looked at before the work, made after it."""
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise UsageError(f"--out {path}: {there} is a file; right would be a folder")
+    check_writable(there, f"--out {path}")
+    return path
+
+
+def _read(path: Path) -> Zoo:
+    try:
+        return Zoo.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--from {path}: {error.strerror}") from None
+    except (ValidationError, UnicodeDecodeError):
+        raise UsageError(f"--from {path}: right would be a file that --json has written") from None
+
+
+def _run(arguments: argparse.Namespace, console: Console, implementations: Mapping[str, Implementation]) -> Zoo:
+    frameworks = chosen(arguments.frameworks, FRAMEWORKS, "--frameworks")
+    names = [drift.name for drift in DRIFTS]
+    rows = names if arguments.rows == "all" else chosen(arguments.rows, names, "--rows")
+    steps = _steps(arguments.steps)
+
+    def stepped(framework: str, done: int) -> None:
+        if done % PROGRESS_STEPS == 0:
+            console.print(f"{framework}: {done} steps", highlight=False)
+
+    with tempfile.TemporaryDirectory() as folder:
+        found, spread, versions = run_zoo(
+            Path(folder), frameworks, rows, steps, arguments.seeds, arguments.timeout, stepped, implementations
+        )
+    return Zoo(
+        rows=found,
+        steps=steps,
+        seeds=arguments.seeds,
+        spread_framework="torch" if "torch" in frameworks else frameworks[0],
+        spread_curve=spread,
+        command=arguments.command,
+        machine=this_machine().one_line,
+        versions=versions,
+        config=base_config(max(steps)),
+    )
+
+
+def chosen(text: str, known: tuple[str, ...] | list[str], option: str) -> list[str]:
+    """The words of a comma list. Raises UsageError for one that is not known."""
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    for word in words:
+        if word not in known:
+            raise UsageError(f"{option} = {word!r}: unknown{closest(word, known)}")
+    if not words:
+        raise UsageError(f"{option}: nothing named; right would be some of {', '.join(known)}")
+    return words
+
+
+def _steps(text: str) -> list[int]:
+    steps = {whole_number(word) or 0 for word in text.split(",")}
+    if min(steps) < 1:
+        raise UsageError(f"--steps {text}: right would be whole numbers with commas, such as 100,500")
+    return sorted(steps)
+
+
+def _listed() -> Table:
+    table = Table("name", "what", "frameworks", "first failing check", "place", "whose", box=None, pad_edge=False)
+    for drift in DRIFTS:
+        where = ", ".join(drift.frameworks)
+        table.add_row(drift.name, drift.title, where, drift.check, drift.place, drift.default_of or "a common mistake")
+    return table

@@ -1,0 +1,253 @@
+"""The verbs over a snapshot: evaluate and generate, through the pipeline of any framework."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from rich.console import Console
+
+from common import checkpoint
+from common.cli.numbers import natural, positive, seconds
+from common.cli.options import add_run_options, read_run, reporting
+from common.cli.saved import Saved, load_text
+from common.harness.launch import (
+    IMPLEMENTATIONS,
+    Implementation,
+    Interrupted,
+    run_jobs_in_child,
+    stop_on_signals,
+    why_missing,
+)
+from common.io.console import make_console
+from common.io.edges import from_command_line, number, whole_number
+from common.io.usage import UsageError
+from common.runtime.inference import Evaluated, Generated
+from common.runtime.job import Generation, Job
+from common.runtime.text import write_text
+from common.spec.data import Corpus
+from common.spec.rules import why_impossible
+from common.spec.run import RunConfig
+from common.spec.tokenizer import BYTES
+
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+DEFAULT_TOKENS = 64
+
+Found = TypeVar("Found", bound=BaseModel)
+
+
+def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
+    """Adds the verbs to argparse's subparsers."""
+    evaluate = verbs.add_parser(
+        "evaluate",
+        description="Loss per token and perplexity of a snapshot over the held-out text, by a pipeline of forwards: the "
+        "last tenth of its own text, or of another one that --corpus names.",
+        usage="%(prog)s --snapshot PATH [options]",
+    )
+    evaluate.add_argument(
+        "--batches", metavar="N", type=positive, help="mini-batches of the held-out text (default: all of it)"
+    )
+    generate = verbs.add_parser(
+        "generate",
+        description="Continues a prompt. The three frameworks give the same tokens, greedy or sampled; what decides is "
+        "a number that depends on seed, sample and position only, and how close the closest decision was is said.",
+        usage="%(prog)s --snapshot PATH --prompt TEXT [options]",
+    )
+    text = generate.add_argument_group("the text")
+    text.add_argument("--prompt", metavar="TEXT", help="what to continue")
+    text.add_argument("--prompt-tokens", metavar="N,N,..", help="the same as tokens; then tokens are printed")
+    text.add_argument("--tokens", metavar="N", type=positive, default=DEFAULT_TOKENS, help="new tokens (default: 64)")
+    text.add_argument("--samples", metavar="N", type=positive, default=1, help="continuations (default: 1)")
+    text.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    text.add_argument("--temperature", metavar="T", type=_temperature, help="divides the logits (default: 1)")
+    text.add_argument("--top-k", metavar="K", type=positive, help="only the K likeliest tokens (default: all)")
+    text.add_argument("--seed", metavar="N", type=natural, help="of the choices (default: 0)")
+    for parser, run in ((evaluate, _evaluate), (generate, _generate)):
+        parser.add_argument("--snapshot", metavar="PATH", required=True, help="a folder such as step-00000100")
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument(
+            "--timeout", metavar="SECONDS", type=seconds, default=math.inf, help="end a child that takes longer"
+        )
+        add_run_options(parser, only_placement=True, also=("corpus", "tokenizer", "tokenizer_file"))
+        parser.set_defaults(run=reporting(_bound(run, implementations)))
+
+
+def _bound(run: Any, implementations: Mapping[str, Implementation]) -> Any:
+    return lambda arguments: run(arguments, implementations)
+
+
+def _temperature(text: str) -> float:
+    value = number(text) or 0.0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; right would be a number, more than 0 (for the likeliest: --greedy)"
+        )
+    return value
+
+
+def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
+    folder = Path(arguments.snapshot)
+    saved = Saved(folder, checkpoint.verify(folder))
+    config = read_run(arguments, saved)
+    corpus = load_text(config, saved, may_be_another=hasattr(arguments, "run.corpus"))
+    job = Job(config=config, out="", kind="evaluate", resume=str(folder.resolve()), batches=arguments.batches)
+    console = make_console()
+    found = _run(job, Evaluated, "evaluation.json", implementations, arguments.timeout, console, corpus)
+    if not isinstance(found, Evaluated):
+        return found
+    facts = {
+        "snapshot": str(folder),
+        "framework": config.framework,
+        "steps_done": saved.manifest.steps_done,
+        "corpus": list(config.corpus),
+        "corpus_digest": corpus.digest,
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "batches": found.batches,
+        "tokens": found.tokens,
+        "tokens_per_second": found.tokens_per_second,
+    }
+    if arguments.json:
+        print(json.dumps(facts))
+    else:
+        if not saved.is_trained_on(corpus.digest):
+            _say(console, f"the last tenth of another text than it was trained on: {' '.join(config.corpus)}")
+        fewer = ", all there are" if found.batches < (arguments.batches or 0) else ""
+        _say(console, f"held-out loss {found.loss:.6f} per token, perplexity {found.perplexity:.4f}")
+        _say(
+            console,
+            f"{found.tokens:,} tokens in {found.batches} mini-batches{fewer}; {_where(config)}; "
+            f"{found.tokens_per_second:,.0f} tokens/s",
+        )
+    return EXIT_OK
+
+
+def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
+    if arguments.greedy:
+        for option in ("temperature", "top_k", "seed"):
+            if getattr(arguments, option) is not None:
+                raise UsageError(f"--{option.replace('_', '-')}: --greedy makes no random choice; expected one of them")
+    temperature = 1.0 if arguments.temperature is None else arguments.temperature
+    seed = arguments.seed or 0
+    folder = Path(arguments.snapshot)
+    saved = Saved(folder, checkpoint.verify(folder))
+    config = _for_samples(read_run(arguments, saved), arguments)
+    prompt, decode = _prompt(arguments, saved, config)
+    wish = Generation(
+        prompt=prompt,
+        tokens=arguments.tokens,
+        samples=arguments.samples,
+        temperature=None if arguments.greedy else temperature,
+        top_k=arguments.top_k,
+        seed=seed,
+    )
+    job = Job(config=config, out="", kind="generate", resume=str(folder.resolve()), generation=wish)
+    console = make_console()
+    found = _run(job, Generated, "generation.json", implementations, arguments.timeout, console)
+    if not isinstance(found, Generated):
+        return found
+    texts = [decode([*prompt, *tokens]) for tokens in found.tokens]
+    if arguments.json:
+        facts = {"snapshot": str(folder), "framework": config.framework, "prompt": prompt, "texts": texts}
+        print(json.dumps(facts | found.model_dump()))
+        return EXIT_OK
+    for sample, text in enumerate(texts):
+        if len(texts) > 1:
+            _say(console, f"--- sample {sample}")
+        print(text)
+    kind = "greedy" if arguments.greedy else f"temperature {temperature:g}, seed {seed}"
+    _say(
+        console,
+        f"\n{kind}; closest call {found.closest_call:.1e}; {_where(config)}; {found.tokens_per_second:,.1f} tokens/s",
+    )
+    return EXIT_OK
+
+
+def _for_samples(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
+    """As many micro-batches as stages if there are samples for them, unless the user or a schedule's file says how many."""
+    said = hasattr(arguments, "train.micro_batches") or config.schedule.startswith("file:")
+    m = config.train.micro_batches if said else min(arguments.samples, config.stages)
+    train = config.train.model_copy(update={"micro_batches": m, "batch_size": max(arguments.samples, m)})
+    config = config.model_copy(update={"train": train})
+    if impossible := why_impossible(config):
+        raise UsageError(f"--samples {arguments.samples}: {impossible}")
+    return config
+
+
+def _prompt(
+    arguments: argparse.Namespace, saved: Saved, config: RunConfig
+) -> tuple[tuple[int, ...], Callable[[Sequence[int]], str]]:
+    """The prompt in tokens, and what makes text of tokens. Raises UsageError and TokenizerError."""
+    decode: Callable[[Sequence[int]], str] = _as_numbers
+    if (arguments.prompt is None) == (arguments.prompt_tokens is None):
+        raise UsageError("--prompt: right would be one of --prompt TEXT and --prompt-tokens N,N,..")
+    if arguments.prompt_tokens is not None:
+        numbers = [whole_number(word) for word in arguments.prompt_tokens.split(",")]
+        tokens = [token for token in numbers if token is not None and token >= 0]
+        if len(tokens) < len(numbers):
+            raise UsageError(f"--prompt-tokens {arguments.prompt_tokens}: right would be numbers, such as 1,2,3")
+    else:
+        tokenizer = saved.load_tokenizer(config)
+        try:
+            text = from_command_line(arguments.prompt, "--prompt")
+        except ValueError as error:
+            if tokenizer is not BYTES:
+                raise UsageError(str(error)) from None
+            text = arguments.prompt  # any bytes
+        tokens, decode = tokenizer.encode(text), tokenizer.decode
+        unknown = tokenizer.unknown(text)
+        if unknown:
+            print(f"note: --prompt: the tokenizer has no token for {unknown!r}", file=sys.stderr)
+    if not tokens:
+        raise UsageError("--prompt: empty; right would be at least one token")
+    if max(tokens) >= config.model.vocab_size:
+        raise UsageError(f"--prompt: token {max(tokens)}; the vocabulary has {config.model.vocab_size}")
+    return tuple(tokens), decode
+
+
+def _as_numbers(tokens: Sequence[int]) -> str:
+    return ",".join(map(str, tokens))
+
+
+def _run(
+    job: Job,
+    kind: type[Found],
+    name: str,
+    implementations: Mapping[str, Implementation],
+    timeout_seconds: float,
+    console: Console,
+    corpus: Corpus | None = None,
+) -> Found | int:
+    """What the child found, or an exit status after a line that says why there is nothing."""
+    implementation = implementations[job.config.framework]
+    missing = why_missing(implementation, job.config.executor)
+    if missing:
+        raise UsageError(missing)
+    with tempfile.TemporaryDirectory(prefix="triptych-") as temporary, stop_on_signals() as stopped:
+        folder = Path(temporary)
+        text = None if corpus is None else write_text(corpus, folder)
+        here = job.model_copy(update={"out": str(folder), "text": text})
+        try:
+            outcome = run_jobs_in_child(implementation.module, [here], folder, timeout_seconds, stopped=stopped)[0]
+        except Interrupted:
+            return EXIT_INTERRUPTED
+        if outcome.status != "ok":
+            _say(console, f"failed: {outcome.reason}")
+            return EXIT_FAILED
+        return kind.model_validate_json((folder / name).read_text(encoding="utf-8"))
+
+
+def _where(config: RunConfig) -> str:
+    m = config.train.micro_batches
+    return f"{config.framework}, {config.stages} stages, {config.schedule_name}, {m} micro-batch{'es' if m > 1 else ''}"
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

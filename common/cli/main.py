@@ -1,0 +1,110 @@
+"""The console script `triptych`, with one verb per task. `bench_all.py` is its verb `bench`.
+
+A verb's module is imported when the verb is named: nobody waits for what another verb needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from common.io.streams import lasting_streams
+from common.io.usage import Parser, UsageError
+
+if TYPE_CHECKING:
+    from common.harness.launch import Implementation
+
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+
+VERBS = {
+    "bench": ("bench", "train and compare the frameworks"),
+    "train": ("train", "train with one framework, with snapshots"),
+    "relay": ("relay", "hand one training from framework to framework"),
+    "evaluate": ("inference", "loss and perplexity of a snapshot over the held-out text"),
+    "generate": ("inference", "continue a text with a snapshot"),
+    "export": ("convert", "write a snapshot's weights for use elsewhere"),
+    "import": ("convert", "make a snapshot of weights from elsewhere"),
+    "report": ("report", "make the report of one benchmark, or of several together, from its results"),
+    "compare": ("report", "say which rows of two benchmarks differ by more than their noise"),
+    "draw": ("schedules", "draw a schedule as a chart"),
+    "simulate": ("schedules", "time a schedule without running it"),
+    "validate": ("schedules", "check a schedule in text form, or a chart with times"),
+    "compare-schedules": ("schedules", "simulate all schedules side by side"),
+    "dump": ("numerics", "write every tensor of one step to a file"),
+    "bisect": ("numerics", "name the first tensor in which two runs differ"),
+    "drift": (
+        "drift",
+        "put back numerical habits of the frameworks, one at a time, and see what the parity check says",
+    ),
+    "margins": ("margins", "measure how much of every parity limit is used"),
+    "doctor": ("doctor", "measure each framework's kernels, to see whether a framework is slow or its pipeline"),
+}
+"""The module in `common.cli` that registers each verb, and the verb in a few words."""
+
+LONG_VERBS = ("bench", "train", "relay", "drift", "margins")
+"""They have work to lose: where nobody reads what they print, they say so and go on."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`triptych VERB ...`. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(
+        prog="triptych",
+        description="One Transformer, one partition plan and one pipeline schedule in three frameworks.",
+        usage="%(prog)s VERB [options]",
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser, prog="triptych")
+    verb = next((word for word in argv if not word.startswith("-")), "")
+    if verb in VERBS:
+        importlib.import_module(f"common.cli.{VERBS[verb][0]}").register(verbs)
+    else:
+        for name, (_, text) in VERBS.items():
+            verbs.add_parser(name, help=text)
+    return _run(parser, argv, verb in LONG_VERBS)
+
+
+def bench_main(argv: Sequence[str] | None = None, implementations: Mapping[str, Implementation] | None = None) -> int:
+    """`bench_all.py ...`. Returns the exit status."""
+    from common.cli import bench
+
+    parser = Parser(prog="bench_all.py", description=bench.DESCRIPTION)
+    bench.prepare(parser, implementations)
+    return _run(parser, sys.argv[1:] if argv is None else argv, is_long=True)
+
+
+def _run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
+    """Parses and runs; wrong input is one line on stderr, never a traceback."""
+
+    def notice(error: OSError) -> str:
+        if is_long:
+            return f"{parser.prog}: standard output: {error.strerror}; the work goes on without it"
+        # A reader that has seen enough, such as head, is no error.
+        return "" if isinstance(error, BrokenPipeError) else f"{parser.prog}: standard output: {error.strerror}"
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it complains of a home that cannot be written
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a child has ended
+    with lasting_streams(notice) as output:
+        try:
+            arguments = parser.parse_args(argv)
+            arguments.command = shlex.join([parser.prog, *argv])
+            status = int(arguments.run(arguments) or 0)
+            output.flush()
+            is_lost = output.error is not None and notice(output.error) and not is_long
+            return EXIT_USAGE if is_lost else status
+        except UsageError as error:
+            print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+            return EXIT_USAGE
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        except OSError as error:  # a folder that cannot be written, a disk that is full, no place for temporary files
+            print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+            return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

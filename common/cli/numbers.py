@@ -1,0 +1,31 @@
+"""Types of options for argparse: numbers with a lower bound."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+
+from common.io.edges import number, whole_number
+
+
+def positive(text: str) -> int:
+    return at_least(1, text)
+
+
+def natural(text: str) -> int:
+    return at_least(0, text)
+
+
+def at_least(least: int, text: str) -> int:
+    """Raises ArgumentTypeError for anything but a whole number from `least` on."""
+    found = whole_number(text)
+    if found is None or found < least:
+        raise ArgumentTypeError(f"{text!r}; right would be a whole number, at least {least}")
+    return found
+
+
+def seconds(text: str) -> float:
+    """Raises ArgumentTypeError for anything but a number above 0, or inf."""
+    found = float("inf") if text == "inf" else number(text)
+    if found is None or found <= 0:
+        raise ArgumentTypeError(f"{text!r}; right would be a number of seconds, more than 0")
+    return found

@@ -1,0 +1,261 @@
+"""The verbs that look for the place where two runs part: dump and bisect."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+from safetensors.numpy import load_file
+
+from common.checkpoint.dump import Dump, DumpError, read_dump, write_dump
+from common.cli.numbers import natural, seconds
+from common.cli.options import add_run_options, file_to_write, read_run
+from common.harness.bisect import Bisection, Finding, bisect
+from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_child, why_missing
+from common.io.console import make_console
+from common.io.edges import write_file
+from common.io.usage import Parser, UsageError
+from common.oracle.limits import TensorKey
+from common.report.names import variant_of
+from common.report.result import ResultError, RunResult
+from common.runtime.job import Job
+from common.spec.data import load_corpus
+from common.spec.run import RunConfig
+from common.spec.text import CorpusError
+from common.spec.tokenizer import TokenizerError
+
+EXIT_AGREE, EXIT_DIFFER = 0, 1
+ORACLE = "oracle"
+
+
+def register(verbs: Any) -> None:
+    """Adds the verbs to argparse's subparsers."""
+    dump = verbs.add_parser(
+        "dump",
+        description="Runs one step of one framework (or of --framework oracle) and writes all its tensors, and what every "
+        "unit alone makes of the oracle's. docs/numerics.md describes the file.",
+    )
+    add_run_options(dump)
+    dump.add_argument(
+        "--step", type=natural, default=0, metavar="N", help="which one; those before are trained (default 0)"
+    )
+    dump.add_argument("--out", required=True, metavar="FILE", help="the file to write, such as a.safetensors")
+    dump.add_argument(
+        "--timeout", type=seconds, default=math.inf, metavar="SECONDS", help="end a child that takes longer"
+    )
+    dump.set_defaults(run=_reporting(_dump))
+
+    walk = verbs.add_parser(
+        "bisect",
+        usage="%(prog)s A B [options]",
+        description="Each of A and B is a dump (FILE.safetensors), the folder of one run (with its result.json), or a run "
+        "in words, such as framework=torch,stages=2,dtype=float64; runs are dumped first. Exit status: 0 they agree, 1 "
+        "they differ, 2 wrong input.",
+    )
+    walk.add_argument("a", metavar="A", help="the one that counts as right")
+    walk.add_argument("b", metavar="B", help="the other one")
+    walk.add_argument("--step", type=natural, default=0, metavar="N", help="of runs that are dumped first (default 0)")
+    walk.add_argument("--json", metavar="OUT", help="write all findings to OUT; - is standard output, without the tree")
+    walk.add_argument(
+        "--timeout", type=seconds, default=math.inf, metavar="SECONDS", help="end a child that takes longer"
+    )
+    walk.set_defaults(run=_reporting(_bisect))
+
+
+def _reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """`run`, with errors of the input turned into one line and exit status 2."""
+
+    def wrapped(arguments: argparse.Namespace) -> int:
+        try:
+            return run(arguments)
+        except (DumpError, ResultError, CorpusError, TokenizerError, OSError) as error:
+            raise UsageError(str(error)) from None
+
+    return wrapped
+
+
+# ------------------------------------------------------------------------------------------------- dump
+
+
+def _dump(arguments: argparse.Namespace) -> int:
+    oracle = getattr(arguments, "run.framework", None) == ORACLE
+    if oracle:  # the specification knows the frameworks only
+        delattr(arguments, "run.framework")
+    config = read_run(arguments)
+    path = file_to_write(arguments.out, "--out")
+    make_dump(config, oracle, arguments.step, path, arguments.timeout)
+    dumped = read_dump(path)
+    size = path.stat().st_size / 1e6
+    print(f"{dumped.name}, step {dumped.step}: {len(dumped.tensors)} tensors, {size:.1f} MB in {path}")
+    return 0
+
+
+def make_dump(config: RunConfig, oracle: bool, step: int, path: Path, timeout_seconds: float) -> None:
+    """Runs `config` (or the oracle with it) up to `step` in a child process and writes that step's dump.
+
+    Raises DumpError with the reason if the run fails.
+    """
+    if step >= config.train.steps:
+        raise DumpError(
+            f"--step {step}: the run has {config.train.steps}; right would be 0 to {config.train.steps - 1}"
+        )
+    if config.executor != "table" and not oracle:
+        raise DumpError(f"executor = {config.executor}: runs no unit by itself; expected executor = table")
+    implementation = IMPLEMENTATIONS[config.framework]
+    missing = None if oracle else why_missing(implementation, config.executor)
+    if missing:
+        raise DumpError(missing)
+    name = ORACLE if oracle else describe(config)
+    module = ORACLE_MODULE if oracle else implementation.module
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        job = Job(config=config, out=str(out), kind="dump", stop_at=step)
+        outcome = run_jobs_in_child(module, [job], Path(folder), timeout_seconds)[0]
+        if outcome.status != "ok":
+            raise DumpError(f"{name}: {outcome.reason}")
+        tensors: dict[TensorKey, Any] = {}
+        for part in sorted(out.glob("part-*.safetensors")):
+            tensors |= {TensorKey.parse(text): array for text, array in load_file(part).items()}
+        write_dump(path, tensors, config, name, outcome.parts[0].environment)
+
+
+def describe(config: RunConfig) -> str:
+    """The run in words."""
+    chunks = f" v={config.chunks}" if config.chunks > 1 else ""
+    size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
+    return " ".join([f"{config.framework} {config.schedule_name} {size}", *variant_of(config)])
+
+
+# ------------------------------------------------------------------------------------------------- bisect
+
+
+def _bisect(arguments: argparse.Namespace) -> int:
+    out = file_to_write(arguments.json, "--json") if arguments.json not in (None, "-") else None
+    if arguments.step and Path(arguments.a).is_file() and Path(arguments.b).is_file():
+        raise UsageError(f"--step {arguments.step}: both are dumps, each of its own step; expected without it")
+    with tempfile.TemporaryDirectory() as folder:
+        a, b = (
+            _dumped(text, arguments.step, Path(folder) / f"{side}.safetensors", arguments.timeout)
+            for side, text in (("a", arguments.a), ("b", arguments.b))
+        )
+        found = bisect(a, b)
+    if arguments.json:
+        text = json.dumps(found.as_json(), indent=1) + "\n"
+        if out is None:
+            print(text, end="")
+        else:
+            write_file(out, text)
+    if arguments.json != "-":
+        print_bisection(found, make_console())
+    return EXIT_AGREE if found.first is None else EXIT_DIFFER
+
+
+def _dumped(text: str, step: int, path: Path, timeout_seconds: float) -> Dump:
+    """The dump that `text` names, made first where it names a run."""
+    given = Path(text)
+    if given.is_file():
+        return read_dump(given)
+    if given.is_dir():
+        result = RunResult.read(given / "result.json")
+        make_dump(_as_it_was(result, given), result.is_oracle, step, path, timeout_seconds)
+    elif "=" in text:
+        config, oracle = _run_in_words(text)
+        make_dump(config, oracle, step, path, timeout_seconds)
+    else:
+        raise UsageError(f"{text}: no such file; right would be a dump, a run's folder, or framework=torch,stages=2,..")
+    return read_dump(path)
+
+
+def _as_it_was(result: RunResult, folder: Path) -> RunConfig:
+    """The run's configuration, with the text and the tokenizer that it had, or not at all.
+
+    Raises UsageError, CorpusError and TokenizerError.
+    """
+    config = result.config
+    for path in (*folder.glob("tokenizer*.json"), *folder.parent.glob("tokenizer*.json")):  # train's, the benchmark's
+        if config.tokenizer != "bytes" and hashlib.sha256(path.read_bytes()).hexdigest() == result.tokenizer_digest:
+            config = config.model_copy(update={"tokenizer_file": str(path)})
+    corpus = load_corpus(config)
+    for what, now, then in (
+        ("corpus", corpus.digest, result.corpus_digest),
+        ("tokenizer", corpus.tokenizer_digest, result.tokenizer_digest),
+    ):
+        if then not in (None, now):
+            raise UsageError(f"{folder}: its {what} has changed since (SHA-256 {now[:12]}..); expected {then[:12]}..")
+    return config
+
+
+def _run_in_words(text: str) -> tuple[RunConfig, bool]:
+    """`framework=oracle,dtype=float64`: the options of `dump` without their dashes; whether it is the oracle."""
+    parser = Parser(prog=text, add_help=False)
+    add_run_options(parser)
+    words: list[str] = []
+    for word in text.split(","):
+        option, equals, value = word.partition("=")
+        if not equals:
+            raise UsageError(f"{text}: {word!r}; right would be NAME=VALUE with commas between")
+        flag = f"--{option.strip().replace('_', '-')}"
+        words += {"true": [flag], "false": [flag.replace("--", "--no-", 1)]}.get(value.lower(), [flag, value])
+    arguments = parser.parse_args(words)
+    oracle = getattr(arguments, "run.framework", None) == ORACLE
+    if oracle:
+        delattr(arguments, "run.framework")
+    return read_run(arguments), oracle
+
+
+def print_bisection(found: Bisection, console: Console) -> None:
+    """The tree: units in the order of computation, then what belongs to the whole step."""
+    names = (("A", "bold"), f" {found.a.name}   ", ("B", "bold"), f" {found.b.name}   step {found.a.step}")
+    tree = Tree(Text.assemble(*names))
+    units = list(dict.fromkeys(finding.unit for finding in found.findings if finding.place == "forward"))
+    before = [finding for finding in found.findings if finding.place == "weights before"]
+    if before:
+        tree.add(_summary("weights before the step", before, found.first))
+    for unit in units:
+        own = [finding for finding in found.findings if finding.unit == unit]
+        branch = tree.add(unit)
+        _add(branch, "output", [f for f in own if f.place == "forward"], found.first)
+        _add(branch, "output as it ran", [f for f in own if f.place == "message"], found.first)
+        backward = [f for f in own if f.place == "backward"]
+        _add(branch, "input gradient", [f for f in backward if f.tensor == "input_gradient"], found.first)
+        _add(branch, "parameter gradients", [f for f in backward if f.tensor != "input_gradient"], found.first)
+    for title, place in (
+        ("loss", "loss"),
+        ("gradients of the mini-batch", "gradients"),
+        ("optimizer, from the same gradients", "optimizer"),
+        ("weights after the step", "weights after"),
+    ):
+        _add(tree, title, [finding for finding in found.findings if finding.place == place], found.first)
+    console.print(tree, highlight=False)
+    for line in found.missing:
+        console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
+    console.print(found.verdict, highlight=False, markup=False, soft_wrap=True)
+
+
+def _add(branch: Tree, title: str, findings: Sequence[Finding], first: Finding | None) -> None:
+    if findings:
+        branch.add(_summary(title, findings, first))
+
+
+def _summary(title: str, findings: Sequence[Finding], first: Finding | None) -> Text:
+    """One line for some tensors: the first that differs, or the worst."""
+    failed = [finding for finding in findings if not finding.passed]
+    shown = failed[0] if failed else max(findings, key=lambda finding: finding.difference.relative)
+    relative, limit = shown.difference.relative, shown.difference.limit
+    name = "" if len(findings) == 1 else f" ({shown.tensor})"
+    running = "" if shown.running is None else f", as it ran {shown.running:.1e}"
+    mark = ("ok", "green")
+    if failed:
+        count = "" if len(findings) == 1 else f", {len(failed)} of {len(findings)}"
+        what = "FIRST DIFFERENCE" if any(finding is first for finding in findings) else "differs"
+        mark = (f"{what}{count}", "red")
+    return Text.assemble(f"{title}: {relative:.1e} of {limit:.0e}{running}{name} ", mark)

@@ -1,0 +1,390 @@
+"""The verbs about schedules: draw, simulate, validate, compare-schedules."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table as RichTable
+
+from common.cli.numbers import positive
+from common.io.bounded import read_stream, read_text
+from common.io.console import make_console
+from common.io.edges import number, printable, write_file
+from common.io.usage import UsageError
+from common.schedule.action import Op, Schedule, ScheduleError, format_schedule
+from common.schedule.draw import draw_color, draw_text
+from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_schedule
+from common.schedule.recompute import WORDS
+from common.schedule.search import limits, lower_bound, search
+from common.schedule.simulate import Costs, Simulation, WrapAround, per_stage, simulate
+from common.schedule.table import OP_CODE, tabulate
+from common.schedule.timetable import Timetable, read_table
+from common.schedule.validate import validate, validate_timetable
+
+EXIT_VIOLATIONS = 1
+MEMORY_LIMIT = (2.0,)
+PUBLISHED_WRAP_AROUND: WrapAround = "first"
+"""The default of `simulate` and `compare-schedules`, so that their figures are comparable with the published ones."""
+
+_Numbers = tuple[float, ...]
+_Run = Callable[[argparse.Namespace], int]
+
+
+def register(verbs: Any) -> None:
+    """Adds the verbs to argparse's subparsers."""
+    draw = verbs.add_parser("draw")
+    _add_schedule(draw, required=True)
+    _add_costs(draw, memory=False)
+    draw.add_argument("--output", metavar="FILE", help="write to FILE: .png, .svg, .txt or .json (a Chrome trace)")
+    draw.set_defaults(run=_reporting(_draw))
+
+    simulator = verbs.add_parser("simulate")
+    _add_schedule(simulator, required=True)
+    _add_costs(simulator)
+    _add_wrap_around(simulator)
+    simulator.add_argument("--output", metavar="FILE", help="write the schedule to FILE in text form, for file:FILE")
+    simulator.add_argument("--json", action="store_true", help="print JSON")
+    simulator.set_defaults(run=_reporting(_simulate))
+
+    validator = verbs.add_parser("validate")
+    validator.add_argument("file", metavar="FILE", help="the schedule; - reads standard input")
+    validator.set_defaults(run=_reporting(_validate))
+
+    compare = verbs.add_parser("compare-schedules")
+    _add_schedule(compare, required=False)
+    _add_costs(compare)
+    _add_wrap_around(compare)
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.set_defaults(run=_reporting(_compare))
+
+
+def _add_schedule(parser: argparse.ArgumentParser, required: bool) -> None:
+    names = ", ".join(GENERATORS)
+    more = "" if required else "; a comma list, default: all of them"
+    help_text = f"{names} or file:PATH{more}"
+    parser.add_argument("--schedule" if required else "--schedules", metavar="S", required=required, help=help_text)
+    parser.add_argument("--stages", type=positive, metavar="P", help="devices in the pipeline; a file says it itself")
+    parser.add_argument(
+        "--micro-batches", type=positive, metavar="M", help="of one optimizer step; a file says it itself"
+    )
+    parser.add_argument("--chunks", type=positive, metavar="V", help="model chunks per device (interleaved; default 2)")
+    parser.add_argument(
+        "--memory-limit",
+        type=_numbers,
+        metavar="X",
+        help="search: activations held at most, in units of 1f1b's peak; one number, or one per stage (default 2.0)",
+    )
+
+
+def _add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
+    costs = parser.add_argument_group(
+        "costs", "of one micro-batch on a whole stage, in any one unit; one number, or a comma list with one per stage"
+    )
+    costs.add_argument("--forward", type=_numbers, default=(1.0,), metavar="X")
+    costs.add_argument("--backward-input", type=_numbers, default=(1.0,), metavar="X")
+    costs.add_argument("--backward-weight", type=_numbers, default=(1.0,), metavar="X")
+    costs.add_argument("--communication", type=_numbers, default=(0.0,), metavar="X", help="of every hop (default 0)")
+    if memory:
+        costs.add_argument("--activation-bytes", type=_numbers, metavar="X", help="adds the peak memory in bytes")
+    costs.add_argument(
+        "--kept-for-weight",
+        type=_share,
+        default=Costs.kept_by_backward_input,
+        metavar="SHARE",
+        help="of an activation, that B leaves held until W: 0 to 1 (default %(default)s)",
+    )
+    costs.add_argument(
+        "--recompute",
+        default=Costs.recompute,
+        metavar=WORDS,
+        help="what a backward computes again instead of holding it; it then takes the forward's time as well",
+    )
+    costs.add_argument(
+        "--kept-for-recompute",
+        type=_share,
+        metavar="SHARE",
+        help="of an activation, that F leaves held where B computes it again, its input: 0 to 1 (default "
+        f"{Costs.kept_by_forward})",
+    )
+
+
+def _add_wrap_around(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--wrap-around",
+        choices=("every", "first"),
+        help="interleaved: which micro-batches of a group wait for their message between the last and the first device. "
+        "first (default): only the group's first, the rule behind the published figures, too low by up to "
+        "stages x communication; every: all, as a run does",
+    )
+
+
+def _numbers(text: str) -> _Numbers:
+    found = tuple(number(word) for word in text.split(","))
+    if any(each is None or each < 0 for each in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or a comma list of numbers, 0 or more")
+    return tuple(each or 0.0 for each in found)
+
+
+def _share(text: str) -> float:
+    found = number(text)
+    if found is None or not 0 <= found <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; right would be a share, 0 to 1")
+    return found
+
+
+def _reporting(run: _Run) -> _Run:
+    """`run`, with errors of the input turned into one line and exit status 2."""
+
+    def wrapped(arguments: argparse.Namespace) -> int:
+        try:
+            return run(arguments)
+        except (ScheduleError, OSError) as error:
+            raise UsageError(str(error)) from None
+
+    return wrapped
+
+
+def _costs(arguments: argparse.Namespace, stages: int) -> Costs:
+    if arguments.kept_for_recompute is not None and arguments.recompute == "none":
+        raise ScheduleError("--kept-for-recompute: nothing is computed again; expected with --recompute")
+
+    def each(option: str) -> _Numbers:
+        return per_stage(getattr(arguments, option), stages, "--" + option.replace("_", "-"))
+
+    sizes = (
+        None
+        if getattr(arguments, "activation_bytes", None) is None
+        else tuple(round(size) for size in each("activation_bytes"))
+    )
+    return Costs(
+        each("forward"),
+        each("backward_input"),
+        each("backward_weight"),
+        each("communication"),
+        sizes,
+        arguments.kept_for_weight,
+        arguments.recompute,
+        Costs.kept_by_forward if arguments.kept_for_recompute is None else arguments.kept_for_recompute,
+    )
+
+
+def _size(arguments: argparse.Namespace) -> tuple[int, int]:
+    if arguments.stages is None or arguments.micro_batches is None:
+        raise ScheduleError("--stages and --micro-batches are needed; only a schedule in a file says them itself")
+    return arguments.stages, arguments.micro_batches
+
+
+def _planned(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]:
+    """The named schedule and the costs for it."""
+    if arguments.memory_limit is not None and name != SEARCH:
+        raise ScheduleError(f"--memory-limit: only schedule {SEARCH} keeps to one; expected without it, or {SEARCH}")
+    if name.startswith("file:"):
+        schedule = _read_schedule(name.removeprefix("file:"))
+        sizes = {"stages": schedule.num_devices, "micro_batches": schedule.num_micro_batches}
+        for option, has in (sizes | {"chunks": schedule.num_chunks}).items():
+            asked = getattr(arguments, option)
+            if asked not in (None, has):
+                raise ScheduleError(f"--{option.replace('_', '-')} {asked}; the schedule in the file has {has}")
+        return schedule, _costs(arguments, schedule.num_devices)
+    stages, micro_batches = _size(arguments)
+    if name == SEARCH and min(stages, micro_batches) > 0:
+        if arguments.recompute != Costs.recompute:
+            raise ScheduleError(
+                f"schedule {SEARCH} does not plan for --recompute; right would be a larger --backward-input"
+            )
+        if arguments.chunks not in (None, 1):
+            raise ScheduleError(f"schedule {SEARCH} has 1 chunk per device, not {arguments.chunks}")
+        costs = _costs(arguments, stages)
+        most = limits(stages, micro_batches, arguments.memory_limit or MEMORY_LIMIT)
+        return search(stages, micro_batches, costs, most), costs
+    chunks = default_chunks(name) if arguments.chunks is None else arguments.chunks
+    schedule = make_schedule(name, stages, micro_batches, chunks)
+    return schedule, _costs(arguments, stages)
+
+
+def _read_schedule(path: str) -> Schedule:
+    table = read_table(_read(path), printable(Path(path).stem))
+    return table.schedule if isinstance(table, Timetable) else table
+
+
+def _read(path: str) -> str:
+    try:
+        return read_stream(sys.stdin.buffer, "standard input") if path == "-" else read_text(Path(path))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ScheduleError(f"{path}: {why}; right would be a readable text file") from None
+
+
+def _draw(arguments: argparse.Namespace) -> int:
+    schedule, costs = _planned(arguments.schedule, arguments)
+    if arguments.output is None:
+        console = make_console()
+        if console.is_terminal:
+            console.print(draw_color(schedule, costs, console.width, console.options.ascii_only), end="")
+        else:
+            print(draw_text(schedule, costs, ascii_only=console.options.ascii_only))
+        return 0
+    path = Path(arguments.output)
+    match path.suffix.lower():
+        case ".txt":
+            write_file(path, draw_text(schedule, costs) + "\n")
+        case ".json":
+            from common.schedule.trace import chrome_trace
+
+            write_file(path, json.dumps(chrome_trace(simulate(schedule, costs))))
+        case ".png" | ".svg":
+            # Imported late: the other verbs should not wait for matplotlib.
+            from common.schedule.picture import draw_picture
+
+            draw_picture(simulate(schedule, costs), path)
+        case suffix:
+            raise ScheduleError(f"--output {path}: {suffix or 'no suffix'}; right would be .png, .svg, .txt or .json")
+    return 0
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    schedule, costs = _planned(arguments.schedule, arguments)
+    _check_wrap_around([schedule], arguments)
+    result = _result(_simulated(schedule, costs, arguments), arguments)
+    if arguments.output is not None:
+        write_file(Path(arguments.output), format_schedule(schedule))
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+        return 0
+    for key, value in result.items():
+        shown = ", ".join(map(_short, value)) if isinstance(value, list) else _short(value)
+        print(f"{key.replace('_', ' '):34}{shown}")
+    return 0
+
+
+def _check_wrap_around(schedules: Sequence[Schedule], arguments: argparse.Namespace) -> None:
+    if arguments.wrap_around is None or any(each.num_chunks > 1 and each.placement == "loop" for each in schedules):
+        return
+    names = ", ".join(dict.fromkeys(each.name for each in schedules))
+    raise ScheduleError(f"--wrap-around: {names} sends nothing from the last device to the first; expected interleaved")
+
+
+def _simulated(schedule: Schedule, costs: Costs, arguments: argparse.Namespace) -> Simulation:
+    return simulate(schedule, costs, wrap_around=arguments.wrap_around or PUBLISHED_WRAP_AROUND)
+
+
+def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `simulate` says, by its JSON keys."""
+    schedule, costs = simulation.schedule, simulation.costs
+    result: dict[str, Any] = {
+        "schedule": schedule.name,
+        "stages": schedule.num_devices,
+        "micro_batches": schedule.num_micro_batches,
+        "chunks": schedule.num_chunks,
+        "recompute": costs.recompute,
+        "makespan": simulation.makespan,
+        "bubble_fraction": simulation.bubble_fraction,
+        "bubble_fraction_per_stage": simulation.bubble_fraction_per_stage,
+        "warm_start_bubble_fraction": simulation.warm_start_bubble_fraction,
+        "peak_in_flight_per_stage": [_whole(peak) for peak in simulation.peak_in_flight_per_stage],
+        "peak_memory_per_stage": [_whole(peak) for peak in simulation.peak_memory_per_stage],
+    }
+    if schedule.num_chunks > 1:
+        result["peak_chunks_in_flight_per_stage"] = simulation.peak_chunks_in_flight_per_stage
+    if simulation.peak_bytes_per_stage is not None:
+        result["peak_bytes_per_stage"] = simulation.peak_bytes_per_stage
+    if simulation.table.trusted_wrap_arounds.any() and max(costs.communication) > 0:
+        every = simulate(schedule, costs, check=False)
+        result["wrap_around"] = arguments.wrap_around or PUBLISHED_WRAP_AROUND
+        result["bubble_fraction_every_wrap_around"] = every.bubble_fraction
+    if arguments.schedule == SEARCH:
+        limit = limits(schedule.num_devices, schedule.num_micro_batches, arguments.memory_limit or MEMORY_LIMIT)
+        bound = lower_bound(schedule.num_micro_batches, costs, limit)
+        busy = float(costs.per_micro_batch.mean()) * schedule.num_micro_batches
+        result["memory_limit_per_stage"] = [_whole(each) for each in limit]
+        result["warm_start_bubble_fraction_bound"] = 1 - busy / bound if bound else 0.0
+    return result
+
+
+def _whole(number: float) -> float | int:
+    return round(number) if abs(number - round(number)) < 1e-9 else number
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    name = "standard input" if arguments.file == "-" else printable(Path(arguments.file).stem)
+    table = read_table(_read(arguments.file), name)
+    timed = isinstance(table, Timetable)
+    violations = validate_timetable(table) if isinstance(table, Timetable) else validate(table)
+    schedule = table.schedule if isinstance(table, Timetable) else table
+    for violation in violations:
+        print(violation)
+    what = f"{schedule.num_devices} devices, {schedule.num_micro_batches} micro-batches, {schedule.num_actions} actions"
+    if violations:
+        print(f"not valid: {len(violations)} violations ({what}{', with times' if timed else ''})")
+        return EXIT_VIOLATIONS
+    print(f"valid: {what}{', with times' if timed else ''}")
+    if not _adds_in_order(schedule):
+        print("note: a device adds weight gradients out of micro-batch order, so their last bits differ from 1f1b's")
+    return 0
+
+
+def _adds_in_order(schedule: Schedule) -> bool:
+    """Whether every chunk's W and BW come in the order of the micro-batches (bitwise equal gradients need that)."""
+    table = tabulate(schedule)
+    adds = (table.op == OP_CODE[Op.W]) | (table.op == OP_CODE[Op.BW])
+    for chunk in range(schedule.num_chunks):
+        for device in range(schedule.num_devices):
+            of = adds & (table.chunk == chunk) & (table.device == device)
+            if (table.micro_batch[of][1:] < table.micro_batch[of][:-1]).any():
+                return False
+    return True
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    able = [name for name in GENERATORS if name != SEARCH or arguments.recompute == Costs.recompute]
+    names = able if arguments.schedules is None else arguments.schedules.split(",")
+    has_own = [name in GENERATORS and GENERATORS[name].chunks is not None for name in names]
+    if arguments.chunks is not None and all(has_own):
+        raise ScheduleError(f"--chunks {arguments.chunks}: {', '.join(names)} cannot choose; expected with interleaved")
+    planned = []
+    for name in names:
+        alone = argparse.Namespace(**vars(arguments), schedule=name)
+        fixed = GENERATORS[name].chunks if name in GENERATORS else None
+        # --chunks is meant for those that can have any number of them.
+        alone.chunks = fixed if fixed is not None else arguments.chunks
+        if SEARCH in names and name != SEARCH:  # so is --memory-limit
+            alone.memory_limit = None
+        planned.append((*_planned(name, alone), alone))
+    _check_wrap_around([schedule for schedule, _, _ in planned], arguments)
+    results = [_result(_simulated(schedule, costs, alone), alone) for schedule, costs, alone in planned]
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+        return 0
+    columns = ("schedule", "chunks", "bubble", "warm-start bubble", "makespan", "peak in flight", "peak memory")
+    table = RichTable(*columns)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for result in results:
+        table.add_row(
+            result["schedule"],
+            str(result["chunks"]),
+            f"{result['bubble_fraction']:.4f}",
+            f"{result['warm_start_bubble_fraction']:.4f}",
+            f"{result['makespan']:g}",
+            f"{max(result['peak_in_flight_per_stage']):g}",
+            f"{max(result['peak_memory_per_stage']):g}",
+        )
+    console = make_console()
+    console.print(table)
+    console.print("Peaks are those of the worst stage, in activations of one micro-batch on a whole stage.")
+    for result in results:
+        if "bubble_fraction_every_wrap_around" in result and result["wrap_around"] == "first":
+            every = result["bubble_fraction_every_wrap_around"]
+            console.print(
+                f"{result['schedule']} by the published rule (--wrap-around first); a run's bubble is {every:.4f}."
+            )
+    return 0

@@ -1,0 +1,362 @@
+"""The benchmark: oracle, runs, comparison, table. `bench_all.py` and `triptych bench` are this."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from common.cli.config import Bench
+from common.harness.launch import (
+    IMPLEMENTATIONS,
+    ORACLE_MODULE,
+    ROUNDED_ORACLE_MODULE,
+    Implementation,
+    Interrupted,
+    Outcome,
+    run_jobs_in_child,
+    stop_on_signals,
+    why_missing,
+)
+from common.io.edges import printable
+from common.io.usage import UsageError
+from common.report import compare, tables
+from common.report.collect import collect
+from common.report.facts import parity_verdict
+from common.report.machine import Machine, git_commit, this_machine
+from common.report.names import variant_of
+from common.report.progress import ProgressView, progress_view
+from common.report.result import IS_ORACLE, Parity, RunResult, measured
+from common.runtime.job import Job
+from common.runtime.text import Texts
+from common.schedule.action import ScheduleError
+from common.schedule.draw import draw_color
+from common.schedule.generators import make_schedule
+from common.spec.partition import plan_partition, unit_costs
+from common.spec.run import RunConfig
+
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+
+ORACLE_NAME = "oracle (NumPy float64)"
+
+
+def run_bench(
+    bench: Bench, command: str, console: Console, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
+) -> int:
+    """Runs everything, writes `results/<run>/`, prints the table. Returns the exit status. Raises UsageError."""
+    folder = make_folder(Path(bench.options.out), bench.options.preset)
+    compared = [point for point in bench.points if bench.options.parity and not compare.why_not_comparable(point)]
+    oracles = list(dict.fromkeys(map(compare.oracle_config, compared)))
+    oracles += list(dict.fromkeys(filter(None, map(compare.rounded_oracle_config, compared))))
+    console.print(f"results in {folder}/", highlight=False, soft_wrap=True)
+    with stop_on_signals() as stopped:
+        with progress_view(console, len(oracles) + len(bench.points) * bench.options.repeats) as view:
+            session = _Session(bench, command, folder, implementations, view, stopped)
+            try:
+                for config in oracles:
+                    session.run_oracle(config)
+                for repeat in range(bench.options.repeats):
+                    # There and back again: a machine that slows down steadily slows all rows down alike.
+                    for config in bench.points if repeat % 2 == 0 else reversed(bench.points):
+                        session.run(config, repeat)
+                interrupted = False
+            except Interrupted:
+                interrupted = True
+        session.clean_up()
+        failed = _report(session, console)
+    if interrupted:
+        done = sum(len(results) for results in session.results.values())
+        console.print(f"interrupted: {done} of {len(bench.points) * bench.options.repeats} runs finished")
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def make_folder(out: Path, preset: str) -> Path:
+    """A new folder named after the time and the preset; never an old one. Raises UsageError."""
+    name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{preset}"
+    for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+        try:
+            (out / (name + suffix)).mkdir(parents=True)
+            return out / (name + suffix)
+        except FileExistsError:
+            if not out.is_dir():
+                raise UsageError(f"--out {out}: is a file; right would be a folder") from None
+        except OSError as error:
+            raise UsageError(f"--out {out}: {error.strerror}; right would be a folder that can be written") from None
+    raise UsageError(f"--out {out}: holds 99 runs of this second; right would be another folder")
+
+
+def run_name(config: RunConfig, repeat: int | None = None) -> str:
+    """The run's folder: framework, schedule, and what else tells it from the others of its grid."""
+    schedule = printable(Path(config.schedule.removeprefix("file:")).stem, 48)  # a file's name may be of any length
+    name = f"{config.framework}-{schedule}-p{config.stages}-m{config.train.micro_batches}"
+    name += f"-v{config.chunks}" if config.chunks > 1 else ""
+    name += f"-{config.executor}" if config.executor != "table" else ""
+    name = "-".join([name, *(word.replace("=", "-") for word in variant_of(config))])
+    return name if repeat is None else f"{name}-r{repeat}"
+
+
+def describe(config: RunConfig) -> str:
+    """The run in words, for the progress bar."""
+    chunks = f" v={config.chunks}" if config.chunks > 1 else ""
+    executor = f" {config.executor}" if config.executor != "table" else ""
+    size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
+    return " ".join([f"{config.framework} {config.schedule_name}{executor} {size}", *variant_of(config)])
+
+
+@dataclass
+class _Session:
+    """The state of one benchmark as it goes on."""
+
+    bench: Bench
+    command: str
+    folder: Path
+    implementations: Mapping[str, Implementation]
+    view: ProgressView
+    stopped: Callable[[], bool]
+    started: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+    machine: Machine = field(default_factory=this_machine)
+    commit: str | None = field(default_factory=git_commit)
+    results: dict[RunConfig, list[RunResult]] = field(default_factory=dict)
+    oracles: dict[RunConfig, tuple[RunResult, Path]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.texts = Texts(self.folder)
+
+    def run_oracle(self, config: RunConfig) -> None:
+        name = "oracle" if not self.oracles else f"oracle-{len(self.oracles) + 1}"
+        module, label = ORACLE_MODULE, ORACLE_NAME
+        if config.train.dtype == "bfloat16":
+            module, label = ROUNDED_ORACLE_MODULE, f"{ORACLE_NAME}, weights rounded to bfloat16"
+        self.view.start(label, config.train.steps)
+        from common.runtime import oracle_worker
+
+        needed, free = oracle_worker.memory_bytes(config), psutil.virtual_memory().available
+        if needed < free:
+            outcome = self._child(module, config, name)
+        else:
+            (self.folder / name).mkdir()
+            reason = f"needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
+            outcome = Outcome("skipped", reason, None, (), 0.0)
+        result = self._result(config, outcome, 0, name)
+        self.oracles[config] = result, self.folder / name
+        self.view.finish(f"{label}: {_summary(result)}")
+
+    def run(self, config: RunConfig, repeat: int) -> None:
+        name = run_name(config, repeat if self.bench.options.repeats > 1 else None)
+        while (self.folder / name).exists():  # two schedule files of one name
+            name += "-other"
+        self.view.start(describe(config), config.train.steps)
+        implementation = self.implementations[config.framework]
+        missing = why_missing(implementation, config.executor)
+        if missing is None:
+            outcome = self._child(implementation.module, config, name)
+        else:
+            (self.folder / name).mkdir()
+            outcome = Outcome("skipped", missing, None, (), 0.0)
+        result = self._result(config, outcome, repeat, name)
+        self.results.setdefault(config, []).append(result)
+        self.view.finish(f"{describe(config)}: {_summary(result)}")
+
+    def clean_up(self) -> None:
+        """Gradients are as large as the model; they stay only where they are evidence of a difference. Tokens go."""
+        for _, folder in self.oracles.values():
+            _drop_tensors(folder)
+        self.texts.drop()
+
+    def _child(self, module: str, config: RunConfig, name: str) -> Outcome:
+        if self.stopped():
+            raise Interrupted
+        logs = self.folder / "logs"
+        logs.mkdir(exist_ok=True)
+        return run_jobs_in_child(
+            module,
+            [Job(config=config, out=str(self.folder / name), text=self.texts.of(config))],
+            self.folder / name,
+            self.bench.options.timeout or math.inf,
+            on_step=lambda _, step, loss: self.view.step(step, loss),
+            stopped=self.stopped,
+            log=logs / f"{name}.log",
+        )[0]
+
+    def _result(self, config: RunConfig, outcome: Outcome, repeat: int, name: str) -> RunResult:
+        result = RunResult(
+            **measured(outcome, config, self.bench.options.untimed_steps),
+            log=None if outcome.log is None else str(outcome.log.relative_to(self.folder)),
+            preset=self.bench.options.preset,
+            row=self.bench.points.index(config) if config in self.bench.points else 0,
+            repeat=repeat,
+            config=config,
+            command=self.command,
+            machine=self.machine,
+            git_commit=self.commit,
+            started=self.started.isoformat(timespec="seconds"),
+        )
+        if name.startswith("oracle"):
+            verdict = Parity(reason=IS_ORACLE)
+        else:
+            verdict = self._parity(result, self.folder / name)
+            if verdict.status != "FAIL":
+                _drop_tensors(self.folder / name)
+        result = result.model_copy(update={"parity": verdict})
+        result.write(self.folder / name / "result.json")
+        return result
+
+    def _parity(self, result: RunResult, folder: Path) -> Parity:
+        if result.status != "ok":
+            return Parity(reason=f"the run {'has failed' if result.status == 'failed' else 'was skipped'}")
+        if reason := compare.why_not_comparable(result.config):
+            return Parity(status="not comparable", reason=reason)
+        oracle, oracle_folder = self.oracles.get(compare.oracle_config(result.config), (None, None))
+        if oracle is None or oracle_folder is None:
+            return Parity(reason="--no-parity")
+        if oracle.status != "ok":
+            return Parity(reason=f"the oracle {oracle.status}: {oracle.reason}")
+        rounded_config = compare.rounded_oracle_config(result.config)
+        rounded, _ = self.oracles.get(rounded_config, (None, None)) if rounded_config else (None, None)
+        try:
+            return compare.parity(result, folder, oracle, oracle_folder, rounded)
+        except (ValueError, OSError) as error:  # a child that leaves other files than it should
+            return Parity(status="FAIL", reason=f"cannot be compared: {error}")
+
+
+def _drop_tensors(folder: Path) -> None:
+    for path in folder.glob("part-*.safetensors"):
+        path.unlink()
+
+
+def _summary(result: RunResult) -> str:
+    if result.status != "ok":
+        return f"{result.status}: {result.reason}"
+    words = ["ok", f"loss {result.final_loss:.5f}"]
+    if not result.is_oracle:
+        words.insert(1, f"parity {result.parity.status}")
+        words += [f"{result.tokens_per_second:,.0f} tokens/s"] if result.tokens_per_second else []
+    return ", ".join([*words, f"{result.wall_seconds:.0f} s"])
+
+
+# ------------------------------------------------------------------------------------------------- what the user sees
+
+
+def _report(session: _Session, console: Console) -> bool:
+    """Prints the tables and what went wrong; writes the report.
+
+    Returns whether a run failed, or trained something else than the oracle; an oracle that failed counts too.
+    """
+    if not session.results:
+        return any(result.status == "failed" for result, _ in session.oracles.values())
+    collection = collect([session.folder])
+    console.print()
+    dropped = False
+    several = tables.by_track(collection.rows)
+    for track, rows in several.items():
+        if len(several) > 1:
+            console.print(f"track {track}", style="bold")
+        dropped |= tables.print_table(rows, console)
+        console.print()
+    for line in collection.problems:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(parity_verdict(collection).text, highlight=False, soft_wrap=True)
+    if dropped:
+        console.print("This terminal is too narrow for all columns.")
+    from common.report.publish import publish  # imported here, with all that draws
+
+    publish(collection, session.folder, session.bench.options.sweep)
+    console.print(f"report: {session.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    results = [*collection.results, *(run.result for run in collection.oracles)]
+    return any(result.status == "failed" or result.parity.status == "FAIL" for result in results)
+
+
+# ------------------------------------------------------------------------------------------------- dry run
+
+
+def print_dry_run(bench: Bench, console: Console) -> None:
+    """Prints every distinct partition plan and every distinct schedule of the grid."""
+    plans = {
+        (c.model, c.partition, c.train.dtype, _sizes(c), plan_partition(c), tuple(_devices(c))): c for c in bench.points
+    }
+    for config in plans.values():
+        console.print(_plan_table(config))
+        console.print()
+    console.print(
+        "MB: parameters alone; forward MFLOP and what a stage sends on are for the first micro-batch\n", soft_wrap=True
+    )
+    schedules = {(c.schedule, c.stages, c.train.micro_batches, c.chunks) for c in bench.points}
+    for name, stages, micro_batches, chunks in sorted(schedules):
+        console.print(f"{name}, {stages} stages, {micro_batches} micro-batches", style="bold", highlight=False)
+        try:
+            schedule = make_schedule(name, stages, micro_batches, chunks)
+            console.print(draw_color(schedule, None, console.width, console.options.ascii_only))
+        except ScheduleError as error:
+            console.print(f"not drawn: {error}\n", highlight=False)
+    repeats = f" x {bench.options.repeats} repeats" if bench.options.repeats > 1 else ""
+    console.print(f"runs ({len(bench.points)}{repeats}):", highlight=False)
+    for config in bench.points:
+        console.print(f"  {describe(config)}", highlight=False)
+
+
+def _sizes(config: RunConfig) -> str:
+    """Sequences in a micro-batch: `4`, or `6 or 5` where they differ."""
+    size = config.train.micro_batch_size
+    return f"{size}" if config.train.micro_batches_are_equal else f"{size} or {size - 1}"
+
+
+def _devices(config: RunConfig) -> list[int]:
+    """The device of every virtual stage."""
+    schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+    return [device for device, _ in schedule.location]
+
+
+def _plan_table(config: RunConfig) -> Table:
+    costs = {cost.unit: cost for cost in unit_costs(config.model, config.train)}
+    element_bytes = 8 if config.train.master_dtype == "float64" else 4
+    total = sum(cost.forward_flops for cost in costs.values())
+    parts = plan_partition(config).parts
+    partition = config.partition if isinstance(config.partition, str) else ",".join(map(str, config.partition))
+    flops = [sum(costs[unit].forward_flops for unit in units) for units in parts]
+    devices = _devices(config)
+    loads = [sum(f for f, d in zip(flops, devices, strict=True) if d == device) for device in range(config.stages)]
+    chunks = f" of {config.chunks} chunks" if config.chunks > 1 else ""
+    table = Table(
+        title=f"{config.stages} stages{chunks}, partition {partition}, micro-batches of {_sizes(config)} sequences",
+        title_justify="left",
+        caption=f"largest stage: {max(loads) * config.stages / total:.3f} of the mean",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for title in ("stage", "units", "parameters", "MB", "forward MFLOP", "share", "sends kB"):
+        table.add_column(title, justify="left" if title == "units" else "right", no_wrap=title != "units")
+    for k, units in enumerate(parts):
+        parameters = sum(costs[unit].parameters for unit in units)
+        sends = costs[units[-1]].activation_bytes / 1e3 if k + 1 < len(parts) else 0
+        table.add_row(
+            str(devices[k]),
+            shorten(units),
+            f"{parameters:,}",
+            f"{parameters * element_bytes / 1e6:,.1f}",
+            f"{flops[k] / 1e6:,.1f}",
+            f"{flops[k] / total:.1%}",
+            f"{sends:,.1f}",
+        )
+    return table
+
+
+def shorten(units: Sequence[str]) -> str:
+    """`embedding, block.0 .. block.5` for a consecutive run of units."""
+    blocks = [unit for unit in units if unit.startswith("block.")]
+    if len(blocks) < 3:
+        return ", ".join(units)
+    return ", ".join(
+        [
+            *(["embedding"] if units[0] == "embedding" else []),
+            f"{blocks[0]} .. {blocks[-1]}",
+            *(["head"] if units[-1] == "head" else []),
+        ]
+    )

@@ -1,0 +1,297 @@
+"""Runs the drift zoo (`common.spec.habits`): every habit against its baseline, first on the parity ladder, then over 500 steps.
+
+A habit should do three things: fail the ladder, fail it first at the place it is known for, and cost something in loss, or
+not. The cost stands beside the spread between seeds, since a difference below that is luck as much as habit.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from common.harness.launch import IMPLEMENTATIONS, Implementation, Outcome, run_jobs_in_child, why_missing
+from common.harness.probes import Run, compare_probe, expected, read_probe
+from common.io.edges import OsText, write_file
+from common.oracle.limits import Comparison, Difference
+from common.runtime.job import Job
+from common.spec.habits import DRIFTS, Drift
+from common.spec.rules import has_cuda
+from common.spec.run import RunConfig
+
+NOISE = 0.1
+"""As in the parity tests: no bias is 0 and no norm's weight 1, so that nothing hides behind them."""
+LADDER_STEPS = 100
+"""Over which the loss curve is compared with the oracle's."""
+AVERAGED_STEPS = 20
+"""Whose mean is the loss after so many steps."""
+PROCESS_WIDE = ("onednn",)
+"""Habits that are settings of a whole process, so that they get one of their own."""
+
+Verdict = str
+"""One of `GOOD`, or `elsewhere`, `not seen`, `baseline differs`, `skipped: ...`, `failed: ...`"""
+
+GOOD = ("as expected", "within the limits", "needs CUDA")
+"""What needs no look. Within the limits: bits differ but no rung fails, which this habit may do (`Drift.may_pass`)."""
+
+
+class Row(BaseModel):
+    """What one habit did in one framework."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+
+    name: str
+    title: str
+    framework: str
+    default_of: str
+    dtype: str
+    verdict: Verdict
+    expected_check: str
+    expected_place: str
+    check: str = ""
+    """The first check of the ladder that failed."""
+    place: str = ""
+    """The first tensor that differed."""
+    relative: float | None = None
+    limit: float | None = None
+    cost: dict[int, float] = {}
+    """After so many steps: the mean loss of the last steps, less the baseline's."""
+    spread: dict[int, float] = {}
+    """After so many steps: the standard deviation of the baseline's mean loss over the seeds."""
+    held_out_cost: float | None = None
+    """Of the held-out loss after the last step."""
+    held_out_spread: float | None = None
+    curve: list[float] = []
+    """|loss - baseline's|, the mean of every `CURVE_STRIDE` steps."""
+
+    @property
+    def seen(self) -> bool:
+        return self.verdict in ("as expected", "elsewhere")
+
+
+CURVE_STRIDE = 10
+
+
+class Zoo(BaseModel):
+    """The whole result: what `triptych drift` prints, and what docs/drift.md is made from."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+
+    rows: list[Row]
+    steps: list[int]
+    seeds: int
+    spread_framework: str
+    spread_curve: list[float] = []
+    """The spread between seeds of the plain baseline, over the steps, as `Row.curve`."""
+    command: OsText
+    machine: str
+    versions: dict[str, str]
+    config: RunConfig
+
+    def write(self, path: Path) -> None:
+        write_file(path, json.dumps(json.loads(self.model_dump_json()), indent=1) + "\n")
+
+
+def base_config(steps: int) -> RunConfig:
+    """The model of the parity ladder with two blocks, over two stages and four micro-batches, one thread per stage."""
+    return RunConfig.model_validate(
+        {
+            "stages": 2,
+            "threads": 2,
+            "device": "cpu",
+            "model": {"context_length": 12, "num_layers": 2, "d_model": 24, "num_heads": 2, "d_ff": 40},
+            "train": {
+                "steps": steps,
+                "batch_size": 8,
+                "micro_batches": 4,
+                "learning_rate": 2e-3,
+                "learning_rate_schedule": "cosine",
+                "warmup_steps": min(10, steps),
+            },
+        }
+    )
+
+
+def config_of(drift: Drift, framework: str, steps: int, on: bool = True, seed: int = 0) -> RunConfig:
+    """The run that shows `drift`, or its baseline."""
+    base = base_config(steps).model_dump()
+    model, train = base.pop("model") | dict(drift.model), base.pop("train") | dict(drift.train)
+    train |= {"dtype": drift.dtype, "seed": seed}
+    changes = {"framework": framework, "model": model, "train": train, "drift": drift.name if on else None}
+    return RunConfig.model_validate(base | dict(drift.run) | changes)
+
+
+def run_zoo(
+    folder: Path,
+    frameworks: Sequence[str],
+    names: Sequence[str],
+    steps: Sequence[int],
+    seeds: int,
+    timeout_seconds: float,
+    on_step: Callable[[str, int], None] = lambda framework, done: None,
+    implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
+) -> tuple[list[Row], list[float], dict[str, str]]:
+    """Runs everything below `folder`. Returns the rows, the spread's curve and the frameworks' versions."""
+    last = max(steps)
+    chosen = [(drift, f) for drift in DRIFTS if drift.name in names for f in frameworks if f in drift.frameworks]
+    runnable = [(drift, f) for drift, f in chosen if drift.run.get("device") != "cuda" or has_cuda()]
+    wanted = [config_of(drift, f, last, on) for drift, f in runnable for on in (False, True)]
+    home = "torch" if "torch" in frameworks else frameworks[0]
+    for drift, _ in runnable:
+        wanted += [config_of(drift, home, last, on=False, seed=seed) for seed in range(seeds)]
+    outcomes = run_all(list(dict.fromkeys(wanted)), folder, timeout_seconds, on_step, implementations)
+
+    def spread_of(drift: Drift) -> list[Run]:
+        found = [outcomes[config_of(drift, home, last, on=False, seed=seed)] for seed in range(seeds)]
+        return [run for run in found if isinstance(run, Run)]
+
+    rows = []
+    for drift, framework in chosen:
+        if (drift, framework) not in runnable:
+            rows.append(_row(drift, framework, "needs CUDA"))
+            continue
+        baseline, drifted = (outcomes[config_of(drift, framework, last, on)] for on in (False, True))
+        rows.append(_judged(drift, framework, baseline, drifted, spread_of(drift), steps))
+    plain = next((spread_of(drift) for drift, _ in runnable if not (drift.model or drift.train or drift.run)), [])
+    versions = {
+        run.parts[0].environment["framework"]: str(run.parts[0].environment["version"])
+        for run in outcomes.values()
+        if isinstance(run, Run)
+    }
+    curves = [strided(run.losses) for run in plain]
+    spread = [statistics.stdev(values) for values in zip(*curves, strict=True)] if len(curves) > 1 else []
+    return rows, spread, versions
+
+
+def run_all(
+    configs: Sequence[RunConfig],
+    folder: Path,
+    timeout_seconds: float,
+    on_step: Callable[[str, int], None] = lambda framework, done: None,
+    implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
+    noise: float = NOISE,
+) -> dict[RunConfig, Run | str]:
+    """Probes of all configurations, in as few child processes as their frameworks allow; for a failed one, why."""
+    groups: dict[tuple[object, ...], list[RunConfig]] = {}
+    for config in configs:
+        # Differs: a Paddle rank is a process and fleet starts once, so only runs of one p share processes.
+        shared = (config.framework, config.stages if config.framework == "paddle" else 0, config.device)
+        groups.setdefault((*shared, config.drift if config.drift in PROCESS_WIDE else None), []).append(config)
+    outcomes: dict[RunConfig, Run | str] = {}
+    done: dict[str, int] = {}
+    for number, together in enumerate(groups.values()):
+        framework = together[0].framework
+        implementation = implementations[framework]
+        if missing := why_missing(implementation, together[0].executor):
+            outcomes |= dict.fromkeys(together, f"skipped: {missing}")
+            continue
+        home = folder / f"{number}-{framework}"
+        jobs = [Job(config=c, out=str(home / str(i)), kind="probe", noise=noise) for i, c in enumerate(together)]
+
+        def stepped(job: int, step: int, loss: float, framework: str = framework) -> None:
+            done[framework] = done.get(framework, 0) + 1
+            on_step(framework, done[framework])
+
+        ended = run_jobs_in_child(implementation.module, jobs, home, timeout_seconds, stepped)
+        for config, job, outcome in zip(together, jobs, ended, strict=True):
+            outcomes[config] = _read(outcome, Path(job.out), same_copies=config.drift is None)
+    return outcomes
+
+
+def _read(outcome: Outcome, folder: Path, same_copies: bool) -> Run | str:
+    if outcome.status != "ok":
+        return f"failed: {outcome.reason}"
+    try:
+        return read_probe(folder, same_copies)
+    except ValueError as error:
+        return f"failed: {error}"
+
+
+# ------------------------------------------------------------------------------------------------- judging
+
+
+def first_failure(config: RunConfig, run: Run, steps: int = LADDER_STEPS) -> Difference | None:
+    """The first rung of the ladder that does not hold, over the first `steps` steps."""
+    return ladder(config, run, steps).first_failure
+
+
+def ladder(config: RunConfig, run: Run, steps: int = LADDER_STEPS) -> Comparison:
+    """All rungs, the loss curve over the first `steps` steps."""
+    steps = min(steps, config.train.steps)
+    return compare_probe(run, expected(config, NOISE, steps), config.train.dtype)
+
+
+def place_of(difference: Difference) -> str:
+    """A unit for activations, "loss" for losses, else the parameter's name."""
+    return difference.key.unit if difference.check == "activation" else difference.key.tensor
+
+
+def _judged(
+    drift: Drift, framework: str, baseline: Run | str, drifted: Run | str, seeds: Sequence[Run], steps: Sequence[int]
+) -> Row:
+    for run in (baseline, drifted):
+        if isinstance(run, str):
+            return _row(drift, framework, run)
+    assert isinstance(baseline, Run) and isinstance(drifted, Run)
+    last = max(steps)
+    row = _measured(drift, framework, baseline, drifted, seeds, steps)
+    wrong = first_failure(config_of(drift, framework, last, on=False), baseline, drift.ladder_steps)
+    if wrong is not None:
+        return row.model_copy(update={"verdict": "baseline differs", **_found(wrong)})
+    # Judged as the run without the habit: the oracle has none.
+    first = first_failure(config_of(drift, framework, last, on=False), drifted, drift.ladder_steps)
+    if first is None:
+        differ = any(not np.array_equal(value, drifted.tensors[key]) for key, value in baseline.tensors.items())
+        return row.model_copy(update={"verdict": "within the limits" if drift.may_pass and differ else "not seen"})
+    right = first.check == drift.check and fnmatch.fnmatchcase(place_of(first), drift.place)
+    return row.model_copy(update={"verdict": "as expected" if right else "elsewhere", **_found(first)})
+
+
+def _found(first: Difference) -> dict[str, object]:
+    return {"check": first.check, "place": place_of(first), "relative": first.relative, "limit": first.limit}
+
+
+def _row(drift: Drift, framework: str, verdict: str) -> Row:
+    return Row(
+        name=drift.name,
+        title=drift.title,
+        framework=framework,
+        default_of=drift.default_of,
+        dtype=drift.dtype,
+        verdict=verdict,
+        expected_check=drift.check,
+        expected_place=drift.place,
+    )
+
+
+def _measured(
+    drift: Drift, framework: str, baseline: Run, drifted: Run, seeds: Sequence[Run], steps: Sequence[int]
+) -> Row:
+    apart = [abs(a - b) for a, b in zip(drifted.losses, baseline.losses, strict=True)]
+    enough = len(seeds) > 1
+    return _row(drift, framework, "").model_copy(
+        update={
+            "cost": {n: mean_loss(drifted, n) - mean_loss(baseline, n) for n in steps},
+            "spread": {n: statistics.stdev(mean_loss(run, n) for run in seeds) for n in steps} if enough else {},
+            "held_out_cost": drifted.held_out_loss - baseline.held_out_loss,
+            "held_out_spread": statistics.stdev(run.held_out_loss for run in seeds) if enough else None,
+            "curve": strided(apart),
+        }
+    )
+
+
+def mean_loss(run: Run, steps: int) -> float:
+    """The mean loss of the `AVERAGED_STEPS` steps up to `steps`."""
+    return statistics.fmean(run.losses[max(0, steps - AVERAGED_STEPS) : steps])
+
+
+def strided(values: Iterable[float]) -> list[float]:
+    """The mean of every `CURVE_STRIDE` values, with six digits: what a picture shows."""
+    listed = list(values)
+    pieces = [listed[i : i + CURVE_STRIDE] for i in range(0, len(listed), CURVE_STRIDE)]
+    return [float(f"{statistics.fmean(piece):.6g}") for piece in pieces]

@@ -1,0 +1,150 @@
+"""Training that survives its child: a child that dies, in whatever way, is started again from the last whole snapshot."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from common import checkpoint
+from common.harness.launch import Interrupted, Outcome, run_jobs_in_child
+from common.runtime.job import Job, JobText, Saving, StepRecord
+from common.spec.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Training:
+    """What to train, from where, and where its snapshots go. The caller holds the lock of `directory`."""
+
+    config: RunConfig
+    module: str
+    """The implementation's, as `launch.IMPLEMENTATIONS` names it."""
+    folder: Path
+    """Each child gets a folder in it: attempt-1, attempt-2, ..."""
+    directory: Path
+    text: JobText | None = None
+    """Read once, for all children; None: each child's is read before it starts."""
+    resume: Path | None = None
+    weights_alone: bool = False
+    """Whether only the weights of `resume` count."""
+    stop_at: int | None = None
+    save_every: int | None = None
+    keep: int = 3
+    max_restarts: int = 0
+    timeout_seconds: float = float("inf")
+    """Of one child."""
+    hang_seconds: float = float("inf")
+    """How long a child may do without any device going on."""
+    faults: tuple[str, ...] = ()
+    """To make on purpose (`common.runtime.faults`): the first by the first child, and so on."""
+
+
+@dataclass
+class Trained:
+    """What came of it."""
+
+    outcome: Outcome = field(default_factory=lambda: Outcome("failed", "not started", None, (), 0.0))
+    """Of the last child; `wall_seconds` are of all children."""
+    steps: list[StepRecord] = field(default_factory=list)
+    """The joined record of all children: every step once, in order, without the events."""
+    restarts: list[str] = field(default_factory=list)
+    """One line for every child that died and was followed by another."""
+    interrupted: bool = False
+
+
+def train(
+    training: Training,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    report: Callable[[str], None] = lambda line: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Runs children until one ends well, or the restarts are used up, or another would fail in the same way."""
+    trained, seconds, resume = Trained(), 0.0, training.resume
+    for attempt in range(1, training.max_restarts + 2):
+        folder = training.folder / f"attempt-{attempt}"
+        job = _job(training, folder, resume, attempt)
+        try:
+            trained.outcome = run_jobs_in_child(
+                training.module,
+                [job],
+                folder,
+                training.timeout_seconds,
+                on_step=lambda _, step, loss: on_step(step, loss),
+                stopped=stopped,
+                hang_seconds=training.hang_seconds,
+            )[0]
+        except Interrupted:
+            trained.interrupted = True
+        seconds += trained.outcome.wall_seconds
+        trained.steps = _joined(trained.steps, folder / "progress.jsonl")
+        if trained.interrupted or trained.outcome.status == "ok":
+            break
+        cause = not_finite(folder)
+        reason = cause or _without_module(trained.outcome.reason)
+        trained.outcome = Outcome("failed", reason, trained.outcome.log, (), 0.0)
+        if cause or attempt > training.max_restarts:  # the same numbers would fail again
+            break
+        checkpoint.remove_leftovers(training.directory)
+        resume = checkpoint.newest(training.directory, report) or training.resume
+        start = "its beginning" if resume is None else resume.name
+        trained.restarts.append(f"child {attempt} of {training.config.framework} died: {reason}; on from {start}")
+        report(trained.restarts[-1])
+        _make_room(training.directory, resume)
+    outcome = trained.outcome
+    trained.outcome = Outcome(outcome.status, outcome.reason, outcome.log, outcome.parts, seconds)
+    return trained
+
+
+def _job(training: Training, folder: Path, resume: Path | None, attempt: int) -> Job:
+    return Job(
+        config=training.config,
+        out=str(folder),
+        text=training.text,
+        resume=None if resume is None else str(resume.resolve()),
+        weights_alone=training.weights_alone and resume == training.resume,
+        stop_at=training.stop_at,
+        saving=Saving(
+            directory=str(training.directory.resolve()),
+            every=training.save_every,
+            keep=training.keep,
+            token=uuid.uuid4().hex,
+        ),
+        fault=training.faults[attempt - 1] if attempt <= len(training.faults) else None,
+        must_be_finite=True,
+    )
+
+
+def _joined(before: list[StepRecord], progress: Path) -> list[StepRecord]:
+    """The record so far, then the last child's from its first step on: no step is in it twice."""
+    after = []
+    if progress.exists():
+        for line in progress.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was cut off
+            with contextlib.suppress(ValidationError):
+                after.append(StepRecord.model_validate(json.loads(line) | {"events": {}}))
+    return [record for record in before if not after or record.step < after[0].step] + after
+
+
+def not_finite(folder: Path) -> str | None:
+    """Where a child stopped at a number that was not finite: its step and, over all its processes, the first tensor."""
+    notes = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("not-finite-*.json")]
+    if not notes:
+        return None
+    first = min(notes, key=lambda note: note["order"])
+    return f"step {first['step'] + 1}: {first['what']}; the first tensor that is not finite: {first['tensor']}"
+
+
+def _make_room(directory: Path, resume: Path | None) -> None:
+    """Sets damaged snapshots aside that are newer than the one to go on from: their steps will be saved again."""
+    for path in checkpoint.snapshots_in(directory):
+        if resume is None or path.name > resume.name:
+            checkpoint.set_aside(path)
+
+
+def _without_module(reason: str) -> str:
+    return re.sub(r"^(?:\w+\.)+(?=\w+: )", "", reason)

@@ -1,0 +1,221 @@
+"""Real text, its tokens, and batches that depend on the seed and the step only."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.spec.run import RunConfig
+from common.spec.text import CorpusError as CorpusError
+from common.spec.text import Text, read_texts
+from common.spec.tokenizer import (
+    BYTES,
+    FileTokenizer,
+    Tokenizer,
+    TokenizerError,
+    blocks,
+    lines,
+    read_content,
+    read_tokenizer,
+    train_byte_pairs,
+)
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Corpus",
+    "CorpusError",
+    "MicroBatch",
+    "load_corpus",
+    "load_tokenizer",
+    "sequences_in",
+    "tokenize",
+]
+
+HELD_OUT_FRACTION = 0.1
+"""The end of the corpus, kept for evaluation."""
+
+IGNORED = -1
+"""A target that no loss counts: what follows the end of a sequence."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One mini-batch. `targets[b, s]` is the token that follows `inputs[b, s]`, or IGNORED."""
+
+    step: int
+    inputs: NDArray[np.int64]  # (B, S)
+    targets: NDArray[np.int64]  # (B, S)
+
+    @property
+    def num_tokens(self) -> int:
+        """What the summed loss is divided by: the targets of the whole mini-batch that count."""
+        return int((self.targets != IGNORED).sum())
+
+    def first(self, count: int) -> Batch:
+        """Its first `count` sequences."""
+        return Batch(self.step, self.inputs[:count], self.targets[:count])
+
+    def micro_batches(self, count: int) -> list[MicroBatch]:
+        """`count` pieces, in order, whose sizes differ by one at most, the larger ones first (as `np.array_split` cuts).
+
+        Raises ValueError if there are fewer sequences than pieces.
+        """
+        size = len(self.inputs)
+        if not 1 <= count <= size:
+            raise ValueError(f"{size} sequences cannot be cut into {count} micro-batches; expected 1 to {size}")
+        pieces = (np.array_split(array, count) for array in (self.inputs, self.targets, np.arange(size)))
+        return [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A piece of a mini-batch; `samples` are its rows' indices there.
+
+    Its targets may all be IGNORED: it still goes through the pipeline, and adds nothing to loss and gradients.
+    """
+
+    inputs: NDArray[np.int64]  # (b, S)
+    targets: NDArray[np.int64]  # (b, S)
+    samples: NDArray[np.int64]  # (b,)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens, split into a training part and a held-out end."""
+
+    tokens: NDArray[Any]  # (n,)
+    """Unsigned integers of any width, perhaps mapped from a file."""
+    digest: str
+    """SHA-256 of the text, so that two results are known to be about the same data."""
+    num_bytes: int
+    tokenizer: bytes | None = None
+    """The tokenizer.json that made the tokens; None for bytes."""
+
+    @property
+    def train(self) -> NDArray[Any]:  # (n,)
+        return self.tokens[: self._cut]
+
+    @property
+    def held_out(self) -> NDArray[Any]:  # (n,)
+        return self.tokens[self._cut :]
+
+    @property
+    def _cut(self) -> int:
+        return int(len(self.tokens) * (1 - HELD_OUT_FRACTION))
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of the tokenizer.json; empty for bytes."""
+        return "" if self.tokenizer is None else hashlib.sha256(self.tokenizer).hexdigest()
+
+    def training_batch(self, config: RunConfig, step: int) -> Batch:
+        """The mini-batch of `step` as `config` trains on it, always (batch_size, context_length).
+
+        Where a sequence ends early (`sequence_lengths`) or an epoch leaves fewer sequences than fit
+        (`sequences_per_epoch`), the rest is token 0 and IGNORED: every framework and schedule sees one shape, and the
+        gradient is that of the tokens that count.
+        """
+        train, length = config.train, config.model.context_length
+        batch = self.batch(step, train.seed, train.batch_size, length)
+        lengths = np.full(train.batch_size, length)
+        if config.sequence_lengths == "random":
+            lengths = _generator((train.seed, 2), step).integers(1, length + 1, train.batch_size)
+        if config.sequences_per_epoch is not None:
+            lengths[sequences_in(step, train.batch_size, config.sequences_per_epoch) :] = 0
+        beyond = np.arange(length) >= lengths[:, None]  # (B, S)
+        return Batch(step, np.where(beyond, 0, batch.inputs), np.where(beyond, IGNORED, batch.targets))
+
+    def batch(self, step: int, seed: int, batch_size: int, context_length: int) -> Batch:
+        """The training mini-batch of `step`: random windows, a function of (seed, step) only."""
+        return _windows(self.train, step, (seed, 0), batch_size, context_length)
+
+    def held_out_batch(self, index: int, seed: int, batch_size: int, context_length: int) -> Batch:
+        """A mini-batch of windows of the held-out text."""
+        return _windows(self.held_out, index, (seed, 1), batch_size, context_length)
+
+    def held_out_batches(self, batch_size: int, context_length: int) -> Iterator[Batch]:
+        """The whole held-out text, every token but the first a target once; what fills up the last batch is IGNORED."""
+        count = len(self.held_out) - 1
+        rows = -(-count // context_length)
+        rows += -rows % batch_size
+        inputs, targets = np.zeros(rows * context_length, np.int64), np.full(rows * context_length, IGNORED)
+        inputs[:count], targets[:count] = self.held_out[:-1], self.held_out[1:]
+        for index, start in enumerate(range(0, rows * context_length, batch_size * context_length)):
+            piece = slice(start, start + batch_size * context_length)
+            shape = (batch_size, context_length)
+            yield Batch(index, inputs[piece].reshape(shape), targets[piece].reshape(shape))
+
+
+def sequences_in(step: int, batch_size: int, sequences_per_epoch: int) -> int:
+    """How many sequences the mini-batch of `step` has: the last one of an epoch takes what is left."""
+    steps_per_epoch = -(-sequences_per_epoch // batch_size)
+    return min(batch_size, sequences_per_epoch - step % steps_per_epoch * batch_size)
+
+
+def load_corpus(config: RunConfig) -> Corpus:
+    """Reads and tokenizes the text of `config`. Raises CorpusError and TokenizerError."""
+    return tokenize(config, read_texts(config.corpus))
+
+
+def tokenize(config: RunConfig, text: Text) -> Corpus:
+    """The tokens of `text` by the tokenizer of `config`. Raises CorpusError and TokenizerError."""
+    path = config.tokenizer_file
+    content = None if path is None else read_content(Path(path))
+    corpus = _tokenized(
+        text, config.tokenizer, content, f"tokenizer {path or config.tokenizer}", config.model.vocab_size
+    )
+    needed = config.model.context_length + 1
+    if min(len(corpus.train), len(corpus.held_out)) < needed:
+        raise CorpusError(
+            f"the corpus has {len(corpus.tokens)} tokens; right would be at least {int(needed / HELD_OUT_FRACTION) + 1}, "
+            f"so that a tenth of it holds one sequence of {needed}"
+        )
+    return corpus
+
+
+@functools.lru_cache(maxsize=2)  # for a process that first checks a text and then runs with it
+def _tokenized(text: Text, kind: str, content: bytes | None, where: str, vocab_size: int) -> Corpus:
+    if kind == "bytes":
+        return Corpus(np.frombuffer(text.data, np.uint8), text.digest, text.num_bytes)
+    decoded = text.decoded
+    tokenizer = FileTokenizer(content, where) if content else train_byte_pairs(decoded, vocab_size, text.digest)
+    check_vocabulary(tokenizer, vocab_size, where)
+    pieces = lines(decoded) if kind == "bpe" else blocks(decoded)
+    return Corpus(tokenizer.encode_all(pieces), text.digest, text.num_bytes, tokenizer.content)
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+    """Raises TokenizerError if the model lacks tokens of the tokenizer; it may have more, which no text becomes."""
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(
+            f"{where}: has {tokenizer.vocab_size} tokens, added and special ones included; the model has "
+            f"vocab_size = {vocab_size}, expected at least {tokenizer.vocab_size}"
+        )
+
+
+def load_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer that `load_corpus` uses. Raises CorpusError and TokenizerError."""
+    if config.tokenizer == "bytes":
+        return BYTES
+    if config.tokenizer_file is not None:
+        return read_tokenizer(Path(config.tokenizer_file))
+    text = read_texts(config.corpus)
+    return train_byte_pairs(text.decoded, config.model.vocab_size, text.digest)
+
+
+def _windows(tokens: NDArray[Any], step: int, key: tuple[int, int], batch_size: int, context_length: int) -> Batch:
+    starts = _generator(key, step).integers(0, len(tokens) - context_length, batch_size)
+    windows = np.asarray(tokens[starts[:, None] + np.arange(context_length + 1)], np.int64)  # (B, S + 1)
+    return Batch(step, windows[:, :-1], windows[:, 1:])
+
+
+def _generator(key: tuple[int, int], step: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, step])))

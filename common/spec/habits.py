@@ -1,0 +1,265 @@
+"""The drift zoo: numerical habits in which frameworks differ, each of which can be put back, one at a time.
+
+Every implementation writes its model so that all three agree (docs/numerics.md). A `Drift` undoes one such decision in one
+framework, the way that framework does it by default or the way its users commonly get it wrong; `RunConfig.drift` names it
+and the implementation's `drift.py` does it. The parity check must then fail, and first at the `place` that is named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.oracle.limits import Check
+from common.spec.run import Framework
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One habit."""
+
+    name: str
+    title: str
+    """What is done, in a few words."""
+    frameworks: tuple[Framework, ...]
+    """Where it can be switched on."""
+    check: Check
+    """The first check of the ladder that must fail."""
+    place: str
+    """Pattern (fnmatch) of the first tensor that differs: a unit for activations, a canonical parameter name else."""
+    default_of: str = ""
+    """Whose default it is; else a common mistake."""
+    dtype: str = "float32"
+    """The precision in which it shows."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """What the model needs for the habit to show, in the baseline too."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
+    ladder_steps: int = 100
+    """Over which the loss curve is compared with the oracle's: fewer where training soon magnifies every rounding."""
+    may_pass: str = ""
+    """Why it may change bits and still stay within every limit; else it must fail."""
+
+
+EVERYWHERE: tuple[Framework, ...] = ("torch", "tensorflow", "paddle")
+
+DRIFTS: tuple[Drift, ...] = (
+    Drift("tanh-gelu", "GELU by its tanh approximation", ("tensorflow",), "activation", "block.0", "keras.ops.gelu"),
+    Drift(
+        "float32-gelu-constant",
+        "GELU divided by a constant with 12 digits",
+        ("tensorflow",),
+        "activation",
+        "block.0",
+        "tf.nn.gelu(approximate=False)",
+        "float64",
+    ),
+    Drift(
+        "layer-norm-epsilon",
+        "LayerNorm's epsilon 1e-3",
+        ("tensorflow",),
+        "activation",
+        "block.0",
+        "keras.layers.LayerNormalization",
+    ),
+    Drift(
+        "adam-epsilon-hat",
+        "Adam's epsilon 1e-7, before the bias correction",
+        ("tensorflow",),
+        "optimizer_step",
+        "*",
+        "keras.optimizers.AdamW",
+        "float64",
+    ),
+    Drift(
+        "sparse-embedding-gradient",
+        "an embedding's gradient as rows with repetitions, in clipping and Adam",
+        ("tensorflow",),
+        "loss_curve",
+        "loss",
+        "tf.gather",
+    ),
+    Drift(
+        "keras-momentum",
+        "momentum that holds the learning rate",
+        ("tensorflow",),
+        "loss_curve",
+        "loss",
+        "keras.optimizers.SGD",
+        "float64",
+        train={"optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.1},
+    ),
+    Drift(
+        "onednn",
+        "oneDNN's kernels",
+        ("tensorflow",),
+        "activation",
+        "*",
+        "TF_ENABLE_ONEDNN_OPTS=1",
+        may_pass="float32 sums in another order, which the limits are made for",
+    ),
+    Drift(
+        "mean-over-all-labels",
+        "the loss divided by all labels, the ignored ones too",
+        ("tensorflow", "paddle"),
+        "loss",
+        "loss",
+        "keras.losses, paddle's cross_entropy with ignore_index < 0",
+        run={"sequence_lengths": "random"},
+    ),
+    Drift(
+        "clipped-loss",
+        "log-softmax whose `x - max` ends at -64",
+        ("paddle",),
+        "loss_curve",
+        "loss",
+        "paddle's cross_entropy and softmax on CPU",
+        "float64",
+        train={"optimizer": "sgd", "learning_rate": 60.0, "weight_decay": 0.0, "warmup_steps": 0},
+        ladder_steps=5,
+    ),
+    Drift(
+        "mean-per-micro-batch",
+        "the mean of the micro-batches' means",
+        EVERYWHERE,
+        "loss",
+        "loss",
+        "reduction='mean'",
+        run={"sequence_lengths": "random"},
+    ),
+    Drift(
+        "unscaled-micro-batches",
+        "micro-batch losses added, not divided by their number",
+        EVERYWHERE,
+        "loss",
+        "loss",
+        "loss.backward() in a loop",
+    ),
+    Drift(
+        "per-stage-clipping",
+        "every stage clips by the norm of its own gradients",
+        EVERYWHERE,
+        "optimizer_step",
+        "*",
+        "clip_grad_norm_ on a stage's parameters",
+        dtype="float64",  # Adam's first step does not change with the gradient's scale, but for epsilon
+    ),
+    Drift(
+        "clip-epsilon",
+        "clipping by c / (norm + 1e-6)",
+        ("torch",),
+        "optimizer_step",
+        "*",
+        "torch.nn.utils.clip_grad_norm_",
+        "float64",
+    ),
+    Drift(
+        "default-weight-decay",
+        "the optimizer's own weight decay (0.01, Keras 0.004)",
+        EVERYWHERE,
+        "optimizer_step",
+        "*weight",
+        "AdamW of each framework",
+    ),
+    Drift(
+        "decay-everything",
+        "weight decay on biases and norms as well",
+        EVERYWHERE,
+        "optimizer_step",
+        "*",
+        "AdamW of each framework",
+        dtype="float64",
+    ),
+    Drift(
+        "coupled-decay",
+        "weight decay added to the gradient (Adam with L2)",
+        ("torch", "paddle"),
+        "optimizer_step",
+        "*weight",
+        "Adam(weight_decay=...) of torch and Paddle",
+    ),
+    Drift("default-betas", "beta2 = 0.999", EVERYWHERE, "loss_curve", "loss", "AdamW of each framework"),
+    Drift(
+        "unrounded-hyperparameters",
+        "hyperparameters in double precision",
+        ("torch",),
+        "optimizer_step",
+        "*",
+        "torch.optim",
+        "float64",
+    ),
+    Drift(
+        "late-learning-rate",
+        "the learning rate of the step before",
+        EVERYWHERE,
+        "loss_curve",
+        "loss",
+        "scheduler.step() after optimizer.step(), one warm-up step off",
+    ),
+    Drift(
+        "transposed-square-weight",
+        "one square weight of the attention loaded transposed",
+        EVERYWHERE,
+        "activation",
+        "block.0",
+        "nn.Linear stores (out, in)",
+    ),
+    Drift(
+        "inverted-attention-mask",
+        "True taken for 'may not attend'",
+        ("torch",),
+        "activation",
+        "block.0",
+        "nn.MultiheadAttention against scaled_dot_product_attention",
+    ),
+    Drift(
+        "local-dropout-samples",
+        "dropout masks by the row of the micro-batch, not of the mini-batch",
+        EVERYWHERE,
+        "activation",
+        "embedding",
+        model={"dropout": 0.1},
+    ),
+    Drift(
+        "native-dropout",
+        "the framework's own dropout masks",
+        EVERYWHERE,
+        "activation",
+        "embedding",
+        "each framework",
+        model={"dropout": 0.1},
+    ),
+    Drift(
+        "plain-dropout",
+        "dropout that does not scale up what it keeps",
+        ("paddle",),
+        "activation",
+        "embedding",
+        "mode='downscale_in_infer'",
+        model={"dropout": 0.1},
+    ),
+    Drift(
+        "untied-gradients",
+        "a tied head's copy trained with its own gradient alone",
+        EVERYWHERE,
+        "gradient",
+        "embedding.token.weight",
+        model={"tied_head": True},
+    ),
+    Drift(
+        "tf32",
+        "matrix products in TF32",
+        ("torch", "tensorflow"),
+        "activation",
+        "*",
+        "TensorFlow on GPU",
+        run={"device": "cuda"},
+    ),
+)
+"""All that are known; `by_name` finds one."""
+
+
+def by_name(name: str) -> Drift:
+    """Raises KeyError for an unknown one."""
+    return {drift.name: drift for drift in DRIFTS}[name]

@@ -1,0 +1,184 @@
+"""Which units of the model lie on which stage.
+
+A unit is what a partition may not cut: the embedding, one block, the head. A plan cuts the row of units into consecutive
+parts, one for every virtual stage, none of them empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heapreplace
+
+from common.schedule.generators import make_schedule
+from common.spec.parameters import parameter_shapes, unit_names, unit_of
+from common.spec.run import RunConfig, TrainSpec, TransformerSpec
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What one unit costs for the first micro-batch, counted (not measured)."""
+
+    unit: str
+    parameters: int
+    forward_flops: int
+    activation_bytes: int
+    """Size of the unit's output, which is what a cut after it has to send."""
+
+
+@dataclass(frozen=True)
+class PartitionPlan:
+    """`parts[k]` names the units of virtual stage k."""
+
+    parts: tuple[tuple[str, ...], ...]
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """The first unit of every part, and the number of units: (0, ..., n)."""
+        return tuple(itertools.accumulate((len(part) for part in self.parts), initial=0))
+
+    def part_of(self, unit: str) -> int:
+        return next(k for k, part in enumerate(self.parts) if unit in part)
+
+
+def unit_costs(model: TransformerSpec, train: TrainSpec) -> list[UnitCost]:
+    """Parameters, forward FLOPs and output bytes of every unit, for the first micro-batch: none is larger.
+
+    A multiply-add counts as 2 FLOPs, only matrix products count (Narayanan et al. 2021, appendix): per token
+    2 x weights of the linear layers, and 4 x S x D for the two products of attention (not halved for the causal
+    mask, since none of the implementations skips masked scores).
+    """
+    size = dict.fromkeys(unit_names(model), 0)
+    products = dict.fromkeys(unit_names(model), 0)
+    for name, shape in parameter_shapes(model).items():
+        count = shape[0] * (shape[1] if len(shape) == 2 else 1)
+        size[unit_of(name)] += count
+        if len(shape) == 2 and not name.startswith("embedding."):
+            products[unit_of(name)] += count
+    if model.tied_head:
+        products["head"] = model.d_model * model.vocab_size
+    tokens = train.micro_batch_size * model.context_length
+    element_bytes = {"bfloat16": 2, "float32": 4, "float64": 8}[train.dtype]
+    costs = []
+    for unit in size:
+        flops = 2 * products[unit] * tokens
+        if unit.startswith("block."):
+            flops += 4 * model.context_length * model.d_model * tokens
+        output_bytes = element_bytes if unit == "head" else element_bytes * tokens * model.d_model
+        costs.append(UnitCost(unit, size[unit], flops, output_bytes))
+    return costs
+
+
+def plan_partition(config: RunConfig) -> PartitionPlan:
+    """The plan that `config.partition` asks for, over `stages * chunks` virtual stages.
+
+    A balanced plan of several chunks depends on where the schedule puts them. Raises ScheduleError if there is none.
+    """
+    units = unit_names(config.model)
+    parts = config.stages * config.chunks
+    match config.partition:
+        case "even":
+            inner = even_boundaries(config.model.num_layers, config.stages, config.chunks)
+        case "balanced":
+            # The backward costs twice the forward in every unit, so forward FLOPs alone order the plans.
+            costs = [cost.forward_flops for cost in unit_costs(config.model, config.train)]
+            if config.chunks == 1:
+                inner = balanced_boundaries(costs, parts)
+            else:
+                schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+                devices = [device for device, _ in schedule.location]
+                inner = balanced_over_devices(costs[0], costs[1], costs[-1], config.model.num_layers, devices)
+        case boundaries:
+            inner = list(boundaries)
+    edges = [0, *inner, len(units)]
+    return PartitionPlan(tuple(tuple(units[a:b]) for a, b in itertools.pairwise(edges)))
+
+
+def even_boundaries(num_layers: int, stages: int, chunks: int = 1) -> list[int]:
+    """Blocks as evenly as they go, the embedding in the first part and the head in the last.
+
+    A remainder goes to the middle stages first, since the outer ones also hold the embedding and the head; with several
+    chunks, to one chunk of every stage after another: `stages` parts in a row are `stages` devices, whether the
+    parts go round the devices or there and back again. With more parts than blocks the units themselves are spread
+    evenly, so that no part is empty.
+    """
+    parts = stages * chunks
+    if parts > num_layers:
+        num_units = num_layers + 2
+        return [round(k * num_units / parts) for k in range(1, parts)]
+    base, extra = divmod(num_layers, parts)
+    from_the_middle = sorted(range(stages), key=lambda k: abs(2 * k - (stages - 1)))
+    order = [chunk * stages + k for chunk in range(chunks) for k in from_the_middle]
+    counts = [base + (k in order[:extra]) for k in range(parts)]
+    return [1 + blocks for blocks in itertools.accumulate(counts)][:-1]
+
+
+def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
+    """Boundaries with the smallest possible largest part, by dynamic programming over (units, parts).
+
+    The slowest stage sets the pace of a pipeline (time = sum t_i + (m - 1) max t_i), so the largest part is what to
+    minimise, not the variance. Among equals the last cut is as late as possible, and so on with what comes before it.
+    Costs are 0 or more. O(units x parts x log units).
+    """
+    n = len(costs)
+    if not 1 <= parts <= n:
+        raise ValueError(f"parts = {parts}; right would be 1 to {n}, the number of units")
+    total = [0.0, *itertools.accumulate(float(cost) for cost in costs)]
+    best = [0.0] + [math.inf] * n  # by the number of units
+    cuts = []
+    for k in range(1, parts + 1):
+        before, best, cut = best, [math.inf] * (n + 1), [0] * (n + 1)
+        start = k - 1
+        for end in range(k, n - (parts - k) + 1):
+            # The later the last part starts, the smaller it is and the larger is what comes before: they cross at `start`.
+            while start < end and before[start] < total[end] - total[start]:
+                start += 1
+            largest = before[start] if start < end else math.inf
+            if start > k - 1:
+                largest = min(largest, total[end] - total[start - 1])
+            best[end], cut[end] = largest, bisect_right(before, largest, k - 1, end) - 1
+        cuts.append(cut)
+    boundaries, end = [], n
+    for cut in reversed(cuts[1:]):
+        end = cut[end]
+        boundaries.append(end)
+    return boundaries[::-1]
+
+
+def balanced_over_devices(embedding: int, block: int, head: int, num_layers: int, devices: Sequence[int]) -> list[int]:
+    """Boundaries with the smallest possible largest device and, among those, the smallest largest part.
+
+    `devices[k]` is the device of part k, of two or more. Exact, because all blocks cost the same, so that only their
+    numbers count: every inner part gets one, and every other block goes to the device that has the least. Proof: when the
+    fullest device got its last block, no device with room had less; so a cut that puts fewer blocks there puts one more
+    on another, which is then as full. A bound on the parts is a bound on a device's room, so the same holds under each,
+    and the smallest bound that costs nothing is found by bisection. O(layers x log parts x log layers).
+    """
+    last = len(devices) - 1
+    least = [0, *[1] * (last - 1), 0]
+
+    def fill(bound: int) -> tuple[float, list[int]]:
+        """The largest device and the blocks of each part, none of them above the bound; infinity if that cannot be."""
+        counts, sizes = least.copy(), [embedding, *[block] * (last - 1), head]
+        parts = {d: sorted((sizes[k], k) for k in range(last + 1) if devices[k] == d) for d in set(devices)}
+        loads = sorted((sum(size for size, _ in own), d) for d, own in parts.items())
+        for _ in range(num_layers - sum(least)):
+            while loads and parts[loads[0][1]][0][0] + block > bound:
+                heappop(loads)  # no room on this device
+            if not loads:
+                return math.inf, counts
+            load, device = loads[0]
+            size, part = parts[device][0]
+            heapreplace(loads, (load + block, device))
+            heapreplace(parts[device], (size + block, part))
+            counts[part] += 1
+        largest = max(sum(size for size, _ in own) for own in parts.values())
+        return (math.inf if max(sizes) > bound else largest), counts
+
+    bounds = sorted({own + n * block for own in (0, embedding, head) for n in range(num_layers + 1)})
+    best, _ = fill(bounds[-1])
+    bound = bounds[bisect_left(bounds, True, key=lambda bound: fill(bound)[0] <= best)]
+    return [1 + blocks for blocks in itertools.accumulate(fill(bound)[1])][:-1]

@@ -1,0 +1,129 @@
+"""What no run can be: the combinations of valid options that a framework, or an executor, does not offer.
+
+`why_impossible` is asked wherever a run is put together, before a child starts, so that whatever passes here runs.
+The rules within one specification (`common.spec.run`) are its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from common.schedule.action import ScheduleError
+from common.schedule.generators import make_schedule
+from common.schedule.validate import validate
+from common.spec import habits
+from common.spec.gpus import visible_gpus
+from common.spec.run import FRAMEWORKS, RunConfig
+
+NATIVE_SCHEDULES: Mapping[str, tuple[str, ...]] = {
+    "torch": ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
+    "paddle": ("1f1b",),
+}
+"""What `executor = native` offers, by framework."""
+
+BFLOAT16 = tuple(name for name in FRAMEWORKS if name != "paddle")
+"""Frameworks that can compute this model in bfloat16; Paddle's reasons stand in `paddle_impl.devices.check_dtype`."""
+
+
+class Impossible(NamedTuple):
+    """A rule that a run breaks."""
+
+    field: str
+    text: str
+    """What follows the field's name, or that of its option, in the line that says so."""
+
+    def __str__(self) -> str:
+        return self.field + self.text
+
+
+def why_impossible(config: RunConfig) -> Impossible | None:
+    """The first rule that the run breaks, or None."""
+    return _schedule(config) or _device(config) or _precision(config) or _drift(config) or _executor(config)
+
+
+def has_cuda() -> bool:
+    """Whether the machine has an NVIDIA driver, as far as a process without a framework can see."""
+    return shutil.which("nvidia-smi") is not None or any(map(Path.exists, map(Path, ("/dev/nvidiactl", "/dev/dxg"))))
+
+
+def _schedule(config: RunConfig) -> Impossible | None:
+    try:
+        schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+    except ScheduleError as error:
+        return Impossible("schedule", f": {' '.join(str(error).split())}")
+    violations = validate(schedule)
+    if not violations:
+        return None
+    why = f"breaks {len(violations)} rules, the first: {violations[0]}; `triptych validate FILE` lists them all"
+    return Impossible("schedule", f" = {config.schedule}: {why}")
+
+
+def _device(config: RunConfig) -> Impossible | None:
+    if config.device == "cuda" and not has_cuda():
+        return Impossible("device", " = cuda: this machine has no NVIDIA driver; expected cpu or auto")
+    return None
+
+
+def _precision(config: RunConfig) -> Impossible | None:
+    if config.train.dtype != "bfloat16":
+        return None
+    if config.framework not in BFLOAT16:
+        why = f"{config.framework} cannot compute in it; expected {' or '.join(BFLOAT16)}, or float32 or float64"
+    elif config.executor != "table":
+        why = f"executor = {config.executor} does not compute in it; expected float32 or float64"
+    else:
+        return None
+    return Impossible("dtype", f" = bfloat16: {why}")
+
+
+def _drift(config: RunConfig) -> Impossible | None:
+    if config.drift is None:
+        return None
+    able = habits.by_name(config.drift).frameworks
+    if config.framework not in able:
+        why = f"{config.framework} has no such habit; right would be --frameworks {','.join(able)}"
+    elif config.executor != "table":
+        why = f"executor = {config.executor} has no such habit; expected executor = table"
+    else:
+        return None
+    return Impossible("drift", f" = {config.drift}: {why}")
+
+
+def _executor(config: RunConfig) -> Impossible | None:
+    if config.executor == "table":
+        return None
+    if config.recompute != "none":
+        why = f"executor = {config.executor} recomputes nothing; expected none, or executor = table"
+        return Impossible("recompute", f" = {config.recompute}: {why}")
+    why_not = _why_not_native(config) if config.executor == "native" else None
+    return None if why_not is None else Impossible("executor", f" = native: {why_not}")
+
+
+def why_too_few_gpus(stages: int, gpus: int) -> str | None:
+    """Why a process per stage cannot run on so many GPUs; None if it can."""
+    if gpus >= stages:
+        return None
+    return f"NCCL takes one process per GPU, and {stages} stages have {gpus}; expected stages = {gpus}, or device = cpu"
+
+
+def _why_not_native(config: RunConfig) -> str | None:
+    p, m, name = config.stages, config.train.micro_batches, config.schedule
+    cards = len(visible_gpus()) if config.framework == "torch" and config.device != "cpu" else 0
+    if cards and (why := why_too_few_gpus(p, cards)):
+        return why
+    if name not in NATIVE_SCHEDULES.get(config.framework, ()):
+        offered = "; ".join(f"{framework} with {', '.join(names)}" for framework, names in NATIVE_SCHEDULES.items())
+        return f"{config.framework} has no pipeline of its own with the schedule {name}; right would be {offered}"
+    if not config.train.micro_batches_are_equal:
+        return (
+            f"micro_batches = {m} does not divide batch_size = {config.train.batch_size}; expected equal micro-batches"
+        )
+    if config.framework == "torch" and name == "1f1b" and m < p:
+        return f"micro_batches = {m}; PyTorch's 1f1b takes at least as many as stages, {p}"
+    rounds = max(1, m // p)  # what our `interleaved` calls groups; PyTorch's are all of one size
+    if config.framework == "torch" and name in ("interleaved", "zb-h1") and m % rounds:
+        return f"micro_batches = {m}; PyTorch's {name} takes a multiple of {rounds} here (micro-batches // stages)"
+    return None

@@ -1,0 +1,270 @@
+"""Text to tokens and back: bytes as they are, byte pairs trained on the corpus, or any file of the tokenizers library."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.io.bounded import read_text
+
+MAX_TOKENIZER_BYTES = 2**28
+BLOCK_CHARACTERS = 2**20
+"""A longer text is cut here and there (`_blocks`), since the library takes some 100 bytes for every token of a piece."""
+PIECES_AT_ONCE_CHARACTERS = 8 * BLOCK_CHARACTERS
+RECIPE = "lines, byte level"
+"""How `train_byte_pairs` trains: another way needs another name here, so that what is kept is not taken for it."""
+UNKNOWN_TOKEN = "\N{REPLACEMENT CHARACTER}"
+"""Shown for a token that the tokenizer does not have: the model's vocabulary may be padded."""
+
+
+class TokenizerError(Exception):
+    """A tokenizer that cannot be read, or does not fit; its text is one line."""
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back."""
+
+    @property
+    def content(self) -> bytes | None:
+        """The tokenizer.json; None for bytes."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest token and 1, added and special tokens included."""
+
+    def encode(self, text: str) -> list[int]:
+        """No special tokens are put around the text. Raises TokenizerError."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """A token that the tokenizer does not have becomes U+FFFD; special tokens are shown."""
+
+    def unknown(self, text: str) -> str:
+        """The characters of the text that no token of their own stands for, each once."""
+
+
+class ByteTokenizer:
+    """Bytes as they are, of whatever encoding; text is UTF-8."""
+
+    content = None
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", "surrogateescape"))  # a command line may have any bytes
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        pieces = [bytes([token]) if token < 256 else UNKNOWN_TOKEN.encode() for token in tokens]
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def unknown(self, text: str) -> str:
+        return ""
+
+
+class FileTokenizer:
+    """A tokenizer.json of the tokenizers library. `where` names it in errors. Raises TokenizerError."""
+
+    def __init__(self, content: bytes, where: str) -> None:
+        from tokenizers import Tokenizer as Library
+
+        self.content, self.where = content, where
+        with self._one_line(f"; {EXPECTED}"):
+            text = content.decode("utf-8")
+            found = json.loads(text)
+            if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
+                raise TokenizerError(_no_tokenizer(where, found))
+            self._library: Any = Library.from_str(text)
+        # What is meant for other uses of the file, and would cut, fill or vary the text here.
+        self._library.no_truncation()
+        self._library.no_padding()
+        if found["model"].get("dropout"):
+            self._library.model.dropout = None
+        self._known = frozenset(self._library.get_vocab(with_added_tokens=True).values())
+        if not self._known:
+            raise TokenizerError(f"{where}: its vocabulary is empty; expected a trained tokenizer")
+        name, number = found["model"].get("unk_token"), found["model"].get("unk_id")
+        self._unknown_token = number if name is None else self._library.token_to_id(name)
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self._known) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._encoded([text])[0].ids)
+
+    def encode_all(self, pieces: Iterator[str]) -> NDArray[np.unsignedinteger[Any]]:
+        """The tokens of all pieces, in order. Raises TokenizerError."""
+        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        found = []
+        for group in _groups(pieces):
+            ids = [encoding.ids for encoding in self._encoded(group)]
+            found.append(np.fromiter(itertools.chain.from_iterable(ids), dtype))
+        return np.concatenate(found) if found else np.zeros(0, dtype)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        runs = itertools.groupby(tokens, self._known.__contains__)
+        return "".join(
+            str(self._library.decode(list(run), skip_special_tokens=False)) if known else UNKNOWN_TOKEN * len(list(run))
+            for known, run in runs
+        )
+
+    def unknown(self, text: str) -> str:
+        with self._one_line():
+            encoding = self._library.encode(text, add_special_tokens=False)
+        covered = {
+            place
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token != self._unknown_token
+            for place in range(start, end)
+        }
+        lost = (letter for place, letter in enumerate(text) if place not in covered and not letter.isspace())
+        return "".join(dict.fromkeys(lost))
+
+    def _encoded(self, texts: list[str]) -> list[Any]:
+        with self._one_line():
+            return list(self._library.encode_batch_fast(texts, add_special_tokens=False))
+
+    @contextlib.contextmanager
+    def _one_line(self, hint: str = "") -> Iterator[None]:
+        try:
+            yield
+        except TokenizerError:
+            raise
+        except BaseException as error:  # the library raises plain Exceptions, and Rust's panics are none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise TokenizerError(f"{self.where}: {reason}{hint}") from None
+
+
+EXPECTED = "right would be a tokenizer.json as the tokenizers library writes it"
+BYTES = ByteTokenizer()
+
+
+def _no_tokenizer(where: str, found: Any) -> str:
+    """What a JSON file is instead, where that is known."""
+    if isinstance(found, dict) and found and all(type(value) is int for value in found.values()):
+        return f"{where}: a vocabulary without its merges; {FROM_PAIR}"
+    return f"{where}: JSON without a model; {EXPECTED}"
+
+
+FROM_PAIR = (
+    "expected a tokenizer.json, which a pair of files becomes with `from tokenizers import ByteLevelBPETokenizer as T; "
+    'T("vocab.json", "merges.txt").save("tokenizer.json")`'
+)
+
+
+def read_tokenizer(path: Path) -> FileTokenizer:
+    """The tokenizer in a file. Raises TokenizerError."""
+    return FileTokenizer(read_content(path), f"tokenizer {path}")
+
+
+def read_content(path: Path) -> bytes:
+    """The file, which is one of JSON at least by its looks. Raises TokenizerError."""
+    where = f"tokenizer {path}"
+    try:
+        if path.is_dir():
+            raise TokenizerError(
+                f"{where}: a folder; right would be a tokenizer.json, such as {path / 'tokenizer.json'}"
+            )
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise TokenizerError(f"{where}: not a plain file; {EXPECTED}")
+        text = read_text(path, MAX_TOKENIZER_BYTES)
+    except OSError as error:
+        raise TokenizerError(f"{where}: {error.strerror}; {EXPECTED}") from None
+    except UnicodeDecodeError:
+        raise TokenizerError(f"{where}: not UTF-8; {EXPECTED}") from None
+    except ValueError as error:  # a NUL in the name
+        raise TokenizerError(f"{where}: {error}; {EXPECTED}") from None
+    if text.startswith("#version") or path.name == "merges.txt":
+        raise TokenizerError(f"{where}: merges without their vocabulary; {FROM_PAIR}")
+    return text.encode()
+
+
+def train_byte_pairs(text: str, vocab_size: int, digest: str) -> FileTokenizer:
+    """Byte-pair encoding (Sennrich et al. 2016) trained on a text of this digest; deterministic.
+
+    What was trained is kept in the user's cache folder, where there is one that can be written.
+    """
+    from tokenizers import ByteLevelBPETokenizer, __version__
+
+    where, key = "tokenizer bpe", hashlib.sha256(f"{digest} {vocab_size} {__version__} {RECIPE}".encode()).hexdigest()
+    kept = _kept(key)
+    if kept is not None:
+        return FileTokenizer(kept, where)
+    library: Any = ByteLevelBPETokenizer()
+    library.train_from_iterator(lines(text), vocab_size=vocab_size, show_progress=False)
+    content = str(library.to_str(pretty=True)).encode()
+    _keep(key, content)
+    return FileTokenizer(content, where)
+
+
+def lines(text: str) -> Iterator[str]:
+    """How byte pairs are trained, and how a text is cut for them."""
+    return iter(text.splitlines(keepends=True))
+
+
+def blocks(text: str) -> Iterator[str]:
+    """How a text is cut for a tokenizer of others: up to a mebibyte not at all, so that its tokens are the library's.
+
+    A cut is after the end of a line that no white space follows, where every usual tokenizer has one too.
+    """
+    start = 0
+    for end in re.finditer(r"\n(?=\S)", text):
+        if end.end() - start >= BLOCK_CHARACTERS:
+            yield text[start : end.end()]
+            start = end.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def _groups(pieces: Iterator[str]) -> Iterator[list[str]]:
+    """Pieces together, so that the library uses all cores without holding everything at once."""
+    group, size = [], 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece)
+        if size >= PIECES_AT_ONCE_CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+# ------------------------------------------------------------------------------------------------- what is kept
+
+
+def kept_in() -> Path:
+    """The user's cache folder. Raises RuntimeError where there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych" / "tokenizers"
+
+
+def _kept(key: str) -> bytes | None:
+    """A file's name has the digest of its content, so that a damaged one is not taken."""
+    with contextlib.suppress(OSError, RuntimeError):
+        for path in kept_in().glob(f"{key}-*.json"):
+            content = path.read_bytes()
+            if path.name == f"{key}-{hashlib.sha256(content).hexdigest()}.json":
+                return content
+    return None
+
+
+def _keep(key: str, content: bytes) -> None:
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = kept_in()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{key}-{hashlib.sha256(content).hexdigest()}.json"
+        partial = folder / f".{path.name}.{os.getpid()}"
+        try:
+            partial.write_bytes(content)
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)

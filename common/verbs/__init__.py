@@ -1,1 +1,0 @@
-"""The verbs of the console script, one module per group; each has `register(subparsers)`."""

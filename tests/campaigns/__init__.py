@@ -1,0 +1,1 @@
+"""Measurements that take minutes and are no tests: README.md."""

@@ -1,0 +1,153 @@
+"""`python -m tests.campaigns.fuzz_importers --inputs 4000`: hostile files for `triptych import`.
+
+As `tests.campaigns.fuzz_readers` for what needs no framework. Every framework's reader runs in a process of its own, as it does in
+the program. What ends that process is a finding too; the next input then goes to a new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from common.checkpoint import SnapshotError
+from common.checkpoint.foreign.child import check_size, checked
+from common.checkpoint.foreign.errors import ExchangeError
+from common.spec.parameters import initial_weights
+from tests.campaigns.fuzz_readers import MODEL, Random, Reader, bounded, mutated, try_one
+
+FILES = {"torch_impl": "weights.pt", "tf_impl": "model.weights.h5", "paddle_impl": "weights.pdparams"}
+INPUTS_PER_PROCESS = 500
+"""The program has a process for each file; thousands of models in one would be another test."""
+MEMORY_BYTES = 2 * 2**30
+"""For the framework's own threads too."""
+
+
+def importer(module: str) -> Reader:
+    """What `triptych import` does with a file, in the framework's own process."""
+    convert: ModuleType = importlib.import_module(f"{module}.convert")
+    name = FILES[module]
+
+    def prepare(folder: Path) -> None:
+        for dtype in ("float32", "float64"):
+            (folder / dtype).mkdir()
+            convert.write_weights(MODEL, initial_weights(MODEL, 0, dtype), folder / dtype / name)
+
+    def attack(folder: Path, rng: Random) -> Callable[[], object]:
+        valid = (folder / rng.choice(["float32", "float64"]) / name).read_bytes()
+        path = folder / name
+        path.write_bytes(_inside_zip(valid, rng) if valid[:2] == b"PK" and rng.random() < 0.7 else _near(valid, rng))
+
+        def read() -> object:
+            check_size(path, MODEL)
+            return checked(convert.read_weights(MODEL, path), MODEL)
+
+        return read
+
+    return Reader(f"import, {name}", (ExchangeError, SnapshotError, OSError), prepare, attack)
+
+
+def _near(data: bytes, rng: Random) -> bytes:
+    """Mutated anywhere, or in its first kilobytes, where such files say what they hold."""
+    if rng.random() < 0.5:
+        return mutated(data, rng, text=False)
+    return mutated(data[:4096], rng, text=rng.random() < 0.5) + data[4096:]
+
+
+def _inside_zip(data: bytes, rng: Random) -> bytes:
+    """A valid archive with one file in it mutated, mostly the pickle."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(target, "w") as made:
+        names = source.namelist()
+        pickled = next(name for name in names if name.endswith("data.pkl"))
+        chosen = pickled if rng.random() < 0.7 else rng.choice(names)
+        for name in names:
+            content = source.read(name)
+            made.writestr(name, mutated(content, rng, text=rng.random() < 0.5) if name == chosen else content)
+    return target.getvalue()
+
+
+def run_some(module: str, seed: int, numbers: range) -> None:
+    """In the framework's process: a line before each input, so that its end tells which one it was, and one after it."""
+    reader = importer(module)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        folder = Path(name)
+        reader.prepare(folder)
+        with bounded(MEMORY_BYTES):
+            for n in numbers:
+                print(json.dumps([n, None]), flush=True)
+                print(json.dumps([n, try_one(reader, folder, Random(f"{seed} {reader.name} {n}"))]), flush=True)
+
+
+def run_all(module: str, seed: int, inputs: int) -> tuple[Counter[str], list[str]]:
+    """Starts processes until all inputs are done: the counts and the findings."""
+    counts: Counter[str] = Counter()
+    findings: list[str] = []
+    first = 0
+    while first < inputs:
+        end = min(first + INPUTS_PER_PROCESS, inputs)
+        argv = ["--module", module, "--seed", str(seed), "--first", str(first), "--inputs", str(end)]
+        command = [sys.executable, "-m", "tests.campaigns.fuzz_importers", *argv]
+        reached = None
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if not line.startswith("["):
+                    continue
+                reached, came = json.loads(line)
+                if came is not None:
+                    counts[came if came in ("taken", "refused") else "findings"] += 1
+                    first = reached + 1
+                    if came not in ("taken", "refused"):
+                        findings.append(f"{module}, input {reached}: {came}")
+                        print(findings[-1], flush=True)
+        if child.returncode:
+            if reached is None:
+                raise RuntimeError(f"{module} does not start: {' '.join(command)}")
+            counts["findings"] += 1
+            findings.append(f"{module}, input {reached}: the process ended with status {child.returncode}")
+            print(findings[-1], flush=True)
+            first = reached + 1
+    return counts, findings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.campaigns.fuzz_importers", description=__doc__)
+    parser.add_argument("--inputs", type=int, default=4000, help="for each framework (default: 4000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=tuple(FILES), action="append", help="default: all")
+    parser.add_argument("--module", choices=tuple(FILES), help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.module:
+        run_some(arguments.module, arguments.seed, range(arguments.first, arguments.inputs))
+        return 0
+    found_any = False
+    print("| reader | inputs | refused | taken | findings | seconds |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    for module in arguments.only or FILES:
+        began = time.monotonic()
+        counts, findings = run_all(module, arguments.seed, arguments.inputs)
+        cells = [
+            f"import, {FILES[module]}",
+            sum(counts.values()),
+            counts["refused"],
+            counts["taken"],
+            counts["findings"],
+        ]
+        print("|", " | ".join(map(str, [*cells, round(time.monotonic() - began)])), "|", flush=True)
+        found_any |= bool(findings)
+    return 1 if found_any else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

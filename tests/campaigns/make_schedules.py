@@ -1,0 +1,242 @@
+"""Remakes what docs/schedules.md shows: its drawings, its tables and its curve. Run it in the repository's root.
+
+    python tests/campaigns/make_schedules.py            everything, about ten minutes (the benchmark and the searches take most of it)
+    python tests/campaigns/make_schedules.py drawings published   only these parts
+
+Tables stand between `<!-- made: NAME -->` and `<!-- end -->`; pictures are files in docs/images/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from common.cli.main import main as triptych
+from common.io.edges import write_file
+from common.schedule.draw import draw_text
+from common.schedule.generators import default_chunks, make_schedule
+from common.schedule.search import limits, lower_bound, search
+from common.schedule.simulate import Costs, replay_makespan, simulate
+from common.schedule.validate import validate
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "schedules.md"
+IMAGES = DOCS / "images"
+GOLDEN = DOCS.parent / "tests" / "golden"
+STAGES, MICRO_BATCHES = 4, 8
+DRAWN = ("naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v")
+PUBLISHED = ("1f1b", "interleaved", "zb-h1", "zb-h2")
+
+
+def drawings() -> None:
+    """One picture per schedule, each by `triptych draw`, and the text chart of 1f1b."""
+    for name in DRAWN:
+        size = ["--stages", str(STAGES), "--micro-batches", "2" if name == "naive" else str(MICRO_BATCHES)]
+        status = triptych(["draw", "--schedule", name, *size, "--output", str(IMAGES / f"schedule-{name}.png")])
+        if status:
+            raise SystemExit(status)
+    fill("text-chart", "```text\n" + draw_text(make_schedule("1f1b", STAGES, MICRO_BATCHES)) + "\n```")
+
+
+def published() -> None:
+    """Published against simulated bubbles, all rows and schedules."""
+    lines = [
+        "| p | m | " + " | ".join(f"{name}" for name in PUBLISHED) + " | interleaved as it runs |",
+        "| ---: | ---: |" + " ---: |" * (len(PUBLISHED) + 1),
+    ]
+    for row in rows():
+        cells, as_run = [], "-"
+        for name in PUBLISHED:
+            if name not in row["bubble_fraction"]:
+                cells.append("-")
+                continue
+            v = row["layers"] // row["stages"] if name == "interleaved" else 1
+            schedule, costs = make_schedule(name, row["stages"], row["micro_batches"], v), costs_of(row)
+            simulation = simulate(schedule, costs, wrap_around="first")
+            got = simulation.warm_start_bubble_fraction if name == "zb-h2" else simulation.bubble_fraction
+            cells.append(f"{row['bubble_fraction'][name]:.4f} / {got:.4f}")
+            if name == "interleaved":
+                as_run = f"{simulate(schedule, costs).bubble_fraction:.4f}"
+        lines.append(f"| {row['stages']} | {row['micro_batches']} | {' | '.join(cells)} | {as_run} |")
+    fill("published", "\n".join(lines))
+
+
+def searches() -> None:
+    """The search's bubbles, at twice 1f1b's memory and at once, against the published ones and the lower bound."""
+    lines = [
+        "| p | m | zb-2p published | search, 2x | bound | zb-h1 published | search, 1x | bound | seconds, 2x |",
+        "| ---: |" + " ---: |" * 8,
+    ]
+    for row in rows():
+        p, m, costs = row["stages"], row["micro_batches"], costs_of(row)
+        whole = float(costs.per_micro_batch.mean()) * m
+        cells = []
+        began = time.perf_counter()
+        for share, name in ((2.0, "zb-2p"), (1.0, "zb-h1")):
+            limit = limits(p, m, [share])
+            found = simulate(search(p, m, costs, limit), costs).warm_start_bubble_fraction
+            bound = 1 - whole / lower_bound(m, costs, limit)
+            cells += [f"{row['bubble_fraction'][name]:.4f}", f"{found:.4f}", f"{max(bound, 0):.4f}"]
+            if share == 2.0:
+                seconds = time.perf_counter() - began
+        lines.append(f"| {p} | {m} | {' | '.join(cells)} | {seconds:.0f} |")
+    fill("searches", "\n".join(lines))
+
+
+def curve() -> None:
+    """Time to generate, validate and simulate against the number of actions."""
+    steps: dict[str, list[float]] = {"generate": [], "validate": [], "simulate": []}
+    actions, table = [], ["| m | actions | generate | validate | simulate |", "| ---: | ---: | ---: | ---: | ---: |"]
+    for m in (64, 128, 256, 512, 1024, 2048, 4096):
+        began = time.perf_counter()
+        schedule = make_schedule("interleaved", 64, m, 4)
+        generated = time.perf_counter()
+        if validate(schedule):
+            raise SystemExit(f"interleaved is not valid for m = {m}")
+        validated = time.perf_counter()
+        simulate(schedule, check=False)
+        simulated = time.perf_counter()
+        actions.append(schedule.num_actions)
+        seconds = (generated - began, validated - generated, simulated - validated)
+        for name, spent in zip(steps, seconds, strict=True):
+            steps[name].append(spent)
+        table.append(f"| {m} | {schedule.num_actions:,} | " + " | ".join(f"{s:.2f} s" for s in seconds) + " |")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for (name, values), marker in zip(steps.items(), "os^", strict=True):
+        axes.loglog(actions, values, marker=marker, label=name)
+    slope = [steps["simulate"][-1] * n / actions[-1] for n in actions]
+    axes.loglog(actions, slope, color="gray", linestyle=":", label="proportional to the actions")
+    axes.set_xlabel("actions (p = 64, v = 4, m = 64 to 4096)")
+    axes.set_ylabel("seconds")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(IMAGES / "schedule-curve.png", dpi=130)
+    fill("curve", "\n".join(table))
+
+
+def overview() -> None:
+    """All schedules side by side at the size of the drawings."""
+    lines = [
+        "| schedule | chunks | bubble fraction | with a warm start | peak in flight, stage 0 to 3 | peak memory |",
+        "| --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for name in DRAWN:
+        simulation = simulate(make_schedule(name, STAGES, MICRO_BATCHES, default_chunks(name)))
+        peaks = ", ".join(f"{peak:g}" for peak in simulation.peak_in_flight_per_stage)
+        lines.append(
+            f"| {name} | {simulation.schedule.num_chunks} | {simulation.bubble_fraction:.4f} | "
+            f"{simulation.warm_start_bubble_fraction:.4f} | {peaks} | {max(simulation.peak_memory_per_stage):g} |"
+        )
+    fill("overview", "\n".join(lines))
+
+
+def measured() -> None:
+    """One training step of every schedule with PyTorch: how long, and how long by the simulator for the same durations."""
+    # Imported here: the other parts need no framework.
+    from common.spec.data import load_corpus
+    from common.spec.parameters import initial_weights
+    from common.spec.run import RunConfig, TrainSpec, TransformerSpec
+    from torch_impl.engine import build_engine
+
+    stages, rounds = 2, 15
+    model = TransformerSpec(context_length=64, num_layers=6, d_model=256, num_heads=8, d_ff=1024)
+    train = TrainSpec(batch_size=32, micro_batches=8)
+    engines = {}
+    for name in DRAWN:
+        chunks = default_chunks(name)
+        config = RunConfig(model=model, train=train, stages=stages, schedule=name, chunks=chunks, partition="balanced")
+        engines[name] = build_engine(config.model_copy(update={"device": "cpu"}))
+        engines[name].reset(initial_weights(model, train.seed, train.dtype))
+    corpus = load_corpus(config)
+    batch = corpus.batch(0, train.seed, train.batch_size, model.context_length)
+    seconds: dict[str, list[float]] = {name: [] for name in DRAWN}
+    overhead: dict[str, list[float]] = {name: [] for name in DRAWN}
+    for turn in range(rounds + 1):
+        for name, engine in engines.items():
+            engine.forward_backward(batch)
+            events = engine.events()
+            took = max(e.end_seconds for row in events.values() for e in row)
+            took -= min(e.ready_seconds for row in events.values() for e in row)
+            durations = [[e.end_seconds - e.start_seconds for e in events[d]] for d in range(stages)]
+            if turn > 0:  # the first one warms up
+                seconds[name].append(took)
+                overhead[name].append(took / replay_makespan(engine.schedule, durations))
+    lines = [
+        "| schedule | step, to 1f1b | simulated, F = B = W, to 1f1b | step, to the simulator with its own durations |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    plain = {
+        name: simulate(make_schedule(name, stages, train.micro_batches, default_chunks(name))).makespan
+        for name in DRAWN
+    }
+    for name in DRAWN:
+        ratio = min(seconds[name]) / min(seconds["1f1b"])  # the least disturbed round of each
+        lines.append(f"| {name} | {ratio:.2f} | {plain[name] / plain['1f1b']:.2f} | {median(overhead[name]):.3f} |")
+        engines[name].close()
+    fill("measured", "\n".join(lines))
+
+
+def frameworks() -> None:
+    """Every schedule in every framework, by a benchmark of its own (some minutes)."""
+    with tempfile.TemporaryDirectory() as folder:
+        if status := triptych(["bench", "--schedules", ",".join(DRAWN), "--repeats", "1", "--out", folder]):
+            raise SystemExit(status)
+        fill_frameworks(next(Path(folder).glob("*/table.csv")))
+
+
+def fill_frameworks(csv: Path) -> None:
+    """The step times of a benchmark's table.csv, as ratios to each framework's 1f1b."""
+    table = pandas.read_csv(csv)
+    steps = table.pivot(index="schedule", columns="framework", values="step_ms_median")
+    gaps = table.pivot(index="schedule", columns="framework", values="simulated_step_difference")
+    names = list(dict.fromkeys(table["framework"]))
+    lines = [
+        f"| schedule | {' | '.join(names)} | {' | '.join(f'{name}, simulated' for name in names)} |",
+        f"| --- |{' ---: |' * 2 * len(names)}",
+    ]
+    for schedule in DRAWN:
+        ratios = [f"{steps[name][schedule] / steps[name]['1f1b']:.2f}" for name in names]
+        lines.append(
+            f"| {schedule} | {' | '.join(ratios)} | {' | '.join(f'{gaps[n][schedule]:+.1%}' for n in names)} |"
+        )
+    fill("frameworks", "\n".join(lines))
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    for name in ("zero_bubble_tables.json", "zero_bubble_more_rows.json"):
+        yield from json.loads((GOLDEN / name).read_text(encoding="utf-8"))["rows"]
+
+
+def costs_of(row: dict[str, Any]) -> Costs:
+    return Costs.uniform(row["stages"], **row["milliseconds"])
+
+
+def fill(name: str, content: str, page: Path = PAGE) -> None:
+    """Replaces the part `name` of a page."""
+    part = re.compile(rf"(<!-- made: {name} -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL)
+    text, found = part.subn(lambda match: match[1] + content + "\n" + match[2], page.read_text(encoding="utf-8"))
+    if found != 1:
+        raise SystemExit(f"{page}: {found} parts named {name}; right would be 1")
+    write_file(page, text)
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    part.__name__: part for part in (drawings, overview, published, curve, measured, frameworks, searches)
+}
+
+if __name__ == "__main__":
+    for part_name in sys.argv[1:] or PARTS:
+        PARTS[part_name]()

@@ -1,0 +1,108 @@
+"""Margins as a table and as docs/margins.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.oracle.limits import BFLOAT16_FACTOR
+from tests.campaigns.margins import ROOM, Margin, Margins
+
+TITLES = ("framework", "dtype", "check", "worst", "median", "repeats", "the worst: run", "tensor")
+INTRODUCTION = """\
+# Margins
+
+How much of each limit in [numerics.md](numerics.md) is used: the observed value over its limit, per check of the parity
+ladder. Every repeat has other weights, data and dropout masks, and the next model of head, norm, activation and dropout;
+2 stages, 4 micro-batches, 4 blocks, 100 steps. `make margins` (`triptych margins --out docs/margins.md`) makes this page.
+"""
+UNDETERMINED = (
+    "The loss curve and the trained parameters leave out {} in float32: a hidden value stands so close to the kink of a "
+    "ReLU there that the float64 oracle itself ends elsewhere if its weights are rounded to float32 after every step, so "
+    "float32 does not determine where 100 steps end (numerics.md)."
+)
+BFLOAT16 = (
+    f"In bfloat16 the limit is {BFLOAT16_FACTOR:g} times the smallest error among the frameworks, so the best one stands "
+    f"at {1 / BFLOAT16_FACTOR:.2f} by definition, and there is no fivefold room to ask for."
+)
+
+
+def verdict(margins: Sequence[Margin]) -> str:
+    """Whether every fixed limit has its room, and whether bfloat16 keeps to its rule."""
+    fixed = [margin for margin in margins if margin.dtype != "bfloat16"]
+    relative = [margin for margin in margins if margin.dtype == "bfloat16"]
+    if not relative:
+        return _of_fixed(fixed)
+    worst = max(relative, key=lambda margin: margin.worst)
+    holds = "holds" if worst.has_room else "does not hold"
+    used = f"at most {worst.worst:.2f} of what it allows is used ({_name(worst)})"
+    return f"{_of_fixed(fixed)} The rule of bfloat16 {holds} in every repeat: {used}."
+
+
+def _name(margin: Margin) -> str:
+    where = f"; {margin.worst_run}; {margin.worst_tensor}"
+    return f"{margin.framework} {margin.dtype} {margin.check.replace('_', ' ')}{where}"
+
+
+def _of_fixed(fixed: Sequence[Margin]) -> str:
+    short = [margin for margin in fixed if not margin.has_room]
+    if not fixed:
+        return "No check with a fixed limit was measured."
+    worst = max(fixed, key=lambda margin: margin.worst)
+    largest = f"the largest share of a limit is {worst.worst:.3f} ({_name(worst)})"
+    if not short:
+        return f"Every check has at least {1 / ROOM:g} times room in every repeat: {largest}."
+    names = ", ".join(f"{m.framework} {m.dtype} {m.check.replace('_', ' ')}" for m in short)
+    return f"{len(short)} of {len(fixed)} checks have less than {1 / ROOM:g} times room: {names}; {largest}."
+
+
+def _cells(margin: Margin) -> tuple[str, ...]:
+    check = margin.check.replace("_", " ")
+    numbers = (f"{margin.worst:.4f}", f"{margin.median:.4f}", str(margin.repeats))
+    return (margin.framework, margin.dtype, check, *numbers, margin.worst_run, margin.worst_tensor)
+
+
+def print_margins(found: Margins, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in TITLES:
+        table.add_column(title, justify="right" if title in TITLES[3:6] else "left", no_wrap=True)
+    for margin in found.margins:
+        style = None if margin.has_room else "red"
+        table.add_row(*map(Text, _cells(margin)), style=style)
+    console.print(table)
+    for line in (*found.problems, verdict(found.margins)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def page(found: Margins, explanation: str = "") -> str:
+    """docs/margins.md. `explanation`: what stands between the markers of the page that is replaced, kept as it is."""
+    lines = [
+        f"| {' | '.join(TITLES)} |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- | --- |",
+        *(f"| {' | '.join(_cells(margin))} |" for margin in found.margins),
+    ]
+    about = [
+        f"- Command: `{found.command}`",
+        f"- Machine: {found.machine}",
+        f"- Versions: {', '.join(f'{name} {version}' for name, version in sorted(found.versions.items()))}",
+        *(f"- Not measured: {problem}" for problem in found.problems),
+    ]
+    parts = [INTRODUCTION.rstrip(), verdict(found.margins), f"{BEGIN}\n{explanation}\n{END}".replace("\n\n", "\n")]
+    parts.append("\n".join(lines))
+    left_out = max((margin.left_out for margin in found.margins), default=0)
+    if left_out:
+        parts.append(UNDETERMINED.format(f"{left_out} of the repeats"))
+    if any(margin.dtype == "bfloat16" for margin in found.margins):
+        parts.append(BFLOAT16)
+    return "\n\n".join([*parts, "\n".join(about)]) + "\n"
+
+
+BEGIN, END = "<!-- by hand -->", "<!-- end -->"
+
+
+def explanation_in(text: str) -> str:
+    """What a person has written between the markers of an earlier page."""
+    return text.partition(BEGIN)[2].partition(END)[0].strip("\n")

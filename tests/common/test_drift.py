@@ -1,0 +1,120 @@
+"""The drift zoo's harness, with the oracle in place of the frameworks; each framework's habits are tested with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.cli import drift as verb
+from common.cli.main import main
+from common.harness.drift import Zoo, config_of
+from common.harness.launch import Implementation
+from common.spec.habits import DRIFTS
+from common.spec.run import FRAMEWORKS
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = "layer-norm-epsilon,default-betas,unscaled-micro-batches,onednn,tanh-gelu,keras-momentum"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    """Exit status and output folder of a small zoo."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    parser = argparse.ArgumentParser()
+    verb.register(parser.add_subparsers())
+    out = tmp_path_factory.mktemp("zoo")
+    line = [
+        "drift",
+        "--frameworks",
+        "tensorflow",
+        "--rows",
+        ROWS,
+        "--steps",
+        "20,30",
+        "--seeds",
+        "3",
+        "--out",
+        str(out),
+    ]
+    arguments = parser.parse_args(line)
+    arguments.command = "triptych drift"
+    fakes = {"tensorflow": Implementation("fakes.drifting", "numpy", "")}
+    yield verb.run(arguments, fakes), out
+    patch.undo()
+
+
+def test_every_row_says_what_came_of_it(made: tuple[int, Path]) -> None:
+    status, out = made
+    zoo = Zoo.model_validate_json((out / "drift.json").read_text())
+    rows = {row.name: row for row in zoo.rows}
+    assert status == 1
+    assert {name: row.verdict.partition(":")[0] for name, row in rows.items()} == {
+        "layer-norm-epsilon": "as expected",
+        "default-betas": "as expected",
+        "unscaled-micro-batches": "elsewhere",
+        "onednn": "not seen",
+        "tanh-gelu": "failed",
+        "keras-momentum": "not seen",
+    }
+    assert (rows["layer-norm-epsilon"].check, rows["layer-norm-epsilon"].place) == ("activation", "block.0")
+    assert (rows["unscaled-micro-batches"].check, rows["unscaled-micro-batches"].place) == (
+        "gradient",
+        "head.norm.bias",
+    )
+    assert rows["tanh-gelu"].verdict == "failed: ValueError: this framework has no tanh"
+    assert rows["onednn"].cost == {20: 0, 30: 0} and rows["default-betas"].cost[30] != 0
+    assert all(0 < spread < 1 for spread in rows["default-betas"].spread.values())
+    assert len(rows["default-betas"].curve) == len(zoo.spread_curve) == 3
+
+
+def test_the_page_and_the_picture_are_made_from_it(made: tuple[int, Path], tmp_path: Path) -> None:
+    _, out = made
+    page = (out / "drift.md").read_text()
+    assert "| `default-betas`: beta2 = 0.999 |" in page and "| loss curve, " in page
+    assert "gradient: head.norm.bias" in page and "(expected: loss)" in page
+    assert (out / "images" / "drift.png").read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "again"
+    assert main(["drift", "--from", str(out / "drift.json"), "--out", str(again)]) == 1
+    assert (again / "drift.md").read_text() == page
+
+
+def test_the_readme_counts_the_habits() -> None:
+    assert f"a zoo of {len(DRIFTS)} habits" in (ROOT / "README.md").read_text()
+
+
+def test_the_list_names_every_habit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["drift", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(drift.name in out for drift in DRIFTS)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--rows nope", "--rows = 'nope': unknown"),
+        ("--frameworks jax", "--frameworks = 'jax': unknown"),
+        ("--steps 10,x", "right would be whole numbers"),
+        ("--seeds 0", "right would be a whole number, at least 1"),
+        ("--from /nowhere", "No such file"),
+        ("--json /no/such/place.json", "right would be in a folder that exists"),
+        (f"--out {__file__}/docs", "is a file; right would be a folder"),
+        (f"--from {__file__}", "right would be a file that --json has written"),
+    ],
+)
+def test_wrong_input_is_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["drift", *line.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_every_habit_has_a_run_that_can_show_it() -> None:
+    for drift in DRIFTS:
+        for framework in FRAMEWORKS:
+            on, off = (config_of(drift, framework, 30, switched) for switched in (True, False))
+            assert (on.drift, off.drift) == (drift.name, None)
+            assert json.loads(on.model_dump_json()) | {"drift": None} == json.loads(off.model_dump_json())

@@ -1,0 +1,59 @@
+"""The GPUs of the machine, from what the driver's program prints; and what needs one for every stage."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.spec import rules
+from common.spec.gpus import Gpu, _chosen
+from common.spec.run import RunConfig
+
+SAID = """0, GPU-aa11, NVIDIA H200, 143771, 580.95.05
+1, GPU-bb22, NVIDIA H100 NVL, 95830, 580.95.05
+No devices were found
+2, GPU-cc33, Orin (nvgpu), [N/A], 540.4.0
+"""
+H200 = Gpu("NVIDIA H200", 143771 * 2**20, "580.95.05")
+
+
+@pytest.mark.parametrize(
+    ("variable", "names"),
+    [
+        (None, ["NVIDIA H200", "NVIDIA H100 NVL", "Orin (nvgpu)"]),
+        ("1, 0", ["NVIDIA H100 NVL", "NVIDIA H200"]),
+        ("GPU-b", ["NVIDIA H100 NVL"]),
+        ("0,7,1", ["NVIDIA H200"]),
+        ("-1", []),
+        ("", []),
+    ],
+)
+def test_cuda_visible_devices_is_read_as_cuda_reads_it(variable: str | None, names: list[str]) -> None:
+    assert [gpu.name for gpu in _chosen(SAID, variable)] == names
+
+
+def test_memory_and_driver() -> None:
+    assert _chosen(SAID, "0") == (H200,)
+    assert _chosen(SAID, "2")[0].memory_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "refused"),
+    [
+        (1, {"device": "cuda"}, True),
+        (1, {"device": "auto"}, True),
+        (1, {"device": "cpu"}, False),
+        (2, {"device": "cuda"}, False),
+        (1, {"device": "cuda", "executor": "table"}, False),
+        (0, {"device": "auto"}, False),
+    ],
+)
+def test_a_process_per_stage_needs_a_gpu_per_stage(
+    gpus: int, options: dict[str, str], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "visible_gpus", lambda: (H200,) * gpus)
+    monkeypatch.setattr(rules, "has_cuda", lambda: True)
+    config = RunConfig.model_validate({"stages": 2, "schedule": "1f1b", "executor": "native"} | options)
+    expected = (
+        "executor = native: NCCL takes one process per GPU, and 2 stages have 1; expected stages = 1, or device = cpu"
+    )
+    assert str(rules.why_impossible(config)) == (expected if refused else "None")

@@ -1,0 +1,188 @@
+"""Evaluating and generating: the choice of tokens, the verbs, and the same tokens from every framework."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import checkpoint
+from common.cli import inference, main
+from common.harness.launch import Implementation
+from common.io.usage import Parser
+from common.runtime.inference import next_logits, padded_length, pick, uniform
+from common.runtime.job import Generation
+from common.runtime.oracle_worker import OracleEngine
+from common.spec.data import IGNORED, load_corpus, load_tokenizer
+from common.spec.parameters import initial_weights, random_arrays
+from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
+
+ORACLES = {name: Implementation("fakes.mortal", "numpy", "") for name in FRAMEWORKS}
+MODEL = TransformerSpec(context_length=24, num_layers=2, d_model=16, num_heads=2, d_ff=24)
+CONFIG = RunConfig(model=MODEL, train=TrainSpec(batch_size=4, micro_batches=2, dtype="float64"))
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("FAKE_MARK", str(tmp_path))
+
+
+def weights() -> dict[str, Any]:
+    """Noisy enough for the next token to depend on all that was before it."""
+    noise = random_arrays(MODEL, 5, "float64", 0.5)
+    return {name: value + noise[name] for name, value in initial_weights(MODEL, 0, "float64").items()}
+
+
+def run(*argv: Any) -> int:
+    parser = Parser(prog="triptych")
+    verbs = parser.add_subparsers(parser_class=Parser, prog="triptych")
+    inference.register(verbs, ORACLES)
+    return main._run(parser, list(map(str, argv)))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return checkpoint.write_weights(tmp_path / "saved", MODEL, weights(), "a test", b"")
+
+
+# ------------------------------------------------------------------------------------------------- which token
+
+
+def wish(**changes: Any) -> Generation:
+    return Generation(prompt=(1,), tokens=1, **changes)
+
+
+def test_greedy_takes_the_lower_of_equals_and_says_how_close_it_was() -> None:
+    assert pick(np.array([0.0, 2.0, 2.0, 1.0]), wish(), 0, 0) == (1, 0.0)
+    assert pick(np.array([0.0, 2.0, 1.5]), wish(), 0, 0) == (1, 0.5)
+
+
+def test_samples_follow_the_distribution() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.0001, 0.1999]))
+    tokens = [pick(logits, wish(temperature=1.0, seed=3), 0, position)[0] for position in range(4000)]
+    shares = np.bincount(tokens, minlength=4) / len(tokens)
+    np.testing.assert_allclose(shares, np.exp(logits), atol=0.02)
+    cold = [pick(logits, wish(temperature=0.25, seed=3), 0, position)[0] for position in range(4000)]
+    np.testing.assert_allclose(np.mean(np.array(cold) == 0), 0.5**4 / (0.5**4 + 0.3**4 + 0.2**4), atol=0.02)
+    assert {pick(logits, wish(temperature=1.0, top_k=2), 0, position)[0] for position in range(500)} == {0, 1}
+
+
+def test_a_choice_depends_on_seed_sample_and_position_only() -> None:
+    numbers = {
+        (seed, sample, position): uniform(seed, sample, position)
+        for seed in (0, 1)
+        for sample in (0, 1)
+        for position in (0, 1)
+    }
+    assert len(set(numbers.values())) == len(numbers)
+    assert uniform(0, 1, 1) == numbers[0, 1, 1]
+    assert uniform(7, 0, 3) == pytest.approx(0.4417, abs=1) and 0 <= uniform(7, 0, 3) < 1
+
+
+def test_what_fills_up_a_context_changes_nothing() -> None:
+    assert [padded_length(n, 24) for n in (1, 16, 17, 24)] == [16, 16, 24, 24]
+    assert [padded_length(n, 100) for n in (16, 17, 33, 65)] == [16, 32, 64, 100]
+    engine = OracleEngine(CONFIG)
+    engine.reset(weights())
+    context = np.arange(10).reshape(2, 5)
+    exact = engine.predict(context)[:, -1]
+    np.testing.assert_allclose(next_logits(engine, context, 24), exact, rtol=1e-12)
+
+
+def test_held_out_batches_ask_for_every_token_once() -> None:
+    corpus = load_corpus(CONFIG)
+    batches = list(corpus.held_out_batches(4, 24))
+    targets = np.concatenate([batch.targets.ravel() for batch in batches])
+    inputs = np.concatenate([batch.inputs.ravel() for batch in batches])
+    count = len(corpus.held_out) - 1
+    np.testing.assert_array_equal(targets[:count], corpus.held_out[1:])
+    np.testing.assert_array_equal(inputs[:count], corpus.held_out[:-1])
+    assert (targets[count:] == IGNORED).all() and {batch.inputs.shape for batch in batches} == {(4, 24)}
+    assert all(batch.num_tokens for batch in batches)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_text_becomes_tokens_and_text_again(tokenizer: str) -> None:
+    vocab_size = 256 if tokenizer == "bytes" else 400
+    config = CONFIG.model_copy(
+        update={"tokenizer": tokenizer, "model": MODEL.model_copy(update={"vocab_size": vocab_size})}
+    )
+    both = load_tokenizer(config)
+    tokens = both.encode("Schrödinger's class")
+    assert both.decode(tokens) == "Schrödinger's class" and max(tokens) < vocab_size
+
+
+# ------------------------------------------------------------------------------------------------- the verbs
+
+
+def test_evaluate_prints_loss_and_perplexity(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", "--snapshot", saved, "--batches", 3, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    engine = OracleEngine(CONFIG)
+    engine.reset(weights())
+    batches = list(load_corpus(CONFIG).held_out_batches(8, 24))[:3]
+    losses = [engine.evaluate(batch) for batch in batches]
+    assert found["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-12)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"])) and found["tokens"] == 3 * 8 * 24
+    assert run("evaluate", "--snapshot", saved, "--batches", 1, "--stages", 1, "--framework", "paddle") == 0
+    assert "perplexity" in (text := capsys.readouterr().out) and "paddle, 1 stages, 1f1b" in text
+
+
+def test_generate_slides_beyond_the_context_and_prints_text(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "--snapshot", saved, "--prompt", "The ", "--tokens", 30, "--greedy", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    engine = OracleEngine(CONFIG)
+    engine.reset(weights())
+    text = list(b"The ")
+    for _ in range(30):
+        text.append(int(engine.predict(np.array([text[-24:]]))[0, -1].argmax()))
+    assert found["tokens"] == [text[4:]] and len(text) > 24 and len(set(text[4:])) > 5
+    assert found["texts"][0].startswith("The ") and found["closest_call"] > 1e-9
+    assert run("generate", "--snapshot", saved, "--prompt", "The ", "--tokens", 3, "--samples", 3) == 0
+    text = capsys.readouterr().out
+    assert "--- sample 2" in text and "temperature 1, seed 0; closest call" in text and "2 micro-batches" in text
+
+
+def test_a_schedule_from_a_file_says_how_many_micro_batches_the_samples_make(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "table.txt").write_text("0: F0 F1 F2 F3 BW0 BW1 BW2 BW3\n")
+    words = ["--snapshot", saved, "--prompt", "The ", "--tokens", 1, "--stages", 1]
+    assert run("generate", *words, "--samples", 2, "--schedule", f"file:{tmp_path / 'table.txt'}") == 0
+    assert "1f1b" not in (text := capsys.readouterr().out) and "4 micro-batches" in text
+
+
+def test_fewer_mini_batches_than_asked_for_are_said(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", "--snapshot", saved, "--batches", 10**6) == 0
+    assert "mini-batches, all there are; " in capsys.readouterr().out
+
+
+def test_wrong_input_is_one_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {
+        "generate --prompt x --snapshot /no/such": "right would be a file of a snapshot",
+        f"generate --snapshot {saved}": "right would be one of --prompt TEXT and --prompt-tokens",
+        f"generate --snapshot {saved} --prompt-tokens 1,x": "right would be numbers, such as 1,2,3",
+        f"generate --snapshot {saved} --prompt-tokens 256": "token 256; the vocabulary has 256",
+        f"generate --snapshot {saved} --prompt x --temperature 0": "right would be a number, more than 0",
+        f"generate --snapshot {saved} --prompt x --tokenizer-file {saved}/manifest.json": "right would be a tokenizer.json",
+        f"evaluate --snapshot {saved} --batches 0": "right would be a whole number, at least 1",
+        f"evaluate --snapshot {saved} --stages 9": "right would be at most 4",
+    }
+    for line, message in wrong.items():
+        assert run(*line.split()) == 2, line
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, (line, error)
+    assert run("generate", "--snapshot", saved, "--prompt", "") == 2
+
+
+def test_a_failed_child_is_said_so(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = dict.fromkeys(FRAMEWORKS, Implementation("no_such_module", "numpy", ""))
+    parser = Parser(prog="triptych")
+    inference.register(parser.add_subparsers(parser_class=Parser, prog="triptych"), broken)
+    assert main._run(parser, ["generate", "--snapshot", str(saved), "--prompt", "x"]) == 1
+    assert "failed: " in capsys.readouterr().out

@@ -1,0 +1,133 @@
+"""The peers and the track "best" against the oracle, and what stages hold in flight against the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from common.harness.probes import compare_probe
+from common.schedule.generators import make_schedule
+from common.schedule.simulate import simulate
+from common.spec.run import FRAMEWORKS, RunConfig
+from tests.parity.ladder import Run, config, expected, run_probes
+
+STAGES, MICRO_BATCHES, STEPS = 2, 4, 10
+
+HELD = {"1f1b": ("1f1b", 1), "gpipe": ("gpipe", 1), "zb-h1": ("zb-h1", 1), "interleaved": ("interleaved", 2)}
+"""name: (schedule, chunks)"""
+
+PEERS: dict[str, tuple[str, str, str, float, str, int]] = {
+    "plain": ("plain", "tied", "float32", 0.1, "1f1b", 1),
+    "plain-float64": ("plain", "untied", "float64", 0.0, "1f1b", 1),
+    "native": ("native", "untied", "float32", 0.1, "1f1b", 1),
+    "native-tied": ("native", "tied", "float64", 0.0, "1f1b", 1),
+    "native-gpipe": ("native", "untied", "float32", 0.0, "gpipe", 1),
+    "native-interleaved": ("native", "untied", "float32", 0.0, "interleaved", 2),
+    "native-zb-h1": ("native", "untied", "float64", 0.1, "zb-h1", 1),
+    "native-zb-v": ("native", "tied", "float32", 0.0, "zb-v", 2),
+}
+"""name: (executor, head, dtype, dropout, schedule, chunks)"""
+
+BEST = ("best", "best-plain")
+OWN_SCHEDULES = {"torch": ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"), "paddle": ("1f1b",), "tensorflow": ()}
+
+
+def has(framework: str, name: str) -> bool:
+    executor, *_, schedule, _ = PEERS[name]
+    return executor == "plain" or schedule in OWN_SCHEDULES[framework]
+
+
+def run_config(
+    framework: str, executor: str, head: str, dtype: str, dropout: float, schedule: str, chunks: int
+) -> RunConfig:
+    stages = 1 if executor == "plain" else STAGES
+    return config(
+        framework, stages, MICRO_BATCHES, dtype, head, "pre", "gelu", "even", dropout,
+        schedule, steps=STEPS, chunks=chunks, executor=executor, num_layers=2,
+    )  # fmt: skip
+
+
+def configs(framework: str) -> dict[str, RunConfig]:
+    """All runs of one framework on the track "matched"."""
+    held = {n: run_config(framework, "table", "untied", "float32", 0.0, *one) for n, one in HELD.items()}
+    return held | {n: run_config(framework, *one) for n, one in PEERS.items() if has(framework, n)}
+
+
+def best_configs(framework: str) -> dict[str, RunConfig]:
+    executors = zip(BEST, ("table", "plain"), strict=True)
+    found = {name: run_config(framework, e, "untied", "float32", 0.0, "1f1b", 1) for name, e in executors}
+    return {name: one.model_copy(update={"track": "best"}) for name, one in found.items()}
+
+
+Runs = Callable[[str], dict[str, Run]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The runs of all configurations, by framework."""
+    done: dict[str, dict[str, Run]] = {}
+
+    def of(framework: str) -> dict[str, Run]:
+        if framework not in done:
+            matched = run_probes(configs(framework), tmp_path_factory.mktemp(framework))
+            done[framework] = matched | run_probes(best_configs(framework), tmp_path_factory.mktemp("best"))
+        return done[framework]
+
+    return of
+
+
+def assert_parity(one: RunConfig, run: Run) -> None:
+    """Every rung of the parity ladder."""
+    comparison = compare_probe(run, expected(one), one.train.dtype)
+    assert comparison.passed, comparison.report()
+
+
+@pytest.mark.parametrize(
+    ("framework", "name"), [(f, n) for f in FRAMEWORKS for n in (*PEERS, *BEST) if n in BEST or has(f, n)]
+)
+def test_peers_and_best_track_train_the_same(framework: str, name: str, runs: Runs) -> None:
+    one = (configs(framework) | best_configs(framework))[name]
+    assert_parity(one, runs(framework)[name])
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_best_track_says_what_it_does(framework: str, runs: Runs) -> None:
+    said = {name: run.parts[0].environment for name, run in runs(framework).items()}
+    for name, environment in said.items():
+        assert environment["track"] == ("best" if name in BEST else "matched")
+        assert any(line.endswith(": used") for line in environment["best"]) == (name in BEST), name
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name.startswith("native") and name != "native-tied"])
+def test_pytorchs_own_schedules_run_what_ours_of_that_name_do(name: str, runs: Runs) -> None:
+    """Every micro-batch once per chunk, and for gpipe, 1f1b the same order as ours; PyTorch's others differ in it."""
+    one, run = configs("torch")[name], runs("torch")[name]
+    schedule = make_schedule(one.schedule, STAGES, MICRO_BATCHES, one.chunks)
+    for part in run.parts:
+        device = part.devices[0]
+        done = [event.action for event in part.steps[-1].events[device]]
+        planned = list(map(str, schedule.devices[device]))
+        forwards = [sorted(a for a in actions if a.startswith("F")) for actions in (done, planned)]
+        assert forwards[0] == forwards[1]
+        if one.schedule in ("gpipe", "1f1b"):
+            assert done == planned
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_what_is_held_is_what_the_simulator_says(framework: str, runs: Runs) -> None:
+    counts, held = {}, {}
+    for name, run in runs(framework).items():
+        counts[name] = {d: n for part in run.parts for d, n in part.in_flight_peak.items()}
+        held[name] = {d: n for part in run.parts for d, n in part.held_activation_peak_bytes.items()}
+    for name, (schedule, chunks) in HELD.items():
+        simulated = simulate(make_schedule(schedule, STAGES, MICRO_BATCHES, chunks))
+        assert counts[name] == dict(enumerate(simulated.peak_chunks_in_flight_per_stage)), name
+    for device in range(STAGES):
+        one_micro_batch = held["1f1b"][device] / counts["1f1b"][device]
+        assert one_micro_batch == held["gpipe"][device] / MICRO_BATCHES
+        # What B leaves for W comes on top, and is never more than what F left and the gradients of as much.
+        assert 1 <= held["zb-h1"][device] / held["1f1b"][device] <= 3
+        # Several chunks hold together what one would, and the activations at the cuts between them twice at most.
+        chunks_in_flight = counts["interleaved"][device]
+        assert 0.5 <= held["interleaved"][device] / (one_micro_batch * chunks_in_flight / 2) <= 2

@@ -1,0 +1,81 @@
+"""One training handed from framework to framework, against the oracle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.cli import main
+from common.harness.launch import IMPLEMENTATIONS, Implementation
+from common.io.usage import Parser
+from common.spec.run import FRAMEWORKS
+from tests.campaigns import relay
+
+FAKES = {name: Implementation("fakes.mortal", "numpy", "") for name in FRAMEWORKS}
+LEGS = "torch:p=2:1f1b:6,paddle:p=4:1f1b:12,tensorflow:p=3:interleaved:18"
+
+
+def run(implementations: dict[str, Implementation], *argv: Any) -> int:
+    parser = Parser(prog="triptych")
+    verbs = parser.add_subparsers(parser_class=Parser, prog="triptych")
+    relay.register(verbs, implementations)
+    return main._run(parser, ["relay", *map(str, argv)])
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FAKE_MARK", str(tmp_path))
+
+
+def test_three_frameworks_in_turn_train_as_the_oracle_does(tmp_path: Path) -> None:
+    assert run(dict(IMPLEMENTATIONS), "--legs", LEGS, "--out", tmp_path / "out") == 0
+    found = json.loads(next(tmp_path.glob("out/*/relay.json")).read_text())
+    assert found["passed"] and len(found["oracle_losses"]) == 18
+    assert [(leg["config"]["framework"], leg["first_step"], len(leg["losses"])) for leg in found["legs"]] == [
+        ("torch", 0, 6),
+        ("paddle", 6, 6),
+        ("tensorflow", 12, 6),
+    ]
+    assert all(leg["loss_difference"] < 1e-11 and leg["weight_difference"] < 1e-10 for leg in found["legs"])
+    assert next(tmp_path.glob("out/*/relay.png")).stat().st_size > 10_000
+
+
+def test_a_leg_that_trains_something_else_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("FAKE_DEATHS", "wrong@3")
+    assert run(FAKES, "--legs", "torch:p=2:1f1b:2,paddle:gpipe:4", "--out", tmp_path / "out") == 1
+    assert "FAIL: losses differ from 4 uninterrupted steps" in capsys.readouterr().out
+    monkeypatch.setenv("FAKE_DEATHS", "raise@3")
+    (tmp_path / "raise@3").unlink(missing_ok=True)
+    assert run(FAKES, "--legs", "torch:p=2:1f1b:2,paddle:gpipe:4", "--out", tmp_path / "again") == 1
+    assert "failed: ValueError: gave up" in capsys.readouterr().out
+
+
+def test_what_the_legs_say_is_said_there_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.toml").write_text("stages = 2\n")
+    assert run(FAKES, "--legs", "torch:1f1b:2", "--config", tmp_path / "a.toml", "--out", tmp_path / "out") == 2
+    assert "a.toml: stages: not a setting of this command" in capsys.readouterr().err
+    assert run(FAKES, "--legs", "torch:1f1b:2", "--warmup-steps", "3", "--out", tmp_path / "out") == 2
+    assert "warmup_steps = 3 is more than steps = 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("legs", "message"),
+    [
+        ("torch:p=2:1f1b", "right would be FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE"),
+        ("jax:1f1b:3", "'jax': unknown; right would be one of torch, tensorflow, paddle"),
+        ("torch:1f1b:3,paddle:1f1b:3", "end after [3, 3] steps; right would be increasing numbers"),
+        ("torch:p=9:1f1b:3", "stages x chunks = 9 is more than the 6 units"),
+        ("torch:m=13:1f1b:3", "micro_batches = 13 is more than batch_size = 12"),
+        ("torch:nonsense:3", "schedule 'nonsense' is unknown"),
+    ],
+)
+def test_wrong_legs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], legs: str, message: str) -> None:
+    assert run(FAKES, "--legs", legs, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,192 @@
+"""The verbs as a user calls them: output, exit status, one line for wrong input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.cli.main import main
+from common.schedule.action import parse_schedule
+from common.schedule.validate import validate
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SIZE = ["--stages", "4", "--micro-batches", "8"]
+ROW: dict[str, Any] = json.loads((GOLDEN / "zero_bubble_tables.json").read_text())["rows"][0]
+TIMES = [f"--{key.replace('_', '-')}={value}" for key, value in ROW["milliseconds"].items()]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("draw --schedule 1f1b --stages 2 --micro-batches 2 --memory-limit 3", "only schedule search keeps to one"),
+        ("compare-schedules --stages 2 --micro-batches 2 --schedules 1f1b --memory-limit 3", "only schedule search"),
+        ("simulate --schedule 1f1b --stages 2 --micro-batches 2 --kept-for-recompute 0.3", "expected with --recompute"),
+        ("draw --schedule 1f1b --stages 2 --micro-batches 2 --activation-bytes 3", "unknown option"),
+        ("simulate --schedule 1f1b --stages 2 --micro-batches 2 --wrap-around first", "1f1b sends nothing"),
+        ("compare-schedules --stages 2 --micro-batches 2 --schedules zb-v --wrap-around every", "zb-v sends nothing"),
+        ("compare-schedules --stages 2 --micro-batches 2 --schedules gpipe,zb-v --chunks 2", "cannot choose"),
+        ("draw --schedule file:PATH --chunks 2", "--chunks 2; the schedule in the file has 1"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(
+    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("0: F0 BW0\n1: F0 BW0\n")
+    assert main(line.replace("PATH", str(tmp_path / "mine.txt")).split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_draw_prints_the_chart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["draw", "--schedule", "1f1b", *SIZE]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4].startswith("device 3 ·  ·  ·  F0 BW0── F1 BW1──")
+    assert len(lines) == 5
+    assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "txt", "json"])
+def test_draw_writes_files(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"chart.{suffix}"
+    assert main(["draw", "--schedule", "interleaved", *SIZE, "--chunks", "2", "--output", str(path)]) == 0
+    assert path.stat().st_size > 500
+    if suffix == "json":
+        assert len([e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]) == 4 * 8 * 2 * 2
+
+
+def simulated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["simulate", *arguments, "--json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_simulate_gives_the_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--stages", str(ROW["stages"]), "--micro-batches", str(ROW["micro_batches"])]
+    for name, chunks in (("1f1b", 1), ("interleaved", ROW["layers"] // ROW["stages"]), ("zb-h1", 1), ("zb-h2", 1)):
+        result = simulated(capsys, "--schedule", name, *size, "--chunks", str(chunks), *TIMES)
+        key = "warm_start_bubble_fraction" if name == "zb-h2" else "bubble_fraction"
+        assert result[key] == pytest.approx(ROW["bubble_fraction"][name], abs=0.5e-4)
+        assert (result["schedule"], result["stages"], result["micro_batches"]) == (name, 8, 24)
+        assert (result["chunks"], len(result["bubble_fraction_per_stage"])) == (chunks, 8)
+        if name == "interleaved":
+            assert result["bubble_fraction_every_wrap_around"] > result["bubble_fraction"]
+            every = simulated(
+                capsys, "--schedule", name, *size, "--chunks", str(chunks), *TIMES, "--wrap-around", "every"
+            )
+            assert every["bubble_fraction"] == result["bubble_fraction_every_wrap_around"]
+        else:
+            assert "wrap_around" not in result
+
+
+def test_an_empty_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", ""]) == 2 and capsys.readouterr().err == "triptych: FILE: empty; expected FILE\n"
+
+
+def test_standard_input_that_does_not_end_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/zero").open(encoding="utf-8") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        assert main(["validate", "-"]) == 2
+    assert "more than 67108864 bytes" in capsys.readouterr().err
+
+
+def test_simulate_takes_one_number_per_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    result = simulated(
+        capsys, "--schedule", "gpipe", "--stages", "2", "--micro-batches", "3",
+        "--forward", "1,2", "--backward-input", "1,2", "--backward-weight", "0", "--activation-bytes", "100",
+    )  # fmt: skip
+    assert result["makespan"] == 2 * (1 + 2 + 2 * 2)
+    assert result["bubble_fraction_per_stage"] == pytest.approx([1 - 6 / 14, 1 - 12 / 14])
+    assert result["peak_in_flight_per_stage"] == [3, 3]
+    assert result["peak_bytes_per_stage"] == [300, 300]
+
+
+def test_simulate_writes_a_searched_schedule_that_reads_back(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "found.txt"
+    costs = ["--forward", "1", "--backward-input", "0.9", "--backward-weight", "0.5", "--communication", "0.02"]
+    found = simulated(
+        capsys, "--schedule", "search", "--memory-limit", "1.5", "--stages", "3", "--micro-batches", "6", *costs,
+        "--output", str(path),
+    )  # fmt: skip
+    assert validate(parse_schedule(path.read_text())) == []
+    assert max(found["peak_memory_per_stage"]) <= 4.5
+    assert found["warm_start_bubble_fraction"] >= found["warm_start_bubble_fraction_bound"] - 1e-12
+    again = simulated(capsys, "--schedule", f"file:{path}", *costs)
+    assert again["makespan"] == found["makespan"]
+    assert main(["validate", str(path)]) == 0
+
+
+def test_validate_lists_violations(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["validate", str(GOLDEN / "schedules" / "zb-v-p4-m8-v2.txt")]) == 0
+    assert capsys.readouterr().out == "valid: 4 devices, 8 micro-batches, 192 actions\n"
+    assert main(["validate", str(GOLDEN / "impossible_1f1b.md")]) == 1
+    out = capsys.readouterr().out
+    assert out.count("[backward-before-next-stage] device 1") == 4
+    assert out.splitlines()[-1].startswith("not valid: 11 violations")
+    path = tmp_path / "reversed.txt"
+    path.write_text("F0 F1 BW1 BW0\nF0 F1 BW1 BW0\n")
+    assert main(["validate", str(path)]) == 0
+    assert "out of micro-batch order" in capsys.readouterr().out
+
+
+def test_compare_schedules(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare-schedules", *SIZE, "--chunks", "3", "--json"]) == 0
+    results = {result["schedule"]: result for result in json.loads(capsys.readouterr().out)}
+    assert list(results) == ["naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "search"]
+    assert results["interleaved"]["chunks"] == 3
+    assert results["zb-h1"]["bubble_fraction"] < results["1f1b"]["bubble_fraction"]
+    assert main(["compare-schedules", *SIZE, "--schedules", "gpipe,zb-v"]) == 0
+    out = capsys.readouterr().out
+    assert "gpipe" in out
+    assert "0.0588" in out
+    assert "1f1b" not in out
+
+
+def test_recomputation_is_timed_for_schedules_in_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.txt"
+    assert main(["simulate", "--schedule", "1f1b", *SIZE, "--output", str(path)]) == 0
+    capsys.readouterr()
+    options = ["--recompute", "full", "--kept-for-recompute", "0.25", "--json"]
+    assert main(["simulate", "--schedule", f"file:{path}", *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["recompute"], result["makespan"], result["peak_memory_per_stage"][0]) == ("full", 44, 1)
+    assert main(["compare-schedules", *SIZE, *options]) == 0
+    assert "search" not in [each["schedule"] for each in json.loads(capsys.readouterr().out)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["draw", "--schedule", "1f1b", "--stages", "4"],
+        ["draw", "--schedule", "nope", *SIZE],
+        ["draw", "--schedule", "1f1b", *SIZE, "--output", "x.gif"],
+        ["draw", "--schedule", "1f1b", *SIZE, "--output", "/nowhere/x.txt"],
+        ["draw", "--schedule", "1f1b", "--stages", "0", "--micro-batches", "1"],
+        ["draw", "--schedule", "1f1b", "--stages", "8", "--micro-batches", "5000"],
+        ["draw", *SIZE],
+        ["simulate", "--schedule", "1f1b", *SIZE, "--forward", "1,2"],
+        ["simulate", "--schedule", "1f1b", *SIZE, "--forward", "x"],
+        ["simulate", "--schedule", "1f1b", *SIZE, "--forward", "-1"],
+        ["simulate", "--schedule", "zb-v", *SIZE, "--chunks", "3"],
+        ["simulate", "--schedule", "search", *SIZE, "--memory-limit", "0.1"],
+        ["simulate", "--schedule", "search", *SIZE, "--chunks", "2"],
+        ["simulate", "--schedule", "1f1b", *SIZE, "--recompute", "every"],
+        ["simulate", "--schedule", "1f1b", *SIZE, "--recompute", "full", "--kept-for-recompute", "2"],
+        ["simulate", "--schedule", "search", *SIZE, "--recompute", "full"],
+        ["simulate", "--schedule", "file:/nowhere"],
+        ["validate", "/nowhere"],
+        ["compare-schedules", *SIZE, "--schedules", "1f1b,nope"],
+    ],
+)
+def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1

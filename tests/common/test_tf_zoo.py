@@ -1,0 +1,41 @@
+"""TensorFlow's habits through its own command line; most of them share a process in `tests/tensorflow/test_habits.py`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.harness.drift import config_of, has_cuda, run_zoo
+from common.harness.launch import IMPLEMENTATIONS, why_missing
+from common.runtime.job import Job, JobFile
+from common.spec.habits import by_name
+
+ROOT = Path(__file__).parents[2]
+STEPS = 10
+
+pytestmark = pytest.mark.skipif(bool(why_missing(IMPLEMENTATIONS["tensorflow"])), reason="no TensorFlow")
+
+
+def test_a_habit_of_the_whole_process_gets_one_of_its_own(tmp_path: Path) -> None:
+    """oneDNN changes bits, on some machines by more than the limits; TF32 needs a GPU."""
+    names = ["tanh-gelu", "onednn", "tf32"]
+    rows = run_zoo(tmp_path, ["tensorflow"], names, [STEPS], seeds=1, timeout_seconds=float("inf"))[0]
+    verdicts = {row.name: row.verdict for row in rows}
+    assert list(verdicts) == names
+    assert verdicts["tanh-gelu"] == "as expected"
+    assert verdicts["onednn"] in ("within the limits", "as expected")
+    assert verdicts["tf32"] == ("as expected" if has_cuda() else "needs CUDA")
+
+
+def test_a_process_has_onednn_or_not(tmp_path: Path) -> None:
+    configs = [config_of(by_name("onednn"), "tensorflow", STEPS, on) for on in (False, True)]
+    file = tmp_path / "jobs.json"
+    JobFile(jobs=tuple(Job(config=config, out=str(tmp_path)) for config in configs)).write(file)
+    line = [sys.executable, "-m", "tf_impl", str(file)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("tf_impl: drift = onednn is for a whole process; right would be a file of jobs")
+    assert done.stderr.count("\n") == 1

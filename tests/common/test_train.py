@@ -1,0 +1,231 @@
+"""The verb train: snapshots as it goes, on from them to the bit, restarts, and a stop at what is not finite."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import checkpoint
+from common.cli import main, train
+from common.harness import launch
+from common.harness.launch import Implementation
+from common.io.usage import Parser
+from common.report.result import RunResult
+from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec
+from tests.waiting import LONG_SECONDS, time_jumps, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+MORTAL = {name: Implementation("fakes.mortal", "numpy", "") for name in FRAMEWORKS}
+SMALL = ["--d-model", "8", "--d-ff", "8", "--context-length", "8", "--batch-size", "4", "--micro-batches", "2"]
+SMALL += ["--steps", "8", "--dropout", "0.1", "--dtype", "float64"]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "marks").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("FAKE_MARK", str(tmp_path / "marks"))
+    monkeypatch.setattr(launch, "TERMINATE_SECONDS", 0.3)
+
+
+def run(*argv: Any) -> int:
+    parser = Parser(prog="triptych")
+    verbs = parser.add_subparsers(parser_class=Parser, prog="triptych")
+    train.register(verbs, MORTAL)
+    return main._run(parser, ["train", *SMALL, *map(str, argv)])
+
+
+def result(out: Path) -> RunResult:
+    return RunResult.read(next(out.glob("*/*/result.json")))
+
+
+def weights(directory: Path) -> dict[str, Any]:
+    saved = checkpoint.load(checkpoint.snapshots_in(directory)[-1])
+    return {**saved.weights, **saved.optimizer_state}
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return set(a) == set(b) and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> tuple[list[float], dict[str, Any]]:
+    """The run that nothing interrupts: its losses and its last snapshot."""
+    assert run("--out", tmp_path / "whole", "--save-dir", tmp_path / "whole-snapshots") == 0
+    found = result(tmp_path / "whole")
+    return [step.loss for step in found.steps], weights(tmp_path / "whole-snapshots")
+
+
+def test_resume_continues_data_learning_rate_and_dropout_to_the_bit(
+    tmp_path: Path, whole: tuple[list[float], dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    saves = tmp_path / "snapshots"
+    cosine = ["--learning-rate-schedule", "constant"]
+    assert run(*cosine, "--out", tmp_path / "a", "--save-dir", saves, "--steps", 5, "--save-every", 2, "--keep", 2) == 0
+    assert [path.name for path in checkpoint.snapshots_in(saves)] == ["step-00000004", "step-00000005"]
+    assert run("--out", tmp_path / "b", "--save-dir", saves, "--resume", "latest", "--framework", "paddle") == 0
+    joined = [step.loss for part in "ab" for step in result(tmp_path / part).steps]
+    assert joined == whole[0]
+    assert same(weights(saves), whole[1])
+    later = result(tmp_path / "b")
+    assert (later.steps[0].step, later.resumed_from) == (5, str(saves / "step-00000005"))
+    text = capsys.readouterr().out
+    assert "step      8  loss " in text and "held-out loss" in text and f"snapshot: {saves / 'step-00000008'}" in text
+
+
+@pytest.mark.parametrize("deaths", ["kill@3", "raise@0", "kill@2,raise@5,kill@7"])
+def test_restarts_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[list[float], dict[str, Any]], deaths: str
+) -> None:
+    monkeypatch.setenv("FAKE_DEATHS", deaths)
+    saves = tmp_path / "snapshots"
+    assert run("--out", tmp_path / "a", "--save-dir", saves, "--save-every", 2, "--max-restarts", 3) == 0
+    found = result(tmp_path / "a")
+    assert [step.step for step in found.steps] == list(range(8))
+    assert [step.loss for step in found.steps] == whole[0]
+    assert same(weights(saves), whole[1])
+    assert len(found.restarts) == len(deaths.split(","))
+    assert "SIGKILL" in found.restarts[0] or "ValueError: gave up; on from its beginning" in found.restarts[0]
+
+
+def test_without_restarts_a_death_is_a_failure_that_keeps_its_snapshots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_DEATHS", "raise@3")
+    assert run("--out", tmp_path / "a", "--save-every", 2) == 1
+    found = result(tmp_path / "a")
+    assert (found.status, found.reason, len(found.steps)) == ("failed", "ValueError: gave up", 3)
+    saves = next((tmp_path / "a").glob("*/snapshots"))
+    assert [path.name for path in checkpoint.snapshots_in(saves)] == ["step-00000002"]
+    assert f"snapshot: {saves / 'step-00000002'}" in capsys.readouterr().out
+
+
+def test_a_hang_ends_by_the_timeout_and_a_restart_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_DEATHS", "hang@3")
+    time_jumps(monkeypatch, (tmp_path / "marks" / "hang@3").exists)
+    assert run("--out", tmp_path / "a", "--save-every", 2, "--max-restarts", 1, "--timeout", LONG_SECONDS) == 0
+    assert "no result within 100000 s (--timeout)" in result(tmp_path / "a").restarts[0]
+
+
+@pytest.mark.parametrize(
+    ("death", "what"),
+    [
+        (
+            "nan-weight@3",
+            "step 4: the loss is nan; the first tensor that is not finite: weight block.0.feed_forward.up",
+        ),
+        (
+            "nan-moment@3",
+            "step 4: the weights after it are not finite; the first tensor that is not finite: weight block.0",
+        ),
+        ("nan-activation@3", "the first tensor that is not finite: output of block.1 for micro-batch 0"),
+        (
+            "nan-gradient@3",
+            "norm is nan; the first tensor that is not finite: gradient of block.1.norm_2.bias",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_finite_stops_the_run_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: str, what: str
+) -> None:
+    monkeypatch.setenv("FAKE_DEATHS", death)
+    assert run("--out", tmp_path / "a", "--save-every", 1, "--max-restarts", 3) == 1
+    found = result(tmp_path / "a")
+    assert what in found.reason and not found.restarts
+    assert [step.step for step in found.steps][:3] == [0, 1, 2]
+    saves = next((tmp_path / "a").glob("*/snapshots"))
+    assert checkpoint.newest(saves) == saves / "step-00000003"
+
+
+def test_a_damaged_snapshot_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saves = tmp_path / "snapshots"
+    assert run("--out", tmp_path / "a", "--save-dir", saves, "--steps", 4, "--save-every", 2) == 0
+    os.truncate(saves / "step-00000004" / "shard-00000.safetensors", 100)
+    assert run("--out", tmp_path / "b", "--save-dir", saves, "--resume", "latest") == 0
+    text = capsys.readouterr().out
+    assert "has 100 bytes; right would be" in text
+    assert "set aside as damaged-step-00000004-1; going on from step-00000002" in text
+    assert checkpoint.newest(saves) == saves / "step-00000008"
+
+
+def test_weights_alone_start_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves = tmp_path / "snapshots"
+    assert run("--out", tmp_path / "a", "--save-dir", saves, "--steps", 2) == 0
+    other = ["--weights", saves / "step-00000002", "--dropout", 0.3, "--seed", 1, "--steps", 4]
+    still = [*other, "--optimizer", "sgd", "--learning-rate", 1e-30, "--weight-decay", 0]
+    assert run("--out", tmp_path / "b", "--save-dir", tmp_path / "still", *still) == 0
+    assert [step.step for step in result(tmp_path / "b").steps] == [0, 1, 2, 3]
+    expected = checkpoint.load(saves / "step-00000002").weights
+    for name, value in checkpoint.load(tmp_path / "still" / "step-00000004").weights.items():
+        np.testing.assert_array_equal(value, expected[name])
+    manifest = checkpoint.read_manifest(saves / "step-00000002").without_training()
+    in_float32 = RunConfig(model=manifest.model, train=TrainSpec(dtype="float32"))
+    assert checkpoint.differences(manifest, in_float32) == []
+    assert run("--out", tmp_path / "c", "--save-dir", tmp_path / "whole", *other) == 0
+    monkeypatch.setenv("FAKE_DEATHS", "kill@2")
+    argv = [*other, "--save-every", 1, "--max-restarts", 1]
+    assert run("--out", tmp_path / "d", "--save-dir", tmp_path / "joined", *argv) == 0
+    assert len(result(tmp_path / "d").restarts) == 1  # on from its own snapshot, not from the weights again
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "joined"))
+
+
+def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saves = tmp_path / "snapshots"
+    assert run("--out", tmp_path / "a", "--save-dir", saves, "--steps", 2) == 0
+    last = saves / "step-00000002"
+    (tmp_path / "bench.toml").write_text("repeats = 3\n")
+    (tmp_path / "preset.toml").write_text('preset = "tinny"\n')
+    capsys.readouterr()
+    wrong = {
+        f"--save-dir {saves}": "holds step-00000002 of an earlier run; right would be --resume latest",
+        "--resume latest": "right would be with --save-dir DIR",
+        f"--resume latest --save-dir {tmp_path / 'none'}": "no whole snapshot in",
+        f"--resume {tmp_path / 'none'}": "right would be a file of a snapshot",
+        f"--resume {saves}": f"right would be one of them, such as {last}",
+        f"--resume {last} --seed 1": "train.seed: the snapshot has 0, the run 1; what may change: framework",
+        f"--resume {last} --norm post --seed 1": "model.norm: the snapshot has pre, the run post (and 1 more)",
+        f"--resume {last} --steps 2": "all 2 of 2 steps are done; right would be more --steps",
+        f"--resume {last} --dtype float32": "train.dtype: the snapshot has float64, the run float32",
+        f"--resume {last} --weights {last}": "--resume goes on with a training and --weights starts another",
+        f"--weights {last} --norm post": "model.norm: the snapshot has pre, the run post; what may change",
+        f"--weights {saves}": f"right would be one of them, such as {last}",
+        "--momentum 0.9": "--momentum = 0.9: adamw has none; expected with --optimizer sgd",
+        "--optimizer sgd --beta1 0.5": "--beta1 = 0.5: sgd has none; expected with --optimizer adamw",
+        "--dropout 0 --dropout-masks native": "--dropout-masks = native: nothing is dropped",
+        "--fault kill@step=1 --fault kill@step=2": "--fault: 2 of them for 1 children; expected --max-restarts 1",
+        f"--config {tmp_path / 'bench.toml'}": "bench.toml: repeats: not a setting of this command",
+        f"--config {tmp_path / 'preset.toml'}": "preset.toml: preset = 'tinny': unknown; right would be tiny",
+        "--save-every 0": "--save-every: '0'; right would be a whole number, at least 1",
+        "--framework jax": "--framework = 'jax': unknown; right would be one of torch, tensorflow, paddle",
+        "--preset tinny": "--preset = 'tinny': unknown; right would be tiny",
+        "--stages 9": "right would be at most 4",
+    }
+    for line, message in wrong.items():
+        assert run("--out", tmp_path / "b", *line.split()) == 2, line
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, (line, error)
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_interruption_leaves_a_snapshot_and_no_process(tmp_path: Path) -> None:
+    code = "import sys; sys.path.insert(0, 'tests'); import test_train; sys.exit(test_train.run(*sys.argv[1:]))"
+    argv = ["--out", str(tmp_path / "a"), "--save-dir", str(tmp_path / "saves"), "--save-every", "1"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"FAKE_DEATHS": "hang@3", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+    )  # fmt: skip
+    wait_until((tmp_path / "saves" / "step-00000003").exists, child)
+    child.send_signal(signal.SIGTERM)
+    output, _ = child.communicate()
+    assert child.returncode == 130
+    assert "interrupted" in output and "Traceback" not in output
+    assert result(tmp_path / "a").reason == "interrupted" and len(result(tmp_path / "a").steps) == 3
+    assert checkpoint.newest(tmp_path / "saves") == tmp_path / "saves" / "step-00000003"
