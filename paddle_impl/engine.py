@@ -11,14 +11,13 @@ import paddle
 from numpy.typing import NDArray
 from paddle.distributed import fleet
 
-from common.oracle.limits import TensorKey
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, unwatched
 from common.schedule.action import Action
 from common.schedule.generators import make_schedule
 from common.spec.data import Batch
-from common.spec.parameters import TOKEN_EMBEDDING, parameter_shapes
+from common.spec.parameters import TOKEN_EMBEDDING, TensorKey, parameter_shapes
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
 from paddle_impl import devices

@@ -14,13 +14,12 @@ import paddle
 from numpy.typing import NDArray
 from paddle import Tensor, nn
 
-from common.oracle.limits import TensorKey
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event
 from common.spec.data import Batch
 from common.spec.dropout_masks import step_key
-from common.spec.parameters import parameter_shapes, unit_names
+from common.spec.parameters import TensorKey, parameter_shapes, unit_names
 from common.spec.run import RunConfig
 from paddle_impl import devices
 from paddle_impl.dropout import DropoutContext

@@ -10,8 +10,8 @@ import paddle
 from numpy.typing import NDArray
 from paddle import Tensor
 
-from common.oracle.limits import TensorKey
 from common.spec.data import Batch
+from common.spec.parameters import TensorKey
 from paddle_impl.stage import Mode, Stage
 from paddle_impl.weights import NamedParameter, export_gradients, named_parameters
 

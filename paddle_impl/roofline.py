@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from common.harness.roofline import COPIES, Operations, answer
+from common.runtime.roofline import COPIES, Operations, answer
 from common.spec.run import RunConfig
 from paddle_impl import devices
 
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
-    """The operations by the names of `common.harness.roofline.kernels`, and the environment. Raises ValueError, ImportError."""
+    """The operations by the names of `common.runtime.roofline.kernels`, and the environment. Raises ValueError, ImportError."""
     devices.configure(1, 1, "cpu")
     import paddle
     from paddle import Tensor, nn

@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 
 from common.harness import drift
-from common.harness.launch import Outcome, _outcome
-from common.oracle.limits import Check, TensorKey, compare
+from common.harness.launch import _outcome
+from common.oracle.limits import compare
 from common.runtime.job import Job, JobFile
 from common.runtime.oracle_worker import OracleEngine
+from common.runtime.outcome import Outcome
 from common.runtime.training import starting_weights
 from common.runtime.worker import Switch, run_jobs
 from common.spec import dropout_masks
 from common.spec.data import Batch, load_corpus
-from common.spec.parameters import unit_names
+from common.spec.parameters import Check, TensorKey, unit_names
 from common.spec.run import PRESETS, RunConfig, TrainSpec, TransformerSpec
 
 Arrays = dict[str, Any]

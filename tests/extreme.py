@@ -7,8 +7,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from common.oracle.limits import LIMITS, TensorKey, difference
+from common.oracle.limits import LIMITS, difference
 from common.spec.data import IGNORED
+from common.spec.parameters import TensorKey
 
 Array = NDArray[np.floating]
 KEY = TensorKey(0, "forward", 0, 0, "head", "loss")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from common.harness.roofline import kernels
+from common.runtime.roofline import kernels
 from common.spec.run import preset
 
 

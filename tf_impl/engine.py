@@ -10,14 +10,13 @@ import keras
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from common.oracle.limits import TensorKey
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, unwatched
 from common.runtime.memory import peak_resident_bytes
 from common.schedule.action import Action
 from common.schedule.generators import make_schedule
 from common.spec.data import IGNORED, Batch
-from common.spec.parameters import parameter_shapes, unit_names
+from common.spec.parameters import TensorKey, parameter_shapes, unit_names
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
 from tf_impl import devices

@@ -13,13 +13,12 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from common.oracle.limits import TensorKey
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event
 from common.runtime.memory import peak_resident_bytes
 from common.spec.data import IGNORED, Batch, MicroBatch
 from common.spec.dropout_masks import step_key
-from common.spec.parameters import parameter_shapes, unit_names
+from common.spec.parameters import TensorKey, parameter_shapes, unit_names
 from common.spec.run import RunConfig, TransformerSpec
 from tf_impl import devices
 from tf_impl.dropout import DropoutContext

@@ -8,8 +8,8 @@ from typing import Any
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from common.oracle.limits import TensorKey
 from common.spec.data import Batch
+from common.spec.parameters import TensorKey
 from tf_impl.cut import dense
 from tf_impl.dropout import DropoutContext
 from tf_impl.gpipe_model import GPipeModel

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.oracle.limits import TensorKey
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, run_stage, unwatched
@@ -20,7 +19,7 @@ from common.runtime.memory import peak_resident_bytes
 from common.schedule.action import Action, Schedule
 from common.schedule.generators import make_schedule
 from common.spec.data import Batch
-from common.spec.parameters import TOKEN_EMBEDDING, parameter_shapes, unit_names
+from common.spec.parameters import TOKEN_EMBEDDING, TensorKey, parameter_shapes, unit_names
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
 from torch_impl import devices

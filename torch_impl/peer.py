@@ -23,7 +23,6 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from common.oracle.limits import TensorKey
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays
 from common.runtime.executor import Event
@@ -32,7 +31,7 @@ from common.schedule.action import Action, Op
 from common.schedule.generators import make_schedule
 from common.spec.data import Batch
 from common.spec.dropout_masks import step_key
-from common.spec.parameters import TOKEN_EMBEDDING, parameter_shapes, unit_names
+from common.spec.parameters import TOKEN_EMBEDDING, TensorKey, parameter_shapes, unit_names
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
 from torch_impl import devices

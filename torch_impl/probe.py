@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.oracle.limits import TensorKey
 from common.spec.data import Batch
+from common.spec.parameters import TensorKey
 from torch_impl.stage import Mode, Stage
 from torch_impl.weights import export_tensor, named_parameters, to_array
 

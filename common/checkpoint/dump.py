@@ -1,6 +1,6 @@
 """The dump of one step: a safetensors file that any implementation of the model can write and read (docs/numerics.md).
 
-Tensors are named by `common.oracle.limits.TensorKey`. Nothing in a dump is trusted: it is never unpickled, its header must fill
+Tensors are named by `common.spec.parameters.TensorKey`. Nothing in a dump is trusted: it is never unpickled, its header must fill
 the file exactly before a tensor is read, and its metadata is checked like any other input.
 """
 
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from common.checkpoint import SnapshotError
 from common.checkpoint.header import read_header
 from common.io.edges import printable
-from common.oracle.limits import TensorKey
+from common.spec.parameters import TensorKey
 from common.spec.run import RunConfig, explain
 
 FORMAT = "triptych-dump"

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli.settings import (
     GRID,
     SECTIONS,
-    BenchOptions,
     Setting,
     Settings,
     adapt,
@@ -25,19 +23,10 @@ from common.cli.settings import (
     read_toml,
     validated,
 )
+from common.harness.options import Bench, BenchOptions
 from common.io.usage import UsageError, closest
 from common.spec.rules import why_impossible
 from common.spec.run import PRESETS, RunConfig
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A benchmark: every point of the grid, in the order of the table's rows."""
-
-    options: BenchOptions
-    points: tuple[RunConfig, ...]
-    dry_run: bool = False
-
 
 # ------------------------------------------------------------------------------------------------- command line
 

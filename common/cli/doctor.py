@@ -15,10 +15,11 @@ from common.cli.drift import chosen
 from common.cli.numbers import positive
 from common.cli.options import add_run_options, file_to_write, read_run
 from common.harness.launch import IMPLEMENTATIONS, Implementation
-from common.harness.roofline import PEAKS, Kernel, Measured, kernels, measure
+from common.harness.roofline import Measured, measure
 from common.io.console import make_console
 from common.io.edges import write_file
 from common.report.machine import this_machine
+from common.runtime.roofline import PEAKS, Kernel, kernels
 from common.spec.gpus import Gpu, visible_gpus
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec
 

@@ -15,13 +15,14 @@ from rich.table import Table
 
 from common.cli.numbers import positive, seconds
 from common.cli.options import check_writable, file_to_write
-from common.harness.drift import GOOD, Zoo, base_config, run_zoo
+from common.harness.drift import base_config, run_zoo
 from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.io.console import make_console
 from common.io.edges import whole_number
 from common.io.usage import UsageError, closest
 from common.report.drift import print_zoo, write_page
 from common.report.machine import this_machine
+from common.report.zoo import GOOD, Zoo
 from common.spec.habits import DRIFTS
 from common.spec.run import FRAMEWORKS
 

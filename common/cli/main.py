@@ -13,8 +13,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from common.cli.parser import Parser
 from common.io.streams import lasting_streams
-from common.io.usage import Parser, UsageError
+from common.io.usage import UsageError
 
 if TYPE_CHECKING:
     from common.harness.launch import Implementation
@@ -24,7 +25,6 @@ EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 VERBS = {
     "bench": ("bench", "train and compare the frameworks"),
     "train": ("train", "train with one framework, with snapshots"),
-    "relay": ("relay", "hand one training from framework to framework"),
     "evaluate": ("inference", "loss and perplexity of a snapshot over the held-out text"),
     "generate": ("inference", "continue a text with a snapshot"),
     "export": ("convert", "write a snapshot's weights for use elsewhere"),
@@ -41,7 +41,6 @@ VERBS = {
         "drift",
         "put back numerical habits of the frameworks, one at a time, and see what the parity check says",
     ),
-    "margins": ("margins", "measure how much of every parity limit is used"),
     "doctor": ("doctor", "measure each framework's kernels, to see whether a framework is slow or its pipeline"),
 }
 """The module in `common.cli` that registers each verb, and the verb in a few words."""

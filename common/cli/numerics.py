@@ -19,16 +19,17 @@ from safetensors.numpy import load_file
 from common.checkpoint.dump import Dump, DumpError, read_dump, write_dump
 from common.cli.numbers import natural, seconds
 from common.cli.options import add_run_options, file_to_write, read_run
+from common.cli.parser import Parser
 from common.harness.bisect import Bisection, Finding, bisect
 from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_child, why_missing
 from common.io.console import make_console
 from common.io.edges import write_file
-from common.io.usage import Parser, UsageError
-from common.oracle.limits import TensorKey
+from common.io.usage import UsageError
 from common.report.names import variant_of
 from common.report.result import ResultError, RunResult
 from common.runtime.job import Job
 from common.spec.data import load_corpus
+from common.spec.parameters import TensorKey
 from common.spec.run import RunConfig
 from common.spec.text import CorpusError
 from common.spec.tokenizer import TokenizerError

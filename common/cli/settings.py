@@ -14,41 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from common.harness.options import BenchOptions
 from common.io.bounded import read_text
-from common.io.edges import OsText, number, whole_number
+from common.io.edges import number, whole_number
 from common.io.usage import UsageError, closest
 from common.schedule import recompute
 from common.schedule.generators import GENERATORS, default_chunks, keep_schedule
 from common.spec import habits
 from common.spec.data import CorpusError, load_corpus
 from common.spec.rules import BFLOAT16, why_impossible
-from common.spec.run import FRAMEWORKS, PRESETS, Frozen, RunConfig, TrainSpec, TransformerSpec
+from common.spec.run import FRAMEWORKS, PRESETS, RunConfig, TrainSpec, TransformerSpec
 from common.spec.tokenizer import TokenizerError, read_tokenizer
 
 MAX_TOML_BYTES = 2**20
-
-
-class BenchOptions(Frozen):
-    """What concerns the benchmark as a whole."""
-
-    preset: str = Field("small", description=f"where to start from: {', '.join(PRESETS)}")
-    repeats: int = Field(2, ge=1, description="runs per row, each in a fresh process, taking turns with the other rows")
-    untimed_steps: int = Field(2, ge=0, description="first steps of a run that no statistics count")
-    timeout: float | None = Field(
-        None, gt=0, description="seconds that one run may take; then it is ended and has failed"
-    )
-    out: OsText = Field("results", min_length=1, description="folder in which the benchmark makes a folder of its own")
-    parity: bool = Field(True, description="run the float64 oracle first and compare every run with it")
-    peers: bool = Field(
-        False,
-        description="also run each framework's own pipeline, where it has the schedule, and a plain loop on one device",
-    )
-    sweep: bool = Field(
-        False, description="draw throughput against micro-batches, or stages, beside the ideal, and name the knee"
-    )
 
 
 Key = tuple[str, str]

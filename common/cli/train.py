@@ -18,7 +18,12 @@ from common.cli.options import add_run_options, read_run, reporting
 from common.cli.saved import Saved, load_text
 from common.harness import restarts
 from common.harness.bench import describe, make_folder, run_name
-from common.harness.launch import IMPLEMENTATIONS, Implementation, Outcome, stop_on_signals, why_missing
+from common.harness.launch import (
+    IMPLEMENTATIONS,
+    Implementation,
+    stop_on_signals,
+    why_missing,
+)
 from common.harness.restarts import Trained, Training
 from common.io.console import make_console
 from common.io.usage import UsageError
@@ -26,6 +31,7 @@ from common.report.machine import git_commit, this_machine
 from common.report.progress import ProgressView, progress_view
 from common.report.result import Parity, RunResult, Step, measured
 from common.runtime.faults import KINDS, Fault, FaultError
+from common.runtime.outcome import Outcome
 from common.runtime.text import drop_tokens, write_text
 from common.spec.run import RunConfig
 

@@ -12,18 +12,17 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from common.cli.config import Bench
 from common.harness.launch import (
     IMPLEMENTATIONS,
     ORACLE_MODULE,
     ROUNDED_ORACLE_MODULE,
     Implementation,
     Interrupted,
-    Outcome,
     run_jobs_in_child,
     stop_on_signals,
     why_missing,
 )
+from common.harness.options import Bench
 from common.io.edges import printable
 from common.io.usage import UsageError
 from common.report import compare, tables
@@ -34,6 +33,7 @@ from common.report.names import variant_of
 from common.report.progress import ProgressView, progress_view
 from common.report.result import IS_ORACLE, Parity, RunResult, measured
 from common.runtime.job import Job
+from common.runtime.outcome import Outcome
 from common.runtime.text import Texts
 from common.schedule.action import ScheduleError
 from common.schedule.draw import draw_color

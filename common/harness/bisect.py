@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.checkpoint.dump import Dump, DumpError
-from common.oracle.limits import LIMITS, Check, Difference, TensorKey, difference
-from common.spec.parameters import parameter_shapes, unit_names, unit_of
+from common.oracle.limits import LIMITS, Difference, difference
+from common.spec.parameters import Check, TensorKey, parameter_shapes, unit_names, unit_of
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 
 COARSER = ("float64", "float32", "bfloat16")

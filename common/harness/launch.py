@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 import psutil
 from pydantic import ValidationError
@@ -30,12 +29,11 @@ from pydantic import ValidationError
 from common.runtime import inherited
 from common.runtime.job import Job, JobFile, Part
 from common.runtime.loopback import why_no_loopback
+from common.runtime.outcome import Outcome
 from common.runtime.parent import PARENT
 from common.runtime.patience import Patience
 from common.runtime.text import with_texts
 from common.runtime.watch import Board
-
-Status = Literal["ok", "failed", "skipped"]
 
 ORACLE_MODULE = "common.runtime.oracle_worker"
 ROUNDED_ORACLE_MODULE = "common.runtime.rounded_oracle"
@@ -82,17 +80,6 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
         process_executors=("table", "native"),
     ),
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one job. `parts` is complete where `status` is "ok", else empty."""
-
-    status: Status
-    reason: str
-    log: Path | None
-    parts: tuple[Part, ...]
-    wall_seconds: float
 
 
 class Interrupted(Exception):

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from common.oracle.limits import Comparison, TensorKey, compare
+from common.oracle.limits import Comparison, compare
 from common.oracle.reference import Oracle
 from common.runtime.job import Job, Part
 from common.runtime.training import held_out_batch, optimizer_test_gradients, starting_weights
 from common.spec.data import load_corpus
-from common.spec.parameters import unit_of
+from common.spec.parameters import TensorKey, unit_of
 from common.spec.run import RunConfig
 
 Tensors = dict[TensorKey, NDArray[Any]]

@@ -13,8 +13,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from common import checkpoint
-from common.harness.launch import Interrupted, Outcome, run_jobs_in_child
+from common.harness.launch import Interrupted, run_jobs_in_child
 from common.runtime.job import Job, JobText, Saving, StepRecord
+from common.runtime.outcome import Outcome
 from common.spec.run import RunConfig
 
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Check = Literal["activation", "loss", "gradient", "optimizer_step", "trained_parameter", "loss_curve"]
+from common.spec.parameters import Check, TensorKey
 
 BFLOAT16_ROUNDOFF = 2.0**-8
 """The largest relative error of rounding to bfloat16's 8 significant bits."""
@@ -41,41 +41,6 @@ JUDGED_BY_LIMITS: tuple[Check, ...] = ("optimizer_step", "trained_parameter")
 
 LOSS_ERROR_FLOOR = BFLOAT16_ROUNDOFF / 16
 """A loss is one number, whose error can be 0 by luck; smaller errors than this count as equal to it."""
-
-
-class TensorKey(NamedTuple):
-    """Where in a run a tensor lives. Micro-batch -1: the whole mini-batch."""
-
-    step: int
-    phase: str
-    stage: int
-    micro_batch: int
-    unit: str
-    tensor: str
-
-    def __str__(self) -> str:
-        micro_batch = "all" if self.micro_batch < 0 else str(self.micro_batch)
-        return (
-            f"step={self.step}/phase={self.phase}/stage={self.stage}/micro_batch={micro_batch}"
-            f"/unit={self.unit}/tensor={self.tensor}"
-        )
-
-    @classmethod
-    def parse(cls, text: str) -> TensorKey:
-        """Reads the text form. Raises ValueError."""
-        try:
-            fields = dict(part.split("=", 1) for part in text.split("/"))
-            micro_batch = -1 if fields["micro_batch"] == "all" else int(fields["micro_batch"])
-            return cls(
-                int(fields["step"]),
-                fields["phase"],
-                int(fields["stage"]),
-                micro_batch,
-                fields["unit"],
-                fields["tensor"],
-            )
-        except (KeyError, ValueError):
-            raise ValueError(f"{text!r} is not a tensor key") from None
 
 
 class Difference(NamedTuple):

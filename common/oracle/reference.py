@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.oracle.limits import TensorKey
 from common.spec import dropout_masks
 from common.spec.data import IGNORED, Batch
-from common.spec.parameters import TOKEN_EMBEDDING, parameter_names, unit_names
+from common.spec.parameters import TOKEN_EMBEDDING, TensorKey, parameter_names, unit_names
 from common.spec.run import TrainSpec, TransformerSpec
 
 Array = NDArray[np.float64]

@@ -9,9 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from common.oracle.limits import BFLOAT16_FACTOR, LIMITS, Check, Comparison, Difference, TensorKey, compare, difference
+from common.oracle.limits import (
+    BFLOAT16_FACTOR,
+    LIMITS,
+    Comparison,
+    Difference,
+    compare,
+    difference,
+)
 from common.report.result import Parity, RunResult, Step
-from common.spec.parameters import parameter_shapes
+from common.spec.parameters import Check, TensorKey, parameter_shapes
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig, TrainSpec
 

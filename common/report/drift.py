@@ -10,10 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.harness.drift import AVERAGED_STEPS, CURVE_STRIDE, GOOD, LADDER_STEPS, Row, Zoo
 from common.io.edges import write_file
 from common.io.figure import log_y, new_figure
 from common.report.plots import DPI, ORACLE_COLOR
+from common.report.zoo import (
+    AVERAGED_STEPS,
+    CURVE_STRIDE,
+    GOOD,
+    LADDER_STEPS,
+    Row,
+    Zoo,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.harness.launch import Outcome, Status
 from common.io.bounded import read_text
 from common.io.edges import OsText, write_file
 from common.report.machine import Machine
 from common.report.timing import Timing, executed_schedule, measure
 from common.runtime.job import EventRecord
+from common.runtime.outcome import Outcome, Status
 from common.schedule.action import Placement, ScheduleError
 from common.schedule.generators import make_schedule
 from common.spec.run import RunConfig

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.oracle.limits import TensorKey
 from common.oracle.reference import Oracle
 from common.runtime.engine import Arrays, Engine
 from common.runtime.job import Job
 from common.runtime.training import named, starting_weights
 from common.spec.data import Batch, Corpus
-from common.spec.parameters import unit_names, unit_of
+from common.spec.parameters import TensorKey, unit_names, unit_of
 from common.spec.run import RunConfig
 
 

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from common.oracle.limits import TensorKey
 from common.runtime.executor import Event
 from common.schedule.action import Action
 from common.spec.data import Batch
+from common.spec.parameters import TensorKey
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.oracle.limits import TensorKey
 from common.oracle.reference import Oracle
 from common.runtime.engine import Arrays
 from common.runtime.executor import Event, unwatched
@@ -23,7 +22,7 @@ from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
 from common.schedule.action import Action
 from common.spec.data import Batch
-from common.spec.parameters import parameter_shapes, unit_names
+from common.spec.parameters import TensorKey, parameter_shapes, unit_names
 from common.spec.run import RunConfig
 
 

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from common import checkpoint
 from common.checkpoint import SnapshotError, SnapshotWriter
 from common.io.edges import write_file
-from common.oracle.limits import TensorKey
 from common.runtime.engine import Arrays, Engine
 from common.runtime.faults import Fault
 from common.runtime.job import EventRecord, Job, Saving, StepRecord
 from common.runtime.watch import Watch
 from common.spec.data import Batch, Corpus
-from common.spec.parameters import initial_weights, parameter_shapes, random_arrays, unit_names, unit_of
+from common.spec.parameters import TensorKey, initial_weights, parameter_shapes, random_arrays, unit_names, unit_of
 from common.spec.run import RunConfig
 
 EVENTS_KEPT = 500

@@ -14,7 +14,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from common.io.edges import write_file
-from common.oracle.limits import TensorKey
 from common.runtime import inherited
 from common.runtime.dumping import dump
 from common.runtime.engine import Engine
@@ -23,6 +22,7 @@ from common.runtime.job import Job, JobFile, Part, StepRecord
 from common.runtime.text import open_text
 from common.runtime.training import held_out_batch, named, probe, start, starting_weights, train
 from common.spec.data import Corpus, load_corpus
+from common.spec.parameters import TensorKey
 from common.spec.run import RunConfig
 
 STARTED_IN = inherited.report()

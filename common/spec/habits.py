@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.oracle.limits import Check
+from common.spec.parameters import Check
 from common.spec.run import Framework
 
 

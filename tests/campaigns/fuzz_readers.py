@@ -42,9 +42,9 @@ from common.checkpoint.foreign.gpt2 import foreign_shapes, read_gpt2
 from common.checkpoint.foreign.source import find
 from common.cli import config as configuration
 from common.cli.config import add_options, read_bench
+from common.cli.parser import Parser
 from common.io.bounded import read_text
-from common.io.usage import Parser, UsageError
-from common.oracle.limits import TensorKey
+from common.io.usage import UsageError
 from common.report.machine import this_machine
 from common.report.result import Parity, ResultError, RunResult, Step
 from common.runtime.faults import Fault, FaultError
@@ -54,7 +54,7 @@ from common.schedule.generators import make_schedule
 from common.schedule.simulate import simulate
 from common.schedule.timetable import Timetable, read_table
 from common.schedule.validate import validate
-from common.spec.parameters import initial_weights
+from common.spec.parameters import TensorKey, initial_weights
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 from common.spec.tokenizer import TokenizerError, read_tokenizer
 

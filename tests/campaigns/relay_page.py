@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict
 from common.checkpoint import Arrays
 from common.io.edges import OsText
 from common.io.figure import log_y, new_figure
-from common.oracle.limits import LIMITS, TensorKey, difference
+from common.oracle.limits import LIMITS, difference
 from common.report.machine import Machine
 from common.report.plots import DPI, FRAMEWORK_COLORS, ORACLE_COLOR
-from common.spec.parameters import unit_of
+from common.spec.parameters import TensorKey, unit_of
 from common.spec.run import RunConfig
 
 

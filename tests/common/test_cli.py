@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from common.cli import main
-from common.cli.config import Bench, add_options, read_bench
+from common.cli.config import add_options, read_bench
 from common.cli.options import add_run_options, read_run
+from common.cli.parser import Parser
 from common.harness.bench import describe, run_name
 from common.harness.launch import Implementation
-from common.io.usage import Parser, UsageError
+from common.harness.options import Bench
+from common.io.usage import UsageError
 from common.report.result import RunResult
 from common.runtime import oracle_worker
 from common.schedule.action import format_schedule

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 from common import checkpoint
 from common.checkpoint.foreign.gpt2 import foreign_shapes
 from common.cli import convert, main
+from common.cli.parser import Parser
 from common.harness.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_child
-from common.io.usage import Parser
 from common.runtime.job import Generation, Job
 from common.runtime.oracle_worker import OracleEngine
 from common.spec.parameters import random_arrays

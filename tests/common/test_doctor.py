@@ -10,7 +10,8 @@ import pytest
 from common.cli import doctor
 from common.cli.main import main
 from common.harness.launch import IMPLEMENTATIONS, Implementation
-from common.harness.roofline import Kernel, Measured, kernels, measure
+from common.harness.roofline import Measured, measure
+from common.runtime.roofline import Kernel, kernels
 from common.spec.gpus import Gpu
 from common.spec.run import RunConfig, preset
 

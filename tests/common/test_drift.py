@@ -11,8 +11,9 @@ import pytest
 
 from common.cli import drift as verb
 from common.cli.main import main
-from common.harness.drift import Zoo, config_of
+from common.harness.drift import config_of
 from common.harness.launch import Implementation
+from common.report.zoo import Zoo
 from common.spec.habits import DRIFTS
 from common.spec.run import FRAMEWORKS
 

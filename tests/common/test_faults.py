@@ -16,9 +16,9 @@ import pytest
 
 from common import checkpoint
 from common.cli import main, train
+from common.cli.parser import Parser
 from common.harness import launch
 from common.harness.launch import IMPLEMENTATIONS, Implementation
-from common.io.usage import Parser
 from common.report.result import RunResult
 from common.runtime.faults import Fault, FaultError
 from common.runtime.parent import PARENT

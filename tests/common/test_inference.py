@@ -12,8 +12,8 @@ import pytest
 
 from common import checkpoint
 from common.cli import inference, main
+from common.cli.parser import Parser
 from common.harness.launch import Implementation
-from common.io.usage import Parser
 from common.runtime.inference import next_logits, padded_length, pick, uniform
 from common.runtime.job import Generation
 from common.runtime.oracle_worker import OracleEngine

@@ -15,10 +15,17 @@ import psutil
 import pytest
 
 from common.harness import launch
-from common.harness.launch import ORACLE_MODULE, Implementation, Interrupted, Outcome, run_jobs_in_child, why_missing
+from common.harness.launch import (
+    ORACLE_MODULE,
+    Implementation,
+    Interrupted,
+    run_jobs_in_child,
+    why_missing,
+)
 from common.runtime import cpus
 from common.runtime.job import Job, JobFile
 from common.runtime.oracle_worker import memory_bytes
+from common.runtime.outcome import Outcome
 from common.schedule import generators
 from common.schedule.generators import make_schedule
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec, preset

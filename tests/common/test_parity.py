@@ -6,7 +6,14 @@ import math
 
 import numpy as np
 
-from common.oracle.limits import BFLOAT16_FACTOR, LIMITS, LOSS_ERROR_FLOOR, TensorKey, compare, relative_margins
+from common.oracle.limits import (
+    BFLOAT16_FACTOR,
+    LIMITS,
+    LOSS_ERROR_FLOOR,
+    compare,
+    relative_margins,
+)
+from common.spec.parameters import TensorKey
 
 KEYS = [TensorKey(0, "forward", 0, i, f"block.{i}", "output") for i in range(3)]
 

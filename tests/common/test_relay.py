@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from common.cli import main
+from common.cli.parser import Parser
 from common.harness.launch import IMPLEMENTATIONS, Implementation
-from common.io.usage import Parser
 from common.spec.run import FRAMEWORKS
 from tests.campaigns import relay
 

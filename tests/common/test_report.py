@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from common.harness.launch import Outcome
-from common.oracle.limits import TensorKey
 from common.report.compare import compare_runs, oracle_config, rounded_oracle_config
 from common.report.machine import this_machine
 from common.report.result import SCHEMA_VERSION, Parity, ResultError, RunResult, Step, measured
 from common.report.tables import csv_table, make_rows, markdown_table, print_table
 from common.runtime.job import EventRecord, Part, StepRecord
-from common.spec.parameters import parameter_shapes, random_arrays, unit_of
+from common.runtime.outcome import Outcome
+from common.spec.parameters import TensorKey, parameter_shapes, random_arrays, unit_of
 from common.spec.run import RunConfig, TrainSpec, preset
 
 CONFIG = preset("tiny")  # 8 sequences of 16 tokens in a step

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from common.cli import main
-from common.harness.launch import Outcome
 from common.oracle.limits import LIMITS
 from common.report.collect import collect
 from common.report.compare import oracle_config
@@ -23,6 +22,7 @@ from common.report.publish import publish
 from common.report.result import IS_ORACLE, Parity, RunResult, measured
 from common.report.statistics import TOO_FEW
 from common.runtime.job import EventRecord, Part, StepRecord
+from common.runtime.outcome import Outcome
 from common.schedule.generators import make_schedule
 from common.schedule.simulate import Costs, Simulation, simulate
 from common.spec.run import Framework, RunConfig, preset

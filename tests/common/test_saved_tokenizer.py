@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from common import checkpoint
 from common.checkpoint.foreign.gpt2 import foreign_shapes
 from common.cli import convert, inference, main, numerics, train
+from common.cli.parser import Parser
 from common.harness.launch import ORACLE_MODULE, Implementation, run_jobs_in_child
-from common.io.usage import Parser
 from common.report.result import RunResult
 from common.runtime.job import Job
 from common.runtime.oracle_worker import OracleEngine

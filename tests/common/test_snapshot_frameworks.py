@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from common import checkpoint
-from common.harness.launch import IMPLEMENTATIONS, Outcome, run_jobs_in_child
+from common.harness.launch import IMPLEMENTATIONS, run_jobs_in_child
 from common.runtime.inference import Evaluated, Generated, evaluate, generate
 from common.runtime.job import Generation, Job, Saving
 from common.runtime.oracle_worker import OracleEngine
+from common.runtime.outcome import Outcome
 from common.spec.data import load_corpus
 from common.spec.parameters import initial_weights, random_arrays
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec

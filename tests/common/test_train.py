@@ -14,9 +14,9 @@ import pytest
 
 from common import checkpoint
 from common.cli import main, train
+from common.cli.parser import Parser
 from common.harness import launch
 from common.harness.launch import Implementation
-from common.io.usage import Parser
 from common.report.result import RunResult
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec
 from tests.waiting import LONG_SECONDS, time_jumps, wait_until

@@ -1,0 +1,129 @@
+"""How fast a framework runs the kernels of a run, on one thread: what no pipeline can make up for.
+
+A worker process a framework (`python -m torch_impl.roofline CONFIG`) answers each line that it reads with one round: the
+seconds of every kernel. `common.harness.roofline` lets them take turns. This module by itself measures the machine, with NumPy.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from common.runtime.parent import end_with_parent
+from common.spec.run import RunConfig
+
+COPIES = 8
+"""Inputs that one call takes one after another, so that what a call itself costs counts little."""
+
+
+ROUND_SECONDS = 0.02
+"""CPU time for which a round measures each kernel, at least."""
+
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+Operations = Mapping[str, Callable[[], object]]
+"""By the names of `kernels`: a call that has done its work `COPIES` times when it returns."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row: what is computed once, and how much work that is."""
+
+    name: str
+    work: float
+    """Floating-point operations, or bytes that must at least be read and written."""
+    unit: Literal["GFLOP/s", "GB/s"]
+    calls: int
+    """In the forward and backward of one micro-batch."""
+
+
+def kernels(config: RunConfig) -> list[Kernel]:
+    """Those of one micro-batch. A product (n, a) x (a, b) has 2 n a b operations, and so has each of its gradients."""
+    model, train = config.model, config.train
+    sequences, layers = train.micro_batch_size, model.num_layers
+    n, d, f = sequences * model.context_length, model.d_model, model.d_ff
+    products = {
+        "query, key, value, output": (2 * n * d * d, 4 * layers),
+        "feed-forward up": (2 * n * d * f, layers),
+        "feed-forward down": (2 * n * f * d, layers),
+        "head": (2 * n * d * model.vocab_size, 1),
+    }
+    found = [
+        Kernel(name + part, work, "GFLOP/s", calls)
+        for name, (work, calls) in products.items()
+        for part in ("", ", input gradient", ", weight gradient")
+    ]
+    attention = 2 * n * model.context_length * d
+    found += [Kernel(f"attention {name}", attention, "GFLOP/s", 3 * layers) for name in ("scores", "mix")]
+    scores = sequences * model.num_heads * model.context_length**2
+    passes = {  # with the gradient, each reads x and dy and writes y and dx
+        "softmax and gradient": (scores, layers),
+        f"{model.activation} and gradient": (n * f, layers),
+        "layer norm and gradient": (n * d, 2 * layers + 1),
+        "loss and gradient": (n * model.vocab_size, 1),
+    }
+    size = BYTES[train.dtype]
+    return found + [Kernel(name, 4 * count * size, "GB/s", calls) for name, (count, calls) in passes.items()]
+
+
+PEAKS = (Kernel("product of 1,024 x 1,024", 2 * 1024**3, "GFLOP/s", 0), Kernel("copy of 64 MiB", 2**27, "GB/s", 0))
+"""What the machine itself is measured by."""
+
+
+def answer(
+    arguments: Sequence[str],
+    prepare: Callable[[RunConfig], tuple[Operations, Mapping[str, Any]]],
+) -> int:
+    """The child's life: prepares operations and environment, says the latter, then measures a round for every line."""
+    end_with_parent()
+    try:
+        operations, environment = prepare(RunConfig.model_validate_json(arguments[0]))
+    except (ImportError, ValueError) as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        return 0
+    for operation in operations.values():
+        operation()  # traces, and fills caches
+    print(json.dumps({"environment": environment}, default=str), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps({name: seconds_of(operation) for name, operation in operations.items()}), flush=True)
+    return 0
+
+
+def seconds_of(operation: Callable[[], object]) -> float:
+    """CPU time of one of the `COPIES`, which other processes disturb less: the median over three calls at least."""
+    taken: list[float] = []
+    begun = time.process_time()
+    while len(taken) < 3 or time.process_time() - begun < ROUND_SECONDS:
+        start = time.process_time()
+        operation()
+        taken.append(time.process_time() - start)
+    return statistics.median(taken) / COPIES
+
+
+def _machine(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
+    import numpy as np
+
+    kind = "float64" if config.train.dtype == "float64" else "float32"
+    a = np.ones((1024, 1024), kind)
+    source, target = np.ones(2**23), np.ones(2**23)
+
+    def product() -> None:
+        for _ in range(COPIES):
+            a @ a
+
+    def copy() -> None:
+        for _ in range(COPIES):
+            np.copyto(target, source)
+
+    return {PEAKS[0].name: product, PEAKS[1].name: copy}, {"framework": "NumPy", "version": np.__version__}
+
+
+if __name__ == "__main__":
+    sys.exit(answer(sys.argv[1:], _machine))
