@@ -40,7 +40,7 @@ drift: install
 	$(BIN)/triptych drift --out docs $(ARGS)
 
 margins: install
-	$(BIN)/triptych margins --out docs/margins.md $(ARGS)
+	$(BIN)/python -m tests.campaigns margins --out docs/margins.md $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

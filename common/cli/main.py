@@ -1,6 +1,6 @@
-"""The console script `triptych`, with one verb per task. `bench_all.py` is its verb `bench`.
+"""The console script `triptych`, with one subcommand per task. `bench_all.py` is its subcommand `bench`.
 
-A verb's module is imported when the verb is named: nobody waits for what another verb needs.
+A subcommand's module is imported when it is named: nobody waits for what another one needs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
-VERBS = {
+SUBCOMMANDS = {
     "bench": ("bench", "train and compare the frameworks"),
     "train": ("train", "train with one framework, with snapshots"),
     "evaluate": ("inference", "loss and perplexity of a snapshot over the held-out text"),
@@ -43,28 +43,35 @@ VERBS = {
     ),
     "doctor": ("doctor", "measure each framework's kernels, to see whether a framework is slow or its pipeline"),
 }
-"""The module in `common.cli` that registers each verb, and the verb in a few words."""
+"""The module in `common.cli` that registers each subcommand, and what it does in a few words."""
 
-LONG_VERBS = ("bench", "train", "relay", "drift", "margins")
+LONG = ("bench", "train", "drift", "relay", "margins")
 """They have work to lose: where nobody reads what they print, they say so and go on."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`triptych VERB ...`. Returns the exit status."""
+def main(
+    argv: Sequence[str] | None = None,
+    subcommands: Mapping[str, tuple[str, str]] = SUBCOMMANDS,
+    package: str = "common.cli",
+    prog: str = "triptych",
+) -> int:
+    """Run `PROG SUBCOMMAND ...` and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(
-        prog="triptych",
+        prog=prog,
         description="One Transformer, one partition plan and one pipeline schedule in three frameworks.",
-        usage="%(prog)s VERB [options]",
+        usage="%(prog)s SUBCOMMAND [options]",
     )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser, prog="triptych")
-    verb = next((word for word in argv if not word.startswith("-")), "")
-    if verb in VERBS:
-        importlib.import_module(f"common.cli.{VERBS[verb][0]}").register(verbs)
+    known = parser.add_subparsers(
+        title="subcommands", metavar="SUBCOMMAND", required=True, parser_class=Parser, prog=prog
+    )
+    named = next((word for word in argv if not word.startswith("-")), "")
+    if named in subcommands:
+        importlib.import_module(f"{package}.{subcommands[named][0]}").register(known)
     else:
-        for name, (_, text) in VERBS.items():
-            verbs.add_parser(name, help=text)
-    return _run(parser, argv, verb in LONG_VERBS)
+        for name, (_, text) in subcommands.items():
+            known.add_parser(name, help=text)
+    return _run(parser, argv, named in LONG)
 
 
 def bench_main(argv: Sequence[str] | None = None, implementations: Mapping[str, Implementation] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The verb margins: how much of every limit of the parity ladder is used."""
+"""How much of every limit of the parity ladder is used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXIT_OK, EXIT_SHORT = 0, 1
 
 
 def register(verbs: Any) -> None:
-    """Adds the verb to argparse's subparsers."""
+    """Add the campaign to argparse's subparsers."""
     parser = verbs.add_parser(
         "margins",
         description="Every check of the parity ladder over many seeds and models, in every framework and precision. "

@@ -17,7 +17,7 @@ INTRODUCTION = """\
 
 How much of each limit in [numerics.md](numerics.md) is used: the observed value over its limit, per check of the parity
 ladder. Every repeat has other weights, data and dropout masks, and the next model of head, norm, activation and dropout;
-2 stages, 4 micro-batches, 4 blocks, 100 steps. `make margins` (`triptych margins --out docs/margins.md`) makes this page.
+2 stages, 4 micro-batches, 4 blocks, 100 steps. `make margins` (`python -m tests.campaigns margins --out docs/margins.md`) makes this page.
 """
 UNDETERMINED = (
     "The loss curve and the trained parameters leave out {} in float32: a hidden value stands so close to the kink of a "

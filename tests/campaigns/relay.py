@@ -1,4 +1,4 @@
-"""The verb relay: training that changes framework, number of stages and schedule on the way, against the oracle."""
+"""The campaign relay: training that changes framework, number of stages and schedule on the way, against the oracle."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _Plan:
 
 
 def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
-    """Adds the verb to argparse's subparsers."""
+    """Add the campaign to argparse's subparsers."""
     parser = verbs.add_parser(
         "relay",
         description=DESCRIPTION,

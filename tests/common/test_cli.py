@@ -303,11 +303,10 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
         ("train --fault kill@step=9 --steps 2", "there is no step 9; expected 0 to 1"),
         ("report results/example --sweep", "--sweep: no two ranked rows differ"),
         ("report results/example --out /dev/null", "--out /dev/null: File exists; expected a folder"),
-        ("frobnicate", "unknown subcommand 'frobnicate'; expected one of bench, train, relay"),
+        ("frobnicate", "unknown subcommand 'frobnicate'; expected one of bench, train, evaluate"),
         ("export x --to kears --out y", "--to: 'kears': unknown; right would be keras"),
         ("simulate --schedule 1f1 --stages 2 --micro-batches 2", "did you mean 1f1b?"),
         ("drift --rows tanh-glu", "--rows = 'tanh-glu': unknown; right would be tanh-gelu"),
-        ("relay --legs torhc:p=2:1f1b:9", "--legs: 'torhc': unknown; right would be torch"),
         (
             "train --executor native --fault kill",
             "executor = native does not tell its actions; expected executor = table",
@@ -316,7 +315,6 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
             "train --threads 5000",
             "--threads = '5000': right would be a whole number, at least 1 and at most 1024 or none",
         ),
-        ("relay --dropout native", "native dropout: every framework draws masks of its own"),
         ("dump --executor native --out x", "executor = native: runs no unit by itself; expected executor = table"),
     ],
 )
@@ -329,7 +327,7 @@ def test_every_verb_names_what_is_wrong(line: str, message: str, capsys: pytest.
 HEAVY = ("jinja2", "matplotlib", "pandas", "scipy", "tokenizers")
 
 
-@pytest.mark.parametrize("verb", ["", *{module: verb for verb, (module, _) in main.VERBS.items()}.values()])
+@pytest.mark.parametrize("verb", ["", *{module: verb for verb, (module, _) in main.SUBCOMMANDS.items()}.values()])
 def test_help_imports_nothing_that_it_does_not_need(verb: str) -> None:
     code = "import sys; from common.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules, file=sys.stderr)"
     command = [sys.executable, "-c", code, *verb.split(), "--help"]

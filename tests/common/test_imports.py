@@ -10,6 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORK_OF = {"torch_impl": {"torch"}, "tf_impl": {"tensorflow", "keras"}, "paddle_impl": {"paddle"}}
+ALONE = ("children", "campaigns")
+"""Folders whose files run in processes of their own."""
+
 FRAMEWORKS = set().union(*FRAMEWORK_OF.values())
 
 
@@ -38,31 +41,25 @@ def test_who_may_import_a_framework_or_an_implementation(room: str) -> None:
         assert found & set(FRAMEWORK_OF) <= {room}, path
 
 
-def test_imports_point_one_way_inside_common() -> None:
-    below = {
-        "bounded": set(),
-        "edges": set(),
-        "figure": set(),
-        "schedule": {"schedule", "bounded", "edges", "figure"},
-        "spec": {"rounding", "schedule", "edges"},
-        "weights": {"spec"},
-        "partition": {"spec", "weights", "schedule"},
-        "text": set(),
-        "tokenizer": {"bounded"},
-        "data": {"spec", "text", "tokenizer"},
-        "parity": set(),
-        "dropout": set(),
-        "reference": {"spec", "weights", "data", "parity", "dropout"},
-        "snapshot": {"snapshot", "spec", "weights", "edges"},
-        "exchange": {"exchange", "snapshot", "spec", "weights", "edges", "rounding", "streams"},
-    }
-    for room, allowed in below.items():
-        path = ROOT / "common" / room
-        for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+ROOMS = ("io", "schedule", "spec", "oracle", "checkpoint", "runtime", "report", "harness", "cli")
+"""From the bottom to the top: a room imports itself and the rooms before it."""
+
+
+def test_no_room_of_common_imports_a_room_above_it() -> None:
+    rooms = {path.name for path in (ROOT / "common").iterdir() if (path / "__init__.py").exists()}
+    assert rooms == set(ROOMS) and [path.name for path in (ROOT / "common").glob("*.py")] == ["__init__.py"]
+    for height, room in enumerate(ROOMS):
+        for file in (ROOT / "common" / room).rglob("*.py"):
             used = {name.split(".")[1] for name in imported(file) if name.startswith("common.")}
-            assert used <= allowed, f"{file} imports {used - allowed}"
-    for file in (ROOT / "common" / "runtime").rglob("*.py"):
-        assert not any(name.startswith(("common.report", "common.cli")) for name in imported(file)), file
+            assert used <= set(ROOMS[: height + 1]), f"{file} imports {used - set(ROOMS[: height + 1])}"
+
+
+def test_only_the_command_line_knows_argparse_and_only_the_harness_starts_workers() -> None:
+    for file in (ROOT / "common").rglob("*.py"):
+        room = file.relative_to(ROOT / "common").parts[0]
+        assert room == "cli" or "argparse" not in imported(file), file
+        starts = {"subprocess.Popen", "subprocess"} & imported(file) and "Popen" in file.read_text()
+        assert room == "harness" or not starts, file
 
 
 def test_cpus_are_counted_in_one_place() -> None:
@@ -78,5 +75,5 @@ def test_only_tests_in_a_process_of_their_own_import_a_framework() -> None:
         folder = path.relative_to(ROOT / "tests").parts[0]
         own = home.get(folder, "")
         found = top(imported(path))
-        assert found & FRAMEWORKS <= FRAMEWORK_OF.get(own, {"torch"} if folder == "children" else set()), path
-        assert found & set(FRAMEWORK_OF) <= {own} or folder == "children", path
+        assert found & FRAMEWORKS <= FRAMEWORK_OF.get(own, {"torch"} if folder in ALONE else set()), path
+        assert found & set(FRAMEWORK_OF) <= {own} or folder in ALONE, path

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from common.cli.main import main
 from common.harness.launch import Implementation
 from tests.campaigns import margins_command as verb
+from tests.campaigns.__main__ import main
 from tests.campaigns.margins import Margin, config_of
 from tests.campaigns.margins_page import explanation_in, verdict
 
@@ -24,7 +24,7 @@ def test_the_page_is_made_and_keeps_what_is_written_by_hand(tmp_path: Path, monk
     out.write_text("# Old\n<!-- by hand -->\nWhy float32 has less.\n<!-- end -->\n| old |\n")
     options = ["--repeats", "1", "--frameworks", "torch,paddle", "--dtypes", "float64,bfloat16", "--out", str(out)]
     arguments = parser.parse_args(["margins", *options])
-    arguments.command = "triptych margins"
+    arguments.command = "python -m tests.campaigns margins"
     fakes = {name: Implementation("fakes.drifting", "numpy", "") for name in ("torch", "paddle")}
     assert verb.run(arguments, fakes) == 0
     page = out.read_text()
