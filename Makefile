@@ -3,6 +3,7 @@
 # make test      lint, types, tests; make test ARGS="-k parity" passes options to pytest
 # make drift     the drift zoo in all frameworks, a quarter of an hour; makes docs/drift.md
 # make margins   how much of every parity limit is used, a quarter of an hour; makes docs/margins.md
+# make docs      the documentation as a site in site/, which opens without a network
 # make clean     removes the environment and all caches; results stay
 
 # Where the package index has PyTorch with CUDA only (Linux on PyPI), this takes the CPU build instead:
@@ -14,7 +15,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install bench test drift margins clean
+.PHONY: install bench test docs drift margins clean
 
 install: $(INSTALLED)
 
@@ -36,6 +37,9 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
+docs: install
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 drift: install
 	$(BIN)/triptych drift --out docs $(ARGS)
 
@@ -43,5 +47,5 @@ margins: install
 	$(BIN)/python -m tests.campaigns margins --out docs/margins.md $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
