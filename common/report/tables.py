@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -381,6 +383,8 @@ def in_cell(text: str) -> str:
 
 def csv_table(rows: Sequence[Row]) -> str:
     """Every value in full, one line per row."""
-    import pandas as pd  # imported here: it takes a fifth of a second, and only a report needs it
-
-    return str(pd.DataFrame([asdict(row) for row in rows]).to_csv(index=False))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()

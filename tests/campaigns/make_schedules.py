@@ -8,6 +8,7 @@ Tables stand between `<!-- made: NAME -->` and `<!-- end -->`; pictures are file
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import sys
@@ -18,7 +19,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import pandas
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -197,20 +197,21 @@ def frameworks() -> None:
         fill_frameworks(next(Path(folder).glob("*/table.csv")))
 
 
-def fill_frameworks(csv: Path) -> None:
+def fill_frameworks(path: Path) -> None:
     """The step times of a benchmark's table.csv, as ratios to each framework's 1f1b."""
-    table = pandas.read_csv(csv)
-    steps = table.pivot(index="schedule", columns="framework", values="step_ms_median")
-    gaps = table.pivot(index="schedule", columns="framework", values="simulated_step_difference")
-    names = list(dict.fromkeys(table["framework"]))
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = {(row["framework"], row["schedule"]): float(row["step_ms_median"]) for row in rows}
+    gaps = {(row["framework"], row["schedule"]): float(row["simulated_step_difference"]) for row in rows}
+    names = list(dict.fromkeys(row["framework"] for row in rows))
     lines = [
         f"| schedule | {' | '.join(names)} | {' | '.join(f'{name}, simulated' for name in names)} |",
         f"| --- |{' ---: |' * 2 * len(names)}",
     ]
     for schedule in DRAWN:
-        ratios = [f"{steps[name][schedule] / steps[name]['1f1b']:.2f}" for name in names]
+        ratios = [f"{steps[name, schedule] / steps[name, '1f1b']:.2f}" for name in names]
         lines.append(
-            f"| {schedule} | {' | '.join(ratios)} | {' | '.join(f'{gaps[n][schedule]:+.1%}' for n in names)} |"
+            f"| {schedule} | {' | '.join(ratios)} | {' | '.join(f'{gaps[n, schedule]:+.1%}' for n in names)} |"
         )
     fill("frameworks", "\n".join(lines))
 

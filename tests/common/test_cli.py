@@ -324,7 +324,7 @@ def test_every_verb_names_what_is_wrong(line: str, message: str, capsys: pytest.
     assert message in said and said.count("\n") == 1
 
 
-HEAVY = ("jinja2", "matplotlib", "pandas", "scipy", "tokenizers")
+HEAVY = ("jinja2", "matplotlib", "scipy", "tokenizers")
 
 
 @pytest.mark.parametrize("verb", ["", *{module: verb for verb, (module, _) in main.SUBCOMMANDS.items()}.values()])
