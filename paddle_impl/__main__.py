@@ -21,11 +21,11 @@ def main(arguments: list[str]) -> int:
         jobs = JobFile.read(arguments[0]).jobs
         first = jobs[0].config
         if any((job.config.stages, job.config.device) != (first.stages, first.device) for job in jobs):
-            raise ValueError("the jobs of one file share stages and device; right would be one file for each")
+            raise ValueError("the jobs of one file share stages and device; expected one file for each")
         configure(first.stages, first.threads, first.device)
         import paddle_impl.engine  # noqa: F401  after `configure`, since it imports Paddle; the ranks inherit it
     except ImportError as error:
-        return _refuse(f"PaddlePaddle cannot be imported ({error}); right would be: pip install 'triptych[cpu]'")
+        return _refuse(f"PaddlePaddle cannot be imported ({error}); expected: pip install 'triptych[cpu]'")
     except ValueError as error:
         return _refuse(str(error))
     return run_on_ranks(jobs)

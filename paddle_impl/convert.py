@@ -127,7 +127,7 @@ class _ArraysOnly(pickle.Unpickler):
                 return tuple
             case ("_codecs", "encode"):  # how pickle protocol 2 writes bytes
                 return _latin1
-        raise ExchangeError(f"the file asks for {module}.{name}; right would be a state dict of arrays")
+        raise ExchangeError(f"the file asks for {module}.{name}; expected a state dict of arrays")
 
 
 def _empty_array(kind: Any, shape: Any, code: Any) -> NDArray[Any]:
@@ -139,7 +139,7 @@ def _number_dtype(code: Any, *rest: Any) -> np.dtype[Any]:
     """Numbers (an optimizer's counters are whole ones), never objects."""
     dtype = np.dtype(str(code))
     if dtype.kind not in "fiub":
-        raise ExchangeError(f"an array of dtype {dtype}; right would be float32 or float64")
+        raise ExchangeError(f"an array of dtype {dtype}; expected float32 or float64")
     return dtype
 
 

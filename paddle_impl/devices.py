@@ -48,11 +48,11 @@ def stage_devices(stages: int, device: str) -> list[str]:
 
     count = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
     if device == "cuda" and not count:
-        raise ValueError("device = cuda, but this Paddle sees no CUDA device; right would be cpu or auto")
+        raise ValueError("device = cuda, but this Paddle sees no CUDA device; expected cpu or auto")
     if device == "cpu" or not count:
         return ["cpu"] * stages
     if count < stages:
-        raise ValueError(f"stages = {stages}, but Paddle sees {count} GPUs and needs one a stage; right would be cpu")
+        raise ValueError(f"stages = {stages}, but Paddle sees {count} GPUs and needs one a stage; expected cpu")
     return [f"gpu:{i}" for i in range(stages)]
 
 
@@ -119,7 +119,7 @@ def check_dtype(dtype: str) -> None:
     missing = [name for name, operation in operations.items() if not _runs(operation)]
     why = f"has no kernel for {', '.join(missing)}" if missing else "has not run this model in it"
     where = f"Paddle {paddle.__version__} on {paddle.device.get_device()}"
-    raise ValueError(f"dtype = bfloat16: {where} {why}; right would be float32 or float64")
+    raise ValueError(f"dtype = bfloat16: {where} {why}; expected float32 or float64")
 
 
 def _runs(operation: Callable[[], Any]) -> bool:

@@ -39,7 +39,7 @@ Habit = Callable[[RunConfig], list[Patch]]
 def switch(config: RunConfig) -> Iterator[None]:
     """The habit that `config.drift` names, for as long as the context lives. Raises ValueError for one not known here."""
     if config.drift is not None and config.drift not in HABITS:
-        raise ValueError(f"drift = {config.drift}; right for paddle would be one of {', '.join(HABITS)}")
+        raise ValueError(f"drift = {config.drift}; expected for paddle: one of {', '.join(HABITS)}")
     if config.drift is not None and config.executor == "plain":
         raise ValueError(f"drift = {config.drift}; right for executor = plain would be none")
     with ExitStack() as patches:

@@ -39,9 +39,9 @@ from paddle_impl.weights import (
 def build_engine(config: RunConfig) -> Engine:
     """The engine of `config`, after `devices.join_pipeline`. Raises ScheduleError or ValueError."""
     if config.executor == "plain":
-        from paddle_impl.peer import build_peer
+        from paddle_impl.baseline import build_baseline
 
-        return build_peer(config)
+        return build_baseline(config)
     return PaddleEngine(config)
 
 

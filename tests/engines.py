@@ -239,7 +239,7 @@ def habits_here(
     base = drift.base_config(20)
     one_block = base.model_copy(update={"model": base.model.model_copy(update={"num_layers": 1})})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drift, "run_jobs_in_child", run_here)
+        patch.setattr(drift, "run_jobs_in_worker", run_here)
         patch.setattr(drift, "base_config", lambda steps: one_block)
         rows = drift.run_zoo(folder, [framework], names, [20], seeds=1, timeout_seconds=np.inf)[0]
     return {row.name: row.verdict if row.verdict in drift.GOOD else str(row) for row in rows}

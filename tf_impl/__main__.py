@@ -18,15 +18,15 @@ def main(arguments: list[str]) -> int:
         jobs = JobFile.read(arguments[0])
         largest = max((job.config for job in jobs.jobs), key=lambda config: config.stages)
         if len({job.config.track for job in jobs.jobs}) > 1:
-            raise ValueError("the jobs of one file share track; right would be one file for each")
+            raise ValueError("the jobs of one file share track; expected one file for each")
         if len({job.config.drift == "onednn" for job in jobs.jobs}) > 1:
-            raise ValueError("drift = onednn is for a whole process; right would be a file of jobs that all have it")
+            raise ValueError("drift = onednn is for a whole process; expected a file of jobs that all have it")
         onednn = largest.drift == "onednn"
         configure(largest.stages, largest.threads, largest.device, largest.track, onednn)
         from tf_impl.drift import switch  # after `configure`, since both import TensorFlow
         from tf_impl.engine import build_engine
     except ImportError as error:
-        return _refuse(f"TensorFlow cannot be imported ({error}); right would be: pip install 'triptych[cpu]'")
+        return _refuse(f"TensorFlow cannot be imported ({error}); expected: pip install 'triptych[cpu]'")
     except ValueError as error:
         return _refuse(str(error))
     return run_jobs(jobs, build_engine, switch=switch)

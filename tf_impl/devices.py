@@ -57,7 +57,7 @@ def kind(device: str) -> str:
         raise ValueError(f"device = {device!r}; expected auto, cpu or cuda")
     has_gpu = bool(tf.config.list_physical_devices("GPU"))
     if device == "cuda" and not has_gpu:
-        raise ValueError("device = 'cuda', but TensorFlow sees no GPU; right would be 'cpu' or 'auto'")
+        raise ValueError("device = 'cuda', but TensorFlow sees no GPU; expected 'cpu' or 'auto'")
     return "GPU" if has_gpu and device != "cpu" else "CPU"
 
 
@@ -71,7 +71,7 @@ def stage_devices(stages: int, device: str = "auto") -> list[str]:
     found = [logical.name for logical in tf.config.list_logical_devices(kind(device))]
     if kind(device) == "CPU" and len(found) < stages:
         raise ValueError(
-            f"{stages} stages need {stages} logical devices, TensorFlow has {len(found)}; right would be "
+            f"{stages} stages need {stages} logical devices, TensorFlow has {len(found)}; expected "
             f"tf_impl.devices.configure(stages={stages}) before the first TensorFlow operation"
         )
     return [found[s % len(found)] for s in range(stages)]

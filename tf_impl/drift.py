@@ -38,9 +38,9 @@ patch = mock.patch.object
 def switch(config: RunConfig) -> Iterator[None]:
     """The habit that `config.drift` names, for as long as the context lives. Raises ValueError for one not known here."""
     if config.drift is not None and config.drift not in HABITS:
-        raise ValueError(f"drift = {config.drift}; right for tensorflow would be one of {', '.join(HABITS)}")
+        raise ValueError(f"drift = {config.drift}; expected for tensorflow: one of {', '.join(HABITS)}")
     if config.drift is not None and config.executor != "table":
-        raise ValueError(f"drift = {config.drift}; executor = {config.executor} has none, right would be table")
+        raise ValueError(f"drift = {config.drift}; executor = {config.executor} has none, expected table")
     with ExitStack() as stack:
         for context in HABITS[config.drift](config) if config.drift else ():
             stack.enter_context(context)
@@ -68,7 +68,7 @@ def layer_norm_epsilon(config: RunConfig) -> list[AbstractContextManager[Any]]:
 def onednn(config: RunConfig) -> list[AbstractContextManager[Any]]:
     """TensorFlow reads this once, when it is imported: `configure` has set it."""
     if os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "1":
-        raise ValueError("drift = onednn; right would be configure(onednn=True) before TensorFlow is imported")
+        raise ValueError("drift = onednn; expected configure(onednn=True) before TensorFlow is imported")
     return []
 
 

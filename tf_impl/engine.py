@@ -36,9 +36,9 @@ from tf_impl.weights import (
 def build_engine(config: RunConfig) -> Engine:
     """The engine of `config`. Raises ScheduleError or ValueError for a run that cannot be."""
     if config.executor != "table":
-        from tf_impl.peer import build_peer
+        from tf_impl.baseline import build_baseline
 
-        return build_peer(config)
+        return build_baseline(config)
     return TensorFlowEngine(config)
 
 

@@ -104,7 +104,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
             made = schedule
         self.schedule = made
         if not is_known(str(recompute)):
-            raise ValueError(f"recompute {recompute!r}; right would be one of {WORDS}")
+            raise ValueError(f"recompute {recompute!r}; expected one of {WORDS}")
         self.recompute = recompute
         edges = cut_row(self.spec, len(self.units), num_stages, made.num_chunks, partition)
         names = devices.stage_devices(num_stages, device)
@@ -255,7 +255,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         fewer samples than micro-batches, RuntimeError before `compile`, and a failed stage's StageFailure.
         """
         if not self.compiled:
-            raise RuntimeError("the model has no optimizer and no loss yet; right would be compile(optimizer, loss)")
+            raise RuntimeError("the model has no optimizer and no loss yet; expected compile(optimizer, loss)")
         x, y, sample_weight = unpacked((x, y, sample_weight))
         m = self.schedule.num_micro_batches
         if len(x) < m:

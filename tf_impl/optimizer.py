@@ -101,11 +101,11 @@ def make_optimizer(train: TrainSpec, not_decayed: Sequence[keras.Variable]) -> k
 def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
     """Raises ValueError for what a pipeline does in another way or not at all."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor:
-        raise ValueError("loss scaling is not supported; right would be bfloat16, which needs none")
+        raise ValueError("loss scaling is not supported; expected bfloat16, which needs none")
     if optimizer.gradient_accumulation_steps:
-        raise ValueError("gradient_accumulation_steps is not supported; right would be more micro-batches")
+        raise ValueError("gradient_accumulation_steps is not supported; use more micro-batches")
     if optimizer.use_ema:
-        raise ValueError("use_ema is not supported; right would be use_ema=False")
+        raise ValueError("use_ema is not supported; expected use_ema=False")
 
 
 def moments_of(

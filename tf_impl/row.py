@@ -43,7 +43,7 @@ def row_of(given: Sequence[Any]) -> Row:
                 "expected a new layer"
             )
         if any(layer is other for other in layers[:i]):
-            raise ValueError(f"layer {i} ({layer.name}) comes twice; right would be two layers")
+            raise ValueError(f"layer {i} ({layer.name}) comes twice; expected two layers")
         if any(getattr(inner, "stateful", False) for inner in layer._flatten_layers()):
             raise ValueError(
                 f"layer {i} ({layer.name}) is stateful, so a micro-batch would begin where other samples ended; expected "
@@ -67,10 +67,10 @@ def cut_row(
     """The first layer of every virtual stage, and the number of layers. Raises ValueError."""
     parts = stages * chunks
     if parts > num_layers:
-        raise ValueError(f"{parts} virtual stages for {num_layers} layers; right would be at most {num_layers}")
+        raise ValueError(f"{parts} virtual stages for {num_layers} layers; expected at most {num_layers}")
     if isinstance(partition, str):
         if partition != "even":
-            raise ValueError(f"partition {partition!r}; right would be 'even' or boundaries such as [2, 5]")
+            raise ValueError(f"partition {partition!r}; expected 'even' or boundaries such as [2, 5]")
         spread = [k * num_layers // parts for k in range(1, parts)]
         inner = even_boundaries(spec.num_layers, stages, chunks) if spec else spread
     else:

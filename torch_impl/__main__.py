@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
         from torch_impl.drift import switch  # after `configure`, since both import PyTorch
         from torch_impl.engine import build_engine
     except ImportError as error:
-        return _refuse(f"PyTorch cannot be imported ({error}); right would be: pip install 'triptych[cpu]'")
+        return _refuse(f"PyTorch cannot be imported ({error}); expected: pip install 'triptych[cpu]'")
     except ValueError as error:
         return _refuse(str(error))
     native = [job for job in jobs.jobs if job.config.executor == "native"]

@@ -79,9 +79,9 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
     check_names(set(state), set(wanted))
     for name, value in state.items():
         if value.shape != wanted[name].shape:
-            raise ExchangeError(f"{name} has shape {list(value.shape)}; right would be {list(wanted[name].shape)}")
+            raise ExchangeError(f"{name} has shape {list(value.shape)}; expected {list(wanted[name].shape)}")
         if not value.is_floating_point():
-            raise ExchangeError(f"{name} has dtype {value.dtype}; right would be float32 or float64")
+            raise ExchangeError(f"{name} has dtype {value.dtype}; expected float32 or float64")
     if spec.tied_head:
         check_tied(state[TOKEN_EMBEDDING].double().numpy(), state[TIED].double().numpy())
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})

@@ -39,7 +39,7 @@ def stage_devices(stages: int, device: str) -> list[torch.device]:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not count:
-        raise ValueError("device = cuda, but this PyTorch sees no CUDA device; right would be cpu or auto")
+        raise ValueError("device = cuda, but this PyTorch sees no CUDA device; expected cpu or auto")
     if device == "cpu" or not count:
         return [torch.device("cpu")] * stages
     used = min(count, stages)

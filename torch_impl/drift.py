@@ -38,9 +38,9 @@ def switch(config: RunConfig) -> Iterator[None]:
     patches: Sequence[Patch] = ()
     if config.drift is not None:
         if config.drift not in HABITS:
-            raise ValueError(f"drift = {config.drift}; right for torch would be one of {', '.join(HABITS)}")
+            raise ValueError(f"drift = {config.drift}; expected for torch: one of {', '.join(HABITS)}")
         if config.executor != "table":
-            raise ValueError(f"drift = {config.drift}; executor = {config.executor} has none, right would be table")
+            raise ValueError(f"drift = {config.drift}; executor = {config.executor} has none, expected table")
         patches = HABITS[config.drift](config)
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
     try:

@@ -44,9 +44,9 @@ POLL_SECONDS = 0.5
 def build_engine(config: RunConfig) -> Engine:
     """The engine of `config`. Raises ScheduleError or ValueError for a run that cannot be."""
     if config.executor != "table":
-        from torch_impl.peer import build_peer  # imports much that a table does not need
+        from torch_impl.baseline import build_baseline  # imports much that a table does not need
 
-        return build_peer(config)
+        return build_baseline(config)
     return TorchEngine(config)
 
 

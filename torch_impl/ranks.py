@@ -1,4 +1,4 @@
-"""One process per stage (`common.runtime.ranks`), as PyTorch joins them. Only its own pipeline (`peer.py`) needs it."""
+"""One process per stage (`common.runtime.ranks`), as PyTorch joins them. Only its own pipeline (`baseline.py`) needs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Snapshots: all that is needed to go on with training, in any framework, on any number of stages.
+"""Checkpoints: all that is needed to go on with training, in any framework, on any number of stages.
 
     step-00000100/
       manifest.json              what it is: specification, position, and of every file and tensor what to expect
@@ -7,28 +7,37 @@
       tokenizer.json             what the tokens mean; not there for bytes
 
 Nothing in it depends on framework, partition, schedule or device. It is written to a temporary folder beside its place,
-every file flushed to the disk, the manifest last, and then renamed: a folder of this name is a whole snapshot.
+every file flushed to the disk, the manifest last, and then renamed: a folder of this name is a whole checkpoint.
 
 What is read may come from anywhere. So names, types, shapes and sizes are checked against the specification before memory
-is taken for any tensor, digests before a tensor is used, and nothing is ever unpickled. Every error is a `SnapshotError`
+is taken for any tensor, digests before a tensor is used, and nothing is ever unpickled. Every error is a `CheckpointError`
 of one line: what is wrong, where, and what would be right.
 """
 
-from common.checkpoint.directory import locked, newest, prune, remove_leftovers, set_aside, snapshots_in
+from common.checkpoint.directory import checkpoints_in, locked, newest, prune, remove_leftovers, set_aside
 from common.checkpoint.header import HeaderEntry, opened, read_header
-from common.checkpoint.manifest import TOKENIZER, Arrays, DataPosition, Manifest, SnapshotError, differences, moments_of
-from common.checkpoint.read import Snapshot, load, read_manifest, read_tokenizer, verify
-from common.checkpoint.write import SnapshotWriter, write_weights
+from common.checkpoint.manifest import (
+    TOKENIZER,
+    Arrays,
+    CheckpointError,
+    DataPosition,
+    Manifest,
+    differences,
+    moments_of,
+)
+from common.checkpoint.read import Checkpoint, load, read_manifest, read_tokenizer, verify
+from common.checkpoint.write import CheckpointWriter, write_weights
 
 __all__ = [
     "TOKENIZER",
     "Arrays",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointWriter",
     "DataPosition",
     "HeaderEntry",
     "Manifest",
-    "Snapshot",
-    "SnapshotError",
-    "SnapshotWriter",
+    "checkpoints_in",
     "differences",
     "load",
     "locked",
@@ -41,7 +50,6 @@ __all__ = [
     "read_tokenizer",
     "remove_leftovers",
     "set_aside",
-    "snapshots_in",
     "verify",
     "write_weights",
 ]

@@ -1,4 +1,4 @@
-"""A run's directory of snapshots: which there are, which is the newest that is whole, and who may write there."""
+"""A run's directory of checkpoints: which there are, which is the newest that is whole, and who may write there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.manifest import MANIFEST, SnapshotError
+from common.checkpoint.manifest import MANIFEST, CheckpointError
 from common.checkpoint.read import verify
 
 FOLDER = re.compile(r"step-([0-9]{8,18})")
@@ -23,8 +23,8 @@ def folder_name(steps_done: int) -> str:
     return f"step-{steps_done:08}"
 
 
-def snapshots_in(directory: Path) -> list[Path]:
-    """The snapshots of a run, the newest last. Links, files and unfinished ones are none."""
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last. Links, files and unfinished ones are none."""
     if not directory.is_dir():
         return []
     found = [
@@ -36,32 +36,32 @@ def snapshots_in(directory: Path) -> list[Path]:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Removes all but the last `keep` snapshots; the newest always stays."""
-    for path in snapshots_in(directory)[: -max(1, keep)]:
+    """Removes all but the last `keep` checkpoints; the newest always stays."""
+    for path in checkpoints_in(directory)[: -max(1, keep)]:
         doomed = directory / f".{path.name}.deleted"
         shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)  # never half a snapshot under a good name
+        path.rename(doomed)  # never half a checkpoint under a good name
         shutil.rmtree(doomed)
 
 
 def newest(directory: Path, report: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The newest snapshot that is whole; every newer one that is not goes to `report` as a line."""
-    for path in reversed(snapshots_in(directory)):
+    """The newest checkpoint that is whole; every newer one that is not goes to `report` as a line."""
+    for path in reversed(checkpoints_in(directory)):
         try:
             verify(path)
             return path
-        except SnapshotError as error:
+        except CheckpointError as error:
             report(str(error))
     return None
 
 
 def set_aside(path: Path) -> Path:
-    """Moves a damaged snapshot out of the way, so that the run can save this step again; deletes nothing."""
+    """Moves a damaged checkpoint out of the way, so that the run can save this step again; deletes nothing."""
     for number in range(1, 10_000):
         place = path.with_name(f"damaged-{path.name}-{number}")
         if not place.exists():
             return path.rename(place)
-    raise SnapshotError(f"{path.parent}: holds 9999 damaged copies of {path.name}")
+    raise CheckpointError(f"{path.parent}: holds 9999 damaged copies of {path.name}")
 
 
 @contextlib.contextmanager
@@ -69,24 +69,22 @@ def locked(directory: Path) -> Iterator[None]:
     """Keeps other runs out of `directory`, and takes away what a run that died has left half-written.
 
     The lock is the kernel's (flock), so it goes with its process, however that ends; `.lock` says for people and other
-    machines who holds it. Raises SnapshotError if another run is in there.
+    machines who holds it. Raises CheckpointError if another run is in there.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise SnapshotError(f"{directory}: {error.strerror}; right would be a folder that can be written") from None
+        raise CheckpointError(f"{directory}: {error.strerror}; expected a folder that can be written") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SnapshotError(
-                f"{directory}: in use by {_owner(file)}; right would be another folder, or to wait"
-            ) from None
+            raise CheckpointError(f"{directory}: in use by {_owner(file)}; use another folder, or wait") from None
         here = os.uname().nodename
         owner = _owner(file)
         if owner and owner["host"] != here:  # not every network's file system carries locks from host to host
-            raise SnapshotError(f"{directory}: in use by {owner}; if that run is over, remove {directory / '.lock'}")
+            raise CheckpointError(f"{directory}: in use by {owner}; if that run is over, remove {directory / '.lock'}")
         _write_owner(
             file, json.dumps({"pid": os.getpid(), "host": here, "since": time.strftime("%FT%TZ", time.gmtime())})
         )

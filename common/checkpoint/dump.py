@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from common.checkpoint import SnapshotError
+from common.checkpoint import CheckpointError
 from common.checkpoint.header import read_header
 from common.io.edges import printable
 from common.spec.parameters import TensorKey
@@ -72,12 +72,12 @@ def read_dump(path: Path) -> Dump:
     try:
         with path.open("rb") as file:
             entries = read_header(file, path)
-    except SnapshotError as error:
+    except CheckpointError as error:
         raise DumpError(str(error)) from None
     for text, entry in entries.items():
         if entry.dtype not in READABLE:
             raise DumpError(
-                f"{path}: {printable(text)} has dtype {entry.dtype}; right would be {', '.join(READABLE.values())}"
+                f"{path}: {printable(text)} has dtype {entry.dtype}; expected {', '.join(READABLE.values())}"
             )
     try:
         with safe_open(path, framework="numpy") as opened:
@@ -87,7 +87,7 @@ def read_dump(path: Path) -> Dump:
         raise DumpError(f"{path}: {error}") from None
     steps = {key.step for key in tensors}
     if len(steps) != 1:
-        raise DumpError(f"{path}: holds tensors of steps {sorted(steps)}; right would be those of one step")
+        raise DumpError(f"{path}: holds tensors of steps {sorted(steps)}; expected those of one step")
     if (version := metadata.get("schema_version", str(SCHEMA_VERSION))) != str(SCHEMA_VERSION):
         raise DumpError(f"{path}: schema_version = {version[:20]!r}; this program reads {SCHEMA_VERSION}")
     name = " ".join(metadata.get("name", path.stem).split())[:60]
@@ -99,7 +99,7 @@ def _key(path: Path, text: str) -> TensorKey:
         return TensorKey.parse(text)
     except ValueError:
         right = TensorKey(0, "forward", 0, 0, "head", "output")
-        raise DumpError(f"{path}: {text[:80]!r} is no tensor key; right would be such as {right}") from None
+        raise DumpError(f"{path}: {text[:80]!r} is no tensor key; expected such as {right}") from None
 
 
 def _config(path: Path, text: str | None) -> RunConfig | None:

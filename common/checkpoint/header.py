@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from common.checkpoint.manifest import MAX_HEADER_BYTES, SnapshotError, one_line
+from common.checkpoint.manifest import MAX_HEADER_BYTES, CheckpointError, one_line
 from common.io.edges import printable
 
 DIGEST_CHUNK_BYTES = 2**20
@@ -44,32 +44,32 @@ ITEM_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "
 
 
 def read_header(file: Any, path: Path) -> dict[str, HeaderEntry]:
-    """What a safetensors file says it holds, checked to fill it exactly, without memory for it. Raises SnapshotError.
+    """What a safetensors file says it holds, checked to fill it exactly, without memory for it. Raises CheckpointError.
 
     `file` stands at its beginning. Types are named as NumPy does where it has them, else as safetensors does.
     """
     size = os.fstat(file.fileno()).st_size
     length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else -1
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-        raise SnapshotError(f"{path}: not a safetensors file of {size} bytes")
+        raise CheckpointError(f"{path}: not a safetensors file of {size} bytes")
     try:
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         entries = {name: _HeaderTensor.model_validate(entry) for name, entry in header.items()}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise SnapshotError(f"{path}: its header cannot be read: {one_line(error)}") from None
+        raise CheckpointError(f"{path}: its header cannot be read: {one_line(error)}") from None
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         item_bytes = ITEM_BYTES.get(entry.dtype)
         if item_bytes is None:
-            raise SnapshotError(f"{path}: {printable(name)} has dtype {printable(entry.dtype)}")
+            raise CheckpointError(f"{path}: {printable(name)} has dtype {printable(entry.dtype)}")
         if entry.data_offsets != (end, end + math.prod(entry.shape) * item_bytes):
-            raise SnapshotError(
+            raise CheckpointError(
                 f"{path}: {printable(name)} lies at {entry.data_offsets}, which its shape does not fill"
             )
         end = entry.data_offsets[1]
     if end != size - 8 - length:
-        raise SnapshotError(f"{path}: its tensors have {end} bytes; the file has {size - 8 - length} for them")
+        raise CheckpointError(f"{path}: its tensors have {end} bytes; the file has {size - 8 - length} for them")
     return {
         name: HeaderEntry(DTYPES.get(entry.dtype, entry.dtype), entry.shape, 8 + length + entry.data_offsets[0])
         for name, entry in entries.items()
@@ -78,16 +78,16 @@ def read_header(file: Any, path: Path) -> dict[str, HeaderEntry]:
 
 @contextlib.contextmanager
 def opened(path: Path, follow_links: bool = False) -> Iterator[Any]:
-    """A regular file, and no device that never ends; a link to one where the user has named it. Raises SnapshotError."""
+    """A regular file, and no device that never ends; a link to one where the user has named it. Raises CheckpointError."""
     try:
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
         descriptor = os.open(path, flags)
     except OSError as error:
         reason = "a link" if path.is_symlink() else error.strerror
-        raise SnapshotError(f"{path}: {reason}; right would be a file of a snapshot") from None
+        raise CheckpointError(f"{path}: {reason}; expected a file of a checkpoint") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise SnapshotError(f"{path}: not a plain file; right would be a file of a snapshot")
+        raise CheckpointError(f"{path}: not a plain file; expected a file of a checkpoint")
     with os.fdopen(descriptor, "rb") as file:
         yield file
 

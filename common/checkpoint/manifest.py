@@ -1,4 +1,4 @@
-"""What a snapshot holds, and whether a run may go on from it."""
+"""What a checkpoint holds, and whether a run may go on from it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ Moment = Literal["first_moment", "second_moment"]
 ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float64": 8}
 
 
-class SnapshotError(Exception):
-    """A snapshot that cannot be written or must not be read; its text is one line."""
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written or must not be read; its text is one line."""
 
 
 class Entry(BaseModel):
@@ -70,7 +70,7 @@ class DataPosition(Entry):
 
 
 class Manifest(Entry):
-    """What a snapshot holds.
+    """What a checkpoint holds.
 
     `steps_done` is also the position of the learning rate and of the dropout masks, which depend on the step alone.
     """
@@ -82,7 +82,7 @@ class Manifest(Entry):
     """None for imported weights, which nobody here has trained."""
     data: DataPosition | None
     tokenizer: Literal["bytes"] | FileEntry | None = None
-    """bytes, or what tokenizer.json in the snapshot's folder has to be; None: not known."""
+    """bytes, or what tokenizer.json in the checkpoint's folder has to be; None: not known."""
     optimizer_state: tuple[Moment, ...]
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
@@ -103,7 +103,7 @@ class Manifest(Entry):
 
     @property
     def tokenizer_digest(self) -> str | None:
-        """SHA-256 of tokenizer.json; empty for bytes, None if the snapshot has none."""
+        """SHA-256 of tokenizer.json; empty for bytes, None if the checkpoint has none."""
         if isinstance(self.tokenizer, FileEntry):
             return self.tokenizer.sha256
         return "" if self.tokenizer_kind == "bytes" else None
@@ -115,7 +115,7 @@ class Manifest(Entry):
 
 
 def tensor_shapes(model: TransformerSpec, moments: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a snapshot: the weights, and one of each moment per weight."""
+    """Every tensor of a checkpoint: the weights, and one of each moment per weight."""
     shapes = parameter_shapes(model)
     return shapes | {f"{moment}/{name}": shape for moment in moments for name, shape in shapes.items()}
 
@@ -130,8 +130,8 @@ def moments_of(train: TrainSpec) -> tuple[Moment, ...]:
 def check_contents(manifest: Manifest, folder: Path) -> None:
     """The tensors are those of the specification, each in one of the files, and no file is larger than they make it."""
 
-    def wrong(text: str) -> SnapshotError:
-        return SnapshotError(f"{folder}: {text}")
+    def wrong(text: str) -> CheckpointError:
+        return CheckpointError(f"{folder}: {text}")
 
     train, moments = manifest.train, manifest.optimizer_state
     if manifest.data is not None and manifest.data.step != manifest.steps_done:
@@ -151,15 +151,15 @@ def check_contents(manifest: Manifest, folder: Path) -> None:
     dtype = manifest.dtype if train is None else train.master_dtype
     for name, entry in manifest.tensors.items():
         if entry.shape != expected[name]:
-            raise wrong(f"{name} has shape {list(entry.shape)}; right would be {list(expected[name])}")
+            raise wrong(f"{name} has shape {list(entry.shape)}; expected {list(expected[name])}")
         if entry.dtype != dtype:
-            raise wrong(f"{name} has dtype {entry.dtype}; right would be {dtype}")
+            raise wrong(f"{name} has dtype {entry.dtype}; expected {dtype}")
         if entry.file not in size:
-            raise wrong(f"{name} is in {printable(entry.file)}, which is no file of the snapshot")
+            raise wrong(f"{name} is in {printable(entry.file)}, which is no file of the checkpoint")
         size[entry.file] += math.prod(entry.shape) * ITEM_BYTES[dtype]
     for name, content in size.items():
         if not SHARD.fullmatch(name):
-            raise wrong(f"file {printable(name)}; right would be shard-NNNNN.safetensors")
+            raise wrong(f"file {printable(name)}; expected shard-NNNNN.safetensors")
         extra = manifest.files[name].bytes - content
         if not 8 <= extra <= 8 + MAX_HEADER_BYTES:
             raise wrong(f"{name} has {manifest.files[name].bytes} bytes; its tensors have {content}")
@@ -172,7 +172,7 @@ NOT_OF_THE_WEIGHTS = ("dropout", "dropout_masks")
 
 
 def differences(manifest: Manifest, config: RunConfig) -> list[str]:
-    """What keeps `config` from going on where the snapshot stands, one line each; none if it can.
+    """What keeps `config` from going on where the checkpoint stands, one line each; none if it can.
 
     Framework, stages, chunks, schedule, partition, micro-batches, recomputation, device and threads are free. So is the
     number of steps where the learning rate does not depend on it. From weights alone (`without_training`) every training
@@ -187,13 +187,13 @@ def differences(manifest: Manifest, config: RunConfig) -> list[str]:
         for name in ("tokenizer", "sequence_lengths", "sequences_per_epoch"):
             saved, asked = getattr(manifest.data, name), getattr(config, name)
             if saved != asked:
-                lines.append(f"{name}: the snapshot has {saved}, the run {asked}")
+                lines.append(f"{name}: the checkpoint has {saved}, the run {asked}")
     return lines
 
 
 def _differing(section: str, saved: BaseModel, asked: BaseModel, free: Iterable[str]) -> list[str]:
     return [
-        f"{section}.{name}: the snapshot has {getattr(saved, name)}, the run {getattr(asked, name)}"
+        f"{section}.{name}: the checkpoint has {getattr(saved, name)}, the run {getattr(asked, name)}"
         for name in type(saved).model_fields
         if name not in free and getattr(saved, name) != getattr(asked, name)
     ]
@@ -208,10 +208,10 @@ def one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def as_snapshot_error(what: str) -> Iterator[None]:
+def as_checkpoint_error(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SnapshotError(f"{what}: {error.strerror or error}") from error
+        raise CheckpointError(f"{what}: {error.strerror or error}") from error
     except (SafetensorError, ValidationError, ValueError) as error:
-        raise SnapshotError(f"{what}: {one_line(error)}") from error
+        raise CheckpointError(f"{what}: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Reading a snapshot: all is checked before it is used, sizes and shapes before memory is taken."""
+"""Reading a checkpoint: all is checked before it is used, sizes and shapes before memory is taken."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from common.checkpoint.manifest import (
     SCHEMA_VERSION,
     TOKENIZER,
     Arrays,
+    CheckpointError,
     FileEntry,
     Manifest,
-    SnapshotError,
-    as_snapshot_error,
+    as_checkpoint_error,
     check_contents,
     one_line,
     tensor_shapes,
@@ -32,7 +32,7 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Checkpoint:
     """A manifest with its tensors."""
 
     manifest: Manifest
@@ -45,29 +45,27 @@ class _Version(BaseModel):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest, checked against its own specification. Raises SnapshotError."""
+    """The manifest, checked against its own specification. Raises CheckpointError."""
     path = folder / MANIFEST
     with opened(path) as file:
         text = file.read(MAX_MANIFEST_BYTES + 1)
     if len(text) > MAX_MANIFEST_BYTES:
-        raise SnapshotError(
-            f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; right would be the manifest of a snapshot"
-        )
+        raise CheckpointError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; expected the manifest of a checkpoint")
     try:
         version = _Version.model_validate_json(text).schema_version
         if version not in READABLE_VERSIONS:
-            newer = "; right would be a newer version of this program" if version > SCHEMA_VERSION else ""
+            newer = "; expected a newer version of this program" if version > SCHEMA_VERSION else ""
             known = " and ".join(map(str, READABLE_VERSIONS))
-            raise SnapshotError(f"{path}: schema_version = {version}; this program reads {known}{newer}")
+            raise CheckpointError(f"{path}: schema_version = {version}; this program reads {known}{newer}")
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        raise SnapshotError(f"{path}: {one_line(error)}") from None
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
     check_contents(manifest, folder)
     return manifest
 
 
 def verify(folder: Path) -> Manifest:
-    """Reads everything once without keeping it: manifest, headers, digests. Raises SnapshotError."""
+    """Reads everything once without keeping it: manifest, headers, digests. Raises CheckpointError."""
     manifest = read_manifest(folder)
     for name in manifest.files:
         _verify_file(folder / name, manifest)
@@ -76,22 +74,22 @@ def verify(folder: Path) -> Manifest:
 
 
 def read_tokenizer(folder: Path) -> bytes | None:
-    """The snapshot's tokenizer.json, checked; None where it has none. Raises SnapshotError."""
+    """The checkpoint's tokenizer.json, checked; None where it has none. Raises CheckpointError."""
     return _read_tokenizer(folder, read_manifest(folder))
 
 
-def load(folder: Path, with_moments: bool = True) -> Snapshot:
-    """The snapshot, all of it checked, with or without the optimizer's state. Raises SnapshotError."""
+def load(folder: Path, with_moments: bool = True) -> Checkpoint:
+    """The checkpoint, all of it checked, with or without the optimizer's state. Raises CheckpointError."""
     manifest = verify(folder)
     wanted = tensor_shapes(manifest.model, manifest.optimizer_state if with_moments else ())
     arrays: Arrays = {}
     for name in manifest.files:
-        with as_snapshot_error(f"{folder / name}"), safe_open(folder / name, "numpy") as file:
+        with as_checkpoint_error(f"{folder / name}"), safe_open(folder / name, "numpy") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 if key in wanted:
                     arrays[key] = file.get_tensor(key)
     weights = {name: arrays.pop(name) for name in parameter_shapes(manifest.model)}
-    return Snapshot(manifest, weights, arrays)
+    return Checkpoint(manifest, weights, arrays)
 
 
 def _read_tokenizer(folder: Path, manifest: Manifest) -> bytes | None:
@@ -116,7 +114,7 @@ def _verify_file(path: Path, manifest: Manifest) -> None:
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in header.items()}
         if found != expected:
             name = min(name for name in {**found, **expected} if found.get(name) != expected.get(name))
-            raise SnapshotError(
+            raise CheckpointError(
                 f"{path}: {printable(name)} is {found.get(name, 'missing')}; "
                 f"the manifest says {expected.get(name, 'nothing')}"
             )
@@ -126,10 +124,10 @@ def _verify_file(path: Path, manifest: Manifest) -> None:
 def _verify_size(file: Any, path: Path, entry: FileEntry) -> None:
     size = os.fstat(file.fileno()).st_size
     if size != entry.bytes:
-        raise SnapshotError(f"{path}: has {size} bytes; right would be {entry.bytes}")
+        raise CheckpointError(f"{path}: has {size} bytes; expected {entry.bytes}")
 
 
 def _verify_digest(file: Any, path: Path, entry: FileEntry) -> None:
     file.seek(0)
     if digest_of(file) != entry.sha256:
-        raise SnapshotError(f"{path}: SHA-256 differs from the manifest's: damaged; right would be another snapshot")
+        raise CheckpointError(f"{path}: SHA-256 differs from the manifest's: damaged; use another checkpoint")

@@ -1,4 +1,4 @@
-"""Writing a snapshot: every process its shard, the process of device 0 the manifest and the rename."""
+"""Writing a checkpoint: every process its shard, the process of device 0 the manifest and the rename."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from common.checkpoint.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     TOKENIZER,
+    CheckpointError,
     DataPosition,
     Entry,
     FileEntry,
     Manifest,
-    SnapshotError,
     TensorEntry,
-    as_snapshot_error,
+    as_checkpoint_error,
     check_contents,
     moments_of,
 )
@@ -38,8 +38,8 @@ POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
-class SnapshotWriter:
-    """Writes snapshots into `directory` and keeps the last `keep`.
+class CheckpointWriter:
+    """Writes checkpoints into `directory` and keeps the last `keep`.
 
     Where stages are processes, each of them has a writer with the same `token`, which tells this run's temporary folders
     from what an earlier run may have left.
@@ -65,12 +65,12 @@ class SnapshotWriter:
         It waits as long as they take: whoever has started them knows when one has ended, or hangs, and ends all.
 
         A tied head's copy of the token embedding is left to the process that has the embedding. `tokenizer` is the
-        tokenizer.json; None for bytes. Raises SnapshotError.
+        tokenizer.json; None for bytes. Raises CheckpointError.
         """
         tensors = {**weights, **optimizer_state}
         if 0 not in devices:  # device 0 has the embedding
             tensors = {name: array for name, array in tensors.items() if "embedding." not in name}
-        with as_snapshot_error(f"cannot save step {steps_done} in {self.directory}"):
+        with as_checkpoint_error(f"cannot save step {steps_done} in {self.directory}"):
             temporary = self.directory / f".{folder_name(steps_done)}.{self.token}.partial"
             temporary.mkdir(parents=True, exist_ok=True)
             try:
@@ -116,13 +116,13 @@ def write_weights(
     origin: str,
     tokenizer: bytes | None = None,
 ) -> Path:
-    """A snapshot of weights alone, at step 0, without optimizer state. Raises SnapshotError.
+    """A checkpoint of weights alone, at step 0, without optimizer state. Raises CheckpointError.
 
     `tokenizer` is their tokenizer.json, empty for bytes, None where nobody knows.
     """
-    with as_snapshot_error(f"cannot write {folder}"):
+    with as_checkpoint_error(f"cannot write {folder}"):
         if folder.exists():
-            raise SnapshotError(f"{folder}: exists; right would be a new folder")
+            raise CheckpointError(f"{folder}: exists; expected a new folder")
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         temporary.mkdir(parents=True)
         try:
@@ -192,11 +192,11 @@ def _wait_for_shards(temporary: Path, stages: int) -> list[_Shard]:
 
 
 def _finish(temporary: Path, folder: Path, shards: Sequence[_Shard], **fields: Any) -> Path:
-    """Manifest, rename: from here on the snapshot is there, also after a power cut."""
+    """Manifest, rename: from here on the checkpoint is there, also after a power cut."""
     names = [name for shard in shards for name in shard.tensors]
     if len(names) != len(set(names)):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise SnapshotError(f"{folder}: {twice[0]} was saved by two processes")
+        raise CheckpointError(f"{folder}: {twice[0]} was saved by two processes")
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         files={shard.file: shard.entry for shard in shards},

@@ -1,4 +1,4 @@
-"""The verb bench, which is also `bench_all.py`."""
+"""The subcommand bench, which is also `bench_all.py`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DESCRIPTION = (
 )
 
 
-def register(verbs: Any) -> None:
-    """Adds the verb to argparse's subparsers."""
-    prepare(verbs.add_parser("bench", description=DESCRIPTION))
+def register(subcommands: Any) -> None:
+    """Adds the subcommand to argparse's subparsers."""
+    prepare(subcommands.add_parser("bench", description=DESCRIPTION))
 
 
 def prepare(parser: argparse.ArgumentParser, implementations: Mapping[str, Implementation] | None = None) -> None:
-    """Gives the parser the verb's options, and what it does."""
+    """Gives the parser the subcommand's options, and what it does."""
     add_options(parser)
     parser.set_defaults(run=lambda arguments: _bench(arguments, implementations or IMPLEMENTATIONS))
 

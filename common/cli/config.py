@@ -1,4 +1,4 @@
-"""From a command line and a TOML file to the runs of a benchmark: every point of its grid, and their peers."""
+"""From a command line and a TOML file to the runs of a benchmark: every point of its grid, and their baselines."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def read_bench(arguments: argparse.Namespace) -> Bench:
     adapt(settings, given)
     options = BenchOptions(**validated("bench", settings))
     points = _grid(settings)
-    if options.peers:
-        points = tuple(dict.fromkeys((*points, *_native_peers(points), *_plain_peers(points))))
+    if options.baselines:
+        points = tuple(dict.fromkeys((*points, *_native_baselines(points), *_plain_baselines(points))))
     _check_bench(options, points, settings)
     check_corpora(points)
     return Bench(options, points, bool(arguments.dry_run))
@@ -98,7 +98,7 @@ def _grid(settings: Settings) -> tuple[RunConfig, ...]:
     for axis in axes:
         if not axis:
             key = next(key for key in GRID if key in settings and not listed(settings[key].value))
-            raise UsageError(f"{settings[key].where}: an empty list; right would be with at least one value")
+            raise UsageError(f"{settings[key].where}: an empty list; expected at least one value")
     points, errors = [], []
     for combination in itertools.product(*axes):
         chosen = settings | {key: Setting(value, settings[key].where) for key, value in combination}
@@ -113,13 +113,17 @@ def _grid(settings: Settings) -> tuple[RunConfig, ...]:
     return tuple(dict.fromkeys(points))
 
 
-def _native_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
+def _native_baselines(points: Sequence[RunConfig]) -> list[RunConfig]:
     """The framework's own pipeline for every point that it can run."""
     native = [point.model_copy(update={"executor": "native", "track": "matched"}) for point in points]
-    return [peer for point, peer in zip(points, native, strict=True) if _has_peers(point) and not why_impossible(peer)]
+    return [
+        baseline
+        for point, baseline in zip(points, native, strict=True)
+        if _has_baselines(point) and not why_impossible(baseline)
+    ]
 
 
-def _plain_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
+def _plain_baselines(points: Sequence[RunConfig]) -> list[RunConfig]:
     """The plain loop of every framework: one device, the whole mini-batch at once, all the threads."""
     alone = {
         "executor": "plain",
@@ -132,13 +136,13 @@ def _plain_peers(points: Sequence[RunConfig]) -> list[RunConfig]:
     plain = [
         point.model_copy(update=alone | {"train": point.train.model_copy(update={"micro_batches": 1})})
         for point in points
-        if _has_peers(point)
+        if _has_baselines(point)
     ]
-    return [peer for peer in plain if not why_impossible(peer)]
+    return [baseline for baseline in plain if not why_impossible(baseline)]
 
 
-def _has_peers(point: RunConfig) -> bool:
-    """Peers neither recompute nor drift."""
+def _has_baselines(point: RunConfig) -> bool:
+    """Baselines neither recompute nor drift."""
     return point.executor == "table" and point.recompute == "none" and point.drift is None
 
 
@@ -146,9 +150,7 @@ def _check_bench(options: BenchOptions, points: Sequence[RunConfig], settings: S
     steps = min(point.train.steps for point in points)
     if options.untimed_steps and options.untimed_steps >= steps > 1:
         where = settings["bench", "untimed_steps"].where
-        raise UsageError(
-            f"{where} = {options.untimed_steps} leaves none of {steps} steps; right would be 0 to {steps - 1}"
-        )
+        raise UsageError(f"{where} = {options.untimed_steps} leaves none of {steps} steps; expected 0 to {steps - 1}")
     swept = {(point.stages, point.train.micro_batches) for point in points}
     if options.sweep and len(swept) < 2:
-        raise UsageError("--sweep: one point only; right would be with a list, --micro-batches 1,2,4 or --stages 1,2,4")
+        raise UsageError("--sweep: one point only; give a list, --micro-batches 1,2,4 or --stages 1,2,4")

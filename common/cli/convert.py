@@ -1,4 +1,4 @@
-"""The verbs import and export: a snapshot's weights from and to other people's files."""
+"""The subcommands import and export: a checkpoint's weights from and to other people's files."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from common.cli.settings import Setting, Settings, flag, read_native_dropout, va
 from common.harness.launch import (
     IMPLEMENTATIONS,
     Implementation,
-    child_command,
-    child_environment,
     last_error,
     why_missing,
+    worker_command,
+    worker_environment,
 )
 from common.io.edges import whole_number
 from common.io.usage import UsageError
@@ -45,31 +45,31 @@ TIMEOUT_SECONDS = 1800
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)
 
 
-def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
-    """Adds the verbs to argparse's subparsers."""
-    export = verbs.add_parser(
+def register(subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
+    """Adds the subcommands to argparse's subparsers."""
+    export = subcommands.add_parser(
         "export",
-        description="Writes the weights of a snapshot as a PyTorch state dict, Keras weights (.weights.h5) or Paddle "
-        "parameters (.pdparams) of the plain model; docs/snapshots.md says how to build that model.",
-        usage="%(prog)s SNAPSHOT --to torch|keras|paddle --out FILE",
+        description="Writes the weights of a checkpoint as a PyTorch state dict, Keras weights (.weights.h5) or Paddle "
+        "parameters (.pdparams) of the plain model; docs/checkpoints.md says how to build that model.",
+        usage="%(prog)s CHECKPOINT --to torch|keras|paddle --out FILE",
     )
-    export.add_argument("snapshot", metavar="SNAPSHOT", help="a folder such as step-00000100")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder such as step-00000100")
     export.add_argument("--to", choices=tuple(FORMATS), required=True, help="the kind of file")
     export.add_argument("--out", metavar="FILE", required=True, help="the file to write")
     export.set_defaults(run=reporting(lambda arguments: _export(arguments, implementations)))
 
-    importer = verbs.add_parser(
+    importer = subcommands.add_parser(
         "import",
-        description="Makes a snapshot at step 0 of weights from such a file, or of a GPT-2 of the transformers library: a "
+        description="Makes a checkpoint at step 0 of weights from such a file, or of a GPT-2 of the transformers library: a "
         "file, an index of shards, or the folder. No code in a file is run. The model is what the options say; GPT-2's is "
         "read from the file and its config.json.",
-        usage="%(prog)s FILE --from torch|keras|paddle|gpt2 --out SNAPSHOT [options]",
+        usage="%(prog)s FILE --from torch|keras|paddle|gpt2 --out CHECKPOINT [options]",
     )
     importer.add_argument(
         "file", metavar="FILE", help="the file to read, or a folder as the transformers library saves it"
     )
     importer.add_argument("--from", dest="origin", choices=(*FORMATS, GPT2), required=True, help="the kind of file")
-    importer.add_argument("--out", metavar="SNAPSHOT", required=True, help="the snapshot's folder, a new one")
+    importer.add_argument("--out", metavar="CHECKPOINT", required=True, help="the checkpoint's folder, a new one")
     meaning = importer.add_mutually_exclusive_group()
     meaning.add_argument(
         "--tokenizer-file", metavar="FILE", help="what the tokens mean (default: a tokenizer.json beside FILE, if any)"
@@ -80,10 +80,10 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
 
 
 def _export(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
-    folder, out = Path(arguments.snapshot), Path(arguments.out)
+    folder, out = Path(arguments.checkpoint), Path(arguments.out)
     tokenizer = checkpoint.read_tokenizer(folder)
     if out.exists():
-        raise UsageError(f"--out {out}: exists; right would be a new file")
+        raise UsageError(f"--out {out}: exists; expected a new file")
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: {out.parent} is no folder")
     beside = out.with_name(TOKENIZER)
@@ -106,7 +106,7 @@ def _export(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
 def _import(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
     path, out = Path(arguments.file), Path(arguments.out)
     if out.exists():
-        raise UsageError(f"--out {out}: exists; right would be a new folder")
+        raise UsageError(f"--out {out}: exists; expected a new folder")
     try:
         source = find(path)
         if arguments.origin == GPT2:
@@ -185,7 +185,7 @@ def _said(line: Settings) -> dict[str, Any]:
         if key[1] == "num_heads":  # what it has to divide is in the file
             found["num_heads"] = whole_number(setting.value)
             if (found["num_heads"] or 0) < 1:
-                raise UsageError(f"{setting.where} = {setting.value!r}: right would be a whole number, at least 1")
+                raise UsageError(f"{setting.where} = {setting.value!r}: expected a whole number, at least 1")
         else:
             found[key[1]] = validated("model", {key: setting})[key[1]]
     return found
@@ -218,8 +218,8 @@ def _child(kind: str, implementations: Mapping[str, Implementation], *argv: str)
         raise UsageError(missing)
     module = f"{implementation.module}.convert"
     child = subprocess.run(
-        child_command(module, *argv),
-        env=child_environment(module),
+        worker_command(module, *argv),
+        env=worker_environment(module),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
@@ -235,7 +235,7 @@ def _child(kind: str, implementations: Mapping[str, Implementation], *argv: str)
     if argv[0] != "export" and -child.returncode in CRASHES:  # a file that a library in C trips over
         name = signal.Signals(-child.returncode).name
         file = argv[1] if argv[0] == "import" else argv[2]
-        raise UsageError(f"{file}: reading it ended with {name}; right would be a file as `export` writes it")
+        raise UsageError(f"{file}: reading it ended with {name}; expected a file as `export` writes it")
     if child.returncode:
         print(f"failed: {last_error(child.stderr)}", file=sys.stderr)
         return EXIT_FAILED

@@ -1,4 +1,4 @@
-"""The verb doctor: how fast each framework's kernels are on this machine, and what it says about its settings."""
+"""The subcommand doctor: how fast each framework's kernels are on this machine, and what it says about its settings."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ USED = ("dtype", "batch_size", "micro_batches")
 """What of the training decides shapes; of a run itself nothing does: it is always one thread of the CPU."""
 
 
-def register(verbs: Any) -> None:
-    """Adds the verb to argparse's subparsers."""
-    parser = verbs.add_parser(
+def register(subcommands: Any) -> None:
+    """Adds the subcommand to argparse's subparsers."""
+    parser = subcommands.add_parser(
         "doctor",
         description="On one thread, at the shapes of one micro-batch: matrix products and their gradients in GFLOP/s, "
         "and what only reads and writes in GB/s, with the machine's own rates. A framework below half of the fastest is "

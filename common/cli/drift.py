@@ -1,4 +1,4 @@
-"""The verb drift: every habit of the zoo switched on, one at a time."""
+"""The subcommand drift: every habit of the zoo switched on, one at a time."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ RUN_OPTIONS: Mapping[str, Any] = {
 """The options that say what is run, with their defaults."""
 
 
-def register(verbs: Any) -> None:
-    """Adds the verb to argparse's subparsers."""
-    parser = verbs.add_parser(
+def register(subcommands: Any) -> None:
+    """Adds the subcommand to argparse's subparsers."""
+    parser = subcommands.add_parser(
         "drift",
         description="For every habit and framework: the parity ladder with and without it, and both trained on. "
         "Exit status: 0 every habit fails first where it should, 1 one does not, or a run failed, 2 wrong input.",
@@ -94,7 +94,7 @@ def _folder(path: Path) -> Path:
     """Looked at before the work, made after it."""
     there = next(each for each in (path, *path.parents) if each.exists())
     if not there.is_dir():
-        raise UsageError(f"--out {path}: {there} is a file; right would be a folder")
+        raise UsageError(f"--out {path}: {there} is a file; expected a folder")
     check_writable(there, f"--out {path}")
     return path
 
@@ -105,7 +105,7 @@ def _read(path: Path) -> Zoo:
     except OSError as error:
         raise UsageError(f"--from {path}: {error.strerror}") from None
     except (ValidationError, UnicodeDecodeError):
-        raise UsageError(f"--from {path}: right would be a file that --json has written") from None
+        raise UsageError(f"--from {path}: expected a file that --json has written") from None
 
 
 def _run(arguments: argparse.Namespace, console: Console, implementations: Mapping[str, Implementation]) -> Zoo:
@@ -142,14 +142,14 @@ def chosen(text: str, known: tuple[str, ...] | list[str], option: str) -> list[s
         if word not in known:
             raise UsageError(f"{option} = {word!r}: unknown{closest(word, known)}")
     if not words:
-        raise UsageError(f"{option}: nothing named; right would be some of {', '.join(known)}")
+        raise UsageError(f"{option}: nothing named; expected some of {', '.join(known)}")
     return words
 
 
 def _steps(text: str) -> list[int]:
     steps = {whole_number(word) or 0 for word in text.split(",")}
     if min(steps) < 1:
-        raise UsageError(f"--steps {text}: right would be whole numbers with commas, such as 100,500")
+        raise UsageError(f"--steps {text}: expected whole numbers with commas, such as 100,500")
     return sorted(steps)
 
 

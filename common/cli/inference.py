@@ -1,4 +1,4 @@
-"""The verbs over a snapshot: evaluate and generate, through the pipeline of any framework."""
+"""The subcommands over a checkpoint: evaluate and generate, through the pipeline of any framework."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from common.harness.launch import (
     IMPLEMENTATIONS,
     Implementation,
     Interrupted,
-    run_jobs_in_child,
+    run_jobs_in_worker,
     stop_on_signals,
     why_missing,
 )
@@ -43,22 +43,22 @@ DEFAULT_TOKENS = 64
 Found = TypeVar("Found", bound=BaseModel)
 
 
-def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
-    """Adds the verbs to argparse's subparsers."""
-    evaluate = verbs.add_parser(
+def register(subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
+    """Adds the subcommands to argparse's subparsers."""
+    evaluate = subcommands.add_parser(
         "evaluate",
-        description="Loss per token and perplexity of a snapshot over the held-out text, by a pipeline of forwards: the "
+        description="Loss per token and perplexity of a checkpoint over the held-out text, by a pipeline of forwards: the "
         "last tenth of its own text, or of another one that --corpus names.",
-        usage="%(prog)s --snapshot PATH [options]",
+        usage="%(prog)s --checkpoint PATH [options]",
     )
     evaluate.add_argument(
         "--batches", metavar="N", type=positive, help="mini-batches of the held-out text (default: all of it)"
     )
-    generate = verbs.add_parser(
+    generate = subcommands.add_parser(
         "generate",
         description="Continues a prompt. The three frameworks give the same tokens, greedy or sampled; what decides is "
         "a number that depends on seed, sample and position only, and how close the closest decision was is said.",
-        usage="%(prog)s --snapshot PATH --prompt TEXT [options]",
+        usage="%(prog)s --checkpoint PATH --prompt TEXT [options]",
     )
     text = generate.add_argument_group("the text")
     text.add_argument("--prompt", metavar="TEXT", help="what to continue")
@@ -70,7 +70,7 @@ def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEME
     text.add_argument("--top-k", metavar="K", type=positive, help="only the K likeliest tokens (default: all)")
     text.add_argument("--seed", metavar="N", type=natural, help="of the choices (default: 0)")
     for parser, run in ((evaluate, _evaluate), (generate, _generate)):
-        parser.add_argument("--snapshot", metavar="PATH", required=True, help="a folder such as step-00000100")
+        parser.add_argument("--checkpoint", metavar="PATH", required=True, help="a folder such as step-00000100")
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument(
             "--timeout", metavar="SECONDS", type=seconds, default=math.inf, help="end a child that takes longer"
@@ -86,14 +86,12 @@ def _bound(run: Any, implementations: Mapping[str, Implementation]) -> Any:
 def _temperature(text: str) -> float:
     value = number(text) or 0.0
     if value <= 0:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}; right would be a number, more than 0 (for the likeliest: --greedy)"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number, more than 0 (for the likeliest: --greedy)")
     return value
 
 
 def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
-    folder = Path(arguments.snapshot)
+    folder = Path(arguments.checkpoint)
     saved = Saved(folder, checkpoint.verify(folder))
     config = read_run(arguments, saved)
     corpus = load_text(config, saved, may_be_another=hasattr(arguments, "run.corpus"))
@@ -136,7 +134,7 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
                 raise UsageError(f"--{option.replace('_', '-')}: --greedy makes no random choice; expected one of them")
     temperature = 1.0 if arguments.temperature is None else arguments.temperature
     seed = arguments.seed or 0
-    folder = Path(arguments.snapshot)
+    folder = Path(arguments.checkpoint)
     saved = Saved(folder, checkpoint.verify(folder))
     config = _for_samples(read_run(arguments, saved), arguments)
     prompt, decode = _prompt(arguments, saved, config)
@@ -187,12 +185,12 @@ def _prompt(
     """The prompt in tokens, and what makes text of tokens. Raises UsageError and TokenizerError."""
     decode: Callable[[Sequence[int]], str] = _as_numbers
     if (arguments.prompt is None) == (arguments.prompt_tokens is None):
-        raise UsageError("--prompt: right would be one of --prompt TEXT and --prompt-tokens N,N,..")
+        raise UsageError("--prompt: expected one of --prompt TEXT and --prompt-tokens N,N,..")
     if arguments.prompt_tokens is not None:
         numbers = [whole_number(word) for word in arguments.prompt_tokens.split(",")]
         tokens = [token for token in numbers if token is not None and token >= 0]
         if len(tokens) < len(numbers):
-            raise UsageError(f"--prompt-tokens {arguments.prompt_tokens}: right would be numbers, such as 1,2,3")
+            raise UsageError(f"--prompt-tokens {arguments.prompt_tokens}: expected numbers, such as 1,2,3")
     else:
         tokenizer = saved.load_tokenizer(config)
         try:
@@ -206,7 +204,7 @@ def _prompt(
         if unknown:
             print(f"note: --prompt: the tokenizer has no token for {unknown!r}", file=sys.stderr)
     if not tokens:
-        raise UsageError("--prompt: empty; right would be at least one token")
+        raise UsageError("--prompt: empty; expected at least one token")
     if max(tokens) >= config.model.vocab_size:
         raise UsageError(f"--prompt: token {max(tokens)}; the vocabulary has {config.model.vocab_size}")
     return tuple(tokens), decode
@@ -235,7 +233,7 @@ def _run(
         text = None if corpus is None else write_text(corpus, folder)
         here = job.model_copy(update={"out": str(folder), "text": text})
         try:
-            outcome = run_jobs_in_child(implementation.module, [here], folder, timeout_seconds, stopped=stopped)[0]
+            outcome = run_jobs_in_worker(implementation.module, [here], folder, timeout_seconds, stopped=stopped)[0]
         except Interrupted:
             return EXIT_INTERRUPTED
         if outcome.status != "ok":

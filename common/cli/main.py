@@ -24,11 +24,11 @@ EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
 SUBCOMMANDS = {
     "bench": ("bench", "train and compare the frameworks"),
-    "train": ("train", "train with one framework, with snapshots"),
-    "evaluate": ("inference", "loss and perplexity of a snapshot over the held-out text"),
-    "generate": ("inference", "continue a text with a snapshot"),
-    "export": ("convert", "write a snapshot's weights for use elsewhere"),
-    "import": ("convert", "make a snapshot of weights from elsewhere"),
+    "train": ("train", "train with one framework, with checkpoints"),
+    "evaluate": ("inference", "loss and perplexity of a checkpoint over the held-out text"),
+    "generate": ("inference", "continue a text with a checkpoint"),
+    "export": ("convert", "write a checkpoint's weights for use elsewhere"),
+    "import": ("convert", "make a checkpoint of weights from elsewhere"),
     "report": ("report", "make the report of one benchmark, or of several together, from its results"),
     "compare": ("report", "say which rows of two benchmarks differ by more than their noise"),
     "draw": ("schedules", "draw a schedule as a chart"),

@@ -19,7 +19,7 @@ def at_least(least: int, text: str) -> int:
     """Raises ArgumentTypeError for anything but a whole number from `least` on."""
     found = whole_number(text)
     if found is None or found < least:
-        raise ArgumentTypeError(f"{text!r}; right would be a whole number, at least {least}")
+        raise ArgumentTypeError(f"{text!r}; expected a whole number, at least {least}")
     return found
 
 
@@ -27,5 +27,5 @@ def seconds(text: str) -> float:
     """Raises ArgumentTypeError for anything but a number above 0, or inf."""
     found = float("inf") if text == "inf" else number(text)
     if found is None or found <= 0:
-        raise ArgumentTypeError(f"{text!r}; right would be a number of seconds, more than 0")
+        raise ArgumentTypeError(f"{text!r}; expected a number of seconds, more than 0")
     return found

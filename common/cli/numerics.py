@@ -1,4 +1,4 @@
-"""The verbs that look for the place where two runs part: dump and bisect."""
+"""The subcommands that look for the place where two runs part: dump and bisect."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from common.cli.numbers import natural, seconds
 from common.cli.options import add_run_options, file_to_write, read_run
 from common.cli.parser import Parser
 from common.harness.bisect import Bisection, Finding, bisect
-from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_child, why_missing
+from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_worker, why_missing
 from common.io.console import make_console
 from common.io.edges import write_file
 from common.io.usage import UsageError
@@ -38,9 +38,9 @@ EXIT_AGREE, EXIT_DIFFER = 0, 1
 ORACLE = "oracle"
 
 
-def register(verbs: Any) -> None:
-    """Adds the verbs to argparse's subparsers."""
-    dump = verbs.add_parser(
+def register(subcommands: Any) -> None:
+    """Adds the subcommands to argparse's subparsers."""
+    dump = subcommands.add_parser(
         "dump",
         description="Runs one step of one framework (or of --framework oracle) and writes all its tensors, and what every "
         "unit alone makes of the oracle's. docs/numerics.md describes the file.",
@@ -55,7 +55,7 @@ def register(verbs: Any) -> None:
     )
     dump.set_defaults(run=_reporting(_dump))
 
-    walk = verbs.add_parser(
+    walk = subcommands.add_parser(
         "bisect",
         usage="%(prog)s A B [options]",
         description="Each of A and B is a dump (FILE.safetensors), the folder of one run (with its result.json), or a run "
@@ -101,14 +101,12 @@ def _dump(arguments: argparse.Namespace) -> int:
 
 
 def make_dump(config: RunConfig, oracle: bool, step: int, path: Path, timeout_seconds: float) -> None:
-    """Runs `config` (or the oracle with it) up to `step` in a child process and writes that step's dump.
+    """Runs `config` (or the oracle with it) up to `step` in a worker process and writes that step's dump.
 
     Raises DumpError with the reason if the run fails.
     """
     if step >= config.train.steps:
-        raise DumpError(
-            f"--step {step}: the run has {config.train.steps}; right would be 0 to {config.train.steps - 1}"
-        )
+        raise DumpError(f"--step {step}: the run has {config.train.steps}; expected 0 to {config.train.steps - 1}")
     if config.executor != "table" and not oracle:
         raise DumpError(f"executor = {config.executor}: runs no unit by itself; expected executor = table")
     implementation = IMPLEMENTATIONS[config.framework]
@@ -120,7 +118,7 @@ def make_dump(config: RunConfig, oracle: bool, step: int, path: Path, timeout_se
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         job = Job(config=config, out=str(out), kind="dump", stop_at=step)
-        outcome = run_jobs_in_child(module, [job], Path(folder), timeout_seconds)[0]
+        outcome = run_jobs_in_worker(module, [job], Path(folder), timeout_seconds)[0]
         if outcome.status != "ok":
             raise DumpError(f"{name}: {outcome.reason}")
         tensors: dict[TensorKey, Any] = {}
@@ -172,7 +170,7 @@ def _dumped(text: str, step: int, path: Path, timeout_seconds: float) -> Dump:
         config, oracle = _run_in_words(text)
         make_dump(config, oracle, step, path, timeout_seconds)
     else:
-        raise UsageError(f"{text}: no such file; right would be a dump, a run's folder, or framework=torch,stages=2,..")
+        raise UsageError(f"{text}: no such file; expected a dump, a run's folder, or framework=torch,stages=2,..")
     return read_dump(path)
 
 
@@ -203,7 +201,7 @@ def _run_in_words(text: str) -> tuple[RunConfig, bool]:
     for word in text.split(","):
         option, equals, value = word.partition("=")
         if not equals:
-            raise UsageError(f"{text}: {word!r}; right would be NAME=VALUE with commas between")
+            raise UsageError(f"{text}: {word!r}; expected NAME=VALUE with commas between")
         flag = f"--{option.strip().replace('_', '-')}"
         words += {"true": [flag], "false": [flag.replace("--", "--no-", 1)]}.get(value.lower(), [flag, value])
     arguments = parser.parse_args(words)

@@ -1,4 +1,4 @@
-"""The options of verbs that do one run: every field of the specification, from a preset or a snapshot upwards."""
+"""The options of subcommands that do one run: every field of the specification, from a preset or a checkpoint upwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from common.checkpoint import SnapshotError
+from common.checkpoint import CheckpointError
 from common.cli.saved import Saved
 from common.cli.settings import (
     PLURALS,
@@ -47,7 +47,7 @@ def add_run_options(
     defaults: Mapping[Key, Any] = MappingProxyType({}),
     preset: str = PRESET,
 ) -> None:
-    """Options for one run but those `without`. `only_placement`: where the rest comes from a snapshot, but `also` these.
+    """Options for one run but those `without`. `only_placement`: where the rest comes from a checkpoint, but `also` these.
 
     `defaults` are what the help says instead of those of `preset`, which counts where nobody names one.
     """
@@ -98,8 +98,8 @@ def read_run(
 ) -> RunConfig:
     """The one run that the command line asks for. Raises UsageError.
 
-    Below it stands the snapshot `saved`, or else the preset, which `defaults` follow where nobody names one. The text is
-    looked at too, if the verb `reads_text`, unless there is a snapshot: `load_text` knows which one belongs to it.
+    Below it stands the checkpoint `saved`, or else the preset, which `defaults` follow where nobody names one. The text is
+    looked at too, if the subcommand `reads_text`, unless there is a checkpoint: `load_text` knows which one belongs to it.
     """
     settings = _layers(arguments, saved, defaults)
     for key, setting in settings.items():
@@ -145,7 +145,9 @@ def _layers(arguments: argparse.Namespace, saved: Saved | None, defaults: Mappin
     given = file | read_native_dropout(line, base | file)
     if saved is not None:
         given |= saved.tokenizer(given)
-        given.setdefault(("model", "vocab_size"), Setting(saved.manifest.model.vocab_size, "the snapshot's vocab_size"))
+        given.setdefault(
+            ("model", "vocab_size"), Setting(saved.manifest.model.vocab_size, "the checkpoint's vocab_size")
+        )
     settings = base | given
     adapt(settings, given)
     return settings
@@ -155,9 +157,9 @@ def file_to_write(text: str, option: str) -> Path:
     """The path, looked at before the work is done whose result goes there. Raises UsageError."""
     path = Path(text)
     if path.is_dir():
-        raise UsageError(f"{option} {path}: is a folder; right would be a file")
+        raise UsageError(f"{option} {path}: is a folder; expected a file")
     if not path.parent.is_dir():
-        raise UsageError(f"{option} {path}: right would be in a folder that exists")
+        raise UsageError(f"{option} {path}: expected a path in a folder that exists")
     check_writable(path.parent, f"{option} {path}")
     if path.exists() and not os.access(path, os.W_OK):
         raise UsageError(f"{option} {path}: cannot be written")
@@ -178,7 +180,7 @@ def reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
             return run(arguments)
-        except (SnapshotError, CorpusError, TokenizerError, OSError) as error:
+        except (CheckpointError, CorpusError, TokenizerError, OSError) as error:
             raise UsageError(str(error)) from None
 
     return wrapped

@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
-        """As argparse's, but what is left over is refused here: only the verb's own parser knows the verb's options."""
+        """As argparse's, but what is left over is refused here: only the subcommand's own parser knows the subcommand's options."""
         found, rest = super().parse_known_args(*arguments, **options)
         for action in self._actions:  # those with a dot are fields of the specification, which have their own rules
             if action.dest and "." not in action.dest and getattr(found, action.dest, None) in ("", [""]):

@@ -1,4 +1,4 @@
-"""The verbs over finished benchmarks: report and compare."""
+"""The subcommands over finished benchmarks: report and compare."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from common.report.statistics import LEAST_REPEATS, LEAST_STEPS, TOO_FEW
 EXIT_OK, EXIT_SLOWER = 0, 1
 
 
-def register(verbs: Any) -> None:
-    """Adds the verbs to argparse's subparsers."""
-    report = verbs.add_parser(
+def register(subcommands: Any) -> None:
+    """Adds the subcommands to argparse's subparsers."""
+    report = subcommands.add_parser(
         "report",
         usage="%(prog)s RUN.. [options]",
     )
@@ -33,7 +33,7 @@ def register(verbs: Any) -> None:
     report.add_argument("--sweep", action="store_true", help="add throughput over micro-batches and over stages")
     report.set_defaults(run=_reporting(_report))
 
-    compare = verbs.add_parser(
+    compare = subcommands.add_parser(
         "compare",
         usage="%(prog)s RUN_A RUN_B [--fail-on LIMIT]",
     )
@@ -54,7 +54,7 @@ def _share(text: str) -> float:
     found = number(text.removesuffix("%"))
     value = -1.0 if found is None else found / (100 if text.endswith("%") else 1)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; right would be a share below 100 %, such as 5% or 0.05")
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a share below 100 %, such as 5% or 0.05")
     return value
 
 
@@ -74,15 +74,15 @@ def _collected(*folders: str) -> Collection:
     """Raises ResultError for a folder without a single run of a framework."""
     collection = collect([Path(folder) for folder in folders])
     if not collection.groups:
-        raise ResultError(f"{', '.join(folders)}: holds the oracle's result only; right would be a finished benchmark")
+        raise ResultError(f"{', '.join(folders)}: holds the oracle's result only; expected a finished benchmark")
     return collection
 
 
 def _report(arguments: argparse.Namespace) -> int:
     if arguments.out is None and len(arguments.runs) > 1:
-        raise UsageError("several runs are written together; right would be with --out FOLDER")
+        raise UsageError("several runs are written together; add --out FOLDER")
     if len({Path(run).resolve() for run in arguments.runs}) < len(arguments.runs):
-        raise UsageError("the same run twice; right would be different ones")
+        raise UsageError("the same run twice; use different ones")
     folder = Path(arguments.out or arguments.runs[0])
     collection = _collected(*arguments.runs)
     from common.report.publish import publish, sweeps  # imported here, with all that draws

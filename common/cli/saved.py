@@ -1,4 +1,4 @@
-"""What a snapshot brings to a run that begins with it: its settings, its tokenizer, and which text it was trained on."""
+"""What a checkpoint brings to a run that begins with it: its settings, its tokenizer, and which text it was trained on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNKNOWN = "bpe"
 
 @dataclass(frozen=True)
 class Saved:
-    """A snapshot, verified."""
+    """A checkpoint, verified."""
 
     folder: Path
     manifest: Manifest
@@ -42,10 +42,10 @@ class Saved:
         if saved.data is not None:
             for name in ("corpus", "sequence_lengths", "sequences_per_epoch"):
                 found["run", name] = getattr(saved.data, name)
-        return {key: Setting(value, f"the snapshot's {key[1]}") for key, value in found.items()}
+        return {key: Setting(value, f"the checkpoint's {key[1]}") for key, value in found.items()}
 
     def tokenizer(self, given: Settings) -> Settings:
-        """The tokenizer, which the user may give only where the snapshot has none. Raises UsageError.
+        """The tokenizer, which the user may give only where the checkpoint has none. Raises UsageError.
 
         Another one than that of the training would give its tokens another meaning.
         """
@@ -73,8 +73,8 @@ class Saved:
                 raise UsageError(f"{where} = {path}: {own}, another one; expected that one, which needs no option")
         carried = str(self.folder / TOKENIZER) if self.manifest.tokenizer_digest else None
         return {
-            KIND: Setting(kind, "the snapshot's tokenizer"),
-            FILE: Setting(carried, "the snapshot's tokenizer_file"),
+            KIND: Setting(kind, "the checkpoint's tokenizer"),
+            FILE: Setting(carried, "the checkpoint's tokenizer_file"),
         }
 
     def check_known(self, config: RunConfig) -> None:
@@ -103,7 +103,7 @@ FOR_IMPORTED = "--tokenizer-file FILE with their tokenizer.json, or --tokenizer 
 
 
 def load_text(config: RunConfig, saved: Saved | None, may_be_another: bool = False) -> Corpus:
-    """The text of a run in tokens: with a snapshot, the one it was trained on, unless it `may_be_another`.
+    """The text of a run in tokens: with a checkpoint, the one it was trained on, unless it `may_be_another`.
 
     Raises UsageError, CorpusError and TokenizerError.
     """
@@ -113,7 +113,7 @@ def load_text(config: RunConfig, saved: Saved | None, may_be_another: bool = Fal
     try:
         text = read_texts(config.corpus)
     except CorpusError as error:
-        hint = "; --corpus FILE says where the text of the snapshot lies now" if trained_on else ""
+        hint = "; --corpus FILE says where the text of the checkpoint lies now" if trained_on else ""
         raise UsageError(f"--corpus: {error}{hint}") from None
     if saved is None or saved.is_trained_on(text.digest):
         return tokenize(config, text)

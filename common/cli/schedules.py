@@ -1,4 +1,4 @@
-"""The verbs about schedules: draw, simulate, validate, compare-schedules."""
+"""The subcommands about schedules: draw, simulate, validate, compare-schedules."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ _Numbers = tuple[float, ...]
 _Run = Callable[[argparse.Namespace], int]
 
 
-def register(verbs: Any) -> None:
-    """Adds the verbs to argparse's subparsers."""
-    draw = verbs.add_parser("draw")
+def register(subcommands: Any) -> None:
+    """Adds the subcommands to argparse's subparsers."""
+    draw = subcommands.add_parser("draw")
     _add_schedule(draw, required=True)
     _add_costs(draw, memory=False)
     draw.add_argument("--output", metavar="FILE", help="write to FILE: .png, .svg, .txt or .json (a Chrome trace)")
     draw.set_defaults(run=_reporting(_draw))
 
-    simulator = verbs.add_parser("simulate")
+    simulator = subcommands.add_parser("simulate")
     _add_schedule(simulator, required=True)
     _add_costs(simulator)
     _add_wrap_around(simulator)
@@ -51,11 +51,11 @@ def register(verbs: Any) -> None:
     simulator.add_argument("--json", action="store_true", help="print JSON")
     simulator.set_defaults(run=_reporting(_simulate))
 
-    validator = verbs.add_parser("validate")
+    validator = subcommands.add_parser("validate")
     validator.add_argument("file", metavar="FILE", help="the schedule; - reads standard input")
     validator.set_defaults(run=_reporting(_validate))
 
-    compare = verbs.add_parser("compare-schedules")
+    compare = subcommands.add_parser("compare-schedules")
     _add_schedule(compare, required=False)
     _add_costs(compare)
     _add_wrap_around(compare)
@@ -133,7 +133,7 @@ def _numbers(text: str) -> _Numbers:
 def _share(text: str) -> float:
     found = number(text)
     if found is None or not 0 <= found <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; right would be a share, 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a share, 0 to 1")
     return found
 
 
@@ -194,9 +194,7 @@ def _planned(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]
     stages, micro_batches = _size(arguments)
     if name == SEARCH and min(stages, micro_batches) > 0:
         if arguments.recompute != Costs.recompute:
-            raise ScheduleError(
-                f"schedule {SEARCH} does not plan for --recompute; right would be a larger --backward-input"
-            )
+            raise ScheduleError(f"schedule {SEARCH} does not plan for --recompute; expected a larger --backward-input")
         if arguments.chunks not in (None, 1):
             raise ScheduleError(f"schedule {SEARCH} has 1 chunk per device, not {arguments.chunks}")
         costs = _costs(arguments, stages)
@@ -217,7 +215,7 @@ def _read(path: str) -> str:
         return read_stream(sys.stdin.buffer, "standard input") if path == "-" else read_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise ScheduleError(f"{path}: {why}; right would be a readable text file") from None
+        raise ScheduleError(f"{path}: {why}; expected a readable text file") from None
 
 
 def _draw(arguments: argparse.Namespace) -> int:
@@ -238,12 +236,12 @@ def _draw(arguments: argparse.Namespace) -> int:
 
             write_file(path, json.dumps(chrome_trace(simulate(schedule, costs))))
         case ".png" | ".svg":
-            # Imported late: the other verbs should not wait for matplotlib.
+            # Imported late: the other subcommands should not wait for matplotlib.
             from common.schedule.picture import draw_picture
 
             draw_picture(simulate(schedule, costs), path)
         case suffix:
-            raise ScheduleError(f"--output {path}: {suffix or 'no suffix'}; right would be .png, .svg, .txt or .json")
+            raise ScheduleError(f"--output {path}: {suffix or 'no suffix'}; expected .png, .svg, .txt or .json")
     return 0
 
 

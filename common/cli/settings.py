@@ -236,7 +236,7 @@ def read_toml(path: Path) -> Settings:
     try:
         content = tomllib.loads(read_text(path, MAX_TOML_BYTES))
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}; right would be a readable TOML file") from None
+        raise UsageError(f"--config {path}: {error.strerror}; expected a readable TOML file") from None
     except (ValueError, RecursionError) as error:  # tomllib lets those of numbers and of nesting through
         raise UsageError(f"{path}: not TOML: {error}") from None
     settings: Settings = {}
@@ -246,7 +246,7 @@ def read_toml(path: Path) -> Settings:
     for name, value in content.items():
         if name in ("model", "train"):
             if not isinstance(value, dict):
-                raise UsageError(f"{path}: {name} = {value!r}; right would be a table [{name}]")
+                raise UsageError(f"{path}: {name} = {value!r}; expected a table [{name}]")
             for inner, inner_value in value.items():
                 if inner not in SECTIONS[name].model_fields:
                     close = closest(inner, SECTIONS[name].model_fields)
@@ -256,7 +256,7 @@ def read_toml(path: Path) -> Settings:
             settings[top[name]] = Setting(value, f"{path}: {name}")
         else:
             tables = [table for table in ("model", "train") if name in SECTIONS[table].model_fields]
-            hint = f"; right would be under [{tables[0]}]" if tables else closest(name, [*top, "model", "train"])
+            hint = f"; expected under [{tables[0]}]" if tables else closest(name, [*top, "model", "train"])
             raise UsageError(f"{path}: {name}: unknown at the top level{hint}")
     return settings
 
@@ -318,7 +318,7 @@ def _wrong(field: FieldInfo, item: Any) -> str:
     """What is wrong with a field's value, and what would be right."""
     kind = str(item["type"])
     if kind == "string_pattern_mismatch":  # only `recompute` has a pattern
-        return f"unknown; right would be {recompute.WORDS.replace('|', ', ')} with N at least 1"
+        return f"unknown; expected {recompute.WORDS.replace('|', ', ')} with N at least 1"
     if kind == "literal_error":
         words = [word for part in _alternatives(field.annotation) for word in _words(part)]
         return f"unknown{closest(str(item['input']), words)}"
@@ -336,7 +336,7 @@ def _wrong(field: FieldInfo, item: Any) -> str:
         if hasattr(limit, sign)
     ]
     optional = " or none" if type(None) in _alternatives(field.annotation) else ""
-    return f"right would be {', '.join([number, ' and '.join(bounds)]) if bounds else number}{optional}"
+    return f"expected {', '.join([number, ' and '.join(bounds)]) if bounds else number}{optional}"
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The verb train: one run of one framework, with snapshots, and on from a snapshot."""
+"""The subcommand train: one run of one framework, with checkpoints, and on from a checkpoint."""
 
 from __future__ import annotations
 
@@ -39,32 +39,32 @@ EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 SHOWN_LOSSES = 12
 
 DESCRIPTION = (
-    "Trains with one framework and saves snapshots, which any framework can go on from, on any number of stages. "
+    "Trains with one framework and saves checkpoints, which any framework can go on from, on any number of stages. "
     "Exit status: 0 all well; 1 the run failed; 2 wrong input; 130 interrupted."
 )
 
 
-def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
-    """Adds the verb to argparse's subparsers."""
-    parser = verbs.add_parser("train", description=DESCRIPTION, usage="%(prog)s [options]")
-    saving = parser.add_argument_group("snapshots")
+def register(subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
+    """Adds the subcommand to argparse's subparsers."""
+    parser = subcommands.add_parser("train", description=DESCRIPTION, usage="%(prog)s [options]")
+    saving = parser.add_argument_group("checkpoints")
     saving.add_argument("--save-every", metavar="N", type=positive, help="save after every N steps, and after the last")
-    saving.add_argument("--save-dir", metavar="DIR", help="where snapshots go (default: in the run's own folder)")
-    saving.add_argument("--keep", metavar="K", type=positive, default=3, help="snapshots to keep (default: 3)")
+    saving.add_argument("--save-dir", metavar="DIR", help="where checkpoints go (default: in the run's own folder)")
+    saving.add_argument("--keep", metavar="K", type=positive, default=3, help="checkpoints to keep (default: 3)")
     saving.add_argument(
-        "--resume", metavar="latest|PATH", help="go on from the newest snapshot in --save-dir, or from this one"
+        "--resume", metavar="latest|PATH", help="go on from the newest checkpoint in --save-dir, or from this one"
     )
     saving.add_argument(
         "--weights",
         metavar="PATH",
-        help="start at step 0 from a snapshot's weights alone, with any training and dropout",
+        help="start at step 0 from a checkpoint's weights alone, with any training and dropout",
     )
     saving.add_argument(
         "--max-restarts",
         metavar="N",
         type=natural,
         default=0,
-        help="start again from the last snapshot up to N times, if the child dies (default: 0)",
+        help="start again from the last checkpoint up to N times, if the child dies (default: 0)",
     )
     parser.add_argument(
         "--timeout",
@@ -108,7 +108,7 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
     console = make_console()
     directory = None if arguments.save_dir is None else Path(arguments.save_dir)
     if arguments.resume == "latest" and directory is None:
-        raise UsageError("--resume latest: of which run? right would be with --save-dir DIR")
+        raise UsageError("--resume latest: of which run? add --save-dir DIR")
 
     if len(arguments.fault) > arguments.max_restarts + 1:
         raise UsageError(
@@ -150,7 +150,7 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
         folder = make_folder(Path(arguments.out), "train")
         name = run_name(config)
         say(f"results in {folder / name}/")
-        directory = directory or folder / "snapshots"
+        directory = directory or folder / "checkpoints"
         training = Training(
             config=config,
             module=implementation.module,
@@ -179,29 +179,29 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
 
 
 def _resume(asked: str | None, directory: Path | None, say: Any) -> Path | None:
-    """The snapshot to go on from. Damaged ones that are newer are named and set aside."""
+    """The checkpoint to go on from. Damaged ones that are newer are named and set aside."""
     if asked is None:
         return None
     if asked != "latest":
         path = Path(asked)
-        inside = checkpoint.snapshots_in(path)
+        inside = checkpoint.checkpoints_in(path)
         if inside:
-            raise UsageError(f"{path}: holds snapshots; right would be one of them, such as {inside[-1]}")
+            raise UsageError(f"{path}: holds checkpoints; expected one of them, such as {inside[-1]}")
         checkpoint.verify(path)
         return path
     if directory is None:
         return None
     found = checkpoint.newest(directory, say)
     if found is None:
-        raise UsageError(f"--resume latest: no whole snapshot in {directory}")
-    for path in checkpoint.snapshots_in(directory):
+        raise UsageError(f"--resume latest: no whole checkpoint in {directory}")
+    for path in checkpoint.checkpoints_in(directory):
         if path.name > found.name:
             say(f"set aside as {checkpoint.set_aside(path).name}; going on from {found.name}")
     return found
 
 
 def check_resume(resume: Path, saved: Manifest, config: RunConfig) -> None:
-    """Raises UsageError if `config` cannot go on from the snapshot."""
+    """Raises UsageError if `config` cannot go on from the checkpoint."""
     different = checkpoint.differences(saved, config)
     if different:
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
@@ -216,23 +216,23 @@ def check_resume(resume: Path, saved: Manifest, config: RunConfig) -> None:
         )
     if saved.steps_done >= config.train.steps:
         raise UsageError(
-            f"--resume {resume}: all {saved.steps_done} of {config.train.steps} steps are done; right would be more --steps"
+            f"--resume {resume}: all {saved.steps_done} of {config.train.steps} steps are done; use more --steps"
         )
 
 
 def _check_room(directory: Path, resume: Path | None) -> None:
-    """A run does not write over another run's snapshots."""
-    existing = checkpoint.snapshots_in(directory)
+    """A run does not write over another run's checkpoints."""
+    existing = checkpoint.checkpoints_in(directory)
     if resume is None and existing:
         raise UsageError(
             f"--save-dir {directory}: holds {existing[-1].name} of an earlier run; "
-            f"right would be --resume latest, or another folder"
+            f"expected --resume latest, or another folder"
         )
     newer = [path for path in existing if resume is not None and path.name > resume.name]
     if newer:
         raise UsageError(
             f"--save-dir {directory}: holds {newer[-1].name}, newer than {resume.name if resume else 'the start'}; "
-            f"right would be --resume latest, or another --save-dir"
+            f"expected --resume latest, or another --save-dir"
         )
 
 
@@ -314,6 +314,6 @@ def _show(result: RunResult, trained: Trained, training: Training, console: Cons
         say(f"{'interrupted' if trained.interrupted else 'failed: ' + result.reason}")
         if result.log is not None and not trained.interrupted:
             say(f"log: {training.folder.parent / result.log}")
-    saved = checkpoint.snapshots_in(training.directory)
+    saved = checkpoint.checkpoints_in(training.directory)
     if saved:
-        say(f"snapshot: {saved[-1]}")
+        say(f"checkpoint: {saved[-1]}")

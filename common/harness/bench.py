@@ -18,7 +18,7 @@ from common.harness.launch import (
     ROUNDED_ORACLE_MODULE,
     Implementation,
     Interrupted,
-    run_jobs_in_child,
+    run_jobs_in_worker,
     stop_on_signals,
     why_missing,
 )
@@ -86,10 +86,10 @@ def make_folder(out: Path, preset: str) -> Path:
             return out / (name + suffix)
         except FileExistsError:
             if not out.is_dir():
-                raise UsageError(f"--out {out}: is a file; right would be a folder") from None
+                raise UsageError(f"--out {out}: is a file; expected a folder") from None
         except OSError as error:
-            raise UsageError(f"--out {out}: {error.strerror}; right would be a folder that can be written") from None
-    raise UsageError(f"--out {out}: holds 99 runs of this second; right would be another folder")
+            raise UsageError(f"--out {out}: {error.strerror}; expected a folder that can be written") from None
+    raise UsageError(f"--out {out}: holds 99 runs of this second; use another folder")
 
 
 def run_name(config: RunConfig, repeat: int | None = None) -> str:
@@ -175,7 +175,7 @@ class _Session:
             raise Interrupted
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
-        return run_jobs_in_child(
+        return run_jobs_in_worker(
             module,
             [Job(config=config, out=str(self.folder / name), text=self.texts.of(config))],
             self.folder / name,

@@ -120,9 +120,9 @@ def bisect(a: Dump, b: Dump) -> Bisection:
     """Compares B with A. Raises DumpError if they are not two runs of one model and one step."""
     config = a.config or b.config
     if config is None:
-        raise DumpError("neither dump says its configuration; right would be in at least one")
+        raise DumpError("neither dump says its configuration; expected in at least one")
     if a.step != b.step:
-        raise DumpError(f"step {a.step} against step {b.step}; right would be dumps of the same step")
+        raise DumpError(f"step {a.step} against step {b.step}; expected dumps of the same step")
     if a.config and b.config:
         _require_same(a.config, b.config)
     _require_same_tokens(a, b)

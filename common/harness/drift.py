@@ -16,7 +16,7 @@ import numpy as np
 from common.harness.launch import (
     IMPLEMENTATIONS,
     Implementation,
-    run_jobs_in_child,
+    run_jobs_in_worker,
     why_missing,
 )
 from common.harness.probes import Run, compare_probe, expected, read_probe
@@ -113,7 +113,7 @@ def run_all(
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
     noise: float = NOISE,
 ) -> dict[RunConfig, Run | str]:
-    """Probes of all configurations, in as few child processes as their frameworks allow; for a failed one, why."""
+    """Probes of all configurations, in as few worker processes as their frameworks allow; for a failed one, why."""
     groups: dict[tuple[object, ...], list[RunConfig]] = {}
     for config in configs:
         # Differs: a Paddle rank is a process and fleet starts once, so only runs of one p share processes.
@@ -134,7 +134,7 @@ def run_all(
             done[framework] = done.get(framework, 0) + 1
             on_step(framework, done[framework])
 
-        ended = run_jobs_in_child(implementation.module, jobs, home, timeout_seconds, stepped)
+        ended = run_jobs_in_worker(implementation.module, jobs, home, timeout_seconds, stepped)
         for config, job, outcome in zip(together, jobs, ended, strict=True):
             outcomes[config] = _read(outcome, Path(job.out), same_copies=config.drift is None)
     return outcomes

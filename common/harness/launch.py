@@ -1,4 +1,4 @@
-"""The parent side of a run: starts a child process, watches it, ends it, and says what came of every job.
+"""The parent side of a run: starts a worker process, watches it, ends it, and says what came of every job.
 
 A child leads its own session, and with it a process group that holds all it starts (Paddle's ranks, for one), so that a
 timeout or an interruption ends all of them. A child that dies, in whatever way, is an `Outcome` that says so.
@@ -114,7 +114,7 @@ def why_missing(implementation: Implementation, executor: str = "") -> str | Non
     return why_no_loopback() if executor in implementation.process_executors else None
 
 
-def run_jobs_in_child(
+def run_jobs_in_worker(
     module: str,
     jobs: Sequence[Job],
     folder: Path,
@@ -161,11 +161,11 @@ def _run(
     ended_because = None
     with log.open("wb") as output:
         child = subprocess.Popen(
-            child_command(module, str(job_file)),
+            worker_command(module, str(job_file)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=child_environment(module),
+            env=worker_environment(module),
             start_new_session=True,
         )
         patience = Patience(child.pid, max(idle_seconds, START_SECONDS), busy_seconds)
@@ -233,12 +233,12 @@ def _members(child: subprocess.Popen[bytes]) -> list[int]:
     return living
 
 
-def child_command(module: str, *arguments: str) -> list[str]:
+def worker_command(module: str, *arguments: str) -> list[str]:
     """Starts a module of this project. -P: not one of that name in the working directory, nor a `queue.py` there."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
-def child_environment(module: str) -> dict[str, str]:
+def worker_environment(module: str) -> dict[str, str]:
     """The parent's environment but for what changes numbers (`inherited`), with this project importable from anywhere.
 
     Where it is installed it is found without a path: what else lies beside it must not come before Python's own modules.

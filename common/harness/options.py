@@ -30,7 +30,7 @@ class BenchOptions(Frozen):
     )
     out: OsText = Field("results", min_length=1, description="folder in which the benchmark makes a folder of its own")
     parity: bool = Field(True, description="run the float64 oracle first and compare every run with it")
-    peers: bool = Field(
+    baselines: bool = Field(
         False,
         description="also run each framework's own pipeline, where it has the schedule, and a plain loop on one device",
     )

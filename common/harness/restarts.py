@@ -1,4 +1,4 @@
-"""Training that survives its child: a child that dies, in whatever way, is started again from the last whole snapshot."""
+"""Training that survives its child: a child that dies, in whatever way, is started again from the last whole checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from common import checkpoint
-from common.harness.launch import Interrupted, run_jobs_in_child
+from common.harness.launch import Interrupted, run_jobs_in_worker
 from common.runtime.job import Job, JobText, Saving, StepRecord
 from common.runtime.outcome import Outcome
 from common.spec.run import RunConfig
@@ -21,7 +21,7 @@ from common.spec.run import RunConfig
 
 @dataclass(frozen=True)
 class Training:
-    """What to train, from where, and where its snapshots go. The caller holds the lock of `directory`."""
+    """What to train, from where, and where its checkpoints go. The caller holds the lock of `directory`."""
 
     config: RunConfig
     module: str
@@ -71,7 +71,7 @@ def train(
         folder = training.folder / f"attempt-{attempt}"
         job = _job(training, folder, resume, attempt)
         try:
-            trained.outcome = run_jobs_in_child(
+            trained.outcome = run_jobs_in_worker(
                 training.module,
                 [job],
                 folder,
@@ -141,8 +141,8 @@ def not_finite(folder: Path) -> str | None:
 
 
 def _make_room(directory: Path, resume: Path | None) -> None:
-    """Sets damaged snapshots aside that are newer than the one to go on from: their steps will be saved again."""
-    for path in checkpoint.snapshots_in(directory):
+    """Sets damaged checkpoints aside that are newer than the one to go on from: their steps will be saved again."""
+    for path in checkpoint.checkpoints_in(directory):
         if resume is None or path.name > resume.name:
             checkpoint.set_aside(path)
 

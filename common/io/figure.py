@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches. Matplotlib is imported here: most verbs never draw."""
+    """An empty figure of so many inches. Matplotlib is imported here: most subcommands never draw."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -11,13 +11,13 @@ class UsageError(ValueError):
 
 
 def closest(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """`; right would be ...`: the closest known word, or all of them if they are few."""
+    """`; expected ...`: the closest known word, or all of them if they are few."""
     names: Sequence[str] = list(known)
     guesses = difflib.get_close_matches(word, names, 1)
     if guesses:
         others = [name for name in names if name != guesses[0]]
         rest = f" (or {', '.join(others)})" if 0 < len(others) <= 6 else ""
-        return f"; right would be {guesses[0]}{rest}"
+        return f"; expected {guesses[0]}{rest}"
     if otherwise:
         return f"; {otherwise}"
-    return f"; right would be one of {', '.join(names)}"
+    return f"; expected one of {', '.join(names)}"

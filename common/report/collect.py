@@ -103,7 +103,7 @@ def collect(folders: Sequence[Path]) -> Collection:
         name = printable(str(folder) if same_names else folder.name, 1000)
         runs = [Run(RunResult.read(path), path.parent) for path in sorted(folder.glob("*/result.json"))]
         if not runs:
-            raise ResultError(f"{folder}: holds no */result.json; right would be a folder that a benchmark has made")
+            raise ResultError(f"{folder}: holds no */result.json; expected a folder that a benchmark has made")
         found = [run for run in runs if run.result.is_oracle]
         oracles += found
         references = {run.result.config: run.result for run in found if run.result.status == "ok"}

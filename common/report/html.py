@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from common.io.edges import write_file
-from common.report import peers, tables
+from common.report import baselines, tables
 from common.report.charts import LineChart, Series, Timeline, line_chart, timeline
 from common.report.collect import Collection, RowRuns
 from common.report.facts import TIMING_LEGEND, facts, parity_verdict, timing_note
@@ -44,8 +44,8 @@ def write_html(collection: Collection, swept: Mapping[Axis, Sequence[Curve]], pa
         problems=collection.problems,
         tracks=[_track(track, rows) for track, rows in tables.by_track(collection.rows).items()],
         legend=tables.LEGEND,
-        peers=peers.peer_ratios(collection),
-        peers_legend=peers.LEGEND,
+        baselines=baselines.baseline_ratios(collection),
+        baselines_legend=baselines.LEGEND,
         parity=_parity(pairs),
         losses=_loss_charts(collection),
         timing=[_timing(row, group) for row, group in pairs if group.shown and group.shown.result.timing],

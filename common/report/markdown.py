@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from common.report import peers, tables
+from common.report import baselines, tables
 from common.report.collect import Collection
 from common.report.facts import facts, parity_verdict, timing_note
 from common.report.sweep import Axis, Curve
@@ -22,11 +22,11 @@ def markdown_report(collection: Collection, swept: Mapping[Axis, Sequence[Curve]
     for track, rows in tables.by_track(collection.rows).items():
         lines += ["", f"## Throughput, {track}", "", tables.markdown_table(rows)]
     lines += [tables.LEGEND, ""]
-    if ratios := peers.peer_ratios(collection):
-        lines += ["## Against the peers", "", "| ours | peer | ratio [95 %] | |", "| --- | --- | ---: | --- |"]
+    if ratios := baselines.baseline_ratios(collection):
+        lines += ["## Against the baselines", "", "| ours | baseline | ratio [95 %] | |", "| --- | --- | ---: | --- |"]
         for each in ratios:
-            lines.append(f"| {each.ours.name} | {each.peer.name} | {each.ratio.text()} | {each.verdict} |")
-        lines += ["", peers.LEGEND, ""]
+            lines.append(f"| {each.ours.name} | {each.baseline.name} | {each.ratio.text()} | {each.verdict} |")
+        lines += ["", baselines.LEGEND, ""]
     if timing := _timing(collection):
         lines += ["## Measured against simulated", "", *timing, "", timing_note(collection), ""]
     for axis, found in swept.items():

@@ -9,12 +9,12 @@ from typing import Any
 
 from common.io.edges import write_file
 from common.report import plots, tables
+from common.report.baselines import baseline_ratios
 from common.report.collect import Collection
 from common.report.facts import parity_verdict
 from common.report.html import write_html
 from common.report.losses import loss_curves
 from common.report.markdown import markdown_report
-from common.report.peers import peer_ratios
 from common.report.sweep import Axis, Curve, curves
 from common.report.timeline import TRACE, timelines, write_timelines
 
@@ -51,8 +51,8 @@ def _summary(collection: Collection, swept: dict[Axis, list[Curve]]) -> dict[str
         "parity": {"good": verdict.good, "text": verdict.text},
         "rows": [asdict(row) | {"name": row.name, "verdict": row.verdict} for row in collection.rows],
         "peers": [
-            {"ours": each.ours.name, "peer": each.peer.name, "verdict": each.verdict} | asdict(each.ratio)
-            for each in peer_ratios(collection)
+            {"ours": each.ours.name, "peer": each.baseline.name, "verdict": each.verdict} | asdict(each.ratio)
+            for each in baseline_ratios(collection)
         ],
         "sweeps": [asdict(curve) | {"knee": curve.knee} for found in swept.values() for curve in found],
     }

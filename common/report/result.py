@@ -84,7 +84,7 @@ class RunResult(BaseModel):
     build_seconds: float | None = None
     """Building the model, before the first step."""
     wall_seconds: float = 0.0
-    """The whole child process, imports included."""
+    """The whole worker process, imports included."""
     peak_memory_bytes: dict[int, int] = {}
     """By device on CUDA; by the first device of each process on the CPU."""
     actions: dict[int, str] = {}
@@ -105,7 +105,7 @@ class RunResult(BaseModel):
     """SHA-256 of the tokenizer.json; empty for bytes, None where nobody has said."""
     parity: Parity = Parity()
     resumed_from: OsText | None = None
-    """The snapshot that the run went on from; its first step is that of `steps[0]`."""
+    """The checkpoint that the run went on from; its first step is that of `steps[0]`."""
     restarts: tuple[str, ...] = ()
     """One line for every child that died and was followed by another; `steps` are of all of them together."""
     command: OsText
@@ -205,7 +205,7 @@ def measured(outcome: Outcome, config: RunConfig, untimed_steps: int) -> dict[st
     ]
     events = [
         {device: records for part in outcome.parts for device, records in part.steps[number].events.items()}
-        for number in range(len(steps))  # a run that goes on from a snapshot does not begin with step 0
+        for number in range(len(steps))  # a run that goes on from a checkpoint does not begin with step 0
     ]
     timing = _timing(events, steps, config, untimed_steps)
     kept = events[timing.median_step if timing else -1]

@@ -56,10 +56,10 @@ class Fault:
     def parse(cls, text: str) -> Fault:
         """Reads the text form. Raises FaultError."""
         if len(text) > MAX_TEXT or not text.isprintable():
-            raise FaultError(f"{text[:MAX_TEXT]!r}: no fault; right would be such as kill@device=1,step=3,action=BW2")
+            raise FaultError(f"{text[:MAX_TEXT]!r}: no fault; expected such as kill@device=1,step=3,action=BW2")
         kind, _, place = text.partition("@")
         if kind not in KINDS:
-            raise FaultError(f"{text!r}: unknown fault; right would be one of {', '.join(KINDS)}, as in kill@step=3")
+            raise FaultError(f"{text!r}: unknown fault; expected one of {', '.join(KINDS)}, as in kill@step=3")
         numbers, action = {"device": 0, "step": 0}, None
         for word in filter(None, place.split(",")):
             key, _, value = word.partition("=")
@@ -68,7 +68,7 @@ class Fault:
             elif key == "action":
                 action = _action(text, value)
             else:
-                raise FaultError(f"{text!r}: {word}; right would be device=N, step=N or action=F0")
+                raise FaultError(f"{text!r}: {word}; expected device=N, step=N or action=F0")
         return cls(kind, numbers["device"], numbers["step"], action or ("save" if kind == "disk-full" else None))
 
     def strike(self) -> None:

@@ -1,4 +1,4 @@
-"""Evaluating and generating in a child process, through the pipeline, forward only.
+"""Evaluating and generating in a worker process, through the pipeline, forward only.
 
 Which token comes next is decided here and not in a framework: from logits as NumPy arrays, by float64 arithmetic and a
 random number that is a function of (seed, sample, position) alone. So the frameworks give the same tokens as long as their
@@ -58,9 +58,9 @@ class Generated(BaseModel):
 
 
 def load_weights(engine: Engine, job: Job) -> None:
-    """Gives the engine the weights of the job's snapshot. Raises SnapshotError."""
+    """Gives the engine the weights of the job's checkpoint. Raises CheckpointError."""
     if job.resume is None:
-        raise ValueError(f"a job that is to {job.kind} needs a snapshot")
+        raise ValueError(f"a job that is to {job.kind} needs a checkpoint")
     engine.reset(checkpoint.load(Path(job.resume), with_moments=False).weights)
 
 

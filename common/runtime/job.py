@@ -22,7 +22,7 @@ from common.spec.run import RunConfig, explain
 
 
 class Saving(BaseModel):
-    """Where and how often a job saves snapshots (`common.checkpoint`). It always saves its last step."""
+    """Where and how often a job saves checkpoints (`common.checkpoint`). It always saves its last step."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,7 +63,7 @@ class JobText(BaseModel):
 
 
 class Job(BaseModel):
-    """One run to do in a child process."""
+    """One run to do in a worker process."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,9 +78,9 @@ class Job(BaseModel):
     text: JobText | None = None
     """None where nothing reads text; `launch` gives it to those that came without."""
     resume: OsText | None = None
-    """The snapshot to go on from."""
+    """The checkpoint to go on from."""
     weights_alone: bool = False
-    """Whether only the weights of that snapshot count: the training starts at step 0."""
+    """Whether only the weights of that checkpoint count: the training starts at step 0."""
     stop_at: int | None = None
     """Steps done when the job ends; default: all of the specification."""
     saving: Saving | None = None
@@ -94,7 +94,7 @@ class Job(BaseModel):
 
 
 class JobFile(BaseModel):
-    """All jobs of one child process; they share framework, device and number of stages."""
+    """All jobs of one worker process; they share framework, device and number of stages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -108,13 +108,13 @@ class JobFile(BaseModel):
         try:
             file = cls.model_validate_json(read_text(Path(path)))
         except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}; right would be a readable file of jobs") from None
+            raise ValueError(f"{path}: {error.strerror}; expected a readable file of jobs") from None
         except ValidationError as error:
             raise ValueError(f"{path}: {'; '.join(explain(error).splitlines())}") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: {error}; right would be a file of jobs") from None
+            raise ValueError(f"{path}: {error}; expected a file of jobs") from None
         if not file.jobs:
-            raise ValueError(f"{path}: no job in it; right would be at least one")
+            raise ValueError(f"{path}: no job in it; expected at least one")
         generators.kept.update(file.schedules)
         return file
 
@@ -148,7 +148,7 @@ class StepRecord(BaseModel):
 
 
 class Part(BaseModel):
-    """What one child process of a run reports."""
+    """What one worker process of a run reports."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 

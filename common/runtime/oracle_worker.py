@@ -1,4 +1,4 @@
-"""The oracle as a child process: `python -m common.runtime.oracle_worker JOBS.json` leaves the same files as a framework.
+"""The oracle as a worker process: `python -m common.runtime.oracle_worker JOBS.json` leaves the same files as a framework.
 
 So the parent starts, watches, ends and reads it like any other run.
 """

@@ -1,4 +1,4 @@
-"""Training in a child process: where it starts, its steps, its snapshots, and what a probe leaves for the parity ladder."""
+"""Training in a worker process: where it starts, its steps, its checkpoints, and what a probe leaves for the parity ladder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import checkpoint
-from common.checkpoint import SnapshotError, SnapshotWriter
+from common.checkpoint import CheckpointError, CheckpointWriter
 from common.io.edges import write_file
 from common.runtime.engine import Arrays, Engine
 from common.runtime.faults import Fault
@@ -23,7 +23,7 @@ from common.spec.parameters import TensorKey, initial_weights, parameter_shapes,
 from common.spec.run import RunConfig
 
 EVENTS_KEPT = 500
-"""Steps at the end of a run that saves snapshots whose events are kept: such a run may be long."""
+"""Steps at the end of a run that saves checkpoints whose events are kept: such a run may be long."""
 OPTIMIZER_TEST_SEED = 1
 NOISE_SEED = 2
 
@@ -33,9 +33,9 @@ class NotFiniteError(ArithmeticError):
 
 
 def start(engine: Engine, job: Job, corpus: Corpus) -> int:
-    """Gives the engine its weights, and its moments where it goes on from a snapshot. Returns the first step to do.
+    """Gives the engine its weights, and its moments where it goes on from a checkpoint. Returns the first step to do.
 
-    Raises SnapshotError for a snapshot that is damaged or of another run.
+    Raises CheckpointError for a checkpoint that is damaged or of another run.
     """
     if job.resume is None:
         engine.reset(starting_weights(job))
@@ -45,12 +45,12 @@ def start(engine: Engine, job: Job, corpus: Corpus) -> int:
     position = manifest.data
     different = checkpoint.differences(manifest, job.config)
     if position is not None and position.corpus_digest != corpus.digest:  # the parent has checked both before
-        different.append("corpus: the snapshot was trained on another text")
+        different.append("corpus: the checkpoint was trained on another text")
     if saved.manifest.tokenizer_digest not in (None, corpus.tokenizer_digest):
-        different.append("tokenizer: the snapshot has another one")
+        different.append("tokenizer: the checkpoint has another one")
     if different:
-        raise SnapshotError(f"{job.resume}: {different[0]}")
-    # In another precision than the snapshot's where a training starts from weights alone.
+        raise CheckpointError(f"{job.resume}: {different[0]}")
+    # In another precision than the checkpoint's where a training starts from weights alone.
     engine.reset(
         {name: value.astype(job.config.train.master_dtype, copy=False) for name, value in saved.weights.items()}
     )
@@ -88,7 +88,7 @@ def probe(engine: Engine, job: Job, corpus: Corpus, weights: Arrays) -> dict[Ten
 def train(
     engine: Engine, job: Job, corpus: Corpus, arrays: dict[TensorKey, Any], first_step: int = 0
 ) -> list[StepRecord]:
-    """The steps from `first_step` on. Raises NotFiniteError (where the job asks for it) and SnapshotError."""
+    """The steps from `first_step` on. Raises NotFiniteError (where the job asks for it) and CheckpointError."""
     config, out = job.config, Path(job.out)
     watch = Watch(out, engine.devices, Fault.parse(job.fault) if job.fault else None)
     engine.on_action = watch.on_action
@@ -145,7 +145,7 @@ def _save(engine: Engine, job: Job, saving: Saving, corpus: Corpus, batch: Batch
     weights, state = engine.weights(), engine.optimizer_state()
     if job.must_be_finite and any(map(_is_bad, [*weights.values(), *state.values()])):
         raise _not_finite(engine, job, batch, "the weights after it are not finite", loss_is_finite=True)
-    writer = SnapshotWriter(Path(saving.directory), saving.keep, saving.token)
+    writer = CheckpointWriter(Path(saving.directory), saving.keep, saving.token)
     writer.write(
         job.config,
         batch.step + 1,

@@ -128,9 +128,7 @@ def parse_action(text: str) -> Action:
     """Reads `F3`, `BW0` or `W2.1`. Raises ScheduleError."""
     match = _ACTION.fullmatch(text)
     if match is None:
-        raise ScheduleError(
-            f"{text!r} is not an action; right would be F, B, W or BW and a micro-batch: F0, BW12, W3.1"
-        )
+        raise ScheduleError(f"{text!r} is not an action; expected F, B, W or BW and a micro-batch: F0, BW12, W3.1")
     return Action(Op(match["op"]), int(match["micro_batch"]), int(match["chunk"] or 0))
 
 
@@ -154,7 +152,7 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
             continue
         label, colon, actions = content.partition(":")
         if colon and label.strip() != str(len(rows)):
-            raise ScheduleError(f"line {number}: device {label.strip()!r}; right would be {len(rows)}, in order")
+            raise ScheduleError(f"line {number}: device {label.strip()!r}; expected {len(rows)}, in order")
         try:
             rows.append([parse_action(word) for word in (actions if colon else content).split()])
         except ScheduleError as error:
@@ -167,7 +165,7 @@ def build_schedule(rows: list[list[Action]], name: str, options: dict[str, str] 
     options = options or {}
     actions = [action for row in rows for action in row]
     if not actions:
-        raise ScheduleError("no action in it; right would be one line per device, such as: 0: F0 F1 BW0 BW1")
+        raise ScheduleError("no action in it; expected one line per device, such as: 0: F0 F1 BW0 BW1")
     try:
         num_chunks = int(options.get("chunks", 1 + max(action.chunk for action in actions)))
         stated = int(options["micro_batches"]) if "micro_batches" in options else None
@@ -175,7 +173,7 @@ def build_schedule(rows: list[list[Action]], name: str, options: dict[str, str] 
         raise ScheduleError(f"header: {options}; micro_batches and chunks are whole numbers") from None
     placement = options.get("placement", "loop")
     if placement not in ("loop", "vee"):
-        raise ScheduleError(f"header: placement={placement}; right would be loop or vee")
+        raise ScheduleError(f"header: placement={placement}; expected loop or vee")
     first, last = min(a.micro_batch for a in actions), max(a.micro_batch for a in actions)
     base = 1 if first == 1 and (stated is None or last == stated) else 0
     merged = not any(action.op is Op.W for action in actions)
@@ -186,7 +184,7 @@ def build_schedule(rows: list[list[Action]], name: str, options: dict[str, str] 
     num_micro_batches = last + 1 - base if stated is None else stated
     if min(num_micro_batches, num_chunks) < 1 or len(rows) * num_micro_batches * num_chunks > MAX_PLACES:
         raise ScheduleError(
-            f"{len(rows)} devices, {num_micro_batches} micro-batches, {num_chunks} chunks; right would be at least 1 of "
+            f"{len(rows)} devices, {num_micro_batches} micro-batches, {num_chunks} chunks; expected at least 1 of "
             f"each, and a product of at most {MAX_PLACES}"
         )
     return Schedule(name, devices, num_micro_batches, num_chunks, "vee" if placement == "vee" else "loop", base)

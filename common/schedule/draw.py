@@ -75,7 +75,7 @@ def _lines(simulation: Simulation, ascii_only: bool) -> list[_Line]:
     columns = round(simulation.makespan / shortest * cell)
     if not names or columns > MAX_COLUMNS:
         raise ScheduleError(
-            f"schedule {schedule.name} has {table.num_rows} actions, too many for text; right would be .png, .svg or .json"
+            f"schedule {schedule.name} has {table.num_rows} actions, too many for text; expected .png, .svg or .json"
         )
     scale = cell / shortest
     head = "time".ljust(len(f"device {schedule.num_devices - 1}") + 1)

@@ -127,7 +127,7 @@ GENERATORS: dict[str, Generator] = {
 def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
     """The named schedule, or the one in `file:PATH`. Raises ScheduleError."""
     if min(p, m, chunks) < 1:
-        raise ScheduleError(f"{p} stages, {m} micro-batches, {chunks} chunks; right would be at least 1 of each")
+        raise ScheduleError(f"{p} stages, {m} micro-batches, {chunks} chunks; expected at least 1 of each")
     if p * m * chunks > MAX_PLACES:
         raise ScheduleError(
             f"{p} stages x {m} micro-batches x {chunks} chunks; expected a product of at most {MAX_PLACES}"
@@ -138,7 +138,7 @@ def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
         guess = difflib.get_close_matches(name, GENERATORS, 1)
         hint = f"; did you mean {guess[0]}?" if guess else ""
         known = ", ".join(GENERATORS)
-        raise ScheduleError(f"schedule {name!r} is unknown; right would be one of {known} or file:PATH{hint}")
+        raise ScheduleError(f"schedule {name!r} is unknown; expected one of {known} or file:PATH{hint}")
     generator = GENERATORS[name]
     if generator.chunks not in (None, chunks):
         has = "1 chunk" if generator.chunks == 1 else f"{generator.chunks} chunks"
@@ -185,4 +185,4 @@ def _read(path: Path) -> Schedule:
         return parse_schedule(text, printable(path.stem))
     except (OSError, UnicodeDecodeError, ScheduleError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise ScheduleError(f"schedule {path}: {why}; right would be a readable schedule in text form") from None
+        raise ScheduleError(f"schedule {path}: {why}; expected a readable schedule in text form") from None

@@ -71,7 +71,7 @@ def search(
     if len(memory_limit) != p or costs.num_stages != p:
         raise ScheduleError(f"{len(memory_limit)} memory limits and costs of {costs.num_stages} stages for {p} stages")
     if not all(limit >= 1 for limit in memory_limit):
-        raise ScheduleError(f"memory limit {min(memory_limit):g} activations; right would be 1 or more on every stage")
+        raise ScheduleError(f"memory limit {min(memory_limit):g} activations; expected 1 or more on every stage")
     memory_limit = [min(limit, m) for limit in memory_limit]  # there are no more than m activations
     good_enough = lower_bound(m, costs, memory_limit) * (1 + _ROUNDING)
     # The handcrafted schedules are candidates too, where they fit.
@@ -87,7 +87,7 @@ def limits(p: int, m: int, memory_limit: Sequence[float]) -> list[float]:
     Never more than m, which is all there are.
     """
     if len(memory_limit) not in (1, p):
-        raise ScheduleError(f"memory limit: {len(memory_limit)} numbers for {p} stages; right would be 1 or {p}")
+        raise ScheduleError(f"memory limit: {len(memory_limit)} numbers for {p} stages; expected 1 or {p}")
     each = memory_limit if len(memory_limit) == p else [memory_limit[0]] * p
     return [min(limit * min(p, m), m) for limit in each]
 

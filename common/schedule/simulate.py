@@ -73,16 +73,16 @@ class Costs:
         if self.activation_bytes is not None:
             lengths.add(len(self.activation_bytes))
         if len(lengths) > 1:
-            raise ScheduleError(f"costs for {sorted(lengths)} stages; right would be the same number for every cost")
+            raise ScheduleError(f"costs for {sorted(lengths)} stages; expected the same number for every cost")
         times = (*self.forward, *self.backward_input, *self.backward_weight, *self.communication)
         if any(not 0 <= time < float("inf") for time in times):
-            raise ScheduleError(f"costs {self}: a time is negative or not a number; right would be 0 or more")
+            raise ScheduleError(f"costs {self}: a time is negative or not a number; expected 0 or more")
         if not 0 <= self.kept_by_backward_input <= 1:
-            raise ScheduleError(f"kept_by_backward_input={self.kept_by_backward_input}; right would be 0 to 1")
+            raise ScheduleError(f"kept_by_backward_input={self.kept_by_backward_input}; expected 0 to 1")
         if not 0 <= self.kept_by_forward <= 1:
-            raise ScheduleError(f"kept_by_forward={self.kept_by_forward}; right would be 0 to 1")
+            raise ScheduleError(f"kept_by_forward={self.kept_by_forward}; expected 0 to 1")
         if not is_known(self.recompute):
-            raise ScheduleError(f"recompute={self.recompute!r}; right would be {WORDS.replace('|', ', ')}")
+            raise ScheduleError(f"recompute={self.recompute!r}; expected {WORDS.replace('|', ', ')}")
 
     @property
     def num_stages(self) -> int:
@@ -260,7 +260,7 @@ def replay_makespan(schedule: Schedule, durations: Sequence[Sequence[float]]) ->
     table = tabulate(schedule)
     flat = [duration for row in durations for duration in row]
     if [len(row) for row in durations] != [len(row) for row in schedule.devices]:
-        raise ScheduleError("durations for another schedule; right would be one per action, device by device")
+        raise ScheduleError("durations for another schedule; expected one per action, device by device")
     return max(play(table, flat, [0.0] * table.num_rows).end)
 
 
@@ -269,7 +269,7 @@ def per_stage(values: Sequence[float], stages: int, what: str) -> tuple[float, .
     if len(values) == 1:
         return (values[0],) * stages
     if len(values) != stages:
-        raise ScheduleError(f"{what}: {len(values)} numbers for {stages} stages; right would be 1 or {stages}")
+        raise ScheduleError(f"{what}: {len(values)} numbers for {stages} stages; expected 1 or {stages}")
     return tuple(values)
 
 

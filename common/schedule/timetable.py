@@ -75,7 +75,7 @@ def _parse_timed(text: str, name: str) -> Timetable:
         row: _TimedRow = []
         for word, match, action in zip(words, matches, without.devices[device], strict=True):
             if match is None:
-                raise ScheduleError(f"device {device}: {word!r} has no times; right would be F0@0-1 for every action")
+                raise ScheduleError(f"device {device}: {word!r} has no times; expected F0@0-1 for every action")
             start, end = float(match["start"]), float(match["end"])
             if end < start:
                 raise ScheduleError(f"device {device}: {word} ends before it starts")
@@ -89,7 +89,7 @@ def _parse_chart(lines: list[str], name: str) -> Timetable:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     cells = [row for row in cells if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
     if len(cells) < 2:
-        raise ScheduleError("chart: no row below the header; right would be one for every time")
+        raise ScheduleError("chart: no row below the header; expected one for every time")
     width = len(cells[0])
     for row in cells:
         if len(row) != width:
@@ -133,5 +133,5 @@ def _is_number(text: str) -> bool:
 
 def _time(text: str) -> float:
     if not _is_number(text):
-        raise ScheduleError(f"chart: {text!r} is not a time; right would be a number in the first column or row")
+        raise ScheduleError(f"chart: {text!r} is not a time; expected a number in the first column or row")
     return float(text)

@@ -139,7 +139,7 @@ class _Report:
             found = count[:, OP_CODE[op]] + (0 if op is Op.F else count[:, OP_CODE[merged]])
             for device in np.flatnonzero(found != right).tolist():
                 has = f"{found[device]} {result.value}" + ("" if op is Op.F else " (BW included)")
-                message = f"{has}; right would be {right}, one per micro-batch and chunk"
+                message = f"{has}; expected {right}, one per micro-batch and chunk"
                 self.violations.append(Violation(Rule.ACTION_COUNT, device, None, "", message))
 
     def check_order(self) -> None:

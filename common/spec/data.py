@@ -175,7 +175,7 @@ def tokenize(config: RunConfig, text: Text) -> Corpus:
     needed = config.model.context_length + 1
     if min(len(corpus.train), len(corpus.held_out)) < needed:
         raise CorpusError(
-            f"the corpus has {len(corpus.tokens)} tokens; right would be at least {int(needed / HELD_OUT_FRACTION) + 1}, "
+            f"the corpus has {len(corpus.tokens)} tokens; expected at least {int(needed / HELD_OUT_FRACTION) + 1}, "
             f"so that a tenth of it holds one sequence of {needed}"
         )
     return corpus

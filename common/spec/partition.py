@@ -125,7 +125,7 @@ def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
     """
     n = len(costs)
     if not 1 <= parts <= n:
-        raise ValueError(f"parts = {parts}; right would be 1 to {n}, the number of units")
+        raise ValueError(f"parts = {parts}; expected 1 to {n}, the number of units")
     total = [0.0, *itertools.accumulate(float(cost) for cost in costs)]
     best = [0.0] + [math.inf] * n  # by the number of units
     cuts = []

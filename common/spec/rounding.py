@@ -21,5 +21,5 @@ def finite_float32(value: float) -> float:
     with np.errstate(over="ignore"):
         rounded = round_to_float32(value)
     if not math.isfinite(rounded):
-        raise ValueError(f"{value}; right would be at most {np.finfo(np.float32).max:.4g}, as float32 has it")
+        raise ValueError(f"{value}; expected at most {np.finfo(np.float32).max:.4g}, as float32 has it")
     return rounded

@@ -84,7 +84,7 @@ def _drift(config: RunConfig) -> Impossible | None:
         return None
     able = habits.by_name(config.drift).frameworks
     if config.framework not in able:
-        why = f"{config.framework} has no such habit; right would be --frameworks {','.join(able)}"
+        why = f"{config.framework} has no such habit; expected --frameworks {','.join(able)}"
     elif config.executor != "table":
         why = f"executor = {config.executor} has no such habit; expected executor = table"
     else:
@@ -116,7 +116,7 @@ def _why_not_native(config: RunConfig) -> str | None:
         return why
     if name not in NATIVE_SCHEDULES.get(config.framework, ()):
         offered = "; ".join(f"{framework} with {', '.join(names)}" for framework, names in NATIVE_SCHEDULES.items())
-        return f"{config.framework} has no pipeline of its own with the schedule {name}; right would be {offered}"
+        return f"{config.framework} has no pipeline of its own with the schedule {name}; expected {offered}"
     if not config.train.micro_batches_are_equal:
         return (
             f"micro_batches = {m} does not divide batch_size = {config.train.batch_size}; expected equal micro-batches"

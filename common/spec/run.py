@@ -78,7 +78,7 @@ class TransformerSpec(Frozen):
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"num_heads = {self.num_heads} does not divide d_model = {self.d_model}; "
-                f"right would be one of {_divisors(self.d_model)}"
+                f"expected one of {_divisors(self.d_model)}"
             )
         return self
 
@@ -123,8 +123,7 @@ class TrainSpec(Frozen):
             )
         if self.warmup_steps > self.steps:
             raise ValueError(
-                f"warmup_steps = {self.warmup_steps} is more than steps = {self.steps}; "
-                f"right would be 0 to {self.steps}"
+                f"warmup_steps = {self.warmup_steps} is more than steps = {self.steps}; expected 0 to {self.steps}"
             )
         return self
 
@@ -234,7 +233,7 @@ class RunConfig(Frozen):
             try:
                 return tuple(int(part) for part in value.split(","))
             except ValueError:
-                raise ValueError(f"{value!r}; right would be even, balanced, or boundaries such as 2,5") from None
+                raise ValueError(f"{value!r}; expected even, balanced, or boundaries such as 2,5") from None
         return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
@@ -249,11 +248,11 @@ class RunConfig(Frozen):
         if parts > units:
             raise ValueError(
                 f"stages x chunks = {parts} is more than the {units} units (embedding, {self.model.num_layers} blocks, "
-                f"head); right would be at most {units}"
+                f"head); expected at most {units}"
             )
         if parts * self.train.micro_batches > MAX_PLACES:
             raise ValueError(
-                f"stages x chunks x micro_batches = {parts * self.train.micro_batches}; right would be at most {MAX_PLACES}"
+                f"stages x chunks x micro_batches = {parts * self.train.micro_batches}; expected at most {MAX_PLACES}"
             )
         if self.executor == "plain" and parts > 1:
             raise ValueError(f"stages x chunks = {parts}; executor = plain has 1, with all the threads")

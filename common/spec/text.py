@@ -60,7 +60,7 @@ def _read(path: str) -> bytes:
             return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
-    raise CorpusError(f"corpus {path}: {reason}; right would be a readable text file")
+    raise CorpusError(f"corpus {path}: {reason}; expected a readable text file")
 
 
 def _decoded(name: str, data: bytes) -> str:

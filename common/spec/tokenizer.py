@@ -145,7 +145,7 @@ class FileTokenizer:
             raise TokenizerError(f"{self.where}: {reason}{hint}") from None
 
 
-EXPECTED = "right would be a tokenizer.json as the tokenizers library writes it"
+EXPECTED = "expected a tokenizer.json as the tokenizers library writes it"
 BYTES = ByteTokenizer()
 
 
@@ -172,9 +172,7 @@ def read_content(path: Path) -> bytes:
     where = f"tokenizer {path}"
     try:
         if path.is_dir():
-            raise TokenizerError(
-                f"{where}: a folder; right would be a tokenizer.json, such as {path / 'tokenizer.json'}"
-            )
+            raise TokenizerError(f"{where}: a folder; expected a tokenizer.json, such as {path / 'tokenizer.json'}")
         if path.exists() and not path.is_file():  # a device or a pipe may never end
             raise TokenizerError(f"{where}: not a plain file; {EXPECTED}")
         text = read_text(path, MAX_TOKENIZER_BYTES)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from common.checkpoint import SnapshotError
+from common.checkpoint import CheckpointError
 from common.checkpoint.foreign.child import check_size, checked
 from common.checkpoint.foreign.errors import ExchangeError
 from common.spec.parameters import initial_weights
@@ -54,7 +54,7 @@ def importer(module: str) -> Reader:
 
         return read
 
-    return Reader(f"import, {name}", (ExchangeError, SnapshotError, OSError), prepare, attack)
+    return Reader(f"import, {name}", (ExchangeError, CheckpointError, OSError), prepare, attack)
 
 
 def _near(data: bytes, rng: Random) -> bytes:

@@ -35,7 +35,7 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from common import checkpoint
-from common.checkpoint import SnapshotError
+from common.checkpoint import CheckpointError
 from common.checkpoint.dump import DumpError, read_dump, write_dump
 from common.checkpoint.foreign.errors import ExchangeError
 from common.checkpoint.foreign.gpt2 import foreign_shapes, read_gpt2
@@ -176,16 +176,16 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
 
 
-def _write_valid_snapshot(folder: Path) -> None:
+def _write_valid_checkpoint(folder: Path) -> None:
     weights = initial_weights(MODEL, 0, "float64")
     state = {f"{m}/{name}": np.zeros_like(v) for m in ("first_moment", "second_moment") for name, v in weights.items()}
-    writer = checkpoint.SnapshotWriter(folder / "made", 3, "0" * 32)
+    writer = checkpoint.CheckpointWriter(folder / "made", 3, "0" * 32)
     made = writer.write(CONFIG, 2, "0" * 64, (0, 1), weights, state, {"framework": "torch"})
     assert made is not None
     made.rename(folder / "valid")
 
 
-def _attack_snapshot(folder: Path, rng: Random) -> Callable[[], object]:
+def _attack_checkpoint(folder: Path, rng: Random) -> Callable[[], object]:
     valid, target = _files(folder / "valid"), folder / "step-00000002"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
@@ -406,9 +406,9 @@ KEYS = [str(TensorKey(3, "backward", 1, -1, "block.0", "block.0.norm_1.bias")).e
 FAULTS = [b"kill@device=1,step=3,action=BW2", b"disk-full@step=8", b"oom"]
 
 READERS: tuple[Reader, ...] = (
-    Reader("snapshot (manifest, shards)", (SnapshotError,), _write_valid_snapshot, _attack_snapshot),
+    Reader("checkpoint (manifest, shards)", (CheckpointError,), _write_valid_checkpoint, _attack_checkpoint),
     Reader("dump", (DumpError,), _prepare_dump, _attack_dump),
-    Reader("GPT-2 file", (ExchangeError, SnapshotError, ValidationError), _prepare_gpt2, _attack_gpt2),
+    Reader("GPT-2 file", (ExchangeError, CheckpointError, ValidationError), _prepare_gpt2, _attack_gpt2),
     _one_file("TOML configuration", _valid_toml, _read_toml, UsageError),
     _one_file("schedule file", _valid_schedules, _read_schedule_file, ScheduleError, UnicodeDecodeError),
     _one_file("result.json", _valid_results, RunResult.read, ResultError),

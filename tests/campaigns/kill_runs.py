@@ -3,7 +3,7 @@
 A trial trains one small model with `triptych train --save-every 5 --max-restarts N`. Again and again a random process of it
 (the parent, the child, with Paddle also a stage's process) gets a random signal (SIGKILL, SIGTERM, SIGINT) at a random
 moment: while it starts, between steps, or while it saves. A dead child is started again by the parent; a dead parent by
-hand, with `--resume latest`. After every kill: a dead parent leaves no process behind, every snapshot can be read. At the
+hand, with `--resume latest`. After every kill: a dead parent leaves no process behind, every checkpoint can be read. At the
 end of a trial: every loss that any child ever reported, the held-out loss, the weights and the moments are, to the bit,
 those of a run that nothing disturbed; nothing half-written is left, and no shared memory.
 
@@ -33,7 +33,7 @@ import numpy as np
 import psutil
 
 from common import checkpoint
-from common.checkpoint import Snapshot, SnapshotError
+from common.checkpoint import Checkpoint, CheckpointError
 from common.report.result import RunResult
 from common.spec.run import FRAMEWORKS
 
@@ -68,7 +68,7 @@ class Trial:
         self.framework, self.number, self.note, self.reference = framework, number, note, reference
         self.random = random.Random(f"{seed} {framework} {number}")
         self.folder = folder / f"{framework}-{number}"
-        self.saves, self.out = self.folder / "snapshots", self.folder / "out"
+        self.saves, self.out = self.folder / "checkpoints", self.folder / "out"
         self.folder.mkdir(parents=True)
         self.mark = uuid.uuid4().hex
         self.parent: subprocess.Popen[bytes] | None = None
@@ -96,7 +96,7 @@ class Trial:
     # --------------------------------------------------------------------------------------------- processes
 
     def start(self) -> None:
-        resume = ["--resume", "latest"] if checkpoint.snapshots_in(self.saves) else []
+        resume = ["--resume", "latest"] if checkpoint.checkpoints_in(self.saves) else []
         command = [
             *COMMAND.split(),
             "--framework",
@@ -231,21 +231,21 @@ class Trial:
             if time.monotonic() > deadline:
                 raise Lost(f"processes outlive the parent: {[process.cmdline() for process in self.family()]}")
             time.sleep(0.05)
-        self.check_snapshots()
+        self.check_checkpoints()
         if status != 0:
             expected = (
                 (-signal.SIGKILL,) if number == signal.SIGKILL else (130, -number)
             )  # before it listens: the signal
             if status not in expected:
-                raise Lost(f"the parent ended with status {status}; right would be {expected}")
+                raise Lost(f"the parent ended with status {status}; expected {expected}")
             self.start()
 
-    def check_snapshots(self) -> None:
-        for path in checkpoint.snapshots_in(self.saves):
+    def check_checkpoints(self) -> None:
+        for path in checkpoint.checkpoints_in(self.saves):
             try:
                 checkpoint.verify(path)
-            except SnapshotError as error:
-                raise Lost(f"a snapshot is damaged: {error}") from None
+            except CheckpointError as error:
+                raise Lost(f"a checkpoint is damaged: {error}") from None
 
     # --------------------------------------------------------------------------------------------- the end
 
@@ -257,11 +257,11 @@ class Trial:
             raise Lost(f"the run ended with status {self.parent.returncode}: {text[-600:]}")
         if self.family():
             raise Lost("processes outlive a run that ended well")
-        self.check_snapshots()
+        self.check_checkpoints()
         names = {path.name for path in self.saves.iterdir()}
         extra = {name for name in names if not name.startswith("step-") and name != ".lock"}
         if extra:
-            raise Lost(f"left behind in the folder of snapshots: {sorted(extra)}")
+            raise Lost(f"left behind in the folder of checkpoints: {sorted(extra)}")
         for record in self.records():
             if record["loss"] != self.reference.losses[record["step"]]:
                 raise Lost(
@@ -272,11 +272,11 @@ class Trial:
             raise Lost(
                 f"held-out loss {[r.held_out_loss for r in results]}, undisturbed {self.reference.held_out_loss}"
             )
-        if not same(checkpoint.load(checkpoint.snapshots_in(self.saves)[-1]), self.reference.last):
+        if not same(checkpoint.load(checkpoint.checkpoints_in(self.saves)[-1]), self.reference.last):
             raise Lost("weights or moments differ from those of the undisturbed run")
 
 
-def same(a: Snapshot, b: Snapshot) -> bool:
+def same(a: Checkpoint, b: Checkpoint) -> bool:
     """Whether both hold the same bits."""
     one, two = {**a.weights, **a.optimizer_state}, {**b.weights, **b.optimizer_state}
     return set(one) == set(two) and all(np.array_equal(one[name], two[name]) for name in one)
@@ -286,13 +286,13 @@ class Reference:
     """The run that nothing disturbs."""
 
     def __init__(self, framework: str, folder: Path) -> None:
-        out, saves = folder / f"{framework}-undisturbed", folder / f"{framework}-undisturbed" / "snapshots"
+        out, saves = folder / f"{framework}-undisturbed", folder / f"{framework}-undisturbed" / "checkpoints"
         command = [*COMMAND.split(), "--framework", framework, "--save-dir", str(saves), "--out", str(out)]
         subprocess.run([sys.executable, "-m", "common.cli", *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         result = RunResult.read(next(out.glob("*/*/result.json")))
         self.losses = [step.loss for step in result.steps]
         self.held_out_loss = result.held_out_loss
-        self.last = checkpoint.load(checkpoint.snapshots_in(saves)[-1])
+        self.last = checkpoint.load(checkpoint.checkpoints_in(saves)[-1])
 
 
 def shared_memory() -> set[str]:

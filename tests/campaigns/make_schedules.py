@@ -230,7 +230,7 @@ def fill(name: str, content: str, page: Path = PAGE) -> None:
     part = re.compile(rf"(<!-- made: {name} -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL)
     text, found = part.subn(lambda match: match[1] + content + "\n" + match[2], page.read_text(encoding="utf-8"))
     if found != 1:
-        raise SystemExit(f"{page}: {found} parts named {name}; right would be 1")
+        raise SystemExit(f"{page}: {found} parts named {name}; expected 1")
     write_file(page, text)
 
 

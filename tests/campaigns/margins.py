@@ -25,7 +25,7 @@ ROOM = 0.2
 LONG_CHECKS = frozenset({"loss_curve", "trained_parameter"})
 """What the rounding of 100 steps adds up to."""
 
-REFUSED = "; right would be "
+REFUSED = "; expected "
 """What a framework says to a precision that it does not have; every other problem is a failed run."""
 
 Errors = Mapping[str, float]

@@ -24,9 +24,9 @@ DTYPES = ("float64", "float32", "bfloat16")
 EXIT_OK, EXIT_SHORT = 0, 1
 
 
-def register(verbs: Any) -> None:
+def register(subcommands: Any) -> None:
     """Add the campaign to argparse's subparsers."""
-    parser = verbs.add_parser(
+    parser = subcommands.add_parser(
         "margins",
         description="Every check of the parity ladder over many seeds and models, in every framework and precision. "
         "Exit status: 0 every fixed limit has five times room and bfloat16 keeps to its rule, 1 otherwise or if a run "

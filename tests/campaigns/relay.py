@@ -57,7 +57,7 @@ DEFAULTS: Mapping[Key, Any] = {
 
 DESCRIPTION = (
     "Trains one model with several frameworks in turn, each on its own number of stages and with its own schedule, "
-    "handing over by snapshots; compares losses and weights with the oracle, which does all steps alone. "
+    "handing over by checkpoints; compares losses and weights with the oracle, which does all steps alone. "
     "Exit status: 0 within the limits of the parity ladder; 1 outside, or a leg failed; 2 wrong input."
 )
 
@@ -74,9 +74,9 @@ class _Plan:
     steps_done: int
 
 
-def register(verbs: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
+def register(subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
     """Add the campaign to argparse's subparsers."""
-    parser = verbs.add_parser(
+    parser = subcommands.add_parser(
         "relay",
         description=DESCRIPTION,
         usage="%(prog)s [options]",
@@ -108,7 +108,7 @@ def _read_legs(text: str) -> list[_Plan]:
             raise UsageError(f"--legs: {names[0]!r}: unknown{closest(names[0], FRAMEWORKS)}")
         if len(names) != 3 or not known or not whole_number(names[2]):
             raise UsageError(
-                f"--legs: {word!r}; right would be FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE, such as torch:p=2:1f1b:100"
+                f"--legs: {word!r}; expected FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE, such as torch:p=2:1f1b:100"
             )
         legs.append(
             _Plan(
@@ -122,7 +122,7 @@ def _read_legs(text: str) -> list[_Plan]:
         )
     ends = [0, *(leg.steps_done for leg in legs)]
     if any(a >= b for a, b in itertools.pairwise(ends)):
-        raise UsageError(f"--legs: they end after {ends[1:]} steps; right would be increasing numbers")
+        raise UsageError(f"--legs: they end after {ends[1:]} steps; expected increasing numbers")
     return legs
 
 
@@ -183,13 +183,13 @@ def _run(
     console: Console,
 ) -> list[Trained]:
     """The oracle's run and then the legs', up to the first that does not end well."""
-    saves, text = folder / "snapshots", write_text(load_corpus(configs[0]), folder)
+    saves, text = folder / "checkpoints", write_text(load_corpus(configs[0]), folder)
     trainings = [
         Training(
             config=oracle_config(configs[0]),
             module=ORACLE_MODULE,
             folder=folder / "oracle",
-            directory=folder / "oracle-snapshots",
+            directory=folder / "oracle-checkpoints",
             text=text,
             save_every=math.gcd(*(leg.steps_done for leg in plans)),
             keep=plans[-1].steps_done,
@@ -234,7 +234,7 @@ def _judged(
         loss, place = report.largest_loss_difference(losses, expected[first : plan.steps_done])
         weight, tensor = report.largest_weight_difference(
             checkpoint.load(folder / "snapshots" / name).weights,
-            checkpoint.load(folder / "oracle-snapshots" / name).weights,
+            checkpoint.load(folder / "oracle-checkpoints" / name).weights,
         )
         legs.append(
             Leg(

@@ -20,7 +20,7 @@ from common.spec.run import RunConfig
 
 
 class Leg(BaseModel):
-    """What one framework did, from a snapshot to a snapshot."""
+    """What one framework did, from a checkpoint to a checkpoint."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
@@ -115,7 +115,7 @@ def draw_relay(relay: Relay, path: Path) -> None:
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     above.set_ylabel("loss per token")
     below.set_ylabel("relative difference\nfrom the oracle")
-    below.set_xlabel("step (dotted: a snapshot changes hands)")
+    below.set_xlabel("step (dotted: a checkpoint changes hands)")
     above.legend(fontsize=8)
     figure.savefig(path, dpi=DPI)
 

@@ -1,6 +1,6 @@
 """`python -m tests.children.gpt2_reference make FOLDER`: the transformers library's own GPT-2, with random weights.
 
-`check FOLDER`: the same logits from the snapshot that was imported, through our pipeline of two stages.
+`check FOLDER`: the same logits from the checkpoint that was imported, through our pipeline of two stages.
 """
 
 from __future__ import annotations

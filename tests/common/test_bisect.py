@@ -215,7 +215,7 @@ def test_files_from_elsewhere_are_one_clear_line(
         "cut": (content[:-5], None, "the file has"),
         "empty": (b"", None, "not a safetensors file"),
         "name": ({"weights": np.ones(2)}, None, "'weights' is no tensor key"),
-        "dtype": ({key: np.ones(2, np.uint8)}, None, "has dtype U8; right would be F64"),
+        "dtype": ({key: np.ones(2, np.uint8)}, None, "has dtype U8; expected F64"),
         "steps": ({key: np.ones(2), key.replace("step=0", "step=1"): np.ones(2)}, None, "of steps [0, 1]"),
         "none": ({}, None, "of steps []"),
         "future": ({key: np.ones(2)}, {"schema_version": "9"}, "schema_version = '9'; this program reads 1"),
@@ -268,10 +268,10 @@ def test_runs_in_words_are_dumped_first(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["bisect", str(path), f"framework=oracle,{small},micro_batches=2", "--step", "1"]) == 0
     capsys.readouterr()
     for words, message in {
-        "framework=oracle,d_modle=8": "--d-modle: unknown option; right would be --d-model",
-        "framework=oracle,steps": "right would be NAME=VALUE",
+        "framework=oracle,d_modle=8": "--d-modle: unknown option; expected --d-model",
+        "framework=oracle,steps": "expected NAME=VALUE",
         "nothing": "no such file",
-        "framework=oracle,steps=1": "the run has 1; right would be 0 to 0",
+        "framework=oracle,steps=1": "the run has 1; expected 0 to 0",
     }.items():
         assert main(["bisect", str(path), words, "--step", "1"]) == 2
         error = capsys.readouterr().err

@@ -86,7 +86,7 @@ def one_run(tmp_path: Path, text: str, *argv: str) -> RunConfig:
 def test_one_run_takes_its_preset_from_the_file_too(tmp_path: Path) -> None:
     assert one_run(tmp_path, 'preset = "small"').model.num_layers == 6
     assert one_run(tmp_path, 'preset = "small"', "--preset", "tiny").model.num_layers == 2
-    with pytest.raises(UsageError, match=r"bench\.toml: preset = 'smal': unknown; right would be small"):
+    with pytest.raises(UsageError, match=r"bench\.toml: preset = 'smal': unknown; expected small"):
         one_run(tmp_path, 'preset = "smal"')
 
 
@@ -105,8 +105,8 @@ def test_every_field_of_the_specification_is_an_option() -> None:
     assert (point.model.tied_head, point.train.no_decay, point.partition) == (True, ("*.bias",), (1,))
 
 
-def test_peers_are_the_frameworks_own_pipelines_and_a_plain_loop_each() -> None:
-    points = bench("--peers", "--schedules", "1f1b,zb-h1").points
+def test_baselines_are_the_frameworks_own_pipelines_and_a_plain_loop_each() -> None:
+    points = bench("--baselines", "--schedules", "1f1b,zb-h1").points
     ours = [(c.framework, c.schedule) for c in points if c.executor == "table"]
     assert len(ours) == 6
     native = [(c.framework, c.schedule, c.stages) for c in points if c.executor == "native"]
@@ -122,17 +122,17 @@ def test_a_sweep_keeps_the_mini_batch() -> None:
     assert {c.train.micro_batches for c in points} == {1, 3, 12}
 
 
-def test_a_framework_whose_own_pipeline_takes_equal_micro_batches_is_no_peer_of_others() -> None:
-    points = bench("--peers", "--framework", "torch", "--schedules", "1f1b", "--micro-batches", "4,5").points
+def test_a_framework_whose_own_pipeline_takes_equal_micro_batches_is_no_baseline_of_others() -> None:
+    points = bench("--baselines", "--framework", "torch", "--schedules", "1f1b", "--micro-batches", "4,5").points
     assert {c.train.micro_batches for c in points if c.executor == "native"} == {4}
 
 
-def test_a_peer_that_cannot_run_is_no_row() -> None:
+def test_a_baseline_that_cannot_run_is_no_row() -> None:
     points = bench(
-        "--preset", "tiny", "--peers", "--stages", "4", "--micro-batches", "2", "--framework", "torch"
+        "--preset", "tiny", "--baselines", "--stages", "4", "--micro-batches", "2", "--framework", "torch"
     ).points
     assert [c.schedule for c in points if c.executor == "native"] == ["gpipe"]  # its 1f1b needs m >= p
-    assert {c.framework for c in bench("--dtype", "bfloat16", "--peers").points} == {"torch", "tensorflow"}
+    assert {c.framework for c in bench("--dtype", "bfloat16", "--baselines").points} == {"torch", "tensorflow"}
 
 
 def test_a_schedule_file_brings_its_chunks(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_native_dropout_takes_the_nearest_probability(tmp_path: Path) -> None:
 
 
 def test_recomputation_makes_a_grid_whose_rows_have_names_of_their_own() -> None:
-    points = bench("--preset", "tiny", "--framework", "torch", "--recompute", "none,full,every-2", "--peers").points
+    points = bench("--preset", "tiny", "--framework", "torch", "--recompute", "none,full,every-2", "--baselines").points
     ours = [point for point in points if point.executor == "table"]
     assert {point.recompute for point in ours} == {"none", "full", "every-2"}
     assert {point.recompute for point in points if point.executor != "table"} == {"none"}
@@ -190,44 +190,44 @@ def test_a_drift_brings_what_it_needs_to_show() -> None:
 # ------------------------------------------------------------------------------------------------- wrong input
 
 WRONG = {
-    "--preset tinny": "--preset = 'tinny': unknown; right would be tiny",
-    "--frameworks torch,jax": "--frameworks = 'jax': unknown; right would be one of torch, tensorflow, paddle",
-    "--frameworks tensorfow": "right would be tensorflow",
+    "--preset tinny": "--preset = 'tinny': unknown; expected tiny",
+    "--frameworks torch,jax": "--frameworks = 'jax': unknown; expected one of torch, tensorflow, paddle",
+    "--frameworks tensorfow": "expected tensorflow",
     "--schedules gpip": "did you mean gpipe?",
     "--schedules file:/no/such": "/no/such",
-    "--stages 9": "right would be at most 8",
-    "--stages 0": "--stages = '0': right would be a whole number, at least 1",
-    "--stages two": "--stages = 'two': right would be a whole number, at least 1",
-    "--stages 1.5": "--stages = '1.5': right would be a whole number, at least 1",
+    "--stages 9": "expected at most 8",
+    "--stages 0": "--stages = '0': expected a whole number, at least 1",
+    "--stages two": "--stages = 'two': expected a whole number, at least 1",
+    "--stages 1.5": "--stages = '1.5': expected a whole number, at least 1",
     "--stages 2 4": "'4': belongs to no option; a list takes commas",
     "--micro-batches 17": "micro_batches = 17 is more than batch_size = 16",
     "--micro-batches 5 --executor native --frameworks torch": "micro_batches = 5 does not divide batch_size = 16",
-    "--dtype float16": "right would be bfloat16 (or float32, float64)",
-    "--norm per": "--norm = 'per': unknown; right would be pre (or post)",
+    "--dtype float16": "expected bfloat16 (or float32, float64)",
+    "--norm per": "--norm = 'per': unknown; expected pre (or post)",
     "--d-model 100": "num_heads = 8 does not divide d_model = 100",
-    "--d-modle 64": "--d-modle: unknown option; right would be --d-model",
-    "--learning-rate fast": "--learning-rate = 'fast': right would be a number, more than 0.0",
-    "--learning-rate nan": "--learning-rate = 'nan': right would be a number, more than 0.0",
-    "--dropout 1": "right would be a number, at least 0.0 and less than 1.0",
-    "--dropout native:x": "--dropout = 'x': right would be a number, at least 0.0 and less than 1.0",
+    "--d-modle 64": "--d-modle: unknown option; expected --d-model",
+    "--learning-rate fast": "--learning-rate = 'fast': expected a number, more than 0.0",
+    "--learning-rate nan": "--learning-rate = 'nan': expected a number, more than 0.0",
+    "--dropout 1": "expected a number, at least 0.0 and less than 1.0",
+    "--dropout native:x": "--dropout = 'x': expected a number, at least 0.0 and less than 1.0",
     "--dropout native --dropout-masks shared": "--dropout = native and --dropout-masks = shared disagree",
-    "--recompute every-0": "right would be none, full, except-last, every-N with N at least 1",
-    "--drift tanh": "--drift = 'tanh': unknown; right would be tanh-gelu",
-    "--drift nothing-like-it": "right would be one of tanh-gelu, float32-gelu-constant",
-    "--drift tanh-gelu --frameworks torch": "torch has no such habit; right would be --frameworks tensorflow",
-    "--clip-norm 0": "right would be a number, more than 0.0 or none",
+    "--recompute every-0": "expected none, full, except-last, every-N with N at least 1",
+    "--drift tanh": "--drift = 'tanh': unknown; expected tanh-gelu",
+    "--drift nothing-like-it": "expected one of tanh-gelu, float32-gelu-constant",
+    "--drift tanh-gelu --frameworks torch": "torch has no such habit; expected --frameworks tensorflow",
+    "--clip-norm 0": "expected a number, more than 0.0 or none",
     "--steps": "--steps: expected one argument",
-    "--steps 3 --warmup-steps 4": "right would be 0 to 3",
+    "--steps 3 --warmup-steps 4": "expected 0 to 3",
     "--schedules zb-v --chunks 3": "--schedules: schedule zb-v has 2 chunks per device, not 3",
     "--partition 9,2": "--partition",
-    "--partition odd": "right would be even, balanced, or boundaries such as 2,5",
+    "--partition odd": "expected even, balanced, or boundaries such as 2,5",
     "--vocab-size 100": "the tokenizer 'bytes' has 256 tokens",
-    "--repeats 0": "--repeats = '0': right would be a whole number, at least 1",
-    "--timeout -1": "--timeout = '-1': right would be a number, more than 0",
-    "--sweep": "right would be with a list",
+    "--repeats 0": "--repeats = '0': expected a whole number, at least 1",
+    "--timeout -1": "--timeout = '-1': expected a number, more than 0",
+    "--sweep": "give a list",
     "--chunks 2": "the default --schedules: schedule gpipe has 1 chunk per device, not 2",
     "--sweep --micro-batches 1,2,32": "micro_batches = 32 is more than batch_size = 16",
-    "--untimed-steps 12": "leaves none of 8 steps; right would be 0 to 7",
+    "--untimed-steps 12": "leaves none of 8 steps; expected 0 to 7",
     "--executor native": "paddle with 1f1b",
     "--executor native --frameworks torch --stages 4 --micro-batches 2 --schedules 1f1b": "takes at least as many as",
     "--executor native --frameworks torch --stages 3 --micro-batches 7 --batch-size 7 --schedules interleaved": "of 2",
@@ -238,7 +238,7 @@ WRONG = {
     "--frameworks paddle --dtype bfloat16": "paddle cannot compute in it; expected torch or tensorflow",
     "--device cuda": "--device = cuda: this machine has no NVIDIA driver; expected cpu or auto",
     "--corpus /no/such/text": "/no/such/text: No such file or directory",
-    "--config /no/such.toml": "right would be a readable TOML file",
+    "--config /no/such.toml": "expected a readable TOML file",
     "--out /dev/null": "--out /dev/null",
 }
 
@@ -261,14 +261,14 @@ def test_wrong_input_is_one_line_and_status_2(line: str, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[model]\nd_modle = 3\n", "[model] d_modle: unknown; right would be d_model"),
-        ("d_model = 3\n", "d_model: unknown at the top level; right would be under [model]"),
-        ("stagse = 2\n", "stagse: unknown at the top level; right would be stages"),
-        ("model = 3\n", "right would be a table [model]"),
-        ("[train]\nsteps = 'x'\n", "[train] steps = 'x': right would be a whole number, at least 1"),
+        ("[model]\nd_modle = 3\n", "[model] d_modle: unknown; expected d_model"),
+        ("d_model = 3\n", "d_model: unknown at the top level; expected under [model]"),
+        ("stagse = 2\n", "stagse: unknown at the top level; expected stages"),
+        ("model = 3\n", "expected a table [model]"),
+        ("[train]\nsteps = 'x'\n", "[train] steps = 'x': expected a whole number, at least 1"),
         ("stages = \n", "not TOML"),
-        ("stages = true\n", "stages = true: right would be a whole number, at least 1"),
-        ("[train]\nlearning_rate = true\n", "learning_rate = true: right would be a number, more than 0.0"),
+        ("stages = true\n", "stages = true: expected a whole number, at least 1"),
+        ("[train]\nlearning_rate = true\n", "learning_rate = true: expected a number, more than 0.0"),
         ('corpus = "a\\u0000b"\n', "expected text without a NUL character"),
     ],
 )
@@ -281,7 +281,7 @@ def test_a_wrong_file_is_named_with_the_place(tmp_path: Path, text: str, message
 
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(UsageError, match="the corpus has 9 tokens; right would be at least"):
+    with pytest.raises(UsageError, match="the corpus has 9 tokens; expected at least"):
         bench("--corpus", str(tmp_path / "short.txt"))
 
 
@@ -295,8 +295,8 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("tain --steps 3", "unknown subcommand 'tain'; did you mean train?"),
-        ("bench --schedles gpipe", "--schedles: unknown option; right would be --schedules"),
-        ("simulate --schedule gpipe --stges=2", "--stges=2: unknown option; right would be --stages"),
+        ("bench --schedles gpipe", "--schedles: unknown option; expected --schedules"),
+        ("simulate --schedule gpipe --stges=2", "--stges=2: unknown option; expected --stages"),
         ("train --save-dir= --steps 1", "--save-dir: empty; expected DIR"),
         ("train --resume=", "--resume: empty; expected latest|PATH"),
         ("train --fault kill@device=2 --steps 1", "there is no device 2; expected 0 to 1"),
@@ -304,16 +304,16 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
         ("report results/example --sweep", "--sweep: no two ranked rows differ"),
         ("report results/example --out /dev/null", "--out /dev/null: File exists; expected a folder"),
         ("frobnicate", "unknown subcommand 'frobnicate'; expected one of bench, train, evaluate"),
-        ("export x --to kears --out y", "--to: 'kears': unknown; right would be keras"),
+        ("export x --to kears --out y", "--to: 'kears': unknown; expected keras"),
         ("simulate --schedule 1f1 --stages 2 --micro-batches 2", "did you mean 1f1b?"),
-        ("drift --rows tanh-glu", "--rows = 'tanh-glu': unknown; right would be tanh-gelu"),
+        ("drift --rows tanh-glu", "--rows = 'tanh-glu': unknown; expected tanh-gelu"),
         (
             "train --executor native --fault kill",
             "executor = native does not tell its actions; expected executor = table",
         ),
         (
             "train --threads 5000",
-            "--threads = '5000': right would be a whole number, at least 1 and at most 1024 or none",
+            "--threads = '5000': expected a whole number, at least 1 and at most 1024 or none",
         ),
         ("dump --executor native --out x", "executor = native: runs no unit by itself; expected executor = table"),
     ],
@@ -327,12 +327,14 @@ def test_every_verb_names_what_is_wrong(line: str, message: str, capsys: pytest.
 HEAVY = ("jinja2", "matplotlib", "scipy", "tokenizers")
 
 
-@pytest.mark.parametrize("verb", ["", *{module: verb for verb, (module, _) in main.SUBCOMMANDS.items()}.values()])
-def test_help_imports_nothing_that_it_does_not_need(verb: str) -> None:
+@pytest.mark.parametrize(
+    "subcommand", ["", *{module: subcommand for subcommand, (module, _) in main.SUBCOMMANDS.items()}.values()]
+)
+def test_help_imports_nothing_that_it_does_not_need(subcommand: str) -> None:
     code = "import sys; from common.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules, file=sys.stderr)"
-    command = [sys.executable, "-c", code, *verb.split(), "--help"]
+    command = [sys.executable, "-c", code, *subcommand.split(), "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    unwanted = {*HEAVY, *(("numpy", "pydantic", "rich", "psutil") if not verb else ())}
+    unwanted = {*HEAVY, *(("numpy", "pydantic", "rich", "psutil") if not subcommand else ())}
     assert "--help" in done.stdout and not unwanted & set(done.stderr.split())
 
 

@@ -1,4 +1,4 @@
-"""Weights to and from other people's files: the verbs, and GPT-2 of the transformers library.
+"""Weights to and from other people's files: the subcommands, and GPT-2 of the transformers library.
 
 Each framework's own files are for `test_convert.py` in the frameworks' folders.
 """
@@ -21,7 +21,7 @@ from common import checkpoint
 from common.checkpoint.foreign.gpt2 import foreign_shapes
 from common.cli import convert, main
 from common.cli.parser import Parser
-from common.harness.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_child
+from common.harness.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_worker
 from common.runtime.job import Generation, Job
 from common.runtime.oracle_worker import OracleEngine
 from common.spec.parameters import random_arrays
@@ -66,7 +66,7 @@ def test_the_verbs_start_the_framework(tmp_path: Path, capfd: pytest.CaptureFixt
     error = capfd.readouterr().err
     assert "head.norm.bias is not part of this model" in error and error.count("\n") == 1
     assert run("export", saved, "--to", "torch", "--out", file) == 2
-    assert "exists; right would be a new file" in capfd.readouterr().err
+    assert "exists; expected a new file" in capfd.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "model.pt", "saved"]
 
 
@@ -102,7 +102,7 @@ def test_gpt2_continues_as_the_library_does(gpt2: Path, framework: str, tmp_path
     )  # fmt: skip
     wish = Generation(prompt=tuple(text[:4]), tokens=len(text) - 4)
     job = Job(config=config, out=str(tmp_path), kind="generate", resume=str(gpt2 / "imported"), generation=wish)
-    outcome = run_jobs_in_child(IMPLEMENTATIONS[framework].module, [job], tmp_path)[0]
+    outcome = run_jobs_in_worker(IMPLEMENTATIONS[framework].module, [job], tmp_path)[0]
     assert outcome.reason == ""
     found = json.loads((tmp_path / "generation.json").read_text())
     assert found["tokens"] == [text[4:]] and found["closest_call"] > 1e-6
@@ -229,9 +229,9 @@ def test_what_gpt2s_file_decides_is_no_option(small: Path, tmp_path: Path, capsy
         "--tied-head": "--tied-head: --from gpt2 reads",
         "--preset tiny": "--preset: --from gpt2 reads",
         "--num-heads 4": "num_heads = 4: config.json has n_head = 3",
-        "--num-heads \N{SUPERSCRIPT THREE}": "right would be a whole number, at least 1",
+        "--num-heads \N{SUPERSCRIPT THREE}": "expected a whole number, at least 1",
         "--activation relu": "activation = relu: config.json has activation_function = gelu_tanh",
-        "--dropout 2": "right would be a number, at least 0.0 and less than 1.0",
+        "--dropout 2": "expected a number, at least 0.0 and less than 1.0",
     }.items():
         argv = ("--from", "gpt2", "--out", tmp_path / "out", *option.split())
         status, error = run("import", small, *argv), capsys.readouterr().err
@@ -239,10 +239,10 @@ def test_what_gpt2s_file_decides_is_no_option(small: Path, tmp_path: Path, capsy
     (tmp_path / "alone.safetensors").symlink_to(small / "model.safetensors")
     shutil.copy(small / "model.safetensors", tmp_path / "copy.safetensors")
     assert run("import", tmp_path / "copy.safetensors", "--from", "gpt2", "--out", tmp_path / "out") == 2
-    assert "how many heads? right would be with --num-heads" in capsys.readouterr().err
+    assert "how many heads? add --num-heads" in capsys.readouterr().err
     (tmp_path / "hub" / "snapshots" / "1").mkdir(parents=True)
     assert run("import", tmp_path / "hub", "--from", "gpt2", "--out", tmp_path / "out") == 2
-    assert f"no model in this folder; right would be {tmp_path / 'hub' / 'snapshots' / '1'}" in capsys.readouterr().err
+    assert f"no model in this folder; expected {tmp_path / 'hub' / 'checkpoints' / '1'}" in capsys.readouterr().err
 
 
 def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,15 +285,15 @@ def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.Ca
     for name, weight in high.weights.items():
         np.testing.assert_array_equal(low.weights[name], weight, err_msg=name)
     wrong = {
-        "heads": ({}, [], "how many heads? right would be with --num-heads"),
+        "heads": ({}, [], "how many heads? add --num-heads"),
         "missing": ({"h.1.ln_1.bias": None}, ["--num-heads", 3], "h.1.ln_1.bias is missing"),
         "extra": ({"h.1.other": untied}, ["--num-heads", 3], "h.1.other is not part of this model"),
         "shape": (
             {"ln_f.bias": untied[0, :5].copy()},
             ["--num-heads", 3],
-            "ln_f.bias has shape [5]; right would be [24]",
+            "ln_f.bias has shape [5]; expected [24]",
         ),
-        "integers": ({"ln_f.bias": np.ones(24, np.int64)}, ["--num-heads", 3], "right would be float32"),
+        "integers": ({"ln_f.bias": np.ones(24, np.int64)}, ["--num-heads", 3], "expected float32"),
         "not finite": (
             {"ln_f.bias": np.full(24, np.nan)},
             ["--num-heads", 3],
@@ -338,4 +338,4 @@ def test_a_file_that_crashes_its_reader_is_refused_in_one_line(
     argv = ("import", tmp_path / "model.pt", "--from", "torch", "--out", tmp_path / "out")
     assert run(*argv, implementations=crashing) == 2
     error = capsys.readouterr().err
-    assert "model.pt: reading it ended with SIGSEGV; right would be" in error and error.count("\n") == 1
+    assert "model.pt: reading it ended with SIGSEGV; expected" in error and error.count("\n") == 1

@@ -61,7 +61,7 @@ def test_corpus_errors_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"missing\.txt: No such file"):
         load_corpus(RunConfig(corpus=(str(tmp_path / "missing.txt"),)))
     (tmp_path / "short").write_text("short")
-    with pytest.raises(CorpusError, match="has 5 tokens; right would be at least"):
+    with pytest.raises(CorpusError, match="has 5 tokens; expected at least"):
         load_corpus(RunConfig(corpus=(str(tmp_path / "short"),)))
 
 

@@ -76,8 +76,8 @@ def test_the_table_and_the_file(
     ("options", "said"),
     [
         (["--frameworks", "jax"], "--frameworks = 'jax': unknown"),
-        (["--rounds", "0"], "'0'; right would be a whole number, at least 1"),
-        (["--rounds", "²"], "'²'; right would be a whole number, at least 1"),
+        (["--rounds", "0"], "'0'; expected a whole number, at least 1"),
+        (["--rounds", "²"], "'²'; expected a whole number, at least 1"),
         (["--d-model", "33"], "num_heads"),
         (["--schedule", "1f1b"], "--schedule: unknown option"),
         (["--json", "no/such/folder/x.json"], "--json"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import drift as verb
+from common.cli import drift as subcommand
 from common.cli.main import main
 from common.harness.drift import config_of
 from common.harness.launch import Implementation
@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]
     patch = pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", str(ROOT / "tests"))
     parser = argparse.ArgumentParser()
-    verb.register(parser.add_subparsers())
+    subcommand.register(parser.add_subparsers())
     out = tmp_path_factory.mktemp("zoo")
     line = [
         "drift",
@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]
     arguments = parser.parse_args(line)
     arguments.command = "triptych drift"
     fakes = {"tensorflow": Implementation("fakes.drifting", "numpy", "")}
-    yield verb.run(arguments, fakes), out
+    yield subcommand.run(arguments, fakes), out
     patch.undo()
 
 
@@ -99,12 +99,12 @@ def test_the_list_names_every_habit(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--rows nope", "--rows = 'nope': unknown"),
         ("--frameworks jax", "--frameworks = 'jax': unknown"),
-        ("--steps 10,x", "right would be whole numbers"),
-        ("--seeds 0", "right would be a whole number, at least 1"),
+        ("--steps 10,x", "expected whole numbers"),
+        ("--seeds 0", "expected a whole number, at least 1"),
         ("--from /nowhere", "No such file"),
-        ("--json /no/such/place.json", "right would be in a folder that exists"),
-        (f"--out {__file__}/docs", "is a file; right would be a folder"),
-        (f"--from {__file__}", "right would be a file that --json has written"),
+        ("--json /no/such/place.json", "expected a path in a folder that exists"),
+        (f"--out {__file__}/docs", "is a file; expected a folder"),
+        (f"--from {__file__}", "expected a file that --json has written"),
     ],
 )
 def test_wrong_input_is_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,8 +44,8 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(tmp_path: Path, *argv: Any, implementations: Any = FAULTY) -> int:
     parser = Parser(prog="triptych")
-    verbs = parser.add_subparsers(parser_class=Parser, prog="triptych")
-    train.register(verbs, implementations)
+    subcommands = parser.add_subparsers(parser_class=Parser, prog="triptych")
+    train.register(subcommands, implementations)
     places = ["--out", str(tmp_path / "out"), "--save-dir", str(tmp_path / "saves")]
     return main._run(parser, ["train", *SMALL.split(), *places, *map(str, argv)])
 
@@ -55,9 +55,9 @@ def result(tmp_path: Path) -> RunResult:
 
 
 def bits(tmp_path: Path) -> dict[str, Any]:
-    """Weights and moments of the newest snapshot; the folder holds nothing but snapshots."""
+    """Weights and moments of the newest checkpoint; the folder holds nothing but checkpoints."""
     saves = tmp_path / "saves"
-    found = checkpoint.snapshots_in(saves)
+    found = checkpoint.checkpoints_in(saves)
     assert {path.name for path in saves.iterdir()} == {path.name for path in found} | {".lock"}
     for path in found:
         checkpoint.verify(path)
@@ -228,7 +228,7 @@ def test_what_is_no_fault_is_refused_in_one_line(text: str) -> None:
     if text == "kill@":
         assert Fault.parse(text) == Fault("kill")
         return
-    with pytest.raises(FaultError, match="right would be") as error:
+    with pytest.raises(FaultError, match="expected") as error:
         Fault.parse(text)
     assert "\n" not in str(error.value)
 

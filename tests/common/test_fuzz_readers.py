@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.checkpoint import SnapshotError, load
+from common.checkpoint import CheckpointError, load
 from common.io.usage import UsageError
 from common.report.result import ResultError, RunResult
 from common.schedule.action import ScheduleError, parse_schedule
@@ -59,13 +59,13 @@ def test_memory_over_the_bound_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stages = []", "stages: an empty list; right would be with at least one value"),
+        ("stages = []", "stages: an empty list; expected at least one value"),
         ("stages = " + "[" * 3000 + "]" * 3000, "not TOML"),
         ("stages = " + "9" * 5000, "not TOML"),
         ("preset = ['tiny']", "preset = ['tiny']: unknown"),
-        ("[model]\nnum_layers = 1000000000000", "right would be a whole number, at least 1 and at most 10000"),
-        ("[train]\nlearning_rate = 1e300", "right would be"),
-        ("[train]\nbatch_size = 1048576\nmicro_batches = 1048576", "right would be at most 1048576"),
+        ("[model]\nnum_layers = 1000000000000", "expected a whole number, at least 1 and at most 10000"),
+        ("[train]\nlearning_rate = 1e300", "expected"),
+        ("[train]\nbatch_size = 1048576\nmicro_batches = 1048576", "expected at most 1048576"),
     ],
 )
 def test_settings_that_the_fuzzer_found(tmp_path: Path, text: str, message: str) -> None:
@@ -88,7 +88,7 @@ def test_files_that_never_end_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("header", ["chunks=1000000000", "micro_batches=999999999999", "micro_batches=-3", "chunks=0"])
 def test_a_schedule_takes_no_memory_for_what_it_only_announces(header: str) -> None:
-    with bounded(), pytest.raises(ScheduleError, match="right would be at least 1 of each"):
+    with bounded(), pytest.raises(ScheduleError, match="expected at least 1 of each"):
         parse_schedule(f"# schedule: x {header}\nF0 BW0\n")
 
 
@@ -105,11 +105,11 @@ def test_deep_nesting_is_no_result(tmp_path: Path) -> None:
 
 
 def test_a_foreign_name_does_not_break_the_line(tmp_path: Path) -> None:
-    fuzz_readers._write_valid_snapshot(tmp_path)
+    fuzz_readers._write_valid_checkpoint(tmp_path)
     path = tmp_path / "valid" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["tensors"]["block\n\x1b[31m"] = manifest["tensors"].pop("head.norm.bias")
     path.write_text(json.dumps(manifest))
-    with pytest.raises(SnapshotError) as error:
+    with pytest.raises(CheckpointError) as error:
         load(tmp_path / "valid")
     assert str(error.value).isprintable()

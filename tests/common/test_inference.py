@@ -1,4 +1,4 @@
-"""Evaluating and generating: the choice of tokens, the verbs, and the same tokens from every framework."""
+"""Evaluating and generating: the choice of tokens, the subcommands, and the same tokens from every framework."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def weights() -> dict[str, Any]:
 
 def run(*argv: Any) -> int:
     parser = Parser(prog="triptych")
-    verbs = parser.add_subparsers(parser_class=Parser, prog="triptych")
-    inference.register(verbs, ORACLES)
+    subcommands = parser.add_subparsers(parser_class=Parser, prog="triptych")
+    inference.register(subcommands, ORACLES)
     return main._run(parser, list(map(str, argv)))
 
 
@@ -117,11 +117,11 @@ def test_text_becomes_tokens_and_text_again(tokenizer: str) -> None:
     assert both.decode(tokens) == "Schrödinger's class" and max(tokens) < vocab_size
 
 
-# ------------------------------------------------------------------------------------------------- the verbs
+# ------------------------------------------------------------------------------------------------- the subcommands
 
 
 def test_evaluate_prints_loss_and_perplexity(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("evaluate", "--snapshot", saved, "--batches", 3, "--json") == 0
+    assert run("evaluate", "--checkpoint", saved, "--batches", 3, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     engine = OracleEngine(CONFIG)
     engine.reset(weights())
@@ -129,12 +129,12 @@ def test_evaluate_prints_loss_and_perplexity(saved: Path, capsys: pytest.Capture
     losses = [engine.evaluate(batch) for batch in batches]
     assert found["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-12)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"])) and found["tokens"] == 3 * 8 * 24
-    assert run("evaluate", "--snapshot", saved, "--batches", 1, "--stages", 1, "--framework", "paddle") == 0
+    assert run("evaluate", "--checkpoint", saved, "--batches", 1, "--stages", 1, "--framework", "paddle") == 0
     assert "perplexity" in (text := capsys.readouterr().out) and "paddle, 1 stages, 1f1b" in text
 
 
 def test_generate_slides_beyond_the_context_and_prints_text(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("generate", "--snapshot", saved, "--prompt", "The ", "--tokens", 30, "--greedy", "--json") == 0
+    assert run("generate", "--checkpoint", saved, "--prompt", "The ", "--tokens", 30, "--greedy", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     engine = OracleEngine(CONFIG)
     engine.reset(weights())
@@ -143,7 +143,7 @@ def test_generate_slides_beyond_the_context_and_prints_text(saved: Path, capsys:
         text.append(int(engine.predict(np.array([text[-24:]]))[0, -1].argmax()))
     assert found["tokens"] == [text[4:]] and len(text) > 24 and len(set(text[4:])) > 5
     assert found["texts"][0].startswith("The ") and found["closest_call"] > 1e-9
-    assert run("generate", "--snapshot", saved, "--prompt", "The ", "--tokens", 3, "--samples", 3) == 0
+    assert run("generate", "--checkpoint", saved, "--prompt", "The ", "--tokens", 3, "--samples", 3) == 0
     text = capsys.readouterr().out
     assert "--- sample 2" in text and "temperature 1, seed 0; closest call" in text and "2 micro-batches" in text
 
@@ -152,37 +152,37 @@ def test_a_schedule_from_a_file_says_how_many_micro_batches_the_samples_make(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "table.txt").write_text("0: F0 F1 F2 F3 BW0 BW1 BW2 BW3\n")
-    words = ["--snapshot", saved, "--prompt", "The ", "--tokens", 1, "--stages", 1]
+    words = ["--checkpoint", saved, "--prompt", "The ", "--tokens", 1, "--stages", 1]
     assert run("generate", *words, "--samples", 2, "--schedule", f"file:{tmp_path / 'table.txt'}") == 0
     assert "1f1b" not in (text := capsys.readouterr().out) and "4 micro-batches" in text
 
 
 def test_fewer_mini_batches_than_asked_for_are_said(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("evaluate", "--snapshot", saved, "--batches", 10**6) == 0
+    assert run("evaluate", "--checkpoint", saved, "--batches", 10**6) == 0
     assert "mini-batches, all there are; " in capsys.readouterr().out
 
 
 def test_wrong_input_is_one_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {
-        "generate --prompt x --snapshot /no/such": "right would be a file of a snapshot",
-        f"generate --snapshot {saved}": "right would be one of --prompt TEXT and --prompt-tokens",
-        f"generate --snapshot {saved} --prompt-tokens 1,x": "right would be numbers, such as 1,2,3",
-        f"generate --snapshot {saved} --prompt-tokens 256": "token 256; the vocabulary has 256",
-        f"generate --snapshot {saved} --prompt x --temperature 0": "right would be a number, more than 0",
-        f"generate --snapshot {saved} --prompt x --tokenizer-file {saved}/manifest.json": "right would be a tokenizer.json",
-        f"evaluate --snapshot {saved} --batches 0": "right would be a whole number, at least 1",
-        f"evaluate --snapshot {saved} --stages 9": "right would be at most 4",
+        "generate --prompt x --checkpoint /no/such": "expected a file of a checkpoint",
+        f"generate --checkpoint {saved}": "expected one of --prompt TEXT and --prompt-tokens",
+        f"generate --checkpoint {saved} --prompt-tokens 1,x": "expected numbers, such as 1,2,3",
+        f"generate --checkpoint {saved} --prompt-tokens 256": "token 256; the vocabulary has 256",
+        f"generate --checkpoint {saved} --prompt x --temperature 0": "expected a number, more than 0",
+        f"generate --checkpoint {saved} --prompt x --tokenizer-file {saved}/manifest.json": "expected a tokenizer.json",
+        f"evaluate --checkpoint {saved} --batches 0": "expected a whole number, at least 1",
+        f"evaluate --checkpoint {saved} --stages 9": "expected at most 4",
     }
     for line, message in wrong.items():
         assert run(*line.split()) == 2, line
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, (line, error)
-    assert run("generate", "--snapshot", saved, "--prompt", "") == 2
+    assert run("generate", "--checkpoint", saved, "--prompt", "") == 2
 
 
 def test_a_failed_child_is_said_so(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = dict.fromkeys(FRAMEWORKS, Implementation("no_such_module", "numpy", ""))
     parser = Parser(prog="triptych")
     inference.register(parser.add_subparsers(parser_class=Parser, prog="triptych"), broken)
-    assert main._run(parser, ["generate", "--snapshot", str(saved), "--prompt", "x"]) == 1
+    assert main._run(parser, ["generate", "--checkpoint", str(saved), "--prompt", "x"]) == 1
     assert "failed: " in capsys.readouterr().out

@@ -19,7 +19,7 @@ from common.harness.launch import (
     ORACLE_MODULE,
     Implementation,
     Interrupted,
-    run_jobs_in_child,
+    run_jobs_in_worker,
     why_missing,
 )
 from common.runtime import cpus
@@ -51,7 +51,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, timeout_sec
     if fault:
         monkeypatch.setenv("FAKE_FAULTS", f"torch={fault}")
     jobs = [Job(config=CONFIG, out=str(tmp_path / "job"))]
-    return run_jobs_in_child("fakes.impl", jobs, tmp_path, timeout_seconds)[0]
+    return run_jobs_in_worker("fakes.impl", jobs, tmp_path, timeout_seconds)[0]
 
 
 def no_child_left() -> bool:
@@ -61,7 +61,9 @@ def no_child_left() -> bool:
 def test_a_good_run_has_all_parts_and_reports_its_steps(tmp_path: Path) -> None:
     jobs = [Job(config=CONFIG, out=str(tmp_path / name)) for name in ("a", "b")]
     seen: list[tuple[int, int]] = []
-    outcomes = run_jobs_in_child("fakes.impl", jobs, tmp_path, on_step=lambda job, step, loss: seen.append((job, step)))
+    outcomes = run_jobs_in_worker(
+        "fakes.impl", jobs, tmp_path, on_step=lambda job, step, loss: seen.append((job, step))
+    )
     assert [outcome.status for outcome in outcomes] == ["ok", "ok"]
     assert [part.devices for part in outcomes[1].parts] == [(0, 1)]
     assert sorted(seen) == [(job, step) for job in (0, 1) for step in (0, 1, 2)]
@@ -86,7 +88,7 @@ def test_a_schedule_in_a_file_is_the_one_that_the_parent_read(tmp_path: Path, mo
 
 def test_the_oracle_runs_as_a_child(tmp_path: Path) -> None:
     jobs = [Job(config=CONFIG, out=str(tmp_path / "job"), kind="probe", noise=0.1)]
-    assert run_jobs_in_child(ORACLE_MODULE, jobs, tmp_path)[0].status == "ok"
+    assert run_jobs_in_worker(ORACLE_MODULE, jobs, tmp_path)[0].status == "ok"
     assert (tmp_path / "job" / "part-0.safetensors").exists()
 
 
@@ -142,7 +144,7 @@ def test_a_stop_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     stop: list[bool] = []
     jobs = [Job(config=CONFIG, out=str(tmp_path / "job"))]
     with pytest.raises(Interrupted):
-        run_jobs_in_child("fakes.impl", jobs, tmp_path, math.inf, lambda *_: stop.append(True), lambda: bool(stop))
+        run_jobs_in_worker("fakes.impl", jobs, tmp_path, math.inf, lambda *_: stop.append(True), lambda: bool(stop))
     assert no_child_left()
 
 
@@ -223,8 +225,8 @@ def test_a_wrong_job_file_is_one_line_in_every_implementation(
     file = tmp_path / "jobs.json"
     if text is not None:
         file.write_text(text)
-    command = launch.child_command(module, str(file))
-    done = subprocess.run(command, env=launch.child_environment(module), capture_output=True, text=True, check=False)
+    command = launch.worker_command(module, str(file))
+    done = subprocess.run(command, env=launch.worker_environment(module), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and said in done.stderr
 
 

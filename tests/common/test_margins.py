@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.harness.launch import Implementation
-from tests.campaigns import margins_command as verb
+from tests.campaigns import margins_command as subcommand
 from tests.campaigns.__main__ import main
 from tests.campaigns.margins import Margin, config_of
 from tests.campaigns.margins_page import explanation_in, verdict
@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_page_is_made_and_keeps_what_is_written_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     parser = argparse.ArgumentParser()
-    verb.register(parser.add_subparsers())
+    subcommand.register(parser.add_subparsers())
     out = tmp_path / "margins.md"
     out.write_text("# Old\n<!-- by hand -->\nWhy float32 has less.\n<!-- end -->\n| old |\n")
     options = ["--repeats", "1", "--frameworks", "torch,paddle", "--dtypes", "float64,bfloat16", "--out", str(out)]
     arguments = parser.parse_args(["margins", *options])
     arguments.command = "python -m tests.campaigns margins"
     fakes = {name: Implementation("fakes.drifting", "numpy", "") for name in ("torch", "paddle")}
-    assert verb.run(arguments, fakes) == 0
+    assert subcommand.run(arguments, fakes) == 0
     page = out.read_text()
     assert "| torch | float64 | gradient | 0.0000 | 0.0000 | 1 |" in page and "| old |" not in page
     assert "| paddle | bfloat16 | loss curve | 0.3333 | 0.3333 | 1 |" in page  # no error at all: the floor is the limit
@@ -63,11 +63,11 @@ def test_the_seeds_walk_through_the_models() -> None:
 
 def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for line, message in {
-        "--repeats 0": "right would be a whole number, at least 1",
+        "--repeats 0": "expected a whole number, at least 1",
         "--dtypes float16": "--dtypes = 'float16': unknown",
         "--frameworks ,": "--frameworks: nothing named",
-        "--out /no/such/place.md": "--out /no/such/place.md: right would be in a folder that exists",
-        "--out /": "--out /: is a folder; right would be a file",
+        "--out /no/such/place.md": "--out /no/such/place.md: expected a path in a folder that exists",
+        "--out /": "--out /: is a folder; expected a file",
     }.items():
         assert main(["margins", *line.split()]) == 2
         error = capsys.readouterr().err

@@ -126,7 +126,7 @@ def test_the_largest_device_over_the_mean(name: str, stages: int, schedule: str,
 
 
 def test_balanced_refuses_more_parts_than_units() -> None:
-    with pytest.raises(ValueError, match="right would be 1 to 3"):
+    with pytest.raises(ValueError, match="expected 1 to 3"):
         balanced_boundaries([1, 1, 1], 4)
 
 

@@ -20,8 +20,8 @@ LEGS = "torch:p=2:1f1b:6,paddle:p=4:1f1b:12,tensorflow:p=3:interleaved:18"
 
 def run(implementations: dict[str, Implementation], *argv: Any) -> int:
     parser = Parser(prog="triptych")
-    verbs = parser.add_subparsers(parser_class=Parser, prog="triptych")
-    relay.register(verbs, implementations)
+    subcommands = parser.add_subparsers(parser_class=Parser, prog="triptych")
+    relay.register(subcommands, implementations)
     return main._run(parser, ["relay", *map(str, argv)])
 
 
@@ -67,9 +67,9 @@ def test_what_the_legs_say_is_said_there_alone(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("legs", "message"),
     [
-        ("torch:p=2:1f1b", "right would be FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE"),
-        ("jax:1f1b:3", "'jax': unknown; right would be one of torch, tensorflow, paddle"),
-        ("torch:1f1b:3,paddle:1f1b:3", "end after [3, 3] steps; right would be increasing numbers"),
+        ("torch:p=2:1f1b", "expected FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE"),
+        ("jax:1f1b:3", "'jax': unknown; expected one of torch, tensorflow, paddle"),
+        ("torch:1f1b:3,paddle:1f1b:3", "end after [3, 3] steps; expected increasing numbers"),
         ("torch:p=9:1f1b:3", "stages x chunks = 9 is more than the 6 units"),
         ("torch:m=13:1f1b:3", "micro_batches = 13 is more than batch_size = 12"),
         ("torch:nonsense:3", "schedule 'nonsense' is unknown"),

@@ -1,4 +1,4 @@
-"""The report from result files: one page that opens anywhere, the verbs that make and compare reports."""
+"""The report from result files: one page that opens anywhere, the subcommands that make and compare reports."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_the_page_works_in_a_browser(browser: str, published: Path, tmp_path: Pa
     assert re.match(r"F0 on device 0: 0\.00 to \d", seen["said"])
 
 
-# ------------------------------------------------------------------------------------------------- verbs
+# ------------------------------------------------------------------------------------------------- subcommands
 
 
 def triptych(*argv: str) -> int:
@@ -277,11 +277,11 @@ def test_compare_fails_on_a_row_that_broke(tmp_path: Path, published: Path, caps
 WRONG = {
     "report {tmp}/none": "holds no */result.json",
     "report {tmp}/future": "schema_version = 99; this program reads 1 to 3",
-    "report {run} {tmp}/future": "right would be with --out FOLDER",
+    "report {run} {tmp}/future": "add --out FOLDER",
     "report {run} {run} --out {tmp}/both": "the same run twice",
     "compare {run}": "RUN_B",
     "compare {run} {tmp}/other": "no row in common",
-    "compare {run} {run} --fail-on much": "right would be a share below 100 %, such as 5% or 0.05",
+    "compare {run} {run} --fail-on much": "expected a share below 100 %, such as 5% or 0.05",
 }
 
 

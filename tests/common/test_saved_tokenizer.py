@@ -1,4 +1,4 @@
-"""A snapshot carries its tokenizer; no verb makes another one of what lies at a path. With the oracle for a framework."""
+"""A checkpoint carries its tokenizer; no subcommand makes another one of what lies at a path. With the oracle for a framework."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common import checkpoint
 from common.checkpoint.foreign.gpt2 import foreign_shapes
 from common.cli import convert, inference, main, numerics, train
 from common.cli.parser import Parser
-from common.harness.launch import ORACLE_MODULE, Implementation, run_jobs_in_child
+from common.harness.launch import ORACLE_MODULE, Implementation, run_jobs_in_worker
 from common.report.result import RunResult
 from common.runtime.job import Job
 from common.runtime.oracle_worker import OracleEngine
@@ -44,19 +44,19 @@ def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def run(*argv: Any) -> int:
     parser = Parser(prog="triptych")
-    verbs = parser.add_subparsers(parser_class=Parser, prog="triptych")
-    train.register(verbs, ORACLES)
-    inference.register(verbs, ORACLES)
-    convert.register(verbs, ORACLES)
-    numerics.register(verbs)
+    subcommands = parser.add_subparsers(parser_class=Parser, prog="triptych")
+    train.register(subcommands, ORACLES)
+    inference.register(subcommands, ORACLES)
+    convert.register(subcommands, ORACLES)
+    numerics.register(subcommands)
     return main._run(parser, list(map(str, argv)))
 
 
 def trained(folder: str, steps: int, *argv: Any) -> tuple[Path, list[float]]:
-    """The last snapshot and the losses of a run into `folder`."""
+    """The last checkpoint and the losses of a run into `folder`."""
     assert run("train", "--out", f"{folder}-results", "--save-dir", folder, "--steps", steps, *argv) == 0
     results = sorted(Path(f"{folder}-results").glob("*/*/result.json"), key=lambda path: path.stat().st_mtime_ns)
-    return checkpoint.snapshots_in(Path(folder))[-1], [step.loss for step in RunResult.read(results[-1]).steps]
+    return checkpoint.checkpoints_in(Path(folder))[-1], [step.loss for step in RunResult.read(results[-1]).steps]
 
 
 def refused(capsys: pytest.CaptureFixture[str], message: str, *argv: Any) -> None:
@@ -66,7 +66,7 @@ def refused(capsys: pytest.CaptureFixture[str], message: str, *argv: Any) -> Non
     assert message in error and error.count("\n") == 1, error
 
 
-def test_a_run_goes_on_with_the_tokenizer_of_its_snapshot(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_goes_on_with_the_tokenizer_of_its_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     corpus = ["--corpus", "text"]
     _, whole = trained("whole", 4, *BYTE_PAIRS, *corpus)
     saved, first = trained("parts", 2, *BYTE_PAIRS, *corpus)
@@ -87,7 +87,7 @@ def test_a_run_goes_on_with_the_tokenizer_of_its_snapshot(capsys: pytest.Capture
 
 def test_evaluate_wants_the_text_or_another_one_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     saved, _ = trained("run", 2, *BYTE_PAIRS, "--corpus", "text")
-    argv = ("evaluate", "--snapshot", saved, "--json", "--batches", 3)
+    argv = ("evaluate", "--checkpoint", saved, "--json", "--batches", 3)
 
     def loss(*more: Any) -> float:
         capsys.readouterr()
@@ -116,7 +116,7 @@ def test_evaluate_wants_the_text_or_another_one_by_name(capsys: pytest.CaptureFi
 def test_generate_needs_no_text(tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
     argv = SMALL if tokenizer == "bytes" else BYTE_PAIRS
     saved, _ = trained("run", 2, *argv, "--corpus", "text")
-    wish = ("generate", "--snapshot", saved, "--prompt", "The class", "--tokens", 9, "--greedy", "--json")
+    wish = ("generate", "--checkpoint", saved, "--prompt", "The class", "--tokens", 9, "--greedy", "--json")
     capsys.readouterr()
     assert run(*wish) == 0
     before = json.loads(capsys.readouterr().out)
@@ -130,45 +130,45 @@ def test_generate_needs_no_text(tokenizer: str, capsys: pytest.CaptureFixture[st
     assert before["texts"][0].startswith("The class")
 
 
-def test_a_tokenizer_that_is_not_the_snapshots_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     saved, _ = trained("run", 2, *BYTE_PAIRS, "--corpus", "text")
     other, _ = trained("other-run", 1, *BYTE_PAIRS, "--corpus", "other")
-    verbs: list[tuple[Any, ...]] = [
+    subcommands: list[tuple[Any, ...]] = [
         ("train", "--steps", 4, "--out", "none", "--resume"),
-        ("evaluate", "--snapshot"),
-        ("generate", "--prompt", "x", "--snapshot"),
+        ("evaluate", "--checkpoint"),
+        ("generate", "--prompt", "x", "--checkpoint"),
     ]
-    for verb in verbs:
-        refused(capsys, "has its own tokenizer (bpe)", *verb, saved, "--tokenizer", "bytes")
-        refused(capsys, "has its own tokenizer (bpe)", *verb, saved, "--tokenizer-file", other / "tokenizer.json")
+    for subcommand in subcommands:
+        refused(capsys, "has its own tokenizer (bpe)", *subcommand, saved, "--tokenizer", "bytes")
+        refused(capsys, "has its own tokenizer (bpe)", *subcommand, saved, "--tokenizer-file", other / "tokenizer.json")
     own = ["--tokenizer-file", str(saved / "tokenizer.json")]
-    assert run("generate", "--snapshot", saved, "--prompt", "x", "--tokens", 2, *own) == 0
-    verbs.append(("export", "--to", "torch", "--out", "model.pt"))
+    assert run("generate", "--checkpoint", saved, "--prompt", "x", "--tokens", 2, *own) == 0
+    subcommands.append(("export", "--to", "torch", "--out", "model.pt"))
     content = (saved / "tokenizer.json").read_bytes()
     for damage, message in (
         (lambda path: path.write_bytes(content.replace(b'"!"', b'"?"', 1)), "tokenizer.json: SHA-256 differs"),
-        (lambda path: path.write_bytes(content[:-5]), f"has {len(content) - 5} bytes; right would be {len(content)}"),
+        (lambda path: path.write_bytes(content[:-5]), f"has {len(content) - 5} bytes; expected {len(content)}"),
         (lambda path: path.unlink(), "tokenizer.json: No such file"),
         (lambda path: path.symlink_to("/etc/passwd"), "tokenizer.json: a link"),
     ):
         damage(saved / "tokenizer.json")
-        for verb in verbs:
-            refused(capsys, message, *verb, saved)
+        for subcommand in subcommands:
+            refused(capsys, message, *subcommand, saved)
     assert not Path("none").exists()
 
 
-def test_older_snapshots_are_trained_anew_from_their_text_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_older_checkpoints_are_trained_anew_from_their_text_alone(capsys: pytest.CaptureFixture[str]) -> None:
     saved, first = trained("run", 2, *BYTE_PAIRS, "--corpus", "text")
     _, whole = trained("whole", 4, *BYTE_PAIRS, "--corpus", "text")
     content = json.loads((saved / "manifest.json").read_text())
     del content["tokenizer"]
     (saved / "manifest.json").write_text(json.dumps(content | {"schema_version": 1}))
     (saved / "tokenizer.json").unlink()
-    wish = ("generate", "--snapshot", saved, "--prompt", "The class", "--tokens", 3)
+    wish = ("generate", "--checkpoint", saved, "--prompt", "The class", "--tokens", 3)
     assert run(*wish) == 0
     shutil.move("text", "moved")
     shutil.copy("other", "text")
-    for argv in (wish, (*wish, "--corpus", "other"), ("evaluate", "--snapshot", saved, "--corpus", "other")):
+    for argv in (wish, (*wish, "--corpus", "other"), ("evaluate", "--checkpoint", saved, "--corpus", "other")):
         refused(capsys, "it has no tokenizer but by that text; expected --corpus FILE with it", *argv)
     assert run(*wish, "--corpus", "moved") == 0
     last, second = trained("run", 4, "--resume", "latest", "--corpus", "moved")
@@ -181,9 +181,9 @@ def test_the_manual_of_another_python_is_another_text(
     saved, _ = trained("run", 1, *SMALL)
     topics: dict[str, str] = pydoc_data.topics.topics
     monkeypatch.setitem(topics, "class", topics["class"] + "More in Python 3.99.")
-    for verb in (("train", "--steps", 4, "--resume", saved), ("evaluate", "--snapshot", saved)):
-        refused(capsys, "the manual of Python 3.", *verb)
-    assert run("generate", "--snapshot", saved, "--prompt", "x", "--tokens", 1) == 0
+    for subcommand in (("train", "--steps", 4, "--resume", saved), ("evaluate", "--checkpoint", saved)):
+        refused(capsys, "the manual of Python 3.", *subcommand)
+    assert run("generate", "--checkpoint", saved, "--prompt", "x", "--tokens", 1) == 0
 
 
 # ------------------------------------------------------------------------------------------------- imported weights
@@ -239,7 +239,9 @@ def test_imported_weights_keep_the_meaning_of_their_tokens(capsys: pytest.Captur
     assert (saved / "tokenizer.json").read_bytes() == Path("tokenizer.json").read_bytes()
     Path("text").unlink()
     capsys.readouterr()
-    assert run("generate", "--snapshot", saved, "--prompt", "Ein Schrödinger", "--tokens", 5, "--greedy", "--json") == 0
+    assert (
+        run("generate", "--checkpoint", saved, "--prompt", "Ein Schrödinger", "--tokens", 5, "--greedy", "--json") == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["prompt"] == made.encode("Ein Schrödinger").ids
 
@@ -249,19 +251,19 @@ def test_what_imported_tokens_mean_is_never_guessed(capsys: pytest.CaptureFixtur
     importing = ("import", "gpt2/model.safetensors", "--from", "gpt2", "--num-heads", 2, "--out")
     assert run(*importing, "saved") == 0
     training = ("train", "--steps", 2, "--out", "results", "--batch-size", 4, "--resume", "saved")
-    evaluating, writing = ("evaluate", "--batches", 1, "--snapshot", "saved"), ("generate", "--snapshot", "saved")
+    evaluating, writing = ("evaluate", "--batches", 1, "--checkpoint", "saved"), ("generate", "--checkpoint", "saved")
     writing = (*writing, "--tokens", 2)
-    for verb in (training, evaluating, (*writing, "--prompt", "x")):
-        refused(capsys, "imported weights without a tokenizer; expected --tokenizer-file FILE", *verb)
-        refused(capsys, "weights for a vocabulary that exists already", *verb, "--tokenizer", "bpe")
-        assert run(*verb, "--tokenizer", "bytes") == 0
+    for subcommand in (training, evaluating, (*writing, "--prompt", "x")):
+        refused(capsys, "imported weights without a tokenizer; expected --tokenizer-file FILE", *subcommand)
+        refused(capsys, "weights for a vocabulary that exists already", *subcommand, "--tokenizer", "bpe")
+        assert run(*subcommand, "--tokenizer", "bytes") == 0
     assert run(*writing, "--prompt-tokens", "1,2") == 0
     made.save("tokenizer.json")
     too_large = "tokenizer.json: has 310 tokens, added and special ones included; the model has vocab_size = 256"
-    for verb in (training, evaluating, (*writing, "--prompt", "x"), (*importing, "none")):
-        refused(capsys, too_large, *verb, "--tokenizer-file", "tokenizer.json")
+    for subcommand in (training, evaluating, (*writing, "--prompt", "x"), (*importing, "none")):
+        refused(capsys, too_large, *subcommand, "--tokenizer-file", "tokenizer.json")
     assert run(*importing, "as-bytes", "--tokenizer", "bytes") == 0
-    assert run("evaluate", "--batches", 1, "--snapshot", "as-bytes") == 0
+    assert run("evaluate", "--batches", 1, "--checkpoint", "as-bytes") == 0
     shutil.move("tokenizer.json", "gpt2/tokenizer.json")
     capsys.readouterr()
     assert run(*importing, "misfit") == 0
@@ -279,7 +281,7 @@ def test_children_read_no_text_and_train_no_tokenizer(tmp_path: Path) -> None:
     text = write_text(load_corpus(config), tmp_path / "kept")
     Path("text").unlink()
     jobs = [Job(config=config, out=str(tmp_path / name), text=text) for name in ("a", "b")]
-    outcomes = run_jobs_in_child(ORACLE_MODULE, jobs, tmp_path, 300.0)
+    outcomes = run_jobs_in_worker(ORACLE_MODULE, jobs, tmp_path, 300.0)
     assert [outcome.reason for outcome in outcomes] == ["", ""]
     part = outcomes[0].parts[0]
     assert part.corpus_digest == text.digest and len(part.tokenizer_digest) == 64

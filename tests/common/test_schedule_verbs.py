@@ -1,4 +1,4 @@
-"""The verbs as a user calls them: output, exit status, one line for wrong input."""
+"""The subcommands as a user calls them: output, exit status, one line for wrong input."""
 
 from __future__ import annotations
 

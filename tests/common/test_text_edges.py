@@ -71,8 +71,8 @@ def test_a_whole_benchmark_under_nasty_names(tmp_path: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert {"report.html", "report.md", "summary.json", "table.csv", "loss.png"} <= names
     assert "| torch | " in (folder / "report.md").read_text(encoding="utf-8")
-    for verb in (["report", str(folder), "--out", "again"], ["compare", str(folder), str(folder)]):
-        done = program("-m", "common.cli", *verb, cwd=place)
+    for subcommand in (["report", str(folder), "--out", "again"], ["compare", str(folder), str(folder)]):
+        done = program("-m", "common.cli", *subcommand, cwd=place)
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert b"caf" in done.stdout and b"[red]$x^$ :smile: {0} %s" in done.stdout
 
@@ -131,7 +131,7 @@ def test_a_byte_order_mark_and_returns_are_no_part_of_a_file(
     (tmp_path / "bom.toml").write_bytes(b'\xef\xbb\xbfpreset = "tiny"\r\nsteps = 3\r\n')
     assert main.main(["validate", str(tmp_path / "bom.txt")]) == 0
     assert main.main(["bench", "--config", str(tmp_path / "bom.toml"), "--dry-run"]) == 2
-    assert "steps: unknown at the top level; right would be under [train]" in capsys.readouterr().err
+    assert "steps: unknown at the top level; expected under [train]" in capsys.readouterr().err
     done = subprocess.run(
         [sys.executable, "-m", "common.cli", "validate", "-"],
         input=SCHEDULE,
@@ -169,14 +169,14 @@ def test_numbers_are_read_alike_everywhere() -> None:
         "drift --steps ²",
         "margins --repeats ١",
         "dump --out x.safetensors --step ²",
-        "generate --snapshot x --prompt-tokens ²",
-        "generate --snapshot x --temperature ²",
+        "generate --checkpoint x --prompt-tokens ²",
+        "generate --checkpoint x --temperature ²",
         "relay --legs torch:p=²:1f1b:10",
         "compare a b --fail-on ²%",
         f"import {'x' * 300} --from gpt2 --out y",
         f"train --out {'x' * 300}",
         f"train --config {'x' * 300}",
-        f"evaluate --snapshot {'x' * 300}",
+        f"evaluate --checkpoint {'x' * 300}",
         "bisect help=1 help=1",
         "dump --out /proc/a.safetensors",
         "bisect --json /proc/a.json framework=oracle framework=oracle",

@@ -37,5 +37,5 @@ def test_a_process_has_onednn_or_not(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "tf_impl", str(file)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("tf_impl: drift = onednn is for a whole process; right would be a file of jobs")
+    assert done.stderr.startswith("tf_impl: drift = onednn is for a whole process; expected a file of jobs")
     assert done.stderr.count("\n") == 1

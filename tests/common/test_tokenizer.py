@@ -130,12 +130,12 @@ def test_what_is_no_tokenizer_is_one_line_that_says_what_to_do(tmp_path: Path) -
             'T("vocab.json", "merges.txt").save("tokenizer.json")',
         ),
         "merges.txt": (b"#version: 0.2\na b\n", "merges without their vocabulary; expected a tokenizer.json"),
-        "tokenizer_config.json": (b'{"do_lower_case": true}', "JSON without a model; right would be a tokenizer.json"),
-        "spiece.model": (b"\n\x0e\xff\x00", "not UTF-8; right would be a tokenizer.json"),
+        "tokenizer_config.json": (b'{"do_lower_case": true}', "JSON without a model; expected a tokenizer.json"),
+        "spiece.model": (b"\n\x0e\xff\x00", "not UTF-8; expected a tokenizer.json"),
         "list.json": (b"[]", "JSON without a model"),
-        "text": (b"text", "right would be a tokenizer.json"),
-        "kind.json": (b'{"model": {"type": "Best"}}', "right would be a tokenizer.json"),
-        "deep.json": (b"[" * 100_000, "right would be a tokenizer.json"),
+        "text": (b"text", "expected a tokenizer.json"),
+        "kind.json": (b'{"model": {"type": "Best"}}', "expected a tokenizer.json"),
+        "deep.json": (b"[" * 100_000, "expected a tokenizer.json"),
         "empty.json": (Tokenizer(models.BPE()).to_str().encode(), "its vocabulary is empty"),
     }
     for name, (content, message) in wrong.items():
@@ -145,7 +145,7 @@ def test_what_is_no_tokenizer_is_one_line_that_says_what_to_do(tmp_path: Path) -
         assert message in str(error.value) and str(tmp_path / name) in str(error.value), (name, error.value)
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
     for path, message in {
-        tmp_path: "a folder; right would be",
+        tmp_path: "a folder; expected",
         Path("/dev/zero"): "not a plain file",
         tmp_path / "none": "No such file",
         Path("a\0b"): "null",

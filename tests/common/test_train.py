@@ -1,4 +1,4 @@
-"""The verb train: snapshots as it goes, on from them to the bit, restarts, and a stop at what is not finite."""
+"""The subcommand train: checkpoints as it goes, on from them to the bit, restarts, and a stop at what is not finite."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def run(*argv: Any) -> int:
     parser = Parser(prog="triptych")
-    verbs = parser.add_subparsers(parser_class=Parser, prog="triptych")
-    train.register(verbs, MORTAL)
+    subcommands = parser.add_subparsers(parser_class=Parser, prog="triptych")
+    train.register(subcommands, MORTAL)
     return main._run(parser, ["train", *SMALL, *map(str, argv)])
 
 
@@ -47,7 +47,7 @@ def result(out: Path) -> RunResult:
 
 
 def weights(directory: Path) -> dict[str, Any]:
-    saved = checkpoint.load(checkpoint.snapshots_in(directory)[-1])
+    saved = checkpoint.load(checkpoint.checkpoints_in(directory)[-1])
     return {**saved.weights, **saved.optimizer_state}
 
 
@@ -57,19 +57,19 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> tuple[list[float], dict[str, Any]]:
-    """The run that nothing interrupts: its losses and its last snapshot."""
-    assert run("--out", tmp_path / "whole", "--save-dir", tmp_path / "whole-snapshots") == 0
+    """The run that nothing interrupts: its losses and its last checkpoint."""
+    assert run("--out", tmp_path / "whole", "--save-dir", tmp_path / "whole-checkpoints") == 0
     found = result(tmp_path / "whole")
-    return [step.loss for step in found.steps], weights(tmp_path / "whole-snapshots")
+    return [step.loss for step in found.steps], weights(tmp_path / "whole-checkpoints")
 
 
 def test_resume_continues_data_learning_rate_and_dropout_to_the_bit(
     tmp_path: Path, whole: tuple[list[float], dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saves = tmp_path / "snapshots"
+    saves = tmp_path / "checkpoints"
     cosine = ["--learning-rate-schedule", "constant"]
     assert run(*cosine, "--out", tmp_path / "a", "--save-dir", saves, "--steps", 5, "--save-every", 2, "--keep", 2) == 0
-    assert [path.name for path in checkpoint.snapshots_in(saves)] == ["step-00000004", "step-00000005"]
+    assert [path.name for path in checkpoint.checkpoints_in(saves)] == ["step-00000004", "step-00000005"]
     assert run("--out", tmp_path / "b", "--save-dir", saves, "--resume", "latest", "--framework", "paddle") == 0
     joined = [step.loss for part in "ab" for step in result(tmp_path / part).steps]
     assert joined == whole[0]
@@ -77,7 +77,7 @@ def test_resume_continues_data_learning_rate_and_dropout_to_the_bit(
     later = result(tmp_path / "b")
     assert (later.steps[0].step, later.resumed_from) == (5, str(saves / "step-00000005"))
     text = capsys.readouterr().out
-    assert "step      8  loss " in text and "held-out loss" in text and f"snapshot: {saves / 'step-00000008'}" in text
+    assert "step      8  loss " in text and "held-out loss" in text and f"checkpoint: {saves / 'step-00000008'}" in text
 
 
 @pytest.mark.parametrize("deaths", ["kill@3", "raise@0", "kill@2,raise@5,kill@7"])
@@ -85,7 +85,7 @@ def test_restarts_lose_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[list[float], dict[str, Any]], deaths: str
 ) -> None:
     monkeypatch.setenv("FAKE_DEATHS", deaths)
-    saves = tmp_path / "snapshots"
+    saves = tmp_path / "checkpoints"
     assert run("--out", tmp_path / "a", "--save-dir", saves, "--save-every", 2, "--max-restarts", 3) == 0
     found = result(tmp_path / "a")
     assert [step.step for step in found.steps] == list(range(8))
@@ -95,16 +95,16 @@ def test_restarts_lose_nothing(
     assert "SIGKILL" in found.restarts[0] or "ValueError: gave up; on from its beginning" in found.restarts[0]
 
 
-def test_without_restarts_a_death_is_a_failure_that_keeps_its_snapshots(
+def test_without_restarts_a_death_is_a_failure_that_keeps_its_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FAKE_DEATHS", "raise@3")
     assert run("--out", tmp_path / "a", "--save-every", 2) == 1
     found = result(tmp_path / "a")
     assert (found.status, found.reason, len(found.steps)) == ("failed", "ValueError: gave up", 3)
-    saves = next((tmp_path / "a").glob("*/snapshots"))
-    assert [path.name for path in checkpoint.snapshots_in(saves)] == ["step-00000002"]
-    assert f"snapshot: {saves / 'step-00000002'}" in capsys.readouterr().out
+    saves = next((tmp_path / "a").glob("*/checkpoints"))
+    assert [path.name for path in checkpoint.checkpoints_in(saves)] == ["step-00000002"]
+    assert f"checkpoint: {saves / 'step-00000002'}" in capsys.readouterr().out
 
 
 def test_a_hang_ends_by_the_timeout_and_a_restart_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,23 +141,23 @@ def test_what_is_not_finite_stops_the_run_and_is_named(
     found = result(tmp_path / "a")
     assert what in found.reason and not found.restarts
     assert [step.step for step in found.steps][:3] == [0, 1, 2]
-    saves = next((tmp_path / "a").glob("*/snapshots"))
+    saves = next((tmp_path / "a").glob("*/checkpoints"))
     assert checkpoint.newest(saves) == saves / "step-00000003"
 
 
-def test_a_damaged_snapshot_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    saves = tmp_path / "snapshots"
+def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saves = tmp_path / "checkpoints"
     assert run("--out", tmp_path / "a", "--save-dir", saves, "--steps", 4, "--save-every", 2) == 0
     os.truncate(saves / "step-00000004" / "shard-00000.safetensors", 100)
     assert run("--out", tmp_path / "b", "--save-dir", saves, "--resume", "latest") == 0
     text = capsys.readouterr().out
-    assert "has 100 bytes; right would be" in text
+    assert "has 100 bytes; expected" in text
     assert "set aside as damaged-step-00000004-1; going on from step-00000002" in text
     assert checkpoint.newest(saves) == saves / "step-00000008"
 
 
 def test_weights_alone_start_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saves = tmp_path / "snapshots"
+    saves = tmp_path / "checkpoints"
     assert run("--out", tmp_path / "a", "--save-dir", saves, "--steps", 2) == 0
     other = ["--weights", saves / "step-00000002", "--dropout", 0.3, "--seed", 1, "--steps", 4]
     still = [*other, "--optimizer", "sgd", "--learning-rate", 1e-30, "--weight-decay", 0]
@@ -173,40 +173,40 @@ def test_weights_alone_start_another_training(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("FAKE_DEATHS", "kill@2")
     argv = [*other, "--save-every", 1, "--max-restarts", 1]
     assert run("--out", tmp_path / "d", "--save-dir", tmp_path / "joined", *argv) == 0
-    assert len(result(tmp_path / "d").restarts) == 1  # on from its own snapshot, not from the weights again
+    assert len(result(tmp_path / "d").restarts) == 1  # on from its own checkpoint, not from the weights again
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "joined"))
 
 
 def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    saves = tmp_path / "snapshots"
+    saves = tmp_path / "checkpoints"
     assert run("--out", tmp_path / "a", "--save-dir", saves, "--steps", 2) == 0
     last = saves / "step-00000002"
     (tmp_path / "bench.toml").write_text("repeats = 3\n")
     (tmp_path / "preset.toml").write_text('preset = "tinny"\n')
     capsys.readouterr()
     wrong = {
-        f"--save-dir {saves}": "holds step-00000002 of an earlier run; right would be --resume latest",
-        "--resume latest": "right would be with --save-dir DIR",
-        f"--resume latest --save-dir {tmp_path / 'none'}": "no whole snapshot in",
-        f"--resume {tmp_path / 'none'}": "right would be a file of a snapshot",
-        f"--resume {saves}": f"right would be one of them, such as {last}",
-        f"--resume {last} --seed 1": "train.seed: the snapshot has 0, the run 1; what may change: framework",
-        f"--resume {last} --norm post --seed 1": "model.norm: the snapshot has pre, the run post (and 1 more)",
-        f"--resume {last} --steps 2": "all 2 of 2 steps are done; right would be more --steps",
-        f"--resume {last} --dtype float32": "train.dtype: the snapshot has float64, the run float32",
+        f"--save-dir {saves}": "holds step-00000002 of an earlier run; expected --resume latest",
+        "--resume latest": "add --save-dir DIR",
+        f"--resume latest --save-dir {tmp_path / 'none'}": "no whole checkpoint in",
+        f"--resume {tmp_path / 'none'}": "expected a file of a checkpoint",
+        f"--resume {saves}": f"expected one of them, such as {last}",
+        f"--resume {last} --seed 1": "train.seed: the checkpoint has 0, the run 1; what may change: framework",
+        f"--resume {last} --norm post --seed 1": "model.norm: the checkpoint has pre, the run post (and 1 more)",
+        f"--resume {last} --steps 2": "all 2 of 2 steps are done; use more --steps",
+        f"--resume {last} --dtype float32": "train.dtype: the checkpoint has float64, the run float32",
         f"--resume {last} --weights {last}": "--resume goes on with a training and --weights starts another",
-        f"--weights {last} --norm post": "model.norm: the snapshot has pre, the run post; what may change",
-        f"--weights {saves}": f"right would be one of them, such as {last}",
+        f"--weights {last} --norm post": "model.norm: the checkpoint has pre, the run post; what may change",
+        f"--weights {saves}": f"expected one of them, such as {last}",
         "--momentum 0.9": "--momentum = 0.9: adamw has none; expected with --optimizer sgd",
         "--optimizer sgd --beta1 0.5": "--beta1 = 0.5: sgd has none; expected with --optimizer adamw",
         "--dropout 0 --dropout-masks native": "--dropout-masks = native: nothing is dropped",
         "--fault kill@step=1 --fault kill@step=2": "--fault: 2 of them for 1 children; expected --max-restarts 1",
         f"--config {tmp_path / 'bench.toml'}": "bench.toml: repeats: not a setting of this command",
-        f"--config {tmp_path / 'preset.toml'}": "preset.toml: preset = 'tinny': unknown; right would be tiny",
-        "--save-every 0": "--save-every: '0'; right would be a whole number, at least 1",
-        "--framework jax": "--framework = 'jax': unknown; right would be one of torch, tensorflow, paddle",
-        "--preset tinny": "--preset = 'tinny': unknown; right would be tiny",
-        "--stages 9": "right would be at most 4",
+        f"--config {tmp_path / 'preset.toml'}": "preset.toml: preset = 'tinny': unknown; expected tiny",
+        "--save-every 0": "--save-every: '0'; expected a whole number, at least 1",
+        "--framework jax": "--framework = 'jax': unknown; expected one of torch, tensorflow, paddle",
+        "--preset tinny": "--preset = 'tinny': unknown; expected tiny",
+        "--stages 9": "expected at most 4",
     }
     for line, message in wrong.items():
         assert run("--out", tmp_path / "b", *line.split()) == 2, line
@@ -215,7 +215,7 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "b").exists()
 
 
-def test_an_interruption_leaves_a_snapshot_and_no_process(tmp_path: Path) -> None:
+def test_an_interruption_leaves_a_checkpoint_and_no_process(tmp_path: Path) -> None:
     code = "import sys; sys.path.insert(0, 'tests'); import test_train; sys.exit(test_train.run(*sys.argv[1:]))"
     argv = ["--out", str(tmp_path / "a"), "--save-dir", str(tmp_path / "saves"), "--save-every", "1"]
     child = subprocess.Popen(

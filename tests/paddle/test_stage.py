@@ -33,7 +33,7 @@ def test_split_backward_gives_the_bits_of_the_merged_one_and_runs_no_second_forw
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "bfloat16"}, r"^dtype = bfloat16: Paddle .*; right would be float32 or float64$"),
+        ({"dtype": "bfloat16"}, r"^dtype = bfloat16: Paddle .*; expected float32 or float64$"),
         (
             {"run": {"executor": "native", "recompute": "full"}},
             r"^recompute = full; right for executor = native would be none$",
@@ -42,7 +42,7 @@ def test_split_backward_gives_the_bits_of_the_merged_one_and_runs_no_second_forw
             {"run": {"executor": "plain", "recompute": "full"}},
             r"^recompute = full; right for executor = plain would be none$",
         ),
-        ({"run": {"drift": "tf32"}}, r"^drift = tf32; right for paddle would be one of mean-over-all-labels, [^\n]*$"),
+        ({"run": {"drift": "tf32"}}, r"^drift = tf32; expected for paddle: one of mean-over-all-labels, [^\n]*$"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:

@@ -3,7 +3,7 @@
 The cases cover every value of p, m and dtype, every combination of head, norm and activation, all kinds of partition,
 micro-batches with different numbers of tokens, or none, and of different sizes (8 sequences in 3 or 5). All train for 100
 AdamW steps with clipping, warm-up and cosine: four blocks over four stages, else two blocks. The variants are runs of three
-steps whose bits must be equal. All runs of a framework share as few child processes as the framework allows, since
+steps whose bits must be equal. All runs of a framework share as few worker processes as the framework allows, since
 frameworks start slowly.
 """
 
@@ -158,7 +158,7 @@ def run_ladder(framework: str, folder: Path) -> dict[str, Probed]:
 def run_probes(
     configs: dict[str, RunConfig], folder: Path, noises: Mapping[str, float] | None = None
 ) -> dict[str, Run]:
-    """Runs all configurations of one framework in as few child processes as it allows. Raises RuntimeError.
+    """Runs all configurations of one framework in as few worker processes as it allows. Raises RuntimeError.
 
     `noises` are added to all initial weights, else `NOISE`.
     """

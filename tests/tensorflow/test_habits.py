@@ -34,8 +34,8 @@ def test_a_habit_fails_the_ladder_where_the_zoo_says_and_its_baseline_passes(
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ({"drift": "coupled-decay"}, "drift = coupled-decay; right for tensorflow would be one of tanh-gelu"),
-        ({"drift": "tanh-gelu", "executor": "plain"}, "right would be table"),
+        ({"drift": "coupled-decay"}, "drift = coupled-decay; expected for tensorflow: one of tanh-gelu"),
+        ({"drift": "tanh-gelu", "executor": "plain"}, "expected table"),
         ({"drift": "onednn"}, r"configure\(onednn=True\)"),
     ],
 )

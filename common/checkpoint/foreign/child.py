@@ -1,7 +1,7 @@
 """The child side of import and export: `python -m <implementation>.convert`, which alone may import its framework.
 
-    export SNAPSHOT FILE          writes the framework's own file
-    import FILE SNAPSHOT SPEC [TOKENIZER]   reads one; SPEC is the model as JSON, TOKENIZER a file, empty for bytes
+    export CHECKPOINT FILE          writes the framework's own file
+    import FILE CHECKPOINT SPEC [TOKENIZER]   reads one; SPEC is the model as JSON, TOKENIZER a file, empty for bytes
     tensors OUT FILE..            PyTorch: all tensors of the files, by their own names, as one safetensors file
 
 What was done to a file's content is said in lines with "note: " on stdout. A wrong file is one line on stderr and exit
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from common import checkpoint
-from common.checkpoint import Arrays, SnapshotError
+from common.checkpoint import Arrays, CheckpointError
 from common.checkpoint.foreign.errors import ExchangeError, note
 from common.checkpoint.foreign.source import find
 from common.io.edges import printable
@@ -58,10 +58,10 @@ def main(
                 save_file(dict(read_tensors([Path(file) for file in files])), out)
             case _:
                 raise ExchangeError(
-                    "usage: export SNAPSHOT FILE | import FILE SNAPSHOT SPEC [TOKENIZER] | tensors OUT FILE.."
+                    "usage: export CHECKPOINT FILE | import FILE CHECKPOINT SPEC [TOKENIZER] | tensors OUT FILE.."
                 )
         return 0
-    except (ExchangeError, SnapshotError, OSError) as error:
+    except (ExchangeError, CheckpointError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
 
@@ -78,7 +78,7 @@ def check_size(path: Path, model: TransformerSpec) -> None:
     limit = CHECKPOINT_BYTES_PER_WEIGHT * elements + OVERHEAD_BYTES
     size = sum(file.stat().st_size for file in find(path).files)
     if size > limit:
-        raise ExchangeError(f"{path}: {size} bytes; right would be at most {limit} for this model")
+        raise ExchangeError(f"{path}: {size} bytes; expected at most {limit} for this model")
 
 
 def checked(found: Mapping[str, NDArray[Any]], model: TransformerSpec) -> Arrays:
@@ -87,9 +87,9 @@ def checked(found: Mapping[str, NDArray[Any]], model: TransformerSpec) -> Arrays
     check_names(set(found), set(expected))
     for name, shape in expected.items():
         if found[name].shape != shape:
-            raise ExchangeError(f"{name} has shape {list(found[name].shape)}; right would be {list(shape)}")
+            raise ExchangeError(f"{name} has shape {list(found[name].shape)}; expected {list(shape)}")
         if not np.issubdtype(found[name].dtype, np.floating):
-            raise ExchangeError(f"{name} has dtype {found[name].dtype}; right would be float32 or float64")
+            raise ExchangeError(f"{name} has dtype {found[name].dtype}; expected float32 or float64")
     dtypes = sorted({str(array.dtype) for array in found.values()})
     dtype = "float64" if dtypes == ["float64"] else "float32"
     note_dtypes(dtypes)
@@ -117,4 +117,4 @@ def check_names(found: set[str], expected: set[str]) -> None:
 def check_tied(own: NDArray[Any], copy: NDArray[Any]) -> None:
     """A tied head is the token embedding. Raises ExchangeError."""
     if not np.array_equal(own, copy):
-        raise ExchangeError("the head differs from the token embedding; right would be --no-tied-head")
+        raise ExchangeError("the head differs from the token embedding; expected --no-tied-head")

@@ -85,7 +85,7 @@ def read_gpt2(
     """The model and its weights.
 
     `said` are fields of the specification that the shapes do not show. `tensors_from` has the tensors as safetensors where
-    the source's own files have not. Raises ExchangeError, SnapshotError and pydantic.ValidationError.
+    the source's own files have not. Raises ExchangeError, CheckpointError and pydantic.ValidationError.
     """
     headers: dict[str, tuple[Path, HeaderEntry]] = {}
     for path in tensors_from or source.files:
@@ -100,7 +100,7 @@ def read_gpt2(
     for name in names.values():
         entry = headers[name][1]
         if entry.dtype not in ("float32", "float64", "F16", "BF16"):
-            raise ExchangeError(f"{path}: {printable(name)} has dtype {entry.dtype}; right would be float32")
+            raise ExchangeError(f"{path}: {printable(name)} has dtype {entry.dtype}; expected float32")
     shapes = {short: headers[name][1].shape for short, name in names.items()}
     config = _config(source.beside("config.json"))
     spec = _spec(path, shapes, config, said)
@@ -114,7 +114,7 @@ def read_gpt2(
     check_names({*names} - {HEAD}, set(wanted))
     for name, shape in wanted.items():
         if shapes[name] != shape:
-            raise ExchangeError(f"{path}: {name} has shape {list(shapes[name])}; right would be {list(shape)}")
+            raise ExchangeError(f"{path}: {name} has shape {list(shapes[name])}; expected {list(shape)}")
     if HEAD not in names and not config.tie_word_embeddings:
         raise ExchangeError(f"{path}: {HEAD} is missing, and config.json says tie_word_embeddings = false")
     arrays = {name: _tensor(*headers[names[name]], names[name]) for name in wanted}
@@ -139,7 +139,7 @@ def _spec(
 ) -> TransformerSpec:
     for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
         if len(shapes.get(name, ())) != 2:
-            raise ExchangeError(f"{path}: {name} is missing; right would be a GPT-2 of the transformers library")
+            raise ExchangeError(f"{path}: {name} is missing; expected a GPT-2 of the transformers library")
     given: dict[str, Any] = {
         "num_heads": config.n_head,
         "activation": ACTIVATIONS[config.activation_function],
@@ -154,7 +154,7 @@ def _spec(
     fields = given | dict(said)
     if fields["num_heads"] is None:
         raise ExchangeError(
-            f"{path}: how many heads? right would be with --num-heads, or a config.json beside it (the published "
+            f"{path}: how many heads? add --num-heads, or a config.json beside it (the published "
             f"GPT-2s have d_model / 64, here {d_model / 64:g})"
         )
     known = {*said, *(name for name, field in NOT_IN_THE_WEIGHTS.items() if field in config.model_fields_set)}

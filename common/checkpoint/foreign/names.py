@@ -64,6 +64,4 @@ def weights_in(loaded: Any, is_tensor: Callable[[Any], bool], besides: str = "")
         others = ", ".join(printable(str(other), 30) for other in list(state)[:9] if other != key)
         note(f"the weights are those under {key!r}" + (f"; not read: {others}" if others else ""))
         loaded = loaded[key]
-    raise ExchangeError(
-        "right would be a dictionary of tensors, or a checkpoint with one under 'state_dict' or 'model'"
-    )
+    raise ExchangeError("expected a dictionary of tensors, or a checkpoint with one under 'state_dict' or 'model'")

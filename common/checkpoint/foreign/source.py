@@ -1,9 +1,9 @@
 """Where a model's tensors lie: in one file, in a folder as the transformers library saves it, or in the shards of an index.
 
 Who names a file decides what it may be. What the user names may be a link, and so may what lies in a folder that they name:
-the Hugging Face cache is made of links (snapshots/HASH/model.safetensors -> ../../blobs/...). What an index names is the
+the Hugging Face cache is made of links (checkpoints/HASH/model.safetensors -> ../../blobs/...). What an index names is the
 word of whoever wrote it: normalised, and with its links followed, it has to lie in the model's folder, which in that cache
-is the one above `snapshots` and `blobs`.
+is the one above `checkpoints` and `blobs`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def find(path: Path) -> Source:
     if path.is_dir():
         named = next((path / name for name in IN_A_FOLDER if (path / name).exists()), None)
         if named is None:
-            revisions = sorted(path.glob("snapshots/*/"))
+            revisions = sorted(path.glob("checkpoints/*/"))
             hint = str(revisions[0]) if revisions else f"a folder with one of {', '.join(IN_A_FOLDER)}, or a file"
-            raise ExchangeError(f"{path}: no model in this folder; right would be {hint}")
+            raise ExchangeError(f"{path}: no model in this folder; expected {hint}")
         path = named
     check_plain(path)
     # What lies beside the link is nearer than what lies beside its target.
@@ -68,7 +68,7 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise ExchangeError(f"{path}: more than {max_bytes} bytes; right would be the file of a model")
+        raise ExchangeError(f"{path}: more than {max_bytes} bytes; expected the file of a model")
     return content.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -77,7 +77,7 @@ def check_plain(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        raise ExchangeError(f"{path}: {error.strerror}; right would be a file") from None
+        raise ExchangeError(f"{path}: {error.strerror}; expected a file") from None
     if not stat.S_ISREG(mode):
         raise ExchangeError(f"{path}: not a plain file")
 
@@ -86,7 +86,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
     try:
         names = set(_Index.model_validate_json(read_bounded(index, MAX_INDEX_BYTES)).weight_map.values())
     except ValidationError as error:
-        raise ExchangeError(f"{index}: {one_line(error)}; right would be an index with its weight_map") from None
+        raise ExchangeError(f"{index}: {one_line(error)}; expected an index with its weight_map") from None
     if not names:
         raise ExchangeError(f"{index}: its weight_map is empty")
     folder = index.parent.resolve()
@@ -98,14 +98,14 @@ def _shard(index: Path, name: str, folder: Path, home: Path) -> Path:
     inside = os.path.normpath(name.replace("\\", "/"))  # written on Windows, a name may have the other slash
     where = f"{index}: shard {printable(name)!r}"
     if "\0" in name or Path(inside).is_absolute() or ":" in inside or inside.split("/")[0] in ("", ".", ".."):
-        raise ExchangeError(f"{where} leads out of the model's folder; right would be a file in it")
+        raise ExchangeError(f"{where} leads out of the model's folder; expected a file in it")
     path = folder / inside
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         reason = getattr(error, "strerror", None) or "a circle of links"
-        raise ExchangeError(f"{where}: {reason}; right would be a file beside the index") from None
+        raise ExchangeError(f"{where}: {reason}; expected a file beside the index") from None
     if not target.is_relative_to(home):
-        raise ExchangeError(f"{where} is a link out of the model's folder; right would be a file in it")
+        raise ExchangeError(f"{where} is a link out of the model's folder; expected a file in it")
     check_plain(path)
     return path

@@ -1,4 +1,4 @@
-"""The peers and the track "best" against the oracle, and what stages hold in flight against the simulator."""
+"""The baselines and the track "best" against the oracle, and what stages hold in flight against the simulator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAGES, MICRO_BATCHES, STEPS = 2, 4, 10
 HELD = {"1f1b": ("1f1b", 1), "gpipe": ("gpipe", 1), "zb-h1": ("zb-h1", 1), "interleaved": ("interleaved", 2)}
 """name: (schedule, chunks)"""
 
-PEERS: dict[str, tuple[str, str, str, float, str, int]] = {
+BASELINES: dict[str, tuple[str, str, str, float, str, int]] = {
     "plain": ("plain", "tied", "float32", 0.1, "1f1b", 1),
     "plain-float64": ("plain", "untied", "float64", 0.0, "1f1b", 1),
     "native": ("native", "untied", "float32", 0.1, "1f1b", 1),
@@ -34,7 +34,7 @@ OWN_SCHEDULES = {"torch": ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"), "pa
 
 
 def has(framework: str, name: str) -> bool:
-    executor, *_, schedule, _ = PEERS[name]
+    executor, *_, schedule, _ = BASELINES[name]
     return executor == "plain" or schedule in OWN_SCHEDULES[framework]
 
 
@@ -51,7 +51,7 @@ def run_config(
 def configs(framework: str) -> dict[str, RunConfig]:
     """All runs of one framework on the track "matched"."""
     held = {n: run_config(framework, "table", "untied", "float32", 0.0, *one) for n, one in HELD.items()}
-    return held | {n: run_config(framework, *one) for n, one in PEERS.items() if has(framework, n)}
+    return held | {n: run_config(framework, *one) for n, one in BASELINES.items() if has(framework, n)}
 
 
 def best_configs(framework: str) -> dict[str, RunConfig]:
@@ -84,9 +84,9 @@ def assert_parity(one: RunConfig, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("framework", "name"), [(f, n) for f in FRAMEWORKS for n in (*PEERS, *BEST) if n in BEST or has(f, n)]
+    ("framework", "name"), [(f, n) for f in FRAMEWORKS for n in (*BASELINES, *BEST) if n in BEST or has(f, n)]
 )
-def test_peers_and_best_track_train_the_same(framework: str, name: str, runs: Runs) -> None:
+def test_baselines_and_best_track_train_the_same(framework: str, name: str, runs: Runs) -> None:
     one = (configs(framework) | best_configs(framework))[name]
     assert_parity(one, runs(framework)[name])
 
@@ -99,7 +99,7 @@ def test_the_best_track_says_what_it_does(framework: str, runs: Runs) -> None:
         assert any(line.endswith(": used") for line in environment["best"]) == (name in BEST), name
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name.startswith("native") and name != "native-tied"])
+@pytest.mark.parametrize("name", [name for name in BASELINES if name.startswith("native") and name != "native-tied"])
 def test_pytorchs_own_schedules_run_what_ours_of_that_name_do(name: str, runs: Runs) -> None:
     """Every micro-batch once per chunk, and for gpipe, 1f1b the same order as ours; PyTorch's others differ in it."""
     one, run = configs("torch")[name], runs("torch")[name]

@@ -1,4 +1,4 @@
-"""Snapshots: written whole or not at all, independent of who wrote them, and refused in one line when anything is wrong."""
+"""Checkpoints: written whole or not at all, independent of who wrote them, and refused in one line when anything is wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from common import checkpoint
-from common.checkpoint import SnapshotError, SnapshotWriter
+from common.checkpoint import CheckpointError, CheckpointWriter
 from common.checkpoint import header as header_module
 from common.checkpoint import write as write_module
 from common.runtime.oracle_worker import OracleEngine
@@ -44,7 +44,7 @@ def state(config: RunConfig = CONFIG) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def write(directory: Path, steps_done: int = 1, keep: int = 3, config: RunConfig = CONFIG) -> Path:
-    writer = SnapshotWriter(directory, keep, "a1")
+    writer = CheckpointWriter(directory, keep, "a1")
     folder = writer.write(config, steps_done, DIGEST, (0, 1), *state(config), {"framework": "oracle", "flags": [1]})
     assert folder is not None
     return folder
@@ -65,7 +65,7 @@ def test_what_is_written_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert manifest.written_by == {"framework": "oracle"}
 
 
-def test_processes_write_one_snapshot_together_and_a_tied_weight_once(tmp_path: Path) -> None:
+def test_processes_write_one_checkpoint_together_and_a_tied_weight_once(tmp_path: Path) -> None:
     weights, moments = state()
     parts = plan_partition(CONFIG).parts
 
@@ -74,7 +74,7 @@ def test_processes_write_one_snapshot_together_and_a_tied_weight_once(tmp_path: 
         assert TOKEN_EMBEDDING in names  # both ends hold it
         own = {name: weights[name] for name in names}
         own_moments = {key: moments[key] for key in moments if key.split("/")[1] in names}
-        SnapshotWriter(tmp_path, 3, "a1").write(CONFIG, 2, DIGEST, (device,), own, own_moments, {})
+        CheckpointWriter(tmp_path, 3, "a1").write(CONFIG, 2, DIGEST, (device,), own, own_moments, {})
 
     threads = [threading.Thread(target=save, args=(device,)) for device in (0, 1)]
     for thread in threads:
@@ -91,17 +91,17 @@ def test_processes_write_one_snapshot_together_and_a_tied_weight_once(tmp_path: 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step, keep=2)
-    assert [path.name for path in checkpoint.snapshots_in(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert [path.name for path in checkpoint.checkpoints_in(tmp_path)] == ["step-00000003", "step-00000004"]
     checkpoint.prune(tmp_path, 0)
-    assert [path.name for path in checkpoint.snapshots_in(tmp_path)] == ["step-00000004"]
+    assert [path.name for path in checkpoint.checkpoints_in(tmp_path)] == ["step-00000004"]
 
 
-def test_unfinished_ones_and_links_are_no_snapshots(tmp_path: Path) -> None:
+def test_unfinished_ones_and_links_are_no_checkpoints(tmp_path: Path) -> None:
     good = write(tmp_path, 1)
     (tmp_path / ".step-00000002.a1.partial").mkdir()
     (tmp_path / "step-00000003").mkdir()
     (tmp_path / "step-00000004").symlink_to(good)
-    assert checkpoint.snapshots_in(tmp_path) == [good]
+    assert checkpoint.checkpoints_in(tmp_path) == [good]
     with checkpoint.locked(tmp_path):
         assert not list(tmp_path.glob(".step-*"))
 
@@ -121,10 +121,10 @@ def test_the_newest_whole_one_is_found(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from common import snapshot
+from common import checkpoint
 from common.checkpoint import header as header_module
 from common.checkpoint import write as write_module
-with snapshot.locked(Path(sys.argv[1])):
+with checkpoint.locked(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -136,7 +136,7 @@ def test_one_run_at_a_time_and_a_dead_one_does_not_count(tmp_path: Path) -> None
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=root, **pipes)
     assert other.stdout is not None and other.stdout.readline() == b"locked\n"
     with (
-        pytest.raises(SnapshotError, match=rf"in use by process {other.pid} on .* since 20"),
+        pytest.raises(CheckpointError, match=rf"in use by process {other.pid} on .* since 20"),
         checkpoint.locked(tmp_path),
     ):
         pass
@@ -149,7 +149,10 @@ def test_one_run_at_a_time_and_a_dead_one_does_not_count(tmp_path: Path) -> None
 
 def test_a_lock_of_another_machine_is_respected(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text('{"pid": 1, "host": "elsewhere", "since": "2026-01-01T00:00:00Z"}')
-    with pytest.raises(SnapshotError, match=r"process 1 on elsewhere .* remove .*\.lock"), checkpoint.locked(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match=r"process 1 on elsewhere .* remove .*\.lock"),
+        checkpoint.locked(tmp_path),
+    ):
         pass
 
 
@@ -216,34 +219,34 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "huge": (lambda f: (f / "manifest.json").write_text(" " * (16 * 2**20 + 1)), "larger than"),
     "newer": (
         put("schema_version", 3),
-        "schema_version = 3; this program reads 1 and 2; right would be a newer version",
+        "schema_version = 3; this program reads 1 and 2; expected a newer version",
     ),
     "unknown key": (put("extra", 1), "extra: Extra inputs are not permitted"),
     "NaN": (put("model/dropout", float("nan")), "model.dropout"),
     "negative step": (put("steps_done", -1), "steps_done"),
     "other positions": (put("steps_done", 2), "data stands at step 1, the rest at 2"),
     "no moments": (put("optimizer_state", []), "optimizer_state = []"),
-    "other model": (put("model/d_ff", 16), "has shape [8, 8]; right would be [8, 16]"),
+    "other model": (put("model/d_ff", 16), "has shape [8, 8]; expected [8, 16]"),
     "absurd model": (put("model/num_layers", 10_000), "blocks, but"),
     "absurd depth": (put("model/num_layers", 10**15), "model.num_layers"),
-    "absurd width": (put("model/d_ff", 10**30), "model.d_ff|right would be"),
+    "absurd width": (put("model/d_ff", 10**30), "model.d_ff|expected"),
     "lacking tensor": (lambda f: edit(f, lambda c: c["tensors"].pop(NAME)), f"{NAME} is missing"),
     "foreign tensor": (put("tensors/x", {"file": "a", "dtype": "float64", "shape": [1]}), "x is not part of the model"),
-    "other dtype": (put(f"tensors/{NAME}/dtype", "float32"), f"{NAME} has dtype float32; right would be float64"),
+    "other dtype": (put(f"tensors/{NAME}/dtype", "float32"), f"{NAME} has dtype float32; expected float64"),
     "no such file": (put(f"tensors/{NAME}/file", "../../secret"), r"is in ../../secret, which is no file"),
     "path outside": (
         put("files/..", {"bytes": 9, "sha256": DIGEST}),
-        "right would be shard-NNNNN",
+        "expected shard-NNNNN",
     ),
     "absurd size": (put("files/shard-00000.safetensors/bytes", 10**15), "its tensors have"),
-    "truncated": (lambda f: os.truncate(shard(f), 1000), "has 1000 bytes; right would be"),
-    "longer": (lambda f: shard(f).open("ab").write(b"x"), "right would be"),
+    "truncated": (lambda f: os.truncate(shard(f), 1000), "has 1000 bytes; expected"),
+    "longer": (lambda f: shard(f).open("ab").write(b"x"), "expected"),
     "flipped bit": (lambda f: flip(shard(f), -1), "SHA-256 differs"),
-    "flipped header": (lambda f: flip(shard(f), 20), "right would be|header|manifest says"),
+    "flipped header": (lambda f: flip(shard(f), 20), "expected|header|manifest says"),
     "no header": (lambda f: flip(shard(f), 7), "not a safetensors file"),
     "missing shard": (lambda f: shard(f).unlink(), "No such file"),
-    "link": (lambda f: as_link(shard(f)), "a link; right would be a file"),
-    "linked manifest": (lambda f: as_link(f / "manifest.json"), "a link; right would be a file"),
+    "link": (lambda f: as_link(shard(f)), "a link; expected a file"),
+    "linked manifest": (lambda f: as_link(f / "manifest.json"), "a link; expected a file"),
     "pipe": (lambda f: (shard(f).unlink(), os.mkfifo(shard(f))), "not a plain file"),
     "folder": (lambda f: (shard(f).unlink(), shard(f).mkdir()), "shard-00000.safetensors: "),
     "overlap": (header(lambda h: h[NAME].update(data_offsets=[0, 64])), "which its shape does not fill"),
@@ -260,7 +263,7 @@ def test_damage_is_refused_in_one_line_that_says_where(tmp_path: Path, kind: str
     folder = write(tmp_path)
     damage, expected = DAMAGE[kind]
     damage(folder)
-    with pytest.raises(SnapshotError) as error:
+    with pytest.raises(CheckpointError) as error:
         checkpoint.load(folder)
     assert any(words in str(error.value) for words in expected.split("|"))
     assert "\n" not in str(error.value) and len(str(error.value)) < 600 and str(folder) in str(error.value)
@@ -273,7 +276,7 @@ def test_a_save_that_fails_leaves_nothing_and_the_one_before(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(write_module, "_flush", full)
-    with pytest.raises(SnapshotError, match=r"cannot save step 2 in .*: No space left on device"):
+    with pytest.raises(CheckpointError, match=r"cannot save step 2 in .*: No space left on device"):
         write(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == [before.name]
     checkpoint.load(before)
@@ -304,24 +307,26 @@ def test_what_may_change_and_what_may_not(tmp_path: Path) -> None:
         recompute="full",
     )
     assert checkpoint.differences(manifest, free) == []
-    assert checkpoint.differences(manifest, other(train_seed=8)) == ["train.seed: the snapshot has 7, the run 8"]
-    assert checkpoint.differences(manifest, other(model_norm="post"))[0].startswith("model.norm: the snapshot has pre")
+    assert checkpoint.differences(manifest, other(train_seed=8)) == ["train.seed: the checkpoint has 7, the run 8"]
+    assert checkpoint.differences(manifest, other(model_norm="post"))[0].startswith(
+        "model.norm: the checkpoint has pre"
+    )
     assert checkpoint.differences(manifest, other(sequence_lengths="random"))
     cosine = write(tmp_path / "cosine", config=other(train_learning_rate_schedule="cosine"))
     longer = other(train_learning_rate_schedule="cosine", train_steps=9)
     assert checkpoint.differences(checkpoint.read_manifest(cosine), longer) == [
-        "train.steps: the snapshot has 3, the run 9"
+        "train.steps: the checkpoint has 3, the run 9"
     ]
 
 
-def test_weights_alone_are_a_snapshot_too(tmp_path: Path) -> None:
+def test_weights_alone_are_a_checkpoint_too(tmp_path: Path) -> None:
     weights, _ = state()
     folder = checkpoint.write_weights(tmp_path / "imported", CONFIG.model, weights, "torch")
     saved = checkpoint.load(folder)
     assert saved.manifest.train is None and saved.manifest.steps_done == 0 and not saved.optimizer_state
     assert checkpoint.differences(saved.manifest, CONFIG) == []
     assert checkpoint.differences(saved.manifest, other(train_dtype="float32")) == []
-    with pytest.raises(SnapshotError, match="exists"):
+    with pytest.raises(CheckpointError, match="exists"):
         checkpoint.write_weights(folder, CONFIG.model, weights, "torch")
     shutil.rmtree(folder)
 

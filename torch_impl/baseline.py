@@ -99,7 +99,7 @@ class Peer:
     def probe_units(
         self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
     ) -> dict[TensorKey, NDArray[Any]]:
-        raise ValueError(f"executor = {self.config.executor} does not run units alone; right would be table")
+        raise ValueError(f"executor = {self.config.executor} does not run units alone; expected table")
 
     def optimizer_state(self) -> Arrays:
         return self._optimizer.state()
@@ -369,7 +369,7 @@ class PipeliningEngine(Peer):
             both[1].copy_(both[0].add_(both[1]))
 
 
-def build_peer(config: RunConfig) -> Peer:
+def build_baseline(config: RunConfig) -> Peer:
     """The engine for `executor` plain or native. Raises ValueError for what only our own executor does."""
     if config.recompute != "none":
         raise ValueError(f"recompute = {config.recompute}; right for executor = {config.executor} would be none")

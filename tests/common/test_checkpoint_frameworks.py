@@ -1,4 +1,4 @@
-"""Every framework, from a snapshot: on to the bit, and the same tokens as the oracle. One child process for each."""
+"""Every framework, from a checkpoint: on to the bit, and the same tokens as the oracle. One worker process for each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common import checkpoint
-from common.harness.launch import IMPLEMENTATIONS, run_jobs_in_child
+from common.harness.launch import IMPLEMENTATIONS, run_jobs_in_worker
 from common.runtime.inference import Evaluated, Generated, evaluate, generate
 from common.runtime.job import Generation, Job, Saving
 from common.runtime.oracle_worker import OracleEngine
@@ -33,7 +33,7 @@ def config(framework: str, **changes: Any) -> RunConfig:
 
 @pytest.fixture(scope="session")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A snapshot of weights with enough noise for every token to matter."""
+    """A checkpoint of weights with enough noise for every token to matter."""
     noise = random_arrays(MODEL, 5, "float32", 0.5)
     weights = {name: value + noise[name] for name, value in initial_weights(MODEL, 0, "float32").items()}
     return checkpoint.write_weights(tmp_path_factory.mktemp("noisy") / "saved", MODEL, weights, "a test")
@@ -59,14 +59,14 @@ def done(tmp_path_factory: pytest.TempPathFactory, noisy: Path) -> Any:
         narrow = one.model_copy(update={"train": TRAIN.model_copy(update={"batch_size": 1, "micro_batches": 1})})
         wide = one.model_copy(update={"train": TRAIN.model_copy(update={"batch_size": 4, "micro_batches": 2})})
         jobs = [
-            training("whole", one, "whole-snapshots"),
+            training("whole", one, "whole-checkpoints"),
             training("first", one, "parts", stop_at=3),
             training("second", again, "parts", resume=middle),
             Job(config=narrow, out=str(folder / "greedy"), kind="generate", resume=str(noisy), generation=GREEDY),
             Job(config=wide, out=str(folder / "sampled"), kind="generate", resume=str(noisy), generation=SAMPLED),
             Job(config=one, out=str(folder / "evaluated"), kind="evaluate", resume=str(noisy), batches=3),
         ]
-        return folder, run_jobs_in_child(IMPLEMENTATIONS[framework].module, jobs, folder)
+        return folder, run_jobs_in_worker(IMPLEMENTATIONS[framework].module, jobs, folder)
 
     return run
 
@@ -77,7 +77,7 @@ def test_a_run_goes_on_to_the_bit(framework: str, done: Any) -> None:
     assert [outcome.reason for outcome in outcomes[:3]] == [""] * 3
     whole, first, second = ([step.loss for step in outcome.parts[0].steps] for outcome in outcomes[:3])
     assert len(first) == 3 and first + second == whole
-    saved = [checkpoint.load(folder / name / "step-00000006") for name in ("whole-snapshots", "parts")]
+    saved = [checkpoint.load(folder / name / "step-00000006") for name in ("whole-checkpoints", "parts")]
     for name, value in {**saved[0].weights, **saved[0].optimizer_state}.items():
         np.testing.assert_array_equal({**saved[1].weights, **saved[1].optimizer_state}[name], value, name)
     assert saved[0].manifest.written_by["framework"]

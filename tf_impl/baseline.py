@@ -143,7 +143,7 @@ class PlainEngine:
     def probe_units(
         self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
     ) -> dict[TensorKey, NDArray[Any]]:
-        raise ValueError("executor = plain: no units alone; right would be executor = table")
+        raise ValueError("executor = plain: no units alone; expected executor = table")
 
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         logits: NDArray[Any] = self.model((tf.constant(inputs),)).numpy()
@@ -173,7 +173,7 @@ class PlainEngine:
         """Those of the first step after `reset` only, computed again: Keras keeps none. Raises RuntimeError."""
         start, batch = self._first
         if batch is None or int(self.model.optimizer.iterations) > 1:
-            raise RuntimeError("Keras keeps no gradients; right would be to ask after the first step")
+            raise RuntimeError("Keras keeps no gradients; ask after the first step")
         now = export_weights(self._named)
         load_weights(self._named, start)
         with tf.GradientTape() as tape:
@@ -217,10 +217,10 @@ class PlainEngine:
         return {name: found[name] for name in parameter_shapes(self.config.model)}
 
 
-def build_peer(config: RunConfig) -> Engine:
+def build_baseline(config: RunConfig) -> Engine:
     """The engine for `executor` = plain. Raises ValueError for native, and for what only our own executor does."""
     if config.executor == "native":
-        raise ValueError("executor = native: TensorFlow has no pipeline of its own; right would be table or plain")
+        raise ValueError("executor = native: TensorFlow has no pipeline of its own; expected table or plain")
     if config.recompute != "none":
         raise ValueError(f"recompute = {config.recompute}; right for executor = plain would be none")
     if config.train.dtype == "bfloat16":

@@ -96,7 +96,7 @@ class PlainEngine:
     def probe_units(
         self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
     ) -> dict[TensorKey, NDArray[Any]]:
-        raise ValueError("executor = plain has no stage whose units could be probed; right would be table")
+        raise ValueError("executor = plain has no stage whose units could be probed; expected table")
 
     @paddle.no_grad()
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
@@ -150,6 +150,6 @@ class PlainEngine:
         return {name: found[name] for name in parameter_shapes(self.config.model)}
 
 
-def build_peer(config: RunConfig) -> Engine:
+def build_baseline(config: RunConfig) -> Engine:
     """The engine for `executor` = plain. (For native, `build_engine` takes fleet's pipeline in place of our table.)"""
     return PlainEngine(config)
