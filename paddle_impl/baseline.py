@@ -45,7 +45,7 @@ class PlainEngine:
 
     def __init__(self, config: RunConfig) -> None:
         if config.recompute != "none":
-            raise ValueError(f"recompute = {config.recompute}; right for executor = plain would be none")
+            raise ValueError(f"recompute = {config.recompute}; executor = plain takes none")
         devices.check_dtype(config.train.dtype)
         self.config = config
         devices.set_threads(devices.threads_per_stage(1, config.threads))

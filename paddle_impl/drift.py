@@ -41,7 +41,7 @@ def switch(config: RunConfig) -> Iterator[None]:
     if config.drift is not None and config.drift not in HABITS:
         raise ValueError(f"drift = {config.drift}; expected for paddle: one of {', '.join(HABITS)}")
     if config.drift is not None and config.executor == "plain":
-        raise ValueError(f"drift = {config.drift}; right for executor = plain would be none")
+        raise ValueError(f"drift = {config.drift}; executor = plain takes none")
     with ExitStack() as patches:
         for patch in HABITS[config.drift](config) if config.drift else ():
             patches.enter_context(mock.patch.object(*patch))

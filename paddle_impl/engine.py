@@ -52,9 +52,9 @@ class PaddleEngine:
         self.config = config
         self.schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
         if config.executor == "native" and (self.schedule.name != "1f1b" or config.chunks > 1):
-            raise ValueError(f"schedule = {config.schedule}; right for executor = native would be 1f1b, fleet's own")
+            raise ValueError(f"schedule = {config.schedule}; executor = native takes 1f1b, fleet's own")
         if config.executor == "native" and config.recompute != "none":
-            raise ValueError(f"recompute = {config.recompute}; right for executor = native would be none")
+            raise ValueError(f"recompute = {config.recompute}; executor = native takes none")
         devices.check_dtype(config.train.dtype)
         group = fleet.get_hybrid_communicate_group()
         if group.get_pipe_parallel_world_size() != config.stages:

@@ -222,7 +222,7 @@ def build_baseline(config: RunConfig) -> Engine:
     if config.executor == "native":
         raise ValueError("executor = native: TensorFlow has no pipeline of its own; expected table or plain")
     if config.recompute != "none":
-        raise ValueError(f"recompute = {config.recompute}; right for executor = plain would be none")
+        raise ValueError(f"recompute = {config.recompute}; executor = plain takes none")
     if config.train.dtype == "bfloat16":
-        raise ValueError("dtype = bfloat16; right for executor = plain would be float32 or float64")
+        raise ValueError("dtype = bfloat16; executor = plain takes float32 or float64")
     return PlainEngine(config)

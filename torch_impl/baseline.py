@@ -256,9 +256,7 @@ class PipeliningEngine(Peer):
 
     def __init__(self, config: RunConfig) -> None:
         if config.schedule not in SCHEDULES:
-            raise ValueError(
-                f"schedule = {config.schedule}; right for torch.distributed.pipelining would be {', '.join(SCHEDULES)}"
-            )
+            raise ValueError(f"schedule = {config.schedule}; torch.distributed.pipelining takes {', '.join(SCHEDULES)}")
         m = config.train.micro_batches
         ours = make_schedule(config.schedule, config.stages, m, config.chunks)
         rank = distributed.get_rank()
@@ -372,7 +370,7 @@ class PipeliningEngine(Peer):
 def build_baseline(config: RunConfig) -> Peer:
     """The engine for `executor` plain or native. Raises ValueError for what only our own executor does."""
     if config.recompute != "none":
-        raise ValueError(f"recompute = {config.recompute}; right for executor = {config.executor} would be none")
+        raise ValueError(f"recompute = {config.recompute}; executor = {config.executor} takes none")
     if config.train.dtype == "bfloat16":
-        raise ValueError(f"dtype = bfloat16; right for executor = {config.executor} would be float32 or float64")
+        raise ValueError(f"dtype = bfloat16; executor = {config.executor} takes float32 or float64")
     return PlainEngine(config) if config.executor == "plain" else PipeliningEngine(config)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from common.cli.parser import Parser
+from common.cli.parser import Parser, with_present_names
 from common.io.streams import lasting_streams
 from common.io.usage import UsageError
 
@@ -32,9 +32,8 @@ SUBCOMMANDS = {
     "report": ("report", "make the report of one benchmark, or of several together, from its results"),
     "compare": ("report", "say which rows of two benchmarks differ by more than their noise"),
     "draw": ("schedules", "draw a schedule as a chart"),
-    "simulate": ("schedules", "time a schedule without running it"),
+    "simulate": ("schedules", "time one schedule, or several side by side, without running them"),
     "validate": ("schedules", "check a schedule in text form, or a chart with times"),
-    "compare-schedules": ("schedules", "simulate all schedules side by side"),
     "dump": ("numerics", "write every tensor of one step to a file"),
     "bisect": ("numerics", "name the first tensor in which two runs differ"),
     "drift": (
@@ -96,7 +95,7 @@ def _run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a child has ended
     with lasting_streams(notice) as output:
         try:
-            arguments = parser.parse_args(argv)
+            arguments = parser.parse_args(with_present_names(argv))
             arguments.command = shlex.join([parser.prog, *argv])
             status = int(arguments.run(arguments) or 0)
             output.flush()

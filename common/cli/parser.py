@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from common.io.usage import UsageError, closest
+
+RENAMED = {"--snapshot": "--checkpoint", "--peers": "--baselines"}
+"""Options by their former names, which still work."""
+
+
+def with_present_names(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with former options by their present names, and say so on stderr."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name in RENAMED:
+            print(f"{name} is called {RENAMED[name]} now", file=sys.stderr)
+        words.append(RENAMED.get(name, name) + equals + value)
+    return words
 
 
 class Parser(argparse.ArgumentParser):

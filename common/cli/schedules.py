@@ -1,4 +1,4 @@
-"""The subcommands about schedules: draw, simulate, validate, compare-schedules."""
+"""The subcommands about schedules: draw, simulate, validate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from common.schedule.validate import validate, validate_timetable
 EXIT_VIOLATIONS = 1
 MEMORY_LIMIT = (2.0,)
 PUBLISHED_WRAP_AROUND: WrapAround = "first"
-"""The default of `simulate` and `compare-schedules`, so that their figures are comparable with the published ones."""
+"""The default of `simulate`, so that its figures are comparable with the published ones."""
 
 _Numbers = tuple[float, ...]
 _Run = Callable[[argparse.Namespace], int]
@@ -38,13 +38,13 @@ _Run = Callable[[argparse.Namespace], int]
 def register(subcommands: Any) -> None:
     """Adds the subcommands to argparse's subparsers."""
     draw = subcommands.add_parser("draw")
-    _add_schedule(draw, required=True)
+    _add_schedule(draw, "{} or file:PATH")
     _add_costs(draw, memory=False)
     draw.add_argument("--output", metavar="FILE", help="write to FILE: .png, .svg, .txt or .json (a Chrome trace)")
     draw.set_defaults(run=_reporting(_draw))
 
     simulator = subcommands.add_parser("simulate")
-    _add_schedule(simulator, required=True)
+    _add_schedule(simulator, "{} or file:PATH; a comma list, or all, to see them side by side")
     _add_costs(simulator)
     _add_wrap_around(simulator)
     simulator.add_argument("--output", metavar="FILE", help="write the schedule to FILE in text form, for file:FILE")
@@ -55,19 +55,9 @@ def register(subcommands: Any) -> None:
     validator.add_argument("file", metavar="FILE", help="the schedule; - reads standard input")
     validator.set_defaults(run=_reporting(_validate))
 
-    compare = subcommands.add_parser("compare-schedules")
-    _add_schedule(compare, required=False)
-    _add_costs(compare)
-    _add_wrap_around(compare)
-    compare.add_argument("--json", action="store_true", help="print JSON")
-    compare.set_defaults(run=_reporting(_compare))
 
-
-def _add_schedule(parser: argparse.ArgumentParser, required: bool) -> None:
-    names = ", ".join(GENERATORS)
-    more = "" if required else "; a comma list, default: all of them"
-    help_text = f"{names} or file:PATH{more}"
-    parser.add_argument("--schedule" if required else "--schedules", metavar="S", required=required, help=help_text)
+def _add_schedule(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--schedule", metavar="S", required=True, help=what.format(", ".join(GENERATORS)))
     parser.add_argument("--stages", type=positive, metavar="P", help="devices in the pipeline; a file says it itself")
     parser.add_argument(
         "--micro-batches", type=positive, metavar="M", help="of one optimizer step; a file says it itself"
@@ -246,6 +236,8 @@ def _draw(arguments: argparse.Namespace) -> int:
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
+    if names := _several(arguments):
+        return _side_by_side(arguments, names)
     schedule, costs = _planned(arguments.schedule, arguments)
     _check_wrap_around([schedule], arguments)
     result = _result(_simulated(schedule, costs, arguments), arguments)
@@ -258,6 +250,14 @@ def _simulate(arguments: argparse.Namespace) -> int:
         shown = ", ".join(map(_short, value)) if isinstance(value, list) else _short(value)
         print(f"{key.replace('_', ' '):34}{shown}")
     return 0
+
+
+def _several(arguments: argparse.Namespace) -> list[str]:
+    """The schedules to show side by side; none where one is named, whose file may have commas in its name."""
+    text = str(arguments.schedule)
+    if text == "all":
+        return [name for name in GENERATORS if name != SEARCH or arguments.recompute == Costs.recompute]
+    return [] if "," not in text or Path(text.removeprefix("file:")).exists() else text.split(",")
 
 
 def _check_wrap_around(schedules: Sequence[Schedule], arguments: argparse.Namespace) -> None:
@@ -342,15 +342,15 @@ def _adds_in_order(schedule: Schedule) -> bool:
     return True
 
 
-def _compare(arguments: argparse.Namespace) -> int:
-    able = [name for name in GENERATORS if name != SEARCH or arguments.recompute == Costs.recompute]
-    names = able if arguments.schedules is None else arguments.schedules.split(",")
+def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
+    if arguments.output is not None:
+        raise ScheduleError(f"--output: takes one schedule, not {len(names)}")
     has_own = [name in GENERATORS and GENERATORS[name].chunks is not None for name in names]
     if arguments.chunks is not None and all(has_own):
         raise ScheduleError(f"--chunks {arguments.chunks}: {', '.join(names)} cannot choose; expected with interleaved")
     planned = []
     for name in names:
-        alone = argparse.Namespace(**vars(arguments), schedule=name)
+        alone = argparse.Namespace(**vars(arguments) | {"schedule": name})
         fixed = GENERATORS[name].chunks if name in GENERATORS else None
         # --chunks is meant for those that can have any number of them.
         alone.chunks = fixed if fixed is not None else arguments.chunks

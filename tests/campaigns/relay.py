@@ -233,7 +233,7 @@ def _judged(
         name = f"step-{plan.steps_done:08}"
         loss, place = report.largest_loss_difference(losses, expected[first : plan.steps_done])
         weight, tensor = report.largest_weight_difference(
-            checkpoint.load(folder / "snapshots" / name).weights,
+            checkpoint.load(folder / "checkpoints" / name).weights,
             checkpoint.load(folder / "oracle-checkpoints" / name).weights,
         )
         legs.append(

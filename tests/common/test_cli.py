@@ -509,3 +509,9 @@ def test_an_interruption_keeps_finished_rows_and_leaves_no_process(
     assert "interrupted: 1 of 3 runs finished" in output
     assert "Traceback" not in output + errors
     assert not marked(mark)
+
+
+def test_former_names_of_options_work_with_a_notice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["evaluate", "--snapshot=/no/such/place"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("--snapshot is called --checkpoint now\n") and "/no/such/place" in said

@@ -13,7 +13,7 @@ from tests.campaigns import __main__ as campaigns
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "README.zh-CN.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
-QUICK = ("draw", "simulate", "compare-schedules")
+QUICK = ("draw", "simulate")
 PROGRAMS = {
     "triptych": main.main,
     ".venv/bin/triptych": main.main,

@@ -23,12 +23,12 @@ TIMES = [f"--{key.replace('_', '-')}={value}" for key, value in ROW["millisecond
     ("line", "message"),
     [
         ("draw --schedule 1f1b --stages 2 --micro-batches 2 --memory-limit 3", "only schedule search keeps to one"),
-        ("compare-schedules --stages 2 --micro-batches 2 --schedules 1f1b --memory-limit 3", "only schedule search"),
+        ("simulate --stages 2 --micro-batches 2 --schedule 1f1b --memory-limit 3", "only schedule search"),
         ("simulate --schedule 1f1b --stages 2 --micro-batches 2 --kept-for-recompute 0.3", "expected with --recompute"),
         ("draw --schedule 1f1b --stages 2 --micro-batches 2 --activation-bytes 3", "unknown option"),
         ("simulate --schedule 1f1b --stages 2 --micro-batches 2 --wrap-around first", "1f1b sends nothing"),
-        ("compare-schedules --stages 2 --micro-batches 2 --schedules zb-v --wrap-around every", "zb-v sends nothing"),
-        ("compare-schedules --stages 2 --micro-batches 2 --schedules gpipe,zb-v --chunks 2", "cannot choose"),
+        ("simulate --stages 2 --micro-batches 2 --schedule zb-v --wrap-around every", "zb-v sends nothing"),
+        ("simulate --stages 2 --micro-batches 2 --schedule gpipe,zb-v --chunks 2", "cannot choose"),
         ("draw --schedule file:PATH --chunks 2", "--chunks 2; the schedule in the file has 1"),
     ],
 )
@@ -137,12 +137,12 @@ def test_validate_lists_violations(capsys: pytest.CaptureFixture[str], tmp_path:
 
 
 def test_compare_schedules(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare-schedules", *SIZE, "--chunks", "3", "--json"]) == 0
+    assert main(["simulate", *SIZE, "--schedule", "all", "--chunks", "3", "--json"]) == 0
     results = {result["schedule"]: result for result in json.loads(capsys.readouterr().out)}
     assert list(results) == ["naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "search"]
     assert results["interleaved"]["chunks"] == 3
     assert results["zb-h1"]["bubble_fraction"] < results["1f1b"]["bubble_fraction"]
-    assert main(["compare-schedules", *SIZE, "--schedules", "gpipe,zb-v"]) == 0
+    assert main(["simulate", *SIZE, "--schedule", "gpipe,zb-v"]) == 0
     out = capsys.readouterr().out
     assert "gpipe" in out
     assert "0.0588" in out
@@ -157,7 +157,7 @@ def test_recomputation_is_timed_for_schedules_in_files_too(tmp_path: Path, capsy
     assert main(["simulate", "--schedule", f"file:{path}", *options]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["recompute"], result["makespan"], result["peak_memory_per_stage"][0]) == ("full", 44, 1)
-    assert main(["compare-schedules", *SIZE, *options]) == 0
+    assert main(["simulate", *SIZE, "--schedule", "all", *options]) == 0
     assert "search" not in [each["schedule"] for each in json.loads(capsys.readouterr().out)]
 
 
@@ -182,7 +182,7 @@ def test_recomputation_is_timed_for_schedules_in_files_too(tmp_path: Path, capsy
         ["simulate", "--schedule", "search", *SIZE, "--recompute", "full"],
         ["simulate", "--schedule", "file:/nowhere"],
         ["validate", "/nowhere"],
-        ["compare-schedules", *SIZE, "--schedules", "1f1b,nope"],
+        ["simulate", *SIZE, "--schedule", "1f1b,nope"],
     ],
 )
 def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:

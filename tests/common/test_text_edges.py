@@ -112,7 +112,7 @@ def test_a_stream_that_lacks_letters_shows_others(variables: dict[str, str], exp
 def test_a_terminal_of_no_width_is_not_believed(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     assert make_console().width >= 20
-    assert main.main(["compare-schedules", "--stages", "2", "--micro-batches", "2"]) == 0
+    assert main.main(["simulate", "--schedule", "all", "--stages", "2", "--micro-batches", "2"]) == 0
 
 
 def test_a_picture_needs_no_home(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_numbers_are_read_alike_everywhere() -> None:
         "draw --schedule 1f1b --stages ² --micro-batches 2",
         "simulate --schedule 1f1b --stages 2 --micro-batches 2 --forward nan",
         "simulate --schedule 1f1b --stages 2 --micro-batches 2 --kept-for-weight nan",
-        "compare-schedules --stages 1000000000000000000000 --micro-batches 2",
+        "simulate --schedule all --stages 1000000000000000000000 --micro-batches 2",
         "drift --seeds ²",
         "drift --steps ²",
         "margins --repeats ١",

@@ -36,11 +36,11 @@ def test_split_backward_gives_the_bits_of_the_merged_one_and_runs_no_second_forw
         ({"dtype": "bfloat16"}, r"^dtype = bfloat16: Paddle .*; expected float32 or float64$"),
         (
             {"run": {"executor": "native", "recompute": "full"}},
-            r"^recompute = full; right for executor = native would be none$",
+            r"^recompute = full; executor = native takes none$",
         ),
         (
             {"run": {"executor": "plain", "recompute": "full"}},
-            r"^recompute = full; right for executor = plain would be none$",
+            r"^recompute = full; executor = plain takes none$",
         ),
         ({"run": {"drift": "tf32"}}, r"^drift = tf32; expected for paddle: one of mean-over-all-labels, [^\n]*$"),
     ],

@@ -54,7 +54,7 @@ def test_bfloat16_has_the_same_bits_in_every_schedule(make: Make) -> None:
 
 
 def test_the_plain_loop_has_no_bfloat16() -> None:
-    with pytest.raises(ValueError, match="right for executor = plain would be float32 or float64"):
+    with pytest.raises(ValueError, match="executor = plain takes float32 or float64"):
         build_engine(small("tensorflow", 1, dtype="bfloat16", run={"executor": "plain"}))
 
 

@@ -36,7 +36,7 @@ def test_bfloat16_has_the_same_bits_in_every_schedule(make: Make) -> None:
 
 
 def test_the_plain_loop_has_no_bfloat16() -> None:
-    with pytest.raises(ValueError, match=r"^dtype = bfloat16; right for executor = plain would be float32 or float64$"):
+    with pytest.raises(ValueError, match=r"^dtype = bfloat16; executor = plain takes float32 or float64$"):
         build_engine(small("torch", 1, dtype="bfloat16", run={"executor": "plain"}))
 
 
