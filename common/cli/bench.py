@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.cli.config import add_options, read_bench
+from common.cli.parser import Parser
 from common.harness.bench import print_dry_run, run_bench
 from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.io.console import make_console
@@ -18,14 +19,23 @@ DESCRIPTION = (
 )
 
 
+COMMON = frozenset(
+    """--help --frameworks --schedules --stages --micro-batches --chunks --dtype --recompute --config --dry-run --preset
+    --repeats --out --parity --baselines --sweep --device --num-layers --d-model --num-heads --d-ff --context-length
+    --dropout --tied-head --steps --batch-size --learning-rate --corpus --tokenizer-file --seed""".split()
+)
+"""What most users need; `--help-all` shows the rest."""
+
+
 def register(subcommands: Any) -> None:
     """Adds the subcommand to argparse's subparsers."""
     prepare(subcommands.add_parser("bench", description=DESCRIPTION))
 
 
-def prepare(parser: argparse.ArgumentParser, implementations: Mapping[str, Implementation] | None = None) -> None:
+def prepare(parser: Parser, implementations: Mapping[str, Implementation] | None = None) -> None:
     """Gives the parser the subcommand's options, and what it does."""
     add_options(parser)
+    parser.show_only(COMMON)
     parser.set_defaults(run=lambda arguments: _bench(arguments, implementations or IMPLEMENTATIONS))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NoReturn
 
 from common.io.usage import UsageError, closest
@@ -45,6 +45,22 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(f"{rest[0]!r}: belongs to no option; a list takes commas, such as 1,2,4")
         known = [option for action in self._actions for option in action.option_strings]
         raise UsageError(f"{rest[0]}: unknown option{closest(rest[0].split('=')[0], known, 'see --help')}")
+
+    def show_only(self, common: Set[str]) -> None:
+        """Leave out of --help what `common` does not name; --help-all shows every option."""
+        rare = [action for action in self._actions if not common & set(action.option_strings)]
+        texts = [(action, action.help) for action in rare if action.help is not argparse.SUPPRESS]
+
+        class HelpAll(argparse.Action):
+            def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+                for action, text in texts:
+                    action.help = text
+                parser.print_help()
+                parser.exit()
+
+        for action, _ in texts:
+            action.help = argparse.SUPPRESS
+        self.add_argument("--help-all", nargs=0, action=HelpAll, help=f"show {len(texts)} more options and exit")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))

@@ -30,7 +30,7 @@ from common.io.usage import UsageError
 from common.report.machine import git_commit, this_machine
 from common.report.progress import ProgressView, progress_view
 from common.report.result import Parity, RunResult, Step, measured
-from common.runtime.faults import KINDS, Fault, FaultError
+from common.runtime.faults import Fault, FaultError
 from common.runtime.outcome import Outcome
 from common.runtime.text import drop_tokens, write_text
 from common.spec.run import RunConfig
@@ -81,15 +81,9 @@ def register(subcommands: Any, implementations: Mapping[str, Implementation] = I
         help="end a child of which no device goes on and that computes nothing for so long, and say who waits for whom "
         "(default: 600)",
     )
-    parser.add_argument(
-        "--fault",
-        metavar="KIND@PLACE",
-        type=_fault,
-        action="append",
-        default=[],
-        help=f"make a fault on purpose, such as kill@device=1,step=3,action=BW2; one of {', '.join(KINDS)}; "
-        f"given again: what the next child gets",
-    )
+    # For tests: a fault on purpose, such as kill@device=1,step=3,action=BW2 (docs/faults.md). Given again: what the
+    # next worker process gets.
+    parser.add_argument("--fault", type=_fault, action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument(
         "--out", metavar="FOLDER", default="results", help="where the run's folder goes (default: results)"
     )
