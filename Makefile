@@ -1,6 +1,9 @@
 # make install   an environment in .venv (CPU builds) and all that is needed
 # make bench     the benchmark; make bench ARGS="--preset tiny --stages 1,2" passes options to bench_all.py
 # make test      lint, types, tests; make test ARGS="-k parity" passes options to pytest
+# make test-cuda PyTorch's engine on GPUs that are not there; needs gcc, and installs PyTorch's CUDA build into .venv-cuda
+# make gpu-day   all that is worth running on a machine with GPUs, in ten minutes; make gpu-day PYTHON=... names the Python that
+#                has the frameworks, ARGS=FOLDER where the results go
 # make drift     the drift zoo in all frameworks, a quarter of an hour; makes docs/drift.md
 # make margins   how much of every parity limit is used, a quarter of an hour; makes docs/margins.md
 # make docs      the documentation as a site in site/, which opens without a network
@@ -15,7 +18,12 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install bench test docs drift margins clean
+# For make test-cuda: a PyTorch that the package index has with CUDA.
+CUDA_TORCH ?= torch==2.14.*
+CUDA_BIN := .venv-cuda/bin
+CUDA_INSTALLED := .venv-cuda/installed
+
+.PHONY: install bench test test-cuda gpu-day docs drift margins clean
 
 install: $(INSTALLED)
 
@@ -40,6 +48,20 @@ test: install
 docs: install
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+test-cuda: $(CUDA_INSTALLED)
+	@$(CUDA_BIN)/python -m tests.campaigns.fake_gpu $(ARGS)
+
+$(CUDA_INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "missing: Python 3.11, 3.12 or 3.13 (name one with make PYTHON=...)" >&2; exit 1; }
+	@$(CUDA_BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-cuda
+	@echo "installing PyTorch's CUDA build into .venv-cuda: some minutes, 6 GB"
+	@$(CUDA_BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[dev]" "$(CUDA_TORCH)"
+	@touch $@
+
+gpu-day:
+	@test -n "$(PYTHON)" || { echo "missing: Python 3.11, 3.12 or 3.13 (name one with make PYTHON=...)" >&2; exit 1; }
+	@$(PYTHON) -m tests.campaigns.gpu_day $(ARGS)
+
 drift: install
 	$(BIN)/triptych drift --out docs $(ARGS)
 
@@ -47,5 +69,5 @@ margins: install
 	$(BIN)/python -m tests.campaigns margins --out docs/margins.md $(ARGS)
 
 clean:
-	rm -rf .venv build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cuda build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

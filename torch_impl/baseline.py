@@ -34,7 +34,7 @@ from common.spec.dropout_masks import step_key
 from common.spec.parameters import TOKEN_EMBEDDING, TensorKey, parameter_shapes, unit_names
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
-from torch_impl import devices
+from torch_impl import devices, graphs
 from torch_impl.dropout import DropoutContext, ElementHashes
 from torch_impl.layers import build_unit, summed_loss
 from torch_impl.optimizer import StageOptimizer
@@ -121,7 +121,8 @@ class Peer:
         return {self.devices[0]: self._events}
 
     def environment(self) -> dict[str, Any]:
-        return devices.environment([self._device]) | devices.best_track(self.config)
+        said = devices.environment([self._device]) | devices.best_track(self.config)
+        return said | graphs.environment(self.config, self._device)
 
     def peak_memory_bytes(self) -> dict[int, int]:
         if self._device.type == "cuda":

@@ -60,6 +60,10 @@ def prepare_thread(device: torch.device, threads: int) -> None:
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
+workspaces_freed = 0
+"""How often, in this process. What was recorded before the last time must not be replayed: the memory is not its own."""
+
+
 def free_workspaces(used: Iterable[torch.device]) -> None:
     """Gives back what cuBLAS holds for every thread's stream that has used it (32 MiB each, set by `configure`).
 
@@ -68,6 +72,8 @@ def free_workspaces(used: Iterable[torch.device]) -> None:
     import torch
 
     if any(device.type == "cuda" for device in used):
+        global workspaces_freed
+        workspaces_freed += 1
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 

@@ -22,8 +22,9 @@ from common.spec.data import Batch
 from common.spec.parameters import TOKEN_EMBEDDING, TensorKey, parameter_shapes, unit_names
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
-from torch_impl import devices
+from torch_impl import devices, graphs
 from torch_impl.clock import StreamClock
+from torch_impl.graphs import GraphedStage
 from torch_impl.optimizer import StageOptimizer
 from torch_impl.probe import probe_units
 from torch_impl.stage import Channel, Mode, Stage, copy_streams
@@ -76,15 +77,20 @@ class TorchEngine:
                 self._torch_devices[d],
             )
         )
+        self._graphed = (
+            [GraphedStage(stage) for stage in self.stages]
+            if graphs.why_eager(config, self._torch_devices[0]) is None
+            else []
+        )
         self._named = [item for stage in self.stages for item in stage.named]
         self._events: dict[int, list[Event]] = {}
+        self._earlier_peaks: dict[torch.device, int] = {}
         self._reset_optimizers()
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         self._on_all(lambda d: load_weights(self.stages[d].named, weights))
         self._reset_optimizers()
-        for device in self._cuda_devices():
-            torch.cuda.reset_peak_memory_stats(device)
+        self._reset_peaks({})
 
     def forward_backward(self, batch: Batch) -> float:
         loss = self._run(self.schedule, batch, Mode.TRAIN)
@@ -151,12 +157,16 @@ class TorchEngine:
         return self._events
 
     def environment(self) -> dict[str, Any]:
-        return self._on(0, lambda: devices.environment(self._torch_devices)) | devices.best_track(self.config)
+        said = self._on(0, lambda: devices.environment(self._torch_devices))
+        return said | devices.best_track(self.config) | graphs.environment(self.config, self._torch_devices[0])
 
     def peak_memory_bytes(self) -> dict[int, int]:
         """As the protocol says; stages that share a GPU are counted together, under the first of them."""
         peaks = {
-            self._torch_devices.index(device): torch.cuda.max_memory_allocated(device)
+            self._torch_devices.index(device): max(
+                self._earlier_peaks.get(device, 0),
+                torch.cuda.max_memory_allocated(device) + graphs.idle_bytes(self._graphed, device),
+            )
             for device in self._cuda_devices()
         }
         return peaks or {0: peak_resident_bytes()}
@@ -170,6 +180,7 @@ class TorchEngine:
     def close(self) -> None:
         for thread in self._threads:
             thread.shutdown()
+        self._drop_recordings()
         devices.free_workspaces(self._torch_devices)
 
     def _run(self, schedule: Schedule, batch: Batch, mode: Mode) -> float:
@@ -186,12 +197,13 @@ class TorchEngine:
 
             try:
                 stage = self.stages[d]
-                stage.begin(batch, mode)
+                walker = self._graphed[d] if self._graphed else stage
+                walker.begin(batch, mode)
                 if stage.device.type == "cuda":
                     clock = StreamClock(note)
                     clocks.append(clock)
                     note = clock.begin
-                events = run_stage(schedule, d, stage, channel, before, clock)
+                events = run_stage(schedule, d, walker, channel, before, clock)
                 self.on_action(d, None)
                 return events, stage.losses()
             except Exception as error:
@@ -204,7 +216,10 @@ class TorchEngine:
                 clock.note_again()
         results = [one.result() for one in walks]
         if channel.failure is not None:
+            self._drop_recordings()  # some may be half a step
             raise channel.failure
+        if any(stage.records for stage in self._graphed):
+            self._reset_peaks({device: torch.cuda.max_memory_allocated(device) for device in self._cuda_devices()})
         if mode is Mode.TRAIN:
             self._events = {d: events for d, (events, _) in enumerate(results)}
         return math.fsum(loss for _, losses in results for loss in losses)
@@ -231,6 +246,16 @@ class TorchEngine:
             return StageOptimizer(self.config.train, stage.named)
 
         self._optimizers = self._on_all(reset)
+
+    def _drop_recordings(self) -> None:
+        for stage in self._graphed:
+            stage.drop()
+
+    def _reset_peaks(self, earlier: dict[torch.device, int]) -> None:
+        """From now on what recordings hold counts all the time, and not only while it is allocated, as in `earlier`."""
+        self._earlier_peaks = earlier
+        for device in self._cuda_devices():
+            torch.cuda.reset_peak_memory_stats(device)
 
     def _drop_outputs(self) -> None:
         for stage in self.stages:

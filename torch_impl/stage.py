@@ -98,7 +98,7 @@ class Stage:
         """Makes ready for a pass over `batch`; a training pass starts with zero gradients."""
         samples = [piece.samples for piece in batch.micro_batches(self.config.train.micro_batches)]
         units = [unit for chunk in self.chunks for unit in chunk.part]
-        self._pass = Pass(
+        self.now = Pass(
             mode,
             batch.num_tokens,
             [len(piece) for piece in samples],
@@ -133,20 +133,20 @@ class Stage:
 
     def _kind(self, micro_batch: int) -> tuple[bool, int]:
         """What decides how much a micro-batch holds: whether it is recomputed, and its sequences."""
-        return self.config.recomputes(micro_batch), self._pass.sequences[micro_batch]
+        return self.config.recomputes(micro_batch), self.now.sequences[micro_batch]
 
     def micro_batches(self) -> list[tuple[Tensor | None, DropoutContext | None]]:
         """Tokens (b, S), where the embedding is here, and dropout of each micro-batch of the pass."""
-        now = self._pass
+        now = self.now
         return list(zip(now.tokens or [None] * len(now.contexts), now.contexts, strict=True))
 
     def losses(self) -> list[float]:
         """Each micro-batch's share of the mean loss; empty without the head."""
-        return torch.stack(self._pass.losses).tolist() if self._pass.losses else []
+        return torch.stack(self.now.losses).tolist() if self.now.losses else []
 
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
         """Runs the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
-        module, now = self.chunks[chunk], self._pass
+        module, now = self.chunks[chunk], self.now
         training, has_head = now.mode is Mode.TRAIN, module.part[-1] == "head"
         sizes = self.held.bytes_of(micro_batch)
         measures = training and not sizes[chunk]
@@ -172,7 +172,7 @@ class Stage:
 
     def _run(self, micro_batch: int, module: Chunk, piece: slice, x: Tensor) -> Tensor:
         """The units of a piece of a chunk; the loss is a part of the head's."""
-        now = self._pass
+        now = self.now
         for name, unit in zip(module.part[piece], module.units[piece], strict=True):
             x = unit(x, now.contexts[micro_batch])
             if now.mode.keeps(name):
@@ -193,7 +193,7 @@ class Stage:
         sizes = self.held.waiting_bytes_of(micro_batch)
         if not sizes[chunk]:
             waiting = [tensor for _, *pair in self.waiting[micro_batch, chunk] for tensor in pair]
-            sizes[chunk] = memory_bytes(waiting, self._pass.tokens)
+            sizes[chunk] = memory_bytes(waiting, self.now.tokens)
         self.held.note(self.in_flight, self.waiting)
         return result
 

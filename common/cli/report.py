@@ -13,7 +13,7 @@ from common.io.usage import UsageError
 from common.report import tables
 from common.report.collect import Collection, collect
 from common.report.compare_runs import compare_collections, print_comparison
-from common.report.facts import parity_verdict
+from common.report.facts import fallbacks, parity_verdict
 from common.report.result import ResultError
 from common.report.statistics import LEAST_REPEATS, LEAST_STEPS, TOO_FEW
 
@@ -101,6 +101,8 @@ def _report(arguments: argparse.Namespace) -> int:
         tables.print_table(rows, console)
         console.print()
     console.print(parity_verdict(collection).text, highlight=False, soft_wrap=True)
+    for line in fallbacks(collection.results):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
     return EXIT_OK
 

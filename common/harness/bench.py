@@ -27,7 +27,7 @@ from common.io.edges import printable
 from common.io.usage import UsageError
 from common.report import compare, tables
 from common.report.collect import collect
-from common.report.facts import parity_verdict
+from common.report.facts import fallbacks, parity_verdict
 from common.report.machine import Machine, git_commit, this_machine
 from common.report.names import variant_of
 from common.report.progress import ProgressView, progress_view
@@ -263,6 +263,8 @@ def _report(session: _Session, console: Console) -> bool:
     for line in collection.problems:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(parity_verdict(collection).text, highlight=False, soft_wrap=True)
+    for line in fallbacks(collection.results):
+        console.print(line, highlight=False, soft_wrap=True)
     if dropped:
         console.print("This terminal is too narrow for all columns.")
     from common.report.publish import publish  # imported here, with all that draws

@@ -117,14 +117,26 @@ def _kernels(results: Sequence[RunResult]) -> str:
 
 
 def _gpus(results: Sequence[RunResult]) -> list[tuple[str, str]]:
-    """Cards, driver and libraries of the runs that used any."""
-    keys = {"driver": "driver", "cuda": "CUDA", "nccl": "NCCL", "cublas_workspace": "cuBLAS workspace"}
+    """Cards, driver and libraries of the runs that used any, and who could not."""
+    keys = {
+        "driver": "driver",
+        "cuda": "CUDA",
+        "nccl": "NCCL",
+        "cublas_workspace": "cuBLAS workspace",
+        "cuda_graphs": "CUDA graphs",
+    }
     said = [result.environment for result in results if "cuda" in str(result.environment.get("device_kind"))]
     lines = [
         ", ".join([str(one.get("device_name")), *(f"{name} {one[key]}" for key, name in keys.items() if one.get(key))])
         for one in said
-    ]
+    ] + fallbacks(results)
     return [("GPUs", _distinct(lines))] if lines else []
+
+
+def fallbacks(results: Sequence[RunResult]) -> list[str]:
+    """Why a framework computed on the CPU though nobody asked for it and there is a GPU, in a line each."""
+    said = [result.environment.get("fell_back") for result in results]
+    return list(dict.fromkeys(f"on the CPU: {why}" for why in said if why))
 
 
 def _lengths(config: RunConfig) -> str:

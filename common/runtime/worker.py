@@ -22,6 +22,7 @@ from common.runtime.job import Job, JobFile, Part, StepRecord
 from common.runtime.text import open_text
 from common.runtime.training import held_out_batch, named, probe, start, starting_weights, train
 from common.spec.data import Corpus, load_corpus
+from common.spec.gpus import fell_back
 from common.spec.parameters import TensorKey
 from common.spec.run import RunConfig
 
@@ -65,11 +66,11 @@ def _run_job(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
             load_weights(engine, job)
             built = time.perf_counter() - began
             generate(engine, job)
-            part = _part(engine, [], math.nan, built, None)
+            part = _part(job.config, engine, [], math.nan, built, None)
         elif job.kind == "evaluate":
             load_weights(engine, job)
             built = time.perf_counter() - began
-            part = _part(engine, [], evaluate(engine, job, corpus).loss, built, corpus)
+            part = _part(job.config, engine, [], evaluate(engine, job, corpus).loss, built, corpus)
         else:
             part = _train_job(engine, job, corpus, began)
         # Last, so that a part file says that the job ended well.
@@ -96,7 +97,7 @@ def _train_job(engine: Engine, job: Job, corpus: Corpus, began: float) -> Part:
         arrays |= named(config, engine, engine.weights(), config.train.steps, "trained")
     if job.kind == "dump":
         arrays = dump(engine, job, corpus)
-    part = _part(engine, steps, engine.evaluate(held_out_batch(config, corpus)), build_seconds, corpus)
+    part = _part(config, engine, steps, engine.evaluate(held_out_batch(config, corpus)), build_seconds, corpus)
     save_file(
         {str(key): np.ascontiguousarray(value) for key, value in arrays.items()},
         Path(job.out) / f"part-{engine.devices[0]}.safetensors",
@@ -105,8 +106,14 @@ def _train_job(engine: Engine, job: Job, corpus: Corpus, began: float) -> Part:
 
 
 def _part(
-    engine: Engine, steps: list[StepRecord], held_out_loss: float, build_seconds: float, corpus: Corpus | None
+    config: RunConfig,
+    engine: Engine,
+    steps: list[StepRecord],
+    held_out_loss: float,
+    build_seconds: float,
+    corpus: Corpus | None,
 ) -> Part:
+    said = engine.environment()
     return Part(
         devices=engine.devices,
         steps=steps,
@@ -115,7 +122,7 @@ def _part(
         peak_memory_bytes=engine.peak_memory_bytes(),
         held_activation_peak_bytes=engine.held_bytes_peak(),
         in_flight_peak=engine.in_flight_peak(),
-        environment=engine.environment() | STARTED_IN,
+        environment=said | STARTED_IN | fell_back(config.device, said),
         corpus_digest="" if corpus is None else corpus.digest,
         corpus_bytes=0 if corpus is None else corpus.num_bytes,
         tokenizer_digest="" if corpus is None else corpus.tokenizer_digest,

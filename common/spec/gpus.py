@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total,driver_version", "--format=csv,noheader,nounits")
 
@@ -27,6 +29,18 @@ def visible_gpus() -> tuple[Gpu, ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     return _chosen(said, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def fell_back(device: str, environment: Mapping[str, Any]) -> dict[str, str]:
+    """The part of a run's `environment` that says why a CPU computed what was left to choose from it and the GPUs there.
+
+    `environment` is what the framework has said of itself.
+    """
+    gpus = visible_gpus() if device == "auto" and environment.get("device_kind") == "cpu" else ()
+    if not gpus:
+        return {}
+    why = f"sees no GPU though the driver {gpus[0].driver} has {len(gpus)}; `triptych doctor` says more"
+    return {"fell_back": f"{environment.get('framework')} {environment.get('version')} {why}"}
 
 
 def _chosen(said: str, wanted: str | None) -> tuple[Gpu, ...]:

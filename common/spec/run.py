@@ -193,6 +193,11 @@ class RunConfig(Frozen):
         le=1024,
         description="CPU threads of the whole run, shared by the stages, one each at least; default: all usable CPUs",
     )
+    cuda_graphs: Literal["auto", "off"] = Field(
+        "auto",
+        description="PyTorch on GPUs: auto records a training step once and replays it, where the run allows it; off "
+        "launches every kernel anew and takes less memory",
+    )
     corpus: tuple[OsText, ...] = Field((), description="text files; default: the manual that CPython carries")
     tokenizer: Literal["bytes", "bpe", "file"] = Field(
         "bytes", description="bytes; bpe: byte-pair encoding, trained on the corpus; file: that of tokenizer_file"

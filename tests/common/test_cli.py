@@ -90,6 +90,13 @@ def test_one_run_takes_its_preset_from_the_file_too(tmp_path: Path) -> None:
         one_run(tmp_path, 'preset = "smal"')
 
 
+def test_cuda_graphs_are_used_where_they_can_be_unless_they_are_off(tmp_path: Path) -> None:
+    assert [one_run(tmp_path, text).cuda_graphs for text in ("", 'cuda_graphs = "off"')] == ["auto", "off"]
+    assert one_run(tmp_path, 'cuda_graphs = "off"', "--cuda-graphs", "auto").cuda_graphs == "auto"
+    with pytest.raises(UsageError, match=r"bench\.toml: cuda_graphs = 'of': unknown; expected .*off"):
+        one_run(tmp_path, 'cuda_graphs = "of"')
+
+
 def test_a_setting_that_a_command_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"bench\.toml: repeats: not a setting of this command"):
         one_run(tmp_path, "repeats = 3")
@@ -99,7 +106,15 @@ def test_every_field_of_the_specification_is_an_option() -> None:
     parser = argparse.ArgumentParser()
     add_options(parser)
     text = parser.format_help()
-    for flag in ("--d-model", "--tied-head", "--learning-rate-schedule", "--no-decay", "--partition", "--corpus"):
+    for flag in (
+        "--d-model",
+        "--tied-head",
+        "--learning-rate-schedule",
+        "--no-decay",
+        "--partition",
+        "--corpus",
+        "--cuda-graphs auto|off",
+    ):
         assert flag in text
     point = bench("--framework", "torch", "--tied-head", "--no-decay", "*.bias", "--partition", "1").points[0]
     assert (point.model.tied_head, point.train.no_decay, point.partition) == (True, ("*.bias",), (1,))

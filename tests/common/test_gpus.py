@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from common.spec import gpus as machine
 from common.spec import rules
-from common.spec.gpus import Gpu, _chosen
+from common.spec.gpus import Gpu, _chosen, fell_back
 from common.spec.run import RunConfig
 
 SAID = """0, GPU-aa11, NVIDIA H200, 143771, 580.95.05
@@ -57,3 +58,16 @@ def test_a_process_per_stage_needs_a_gpu_per_stage(
         "executor = native: NCCL takes one process per GPU, and 2 stages have 1; expected stages = 1, or device = cpu"
     )
     assert str(rules.why_impossible(config)) == (expected if refused else "None")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "kind", "says"),
+    [(1, "auto", "cpu", True), (1, "auto", "cuda", False), (1, "cpu", "cpu", False), (0, "auto", "cpu", False)],
+)
+def test_who_computes_on_the_cpu_beside_a_gpu_says_why(
+    gpus: int, device: str, kind: str, says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "visible_gpus", lambda: (H200,) * gpus)
+    said = fell_back(device, {"framework": "torch", "version": "2.13.0+cpu", "device_kind": kind})
+    why = "torch 2.13.0+cpu sees no GPU though the driver 580.95.05 has 1; `triptych doctor` says more"
+    assert said == ({"fell_back": why} if says else {})

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from common.report import facts
 from common.report.compare import compare_runs, oracle_config, rounded_oracle_config
 from common.report.machine import this_machine
 from common.report.result import SCHEMA_VERSION, Parity, ResultError, RunResult, Step, measured
@@ -175,6 +176,16 @@ def test_cards_have_names_and_no_ratio_leaves_its_kind_of_device() -> None:
     assert "| device |" in lines[0] and "| device |" not in markdown_table(rows[:1])
     shared = replace(rows[2], bubble_fraction=0.5, simulated_bubble_fraction=0.4)
     assert "| shared GPU |" in markdown_table([shared]) and "50.0%" in markdown_table([replace(shared, gpus=2)])
+
+
+def test_facts_say_whether_graphs_were_used_and_who_fell_back() -> None:
+    on_card = result("torch", environment=on_cards("A", "cuda:0") | {"cuda_graphs": "used"})
+    on_cpu = result(
+        "paddle", environment={"version": "1.0", "device_kind": "cpu", "fell_back": "paddle 1.0 sees no GPU"}
+    )
+    assert facts._gpus([on_card, on_cpu, on_cpu]) == [
+        ("GPUs", "A, driver 580, CUDA graphs used; on the CPU: paddle 1.0 sees no GPU")
+    ]
 
 
 def test_one_step_has_no_throughput() -> None:
