@@ -59,6 +59,16 @@ def test_1f1b_memory_is_no_worse_than_zb_h1_which_meets_the_bound(row: dict[str,
     assert simulation.warm_makespan == pytest.approx(lower_bound(m, costs, limit))
 
 
+def test_the_worked_example() -> None:
+    """The numbers at the top of common/schedule/search.py."""
+    costs = Costs.uniform(2)
+    two, three = ((search(2, 3, costs, [limit] * 2), lower_bound(3, costs, [limit] * 2)) for limit in (2, 3))
+    assert str(two[0]).splitlines()[1:] == ["0: F0 F1 B0 W0 F2 B1 W1 B2 W2", "1: F0 B0 F1 B1 W0 F2 B2 W1 W2"]
+    assert simulate(two[0], costs).start.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert simulate(two[0], costs).warm_makespan == two[1] == 10
+    assert simulate(three[0], costs).warm_makespan == three[1] == 9
+
+
 times = st.floats(0.2, 3)
 
 
