@@ -1,11 +1,19 @@
-"""Comparing tensors by name, in the order of computation, so that a failure names the first place that differs.
+"""Compare tensors by name, in the order of computation: a failure names the first that differs.
 
-Metrics: relative error in the Frobenius norm, ||observed - expected|| / ||expected||, and the largest absolute difference.
-Limits are those of `docs/numerics.md`; a limit is never loosened without a measured reason beside it.
+Metrics: the relative error in the Frobenius norm, ||observed - expected|| / ||expected||, and the
+largest absolute difference. Limits are those of `docs/numerics.md`; a limit is never loosened
+without a measured reason beside it.
 
-In bfloat16 a limit would have to know how many roundings lie between a weight and a gradient. There the frameworks are
-judged beside each other (`relative_margins`): they round the same model in the same places, so their errors against the
-oracle are of one size, unless one is wrong. `LIMITS` holds only a ceiling then, so that three wrong ones do not pass.
+In float64 and float32 a fixed limit per check decides (`LIMITS`). In bfloat16 there can be none
+that is tight: it would have to know how many roundings lie between a weight and a gradient. So the
+verdict there has two parts:
+
+    ceiling   `LIMITS`, wide: three implementations that are all wrong must not pass
+    peers     `relative_margins`: the frameworks round the same model in the same places, so their
+              errors against the oracle have the same size; one that is 3 times off is wrong
+
+    For example, gradient errors of 0.010, 0.012 and 0.031 against the oracle: all are below the
+    ceiling of 32 x 2^-8 = 0.125, but 0.031 > 3 x 0.010 fails.
 """
 
 from __future__ import annotations
@@ -31,20 +39,22 @@ LIMITS: dict[Check, dict[str, float]] = {
     "trained_parameter": {"float64": 1e-10, "float32": 1e-4, "bfloat16": 8 * BFLOAT16_ROUNDOFF},
     "loss_curve": {"float64": 1e-11, "float32": 1e-5, "bfloat16": BFLOAT16_ROUNDOFF},
 }
-"""Of the relative error. In bfloat16 the ceiling that docs/numerics.md describes; the optimizer works in float32 there."""
+"""Of the relative error, by check and precision. In bfloat16 only a ceiling, but for the
+optimizer's step, which is computed in float32 there."""
 
 BFLOAT16_FACTOR = 3.0
 """No framework's error in bfloat16 may be more than this times the smallest."""
 
 JUDGED_BY_LIMITS: tuple[Check, ...] = ("optimizer_step", "trained_parameter")
-"""What bfloat16 leaves to `LIMITS`: the optimizer works in float32."""
+"""Checks that bfloat16 does not judge between frameworks: `LIMITS` is tight enough for them."""
 
 LOSS_ERROR_FLOOR = BFLOAT16_ROUNDOFF / 16
-"""A loss is one number, whose error can be 0 by luck; smaller errors than this count as equal to it."""
+"""A scalar loss can match by chance, so its error is clamped from below to this."""
 
 
 class Difference(NamedTuple):
-    """One compared tensor."""
+    """One compared tensor. `where` is the index of the largest difference, with both values
+    there."""
 
     key: TensorKey
     check: Check
@@ -82,7 +92,7 @@ class Comparison:
         return next((difference for difference in self.differences if not difference.passed), None)
 
     def margins(self) -> dict[Check, float]:
-        """The worst observed value over its limit, per check; below 1 passes."""
+        """Return the worst observed value over its limit, per check; at most 1 passes."""
         worst: dict[Check, float] = {}
         for difference in self.differences:
             ratio = difference.relative / difference.limit
@@ -90,7 +100,10 @@ class Comparison:
         return worst
 
     def errors(self) -> dict[str, float]:
-        """The worst relative error per check, of gradients the median over the tensors too."""
+        """Return the worst relative error per check, and the gradients' median ("gradient_median").
+
+        A framework with one wrong gradient shows in the worst, one that rounds more in the median.
+        """
         by_check: dict[str, list[float]] = {}
         for difference in self.differences:
             by_check.setdefault(difference.check, []).append(difference.relative)
@@ -109,15 +122,16 @@ class Comparison:
 def difference(
     key: TensorKey, check: Check, observed: NDArray[Any], expected: NDArray[Any], limit: float
 ) -> Difference:
-    """Compares one tensor. A wrong shape counts as an infinite difference."""
+    """Compare one tensor. A wrong shape counts as an infinite difference."""
     a, b = np.asarray(observed, np.float64), np.asarray(expected, np.float64)
     if a.shape != b.shape:
         shape = f"{key.tensor} (shape {list(a.shape)}, expected {list(b.shape)})"
         return Difference(key._replace(tensor=shape), check, np.inf, np.inf, limit, (), float("nan"), float("nan"))
     gap = np.abs(a - b)
+    # NaN counts as the largest difference.
     where = np.unravel_index(int(np.argmax(np.where(np.isnan(gap), np.inf, gap))), gap.shape) if gap.size else ()
     norm, scale = float(np.linalg.norm(gap)), float(np.linalg.norm(b))
-    relative = norm if scale == 0 else norm / scale
+    relative = norm if scale == 0 else norm / scale  # an expected 0 has no scale: absolute then
     return Difference(
         key, check, relative, float(gap[where]), limit, tuple(int(i) for i in where), float(a[where]), float(b[where])
     )
@@ -129,31 +143,39 @@ def compare(
     check: Check,
     dtype: str,
 ) -> Comparison:
-    """Compares what `expected` lists, in its order. A tensor that `observed` lacks fails."""
+    """Compare what `expected` lists, in its order. A tensor that `observed` lacks fails.
+
+    Stages are ignored, so runs with different partitions can be compared.
+    """
     limit = LIMITS[check][dtype]
     by_place = {key._replace(stage=0): (key, value) for key, value in observed.items()}
     result = []
     for key, value in expected.items():
+        # The observed key names the stage that computed the tensor; a missing one is a wrong shape.
         found, array = by_place.get(key._replace(stage=0), (key, np.full(0, np.nan)))
         result.append(difference(found, check, array, value, limit))
     return Comparison(tuple(result))
 
 
 def relative_margins(errors: Sequence[Mapping[str, float]], curve_floor: float = 0.0) -> list[dict[str, float]]:
-    """For runs of several frameworks in bfloat16: each one's error per check over its limit; at most 1 passes.
+    """Judge bfloat16 runs of several frameworks: return each one's errors over their limits.
 
-    The limit is `BFLOAT16_FACTOR` times the smallest error among them, but see `LOSS_ERROR_FLOOR`; and of the loss curve's
-    errors those below `curve_floor` count as that much. NaN never passes.
+    `errors` are of `Comparison.errors`, one mapping per run; the result is in their order, and at
+    most 1 passes. The limit of a check is `BFLOAT16_FACTOR` times the smallest error among the
+    runs. Errors of a loss count as `LOSS_ERROR_FLOOR` at least, those of the loss curve as
+    `curve_floor` at least: what rounded weights alone make of it. NaN never passes.
     """
     floors = {"loss": LOSS_ERROR_FLOOR, "loss_curve": max(LOSS_ERROR_FLOOR, curve_floor)}
 
     def counted(check: str, error: float) -> float:
+        # NaN (the only value unequal to itself) stays: max() could drop it.
         return error if error != error else max(floors.get(check, 0.0), error)
 
     smallest: dict[str, float] = {}
     for run in errors:
         for check, error in run.items():
             least = smallest.get(check, np.inf)
+            # A run with NaN must not set the limit of the others.
             smallest[check] = min(least, counted(check, error)) if error == error else least
     return [
         {
@@ -166,6 +188,7 @@ def relative_margins(errors: Sequence[Mapping[str, float]], curve_floor: float =
 
 
 def _over(error: float, limit: float) -> float:
+    """Return error / limit; infinite for NaN, and for any error where the best has none."""
     if error != error:
         return np.inf
     return error / limit if limit else (np.inf if error else 0.0)

@@ -1,9 +1,25 @@
-"""The oracle: the model in float64 NumPy, its backward written out by hand, and both optimizers.
+"""The oracle: the model in float64 NumPy, its backward by hand, and both optimizers.
 
 All three implementations are judged against this file, and this file against finite differences
-(`tests/test_reference.py`). It takes the whole mini-batch at once: a pipeline's micro-batches must add up to it.
+(`tests/common/test_reference.py`). It takes the whole mini-batch at once: the micro-batches of a
+pipeline must add up to it.
 
-Letters in shapes: B samples, S positions, D width, H heads, E = D / H, F feed-forward width, V vocabulary.
+    [1] embedding      x = token[t] + position
+    [2] block, n times x = x + attention(norm(x))       (post-norm: x = norm(x + attention(x)))
+                       x = x + feed_forward(norm(x))
+    [3] head           logits = norm(x) @ W
+    [4] loss           mean over tokens of -log softmax(logits)[target]
+    [5] backward       [4] to [1] in reverse, each by the formula at its function
+    [6] optimizer      clip all gradients by their global norm, then AdamW or SGD
+
+Every forward returns (output, saved): what its backward needs. Every `<name>_backward` takes the
+gradient of the output and returns that of the input first. In formulas dX is the gradient of the
+loss with respect to X.
+
+Letters in shapes:
+    B  samples (the batch)      H  heads                 F  width of the feed-forward layer
+    S  positions (the sequence) E  width of a head, D/H  V  vocabulary
+    D  width of the model       I, O  input and output width of a linear layer
 """
 
 from __future__ import annotations
@@ -27,13 +43,17 @@ Arrays = dict[str, Array]
 
 @dataclass
 class Masks:
-    """Scaled dropout masks of one step: 0 where dropped, 1 / (1 - dropout) where kept. No dropout without a key."""
+    """Scaled dropout masks of one step: 0 where dropped, 1 / (1 - dropout) where kept.
+
+    Without a key (`key=None`) nothing is dropped.
+    """
 
     probability: float
     key: int | None
     samples: NDArray[np.int64]
 
     def at(self, unit: str, place: int, shape: tuple[int, ...]) -> Array | float:
+        """Return the mask of `shape` for this place, or 1.0 without dropout."""
         if self.key is None or self.probability == 0:
             return 1.0
         site = dropout_masks.site_number(unit, place)
@@ -41,22 +61,30 @@ class Masks:
         return np.asarray(keep, np.float64) / (1 - self.probability)
 
 
-# --------------------------------------------------------------------------------------------------- operations
+# ------------------------------------------------------------------------------------- operations
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> tuple[Array, Any]:
-    """Ba et al. 2016, over the last axis, with the biased variance."""
-    centred = x - x.mean(-1, keepdims=True)
-    inverse = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)  # (..., 1)
-    normal = centred * inverse
+    """Normalise over the last axis, with the biased variance (Ba et al. 2016).
+
+    n = (x - mean(x)) / sqrt(var(x) + epsilon);  y = n * weight + bias
+    """
+    centred = x - x.mean(-1, keepdims=True)  # (B, S, D)
+    inverse = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)  # (B, S, 1)
+    normal = centred * inverse  # (B, S, D)
     return normal * weight + bias, (normal, inverse)
 
 
 def layer_norm_backward(grad: Array, weight: Array, saved: Any) -> tuple[Array, Array, Array]:
-    """Gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias.
+
+    With g = dy * weight:  dx = (g - mean(g) - n mean(g n)) / sqrt(var(x) + epsilon)
+
+    The two means are there because every x moves the mean and the variance of its row.
+    """
     normal, inverse = saved
-    axes = tuple(range(grad.ndim - 1))
-    g = grad * weight
+    axes = tuple(range(grad.ndim - 1))  # weight and bias are shared by all samples and positions
+    g = grad * weight  # (B, S, D)
     dx = inverse * (g - g.mean(-1, keepdims=True) - normal * (g * normal).mean(-1, keepdims=True))
     return dx, (grad * normal).sum(axes), grad.sum(axes)
 
@@ -68,23 +96,30 @@ def _erf(x: Array) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    """The exact GELU (Hendrycks and Gimpel 2016): x times the normal distribution function."""
+    """Compute the exact GELU (Hendrycks and Gimpel 2016): x Phi(x), Phi the normal distribution."""
     return np.asarray(0.5 * x * (1 + _erf(x / math.sqrt(2))))
 
 
 def gelu_backward(grad: Array, x: Array) -> Array:
+    """dx = dy (Phi(x) + x phi(x)), with the density phi = Phi'."""
     density = np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
     return np.asarray(grad * (0.5 * (1 + _erf(x / math.sqrt(2))) + x * density))
 
 
 def gelu_tanh(x: Array) -> Array:
-    """GELU by the tanh approximation (Hendrycks and Gimpel 2016, section 2), which GPT-2 was trained with."""
+    """Compute GELU by the tanh approximation, with which GPT-2 was trained.
+
+    y = x / 2 (1 + tanh(u)),  u = sqrt(2 / pi) (x + 0.044715 x^3)
+
+    (Hendrycks and Gimpel 2016, section 2.)
+    """
     return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
 
 
 def gelu_tanh_backward(grad: Array, x: Array) -> Array:
+    """dx = dy / 2 (1 + t + x (1 - t^2) u'), with t = tanh(u), since tanh' = 1 - tanh^2."""
     t = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-    inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
+    inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)  # u'
     return np.asarray(grad * 0.5 * (1 + t + x * (1 - t * t) * inner))
 
 
@@ -93,7 +128,7 @@ def relu(x: Array) -> Array:
 
 
 def relu_backward(grad: Array, x: Array) -> Array:
-    return grad * (x > 0)
+    return grad * (x > 0)  # at 0 the derivative counts as 0, as in all three frameworks
 
 
 ACTIVATIONS = {
@@ -104,39 +139,57 @@ ACTIVATIONS = {
 
 
 def softmax(x: Array) -> Array:
-    e: Array = np.exp(x - x.max(-1, keepdims=True))
+    """exp(x) / sum(exp(x)) over the last axis."""
+    e: Array = np.exp(x - x.max(-1, keepdims=True))  # the largest is exp(0): nothing overflows
     return np.asarray(e / e.sum(-1, keepdims=True))
 
 
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """Gradients of x (..., I), weight (I, O) and bias (O,) of `x @ weight + bias`."""
-    flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    """Return the gradients of x (..., I), weight (I, O) and bias (O,) of y = x @ weight + bias.
+
+    dx = dy weight^T;  dweight = x^T dy and dbias = dy, each summed over all samples and positions
+    """
+    flat_x = x.reshape(-1, x.shape[-1])  # (B S, I)
+    flat_grad = grad.reshape(-1, grad.shape[-1])  # (B S, O)
     return grad @ weight.T, flat_x.T @ flat_grad, flat_grad.sum(0)
 
 
-# --------------------------------------------------------------------------------------------------- units
+# ------------------------------------------------------------------------------ parts of a block
 
 
 def attention(x: Array, w: Mapping[str, Array], unit: str, heads: int, masks: Masks) -> tuple[Array, Any]:
-    """Causal self-attention (Vaswani et al. 2017, section 3.2) with dropout on its weights."""
+    """Compute causal self-attention with dropout on its weights (Vaswani et al. 2017, section 3.2).
+
+    P = softmax(q k^T / sqrt(E) + causal);  y = (P * mask) v, heads joined;  out = y @ W + b
+    """
     b, s, d = x.shape
 
-    def split(y: Array) -> Array:
+    def split(y: Array) -> Array:  # (B, S, D) to (B, H, S, E)
         return y.reshape(b, s, heads, d // heads).transpose(0, 2, 1, 3)
 
     name = f"{unit}.attention"
     q = split(x @ w[f"{name}.query.weight"] + w[f"{name}.query.bias"])  # (B, H, S, E)
     k = split(x @ w[f"{name}.key.weight"])  # (B, H, S, E)
     v = split(x @ w[f"{name}.value.weight"] + w[f"{name}.value.bias"])  # (B, H, S, E)
-    causal = np.triu(np.full((s, s), -np.inf), 1)  # (S, S), added
+    # Position i sees 0 to i. Minus infinity above the diagonal becomes a weight of exactly 0.
+    causal = np.triu(np.full((s, s), -np.inf), 1)  # (S, S)
     weights = softmax(q @ k.swapaxes(-1, -2) / math.sqrt(d // heads) + causal)  # (B, H, S, S)
-    mask = masks.at(unit, 0, weights.shape)
+    mask = masks.at(unit, 0, weights.shape)  # (B, H, S, S), or 1.0
     mixed = ((weights * mask) @ v).transpose(0, 2, 1, 3).reshape(b, s, d)  # (B, S, D)
     out = mixed @ w[f"{name}.output.weight"] + w[f"{name}.output.bias"]  # (B, S, D)
     return out, (x, q, k, v, weights, mask, mixed)
 
 
 def attention_backward(grad: Array, w: Mapping[str, Array], unit: str, heads: int, saved: Any, grads: Arrays) -> Array:
+    """Return the gradient of x (B, S, D); add those of the parameters to `grads`.
+
+    With P the softmax's output, M the mask and dP = (dy v^T) * M:
+
+        dscores = P * (dP - sum_j(dP P)) / sqrt(E)       softmax: every score moves its whole row
+        dq = dscores k;  dk = dscores^T q;  dv = (P * M)^T dy
+
+    and x feeds q, k and v, so dx is the sum of three.
+    """
     x, q, k, v, weights, mask, mixed = saved
     b, s, d = x.shape
     name = f"{unit}.attention"
@@ -145,48 +198,53 @@ def attention_backward(grad: Array, w: Mapping[str, Array], unit: str, heads: in
     )
     d_heads = d_mixed.reshape(b, s, heads, d // heads).transpose(0, 2, 1, 3)  # (B, H, S, E)
     d_weights = (d_heads @ v.swapaxes(-1, -2)) * mask  # (B, H, S, S)
+    # Where the causal mask was added, `weights` is 0, and so is the gradient: it needs no mask
+    # here.
     d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) / math.sqrt(d // heads)
     per_head = {
-        "query": d_scores @ k,
-        "key": d_scores.swapaxes(-1, -2) @ q,
-        "value": (weights * mask).swapaxes(-1, -2) @ d_heads,
+        "query": d_scores @ k,  # (B, H, S, E)
+        "key": d_scores.swapaxes(-1, -2) @ q,  # (B, H, S, E)
+        "value": (weights * mask).swapaxes(-1, -2) @ d_heads,  # (B, H, S, E)
     }
     dx: Array = np.zeros_like(x)
     for part, d_part in per_head.items():
         joined = d_part.transpose(0, 2, 1, 3).reshape(b, s, d)  # (B, S, D)
         more, grads[f"{name}.{part}.weight"], d_bias = linear_backward(joined, x, w[f"{name}.{part}.weight"])
         dx += more
-        if part != "key":
+        if part != "key":  # the key has no bias: softmax would cancel it (`TransformerSpec`)
             grads[f"{name}.{part}.bias"] = d_bias
     return dx
 
 
 def feed_forward(x: Array, w: Mapping[str, Array], unit: str, activation: str) -> tuple[Array, Any]:
+    """Compute out = activation(x @ up + b) @ down + b (Vaswani et al. 2017, section 3.3)."""
     name = f"{unit}.feed_forward"
     hidden = x @ w[f"{name}.up.weight"] + w[f"{name}.up.bias"]  # (B, S, F)
     active = ACTIVATIONS[activation][0](hidden)  # (B, S, F)
-    return active @ w[f"{name}.down.weight"] + w[f"{name}.down.bias"], (x, hidden, active)
+    out = active @ w[f"{name}.down.weight"] + w[f"{name}.down.bias"]  # (B, S, D)
+    return out, (x, hidden, active)
 
 
 def feed_forward_backward(
     grad: Array, w: Mapping[str, Array], unit: str, activation: str, saved: Any, grads: Arrays
 ) -> Array:
+    """Return the gradient of x (B, S, D); add those of the parameters to `grads`."""
     x, hidden, active = saved
     name = f"{unit}.feed_forward"
     d_active, grads[f"{name}.down.weight"], grads[f"{name}.down.bias"] = linear_backward(
         grad, active, w[f"{name}.down.weight"]
     )
-    d_hidden = ACTIVATIONS[activation][1](d_active, hidden)
+    d_hidden = ACTIVATIONS[activation][1](d_active, hidden)  # (B, S, F)
     dx, grads[f"{name}.up.weight"], grads[f"{name}.up.bias"] = linear_backward(d_hidden, x, w[f"{name}.up.weight"])
     return dx
 
 
-# --------------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------ model
 
 
 @dataclass
 class Oracle:
-    """The model with its optimizer state. `weights` are float64, by canonical name."""
+    """The model with its optimizer state, all by canonical name (`common.spec.parameters`)."""
 
     model: TransformerSpec
     train: TrainSpec
@@ -195,7 +253,7 @@ class Oracle:
     first_moment: Arrays = field(default_factory=dict)
     second_moment: Arrays = field(default_factory=dict)
     output_gradients: Arrays = field(default_factory=dict)
-    """By unit: the loss' gradient with respect to its output, from the last `forward_backward`."""
+    """By unit: the gradient of its output, from the last `forward_backward`."""
 
     def __post_init__(self) -> None:
         self.weights = {name: np.array(value, np.float64) for name, value in self.weights.items()}
@@ -203,22 +261,27 @@ class Oracle:
         self.second_moment = {name: np.zeros_like(value) for name, value in self.weights.items()}
 
     def forward(self, batch: Batch, training: bool = True) -> tuple[float, dict[str, Array], Any]:
-        """Mean loss per token, the output of every unit, and what the backward needs."""
+        """Return the mean loss per token, every unit's output, and what the backward needs.
+
+        Outputs are (B, S, D), of the head (B, S, V). `training=False`: without dropout.
+        """
         masks = self._masks(batch, training)
         outputs: dict[str, Array] = {}
         saved: dict[str, Any] = {}
 
-        x, saved["embedding"] = self._embedding(batch.inputs, masks)
+        x, saved["embedding"] = self._embedding(batch.inputs, masks)  # [1] (B, S, D)
         outputs["embedding"] = x
         for unit in unit_names(self.model)[1:-1]:
-            x, saved[unit] = self._block(unit, x, masks)
+            x, saved[unit] = self._block(unit, x, masks)  # [2] (B, S, D)
             outputs[unit] = x
-        logits, saved["head"] = self._head(x)
+        logits, saved["head"] = self._head(x)  # [3] (B, S, V)
         outputs["head"] = logits
+        # [4] -log softmax(z)[t] = log(sum(exp(z))) - z[t]; the same shift of all z changes nothing.
         shifted = logits - logits.max(-1, keepdims=True)  # (B, S, V)
         totals = np.exp(shifted).sum(-1, keepdims=True)  # (B, S, 1)
-        saved["loss"] = np.exp(shifted) / totals  # (B, S, V)
+        saved["loss"] = np.exp(shifted) / totals  # (B, S, V), the softmax
         counts = batch.targets != IGNORED  # (B, S)
+        # IGNORED is negative and no index: those positions pick token 0, and are not summed.
         picked = np.take_along_axis(shifted, np.maximum(batch.targets, 0)[..., None], -1)  # (B, S, 1)
         return float((np.log(totals) - picked)[counts].sum() / batch.num_tokens), outputs, saved
 
@@ -227,18 +290,23 @@ class Oracle:
         return Masks(self.model.dropout, key, np.arange(batch.inputs.shape[0]))
 
     def _embedding(self, tokens: NDArray[np.int64], masks: Masks) -> tuple[Array, Any]:
-        position = self.weights["embedding.position.weight"][: tokens.shape[1]]
+        """x = (token[t] + position) * mask [1]"""
+        position = self.weights["embedding.position.weight"][: tokens.shape[1]]  # (S, D)
         x = self.weights[TOKEN_EMBEDDING][tokens] + position  # (B, S, D)
         mask = masks.at("embedding", 0, x.shape)
         return x * mask, (tokens, mask)
 
     def _embedding_backward(self, grad: Array, saved: Any, grads: Arrays) -> None:
+        """Scatter the gradient back to the rows that were looked up."""
         tokens, mask = saved
-        grad = grad * mask
+        grad = grad * mask  # (B, S, D)
+        # `+=` with an index array would count a token that occurs twice only once. A tied head has
+        # left its share in the same array already.
         np.add.at(grads[TOKEN_EMBEDDING], tokens, grad)
         grads["embedding.position.weight"][: grad.shape[1]] = grad.sum(0)
 
     def _head(self, x: Array) -> tuple[Array, Any]:
+        """logits = norm(x) @ W; no norm with post-norm, W the embedding's transpose if tied [3]"""
         m, w = self.model, self.weights
         normal, norm_saved = x, None
         if m.norm == "pre":
@@ -247,6 +315,7 @@ class Oracle:
         return normal @ projection, (normal, norm_saved, projection)  # (B, S, V)
 
     def _head_backward(self, grad: Array, saved: Any, grads: Arrays) -> Array:
+        """dx = norm_backward(dlogits W^T); dW = norm(x)^T dlogits"""
         normal, norm_saved, projection = saved
         grad, d_projection, _ = linear_backward(grad, normal, projection)
         if self.model.tied_head:
@@ -260,6 +329,10 @@ class Oracle:
         return grad
 
     def _block(self, unit: str, x: Array, masks: Masks) -> tuple[Array, Any]:
+        """Two sublayers around the residual stream x, each x + f(norm(x)) or norm(x + f(x)) [2]
+
+        Pre-norm: Radford et al. 2019; post-norm: Vaswani et al. 2017, section 3.1.
+        """
         m, w = self.model, self.weights
 
         def norm(y: Array, which: int) -> tuple[Array, Any]:
@@ -267,13 +340,15 @@ class Oracle:
             return layer_norm(y, w[f"{name}.weight"], w[f"{name}.bias"], m.norm_epsilon)
 
         norms: list[Any] = [None, None]
-        y, norms[0] = norm(x, 1) if m.norm == "pre" else (x, None)
+        # Sublayer 1: attention.
+        y, norms[0] = norm(x, 1) if m.norm == "pre" else (x, None)  # (B, S, D)
         out, attention_saved = attention(y, w, unit, m.num_heads, masks)
         attention_mask = masks.at(unit, 1, out.shape)
         x = x + out * attention_mask
         if m.norm == "post":
             x, norms[0] = norm(x, 1)
-        y, norms[1] = norm(x, 2) if m.norm == "pre" else (x, None)
+        # Sublayer 2: feed-forward.
+        y, norms[1] = norm(x, 2) if m.norm == "pre" else (x, None)  # (B, S, D)
         out, feed_forward_saved = feed_forward(y, w, unit, m.activation)
         feed_forward_mask = masks.at(unit, 2, out.shape)
         x = x + out * feed_forward_mask
@@ -282,6 +357,7 @@ class Oracle:
         return x, (norms, attention_saved, attention_mask, feed_forward_saved, feed_forward_mask)
 
     def _block_backward(self, unit: str, grad: Array, saved: Any, grads: Arrays) -> Array:
+        """Of y = x + f(norm(x)): dx = dy + norm_backward(f_backward(dy)). Last sublayer first."""
         m, w = self.model, self.weights
         norms, attention_saved, attention_mask, feed_forward_saved, feed_forward_mask = saved
 
@@ -292,34 +368,43 @@ class Oracle:
             )
             return dx
 
+        # Sublayer 2: feed-forward.
         if m.norm == "post":
             grad = norm_backward(grad, 2)
         inner = feed_forward_backward(grad * feed_forward_mask, w, unit, m.activation, feed_forward_saved, grads)
         grad = grad + (norm_backward(inner, 2) if m.norm == "pre" else inner)
+        # Sublayer 1: attention.
         if m.norm == "post":
             grad = norm_backward(grad, 1)
         inner = attention_backward(grad * attention_mask, w, unit, m.num_heads, attention_saved, grads)
         return grad + (norm_backward(inner, 1) if m.norm == "pre" else inner)
 
     def forward_backward(self, batch: Batch) -> float:
-        """Mean loss per token; `gradients` then holds every gradient by name."""
+        """Return the mean loss per token; `gradients` then holds every gradient by name.
+
+        dlogits = (softmax(logits) - onehot(target)) / number of tokens, 0 where the target is
+        IGNORED
+        """
         loss, _, saved = self.forward(batch)
         grads = self._no_gradients()
-        grad = saved["loss"]  # (B, S, V)
+        grad = saved["loss"]  # (B, S, V), turned into dlogits in place
         targets = np.maximum(batch.targets, 0)[..., None]  # (B, S, 1)
         np.put_along_axis(grad, targets, np.take_along_axis(grad, targets, -1) - 1, -1)
         grad *= (batch.targets != IGNORED)[..., None] / batch.num_tokens
         self.output_gradients = {}
-        for unit in reversed(unit_names(self.model)):
+        for unit in reversed(unit_names(self.model)):  # [5]
             self.output_gradients[unit] = grad
             grad = self._unit_backward(unit, grad, saved[unit], grads)
         self.gradients = grads
         return loss
 
     def probe_unit(self, batch: Batch, unit: str, x: Array | None, grad: Array) -> tuple[Array, Array | None, Arrays]:
-        """One unit alone: from its input and its output's gradient to its output, its input's gradient and its parameters'.
+        """Run one unit alone: return its output, its input's gradient and its parameters'
+        gradients.
 
-        All of the whole mini-batch, (B, S, D) or, of the head's output, (B, S, V); the embedding takes the batch's tokens.
+        `x` is its input and `grad` its output's gradient, both of the whole mini-batch: (B, S, D),
+        for the head's output (B, S, V). The embedding takes the batch's tokens instead of `x`, and
+        has no input gradient (None).
         """
         masks = self._masks(batch, training=True)
         if unit == "embedding":
@@ -337,7 +422,8 @@ class Oracle:
         return {name: np.zeros_like(value) for name, value in self.weights.items()}
 
     def _unit_backward(self, unit: str, grad: Array, saved: Any, grads: Arrays) -> Array:
-        """The gradient of the unit's input; that of the embedding's tokens is empty."""
+        """Return the gradient of the unit's input; tokens have none, so the embedding's is
+        empty."""
         if unit == "head":
             return self._head_backward(grad, saved, grads)
         if unit == "embedding":
@@ -346,7 +432,8 @@ class Oracle:
         return self._block_backward(unit, grad, saved, grads)
 
     def apply_gradients(self, step: int) -> float:
-        """Clips by the global norm, then one step of the optimizer. Returns the norm before clipping."""
+        """Clip by the global norm, then do one optimizer step (from 0). Return the norm before
+        clipping. [6]"""
         t = self.train
         norm = global_norm([float((g**2).sum()) for g in self.gradients.values()])
         scale = clip_scale(norm, t.clip_norm)
@@ -355,12 +442,12 @@ class Oracle:
             g = self.gradients[name] * scale
             decay = t.weight_decay if t.decays(name) else 0.0
             m, v = self.first_moment[name], self.second_moment[name]
-            if t.optimizer == "adamw":  # Loshchilov and Hutter 2019, with torch's place for epsilon
+            if t.optimizer == "adamw":  # Loshchilov and Hutter 2019, algorithm 2
                 m[:] = t.beta1 * m + (1 - t.beta1) * g
                 v[:] = t.beta2 * v + (1 - t.beta2) * g * g
                 m_hat, v_hat = m / (1 - t.beta1 ** (step + 1)), v / (1 - t.beta2 ** (step + 1))
                 w[:] = w * (1 - rate * decay) - rate * m_hat / (np.sqrt(v_hat) + t.epsilon)
-            else:
+            else:  # momentum without dampening, decay added to the gradient: torch.optim.SGD
                 m[:] = t.momentum * m + g + decay * w
                 w -= rate * m
         return norm
@@ -371,7 +458,8 @@ class Oracle:
         return loss
 
     def unit_outputs(self, batch: Batch, micro_batches: int) -> dict[TensorKey, Array]:
-        """What every unit gives for every micro-batch, in the order of computation (stage unknown: 0)."""
+        """Return every unit's output per micro-batch, in the order of computation, under stage
+        0."""
         _, outputs, _ = self.forward(batch)
         return {
             TensorKey(batch.step, "forward", 0, i, unit, "output"): piece
@@ -381,17 +469,18 @@ class Oracle:
 
 
 def global_norm(squared_norms: list[float]) -> float:
-    """The norm over all tensors from each tensor's sum of squares.
+    """Return the norm over all tensors, given each tensor's sum of squares.
 
-    `math.fsum` rounds once, so the result does not depend on the order in which stages report: every partition clips
-    by the same bits.
+    `math.fsum` rounds once, so the result does not depend on the order in which stages report:
+    every partition clips by the same bits.
     """
     return math.sqrt(math.fsum(squared_norms))
 
 
 def clip_scale(norm: float, clip_norm: float | None) -> float:
-    """What gradients are multiplied by (Pascanu et al. 2013): min(1, clip_norm / norm), without an epsilon.
+    """Return the factor for all gradients: min(1, clip_norm / norm), without an epsilon.
 
-    1 where the norm is NaN, so that the gradients that made it so can still be found.
+    (Pascanu et al. 2013, algorithm 1.) 1 where the norm is NaN, so that the gradients that made it
+    so can still be found.
     """
     return clip_norm / norm if clip_norm is not None and norm > clip_norm else 1.0

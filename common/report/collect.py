@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from common.io.edges import printable
-from common.oracle.limits import BFLOAT16_FACTOR, relative_margins
-from common.report.compare import oracle_config
-from common.report.result import Parity, ResultError, RunResult
+from common.report.compare import judge_together, oracle_config
+from common.report.result import ResultError, RunResult
 from common.report.tables import Row, make_rows
-from common.spec.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,8 @@ class Run:
 
 @dataclass(frozen=True)
 class RowRuns:
-    """All repeats of one configuration in one benchmark, and the oracle's run that they were compared with."""
+    """All repeats of one configuration in one benchmark, and the oracle's run that they were
+    compared with."""
 
     runs: tuple[Run, ...]
     oracle: RunResult | None
@@ -37,7 +36,8 @@ class RowRuns:
 
     @cached_property
     def shown(self) -> Run | None:
-        """The repeat that pictures show: the one in the middle by its median step. None if none has a timed step."""
+        """The repeat that pictures show: the one in the middle by its median step. None if none has
+        a timed step."""
         timed = [run for run in self.runs if run.result.status == "ok" and run.result.tokens_per_second]
         by_speed = sorted(timed, key=lambda run: run.result.tokens_per_second or 0.0)
         return by_speed[(len(by_speed) - 1) // 2] if by_speed else None
@@ -114,42 +114,15 @@ def collect(folders: Sequence[Path]) -> Collection:
         groups += [
             RowRuns(tuple(each), references.get(oracle_config(each[0].result.config)), name) for each in rows.values()
         ]
-    return Collection(tuple(judge_together(groups)), tuple(oracles), tuple(folders))
+    return Collection(_with_verdicts(groups), tuple(oracles), tuple(folders))
 
 
-def judge_together(groups: Sequence[RowRuns]) -> list[RowRuns]:
-    """Gives runs in bfloat16 their verdict: beside those of the other frameworks with the same configuration."""
-    alike: dict[RunConfig, list[Run]] = {}
-    for group in groups:
-        for run in group.runs:
-            if run.result.parity.errors and run.result.parity.status != "FAIL":
-                alike.setdefault(run.result.config.model_copy(update={"framework": "torch"}), []).append(run)
-    verdicts: dict[Path, Parity] = {}
-    for runs in alike.values():
-        frameworks = sorted({run.result.config.framework for run in runs})
-        floor = max(run.result.parity.curve_floor for run in runs)
-        margins = relative_margins([run.result.parity.errors for run in runs], floor)
-        if len(frameworks) > 1:
-            verdicts |= {run.folder: _verdict(run, each, frameworks) for run, each in zip(runs, margins, strict=True)}
+def _with_verdicts(groups: Sequence[RowRuns]) -> tuple[RowRuns, ...]:
+    """Apply `judge_together` here: only now are the runs of all frameworks and benchmarks
+    together."""
+    verdicts = iter(judge_together([result for group in groups for result in group.results]))
 
     def judged(run: Run) -> Run:
-        parity = verdicts.get(run.folder, run.result.parity)
-        return replace(run, result=run.result.model_copy(update={"parity": parity}))
+        return replace(run, result=run.result.model_copy(update={"parity": next(verdicts)}))
 
-    return [replace(group, runs=tuple(judged(run) for run in group.runs)) for group in groups]
-
-
-def _verdict(run: Run, margins: Mapping[str, float], frameworks: Sequence[str]) -> Parity:
-    parity = run.result.parity
-    check = max(margins, key=lambda name: margins[name])
-    errors = ", ".join(f"{name.replace('_', ' ')} {error:.1e}" for name, error in parity.errors.items())
-    rule = f"no error more than {BFLOAT16_FACTOR:g} times the smallest of {', '.join(frameworks)}"
-    rule += f" (the loss curve's at least {parity.curve_floor:.1e}, what rounded weights alone make)"
-    worst = f"{check.replace('_', ' ')} is {BFLOAT16_FACTOR * margins[check]:.1f} times it"
-    return parity.model_copy(
-        update={
-            "status": "pass" if margins[check] <= 1 else "FAIL",
-            "reason": f"errors: {errors}; {worst}; rule: {rule}",
-            "margins": dict(margins),
-        }
-    )
+    return tuple(replace(group, runs=tuple(judged(run) for run in group.runs)) for group in groups)

@@ -1,7 +1,13 @@
-"""A run against the oracle: the loss of every step, and the gradients of step 0 by name."""
+"""Judge runs: against the oracle, and in bfloat16 also beside those of the other frameworks.
+
+[1] `parity` compares one run with the oracle: every step's loss, and step 0's gradients by name. In float64 and
+    float32 that is the verdict. In bfloat16 it is only a ceiling, and the errors are written into the result.
+[2] `judge_together` turns these errors into a verdict, once runs of at least two frameworks are there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,7 @@ from common.oracle.limits import (
     Difference,
     compare,
     difference,
+    relative_margins,
 )
 from common.report.result import Parity, RunResult, Step
 from common.spec.parameters import Check, TensorKey, parameter_shapes
@@ -26,7 +33,8 @@ JUDGED_TOGETHER = "below bfloat16's ceiling; more needs a run of another framewo
 
 
 def oracle_config(config: RunConfig) -> RunConfig:
-    """The one run of the oracle that `config` is compared with: what does not change the numbers is set aside."""
+    """Return the oracle's run that `config` is compared with: without what does not change the
+    numbers."""
     train = TrainSpec(**config.train.model_dump() | {"micro_batches": 1, "dtype": "float64"})
     return RunConfig(
         model=config.model,
@@ -43,7 +51,8 @@ def oracle_config(config: RunConfig) -> RunConfig:
 
 
 def rounded_oracle_config(config: RunConfig) -> RunConfig | None:
-    """The run that says how far bfloat16 weights alone lead a loss curve away; None where nothing is rounded."""
+    """Return the run that says how much rounded weights alone change a loss curve; None unless in
+    bfloat16."""
     if config.train.dtype != "bfloat16":
         return None
     oracle = oracle_config(config)
@@ -51,14 +60,14 @@ def rounded_oracle_config(config: RunConfig) -> RunConfig | None:
 
 
 def why_not_comparable(config: RunConfig) -> str | None:
-    """Why no oracle can say what this run should train; None if it can."""
+    """Return why the oracle cannot compute this run; None if it can."""
     if config.model.dropout and config.model.dropout_masks == "native":
         return "native dropout: every framework draws masks of its own; --dropout-masks shared would be comparable"
     return None
 
 
 def read_gradients(folder: Path) -> dict[TensorKey, NDArray[Any]]:
-    """Step 0's gradients from all parts of a run."""
+    """Read step 0's gradients from all parts of a run."""
     arrays: dict[TensorKey, NDArray[Any]] = {}
     for path in sorted(folder.glob("part-*.safetensors")):
         arrays |= {TensorKey.parse(name): array for name, array in load_file(path).items()}
@@ -68,7 +77,11 @@ def read_gradients(folder: Path) -> dict[TensorKey, NDArray[Any]]:
 def parity(
     result: RunResult, folder: Path, oracle: RunResult, oracle_folder: Path, rounded: RunResult | None = None
 ) -> Parity:
-    """Compares a finished run with a finished oracle; in bfloat16 in the light of one whose weights are `rounded`."""
+    """Compare a finished run with a finished oracle. [1]
+
+    In bfloat16, `rounded` is the oracle's run with rounded weights: a loss curve may differ by what
+    they alone make.
+    """
     floor = 0.0
     if rounded is not None and rounded.status == "ok":
         floor = compare_runs(rounded.steps, {}, oracle.steps, {}, result.config).errors().get("loss_curve", 0.0)
@@ -92,6 +105,45 @@ def parity(
     )
 
 
+def judge_together(results: Sequence[RunResult]) -> list[Parity]:
+    """Return the parity of every result; in bfloat16 with a verdict. [2]
+
+    A run is judged beside the runs of the same configuration in other frameworks. Without one it
+    stays "not checked"; a run above the ceiling has failed already and is not compared with.
+    """
+    verdicts = [result.parity for result in results]
+    alike: dict[RunConfig, list[int]] = {}  # configuration but for the framework, to positions in `results`
+    for number, result in enumerate(results):
+        if result.parity.errors and result.parity.status != "FAIL":
+            alike.setdefault(result.config.model_copy(update={"framework": "torch"}), []).append(number)
+    for numbers in alike.values():
+        frameworks = sorted({results[number].config.framework for number in numbers})
+        if len(frameworks) < 2:
+            continue
+        floor = max(results[number].parity.curve_floor for number in numbers)
+        margins = relative_margins([results[number].parity.errors for number in numbers], floor)
+        for number, each in zip(numbers, margins, strict=True):
+            verdicts[number] = _verdict(results[number].parity, each, frameworks)
+    return verdicts
+
+
+def _verdict(parity: Parity, margins: Mapping[str, float], frameworks: Sequence[str]) -> Parity:
+    """Pass if no error is more than BFLOAT16_FACTOR times the smallest; the reason says which is
+    worst."""
+    check = max(margins, key=lambda name: margins[name])
+    errors = ", ".join(f"{name.replace('_', ' ')} {error:.1e}" for name, error in parity.errors.items())
+    rule = f"no error more than {BFLOAT16_FACTOR:g} times the smallest of {', '.join(frameworks)}"
+    rule += f" (the loss curve's at least {parity.curve_floor:.1e}, what rounded weights alone make)"
+    worst = f"{check.replace('_', ' ')} is {BFLOAT16_FACTOR * margins[check]:.1f} times it"
+    return parity.model_copy(
+        update={
+            "status": "pass" if margins[check] <= 1 else "FAIL",
+            "reason": f"errors: {errors}; {worst}; rule: {rule}",
+            "margins": dict(margins),
+        }
+    )
+
+
 def compare_runs(
     steps: tuple[Step, ...],
     gradients: dict[TensorKey, NDArray[Any]],
@@ -100,9 +152,11 @@ def compare_runs(
     config: RunConfig,
     curve_floor: float = 0.0,
 ) -> Comparison:
-    """In the order of computation: step 0's loss, its gradients from the head to the embedding, the later losses.
+    """Compare in the order of computation: step 0's loss, its gradients from the head to the
+    embedding, later losses.
 
-    The later losses may differ by `BFLOAT16_FACTOR` times `curve_floor` at least.
+    The later losses may differ by `BFLOAT16_FACTOR` times `curve_floor`, if that is more than their
+    limit.
     """
     dtype = config.train.dtype
     plan = plan_partition(config)

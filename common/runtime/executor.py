@@ -1,11 +1,19 @@
-"""The one executor: walks one device's list of actions, whatever the framework and whatever the schedule.
+"""The one executor: walk one device's list of actions, in any framework and for any schedule.
 
     device 0   F0 ──► F1 ──► ........ BW0 ──► BW1         every arrow to the right is the order of the list,
                 │      │              ▲       ▲           every message between the lines a `Channel` call:
                 ▼      ▼              │       │           F sends an activation to the next virtual stage,
     device 1    ...... F0 ──► BW0 ────┘ F1 ──► BW1        B (or BW) a gradient to the one before
 
-A `Stage` does the arithmetic in its framework's own tensors, a `Channel` moves them; this loop does neither.
+A `Stage` computes in its framework's own tensors, a `Channel` moves them; this loop does neither.
+For every action of the list, `run_stage` does four things:
+
+    [1] watch      tell whoever watches what comes next
+    [2] receive    wait for the input, if another virtual stage makes it
+    [3] compute    F, B, W or BW
+    [4] send       pass the result on, if another virtual stage needs it
+
+F, B, W and BW are called F, I, W and B in torch.distributed.pipelining.
 """
 
 from __future__ import annotations
@@ -23,7 +31,8 @@ Tensor = TypeVar("Tensor")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """The address of a tensor on its way: what it is, whose micro-batch, and the virtual stage that will use it."""
+    """The address of a tensor in transit: its kind, its micro-batch, the virtual stage it goes
+    to."""
 
     kind: Literal["activation", "gradient"]
     micro_batch: int
@@ -35,7 +44,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One executed action. Times are seconds of the monotonic clock, comparable between processes of one machine."""
+    """One executed action. Times are of the monotonic clock, the same in all processes of a
+    machine."""
 
     action: Action
     ready_seconds: float  # the previous action had ended and this one began to wait for its input
@@ -64,33 +74,42 @@ class HostClock:
 
 
 def unwatched(device: int, action: Action | None) -> None:
-    """An `Engine.on_action` for engines that nobody watches."""
+    """Do nothing: an `Engine.on_action` for engines that nobody watches."""
 
 
 class Stage(Protocol[Tensor]):
-    """The model chunks of one device. Inputs and gradients are None at the two ends of the model."""
+    """The model chunks of one device. Inputs and gradients are None at the two ends of the
+    model."""
 
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
-        """Runs the chunk and holds what its backward needs. The last virtual stage returns None and keeps its loss."""
+        """Run the chunk and keep what its backward needs. The last virtual stage keeps its loss:
+        None."""
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
-        """B and W at once: adds to the weight gradients, returns the input's gradient (None on virtual stage 0)."""
+        """Do B and W at once: add to the weight gradients, return the input's gradient.
+
+        Virtual stage 0 returns None: tokens have no gradient.
+        """
 
     def backward_input(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
-        """Only the input's gradient; holds what `backward_weight` needs."""
+        """Return the input's gradient alone, and keep what `backward_weight` needs."""
 
     def backward_weight(self, micro_batch: int, chunk: int) -> None:
-        """Only the weight gradients, added to those of the earlier micro-batches."""
+        """Add the weight gradients to those of the earlier micro-batches."""
 
 
 class Channel(Protocol[Tensor]):
-    """Moves tensors between devices. Sends never wait for the receiver."""
+    """Moves tensors between devices.
+
+    A send never waits for its receiver: a schedule is free of deadlocks under this rule only
+    (`common.schedule.play` assumes it too).
+    """
 
     def send(self, message: Message, tensor: Tensor, device: int) -> None:
-        """Hands `tensor` to `device`, which may be the sender itself (a vee's turning point)."""
+        """Hand `tensor` to `device`, which may be the sender itself (where a V turns)."""
 
     def receive(self, message: Message, device: int) -> Tensor:
-        """Waits for the tensor that `device` sends or has sent under this address."""
+        """Wait for the tensor that `device` sends or has sent under this address."""
 
 
 class StageFailure(RuntimeError):
@@ -105,9 +124,10 @@ def run_stage(
     before: Callable[[Action], None] = lambda action: None,
     clock: Clock | None = None,
 ) -> list[Event]:
-    """Executes `schedule.devices[device]` in its order; returns what was done when, by `clock` (the host's, unless given).
+    """Execute `schedule.devices[device]` in order; return one event per action, timed by `clock`.
 
-    `before` is called ahead of every action (fault injection and progress hook into it). Raises StageFailure.
+    `before` is called ahead of every action: progress and injected faults hook into it. Raises
+    StageFailure, with the original error as its cause.
     """
     last = schedule.num_virtual_stages - 1
     clock = clock or HostClock()
@@ -116,15 +136,15 @@ def run_stage(
         k = schedule.virtual_stage(device, action.chunk)
         i, chunk = action.micro_batch, action.chunk
         try:
-            before(action)
+            before(action)  # [1]
             ready = clock.mark()
-            received = None
+            received = None  # [2] stays None where the model begins (F) or ends (B), and for W
             if action.op is Op.F and k > 0:
                 received = channel.receive(Message("activation", i, k), schedule.location[k - 1][0])
             elif action.op in (Op.B, Op.BW) and k < last:
                 received = channel.receive(Message("gradient", i, k), schedule.location[k + 1][0])
             start = clock.mark()
-            match action.op:
+            match action.op:  # [3]
                 case Op.F:
                     result = stage.forward(i, chunk, received)
                 case Op.B:
@@ -134,11 +154,11 @@ def run_stage(
                 case Op.W:
                     stage.backward_weight(i, chunk)
                     result = None
-            to = sends_to(Step(action.op, i, k), last + 1)
+            to = sends_to(Step(action.op, i, k), last + 1)  # [4]
             if to is not None:
                 kind: Literal["activation", "gradient"] = "activation" if action.op is Op.F else "gradient"
                 channel.send(Message(kind, i, to), result, schedule.location[to][0])
-            del received, result  # a reference held here would keep an activation alive through the next wait
+            del received, result  # else this frame keeps an activation alive in the next wait
             marks.append((action, ready, start, clock.mark()))
         except Exception as error:
             raise StageFailure(f"device {device}, action {action}: {type(error).__name__}: {error}") from error

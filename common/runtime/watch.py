@@ -1,7 +1,12 @@
-"""What every device is doing right now, for a parent that sees no progress and has to say who waits for whom.
+"""What every device is doing right now, so that a parent can say who waits for whom in a hang.
 
-Parent and children share a small file, mapped into memory: one line per device, which the device's own thread or process
-overwrites ahead of each action. That costs about a microsecond; nobody reads it but the parent, a few times a second.
+    child                                    shared file `watch`          parent
+    [1] Watch notes the device's next   ──►  one line per device    ──►   [2] Board.changed: progress?
+        action, about 1 microsecond          (memory-mapped)              [3] explain: who waits for whom
+
+The device's own thread or process overwrites its line ahead of each action. Only the parent reads
+it, a few times a second. [3] compares each device's action with the schedule: a device waits if its
+input's sender has not got as far as sending; one whose input is there hangs in the action itself.
 """
 
 from __future__ import annotations
@@ -29,7 +34,8 @@ _LINE = struct.Struct("<6q")  # changes so far, phase, step, operation (-1: none
 
 
 class Watch:
-    """The child side: notes what this process' devices do, and lets the job's fault strike at its place."""
+    """The child side: notes what this process' devices do, and triggers the job's injected fault.
+    [1]"""
 
     def __init__(self, folder: Path, devices: Sequence[int], fault: Fault | None = None) -> None:
         self._devices, self._fault = devices, fault
@@ -41,7 +47,7 @@ class Watch:
             self._memory = None
 
     def enter(self, phase: Phase, step: int) -> None:
-        """All devices of this process now do this."""
+        """Note that all devices of this process enter `phase`."""
         self._step, self._phase = step, PHASES.index(phase)
         for device in self._devices:
             self._note(device, None)
@@ -49,7 +55,10 @@ class Watch:
             self._strike_if_here()
 
     def on_action(self, device: int, action: Action | None) -> None:
-        """`device` is about to do `action`, or has ended its list. Called in its thread or process."""
+        """Note that `device` is about to do `action`, or (None) has ended its list.
+
+        Called in the device's own thread or process.
+        """
         self._note(device, action)
         fault = self._fault
         if (
@@ -69,8 +78,11 @@ class Watch:
     def _note(self, device: int, action: Action | None) -> None:
         if self._memory is None:
             return
+        # The counter makes two equal notes in a row differ, so that the parent sees progress.
         self._changes[device] += 1
         op, i, chunk = (-1, 0, 0) if action is None else (OPS.index(action.op), action.micro_batch, action.chunk)
+        # No lock: a line that is read half-written is only ever shown or compared, a moment later
+        # again.
         line = (self._changes[device], self._phase, self._step, op, i, chunk)
         _LINE.pack_into(self._memory, device * _LINE.size, *line)
 
@@ -93,13 +105,13 @@ class Board:
         self._path.write_bytes(self._seen)  # written, not cut: a full disk shows here
 
     def changed(self) -> bool:
-        """Whether any device has gone on since the last call."""
+        """Return whether any device has made progress since the last call. [2]"""
         now = self._path.read_bytes()
         changed, self._seen = now != self._seen, now
         return changed
 
     def places(self) -> list[Place | None]:
-        """By device; None for one that has not begun."""
+        """Return what each device is doing; None for one that has not begun."""
         found: list[Place | None] = []
         for changes, phase, step, op, i, chunk in _LINE.iter_unpack(self._path.read_bytes()):
             action = None if op < 0 else Action(OPS[op], i, chunk)
@@ -107,7 +119,8 @@ class Board:
         return found
 
     def explain(self) -> str:
-        """Who hangs where, and who waits for what, in one line; those that hang first."""
+        """Say in one line who hangs where and who waits for what; causes before those who wait.
+        [3]"""
         lines = explain(self._config, self.places())
         return "; ".join(sorted(lines, key=lambda line: (" hangs in " not in line, " waits for " in line)))
 
@@ -116,7 +129,7 @@ class Board:
 
 
 def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
-    """One line per device."""
+    """Return one line per device: what it does, waits for, or hangs in."""
     try:
         schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
     except ScheduleError:  # a schedule's file may be gone by now
@@ -141,16 +154,17 @@ def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
 
 
 def _sender(schedule: Schedule, device: int, action: Action) -> int:
-    """The virtual stage that an action's input comes from; out of range at the ends of the model."""
+    """Return the virtual stage that an action's input comes from; out of range at the model's
+    ends."""
     offset = MESSAGE_OFFSET[action.op]
     return -1 if offset is None else schedule.virtual_stage(device, action.chunk) - offset
 
 
 def _missing_input(schedule: Schedule, device: int, action: Action, places: Sequence[Place | None]) -> Message | None:
-    """What `action` waits for: a message that its sender has not got to."""
+    """Return the message that `action` waits for; None if its sender is past sending it."""
     k = _sender(schedule, device, action)
     if not 0 <= k < schedule.num_virtual_stages:
-        return None
+        return None  # the model's ends take the batch, or the loss: nothing to wait for
     sender, chunk = schedule.location[k]
     forward = action.op is Op.F
     message = Message(
@@ -158,13 +172,15 @@ def _missing_input(schedule: Schedule, device: int, action: Action, places: Sequ
     )
     place = places[sender]
     if place is None or (place.action is None and place.phase != "schedule"):
-        return message
+        return message  # the sender has not begun this step's list
     if place.action is None:  # has ended its list
         return None
     row = schedule.devices[sender]
+    # Where the sender's list has the action that makes the message: its F, or its B or BW.
     sends = [
         n
         for n, a in enumerate(row)
         if (a.micro_batch, a.chunk) == (action.micro_batch, chunk) and (a.op is Op.F) == forward and a.op is not Op.W
     ]
+    # Noted ahead of an action: a sender that stands at the very action has not sent yet.
     return message if sends and place.action in row and row.index(place.action) <= sends[0] else None

@@ -3,9 +3,18 @@
     >>> parse_schedule("F0 F1 BW0 BW1\\nF0 BW0 F1 BW1", name="mine").num_micro_batches
     2
 
-An action is an operation, a micro-batch and, with several chunks per device, a chunk: `F3` or `F3.1`.
-Operations are those of the Zero Bubble paper (Qi et al. 2024): F the forward, B the backward for the input gradient,
-W the backward for the weight gradient, BW both as one operation.
+An action is an operation, a micro-batch and, with several chunks per device, a chunk:
+
+    F3      forward of micro-batch 3 (chunk 0)
+    BW0.1   whole backward of micro-batch 0 in chunk 1
+
+Operations are those of the Zero Bubble paper (Qi et al. 2024); torch.distributed.pipelining calls
+them F, I, W and B:
+
+    F    the forward
+    B    the backward for the input gradient, which the stage before waits for
+    W    the backward for the weight gradients, which nobody waits for
+    BW   both as one operation
 """
 
 from __future__ import annotations
@@ -20,7 +29,7 @@ Placement = Literal["loop", "vee"]
 
 
 class Op(enum.Enum):
-    """One kind of work that a stage does for one micro-batch."""
+    """One kind of work that a stage does for one micro-batch (see the top of this file)."""
 
     F = "F"
     B = "B"
@@ -44,10 +53,14 @@ class Action:
 
 
 def virtual_stage(device: int, chunk: int, num_devices: int, placement: Placement) -> int:
-    """Which consecutive part of the model chunk `chunk` of `device` is.
+    """Return which consecutive part of the model `chunk` of `device` is, from 0.
 
-    "loop" places virtual stage k on device k mod p (Narayanan et al. 2021); "vee" goes down the devices with even chunks
-    and back up with odd ones, so the first and the last part share device 0 (Qi et al. 2024, section 6).
+    For 3 devices with 2 chunks each, the parts of the model in order:
+
+        loop   device 0: 0, 3   device 1: 1, 4   device 2: 2, 5    (Narayanan et al. 2021)
+        vee    device 0: 0, 5   device 1: 1, 4   device 2: 2, 3    (Qi et al. 2024, section 6)
+
+    In a vee the first and the last part share device 0, and no message is needed where it turns.
     """
     backwards = placement == "vee" and chunk % 2 == 1
     return chunk * num_devices + (num_devices - 1 - device if backwards else device)
@@ -55,7 +68,7 @@ def virtual_stage(device: int, chunk: int, num_devices: int, placement: Placemen
 
 @dataclass(frozen=True)
 class Schedule:
-    """Who does what in which order: `devices[d]` is the list of actions of device d."""
+    """What each device does, in order: `devices[d]` is the list of actions of device d."""
 
     name: str
     devices: tuple[tuple[Action, ...], ...]
@@ -63,7 +76,7 @@ class Schedule:
     num_chunks: int = 1
     placement: Placement = "loop"
     first_micro_batch: int = field(default=0, compare=False)
-    """How its text numbers the micro-batches, for messages; the actions themselves always count from 0."""
+    """The first micro-batch's number in the text form, for messages; actions count from 0."""
 
     @property
     def num_devices(self) -> int:
@@ -84,7 +97,8 @@ class Schedule:
 
     @cached_property
     def location(self) -> tuple[tuple[int, int], ...]:
-        """(device, chunk) of every virtual stage, in the order of the model."""
+        """(device, chunk) of every virtual stage, in the order of the model: `virtual_stage`
+        inverted."""
         where = {
             virtual_stage(device, chunk, self.num_devices, self.placement): (device, chunk)
             for device in range(self.num_devices)
@@ -96,7 +110,7 @@ class Schedule:
         return virtual_stage(device, chunk, self.num_devices, self.placement)
 
     def only_forward(self) -> Schedule:
-        """Its forwards in its order: a pass that evaluates."""
+        """Return the schedule of its forwards alone, in the same order: an evaluation pass."""
         rows = tuple(tuple(action for action in row if action.op is Op.F) for row in self.devices)
         return replace(self, devices=rows)
 
@@ -109,14 +123,15 @@ class ScheduleError(ValueError):
 
 
 MAX_PLACES = 2**20
-"""Devices x micro-batches x chunks of a schedule: two or three actions stand in each."""
+"""The largest devices x micro-batches x chunks of a schedule; each has two or three actions."""
 
+# Digits are bounded: a file may come from anywhere, and its numbers must fit an int64 array.
 _HEADER = re.compile(r"#\s*schedule:\s*(?P<name>\S+)(?P<rest>.*)")
 _ACTION = re.compile(r"(?P<op>BW|F|B|W)(?P<micro_batch>[0-9]{1,9})(?:\.(?P<chunk>[0-9]{1,4}))?")
 
 
 def format_schedule(schedule: Schedule) -> str:
-    """The text form: a header line, then one line of actions per device."""
+    """Return the text form: a header line, then one line of actions per device."""
     header = f"# schedule: {schedule.name} micro_batches={schedule.num_micro_batches}"
     if schedule.num_chunks > 1:
         header += f" chunks={schedule.num_chunks} placement={schedule.placement}"
@@ -125,7 +140,7 @@ def format_schedule(schedule: Schedule) -> str:
 
 
 def parse_action(text: str) -> Action:
-    """Reads `F3`, `BW0` or `W2.1`. Raises ScheduleError."""
+    """Read `F3`, `BW0` or `W2.1`. Raises ScheduleError."""
     match = _ACTION.fullmatch(text)
     if match is None:
         raise ScheduleError(f"{text!r} is not an action; expected F, B, W or BW and a micro-batch: F0, BW12, W3.1")
@@ -133,12 +148,14 @@ def parse_action(text: str) -> Action:
 
 
 def parse_schedule(text: str, name: str = "file") -> Schedule:
-    """Reads the text form: one line per device, `0: F0 F1 ...` (the number is optional), `#` starts a comment.
+    """Read the text form: one line per device, `0: F0 F1 ...` (the number is optional).
 
-    The header line is optional: micro-batches and chunks are then counted, the placement is "loop". Micro-batches may
-    count from 0 or from 1. In a table without any W, B stands for the whole backward and is read as BW.
-    Raises ScheduleError with the line number for text that is no schedule; whether the schedule can run is
-    for `validate` to say.
+    `#` starts a comment. The header line is optional: without it micro-batches and chunks are
+    counted, and the placement is "loop". Micro-batches may count from 0 or from 1. In a table
+    without any W, B means the whole backward and is read as BW.
+
+    Raises ScheduleError with the line number for text that is no schedule. Whether the schedule can
+    run is for `validate` to say.
     """
     options: dict[str, str] = {}
     rows: list[list[Action]] = []
@@ -150,6 +167,7 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
         content = line.split("#", 1)[0].strip()
         if not content:
             continue
+        # A device number must be the line's own: rows in another order would be another schedule.
         label, colon, actions = content.partition(":")
         if colon and label.strip() != str(len(rows)):
             raise ScheduleError(f"line {number}: device {label.strip()!r}; expected {len(rows)}, in order")
@@ -161,7 +179,11 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
 
 
 def build_schedule(rows: list[list[Action]], name: str, options: dict[str, str] | None = None) -> Schedule:
-    """A schedule from parsed rows; counts what `options` (micro_batches, chunks, placement) does not say."""
+    """Make a schedule from parsed rows.
+
+    Whatever `options` (micro_batches, chunks, placement) leaves out is counted. Raises
+    ScheduleError.
+    """
     options = options or {}
     actions = [action for row in rows for action in row]
     if not actions:
@@ -175,7 +197,9 @@ def build_schedule(rows: list[list[Action]], name: str, options: dict[str, str] 
     if placement not in ("loop", "vee"):
         raise ScheduleError(f"header: placement={placement}; expected loop or vee")
     first, last = min(a.micro_batch for a in actions), max(a.micro_batch for a in actions)
+    # Counted from 1 only if no micro-batch 0 occurs and the header's number, if any, agrees.
     base = 1 if first == 1 and (stated is None or last == stated) else 0
+    # Without any W, B is what papers before Zero Bubble call the backward: the whole of it.
     merged = not any(action.op is Op.W for action in actions)
     devices = tuple(
         tuple(Action(Op.BW if merged and a.op is Op.B else a.op, a.micro_batch - base, a.chunk) for a in row)

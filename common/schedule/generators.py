@@ -1,8 +1,11 @@
 """Every named schedule, generated for p devices and m micro-batches.
 
-Drawings are those of `triptych draw`: time to the right, with F = B = W = 1 and BW = 2; `·` is idle.
-The order within every operation and chunk is that of the micro-batches, so that weight gradients add up in one order
-whatever the schedule.
+Drawings are those of `triptych draw`: time to the right, with F = B = W = 1 and BW = 2; `·` is
+idle. Every schedule keeps the order of the micro-batches within an operation and chunk, so that
+weight gradients add up in the same order, and to the same bits, whatever the schedule.
+
+A new schedule is a function here (or beside it, as in `zero_bubble`) and an entry in `GENERATORS`;
+what must hold for it is checked by `common.schedule.validate`, not here.
 """
 
 from __future__ import annotations
@@ -30,14 +33,17 @@ def naive(p: int, m: int) -> Schedule:
         device 0 F0 ·  ·  ·  BW0── F1 ·  ·  ·  BW1──
         device 1 ·  F0 BW0── ·  ·  ·  F1 BW1──
     """
+    # F0 BW0 F1 BW1 ... on every device: nothing overlaps, because F1 waits for BW0 in every list.
     row = tuple(action for pair in zip(_actions(Op.F, m), _actions(Op.BW, m), strict=True) for action in pair)
     return Schedule("naive", (row,) * p, m)
 
 
 def gpipe(p: int, m: int) -> Schedule:
-    """All forwards, then all backwards (Huang et al. 2019). Bubble fraction (p-1)/(m+p-1); m activations in flight.
+    """All forwards, then all backwards (Huang et al. 2019). Bubble fraction (p-1)/(m+p-1); m
+    activations in flight.
 
-    The drain runs in the order of the fill, so that weight gradients add up as in every other schedule.
+    The drain runs in the order of the fill, so that weight gradients add up as in every other
+    schedule.
 
         device 0 F0 F1 F2 F3 ·  ·  ·  BW0── BW1── BW2── BW3──
         device 1 ·  F0 F1 F2 F3 BW0── BW1── BW2── BW3──
@@ -46,7 +52,8 @@ def gpipe(p: int, m: int) -> Schedule:
 
 
 def one_f_one_b(p: int, m: int) -> Schedule:
-    """Warm-up forwards, then one forward and one backward in turn (Narayanan et al. 2019, PipeDream-Flush).
+    """Warm-up forwards, then one forward and one backward in turn (Narayanan et al. 2019,
+    PipeDream-Flush).
 
     GPipe's bubble, but only min(p - i, m) activations in flight on device i.
 
@@ -54,24 +61,31 @@ def one_f_one_b(p: int, m: int) -> Schedule:
         device 1 ·  F0 BW0── F1 BW1── F2 BW2── F3 BW3──
     """
     forwards, backwards = _actions(Op.F, m), _actions(Op.BW, m)
+    # Warm-up: a forward for each of the p - 1 - d devices below, all of which F0 passes before BW0
+    # comes back.
     return Schedule("1f1b", tuple(_one_forward_one_backward(forwards, backwards, p - 1 - d) for d in range(p)), m)
 
 
 def interleaved(p: int, m: int, v: int) -> Schedule:
-    """1F1B with v chunks per device (Narayanan et al. 2021, section 2.2): the bubble time of 1F1B divided by v.
+    """1F1B with v chunks per device (Narayanan et al. 2021, section 2.2): the bubble time of 1F1B
+    divided by v.
 
-    The micro-batches go through the chunks in groups: one group through chunk 0, the same through chunk 1, and so on.
-    Megatron-LM's groups have p micro-batches, so that its m is a multiple of p. Here m is cut into m // p groups that
-    differ by one at most, which is Megatron's schedule where it exists, and keeps the bubble of (p-1)(F+B+W)/v for every m
-    from p upwards; for m < p there is one group. Warm-up on device i: 2(p-i-1) + (v-1)(largest group) chunks, so
-    2(p-i-1) + (v-1)p + 1 chunks in flight where p divides m.
+    The micro-batches go through the chunks in groups: one group through chunk 0, the same through
+    chunk 1, and so on. Megatron-LM's groups have p micro-batches, so that its m is a multiple of p.
+    Here m is cut into m // p groups that differ by one at most, which is Megatron's schedule where
+    it exists, and keeps the bubble of (p-1)(F+B+W)/v for every m from p upwards; for m < p there is
+    one group. Warm-up on device i: 2(p-i-1) + (v-1)(largest group) chunks, so 2(p-i-1) + (v-1)p + 1
+    chunks in flight where p divides m.
 
         device 0 F0── F1── F0.1 F1.1 F2── ·    BW0.1──── F3── BW1.1──── F2.1 BW0────── F3.1 BW1────── · ...
         device 1 ·    F0── F1── F0.1 BW0.1──── F1.1 BW1.1──── F2── BW0────── F3── BW1────── F2.1 BW2.1──── F3.1 ...
     """
     groups = _groups(m, max(1, m // p))
+    # Forwards: each group through chunk 0, then 1, ...; backwards: from the last chunk to chunk 0.
     forwards = [Action(Op.F, i, c) for group in groups for c in range(v) for i in group]
     backwards = [Action(Op.BW, i, c) for group in groups for c in reversed(range(v)) for i in group]
+    # Warm-up: a whole group through all chunks but the last; and 2 for each device below, which the
+    # first micro-batch of the last chunk passes on its way down and again on its way back.
     first_chunks = (v - 1) * max(len(group) for group in groups)
     rows = (_one_forward_one_backward(forwards, backwards, 2 * (p - 1 - d) + first_chunks) for d in range(p))
     return Schedule("interleaved", tuple(rows), m, v)
@@ -82,21 +96,23 @@ def _actions(op: Op, m: int) -> list[Action]:
 
 
 def _one_forward_one_backward(forwards: list[Action], backwards: list[Action], warmup: int) -> tuple[Action, ...]:
-    """`warmup` forwards, then one of each in turn, then the backwards that are left."""
+    """Return `warmup` forwards, then one of each in turn, then the backwards that are left."""
     warmup = min(warmup, len(forwards))
+    # zip stops with the forwards; the slice after it takes exactly the backwards that are left.
     steady = (action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair)
     return (*forwards[:warmup], *steady, *backwards[len(forwards) - warmup :])
 
 
 def _groups(m: int, count: int) -> list[range]:
-    """0 to m - 1 in `count` runs, the longer ones first."""
+    """Cut 0 to m - 1 into `count` runs, the longer ones first."""
     size, longer = divmod(m, count)
     starts = [g * size + min(g, longer) for g in range(count + 1)]
     return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
 def _searched(p: int, m: int) -> Schedule:
-    """The search's schedule for F = B = W and twice 1F1B's memory; for other costs `triptych simulate` writes a file."""
+    """The search's schedule for F = B = W and twice 1F1B's memory; for other costs `triptych
+    simulate` writes a file."""
     return search(p, m, Costs.uniform(p), limits(p, m, [2.0]))
 
 
@@ -105,7 +121,8 @@ SEARCH = "search"
 
 @dataclass(frozen=True)
 class Generator:
-    """How to make a named schedule, and how many chunks per device it has (None: as many as one likes)."""
+    """How to make a named schedule, and how many chunks per device it has (None: as many as one
+    likes)."""
 
     make: Callable[[int, int, int], Schedule]
     """(p, m, v) -> schedule"""
@@ -125,7 +142,7 @@ GENERATORS: dict[str, Generator] = {
 
 
 def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
-    """The named schedule, or the one in `file:PATH`. Raises ScheduleError."""
+    """Return the named schedule, or the one in `file:PATH`. Raises ScheduleError."""
     if min(p, m, chunks) < 1:
         raise ScheduleError(f"{p} stages, {m} micro-batches, {chunks} chunks; expected at least 1 of each")
     if p * m * chunks > MAX_PLACES:
@@ -147,7 +164,8 @@ def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
 
 
 def default_chunks(name: str) -> int:
-    """The chunks per device of a named schedule, or of that in `file:PATH`, where nobody says how many."""
+    """Return the chunks per device of a schedule (by name or `file:PATH`) if the user gives
+    none."""
     if name.startswith("file:"):
         with contextlib.suppress(ScheduleError):  # `make_schedule` will say what is wrong with the file
             return _read(Path(name.removeprefix("file:"))).num_chunks

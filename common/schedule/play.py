@@ -1,7 +1,16 @@
-"""Plays a schedule through: every device takes its actions in order, and each waits for the message it needs.
+"""Play a schedule through: every device takes its actions in order, each waits for its message.
 
-Both the simulator (which wants the times) and the validator (which wants to know whether everybody arrives) use this
-one loop. A device that waits is woken by the action it waits for, so every action is looked at once: linear cost.
+The simulator (which wants the times) and the validator (which wants to know whether all devices
+reach the end) use this one loop:
+
+    [1] take a device that can go on, and follow its list
+    [2] an action whose sender has not run yet: leave the device waiting for that sender
+    [3] otherwise run it: start = max(end of the previous action, end of the sender + delay)
+    [4] wake the devices that waited for this action
+
+A waiting device is looked at again only when its sender has run, so every action is run once and
+waited for at most once: linear cost. When [1] finds no device, all are done, or those that are not
+wait for one another: a deadlock. The order in which [1] takes devices does not change any time.
 """
 
 from __future__ import annotations
@@ -14,7 +23,10 @@ from common.schedule.table import IntArray, Table
 
 @dataclass(frozen=True)
 class Played:
-    """Start and end of every row (-1 where it never came to it), and the row that each device stands at."""
+    """Start and end of every row (-1 if it never ran), and the row that each device stands at.
+
+    A device that is done stands at its `bounds[d + 1]`.
+    """
 
     start: list[float]  # (n,)
     end: list[float]  # (n,)
@@ -22,33 +34,33 @@ class Played:
 
 
 def play(table: Table, durations: Sequence[float], delays: Sequence[float], source: IntArray | None = None) -> Played:
-    """Runs the table. `durations` (n,) per row; `delays` (n,) is what the message that a row waits for takes on its way.
+    """Run the table.
 
-    start = max(end of the device's previous action, end of the sender + delay); sending takes the sender no time.
-    `source` (n,) replaces the rows that are waited for.
+    `durations` (n,) are of the rows, `delays` (n,) of the messages that rows wait for; both in one
+    unit. Sending takes the sender no time. `source` (n,) replaces `Table.source`.
     """
     sources = (table.source if source is None else source).tolist()
     bounds = table.bounds.tolist()
     start, end = [-1.0] * table.num_rows, [-1.0] * table.num_rows
     reached = bounds[:-1]
     clock = [0.0] * len(reached)
-    waiting: dict[int, list[int]] = {}
+    waiting: dict[int, list[int]] = {}  # sender's row: devices
     runnable = list(range(len(reached)))
     while runnable:
-        device = runnable.pop()
+        device = runnable.pop()  # [1]
         row, now, stop = reached[device], clock[device], bounds[device + 1]
         while row < stop:
             sender = sources[row]
             if sender >= 0:
                 sent = end[sender]
-                if sent < 0:
+                if sent < 0:  # [2]
                     waiting.setdefault(sender, []).append(device)
                     break
                 now = max(now, sent + delays[row])
-            start[row] = now
+            start[row] = now  # [3]
             now += durations[row]
             end[row] = now
-            if row in waiting:
+            if row in waiting:  # [4]
                 runnable += waiting.pop(row)
             row += 1
         reached[device], clock[device] = row, now

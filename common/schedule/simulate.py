@@ -1,8 +1,20 @@
-"""Times a schedule without running it: costs in, start times, bubbles and memory out.
+"""Time a schedule without running it: costs in; start times, bubbles and memory out.
 
-The model (that of the Zero Bubble paper's tables): the order on every device is fixed; an action starts when the previous
-one has ended and its message has arrived, `communication` after the sender's action ended; sending costs no time.
-Costs are for a device's whole share of the model; with v chunks each takes 1/v of them, but every hop its full time.
+    [1] `Costs` says how long F, B and W take on every stage, and a message on its way
+    [2] `simulate` gives every row of the schedule's table its cost and its message's delay
+    [3] `common.schedule.play` turns them into start and end times
+    [4] `Simulation` reads makespan, bubbles and memory off these
+
+The model is that of the Zero Bubble paper's tables: the order on every device is fixed; an action
+starts when the previous one has ended and its message has arrived, `communication` after the
+sender's action ended; sending costs the sender nothing. Costs are for a device's whole share of the
+model: with v chunks each chunk takes 1/v of them, but every message its full time.
+
+Example: 1F1B, 2 stages, 2 micro-batches, F = B = W = 1, so BW = 2:
+
+    time      0   1   2   3   4   5   6   7   8   9
+    device 0  F0  F1  ·   ·   BW0───  ·   BW1───         makespan 9, each device busy for 6:
+    device 1  ·   F0  BW0───  F1  BW1───  ·   ·          bubble fraction 1 - 6/9 = 1/3
 """
 
 from __future__ import annotations
@@ -24,32 +36,37 @@ from common.schedule.validate import require_valid
 FloatArray = NDArray[np.float64]
 
 WrapAround = Literal["every", "first"]
-"""With chunks in a loop: which messages between the last device and the first are waited for. "every": all of them, as a
-run does. "first": only that of a group's first micro-batch, as the program behind the Zero Bubble paper's tables does; its
-interleaved figures come out of this rule only, and are lower than a run's by up to one trip around, p x communication."""
+"""With chunks in a loop: which messages between the last device and the first are waited for.
+
+"every": all, as a run does. "first": only that of a group's first micro-batch, as the program
+behind the Zero Bubble paper's tables does. Its interleaved figures come out of this rule only; they
+are below a run's by up to one trip around, p x communication."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a stage takes for one micro-batch, one entry per stage, all times in one unit of your choice."""
+    """What one micro-batch costs, one entry per stage. All times are in one unit, of your choice.
+    [1]"""
 
     forward: tuple[float, ...]
     backward_input: tuple[float, ...]
     backward_weight: tuple[float, ...]
     communication: tuple[float, ...]
-    """Of a message that leaves this stage, to whichever other device."""
+    """Of a message that leaves this stage, whatever device it goes to."""
     activation_bytes: tuple[int, ...] | None = None
     """Of one micro-batch on the whole stage."""
     kept_by_backward_input: float = 0.5
-    """The share of an activation that B leaves held for W: 0 if W needs nothing, 1 if B frees nothing.
+    """The share of an activation that B leaves held for W: 0 if W needs nothing, 1 if B frees
+    nothing.
 
     Qi et al. 2024 count, per token of a Transformer layer, 34h + 5as bytes until B and of them 32h until W: 0.37 for their
     1.5B and 0.43 for their 6.2B model. Without stored attention scores it is nearly 1.
     """
     recompute: str = "none"
-    """What B computes again (`common.schedule.recompute`); it takes F's time on top of its own then."""
+    """What B computes again (`common.schedule.recompute`). Such a B takes F's time too."""
     kept_by_forward: float = 0.0
-    """The share of an activation that F leaves held where B computes it again: the chunk's input, or every piece's."""
+    """With recomputation: the share of an activation that F leaves held, the input of the chunk (or
+    of every piece)."""
 
     @classmethod
     def uniform(
@@ -89,7 +106,7 @@ class Costs:
         return len(self.forward)
 
     def of(self, op: Op) -> tuple[float, ...]:
-        """The time of `op` on every stage."""
+        """Return the time of `op` on every stage."""
         match op:
             case Op.F:
                 return self.forward
@@ -108,7 +125,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Simulation:
-    """A schedule with a start and an end for every action, row by row as in its `table`."""
+    """A schedule with a start and an end for every action, row by row as in its `table`. [4]"""
 
     table: Table
     costs: Costs
@@ -127,11 +144,15 @@ class Simulation:
     def busy(self) -> FloatArray:
         """(p,): the time that each stage works."""
         spent = self.end - self.start
+        # Rows are sorted by device, so each device is one run of rows: sum every run.
         return np.add.reduceat(spent, self.table.bounds[:-1], dtype=np.float64)
 
     @property
     def bubble_fraction(self) -> float:
-        """The idle share of all devices: 1 - busy time / (stages x makespan), (makespan - m T) / makespan if equal."""
+        """The idle share of all devices: 1 - busy time of all / (p x makespan).
+
+        With equal stages of F + B + W = T this is the paper's (makespan - m T) / makespan.
+        """
         return _idle_share(self.busy.mean(), self.makespan)
 
     @property
@@ -140,10 +161,11 @@ class Simulation:
 
     @cached_property
     def warm_makespan(self) -> float:
-        """The largest over stages of (end - start of the first forward): each stage's clock starts with its own work.
+        """The largest over stages of (end - start of its first forward).
 
-        That is what a step costs where the next step's forwards may begin before the last backwards have ended (Qi et
-        al. 2024, section 4: an optimizer without a barrier); their ZB-H2 and ZB-2p figures are counted in this way.
+        That is what a step costs if a stage may begin the next step while the others still finish
+        this one (Qi et al. 2024, section 4: an optimizer without a barrier). Their ZB-H2 and ZB-2p
+        figures are counted in this way.
         """
         first = self.start[self.table.bounds[:-1]]
         last = np.maximum.reduceat(self.end, self.table.bounds[:-1])
@@ -155,7 +177,7 @@ class Simulation:
 
     @cached_property
     def peak_chunks_in_flight_per_stage(self) -> list[int]:
-        """How many forwards wait for their B (or BW) at most. Depends on the order alone."""
+        """The most forwards that wait for their B (or BW). Depends on the order alone."""
         return [round(peak) for peak in self._peak(1.0, 1.0, 0.0)]
 
     @property
@@ -165,11 +187,11 @@ class Simulation:
 
     @property
     def peak_memory_per_stage(self) -> list[float]:
-        """What is held at most, in activations of one micro-batch on the whole stage.
+        """The most that is held, in activations of one micro-batch on the whole stage.
 
-        F adds one, or where B computes it again `Costs.kept_by_forward`; B frees all but the share that W still needs
-        (`Costs.kept_by_backward_input`); W or BW frees the rest. What B has computed again lives within B alone and is not
-        counted, as in a run (`common.runtime.held`).
+        F adds 1, with recomputation `Costs.kept_by_forward`. B frees all but what W still needs
+        (`Costs.kept_by_backward_input`), W or BW frees the rest. What B computes again lives within
+        B alone and is not counted, as in a run (`common.runtime.held`).
         """
         peaks = self._peak(1.0, self.costs.kept_by_forward, self.costs.kept_by_backward_input)
         return [peak / self.schedule.num_chunks for peak in peaks]
@@ -183,7 +205,7 @@ class Simulation:
         return [round(peak * size) for peak, size in sizes]
 
     def _peak(self, forward: float, recomputed: float, waiting: float) -> list[float]:
-        """Per device: the most that is held, with these sizes for every chunk."""
+        """Return the most that each device holds, with these sizes for every chunk."""
         sizes = [
             np.full((self.schedule.num_devices, self.schedule.num_chunks), x) for x in (forward, recomputed, waiting)
         ]
@@ -193,9 +215,10 @@ class Simulation:
 def simulate(
     schedule: Schedule, costs: Costs | None = None, check: bool = True, wrap_around: WrapAround = "every"
 ) -> Simulation:
-    """Plays the schedule with these costs (by default F = B = W = 1 and no communication).
+    """Play the schedule with these costs (by default F = B = W = 1 and no communication).
 
-    `check=False` trusts that it is valid. Raises ScheduleError for a schedule that cannot run or costs that do not fit.
+    `check=False` trusts that the schedule is valid. Raises ScheduleError for one that cannot run,
+    and for costs of another number of stages.
     """
     costs = costs or Costs.uniform(schedule.num_devices)
     if costs.num_stages != schedule.num_devices:
@@ -203,11 +226,14 @@ def simulate(
     if check:
         require_valid(schedule)
     table = tabulate(schedule)
-    cost = np.array([costs.of(op) for op in OPS])[table.op, table.device]
+    # [2] A (4, p) matrix of costs, looked up for every row; a B that recomputes takes F's time too.
+    cost = np.array([costs.of(op) for op in OPS])[table.op, table.device]  # (n,)
     again = _recomputed(table, costs.recompute) & np.isin(table.op, (OP_CODE[Op.B], OP_CODE[Op.BW]))
     cost = (cost + np.where(again, np.array(costs.forward)[table.device], 0.0)) / schedule.num_chunks
     source = np.where(table.trusted_wrap_arounds, -1, table.source) if wrap_around == "first" else table.source
+    # The sender's stage decides. Where source is -1 this looks up the last row, which play ignores.
     delay = np.array(costs.communication, np.float64)[table.device[source]]
+    # [3]
     played = play(table, cost.tolist(), delay.tolist(), source)
     return Simulation(table, costs, np.array(played.start), np.array(played.end))
 
@@ -219,17 +245,18 @@ def peak_held_bytes(
     waiting_bytes: Sequence[Sequence[int]],
     recompute: str = "none",
 ) -> list[int]:
-    """Per device: the most bytes held after any action, from what one micro-batch of `[device][chunk]` holds.
+    """Return, per device, the most bytes held after any action.
 
-    `forward_bytes` between F and B, `recomputed_bytes` the same where B computes it again, `waiting_bytes` between B and W.
-    With the sizes that a run has measured it must give the run's own peak (`Engine.held_bytes_peak`).
+    Sizes are what one micro-batch of `[device][chunk]` holds: `forward_bytes` between F and B,
+    `recomputed_bytes` the same if B computes it again, `waiting_bytes` between B and W. With the
+    sizes that a run has measured this must give the run's own peak (`Engine.held_bytes_peak`).
     """
     sizes = [np.array(each, np.float64) for each in (forward_bytes, recomputed_bytes, waiting_bytes)]
     return [round(float(peak)) for peak in _peak_held(tabulate(schedule), recompute, *sizes)]
 
 
 def _recomputed(table: Table, recompute: str) -> NDArray[np.bool_]:
-    """(n,): whether the row is of a micro-batch whose B computes its forward again."""
+    """Return (n,): whether the row is of a micro-batch whose B computes its forward again."""
     m = table.schedule.num_micro_batches
     return np.array([recomputes(recompute, i, m) for i in range(m)])[table.micro_batch]
 
@@ -237,15 +264,16 @@ def _recomputed(table: Table, recompute: str) -> NDArray[np.bool_]:
 def _peak_held(
     table: Table, recompute: str, forward: FloatArray, recomputed: FloatArray, waiting: FloatArray
 ) -> FloatArray:
-    """(p,): the most held per device; sizes (p, v)."""
+    """Return (p,): the most held per device; sizes are (p, v)."""
     place = table.device, table.chunk
     until_backward = np.where(_recomputed(table, recompute), recomputed[place], forward[place])  # (n,)
-    change = {
+    change = {  # (n,) each: what an action of this kind adds
         Op.F: until_backward,
         Op.B: waiting[place] - until_backward,
         Op.W: -waiting[place],
         Op.BW: -until_backward,
     }
+    # One running sum over all rows; what the devices before have left (0 if valid) is taken off.
     held = np.cumsum(np.choose(table.op, [change[op] for op in OPS]))
     first = table.bounds[:-1]
     before = np.where(first > 0, held[first - 1], 0.0)
@@ -253,9 +281,10 @@ def _peak_held(
 
 
 def replay_makespan(schedule: Schedule, durations: Sequence[Sequence[float]]) -> float:
-    """The makespan if every action took its own duration, `durations[device][position]`, and messages took no time.
+    """Return the makespan if every action took `durations[device][position]` and messages no time.
 
-    With durations from a run it says what the schedule alone makes of them: what the run took longer is overhead.
+    With durations from a run it is what the schedule alone makes of them; the rest of the run's
+    time is overhead. Raises ScheduleError for durations of another schedule.
     """
     table = tabulate(schedule)
     flat = [duration for row in durations for duration in row]
@@ -265,7 +294,8 @@ def replay_makespan(schedule: Schedule, durations: Sequence[Sequence[float]]) ->
 
 
 def per_stage(values: Sequence[float], stages: int, what: str) -> tuple[float, ...]:
-    """One number for all stages, or one for each. Raises ScheduleError."""
+    """Return one number per stage from one for all or one for each. Raises ScheduleError
+    otherwise."""
     if len(values) == 1:
         return (values[0],) * stages
     if len(values) != stages:

@@ -1,7 +1,27 @@
-"""A schedule as flat arrays, for the paths that must take a million actions in seconds.
+"""A schedule as flat arrays, for the code that must take a million actions in seconds.
 
-Rows are the actions of device 0, then those of device 1, and so on. A slot is the place of one result:
-(operation F, B or W; micro-batch; virtual stage), numbered so that slots fit one array.
+[1] Rows are the actions of device 0, then those of device 1, and so on. For 2 devices and 2
+    micro-batches of 1F1B:
+
+        row          0    1    2    3   │  4    5    6    7       bounds = [0, 4, 8]
+        action       F0   F1   BW0  BW1 │  F0   BW0  F1   BW1
+        device       0    0    0    0   │  1    1    1    1
+
+[2] A slot is the place of one result: (F, B or W; micro-batch i; virtual stage k), for m
+    micro-batches and K virtual stages. Slots are numbered as in a C array of shape (3, m, K), so that
+    one flat array has them all:
+
+        slot = (code x m + i) x K + k             code: F 0, B 1, W 2
+        e.g. B of micro-batch 1 on virtual stage 0: (1 x 2 + 1) x 2 + 0 = 6
+
+[3] `producer[slot]` is the row that fills a slot, -1 if none does. Row 3 (BW1 on device 0) is both
+    B and W, so it fills slots 6 and (2 x 2 + 1) x 2 + 0 = 10.
+
+[4] `needs` looks the other way: the slots that every row needs, by `common.schedule.dependencies`.
+    Row 3 needs F1 here (slot 2, which row 1 fills) and B1 of the next stage (slot 7, row 7).
+
+[5] `source[row]` is the one row on another device that a row waits for: source[3] = 7. The
+    simulator and the validator need no more than this to play a schedule.
 """
 
 from __future__ import annotations
@@ -20,12 +40,16 @@ IntArray = NDArray[np.int64]
 
 OPS = tuple(Op)
 OP_CODE = {op: code for code, op in enumerate(OPS)}
-_RESULT_CODE = {Op.F: 0, Op.B: 1, Op.W: 2}
+_RESULT_CODE = {Op.F: 0, Op.B: 1, Op.W: 2}  # BW is no result of its own: it fills B and W
 
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a schedule's actions. `n` is their number; only actions within range get a slot."""
+    """The columns of a schedule's n actions [1], and what follows from them.
+
+    A schedule may be invalid, since the validator works on tables too: only actions within range
+    get a slot, and a slot may have no producer, or several rows that would fill it.
+    """
 
     schedule: Schedule
     bounds: IntArray
@@ -55,14 +79,17 @@ class Table:
         return np.where(known, of[self.device, np.where(known, self.chunk, 0)], -1)
 
     def slots(self, result: Op, rows: IntArray, offset: int = 0) -> IntArray:
-        """The slot of `result` for each row's micro-batch, `offset` virtual stages on; -1 beyond the model's ends."""
+        """Return the slot of `result` for each row's micro-batch, `offset` virtual stages on. [2]
+
+        -1 where that lies beyond the model's ends.
+        """
         stages = self.schedule.num_virtual_stages
         k = self.virtual_stage[rows] + offset
         slot = (_RESULT_CODE[result] * self.schedule.num_micro_batches + self.micro_batch[rows]) * stages + k
         return np.where((k >= 0) & (k < stages), slot, -1)
 
     def describe_slot(self, slot: int) -> tuple[Op, int, int]:
-        """(operation, micro-batch, virtual stage) of a slot."""
+        """Return (operation, micro-batch, virtual stage) of a slot: `slots` inverted."""
         rest, k = divmod(slot, self.schedule.num_virtual_stages)
         code, micro_batch = divmod(rest, self.schedule.num_micro_batches)
         return next(op for op, c in _RESULT_CODE.items() if c == code), micro_batch, k
@@ -76,34 +103,39 @@ class Table:
 
     @cached_property
     def results(self) -> tuple[IntArray, IntArray]:
-        """(slots, rows): which row fills which slot, one entry per result."""
+        """(slots, rows): which row fills which slot, one entry per result; BW has two."""
         pairs = [(self.slots(result, self.rows_of(op)), self.rows_of(op)) for op in Op for result in GIVES[op]]
         return np.concatenate([s for s, _ in pairs]), np.concatenate([r for _, r in pairs])
 
     @cached_property
     def producer(self) -> IntArray:
-        """(num_slots,): the first row that fills each slot, -1 where none does."""
+        """(num_slots,): the first row that fills each slot, -1 where none does. [3]"""
         slots, rows = self.results
         producer = np.full(self.num_slots, self.num_rows, np.int64)
-        np.minimum.at(producer, slots, rows)
+        np.minimum.at(producer, slots, rows)  # the first, if a schedule repeats an action
         return np.where(producer < self.num_rows, producer, -1)
 
     @cached_property
     def needs(self) -> tuple[tuple[Op, Op, int, IntArray, IntArray], ...]:
-        """Every dependency: (operation, needed operation, offset, rows, slots that these rows need)."""
+        """Every dependency, by kind. [4]
+
+        (operation, needed operation, offset, its rows, the slots that these rows need).
+        """
         found = []
         for op, needed in NEEDS.items():
             for result, offset in needed:
                 rows = self.rows_of(op)
                 slots = self.slots(result, rows, offset)
+                # At the model's ends there is no slot, and so no dependency.
                 found.append((op, result, offset, rows[slots >= 0], slots[slots >= 0]))
         return tuple(found)
 
     @cached_property
     def source(self) -> IntArray:
-        """(n,): the row on another device whose message each row waits for, -1 for none.
+        """(n,): the row on another device whose message each row waits for, -1 for none. [5]
 
-        One is enough: no operation has two neighbours in `NEEDS`, and what lies on the same device is in list order.
+        One is enough: in `NEEDS` no operation has two neighbours, and what it needs from its own
+        device comes earlier in the list.
         """
         source = np.full(self.num_rows, -1, np.int64)
         for _, _, _, rows, slots in self.needs:
@@ -114,20 +146,25 @@ class Table:
 
     @cached_property
     def trusted_wrap_arounds(self) -> NDArray[np.bool_]:
-        """(n,): rows that receive from the other end of the devices and are not the first of their group.
+        """(n,): rows that receive from the other end of the devices and are not the first of their
+        group.
 
-        A group is a run of micro-batches that pass through one chunk after the other: on one device, the rows of one
-        operation with the same chunk as the row of that operation before. Only a loop of chunks has any.
+        A group is a run of micro-batches that pass through one chunk one after the other. Only a
+        loop of chunks has such rows; `common.schedule.simulate.WrapAround` says what they are for.
         """
+        # A row follows in its group if the row of the same operation before it, on its device, has
+        # the same chunk.
         follows = np.zeros(self.num_rows, np.bool_)
         for op in (Op.F, Op.B, Op.BW):
             rows = self.rows_of(op)
             same = (self.device[rows][1:] == self.device[rows][:-1]) & (self.chunk[rows][1:] == self.chunk[rows][:-1])
             follows[rows[1:]] = same
+        # From device p - 1 to device 0, or back. Next to each other (distance 1) is no way around.
         distance = np.abs(self.device[self.source] - self.device)
         wraps = (self.source >= 0) & (distance == self.schedule.num_devices - 1) & (distance > 1)
         if self.schedule.num_devices == 2 and self.schedule.placement == "loop":
-            # The way around is as short as the way on; only the direction tells them apart.
+            # With 2 devices the way around is as short as the way on; only the direction tells them
+            # apart: an F that device 0 receives has gone around, and so has a B on device 1.
             forward = self.op == OP_CODE[Op.F]
             wraps = (self.source >= 0) & (self.device[self.source] == np.where(forward, 1, 0))
         return np.array(follows & wraps, np.bool_)
@@ -136,15 +173,21 @@ class Table:
         return Action(OPS[self.op[row]], int(self.micro_batch[row]), int(self.chunk[row]))
 
     def position(self, row: int) -> int:
-        """The row's place in its device's list, from 0."""
+        """Return the row's place in its device's list, from 0."""
         return int(row - self.bounds[self.device[row]])
 
 
 def tabulate(schedule: Schedule) -> Table:
-    """The arrays of a schedule. Actions that are shared between lists (generators share them) are looked at once."""
+    """Return the arrays of a schedule.
+
+    Generators put one Action object into many lists. Reading attributes is the slow part, so each
+    object is read once and its values are copied to all its rows.
+    """
     lengths = np.array([len(row) for row in schedule.devices], np.int64)
     total = int(lengths.sum())
     identities = np.fromiter(map(id, chain.from_iterable(schedule.devices)), np.int64, total)
+    # inverse[row] is the number of the row's distinct object, first[number] the first row that has
+    # it.
     _, first, inverse = np.unique(identities, return_index=True, return_inverse=True)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     device_of_first = np.searchsorted(bounds, first, side="right") - 1

@@ -1,4 +1,11 @@
-"""Says everything that is wrong with a schedule, each violation by the name of its rule and its place.
+"""Say everything that is wrong with a schedule: each violation by its rule's name and its place.
+
+    [1] check_actions   every action exactly once, and none that the schedule does not have
+    [2] check_order     what an action needs is there, and earlier if on the same device
+    [3] check_deadlock  no devices wait for one another in a circle (the schedule is played)
+    [4] check_times     only for timetables: nothing too early, one thing at a time
+
+[1] to [3] together are enough: what passes runs to its end, in any framework.
 
 >>> from common.schedule.action import parse_schedule
 >>> for violation in validate(parse_schedule("F0 BW0\\nBW0 F0")):
@@ -20,7 +27,7 @@ from common.schedule.timetable import Timetable
 
 
 class Rule(enum.StrEnum):
-    """The rules that a schedule must keep."""
+    """The rules that a schedule must keep. The names are stable: messages and tests use them."""
 
     UNKNOWN_ACTION = "unknown-action"
     """A micro-batch or chunk that the schedule does not have."""
@@ -39,16 +46,17 @@ class Rule(enum.StrEnum):
     WEIGHT_BEFORE_BACKWARD = "weight-before-backward"
     """W comes after its own B."""
     RECEIVE_WITHOUT_SEND = "receive-without-send"
-    """An action that waits for a message that no device ever sends."""
+    """No action waits for a message that no device ever sends."""
     DEADLOCK = "deadlock"
-    """Devices that wait for one another in a circle."""
+    """No devices wait for one another in a circle."""
     OVERLAP = "overlap"
     """Only with times: a device does one thing at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One broken rule. `position` is the action's place in the device's list, from 0; None where there is none."""
+    """One broken rule. `position` is the action's place in the device's list, from 0; None where
+    there is none."""
 
     rule: Rule
     device: int
@@ -63,6 +71,7 @@ class Violation:
         return f"[{self.rule}] {place}: {self.message}"
 
 
+# By (needed operation, offset) as in `NEEDS`: each need has a rule, and so a name, of its own.
 _RULE_OF_NEED = {
     (Op.F, -1): Rule.FORWARD_BEFORE_INPUT,
     (Op.F, 0): Rule.BACKWARD_BEFORE_FORWARD,
@@ -70,12 +79,13 @@ _RULE_OF_NEED = {
     (Op.B, 0): Rule.WEIGHT_BEFORE_BACKWARD,
 }
 MAX_MISSING_LISTED = 1000
-"""Of missing actions, each has a violation of its own up to that many; one more counts the rest."""
+"""So many missing actions get a violation each; one more counts the rest."""
+# A result, and the two operations that count as it.
 _PART_OF = {Op.F: (Op.F, Op.BW), Op.B: (Op.B, Op.BW), Op.W: (Op.W, Op.BW)}
 
 
 def validate(schedule: Schedule) -> list[Violation]:
-    """All violations, by device and position; an empty list means that the schedule runs to its end."""
+    """Return all violations, by device and position; without any, the schedule runs to its end."""
     report = _Report(tabulate(schedule))
     report.check_actions()
     report.check_order()
@@ -84,7 +94,10 @@ def validate(schedule: Schedule) -> list[Violation]:
 
 
 def validate_timetable(timetable: Timetable) -> list[Violation]:
-    """All violations of a schedule with times: what is done, and that nothing starts before what it needs has ended."""
+    """Return all violations of a schedule with times: [1] and [4].
+
+    With times that pass, the order needs no check: nothing starts before what it needs has ended.
+    """
     report = _Report(tabulate(timetable.schedule))
     report.check_actions()
     report.check_times(timetable)
@@ -92,7 +105,7 @@ def validate_timetable(timetable: Timetable) -> list[Violation]:
 
 
 def require_valid(schedule: Schedule) -> None:
-    """Raises ScheduleError with all violations, if there are any."""
+    """Raise ScheduleError with all violations (50 at most in its text), if there are any."""
     violations = validate(schedule)
     if violations:
         lines = "\n".join(f"  {violation}" for violation in violations[:50])
@@ -101,7 +114,11 @@ def require_valid(schedule: Schedule) -> None:
 
 
 class _Report:
-    """Collects violations. Arrays find the few rows that break a rule; only those are looked at one by one."""
+    """Collects violations.
+
+    Arrays find the few rows that break a rule; only those are looked at one by one. A valid
+    schedule of a million actions takes seconds that way.
+    """
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -113,11 +130,12 @@ class _Report:
         return sorted(self.violations, key=lambda v: (v.device, -1 if v.position is None else v.position))
 
     def check_actions(self) -> None:
-        """Every action exactly once, none unknown."""
+        """Check that every action is there exactly once, and none is unknown. [1]"""
         table, schedule = self.table, self.schedule
         for row in np.flatnonzero(~table.in_range).tolist():
             right = f"micro-batches {self.label(0)} to {self.label(schedule.num_micro_batches - 1)}"
             self.add(Rule.UNKNOWN_ACTION, row, f"the schedule has {right} and chunks 0 to {schedule.num_chunks - 1}")
+        # Two rows that fill one slot repeat an action; a slot that no row fills misses one.
         slots, rows = table.results
         for slot, row in sorted(zip(*_repeats(slots, rows), strict=True), key=lambda pair: pair[1]):
             op, _, _ = table.describe_slot(slot)
@@ -132,6 +150,7 @@ class _Report:
         self.check_counts()
 
     def check_counts(self) -> None:
+        """Check every device's totals: F, B (with BW) and W (with BW) each m x v times."""
         table, right = self.table, self.schedule.num_micro_batches * self.schedule.num_chunks
         count = np.zeros((self.schedule.num_devices, len(OP_CODE)), np.int64)
         np.add.at(count, (table.device, table.op), 1)
@@ -143,17 +162,19 @@ class _Report:
                 self.violations.append(Violation(Rule.ACTION_COUNT, device, None, "", message))
 
     def check_order(self) -> None:
-        """Everything needed is there, and what is needed from the same device comes earlier in its list."""
+        """Check that what is needed is there, and earlier in the list if on the same device. [2]"""
         table = self.table
         for _, result, offset, rows, slots in table.needs:
             self.check_present(result, offset, rows, slots)
             producer = table.producer[slots]
+            # Rows are in list order, so a larger row on the same device comes later in its list.
             late = (producer > rows) & (table.device[producer] == table.device[rows])
             for row, needed in zip(rows[late].tolist(), producer[late].tolist(), strict=True):
                 comes = f"which comes later, at action {table.position(needed)}"
                 self.add(_RULE_OF_NEED[result, offset], row, f"needs {self.name(needed)} of the same device, {comes}")
 
     def check_present(self, result: Op, offset: int, rows: IntArray, slots: IntArray) -> None:
+        """Check that some row fills each needed slot: else nobody sends, or nothing is held."""
         table = self.table
         absent = table.producer[slots] < 0
         for row, slot in zip(rows[absent].tolist(), slots[absent].tolist(), strict=True):
@@ -167,12 +188,15 @@ class _Report:
                 self.add(Rule.RECEIVE_WITHOUT_SEND, row, message)
 
     def check_deadlock(self) -> None:
-        """Plays the schedule; devices that stand still wait in a circle, and each circle is shown once."""
+        """Play the schedule; a device that does not reach its end is stuck. Show each circle once.
+        [3]"""
         table = self.table
         zeros = [0.0] * table.num_rows
         reached = play(table, zeros, zeros).reached
         stuck = {d: row for d, row in enumerate(reached) if row < table.bounds[d + 1]}
         waits_for = {d: int(table.device[table.source[row]]) for d, row in stuck.items()}
+        # Every stuck device waits for one other that is stuck too, so following the arrows ends in
+        # a circle; devices on the way into it are stuck because of it, and are not shown.
         seen: set[int] = set()
         for device in stuck:
             path: list[int] = []
@@ -184,7 +208,8 @@ class _Report:
                 self.add_cycle([stuck[d] for d in path[path.index(device) :]])
 
     def check_times(self, timetable: Timetable) -> None:
-        """Nothing starts before what it needs has ended, and a device does one thing at a time."""
+        """Check that needs have ended before a start, and that no device does two things at once.
+        [4]"""
         table, (start, end) = self.table, timetable.times()
         for _, result, offset, rows, slots in table.needs:
             self.check_present(result, offset, rows, slots)
@@ -198,6 +223,8 @@ class _Report:
             rows = np.arange(table.bounds[device], table.bounds[device + 1])
             if not len(rows):
                 continue
+            # Against the latest end so far, not the previous one's: a long action may cover
+            # several.
             latest = np.maximum.accumulate(end[rows])
             for at in (1 + np.flatnonzero(latest[:-1] > start[rows][1:] + timetable.tolerance)).tolist():
                 row, other = rows[at], rows[int(np.argmax(end[rows[:at]]))]
@@ -208,7 +235,7 @@ class _Report:
         return micro_batch + self.schedule.first_micro_batch
 
     def name_of(self, action: Action) -> str:
-        """The action as the schedule's own text writes it."""
+        """Return the action as the schedule's own text writes it."""
         return str(Action(action.op, self.label(action.micro_batch), action.chunk))
 
     def name(self, row: int) -> str:
@@ -236,7 +263,7 @@ class _Report:
 
 
 def _repeats(slots: IntArray, rows: IntArray) -> tuple[list[int], list[int]]:
-    """The (slots, rows) that fill a slot which an earlier row has filled."""
+    """Return the (slots, rows) that fill a slot which an earlier row has filled."""
     order = np.lexsort((rows, slots))
     slots, rows = slots[order], rows[order]
     again = np.flatnonzero(slots[1:] == slots[:-1]) + 1

@@ -1,4 +1,9 @@
-"""The zero-bubble schedules (Qi et al. 2024): the backward is split, and W, which nobody waits for, fills the bubbles."""
+"""The zero-bubble schedules (Qi et al. 2024): W, which nobody waits for, fills the bubbles.
+
+A backward is split into B (the input gradient, which the stage above waits for) and W (the weight
+gradients, which only the optimizer needs). A device with nothing else to do runs a W that it has
+put off. What that costs is memory: an activation is held, in part, until its W.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,12 @@ from common.schedule.action import Action, Op, Schedule
 
 
 def zb_h1(p: int, m: int) -> Schedule:
-    """1F1B's order and memory, with W put off to the end (Qi et al. 2024, section 2.1 and figure 2).
+    """1F1B's order and memory, with W put off to the end (Qi et al. 2024, section 2.1 and figure
+    2).
 
-    Device d begins W only after d further backwards. In flight is what 1F1B has, min(p - d, m), and with what up to d
-    delayed Ws hold no device has more than p activations, 1F1B's peak.
-    Bubble time (p-1)(F+B-W), a third of 1F1B's when F = B = W.
+    Device d begins W only after d further backwards. In flight is what 1F1B has, min(p - d, m), and
+    with what up to d delayed Ws hold no device has more than p activations, 1F1B's peak. Bubble
+    time (p-1)(F+B-W), a third of 1F1B's when F = B = W.
 
         device 0 F0 F1 F2 ·  ·  B0 W0 F3 B1 W1 B2 W2 B3 W3
         device 1 ·  F0 F1 ·  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3
@@ -25,9 +31,10 @@ def zb_h1(p: int, m: int) -> Schedule:
 def zb_h2(p: int, m: int) -> Schedule:
     """Fills the warm-up with twice as many forwards (Qi et al. 2024, section 2.2 and figure 3).
 
-    In flight on device d are up to 2(p - d) - 1, so 2p - 1 on the first; the delayed Ws fill the others up to the same.
-    Counted from each device's own first forward the bubble time is (p-1)(F+B-2W), none when F = B = W: the devices
-    then start and end one after the other, and the next step may follow without a gap.
+    In flight on device d are up to 2(p - d) - 1, so 2p - 1 on the first; the delayed Ws fill the
+    others up to the same. Counted from each device's own first forward the bubble time is
+    (p-1)(F+B-2W), none when F = B = W: the devices then start and end one after the other, and the
+    next step may follow without a gap.
 
         device 0 F0 F1 F2 F3 F4 B0 W0 F5 B1 W1 B2 W2 B3 W3 B4 W4 B5 W5
         device 1 ·  F0 F1 F2 B0 F3 B1 F4 B2 W0 F5 B3 W1 B4 W2 B5 W3 W4 W5
@@ -37,41 +44,56 @@ def zb_h2(p: int, m: int) -> Schedule:
 
 
 def _handcrafted(p: int, m: int, forwards_per_device: int) -> tuple[tuple[Action, ...], ...]:
-    """Warm-up of `forwards_per_device` for every device behind; then F B in turn, with W following that much later."""
+    """Return the rows of ZB-H1 (1 forward per device) and ZB-H2 (2).
+
+    Device d, with f = `forwards_per_device`:
+
+        [1] warm-up   f forwards for each of the p - 1 - d devices below
+        [2] steady    F B W in turn, W being that of f d micro-batches before; without F or W where
+                      there is none (any more, or yet)
+        [3] the end   the f d Ws that are left
+    """
     forwards, inputs, weights = ([Action(op, i) for i in range(m)] for op in (Op.F, Op.B, Op.W))
     rows = []
     for device in range(p):
         warmup = forwards_per_device * (p - 1 - device)
         delay = forwards_per_device * device
+        # Slices, not indices: beyond either end they are empty.
         steps = (
             (*forwards[warmup + i : warmup + i + 1], inputs[i], *weights[max(i - delay, 0) : max(i - delay + 1, 0)])
             for i in range(m)
         )
+        # [1], [2], [3]
         rows.append((*forwards[:warmup], *chain.from_iterable(steps), *weights[max(m - delay, 0) :]))
     return tuple(rows)
 
 
 def zb_v(p: int, m: int) -> Schedule:
-    """Two chunks per device, in a V: down the devices with the first, up with the second (Qi et al. 2024, section 6).
+    """Two chunks per device, in a V: down the devices with the first, up with the second (Qi et al.
+    2024, section 6).
 
-    Device 0 holds the first and the last part of the model, so that the first backward comes back to it early.
-    When F = B = W and no hop costs anything, the bubble counted from each device's own first forward is 0 (for m >= 2p),
-    and every device holds 2p chunks at most, which is p whole stages: 1F1B's peak.
+    Device 0 holds the first and the last part of the model, so that the first backward comes back
+    to it early. When F = B = W and no hop costs anything, the bubble counted from each device's own
+    first forward is 0 (for m >= 2p), and every device holds 2p chunks at most, which is p whole
+    stages: 1F1B's peak.
 
         device 0 F0── F1── F2── F0.1 B0.1 W0.1 F1.1 B1.1 W1.1 F3── B0── W0── F2.1 B2.1 W2.1 B1── W1── F3.1 B3.1 ...
         device 1 ·    F0── F0.1 F1── F1.1 B0.1 W0.1 F2── B0── W0── F2.1 B1.1 W1.1 F3── B1── W1── F3.1 B2.1 W2.1 ...
     """
-    # The pattern needs 2p - 1 micro-batches; for fewer, the others are left out of it, which breaks no dependency.
+    # The pattern needs 2p - 1 micro-batches; for fewer, the others are left out of it, which breaks
+    # no dependency.
     full = max(m, 2 * p - 1)
     rows = (_zb_v_row(p, full, device) for device in range(p))
     return Schedule("zb-v", tuple(tuple(a for a in row if a.micro_batch < m) for row in rows), m, 2, "vee")
 
 
 def _zb_v_row(p: int, m: int, device: int) -> list[Action]:
+    """Return one device's row for m >= 2p - 1 micro-batches."""
     done: Counter[tuple[Op, int]] = Counter()
     row: list[Action] = []
 
     def add(*actions: tuple[Op, int]) -> None:
+        """Append each (operation, chunk) for its next micro-batch, unless all m have had it."""
         for op, chunk in actions:
             if done[op, chunk] < m:
                 row.append(Action(op, done[op, chunk], chunk))
