@@ -41,8 +41,8 @@ POLL_SECONDS = 0.02
 class CheckpointWriter:
     """Writes checkpoints into `directory` and keeps the last `keep`.
 
-    Where stages are processes, each of them has a writer with the same `token`, which tells this run's temporary folders
-    from what an earlier run may have left.
+    Where stages are processes, each has a writer with the same `token`, which distinguishes this
+    run's temporary folders from those that an earlier run may have left.
     """
 
     directory: Path
@@ -60,9 +60,11 @@ class CheckpointWriter:
         written_by: Mapping[str, Any],
         tokenizer: bytes | None = None,
     ) -> Path | None:
-        """Saves what `devices` hold. The process of device 0 waits for all others and finishes: it returns the folder.
+        """Save what `devices` hold; return the folder in the process of device 0, None in the
+        others.
 
-        It waits as long as they take: whoever has started them knows when one has ended, or hangs, and ends all.
+        That process waits for the others, as long as they take: whoever started them notices when
+        one ends or hangs, and then ends all.
 
         A tied head's copy of the token embedding is left to the process that has the embedding. `tokenizer` is the
         tokenizer.json; None for bytes. Raises CheckpointError.
@@ -74,11 +76,11 @@ class CheckpointWriter:
             temporary = self.directory / f".{folder_name(steps_done)}.{self.token}.partial"
             temporary.mkdir(parents=True, exist_ok=True)
             try:
-                _write_shard(temporary, devices, tensors)
+                _write_shard(temporary, devices, tensors)  # [1]
                 if 0 not in devices:
                     return None
-                shards = _wait_for_shards(temporary, config.stages)
-                folder = _finish(
+                shards = _wait_for_shards(temporary, config.stages)  # [2]
+                folder = _finish(  # [3], [4]
                     temporary,
                     self.directory / folder_name(steps_done),
                     shards,
@@ -90,9 +92,10 @@ class CheckpointWriter:
                     optimizer_state=moments_of(config.train),
                     written_by={key: v for key, v in written_by.items() if isinstance(v, str | int | float | None)},
                 )
-            except BaseException:
+            except BaseException:  # a stop by signal too leaves nothing half-written
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
+            # [5] Only now: an old checkpoint goes when the new one is there.
             prune(self.directory, self.keep)
             return folder
 
@@ -118,7 +121,8 @@ def write_weights(
 ) -> Path:
     """A checkpoint of weights alone, at step 0, without optimizer state. Raises CheckpointError.
 
-    `tokenizer` is their tokenizer.json, empty for bytes, None where nobody knows.
+    `tokenizer` is the content of their tokenizer.json, empty for bytes, None if unknown. Raises
+    SnapshotError, also if `folder` exists.
     """
     with as_checkpoint_error(f"cannot write {folder}"):
         if folder.exists():
@@ -138,7 +142,7 @@ def write_weights(
 
 
 def _write_tokenizer(temporary: Path, content: bytes | None) -> Literal["bytes"] | FileEntry | None:
-    """What the manifest says of it."""
+    """Write tokenizer.json, if any, and return its entry in the manifest."""
     if not content:
         return None if content is None else "bytes"
     path = temporary / TOKENIZER
@@ -148,7 +152,7 @@ def _write_tokenizer(temporary: Path, content: bytes | None) -> Literal["bytes"]
 
 
 class _Shard(Entry):
-    """What one process says about the file it has written."""
+    """What one process reports about the file it has written."""
 
     devices: tuple[int, ...]
     file: str
@@ -157,7 +161,7 @@ class _Shard(Entry):
 
 
 def _write_shard(temporary: Path, devices: Sequence[int], tensors: Mapping[str, NDArray[Any]]) -> None:
-    """The tensors, and last the note that they are there."""
+    """Write the tensors, then a note that they are complete. [1]"""
     name = f"shard-{devices[0]:05}.safetensors"
     path = temporary / name
     save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, path)
@@ -174,13 +178,15 @@ def _write_shard(temporary: Path, devices: Sequence[int], tensors: Mapping[str, 
         entry=FileEntry(bytes=path.stat().st_size, sha256=digest),
         tensors=entries,
     )
+    # Renamed when whole: the process that waits must not read half a note.
     note = temporary / f".{name}.writing"
     write_file(note, shard.model_dump_json())
     note.rename(temporary / f"{name}.note")
 
 
 def _wait_for_shards(temporary: Path, stages: int) -> list[_Shard]:
-    """The notes of all processes, which together hold every device; takes the notes away."""
+    """Wait for the notes of all processes, which together cover every device; remove the notes.
+    [2]"""
     while True:
         notes = sorted(temporary.glob("*.note"))
         shards = [_Shard.model_validate_json(note.read_text(encoding="utf-8")) for note in notes]
@@ -207,14 +213,14 @@ def _finish(temporary: Path, folder: Path, shards: Sequence[_Shard], **fields: A
     path = temporary / MANIFEST
     write_file(path, manifest.model_dump_json(indent=1) + "\n")
     _flush(path)
-    _flush(temporary)
-    temporary.rename(folder)
-    _flush(folder.parent)
+    _flush(temporary)  # the names of the files, before the folder gets its own
+    temporary.rename(folder)  # [4]
+    _flush(folder.parent)  # the new name itself
     return folder
 
 
 def _flush(path: Path) -> None:
-    """Until the disk has it (fsync)."""
+    """Wait until the disk has the file or folder (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

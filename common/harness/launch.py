@@ -1,7 +1,16 @@
 """The parent side of a run: starts a worker process, watches it, ends it, and says what came of every job.
 
-A child leads its own session, and with it a process group that holds all it starts (Paddle's ranks, for one), so that a
-timeout or an interruption ends all of them. A child that dies, in whatever way, is an `Outcome` that says so.
+    [1] write jobs.json; make each job's folder and the board that its devices are watched by
+    [2] start `python -m <implementation> jobs.json`, in a session of its own
+    [3] until it ends: has the user stopped it? is the time over? is there progress? new losses?
+    [4] end every process of its group, whatever happened
+    [5] read what it left, and make one `Outcome` per job
+
+A child leads a session, and with it a process group, that holds all it starts (Paddle's ranks, for
+one), so [4] reaches all of them. The child has no channel back to the parent but files: whatever
+kills it, what it has written stays, and a missing file is the finding. A child that dies, in
+whatever way, is an `Outcome` that says so; only the user's own stop is an exception
+(`Interrupted`).
 """
 
 from __future__ import annotations
@@ -40,17 +49,17 @@ ROUNDED_ORACLE_MODULE = "common.runtime.rounded_oracle"
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 ENDED_BY = "was ended by"
-"""How `common.runtime.ranks` says that a stage's process got a signal."""
+"""The words in which `common.runtime.ranks` reports a stage's process that got a signal."""
 
 POLL_SECONDS = 0.1
 HANG_SECONDS = 600.0
-"""A child that has computed nothing for so long hangs."""
+"""A child that has computed nothing for this long hangs."""
 START_SECONDS = 120.0
-"""What a child gets at least to import its framework and to build the model, before it can be said to hang."""
+"""The least that a child gets to import its framework and build the model before it can hang."""
 TERMINATE_SECONDS = 3.0
-"""What a child gets to end by itself after SIGTERM; then SIGKILL."""
+"""How long a child may take to end after SIGTERM, before SIGKILL."""
 KILL_SECONDS = 60.0
-"""How long to wait for processes that have got SIGKILL, which are gone as soon as the system comes to it."""
+"""How long to wait for processes after SIGKILL; the system may be slow to remove them."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +69,10 @@ class Implementation:
     module: str
     """Started as `python -m module JOBS.json`."""
     package: str
-    """What the module imports; looked for, never imported here."""
+    """What the module imports. It is looked up here, never imported."""
     install: str
     process_executors: tuple[str, ...] = ()
-    """Those (`RunConfig.executor`) whose stages are processes, which talk over the loopback interface."""
+    """Executors (`RunConfig.executor`) whose stages are processes and talk over loopback."""
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
@@ -88,9 +97,10 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Turns SIGINT, SIGTERM and SIGHUP into a flag, so that nothing is cut off half-way; yields the flag's reader.
+    """Turn SIGINT, SIGTERM and SIGHUP into a flag, and yield a function that reads it.
 
-    One that is ignored (nohup, `trap '' INT`) stays so.
+    So nothing is cut off half-way: the loops that run ask it between two steps. A signal that is
+    ignored (nohup, `trap '' INT`) stays ignored.
     """
     stop = threading.Event()
 
@@ -108,7 +118,8 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 
 
 def why_missing(implementation: Implementation, executor: str = "") -> str | None:
-    """Why this implementation cannot start, with what to do about it; None if it can. Imports nothing."""
+    """Return why this implementation cannot start, and what to do; None if it can. Import
+    nothing."""
     if importlib.util.find_spec(implementation.package) is None:
         return f"{implementation.package} is not installed; {implementation.install}"
     return why_no_loopback() if executor in implementation.process_executors else None
@@ -124,15 +135,19 @@ def run_jobs_in_worker(
     log: Path | None = None,
     hang_seconds: float | None = None,
 ) -> list[Outcome]:
-    """Runs `python -m module` over all jobs and returns one outcome per job.
+    """Run `python -m module` over all jobs and return one outcome per job.
 
-    Makes the jobs' folders; writes `jobs.json` and, unless `log` is another place, `child.log` into `folder`.
-    `timeout_seconds` is for the whole child, however busy the machine. A child hangs when no device goes on and nothing is
-    computed for `hang_seconds` (at least START_SECONDS before a device has begun), or when one thread computes for so
-    long, and START_SECONDS at least, and still no device goes on. Without `hang_seconds` only a child that computes
-    nothing hangs, after HANG_SECONDS.
-    `on_step(job, step, loss)` is called as steps end. Raises Interrupted, with the child ended, once `stopped()`, and
-    CorpusError and TokenizerError for jobs that come without their text.
+    Makes the jobs' folders; writes `jobs.json` and, unless `log` is another place, `child.log` into
+    `folder`. `on_step(job, step, loss)` is called as steps end.
+
+    `timeout_seconds` is for the whole child, however busy the machine. A hang is something else: no
+    device makes progress, and either nothing is computed for `hang_seconds` (a deadlock), or one
+    thread computes that long, and START_SECONDS at least (an endless loop). Before a device has
+    begun, START_SECONDS is the least. Without `hang_seconds` only a child that computes nothing
+    hangs, after HANG_SECONDS.
+
+    Raises Interrupted, with the child ended, once `stopped()` is true; CorpusError and
+    TokenizerError for jobs whose text cannot be read.
     """
     with with_texts(jobs, folder) as ready:
         return _run(module, ready, folder, timeout_seconds, on_step, stopped, log, hang_seconds)
@@ -148,6 +163,7 @@ def _run(
     log: Path | None,
     hang_seconds: float | None,
 ) -> list[Outcome]:
+    # [1]
     folder.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         Path(job.out).mkdir(parents=True, exist_ok=True)
@@ -160,6 +176,7 @@ def _run(
     busy_seconds = float("inf") if hang_seconds is None else max(hang_seconds, START_SECONDS)
     ended_because = None
     with log.open("wb") as output:
+        # [2] No stdin: a framework that asks something would wait for ever.
         child = subprocess.Popen(
             worker_command(module, str(job_file)),
             stdin=subprocess.DEVNULL,
@@ -170,7 +187,7 @@ def _run(
         )
         patience = Patience(child.pid, max(idle_seconds, START_SECONDS), busy_seconds)
         try:
-            while child.poll() is None:
+            while child.poll() is None:  # [3]
                 if stopped():
                     raise Interrupted
                 if time.monotonic() - began > timeout_seconds:
@@ -189,20 +206,21 @@ def _run(
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(POLL_SECONDS)
         finally:
-            # Also after a good end: nothing that the child started may outlive it.
+            # [4] After a good end too: nothing that the child started may outlive it.
             end_group(child)
             for board in boards:
                 board.remove()
-    for number, file in enumerate(progress):
+    for number, file in enumerate(progress):  # steps that ended since the last look
         for step, loss in file.new_steps():
             on_step(number, step, loss)
+    # [5] A child runs its jobs one after another and is timed as a whole; each gets an equal share.
     seconds = time.monotonic() - began
     why = ended_because or _why_it_ended(child.returncode, log)
     return [_outcome(job, log, why, seconds / len(jobs)) for job in jobs]
 
 
 def _where(jobs: Sequence[Job], boards: Sequence[Board]) -> str:
-    """What the devices of the first job that has not ended are doing."""
+    """Return what the devices of the first unfinished job are doing."""
     for job, board in zip(jobs, boards, strict=True):
         if not any(Path(job.out).glob("part-*.json")) and not any(Path(job.out).glob("failed-*.txt")):
             return board.explain()
@@ -210,7 +228,7 @@ def _where(jobs: Sequence[Job], boards: Sequence[Board]) -> str:
 
 
 def end_group(child: subprocess.Popen[bytes]) -> None:
-    """Ends every process of the child's group: SIGTERM, a moment, SIGKILL."""
+    """End every process of the child's group: SIGTERM, a moment, SIGKILL. [4]"""
     for signal_number, seconds in ((signal.SIGTERM, TERMINATE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         if not _members(child):
             break
@@ -223,7 +241,7 @@ def end_group(child: subprocess.Popen[bytes]) -> None:
 
 
 def _members(child: subprocess.Popen[bytes]) -> list[int]:
-    """The living processes of the child's group. Zombies are dead, whoever has yet to collect them."""
+    """Return the living processes of the child's group. A zombie is dead, if not yet collected."""
     child.poll()
     living = []
     for process in psutil.process_iter():
@@ -241,13 +259,14 @@ def worker_command(module: str, *arguments: str) -> list[str]:
 def worker_environment(module: str) -> dict[str, str]:
     """The parent's environment but for what changes numbers (`inherited`), with this project importable from anywhere.
 
-    Where it is installed it is found without a path: what else lies beside it must not come before Python's own modules.
+    PYTHONPATH makes this project importable from anywhere. If it is installed, it is found without:
+    its folder then has other packages too, which must not come before Python's own modules.
     """
     is_installed = str(PROJECT_ROOT) in (sysconfig.get_path("purelib"), site.getusersitepackages())
     paths = [] if is_installed else [str(PROJECT_ROOT)]
     paths += os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    # OpenBLAS' threads wait busily: on a machine with other work, two are five times slower than one. A variable that
-    # the user has set stays. Frameworks set their own threads.
+    # OpenBLAS' threads wait busily: on a machine with other work, two are five times slower than
+    # one. A variable that the user has set stays. Frameworks set their own threads.
     one_thread = {"OPENBLAS_NUM_THREADS": "1"} if module in (ORACLE_MODULE, ROUNDED_ORACLE_MODULE) else {}
     return {
         **one_thread,
@@ -261,7 +280,7 @@ def worker_environment(module: str) -> dict[str, str]:
 
 
 class _Progress:
-    """Reads what was added to a progress.jsonl since the last time."""
+    """Reads what was added to a progress.jsonl since the last look. [3]"""
 
     def __init__(self, path: Path) -> None:
         self.path, self.position = path, 0
@@ -273,6 +292,7 @@ class _Progress:
                 whole_lines, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
             return []
+        # What follows the last newline is still being written: it is read again next time.
         self.position += len(whole_lines) + len(newline)
         steps = []
         for line in whole_lines.splitlines():
@@ -282,7 +302,7 @@ class _Progress:
         return steps
 
 
-# ------------------------------------------------------------------------------------------------- what came of it
+# ---------------------------------------------------------------------------------- the outcome [5]
 
 
 def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outcome:
@@ -291,7 +311,8 @@ def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outco
     failures = sorted(out.glob("failed-*.txt"), key=lambda path: path.stat().st_mtime_ns)
     parts: list[Part] = []
     if failures:
-        # The first to fail is the cause. Where a process was ended from outside, another had to say so, after its own end.
+        # The first to fail is the cause. But a process that was killed writes nothing: another one
+        # reports it, later, and by then its neighbours may have failed over the lost connection.
         reasons = [last_error(path.read_text(encoding="utf-8", errors="replace")) for path in failures]
         reason = next((line for line in reasons if ENDED_BY in line), reasons[0])
     else:
@@ -300,6 +321,7 @@ def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outco
         except ValidationError as error:
             reason = f"a part of the result cannot be read: {error}".splitlines()[0]
         parts.sort(key=lambda part: part.devices)
+        # Every device must be in some part: a rank that is gone without a word leaves a gap.
         lacking = set(range(job.config.stages)) - {device for part in parts for device in part.devices}
         if lacking and not reason:
             reason = why_child_ended
@@ -325,7 +347,10 @@ _ERROR_LINE = re.compile(r"(?:[\w.]*(?:Error|Exception|Failure|Interrupt|Exit)\b
 
 
 def last_error(text: str) -> str:
-    """The line of a log or traceback that names the error: the last `SomeError: ...`, else the last line."""
+    """Return the line of a log or traceback that names the error: the last `SomeError: ...`.
+
+    If there is none, the last line.
+    """
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if _ERROR_LINE.match(line)]
     return (named or lines or [""])[-1].strip()

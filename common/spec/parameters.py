@@ -1,7 +1,11 @@
-"""Canonical parameter names, shapes and initial values.
+"""Canonical parameter names, shapes and initial values: the one vocabulary of all tensors.
 
-Linear weights are (in, out): `y = x @ weight + bias`. Every implementation maps these names to its own parameters one by
-one; none of them guesses a transpose from a shape.
+Weights, gradients, moments, checkpoints and dumps all use these names. Linear weights are (in,
+out): `y = x @ weight + bias`. Every implementation maps the names to its own parameters one by one;
+none of them guesses a transpose from a shape.
+
+Letters in shapes: D width of the model, F of the feed-forward layer, V vocabulary, S context
+length.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ Check = Literal["activation", "loss", "gradient", "optimizer_step", "trained_par
 
 
 class TensorKey(NamedTuple):
-    """Where in a run a tensor lives. Micro-batch -1: the whole mini-batch."""
+    """Where in a run a tensor belongs. Micro-batch -1 is the whole mini-batch."""
 
     step: int
     phase: str
@@ -38,7 +42,7 @@ class TensorKey(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> TensorKey:
-        """Reads the text form. Raises ValueError."""
+        """Read the text form, `step=0/phase=forward/...`. Raises ValueError."""
         try:
             fields = dict(part.split("=", 1) for part in text.split("/"))
             micro_batch = -1 if fields["micro_batch"] == "all" else int(fields["micro_batch"])
@@ -58,22 +62,23 @@ TOKEN_EMBEDDING = "embedding.token.weight"
 
 
 def unit_names(model: TransformerSpec) -> list[str]:
-    """The units in the order of the forward pass: embedding, block.0 .. block.(n-1), head."""
+    """Return the units in the order of the forward pass: embedding, block.0 .. block.(n-1),
+    head."""
     return ["embedding", *(f"block.{i}" for i in range(model.num_layers)), "head"]
 
 
 def unit_of(name: str) -> str:
-    """The unit that the parameter `name` belongs to; a tied head's weight belongs to the embedding."""
+    """Return the unit that parameter `name` belongs to; a tied head's weight is the embedding's."""
     parts = name.split(".")
     return ".".join(parts[:2]) if parts[0] == "block" else parts[0]
 
 
 def parameter_shapes(model: TransformerSpec) -> dict[str, tuple[int, ...]]:
-    """Canonical name to shape, in the order of the forward pass."""
-    d, f = model.d_model, model.d_ff
+    """Return canonical names and shapes, in the order of the forward pass."""
+    d, f = model.d_model, model.d_ff  # D, F
     shapes: dict[str, tuple[int, ...]] = {
-        TOKEN_EMBEDDING: (model.vocab_size, d),
-        "embedding.position.weight": (model.context_length, d),
+        TOKEN_EMBEDDING: (model.vocab_size, d),  # (V, D)
+        "embedding.position.weight": (model.context_length, d),  # (S, D)
     }
     for i in range(model.num_layers):
         block = {
@@ -81,30 +86,31 @@ def parameter_shapes(model: TransformerSpec) -> dict[str, tuple[int, ...]]:
             "norm_1.bias": (d,),
             "attention.query.weight": (d, d),
             "attention.query.bias": (d,),
-            "attention.key.weight": (d, d),
+            "attention.key.weight": (d, d),  # no bias: softmax cancels it (`TransformerSpec`)
             "attention.value.weight": (d, d),
             "attention.value.bias": (d,),
             "attention.output.weight": (d, d),
             "attention.output.bias": (d,),
             "norm_2.weight": (d,),
             "norm_2.bias": (d,),
-            "feed_forward.up.weight": (d, f),
+            "feed_forward.up.weight": (d, f),  # (D, F)
             "feed_forward.up.bias": (f,),
-            "feed_forward.down.weight": (f, d),
+            "feed_forward.down.weight": (f, d),  # (F, D)
             "feed_forward.down.bias": (d,),
         }
         shapes |= {f"block.{i}.{name}": shape for name, shape in block.items()}
+    # With post-norm the last block ends in a norm of its own, and the head needs none.
     if model.norm == "pre":
         shapes |= {"head.norm.weight": (d,), "head.norm.bias": (d,)}
     if not model.tied_head:
-        shapes["head.output.weight"] = (d, model.vocab_size)
+        shapes["head.output.weight"] = (d, model.vocab_size)  # (D, V)
     return shapes
 
 
 def parameter_names(model: TransformerSpec, units: Sequence[str]) -> list[str]:
-    """The canonical names of the parameters that `units` use, in canonical order.
+    """Return the canonical names of the parameters that `units` use, in canonical order.
 
-    A tied head uses the token embedding, so a part with the head alone lists it too.
+    A tied head uses the token embedding, so a part with the head alone lists it too, last.
     """
     names = [name for name in parameter_shapes(model) if unit_of(name) in units]
     if model.tied_head and "head" in units and TOKEN_EMBEDDING not in names:
@@ -113,24 +119,31 @@ def parameter_names(model: TransformerSpec, units: Sequence[str]) -> list[str]:
 
 
 def _normal(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float64]:
-    """Standard normal values that depend on `name`, `shape` and `seed` only."""
+    """Return standard normal values that depend on `name`, `shape` and `seed` only.
+
+    Each name has a random stream of its own, so a stage can make its weights without the others'.
+    """
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape)
 
 
 def initial_weights(model: TransformerSpec, seed: int, dtype: str) -> dict[str, NDArray[Any]]:
-    """Initial values by canonical name, whatever the partition and the framework.
+    """Return initial values by canonical name, the same for every partition and framework.
 
-    As GPT-2: normal with standard deviation 0.02, the two projections into the residual stream divided by
-    sqrt(2 x num_layers); norms 1, biases 0. Values are exact in float32, so float64 runs start from the same model.
+    As in GPT-2 (Radford et al. 2019): normal with standard deviation 0.02, the two projections into
+    the residual stream divided by sqrt(2 x num_layers); norms 1, biases 0. Values are exact in
+    float32, so that float64 runs start from the same model.
     """
     weights = {}
     for name, shape in parameter_shapes(model).items():
+        # "bias" first: a norm's bias is 0, too.
         if name.endswith("bias"):
             value = np.zeros(shape)
         elif "norm" in name:
             value = np.ones(shape)
         else:
+            # 2 x num_layers of these outputs are summed; scaled so, their sum does not grow with
+            # depth.
             residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
             value = _normal(name, shape, seed) * (0.02 / math.sqrt(2 * model.num_layers) if residual else 0.02)
         weights[name] = value.astype(np.float32).astype(dtype)
@@ -138,7 +151,7 @@ def initial_weights(model: TransformerSpec, seed: int, dtype: str) -> dict[str, 
 
 
 def random_arrays(model: TransformerSpec, seed: int, dtype: str, scale: float) -> dict[str, NDArray[Any]]:
-    """One random array per parameter: noise to add to weights, or gradients to test an optimizer with."""
+    """Return a random array per parameter: noise for weights, or gradients to test an optimizer."""
     return {
         name: (scale * _normal(f"random/{name}", shape, seed)).astype(np.float32).astype(dtype)
         for name, shape in parameter_shapes(model).items()

@@ -1,7 +1,16 @@
-"""Which units of the model lie on which stage.
+"""Decide which units of the model are on which stage.
 
-A unit is what a partition may not cut: the embedding, one block, the head. A plan cuts the row of units into consecutive
-parts, one for every virtual stage, none of them empty.
+A unit is what a partition may not cut: the embedding, one block, the head. A plan cuts the row of
+units into consecutive parts, one for every virtual stage, none of them empty:
+
+    unit        embedding   block.0   block.1 │ block.2   block.3   head
+    index           0          1         2    │    3         4       5
+    part        0 ─────────────────────────── │ 1 ──────────────────────      boundaries (0, 3, 6)
+
+    [1] `unit_costs`             counts what every unit costs
+    [2] `even_boundaries`        the same number of blocks everywhere, as nearly as possible
+    [3] `balanced_boundaries`    the smallest largest part, one part per device
+    [4] `balanced_over_devices`  the smallest largest device, several parts per device
 """
 
 from __future__ import annotations
@@ -26,7 +35,7 @@ class UnitCost:
     parameters: int
     forward_flops: int
     activation_bytes: int
-    """Size of the unit's output, which is what a cut after it has to send."""
+    """Size of the unit's output, which a cut after it has to send."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class PartitionPlan:
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """The first unit of every part, and the number of units: (0, ..., n)."""
+        """The index of every part's first unit, and the number of units: (0, ..., n)."""
         return tuple(itertools.accumulate((len(part) for part in self.parts), initial=0))
 
     def part_of(self, unit: str) -> int:
@@ -45,21 +54,22 @@ class PartitionPlan:
 
 
 def unit_costs(model: TransformerSpec, train: TrainSpec) -> list[UnitCost]:
-    """Parameters, forward FLOPs and output bytes of every unit, for the first micro-batch: none is larger.
+    """Count parameters, forward FLOPs and output bytes of every unit. [1]
 
-    A multiply-add counts as 2 FLOPs, only matrix products count (Narayanan et al. 2021, appendix): per token
-    2 x weights of the linear layers, and 4 x S x D for the two products of attention (not halved for the causal
-    mask, since none of the implementations skips masked scores).
+    They are for the first micro-batch, which is never smaller than the others. A multiply-add
+    counts as 2 FLOPs, only matrix products count (Narayanan et al. 2021, appendix): per token 2 x
+    weights of the linear layers, and 4 x S x D for the two products of attention (not halved for
+    the causal mask, since none of the implementations skips masked scores).
     """
     size = dict.fromkeys(unit_names(model), 0)
     products = dict.fromkeys(unit_names(model), 0)
     for name, shape in parameter_shapes(model).items():
         count = shape[0] * (shape[1] if len(shape) == 2 else 1)
         size[unit_of(name)] += count
-        if len(shape) == 2 and not name.startswith("embedding."):
+        if len(shape) == 2 and not name.startswith("embedding."):  # a lookup is no product
             products[unit_of(name)] += count
     if model.tied_head:
-        products["head"] = model.d_model * model.vocab_size
+        products["head"] = model.d_model * model.vocab_size  # its weight counts as the embedding's
     tokens = train.micro_batch_size * model.context_length
     element_bytes = {"bfloat16": 2, "float32": 4, "float64": 8}[train.dtype]
     costs = []
@@ -67,15 +77,17 @@ def unit_costs(model: TransformerSpec, train: TrainSpec) -> list[UnitCost]:
         flops = 2 * products[unit] * tokens
         if unit.startswith("block."):
             flops += 4 * model.context_length * model.d_model * tokens
+        # The head's output never leaves its stage as logits: what leaves is the loss, one number.
         output_bytes = element_bytes if unit == "head" else element_bytes * tokens * model.d_model
         costs.append(UnitCost(unit, size[unit], flops, output_bytes))
     return costs
 
 
 def plan_partition(config: RunConfig) -> PartitionPlan:
-    """The plan that `config.partition` asks for, over `stages * chunks` virtual stages.
+    """Return the plan that `config.partition` asks for, over `stages * chunks` virtual stages.
 
-    A balanced plan of several chunks depends on where the schedule puts them. Raises ScheduleError if there is none.
+    A balanced plan of several chunks depends on the devices that the schedule gives them. Raises
+    ScheduleError if there is no such schedule.
     """
     units = unit_names(config.model)
     parts = config.stages * config.chunks
@@ -83,7 +95,8 @@ def plan_partition(config: RunConfig) -> PartitionPlan:
         case "even":
             inner = even_boundaries(config.model.num_layers, config.stages, config.chunks)
         case "balanced":
-            # The backward costs twice the forward in every unit, so forward FLOPs alone order the plans.
+            # The backward costs twice the forward in every unit, so forward FLOPs alone order the
+            # plans.
             costs = [cost.forward_flops for cost in unit_costs(config.model, config.train)]
             if config.chunks == 1:
                 inner = balanced_boundaries(costs, parts)
@@ -91,25 +104,28 @@ def plan_partition(config: RunConfig) -> PartitionPlan:
                 schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
                 devices = [device for device, _ in schedule.location]
                 inner = balanced_over_devices(costs[0], costs[1], costs[-1], config.model.num_layers, devices)
-        case boundaries:
+        case boundaries:  # the user's own, validated by `RunConfig`
             inner = list(boundaries)
     edges = [0, *inner, len(units)]
     return PartitionPlan(tuple(tuple(units[a:b]) for a, b in itertools.pairwise(edges)))
 
 
 def even_boundaries(num_layers: int, stages: int, chunks: int = 1) -> list[int]:
-    """Blocks as evenly as they go, the embedding in the first part and the head in the last.
+    """Spread the blocks as evenly as possible, embedding in the first part, head in the last. [2]
 
-    A remainder goes to the middle stages first, since the outer ones also hold the embedding and the head; with several
-    chunks, to one chunk of every stage after another: `stages` parts in a row are `stages` devices, whether the
-    parts go round the devices or there and back again. With more parts than blocks the units themselves are spread
-    evenly, so that no part is empty.
+    A remainder goes to the middle stages first, since the outer ones also hold the embedding and
+    the head; with several chunks, to one chunk of every stage after another. That works for both
+    placements: any `stages` parts in a row are on `stages` different devices. With more parts than
+    blocks the units themselves are spread evenly, so that no part is empty.
+
+    6 blocks over 4 stages: 1 2 2 1, so the boundaries are [2, 4, 6] (the embedding is unit 0).
     """
     parts = stages * chunks
     if parts > num_layers:
         num_units = num_layers + 2
         return [round(k * num_units / parts) for k in range(1, parts)]
     base, extra = divmod(num_layers, parts)
+    # By distance from the middle; doubled, so that it is a whole number for an even `stages` too.
     from_the_middle = sorted(range(stages), key=lambda k: abs(2 * k - (stages - 1)))
     order = [chunk * stages + k for chunk in range(chunks) for k in from_the_middle]
     counts = [base + (k in order[:extra]) for k in range(parts)]
@@ -117,31 +133,44 @@ def even_boundaries(num_layers: int, stages: int, chunks: int = 1) -> list[int]:
 
 
 def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
-    """Boundaries with the smallest possible largest part, by dynamic programming over (units, parts).
+    """Return the boundaries with the smallest possible largest part. [3]
 
-    The slowest stage sets the pace of a pipeline (time = sum t_i + (m - 1) max t_i), so the largest part is what to
-    minimise, not the variance. Among equals the last cut is as late as possible, and so on with what comes before it.
-    Costs are 0 or more. O(units x parts x log units).
+    The slowest stage sets the pace of a pipeline (time = sum t_i + (m - 1) max t_i), so the largest
+    part is what to minimise, not the variance. Among equals the last cut is as late as possible,
+    then the one before it, and so on. Costs are 0 or more. Raises ValueError for more parts than
+    units.
+
+    Dynamic programming over (parts, units): best(k, end), the smallest largest part when the first
+    `end` units are cut into k parts, is the minimum over the last part's start of
+
+        max(best(k - 1, start), cost of units start to end)
+             grows with start     shrinks with start
+
+    so the minimum is where the two cross. That point only moves right as `end` grows: O(1)
+    amortised for each, and O(units x parts x log units) in all with the search for the latest equal
+    cut.
     """
     n = len(costs)
     if not 1 <= parts <= n:
         raise ValueError(f"parts = {parts}; expected 1 to {n}, the number of units")
     total = [0.0, *itertools.accumulate(float(cost) for cost in costs)]
-    best = [0.0] + [math.inf] * n  # by the number of units
-    cuts = []
+    best = [0.0] + [math.inf] * n  # best[end], for k = 0 parts
+    cuts = []  # cuts[k - 1][end]: where the last of k parts starts
     for k in range(1, parts + 1):
         before, best, cut = best, [math.inf] * (n + 1), [0] * (n + 1)
         start = k - 1
         for end in range(k, n - (parts - k) + 1):
-            # The later the last part starts, the smaller it is and the larger is what comes before: they cross at `start`.
+            # The first `start` at which the parts before are no smaller than the last one: the
+            # crossing.
             while start < end and before[start] < total[end] - total[start]:
                 start += 1
             largest = before[start] if start < end else math.inf
-            if start > k - 1:
+            if start > k - 1:  # one before the crossing the last part decides; that may be smaller
                 largest = min(largest, total[end] - total[start - 1])
+            # The latest start that is no worse: best(k - 1, .) grows, so a bisection finds it.
             best[end], cut[end] = largest, bisect_right(before, largest, k - 1, end) - 1
         cuts.append(cut)
-    boundaries, end = [], n
+    boundaries, end = [], n  # walk back from the last part's start to the first's
     for cut in reversed(cuts[1:]):
         end = cut[end]
         boundaries.append(end)
@@ -149,20 +178,33 @@ def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
 
 
 def balanced_over_devices(embedding: int, block: int, head: int, num_layers: int, devices: Sequence[int]) -> list[int]:
-    """Boundaries with the smallest possible largest device and, among those, the smallest largest part.
+    """Return the boundaries with the smallest largest device and then the smallest largest part.
+    [4]
 
-    `devices[k]` is the device of part k, of two or more. Exact, because all blocks cost the same, so that only their
-    numbers count: every inner part gets one, and every other block goes to the device that has the least. Proof: when the
-    fullest device got its last block, no device with room had less; so a cut that puts fewer blocks there puts one more
-    on another, which is then as full. A bound on the parts is a bound on a device's room, so the same holds under each,
-    and the smallest bound that costs nothing is found by bisection. O(layers x log parts x log layers).
+    `devices[k]` is the device of part k, of two or more. All blocks cost the same, so only their
+    numbers count. Every inner part gets one, so that none is empty; every other block goes to the
+    device that has the least.
+
+    That is exact. Let the greedy fill end with device d the fullest. When d got its last block, no
+    device with room had less than d. So a cut that puts fewer blocks on d puts one more on some
+    other device, which is then as full as d is now.
+
+    Among the cuts with that largest device, the smallest largest part is wanted. A bound on the
+    parts is a bound on a device's room, under which the same proof holds; the smallest bound that
+    does not make the largest device larger is found by bisection. O(layers x log parts x log
+    layers).
     """
     last = len(devices) - 1
     least = [0, *[1] * (last - 1), 0]
 
     def fill(bound: int) -> tuple[float, list[int]]:
-        """The largest device and the blocks of each part, none of them above the bound; infinity if that cannot be."""
+        """Return the largest device and the blocks of each part, with no part above `bound`.
+
+        Infinity if that is impossible.
+        """
         counts, sizes = least.copy(), [embedding, *[block] * (last - 1), head]
+        # Two heaps, since a sorted list is one: the devices by load, and each device's parts by
+        # size.
         parts = {d: sorted((sizes[k], k) for k in range(last + 1) if devices[k] == d) for d in set(devices)}
         loads = sorted((sum(size for size, _ in own), d) for d, own in parts.items())
         for _ in range(num_layers - sum(least)):
@@ -178,6 +220,7 @@ def balanced_over_devices(embedding: int, block: int, head: int, num_layers: int
         largest = max(sum(size for size, _ in own) for own in parts.values())
         return (math.inf if max(sizes) > bound else largest), counts
 
+    # A largest part is an embedding, a head or neither, and some blocks: these are all its values.
     bounds = sorted({own + n * block for own in (0, embedding, head) for n in range(num_layers + 1)})
     best, _ = fill(bounds[-1])
     bound = bounds[bisect_left(bounds, True, key=lambda bound: fill(bound)[0] <= best)]
