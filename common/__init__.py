@@ -1,1 +1,4 @@
-"""What the three implementations share: specification, partition, schedules, oracle, harness. Imports no framework."""
+"""What the three implementations share: specification, partition, schedules, oracle, harness.
+
+Imports no framework.
+"""

@@ -66,7 +66,7 @@ def set_aside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of `directory`, and takes away what a run that died has left half-written.
+    """Keep other runs out of `directory`, and remove what a dead run has left half-written.
 
     The lock is the kernel's (flock), so it goes with its process, however that ends; `.lock` says for people and other
     machines who holds it. Raises CheckpointError if another run is in there.
@@ -102,7 +102,7 @@ class _Owner(dict[str, Any]):
 
 
 def _owner(file: Any) -> _Owner:
-    """Who wrote the lock last and has not left; empty if nobody has, or nobody can tell."""
+    """Return who wrote the lock last and has not released it; empty if nobody, or unknown."""
     file.seek(0)
     try:
         found = json.loads(file.read(4096))
@@ -119,7 +119,7 @@ def _write_owner(file: Any, text: str) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Takes away what processes that died have left half-written. Only for the holder of the lock, with no child alive."""
+    """Remove what dead processes left half-written. For the lock's holder, with no child."""
     for path in directory.glob(".step-*"):
         if re.fullmatch(r"\.step-[0-9]{8,18}\.([0-9a-f]+\.partial|deleted)", path.name) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

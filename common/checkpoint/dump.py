@@ -1,7 +1,9 @@
-"""The dump of one step: a safetensors file that any implementation of the model can write and read (docs/numerics.md).
+"""The dump of one step: a safetensors file that any implementation of the model can write and read
+(docs/numerics.md).
 
-Tensors are named by `common.spec.parameters.TensorKey`. Nothing in a dump is trusted: it is never unpickled, its header must fill
-the file exactly before a tensor is read, and its metadata is checked like any other input.
+Tensors are named by `common.spec.parameters.TensorKey`. Nothing in a dump is trusted: it is never
+unpickled, its header must fill the file exactly before a tensor is read, and its metadata is
+checked like any other input.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from common.spec.run import RunConfig, explain
 FORMAT = "triptych-dump"
 SCHEMA_VERSION = 1
 READABLE = {"float64": "F64", "float32": "F32", "F16": "F16", "I64": "I64", "I32": "I32"}
-"""What NumPy has too, as `read_header` names it and as safetensors does."""
+"""Types that NumPy has too, by the names of `read_header` and of safetensors."""
 
 
 class DumpError(ValueError):
-    """A file that is no dump, or not one that can be compared; its text is one line."""
+    """A file that is not a dump, or cannot be compared; its text is one line."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Dump:
     """One step of one implementation."""
 
     name: str
-    """Who made it, as tables say it."""
+    """The implementation that made it, as tables show it."""
     step: int
     config: RunConfig | None
-    """None where a port did not say; then the other dump's holds."""
+    """None if a port did not give it; then the other dump's is used."""
     tensors: Mapping[TensorKey, NDArray[Any]]
 
 
@@ -53,7 +55,7 @@ def write_dump(
     name: str,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `tensors` of one step. `about` is for the reader alone, such as versions."""
+    """Write `tensors` of one step. `about` (such as versions) is for readers only."""
     metadata = {
         "format": FORMAT,
         "schema_version": str(SCHEMA_VERSION),
@@ -68,7 +70,7 @@ def write_dump(
 
 
 def read_dump(path: Path) -> Dump:
-    """Raises DumpError, and OSError for a file that cannot be opened."""
+    """Read a dump. Raises DumpError, and OSError for a file that cannot be opened."""
     try:
         with path.open("rb") as file:
             entries = read_header(file, path)

@@ -1,4 +1,4 @@
-"""Files that may come from anywhere: opened with care, and what a safetensors file says it holds."""
+"""Open files from untrusted places, and read what a safetensors file says it holds."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ DTYPES: Mapping[str, str] = {"F32": "float32", "F64": "float64"}
 
 @dataclass(frozen=True)
 class HeaderEntry:
-    """One tensor as a safetensors file announces it."""
+    """One tensor as a safetensors header describes it."""
 
     dtype: str
     shape: tuple[int, ...]
     first_byte: int
-    """In the file."""
+    """Offset in the file."""
 
 
 class _HeaderTensor(BaseModel):
@@ -46,7 +46,8 @@ ITEM_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "
 def read_header(file: Any, path: Path) -> dict[str, HeaderEntry]:
     """What a safetensors file says it holds, checked to fill it exactly, without memory for it. Raises CheckpointError.
 
-    `file` stands at its beginning. Types are named as NumPy does where it has them, else as safetensors does.
+    `file` must be at its beginning. Types have NumPy's name if there is one, else safetensors'.
+    Raises SnapshotError.
     """
     size = os.fstat(file.fileno()).st_size
     length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else -1

@@ -21,11 +21,11 @@ Arrays = dict[str, NDArray[Any]]
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-"""1 has no tokenizer: one of byte pairs is trained again from the text of the digest that it has."""
+"""Version 1 has no tokenizer: byte pairs are trained again from the text with its digest."""
 TOKENIZER = "tokenizer.json"
 MANIFEST = "manifest.json"
 MAX_HEADER_BYTES = 16 * 2**20
-"""Of a safetensors file. A model with 1000 blocks needs about 8 MB."""
+"""Largest header of a safetensors file. A model with 1000 blocks needs about 8 MB."""
 SHARD = re.compile(r"shard-[0-9]{5}\.safetensors")
 
 Dtype = Literal["float32", "float64"]
@@ -57,14 +57,14 @@ class TensorEntry(Entry):
 
 
 class DataPosition(Entry):
-    """Where in which text the training stands: batches depend on (seed, step) only."""
+    """The training's position in its text; batches depend on (seed, step) only."""
 
     step: int = Field(ge=0)
     seed: int = Field(ge=0)
     corpus_digest: str = Field(max_length=64)
     corpus: tuple[OsText, ...]
     tokenizer: Literal["bytes", "bpe", "file"]
-    """How the text became tokens; bpe: by a tokenizer that was trained on it, line by line (`common.spec.tokenizer`)."""
+    """How the text became tokens; "bpe": byte pairs trained on the text (`common.spec.tokenizer`)."""
     sequence_lengths: Literal["full", "random"]
     sequences_per_epoch: int | None
 
@@ -72,14 +72,15 @@ class DataPosition(Entry):
 class Manifest(Entry):
     """What a checkpoint holds.
 
-    `steps_done` is also the position of the learning rate and of the dropout masks, which depend on the step alone.
+    `steps_done` is also the position of the learning rate and the dropout masks, which depend on
+    the step alone.
     """
 
     schema_version: int
     steps_done: int = Field(ge=0)
     model: TransformerSpec
     train: TrainSpec | None
-    """None for imported weights, which nobody here has trained."""
+    """None for imported weights, which were not trained here."""
     data: DataPosition | None
     tokenizer: Literal["bytes"] | FileEntry | None = None
     """bytes, or what tokenizer.json in the checkpoint's folder has to be; None: not known."""
@@ -87,16 +88,16 @@ class Manifest(Entry):
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
     written_by: dict[str, str | int | float | bool | None]
-    """Framework and versions: information only."""
+    """Framework and versions, for information only."""
 
     def without_training(self) -> Manifest:
-        """Its weights alone, for another training to start from."""
+        """Return its weights alone, from which another training may start."""
         alone = {"steps_done": 0, "train": None, "data": None, "optimizer_state": ()}
         return self.model_copy(update=alone)
 
     @property
     def tokenizer_kind(self) -> Literal["bytes", "bpe", "file"] | None:
-        """None for imported weights whose tokenizer nobody has given."""
+        """None for imported weights with an unknown tokenizer."""
         if self.data is not None:
             return self.data.tokenizer
         return None if self.tokenizer is None else "bytes" if self.tokenizer == "bytes" else "file"
@@ -121,14 +122,18 @@ def tensor_shapes(model: TransformerSpec, moments: Sequence[str]) -> dict[str, t
 
 
 def moments_of(train: TrainSpec) -> tuple[Moment, ...]:
-    """What the optimizer keeps between steps."""
+    """Return what the optimizer keeps between steps."""
     if train.optimizer == "adamw":
         return ("first_moment", "second_moment")
     return ("first_moment",) if train.momentum else ()
 
 
 def check_contents(manifest: Manifest, folder: Path) -> None:
-    """The tensors are those of the specification, each in one of the files, and no file is larger than they make it."""
+    """Check that the tensors match the specification, and the files the tensors.
+
+    Each tensor is in one of the files, and no file is larger than its tensors make it. Raises
+    SnapshotError.
+    """
 
     def wrong(text: str) -> CheckpointError:
         return CheckpointError(f"{folder}: {text}")
@@ -166,17 +171,17 @@ def check_contents(manifest: Manifest, folder: Path) -> None:
 
 
 MAY_CHANGE = ("micro_batches",)
-"""Of `TrainSpec`: what does not change what is learned."""
+"""Fields of `TrainSpec` that do not change what is learned."""
 NOT_OF_THE_WEIGHTS = ("dropout", "dropout_masks")
-"""Of `TransformerSpec`: how it is trained, and not what its weights mean."""
+"""Fields of `TransformerSpec` about training, not about what the weights mean."""
 
 
 def differences(manifest: Manifest, config: RunConfig) -> list[str]:
     """What keeps `config` from going on where the checkpoint stands, one line each; none if it can.
 
-    Framework, stages, chunks, schedule, partition, micro-batches, recomputation, device and threads are free. So is the
-    number of steps where the learning rate does not depend on it. From weights alone (`without_training`) every training
-    may start, in any precision and with any dropout.
+    Framework, stages, chunks, schedule, partition, micro-batches, recomputation, device and threads
+    are free. So is the number of steps if the learning rate does not depend on it. From weights
+    alone (`without_training`) any training may start, in any precision and with any dropout.
     """
     if manifest.train is None:
         return _differing("model", manifest.model, config.model, NOT_OF_THE_WEIGHTS)

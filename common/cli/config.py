@@ -32,7 +32,7 @@ from common.spec.run import PRESETS, RunConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """All options of the benchmark, in groups. Only those that the user gives appear in the namespace."""
+    """Add all options of the benchmark, in groups. The namespace holds only those given."""
     groups = {
         "grid": parser.add_argument_group(
             "what to compare", "Each of these takes a list, such as 1,2,4; several lists make a grid."
@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_bench(arguments: argparse.Namespace) -> Bench:
-    """The benchmark that the command line (and the TOML file it names) asks for. Raises UsageError."""
+    """Return the benchmark that the command line and its TOML file ask for. Raises UsageError."""
     line: Settings = {}
     for dest, value in vars(arguments).items():
         section, _, name = dest.partition(".")
@@ -93,7 +93,7 @@ def read_bench(arguments: argparse.Namespace) -> Bench:
 
 
 def _grid(settings: Settings) -> tuple[RunConfig, ...]:
-    """Every combination of the listed values, each validated before anything runs."""
+    """Return every combination of the listed values, each validated before anything runs."""
     axes = [[(key, value) for value in listed(settings[key].value)] for key in GRID if key in settings]
     for axis in axes:
         if not axis:

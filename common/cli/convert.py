@@ -40,7 +40,7 @@ FORMATS = {"torch": "torch", "keras": "tensorflow", "paddle": "paddle"}
 """The framework that reads and writes each kind of file, in a process of its own."""
 GPT2 = "gpt2"
 FREE = ("dropout", "dropout_masks")
-"""What may be said of any weights: it changes how they are trained on, not what they mean."""
+"""Options that are valid for any weights: they change the training, not what the weights mean."""
 TIMEOUT_SECONDS = 1800
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)
 
@@ -192,7 +192,7 @@ def _said(line: Settings) -> dict[str, Any]:
 
 
 def _say_what_no_file_says(arguments: argparse.Namespace, spec: TransformerSpec) -> None:
-    """These change what the weights mean, and no shape shows them."""
+    """Note the defaults of options that no shape shows, but that change what weights mean."""
     if arguments.preset is None and arguments.config is None:
         unsaid = [name for name in NOT_IN_THE_WEIGHTS if not hasattr(arguments, f"model.{name}")]
         if unsaid:

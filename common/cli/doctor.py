@@ -25,7 +25,7 @@ from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec
 
 EXIT_OK, EXIT_NOTHING_MEASURED = 0, 1
 SLOW = 0.5
-"""Of the fastest framework's rate; what is below is marked."""
+"""A share of the fastest framework's rate; slower ones are marked."""
 PRESET = "small"
 USED = ("dtype", "batch_size", "micro_batches")
 """What of the training decides shapes; of a run itself nothing does: it is always one thread of the CPU."""
@@ -82,7 +82,7 @@ def rate(kernel: Kernel, seconds: float) -> float:
 
 
 def slow(kernel: Kernel, found: Mapping[str, Measured]) -> list[str]:
-    """The frameworks that take more than twice as long as the fastest."""
+    """Return the frameworks that take more than twice as long as the fastest."""
     seconds = {name: one.seconds[kernel.name] for name, one in found.items() if kernel.name in one.seconds}
     return [name for name, own in seconds.items() if min(seconds.values()) / own < SLOW]
 

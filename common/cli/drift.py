@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementat
 
 
 def _folder(path: Path) -> Path:
-    """Looked at before the work, made after it."""
+    """Return the folder: checked before the work, made after it."""
     there = next(each for each in (path, *path.parents) if each.exists())
     if not there.is_dir():
         raise UsageError(f"--out {path}: {there} is a file; expected a folder")

@@ -169,7 +169,7 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
 
 
 def _for_samples(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
-    """As many micro-batches as stages if there are samples for them, unless the user or a schedule's file says how many."""
+    """Use as many micro-batches as stages if there are enough samples and nobody says otherwise."""
     said = hasattr(arguments, "train.micro_batches") or config.schedule.startswith("file:")
     m = config.train.micro_batches if said else min(arguments.samples, config.stages)
     train = config.train.model_copy(update={"micro_batches": m, "batch_size": max(arguments.samples, m)})
@@ -223,7 +223,7 @@ def _run(
     console: Console,
     corpus: Corpus | None = None,
 ) -> Found | int:
-    """What the child found, or an exit status after a line that says why there is nothing."""
+    """Return the child's result, or an exit status after a line that says why there is none."""
     implementation = implementations[job.config.framework]
     missing = why_missing(implementation, job.config.executor)
     if missing:

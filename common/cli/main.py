@@ -45,7 +45,7 @@ SUBCOMMANDS = {
 """The module in `common.cli` that registers each subcommand, and what it does in a few words."""
 
 LONG = ("bench", "train", "drift", "relay", "margins")
-"""They have work to lose: where nobody reads what they print, they say so and go on."""
+"""Subcommands whose work outlives a closed output: they say so once and continue."""
 
 
 def main(
@@ -83,7 +83,7 @@ def bench_main(argv: Sequence[str] | None = None, implementations: Mapping[str, 
 
 
 def _run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
-    """Parses and runs; wrong input is one line on stderr, never a traceback."""
+    """Parse and run; wrong input is one line on stderr, never a traceback."""
 
     def notice(error: OSError) -> str:
         if is_long:

@@ -73,7 +73,7 @@ def register(subcommands: Any) -> None:
 
 
 def _reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """`run`, with errors of the input turned into one line and exit status 2."""
+    """Run `run` and turn errors of the input into one line and exit status 2."""
 
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
@@ -128,7 +128,7 @@ def make_dump(config: RunConfig, oracle: bool, step: int, path: Path, timeout_se
 
 
 def describe(config: RunConfig) -> str:
-    """The run in words."""
+    """Describe the run in words."""
     chunks = f" v={config.chunks}" if config.chunks > 1 else ""
     size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
     return " ".join([f"{config.framework} {config.schedule_name} {size}", *variant_of(config)])
@@ -159,7 +159,7 @@ def _bisect(arguments: argparse.Namespace) -> int:
 
 
 def _dumped(text: str, step: int, path: Path, timeout_seconds: float) -> Dump:
-    """The dump that `text` names, made first where it names a run."""
+    """Return the dump that `text` names; if it names a run, make the dump first."""
     given = Path(text)
     if given.is_file():
         return read_dump(given)
@@ -212,7 +212,7 @@ def _run_in_words(text: str) -> tuple[RunConfig, bool]:
 
 
 def print_bisection(found: Bisection, console: Console) -> None:
-    """The tree: units in the order of computation, then what belongs to the whole step."""
+    """Print the tree: units in the order of computation, then what belongs to the whole step."""
     names = (("A", "bold"), f" {found.a.name}   ", ("B", "bold"), f" {found.b.name}   step {found.a.step}")
     tree = Tree(Text.assemble(*names))
     units = list(dict.fromkeys(finding.unit for finding in found.findings if finding.place == "forward"))
@@ -246,7 +246,7 @@ def _add(branch: Tree, title: str, findings: Sequence[Finding], first: Finding |
 
 
 def _summary(title: str, findings: Sequence[Finding], first: Finding | None) -> Text:
-    """One line for some tensors: the first that differs, or the worst."""
+    """Summarize some tensors in one line: the first that differs, or the worst."""
     failed = [finding for finding in findings if not finding.passed]
     shown = failed[0] if failed else max(findings, key=lambda finding: finding.difference.relative)
     relative, limit = shown.difference.relative, shown.difference.limit

@@ -34,7 +34,7 @@ from common.spec.tokenizer import TokenizerError
 
 PRESET = "tiny"
 PLACEMENT = ("framework", "stages", "chunks", "schedule", "partition", "device", "threads")
-"""Fields of a run that change who computes what, and not what is computed."""
+"""Fields of a run that decide who computes what, not what is computed."""
 TITLES = {"run": "the run", "model": "the model", "train": "the training"}
 
 
@@ -154,7 +154,7 @@ def _layers(arguments: argparse.Namespace, saved: Saved | None, defaults: Mappin
 
 
 def file_to_write(text: str, option: str) -> Path:
-    """The path, looked at before the work is done whose result goes there. Raises UsageError."""
+    """Return a path to write, checked before the work is done. Raises UsageError."""
     path = Path(text)
     if path.is_dir():
         raise UsageError(f"{option} {path}: is a folder; expected a file")
@@ -175,7 +175,7 @@ def check_writable(folder: Path, what: str) -> None:
 
 
 def reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """`run`, with errors of the input turned into one line and exit status 2."""
+    """Run `run` and turn errors of the input into one line and exit status 2."""
 
     def wrapped(arguments: argparse.Namespace) -> int:
         try:

@@ -59,7 +59,7 @@ def _share(text: str) -> float:
 
 
 def _reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """`run`, with errors of the input turned into one line and exit status 2."""
+    """Run `run` and turn errors of the input into one line and exit status 2."""
 
     def wrapped(arguments: argparse.Namespace) -> int:
         try:

@@ -18,7 +18,7 @@ from common.spec.tokenizer import FileTokenizer, Tokenizer, read_tokenizer
 
 KIND, FILE = ("run", "tokenizer"), ("run", "tokenizer_file")
 UNKNOWN = "bpe"
-"""Stands in a configuration for a tokenizer that nobody knows, where none is needed."""
+"""The tokenizer in a configuration if it is unknown and not needed."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Saved:
 
     @property
     def settings(self) -> Settings:
-        """What holds where the user says nothing."""
+        """What applies if the user sets nothing."""
         saved = self.manifest
         found: dict[tuple[str, str], Any] = {
             ("model", name): getattr(saved.model, name) for name in TransformerSpec.model_fields
@@ -78,7 +78,7 @@ class Saved:
         }
 
     def check_known(self, config: RunConfig) -> None:
-        """Raises UsageError where text is to be read or written and nobody has said what the tokens mean."""
+        """Raise UsageError if text is to be read or written and the tokenizer is unknown."""
         if self.manifest.tokenizer_kind is None and config.tokenizer == UNKNOWN:
             raise UsageError(f"{self.folder}: imported weights without a tokenizer; expected {FOR_IMPORTED}")
 
@@ -95,7 +95,7 @@ class Saved:
         return tokenizer
 
     def is_trained_on(self, digest: str) -> bool:
-        """Whether the text of this digest is the one; true of all where there was none."""
+        """Return whether this is the text of that digest; true of any text if there was none."""
         return self.manifest.data is None or self.manifest.data.corpus_digest == digest
 
 

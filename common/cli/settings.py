@@ -67,7 +67,7 @@ OF_ONE_OPTIMIZER = {"momentum": "sgd", "beta1": "adamw", "beta2": "adamw", "epsi
 
 @dataclass(frozen=True)
 class Setting:
-    """A value and where it comes from, as an error names it."""
+    """A value and where it came from, as errors name it."""
 
     value: Any
     where: str
@@ -77,7 +77,7 @@ Settings = dict[Key, Setting]
 
 
 NATIVE_DROPOUT = 0.1
-"""The probability that `--dropout native` means where neither the preset nor a file says one."""
+"""The probability of `--dropout native` if neither the preset nor a file gives one."""
 
 
 def add_option(group: Any, section: str, name: str, field: FieldInfo, default: Any) -> None:
@@ -122,7 +122,7 @@ def _metavar(section: str, name: str, field: FieldInfo) -> str:
 
 
 def _alternatives(annotation: Any) -> list[Any]:
-    """The members of a union; a plain type is its own only member."""
+    """Return the members of a union; a plain type is its own only member."""
     if get_origin(annotation) in (None, Literal, tuple):
         return [annotation]
     return [float if get_origin(part) not in (None, Literal, tuple) else part for part in get_args(annotation)]
@@ -135,7 +135,7 @@ def _words(annotation: Any) -> list[str]:
 
 
 def base_settings(preset: str) -> Settings:
-    """What holds where the user says nothing: the preset, all frameworks, and two schedules to compare."""
+    """Return the defaults: the preset, all frameworks, and two schedules to compare."""
     settings: Settings = {
         ("run", "framework"): Setting(list(FRAMEWORKS), "the default --frameworks"),
         ("run", "schedule"): Setting(["gpipe", "1f1b"], "the default --schedules"),
@@ -147,7 +147,7 @@ def base_settings(preset: str) -> Settings:
 
 
 def read_native_dropout(given: Settings, below: Settings) -> Settings:
-    """`dropout = native` or `native:0.2` as two settings; the probability may come from the layers below."""
+    """Read `dropout = native` or `native:0.2` as two settings, with a default probability."""
     key, masks = ("model", "dropout"), ("model", "dropout_masks")
     setting = given.get(key)
     word, _, number = str(setting.value).partition(":") if setting else ("", "", "")
@@ -161,7 +161,10 @@ def read_native_dropout(given: Settings, below: Settings) -> Settings:
 
 
 def adapt(settings: Settings, given: Settings) -> None:
-    """Lets what the user did not give follow what they gave: the warm-up fits into the steps, the vocabulary is bytes."""
+    """Adjust unset options to the ones the user set.
+
+    For example, the warm-up is cut to the number of steps.
+    """
     _adapt_to_drift(settings, given)
     _refuse_unused(settings, given)
     dtypes = listed(settings[("train", "dtype")].value) if ("train", "dtype") in settings else []
@@ -183,7 +186,7 @@ def adapt(settings: Settings, given: Settings) -> None:
 
 
 def _refuse_unused(settings: Settings, given: Settings) -> None:
-    """What the user says and nothing would read is a mistake; the value that holds anyway is none."""
+    """Refuse a setting that nothing would read, unless it is the value that holds anyway."""
     optimizer = settings.get(("train", "optimizer"), Setting(TrainSpec().optimizer, ""))
     for name, owner in OF_ONE_OPTIMIZER.items():
         setting = given.get(("train", name))
@@ -198,7 +201,7 @@ def _refuse_unused(settings: Settings, given: Settings) -> None:
 
 
 def _adapt_to_drift(settings: Settings, given: Settings) -> None:
-    """A drift brings what it needs to show: dropout, a tied head, ragged sequences, a precision."""
+    """Set what a drift needs to show: dropout, a tied head, ragged sequences, a precision."""
     setting = settings.get(("run", "drift"))
     if setting is None or setting.value in (None, "none"):
         return
@@ -218,7 +221,7 @@ def _adapt_to_drift(settings: Settings, given: Settings) -> None:
 
 
 def _adapt_to_tokenizer_file(settings: Settings, given: Settings) -> None:
-    """A tokenizer.json says which tokenizer, and how large the vocabulary is."""
+    """Take the kind of tokenizer and the vocabulary size from a tokenizer.json."""
     setting, kind = settings.get(("run", "tokenizer_file")), given.get(("run", "tokenizer"))
     if setting is None or not isinstance(setting.value, str) or setting.value.lower() == "none":
         return
@@ -283,7 +286,7 @@ def make_run(settings: Settings) -> RunConfig:
 
 
 def validated(section: str, settings: Settings, **fixed: Any) -> dict[str, Any]:
-    """The section's values, checked. Raises UsageError with the first wrong one and its origin."""
+    """Validate a section's values. Raises UsageError with the first wrong one and its origin."""
     model = SECTIONS[section]
     values = {name: _from_text(model, name, setting.value) for (s, name), setting in settings.items() if s == section}
     for name, value in values.items():
@@ -315,7 +318,7 @@ def _from_text(model: type[BaseModel], name: str, value: Any) -> Any:
 
 
 def _wrong(field: FieldInfo, item: Any) -> str:
-    """What is wrong with a field's value, and what would be right."""
+    """Return what is wrong with a field's value, and what is expected."""
     kind = str(item["type"])
     if kind == "string_pattern_mismatch":  # only `recompute` has a pattern
         return f"unknown; expected {recompute.WORDS.replace('|', ', ')} with N at least 1"
@@ -345,7 +348,7 @@ def _shown(value: Any) -> str:
 
 
 def check_corpora(points: Sequence[RunConfig]) -> None:
-    """Reads every corpus once, so that a wrong path or a text that is too short is known before anything runs."""
+    """Read every corpus once, so that a wrong path or a short text is found before any run."""
     distinct = {
         (c.corpus, c.tokenizer, c.tokenizer_file, c.model.vocab_size, c.model.context_length): c for c in points
     }

@@ -233,7 +233,7 @@ def _check_room(directory: Path, resume: Path | None) -> None:
 def run_training(
     training: Training, view: ProgressView, stopped: Callable[[], bool], name: str | None = None
 ) -> Trained:
-    """Trains, and shows how it goes on under this name (default: what the run is)."""
+    """Train and show the progress under this name (default: the run in words)."""
     name, end = name or describe(training.config), training.stop_at or training.config.train.steps
     view.start(name, end)
     trained = restarts.train(training, view.step, view.finish, stopped)
@@ -274,7 +274,7 @@ def result_of(trained: Trained, training: Training, command: str) -> RunResult:
 
 
 def _timed(outcome: Outcome) -> Outcome:
-    """The outcome with the steps alone whose events were kept: those at the end of a long run."""
+    """Keep only the steps with events: those at the end of a long run."""
     parts = tuple(
         part.model_copy(update={"steps": [step for step in part.steps if step.events]}) for part in outcome.parts
     )
@@ -284,7 +284,7 @@ def _timed(outcome: Outcome) -> Outcome:
 
 
 def drop_tensors(training: Training) -> None:
-    """Step 0's gradients are as large as the model, and nothing here compares them; the tokens are as large as the text."""
+    """Remove step 0's gradients, as large as the model, and the tokens, as large as the text."""
     for path in training.folder.glob("attempt-*/part-*.safetensors"):
         path.unlink()
     if training.text is not None:

@@ -1,1 +1,4 @@
-"""Many processes: starts, watches and restarts workers; benchmarks, drift, bisection. Only this room starts processes."""
+"""Many processes: start, watch and restart workers; benchmarks, drift, bisection.
+
+Only this room starts processes.
+"""

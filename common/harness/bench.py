@@ -49,7 +49,10 @@ ORACLE_NAME = "oracle (NumPy float64)"
 def run_bench(
     bench: Bench, command: str, console: Console, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
 ) -> int:
-    """Runs everything, writes `results/<run>/`, prints the table. Returns the exit status. Raises UsageError."""
+    """Run everything, write `results/<run>/`, print the table, return the exit status.
+
+    Raises UsageError.
+    """
     folder = make_folder(Path(bench.options.out), bench.options.preset)
     compared = [point for point in bench.points if bench.options.parity and not compare.why_not_comparable(point)]
     oracles = list(dict.fromkeys(map(compare.oracle_config, compared)))
@@ -165,7 +168,7 @@ class _Session:
         self.view.finish(f"{describe(config)}: {_summary(result)}")
 
     def clean_up(self) -> None:
-        """Gradients are as large as the model; they stay only where they are evidence of a difference. Tokens go."""
+        """Remove the oracles' tensors and the tokens: both are large."""
         for _, folder in self.oracles.values():
             _drop_tensors(folder)
         self.texts.drop()
@@ -245,9 +248,10 @@ def _summary(result: RunResult) -> str:
 
 
 def _report(session: _Session, console: Console) -> bool:
-    """Prints the tables and what went wrong; writes the report.
+    """Print the tables and what went wrong, write the report, and return whether anything failed.
 
-    Returns whether a run failed, or trained something else than the oracle; an oracle that failed counts too.
+    A run that did not end well, one that trained something else than the oracle, and a failed
+    oracle all count.
     """
     if not session.results:
         return any(result.status == "failed" for result, _ in session.oracles.values())
@@ -304,7 +308,7 @@ def print_dry_run(bench: Bench, console: Console) -> None:
 
 
 def _sizes(config: RunConfig) -> str:
-    """Sequences in a micro-batch: `4`, or `6 or 5` where they differ."""
+    """Return the sequences in a micro-batch: `4`, or `6 or 5` if they differ."""
     size = config.train.micro_batch_size
     return f"{size}" if config.train.micro_batches_are_equal else f"{size} or {size - 1}"
 
@@ -351,7 +355,7 @@ def _plan_table(config: RunConfig) -> Table:
 
 
 def shorten(units: Sequence[str]) -> str:
-    """`embedding, block.0 .. block.5` for a consecutive run of units."""
+    """Return `embedding, block.0 .. block.5` for a consecutive run of units."""
     blocks = [unit for unit in units if unit.startswith("block.")]
     if len(blocks) < 3:
         return ", ".join(units)

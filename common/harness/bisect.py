@@ -21,7 +21,7 @@ from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 
 COARSER = ("float64", "float32", "bfloat16")
 MAY_DIFFER = ("dtype", "micro_batches", "steps", "dropout_masks")
-"""Fields of model and training that leave the mathematics of one step as it is."""
+"""Fields of model and training that do not change the mathematics of one step."""
 
 ADVICE = {
     "weights before": "at step 0 they were loaded otherwise; later, a dump of an earlier step says where the runs parted",
@@ -33,7 +33,7 @@ ADVICE = {
     "optimizer": "from the same weights, gradients and moments: clipping, the optimizer, or its hyperparameters",
     "weights after": "the optimizer alone agrees; in the run it had other moments or another gradient norm",
 }
-"""What a first difference at a place means. The places in the order of the walk."""
+"""What a first difference at a place means, in the order of the walk."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Finding:
     tensor: str
     difference: Difference
     running: float | None = None
-    """The relative difference of the same tensor in the step as it ran, with all earlier errors in it."""
+    """The relative difference of the same tensor in the step as it ran, with all earlier errors."""
 
     @property
     def passed(self) -> bool:
@@ -117,7 +117,7 @@ class Bisection:
 
 
 def bisect(a: Dump, b: Dump) -> Bisection:
-    """Compares B with A. Raises DumpError if they are not two runs of one model and one step."""
+    """Compare B with A. Raises DumpError if they are not runs of one model and one step."""
     config = a.config or b.config
     if config is None:
         raise DumpError("neither dump says its configuration; expected in at least one")
@@ -143,7 +143,7 @@ def _require_same(a: RunConfig, b: RunConfig) -> None:
 
 
 def _require_same_tokens(a: Dump, b: Dump) -> None:
-    """Of another corpus or tokenizer: then every tensor differs, and none of them says why."""
+    """Refuse dumps of different tokens: every tensor would differ, and none would say why."""
     for key, tokens in a.tensors.items():
         if key.phase == "reference_tokens" and not np.array_equal(tokens, b.tensors.get(key, tokens)):
             raise DumpError(
@@ -206,7 +206,10 @@ class _Walk:
             yield Finding(place, key[1], key[2], found, running)
 
     def _compared(self, place: _Place, check: Check, joined: bool = False) -> Difference | None:
-        """The first micro-batch that differs, or else the worst; the whole mini-batch where they are cut differently."""
+        """Return the first micro-batch that differs, else the worst.
+
+        If the two are cut differently, compare the whole mini-batch.
+        """
         a, b = (side.get(place) for side in self.sides)
         if a is None or b is None:
             return None

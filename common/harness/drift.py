@@ -1,7 +1,8 @@
-"""Runs the drift zoo (`common.spec.habits`): every habit against its baseline, first on the parity ladder, then over 500 steps.
+"""Run the drift zoo (`common.spec.habits`): every habit against its baseline.
 
-A habit should do three things: fail the ladder, fail it first at the place it is known for, and cost something in loss, or
-not. The cost stands beside the spread between seeds, since a difference below that is luck as much as habit.
+First on the parity ladder, then over 500 steps. A habit should do three things: fail the ladder;
+fail it first at the place it is known for; and cost some loss, or none. The cost is shown beside
+the spread between seeds, since a smaller difference may be chance.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from common.spec.rules import has_cuda
 from common.spec.run import RunConfig
 
 NOISE = 0.1
-"""As in the parity tests: no bias is 0 and no norm's weight 1, so that nothing hides behind them."""
+"""As in the parity tests: no bias is 0 and no norm weight is 1, so that nothing can hide."""
 PROCESS_WIDE = ("onednn",)
-"""Habits that are settings of a whole process, so that they get one of their own."""
+"""Habits that are settings of a whole process, and need a process of their own."""
 
 
 def base_config(steps: int) -> RunConfig:
@@ -55,7 +56,7 @@ def base_config(steps: int) -> RunConfig:
 
 
 def config_of(drift: Drift, framework: str, steps: int, on: bool = True, seed: int = 0) -> RunConfig:
-    """The run that shows `drift`, or its baseline."""
+    """Return the run that shows `drift`, or its baseline."""
     base = base_config(steps).model_dump()
     model, train = base.pop("model") | dict(drift.model), base.pop("train") | dict(drift.train)
     train |= {"dtype": drift.dtype, "seed": seed}
@@ -153,7 +154,7 @@ def _read(outcome: Outcome, folder: Path, same_copies: bool) -> Run | str:
 
 
 def first_failure(config: RunConfig, run: Run, steps: int = LADDER_STEPS) -> Difference | None:
-    """The first rung of the ladder that does not hold, over the first `steps` steps."""
+    """Return the first rung of the ladder that fails, over the first `steps` steps."""
     return ladder(config, run, steps).first_failure
 
 
@@ -228,7 +229,7 @@ def mean_loss(run: Run, steps: int) -> float:
 
 
 def strided(values: Iterable[float]) -> list[float]:
-    """The mean of every `CURVE_STRIDE` values, with six digits: what a picture shows."""
+    """Return the mean of every `CURVE_STRIDE` values, with six digits, for a picture."""
     listed = list(values)
     pieces = [listed[i : i + CURVE_STRIDE] for i in range(0, len(listed), CURVE_STRIDE)]
     return [float(f"{statistics.fmean(piece):.6g}") for piece in pieces]

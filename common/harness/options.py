@@ -20,7 +20,7 @@ class Bench:
 
 
 class BenchOptions(Frozen):
-    """What concerns the benchmark as a whole."""
+    """Options of the benchmark as a whole."""
 
     preset: str = Field("small", description=f"where to start from: {', '.join(PRESETS)}")
     repeats: int = Field(2, ge=1, description="runs per row, each in a fresh process, taking turns with the other rows")

@@ -33,7 +33,7 @@ class Training:
     """Read once, for all children; None: each child's is read before it starts."""
     resume: Path | None = None
     weights_alone: bool = False
-    """Whether only the weights of `resume` count."""
+    """Whether only the weights of `resume` are used."""
     stop_at: int | None = None
     save_every: int | None = None
     keep: int = 3
@@ -41,14 +41,14 @@ class Training:
     timeout_seconds: float = float("inf")
     """Of one child."""
     hang_seconds: float = float("inf")
-    """How long a child may do without any device going on."""
+    """How long a child may go without progress of any device."""
     faults: tuple[str, ...] = ()
     """To make on purpose (`common.runtime.faults`): the first by the first child, and so on."""
 
 
 @dataclass
 class Trained:
-    """What came of it."""
+    """The result of a training."""
 
     outcome: Outcome = field(default_factory=lambda: Outcome("failed", "not started", None, (), 0.0))
     """Of the last child; `wall_seconds` are of all children."""
@@ -65,7 +65,10 @@ def train(
     report: Callable[[str], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Runs children until one ends well, or the restarts are used up, or another would fail in the same way."""
+    """Run children until one ends well.
+
+    Stops early if restarts are used up, or if the next child would fail in the same way.
+    """
     trained, seconds, resume = Trained(), 0.0, training.resume
     for attempt in range(1, training.max_restarts + 2):
         folder = training.folder / f"attempt-{attempt}"
@@ -122,7 +125,7 @@ def _job(training: Training, folder: Path, resume: Path | None, attempt: int) ->
 
 
 def _joined(before: list[StepRecord], progress: Path) -> list[StepRecord]:
-    """The record so far, then the last child's from its first step on: no step is in it twice."""
+    """Join the record so far with the last child's, so that no step is in it twice."""
     after = []
     if progress.exists():
         for line in progress.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was cut off
@@ -132,7 +135,7 @@ def _joined(before: list[StepRecord], progress: Path) -> list[StepRecord]:
 
 
 def not_finite(folder: Path) -> str | None:
-    """Where a child stopped at a number that was not finite: its step and, over all its processes, the first tensor."""
+    """Return where a child stopped at a non-finite number: the step and the first such tensor."""
     notes = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("not-finite-*.json")]
     if not notes:
         return None

@@ -1,6 +1,6 @@
-"""Starts the kernel measurements of `common.runtime.roofline`, which take turns, and gathers what they say.
+"""Start the kernel measurements of `common.runtime.roofline` in turns, and collect the results.
 
-Whatever else the machine does meets all frameworks alike.
+Whatever else the machine does then affects all frameworks alike.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _ask(child: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def _read(child: subprocess.Popen[str]) -> dict[str, Any]:
-    """The next answer; what else a framework prints is no JSON object and is passed over."""
+    """Read the next answer; other output of a framework is no JSON object and is skipped."""
     assert child.stdout is not None
     for line in child.stdout:
         if line.startswith("{"):

@@ -1,1 +1,1 @@
-"""Text that comes in and goes out: files, streams, consoles, pictures, errors. Imports nothing of the rest."""
+"""Text in and out: files, streams, consoles, pictures, errors. Imports no other room."""

@@ -1,4 +1,4 @@
-"""Reading text files that may be anything: a disk image by mistake, a device that never ends."""
+"""Read text files that could be anything: a disk image by mistake, an endless device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one console. What it prints is text, not markup: `[red]`, `:smile:` and numbers stay as they are."""
+"""The one console. It prints text, not markup: `[red]`, `:smile:` and numbers stay as they are."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rich.console import Console
 from common.io.edges import whole_number
 
 PLAIN_WIDTH = 200
-"""Columns where the output is no terminal, so that tables are not folded."""
+"""Columns if the output is not a terminal, so that tables are not folded."""
 MIN_WIDTH = 20
-"""A terminal that says it has fewer, or none, is not believed."""
+"""A terminal that reports fewer columns, or none, is assumed to have this many."""
 
 
 def make_console() -> Console:
-    """The terminal, or lines wide enough not to be folded."""
+    """Return a console for the terminal, or one with lines too wide to be folded."""
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     made = Console(markup=False, emoji=False, highlight=False, _environ=environment)
     asked = whole_number(os.environ.get("COLUMNS", ""))

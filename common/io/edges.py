@@ -49,7 +49,7 @@ OsText = Annotated[
 
 
 def from_command_line(text: str, option: str) -> str:
-    """What the user typed, as UTF-8, whatever the locale made of it. Raises ValueError with the place."""
+    """Return what the user typed as UTF-8, whatever the locale. Raises ValueError."""
     if not _SURROGATE.search(text):
         return text
     try:
@@ -60,12 +60,12 @@ def from_command_line(text: str, option: str) -> str:
 
 
 def whole_number(text: object) -> int | None:
-    """The number, read as every field of the specification reads it (`²` is a digit, and no number); None for any other."""
+    """Parse a whole number as the specification does (`²` is a digit but no number), else None."""
     return _parsed(_INT, text)
 
 
 def number(text: object) -> float | None:
-    """The same for any finite number."""
+    """Parse a finite number in the same way."""
     return _parsed(_FLOAT, text)
 
 
@@ -77,7 +77,7 @@ def _parsed(kind: TypeAdapter[_Number], text: object) -> _Number | None:
 
 
 def printable(text: str, longest: int = 80) -> str:
-    """A name from a file or of one, for a message, a title or another name: of any length, with any characters."""
+    """Make a file's name, or text from a file, safe to show: any length, any characters."""
     text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[: longest + 1])
     return text if len(text) <= longest else text[: longest - 3] + "..."
 

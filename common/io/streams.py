@@ -1,4 +1,4 @@
-"""Standard streams that outlast their readers and show what their encoding lacks: nothing is lost for what it says."""
+"""Standard streams that survive their reader and can show any character."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PLAIN = {"·": ".", "─": "-", "—": "-", "…": "..."}
 
 
 class LastingStream:
-    """A text stream that goes on without its reader: a closed pipe, a full disk, a terminal that is gone.
+    """A text stream that survives its reader: a closed pipe, a full disk, a closed terminal.
 
-    At the first failed write `say(error)` is called, and what is written from then on is dropped.
+    At the first failed write `say(error)` is called; everything written later is dropped.
     """
 
     def __init__(self, stream: TextIO, say: Callable[[OSError], None] = lambda error: None) -> None:

@@ -1,4 +1,4 @@
-"""Wrong input is one line: the error, the parser that raises it, and the suggestion in it. Imports nothing heavy."""
+"""Wrong input becomes one line: its exception, and the suggestion in it. Imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is right: the model in float64 NumPy, its backward by hand, and how far a framework may be from it."""
+"""What is right: the model in float64 NumPy, its backward by hand, and the tolerances."""

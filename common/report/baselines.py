@@ -1,4 +1,4 @@
-"""Our rows beside what a framework offers by itself: its own pipeline, and a plain loop on one device."""
+"""Our rows beside a framework's baselines: its own pipeline, and a plain loop on one device."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from common.schedule.simulate import Simulation
 from common.schedule.table import OPS
 
 MAX_TIMELINE_ACTIONS = 3000
-"""More would make a page that no phone opens; the trace file has them all."""
+"""With more, no phone could open the page; the trace file has all of them."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Two benchmarks row by row: which rows moved beyond their noise, and which no longer end well."""
+"""Compare two benchmarks row by row: what moved beyond noise, and what no longer ends well."""
 
 from __future__ import annotations
 
@@ -35,16 +35,19 @@ class Change:
 
     @property
     def broke(self) -> bool:
-        """It was ranked in A and is not in B."""
+        """Whether it was ranked in A and is not in B."""
         return self.before.ranked and not self.after.ranked
 
     @property
     def is_judged(self) -> bool:
-        """Whether a gate can say anything about it."""
+        """Whether a gate can judge it."""
         return self.broke or (self.ratio is not None and self.ratio.high is not None)
 
     def slower_than(self, limit: float) -> bool:
-        """Whether B has lost more than `limit` (0.05 for 5 %) of A's throughput with the whole interval."""
+        """Return whether B lost more than `limit` (0.05 for 5 %) of A's throughput.
+
+        The whole interval must be beyond it.
+        """
         return self.ratio is not None and self.ratio.high is not None and self.ratio.high < 1 - limit
 
 
@@ -58,7 +61,7 @@ class ComparedRuns:
     notes: tuple[str, ...]
 
     def failures(self, limit: float) -> list[str]:
-        """Why a gate with this limit would not let B pass, one line each."""
+        """Return why a gate with this limit would reject B, one line each."""
         return [
             f"{change.name}: {change.verdict if change.broke else f'slower by more than {limit:.3%}'}"
             for change in self.changes
@@ -67,7 +70,7 @@ class ComparedRuns:
 
 
 def compare_collections(before: Collection, after: Collection) -> ComparedRuns:
-    """Matches rows by their whole configuration."""
+    """Match rows by their whole configuration."""
     old = {group.results[0].config: (row, group) for row, group in _pairs(before)}
     new = {group.results[0].config: (row, group) for row, group in _pairs(after)}
     changes = []
@@ -90,7 +93,7 @@ def _pairs(collection: Collection) -> list[tuple[Row, RowRuns]]:
 
 
 def _notes(before: Collection, after: Collection) -> list[str]:
-    """What makes the comparison weaker than it looks."""
+    """List what weakens the comparison."""
     notes = []
     machines = [{result.machine.one_line for result in each.results} for each in (before, after)]
     if machines[0] != machines[1]:

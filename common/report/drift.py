@@ -33,7 +33,7 @@ PANELS = {
     "the loss curve": ("loss_curve",),
 }
 SMALLEST_SHOWN = 1e-15
-"""Smaller differences, 0 among them, lie below the pictures' edge."""
+"""Smaller differences, 0 among them, are below the picture's edge."""
 
 INTRODUCTION = """\
 # The drift zoo
@@ -63,7 +63,7 @@ predict: a better loss, and a model that is worth nothing."""
 
 
 def describe(row: Row) -> str:
-    """What came of it, in words."""
+    """Describe the result in words."""
     if not row.check:
         return row.verdict
     error = "" if row.relative is None or row.limit is None else f", {row.relative:.0e} of {row.limit:.0e}"

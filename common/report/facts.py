@@ -1,4 +1,4 @@
-"""What a report says in words: the verdict, what was run, on what."""
+"""What a report says in words: the verdict, what was run, and on what."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Verdict:
 
 
 def parity_verdict(collection: Collection) -> Verdict:
-    """Over all runs that ended; a run that was not compared is said so."""
+    """Return the verdict over all runs that ended, and name those that were not compared."""
     parities = [result.parity for result in collection.results if result.status == "ok"]
     passed = sum(parity.status == "pass" for parity in parities)
     failed = sum(parity.status == "FAIL" for parity in parities)
@@ -56,7 +56,7 @@ def parity_verdict(collection: Collection) -> Verdict:
 
 
 def timing_note(collection: Collection) -> str:
-    """How near the simulator comes, and why it does not come nearer."""
+    """Say how close the simulator comes, and why no closer."""
     timings = [g.shown.result.timing for g in collection.groups if g.shown and g.shown.result.timing]
     if not timings:
         return ""

@@ -15,7 +15,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 class Machine(BaseModel):
-    """What a throughput figure means nothing without."""
+    """The machine: without it a throughput figure means nothing."""
 
     model_config = ConfigDict(frozen=True)
 

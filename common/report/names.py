@@ -1,4 +1,4 @@
-"""What tells one run from another, in words: beside framework, schedule and sizes, only what is not the default."""
+"""What distinguishes runs, in words: besides framework, schedule and sizes, only non-defaults."""
 
 from __future__ import annotations
 

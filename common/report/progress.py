@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 PLAIN_SECONDS = 10.0
-"""Time between two lines of the same run where there is no terminal."""
+"""Seconds between two lines of one run if there is no terminal."""
 
 
 class ProgressView(Protocol):

@@ -1,4 +1,4 @@
-"""Everything that a benchmark leaves besides its result files, made from these alone."""
+"""Everything that a benchmark leaves besides its result files, made from those alone."""
 
 from __future__ import annotations
 

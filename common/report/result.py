@@ -1,4 +1,4 @@
-"""`result.json`: everything that is known about one run, under a schema version."""
+"""`result.json`: everything known about one run, with a schema version."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Parity(BaseModel):
     margins: dict[str, float] = {}
     """The worst observed error over its limit, per check; below 1 passes."""
     errors: dict[str, float] = {}
-    """In bfloat16: the relative errors that are judged beside those of the other frameworks, per check."""
+    """In bfloat16: the relative errors per check, to be judged beside other frameworks'."""
     curve_floor: float = 0.0
-    """In bfloat16: the error of the loss curve that comes of rounding the weights, and of nothing that a framework does."""
+    """In bfloat16: the loss curve's error from rounded weights alone, whatever the framework does."""
 
 
 class RunResult(BaseModel):
-    """One run of one framework. What was not measured is None or empty: a failed or skipped run is a result too."""
+    """One run of one framework; None or empty if not measured. Failed runs are results too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
@@ -88,11 +88,11 @@ class RunResult(BaseModel):
     peak_memory_bytes: dict[int, int] = {}
     """By device on CUDA; by the first device of each process on the CPU."""
     actions: dict[int, str] = {}
-    """What each device did in one step, as executed, in the schedule's text form."""
+    """What each device did in one step, in the text form of schedules."""
     untimed_steps: int = 2
-    """The first steps, which no statistics count: they trace, compile and fill caches."""
+    """The first steps, which no statistic includes: they trace, compile and fill caches."""
     timing: Timing | None = None
-    """Measured against simulated; None where the executor does not say what it did when."""
+    """Measured against simulated; None if the executor does not record its actions."""
     median_step_events: dict[int, list[EventRecord]] = {}
     """The actions of the step that `timing` names, with their times."""
     held_activation_peak_bytes: dict[int, int] = {}
@@ -102,7 +102,7 @@ class RunResult(BaseModel):
     corpus_digest: str | None = None
     corpus_bytes: int | None = None
     tokenizer_digest: str | None = None
-    """SHA-256 of the tokenizer.json; empty for bytes, None where nobody has said."""
+    """SHA-256 of tokenizer.json; empty for bytes, None if unknown."""
     parity: Parity = Parity()
     resumed_from: OsText | None = None
     """The checkpoint that the run went on from; its first step is that of `steps[0]`."""

@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 RESAMPLES = 4000
 CONFIDENCE = 0.95
 SEED = 0
-"""Fixed: the same samples give the same interval."""
+"""Fixed, so that the same samples give the same interval."""
 LEAST_REPEATS = 2
-"""One process does not show how much the next one differs from it."""
+"""With one process the difference between processes is unknown."""
 LEAST_STEPS = 6
 """Timed steps in every repeat. Of n values the smallest and the largest hold the median between them with a probability of
 1 - 2^(1-n) (Conover 1999, section 3.2): 94 % of 5, which no interval of theirs can better, and 97 % of 6."""
 LEAST_FOR_PERCENTILES = 10
-"""Values; a tenth of fewer is less than one."""
+"""Values; a tenth of fewer is less than one value."""
 TOO_FEW = "too few samples"
-"""The verdict where no interval can be had."""
+"""The verdict without an interval."""
 
 Samples = Mapping[int, Sequence[float]]
 """Seconds per token of every timed step, by repeat."""

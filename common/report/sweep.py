@@ -1,4 +1,4 @@
-"""Throughput against the number of micro-batches, or of stages, beside what the bubble alone would leave of it."""
+"""Throughput over micro-batches, or stages, beside what the bubble alone would leave of it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ class Curve:
     low: tuple[float, ...]
     high: tuple[float, ...]
     ideal: tuple[float, ...]
-    """The first point's throughput, scaled by the ideal efficiency: what the bubble alone would leave."""
+    """The first point's throughput scaled by the ideal efficiency: what the bubble alone would
+    leave."""
 
     is_judged: bool = True
     """Whether every point has samples enough to say something about it."""
 
     @property
     def knee(self) -> int | None:
-        """The first x from which the next one gains less than `KNEE_GAIN`; None if every step gains more, or not judged."""
+        """The first x after which the gain is below `KNEE_GAIN`; None without one."""
         if not self.is_judged:
             return None
         for here, now, after in zip(self.x, self.tokens_per_second, self.tokens_per_second[1:], strict=False):

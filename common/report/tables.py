@@ -350,7 +350,7 @@ def print_table(rows: Sequence[Row], console: Console) -> bool:
 
 
 def _width(table: Table, console: Console) -> int:
-    """Columns that the table needs to be shown unfolded."""
+    """Return the columns that the unfolded table needs."""
     return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
 
 
@@ -377,7 +377,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def in_cell(text: str) -> str:
-    """As a cell of a Markdown table takes it: a bar would end the cell."""
+    """Escape text for a cell of a Markdown table: a bar would end the cell."""
     return text.replace("|", "\\|")
 
 

@@ -51,13 +51,13 @@ class StageTime(BaseModel):
 
     compute: float
     communication_wait: float
-    """The sender had ended, the message was not there yet."""
+    """The sender had ended, but its message was not there yet."""
     schedule_wait: float
     """The sender had not ended; or this stage was done and others were not."""
     host: float
     """Between two actions, and before the first if it could have started."""
     rest: float
-    """Outside of the pipeline: norm, clipping, optimizer, handing the batch in and the loss out."""
+    """Outside the pipeline: norm, clipping, optimizer, batch in and loss out."""
 
     @property
     def total(self) -> float:

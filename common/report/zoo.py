@@ -19,11 +19,12 @@ AVERAGED_STEPS = 20
 
 
 Verdict = str
-"""One of `GOOD`, or `elsewhere`, `not seen`, `baseline differs`, `skipped: ...`, `failed: ...`"""
+"""One of `GOOD`, or `elsewhere`, `not seen`, `baseline differs`, `skipped: ...`, `failed: ...`."""
 
 
 GOOD = ("as expected", "within the limits", "needs CUDA")
-"""What needs no look. Within the limits: bits differ but no rung fails, which this habit may do (`Drift.may_pass`)."""
+"""Verdicts that need no attention. Within the limits: bits differ but no rung fails
+(`Drift.may_pass`)."""
 
 
 class Row(BaseModel):

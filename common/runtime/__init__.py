@@ -1,1 +1,1 @@
-"""Running a schedule: the executor that every framework shares, the child side and the parent side of a run."""
+"""One process of a run: the shared executor, the engine's contract, the worker and its files."""

@@ -1,4 +1,4 @@
-"""How many CPUs a run may use, counted in one way by everybody who asks."""
+"""How many CPUs a run may use, counted in one way everywhere."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def usable_cpus() -> int:
-    """Logical CPUs: those in the affinity mask, or fewer where a cgroup's quota allows less time, rounded up."""
+    """Return the logical CPUs in the affinity mask, or fewer by a cgroup's quota, rounded up."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([affinity, *map(math.ceil, cgroup_quotas())]))
 
 
 def threads_per_stage(stages: int, threads: int | None) -> int:
-    """CPU threads of each stage when `threads` (default: all usable CPUs) are shared by `stages`."""
+    """Return each stage's CPU threads if `threads` (default: all usable CPUs) are shared."""
     return max(1, (threads or usable_cpus()) // stages)
 
 

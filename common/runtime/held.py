@@ -1,4 +1,4 @@
-"""Counts what a device holds for backwards to come: micro-batches and bytes, the same way for threads and processes."""
+"""Count what a device holds for later backwards, the same way for threads and processes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class HeldActivations:
         self._waiting_bytes: dict[Hashable, list[int]] = defaultdict(lambda: [0] * chunks)
         self.peak_bytes = 0
         self.peak_in_flight = 0
-        """Of chunks: each counts as one (`common.schedule.simulate.Simulation.peak_chunks_in_flight_per_stage`)."""
+        """In chunks: each counts as 1 (see `Simulation.peak_chunks_in_flight_per_stage`)."""
 
     def bytes_of(self, micro_batch: int) -> list[int]:
-        """By chunk, to be read and set; 0 until it is measured."""
+        """By chunk, to be read and set; 0 until measured."""
         return self._bytes[self._kind(micro_batch)]
 
     def waiting_bytes_of(self, micro_batch: int) -> list[int]:
@@ -31,7 +31,7 @@ class HeldActivations:
         return self._waiting_bytes[self._kind(micro_batch)]
 
     def note(self, in_flight: Collection[tuple[int, int]], waiting: Collection[tuple[int, int]]) -> None:
-        """Takes the (micro-batch, chunk) pairs that wait for their B and for their W."""
+        """Note the (micro-batch, chunk) pairs that wait for their B and for their W."""
         held = sum(self.bytes_of(micro_batch)[chunk] for micro_batch, chunk in in_flight)
         held += sum(self.waiting_bytes_of(micro_batch)[chunk] for micro_batch, chunk in waiting)
         self.peak_bytes = max(self.peak_bytes, held)

@@ -1,4 +1,4 @@
-"""What a run inherits from the shell it is started in: what would change its numbers stays behind, the rest is reported."""
+"""What a run inherits from its shell: what would change numbers is dropped, the rest reported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 IGNORED = "TRIPTYCH_IGNORED"
-"""The environment variable in which a parent tells its children what it has left behind."""
+"""The environment variable that tells children what their parent has dropped."""
 
 LEFT_BEHIND = re.compile(
     r"""
@@ -30,13 +30,13 @@ REPORTED = re.compile(
     r"(ATEN|CUBLAS|CUDA|CUDNN|DNNL|FLAGS|GOMP|KMP|MALLOC|MKL|NCCL|NPY|NVIDIA|OMP|ONEDNN|OPENBLAS|PYTORCH|TF|TORCH)_.*"
     r"|GLIBC_TUNABLES|LD_PRELOAD"
 )
-"""What a framework, or a library under it, may heed."""
+"""What a framework, or a library under it, may read."""
 
 
 def kept(variables: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a child: without what is left behind, which `IGNORED` names.
+    """Return the environment for a child, without the dropped variables, which `IGNORED` lists.
 
-    Keras reads no keras.json: nothing can be in a folder that is a device.
+    Keras reads no keras.json: its folder is a device, in which there can be none.
     """
     ignored = [name for name in variables if LEFT_BEHIND.fullmatch(name)]
     own = {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, IGNORED: " ".join(sorted(ignored))}

@@ -30,7 +30,7 @@ class Saving(BaseModel):
     every: int | None
     keep: int
     token: str
-    """Of this job alone: the name of its temporary folders."""
+    """Of this job alone: part of its temporary folders' names."""
 
 
 class Generation(BaseModel):
@@ -76,7 +76,7 @@ class Job(BaseModel):
     noise: float = 0.0
     """Added to the initial weights (times standard normal), so that no bias is 0 and no norm weight 1 in a test."""
     text: JobText | None = None
-    """None where nothing reads text; `launch` gives it to those that came without."""
+    """None if nothing reads text; `launch` adds it to jobs without one."""
     resume: OsText | None = None
     """The checkpoint to go on from."""
     weights_alone: bool = False
@@ -85,7 +85,7 @@ class Job(BaseModel):
     """Steps done when the job ends; default: all of the specification."""
     saving: Saving | None = None
     fault: str | None = None
-    """One to make on purpose (`common.runtime.faults`)."""
+    """A fault to inject (`common.runtime.faults`)."""
     must_be_finite: bool = False
     """Whether the job ends at the first loss or gradient norm that is not finite."""
     batches: int | None = None

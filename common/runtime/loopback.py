@@ -1,4 +1,4 @@
-"""Whether the processes of a run can talk to each other on this machine."""
+"""Whether a run's processes can reach each other on this machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ ANSWER_SECONDS = 5.0
 
 
 def why_no_loopback() -> str | None:
-    """Why no connection over the loopback interface comes about, with what to do about it; None if one does.
+    """Return why a connection over loopback fails, and what to do; None if it works.
 
-    Without this, every process of a run would wait for the others for minutes.
+    Without this check every process of a run would wait for the others for minutes.
     """
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:

@@ -1,4 +1,4 @@
-"""How much memory a process has used at most."""
+"""The peak memory of a process."""
 
 from __future__ import annotations
 

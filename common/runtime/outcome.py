@@ -1,4 +1,4 @@
-"""What came of a job, in whatever way it ended."""
+"""The outcome of a job, however it ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Status = Literal["ok", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one job. `parts` is complete where `status` is "ok", else empty."""
+    """The outcome of one job. `parts` is complete if `status` is "ok", else empty."""
 
     status: Status
     reason: str

@@ -8,7 +8,7 @@ import signal
 import sys
 
 PARENT = "TRIPTYCH_PARENT"
-"""The environment variable in which a parent tells its children who it is."""
+"""The environment variable that tells children their parent's process id."""
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:

@@ -1,4 +1,4 @@
-"""Telling a process that hangs from one that is slow: by what it computes, since on a busy machine time says little."""
+"""Tell a hanging process from a slow one, by CPU time: elapsed time says little if it is busy."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from collections.abc import Mapping
 import psutil
 
 IDLE_SHARE = 0.02
-"""Of one core. What waits and now and then looks uses less, and what computes on a machine twenty times too busy more."""
+"""Of one core. A process that waits and polls uses less; one that computes uses more, even on a
+machine twenty times overloaded."""
 
 
 class Patience:
-    """Watches a process and all it has started, for whoever sees no progress of it.
+    """Watches a process and its descendants for somebody who sees no progress.
 
-    Patience is over when they have computed nothing for `idle_seconds`; or, an endless loop, when one thread has computed
-    for `busy_seconds` since the last progress. Other work on the machine makes a process slow, but neither idle nor busier.
+    Patience is over when they have computed nothing for `idle_seconds`, or (an endless loop) when
+    one thread has computed for `busy_seconds` since the last progress. Other work on the machine
+    makes a process slow, but neither idle nor busier.
     """
 
     def __init__(self, pid: int, idle_seconds: float, busy_seconds: float = float("inf")) -> None:
@@ -24,7 +26,7 @@ class Patience:
         self.renew(idle_seconds, busy_seconds)
 
     def renew(self, idle_seconds: float, busy_seconds: float = float("inf")) -> None:
-        """There was progress: counts anew, from now on with these limits."""
+        """Start counting anew after progress, from now on with these limits."""
         self.idle_seconds, self._busy_seconds = idle_seconds, busy_seconds
         self._processes: Mapping[int, float] = {}
         self._threads: Mapping[int, float] | None = None

@@ -30,7 +30,7 @@ from common.schedule import generators
 from common.spec.run import RunConfig
 
 GRACE_SECONDS = 5.0
-"""What the other ranks may compute, or do nothing, before they have written down how the failure of one looked to them."""
+"""How long the other ranks may compute, or be idle, to record how a rank's failure looked to them."""
 POLL_SECONDS = 0.1
 
 
@@ -100,13 +100,13 @@ def _all_end_well(processes: Sequence[Any]) -> bool:
 
 
 def _exit_code(process: Any) -> int:
-    """That of a process whose sentinel is ready: it comes a moment before the exit code does."""
+    """Return the exit code of a process whose sentinel is ready, a moment before the code is."""
     process.join()
     return int(process.exitcode)
 
 
 def _report(name: str, job: Job, processes: Sequence[Any]) -> None:
-    """Says which rank was ended from outside, where it could not say so itself."""
+    """Report which rank was ended from outside, since it could not do so itself."""
     for rank, process in enumerate(processes):
         if process.exitcode is not None and process.exitcode < 0:
             line = f"stage {rank} was ended by {signal.Signals(-process.exitcode).name}"

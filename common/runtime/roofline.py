@@ -1,7 +1,8 @@
-"""How fast a framework runs the kernels of a run, on one thread: what no pipeline can make up for.
+"""How fast a framework runs the kernels of a run, on one thread: a limit for any pipeline.
 
-A worker process a framework (`python -m torch_impl.roofline CONFIG`) answers each line that it reads with one round: the
-seconds of every kernel. `common.harness.roofline` lets them take turns. This module by itself measures the machine, with NumPy.
+Each framework has a worker process (`python -m torch_impl.roofline CONFIG`) that answers each line
+it reads with one round: the seconds of every kernel. `common.harness.roofline` makes them take
+turns. This module by itself measures the machine, with NumPy.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from common.runtime.parent import end_with_parent
 from common.spec.run import RunConfig
 
 COPIES = 8
-"""Inputs that one call takes one after another, so that what a call itself costs counts little."""
+"""Inputs that one call works through, so that the cost of a call itself counts little."""
 
 
 ROUND_SECONDS = 0.02
-"""CPU time for which a round measures each kernel, at least."""
+"""The least CPU time for which a round measures each kernel."""
 
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}

@@ -1,7 +1,7 @@
-"""The text of a job in tokens, from the parent to its children by files: no child reads, trains or tokenizes.
+"""The text of a job in tokens, from parent to children by files: children never read or tokenize.
 
-So all children of a run see the same text, whatever becomes of the files that it came from, and its tokenizer is there to
-be saved with the weights.
+So all children of a run see the same text, whatever happens to its files, and its tokenizer can be
+saved with the weights.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def write_text(corpus: Corpus, folder: Path, number: int = 0) -> JobText:
 
 
 def drop_tokens(text: JobText) -> None:
-    """The tokens are as large as the text; the tokenizer stays."""
+    """Remove the tokens, which are as large as the text; the tokenizer stays."""
     Path(text.tokens).unlink(missing_ok=True)
 
 
 def open_text(text: JobText) -> Corpus:
-    """The child's side: tokens that are mapped, not read."""
+    """Open the text in a child: tokens are memory-mapped, not read."""
     tokenizer = None if text.tokenizer is None else Path(text.tokenizer).read_bytes()
     return Corpus(np.load(text.tokens, mmap_mode="r"), text.digest, text.num_bytes, tokenizer)
 

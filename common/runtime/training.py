@@ -29,7 +29,7 @@ NOISE_SEED = 2
 
 
 class NotFiniteError(ArithmeticError):
-    """A loss or a gradient norm that is not finite: says at which step, and which tensor was the first."""
+    """A loss or gradient norm that is not finite; names the step and the first such tensor."""
 
 
 def start(engine: Engine, job: Job, corpus: Corpus) -> int:

@@ -1,4 +1,4 @@
-"""The child side of a run: builds the engine, does the job, writes what it saw. Shared by all implementations."""
+"""The child side of a run: build the engine, do the job, write the results. Shared by all."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from common.spec.parameters import TensorKey
 from common.spec.run import RunConfig
 
 STARTED_IN = inherited.report()
-"""Asked at the import, before an implementation sets variables of its own."""
+"""Read at import, before an implementation sets variables of its own."""
 
 Switch = Callable[[RunConfig], AbstractContextManager[Any]]
 
 
 def no_drift(config: RunConfig) -> AbstractContextManager[Any]:
-    """For engines that have none of a framework's habits."""
+    """Do nothing: for engines without any framework's habits."""
     return nullcontext()
 
 
@@ -85,7 +85,7 @@ def _corpus(job: Job) -> Corpus:
 
 
 def _train_job(engine: Engine, job: Job, corpus: Corpus, began: float) -> Part:
-    """The kinds of jobs that train, each with the tensors that it leaves."""
+    """Do a job that trains, and write the tensors of its kind."""
     config = job.config
     first_step = start(engine, job, corpus)
     build_seconds = time.perf_counter() - began

@@ -1,1 +1,4 @@
-"""Pipeline schedules as data: actions, dependencies, generators, validation, simulation, drawing. Knows no framework."""
+"""When: schedules as data, with generators, validation, simulation, search and drawing.
+
+Imports no other room but io.
+"""

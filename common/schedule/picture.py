@@ -20,7 +20,7 @@ COLORS = {Op.F: "#7eb0d5", Op.B: "#ffb55a", Op.W: "#8bd3a0", Op.BW: "#fd8f6a"}
 MEANINGS = {Op.F: "forward", Op.B: "backward, input", Op.W: "backward, weights", Op.BW: "backward"}
 MAX_LABELS = 1500
 INCHES_PER_ACTION = 0.32
-"""Of the shortest action, as long as the whole fits MAX_WIDTH_INCHES."""
+"""Width of the shortest action, unless the whole would exceed MAX_WIDTH_INCHES."""
 MAX_WIDTH_INCHES, MIN_WIDTH_INCHES = 24.0, 6.0
 POINTS_PER_CHARACTER = 4.6
 LABEL_POINTS = 7.5

@@ -20,5 +20,5 @@ def is_known(recompute: str) -> bool:
 
 
 def recomputes(recompute: str, micro_batch: int, micro_batches: int) -> bool:
-    """Whether the backward of this micro-batch, of so many, computes its forward again."""
+    """Return whether this micro-batch's backward, of so many, computes its forward again."""
     return recompute != "none" and not (recompute == "except-last" and micro_batch == micro_batches - 1)

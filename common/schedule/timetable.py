@@ -37,7 +37,7 @@ class Timetable:
     schedule: Schedule
     spans: tuple[tuple[tuple[float, float], ...], ...]
     tolerance: float = 1e-9
-    """How much earlier an action may seem to start because of rounding."""
+    """How much too early an action may start, for rounding."""
 
     def times(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(starts, ends) of all actions, those of device 0 first."""

@@ -12,13 +12,14 @@ MICROSECONDS_PER_UNIT = 1000.0
 """One unit of the costs is shown as a millisecond."""
 
 GAP_MICROSECONDS = 0.002
-"""What an event ends early: viewers cut times to nanoseconds and drop an event that then overlaps the one before."""
+"""How much earlier an event ends: viewers round to nanoseconds and drop events that then overlap."""
 
 LANES, IDS = 1_000, 1_000_000
-"""Numbers for a chart's threads and messages: viewers want both unique in the whole file, and no thread 0."""
+"""Factors for the numbers of threads and messages: both must be unique in the file, and no thread
+0."""
 
 INSIDE = 0.01
-"""An arrow begins and ends this share of an action inside it: on the very edge a viewer takes it for the neighbour's."""
+"""Arrows start and end this share inside an action: at its very edge a viewer picks the neighbour."""
 
 _COLORS = {Op.F: "thread_state_running", Op.B: "thread_state_iowait", Op.W: "good", Op.BW: "rail_idle"}
 

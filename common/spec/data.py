@@ -43,7 +43,7 @@ HELD_OUT_FRACTION = 0.1
 """The end of the corpus, kept for evaluation."""
 
 IGNORED = -1
-"""A target that no loss counts: what follows the end of a sequence."""
+"""A target that no loss includes: a position beyond the end of its sequence."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """What the summed loss is divided by: the targets of the whole mini-batch that count."""
+        """The divisor of the summed loss: the targets of the whole mini-batch that count."""
         return int((self.targets != IGNORED).sum())
 
     def first(self, count: int) -> Batch:

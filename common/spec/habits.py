@@ -29,7 +29,7 @@ class Drift:
     place: str
     """Pattern (fnmatch) of the first tensor that differs: a unit for activations, a canonical parameter name else."""
     default_of: str = ""
-    """Whose default it is; else a common mistake."""
+    """The framework whose default it is; otherwise a common mistake."""
     dtype: str = "float32"
     """The precision in which it shows."""
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -37,9 +37,9 @@ class Drift:
     train: Mapping[str, Any] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
     ladder_steps: int = 100
-    """Over which the loss curve is compared with the oracle's: fewer where training soon magnifies every rounding."""
+    """Steps of the loss-curve check: fewer if training soon magnifies every rounding."""
     may_pass: str = ""
-    """Why it may change bits and still stay within every limit; else it must fail."""
+    """Why it may change bits and stay within every limit; otherwise it must fail."""
 
 
 EVERYWHERE: tuple[Framework, ...] = ("torch", "tensorflow", "paddle")

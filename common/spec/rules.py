@@ -33,14 +33,14 @@ class Impossible(NamedTuple):
 
     field: str
     text: str
-    """What follows the field's name, or that of its option, in the line that says so."""
+    """What follows the field's name, or its option's, in the error line."""
 
     def __str__(self) -> str:
         return self.field + self.text
 
 
 def why_impossible(config: RunConfig) -> Impossible | None:
-    """The first rule that the run breaks, or None."""
+    """Return the first rule that the run breaks, or None."""
     return _schedule(config) or _device(config) or _precision(config) or _drift(config) or _executor(config)
 
 

@@ -32,7 +32,7 @@ from common.spec.rounding import finite_float32, round_to_float32
 
 
 def _as_float32(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """Bounds hold for what was given and for what float32 makes of it: 1e-320 is more than 0, its float32 is not."""
+    """Check the bounds before and after rounding: 1e-320 is more than 0, its float32 is not."""
     return check(finite_float32(check(value)))
 
 
@@ -142,11 +142,11 @@ class TrainSpec(Frozen):
         return "float64" if self.dtype == "float64" else "float32"
 
     def decays(self, name: str) -> bool:
-        """Whether weight decay applies to the parameter of this canonical name."""
+        """Return whether weight decay applies to the parameter of this canonical name."""
         return self.weight_decay > 0 and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.no_decay)
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of `step` (from 0): linear warm-up, then the schedule down to 0 after the last step."""
+        """Return the learning rate of `step` (from 0): linear warm-up, then down to 0."""
         if step < self.warmup_steps:
             return round_to_float32(self.learning_rate * (step + 1) / self.warmup_steps)
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -335,7 +335,7 @@ def preset(name: str) -> RunConfig:
 
 
 def explain(error: ValidationError) -> str:
-    """One line per wrong field: its name, the value, what would be right."""
+    """Return one line per wrong field: its name, the value, what is expected."""
     lines = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"]) or "configuration"

@@ -64,7 +64,7 @@ def _read(path: str) -> bytes:
 
 
 def _decoded(name: str, data: bytes) -> str:
-    """The text without a byte order mark. Raises CorpusError with the place of the first byte that is not text."""
+    """Decode the text without a byte order mark. Raises CorpusError at the first wrong byte."""
     utf8 = "expected UTF-8, or --tokenizer bytes, which takes bytes as they are"
     for mark, encoding in MARKS.items():
         if data.startswith(mark):

@@ -19,12 +19,13 @@ from common.io.bounded import read_text
 
 MAX_TOKENIZER_BYTES = 2**28
 BLOCK_CHARACTERS = 2**20
-"""A longer text is cut here and there (`_blocks`), since the library takes some 100 bytes for every token of a piece."""
+"""Longer texts are cut (`_blocks`): the library takes some 100 bytes per token of a piece."""
 PIECES_AT_ONCE_CHARACTERS = 8 * BLOCK_CHARACTERS
 RECIPE = "lines, byte level"
-"""How `train_byte_pairs` trains: another way needs another name here, so that what is kept is not taken for it."""
+"""How `train_byte_pairs` trains. A new way needs a new name, or cached tokenizers would be mistaken
+for it."""
 UNKNOWN_TOKEN = "\N{REPLACEMENT CHARACTER}"
-"""Shown for a token that the tokenizer does not have: the model's vocabulary may be padded."""
+"""Shown for a token that the tokenizer lacks: the model's vocabulary may be padded."""
 
 
 class TokenizerError(Exception):
@@ -150,7 +151,7 @@ BYTES = ByteTokenizer()
 
 
 def _no_tokenizer(where: str, found: Any) -> str:
-    """What a JSON file is instead, where that is known."""
+    """Return what a JSON file is instead, if that is known."""
     if isinstance(found, dict) and found and all(type(value) is int for value in found.values()):
         return f"{where}: a vocabulary without its merges; {FROM_PAIR}"
     return f"{where}: JSON without a model; {EXPECTED}"
@@ -241,12 +242,12 @@ def _groups(pieces: Iterator[str]) -> Iterator[list[str]]:
 
 
 def kept_in() -> Path:
-    """The user's cache folder. Raises RuntimeError where there is no home."""
+    """Return the user's cache folder. Raises RuntimeError if there is no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych" / "tokenizers"
 
 
 def _kept(key: str) -> bytes | None:
-    """A file's name has the digest of its content, so that a damaged one is not taken."""
+    """Return the path of a cached file. Its name has the content's digest, to detect damage."""
     with contextlib.suppress(OSError, RuntimeError):
         for path in kept_in().glob(f"{key}-*.json"):
             content = path.read_bytes()

@@ -1,1 +1,1 @@
-"""Weights in other people's files: what an implementation's `convert` shares, and GPT-2's names."""
+"""Weights in other projects' files: what all `convert` modules share, and GPT-2's names."""

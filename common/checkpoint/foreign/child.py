@@ -30,9 +30,9 @@ from common.spec.parameters import TOKEN_EMBEDDING, parameter_shapes
 from common.spec.run import TransformerSpec
 
 CHECKPOINT_BYTES_PER_WEIGHT = 32
-"""Weight, two moments and a copy, in float64."""
+"""A weight, two moments and a copy, in float64."""
 OVERHEAD_BYTES = 64 * 2**20
-"""Of a foreign file: what it may have besides the weights."""
+"""Room for what a foreign file may hold besides the weights."""
 
 
 def main(
@@ -41,7 +41,7 @@ def main(
     read: Callable[[TransformerSpec, Path], Mapping[str, NDArray[Any]]],
     read_tensors: Callable[[Sequence[Path]], Mapping[str, NDArray[Any]]] | None = None,
 ) -> int:
-    """Runs one of the directions with an implementation's own functions."""
+    """Run one of the directions with an implementation's own functions. Return the exit status."""
     set_up_streams()
     try:
         match list(arguments):
@@ -72,7 +72,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def check_size(path: Path, model: TransformerSpec) -> None:
-    """Before anything is read: no checkpoint of this model, optimizer and all, is that large. Raises ExchangeError."""
+    """Check a file's size before reading it. Raises ExchangeError if it is beyond all reason."""
     shapes = parameter_shapes(model)
     elements = sum(math.prod(shape) for shape in shapes.values()) + math.prod(shapes[TOKEN_EMBEDDING])
     limit = CHECKPOINT_BYTES_PER_WEIGHT * elements + OVERHEAD_BYTES
@@ -82,7 +82,10 @@ def check_size(path: Path, model: TransformerSpec) -> None:
 
 
 def checked(found: Mapping[str, NDArray[Any]], model: TransformerSpec) -> Arrays:
-    """The weights of `model`, in canonical order and one precision; 16-bit ones become float32. Raises ExchangeError."""
+    """Return `model`'s weights in canonical order and one precision; 16-bit ones become float32.
+
+    Raises ExchangeError.
+    """
     expected = parameter_shapes(model)
     check_names(set(found), set(expected))
     for name, shape in expected.items():
@@ -102,19 +105,19 @@ def checked(found: Mapping[str, NDArray[Any]], model: TransformerSpec) -> Arrays
 
 
 def note_dtypes(dtypes: Sequence[str]) -> None:
-    """Says so where the weights are kept in another precision than the file's."""
+    """Note it if the weights are stored in another precision than the file's."""
     if list(dtypes) not in (["float32"], ["float64"]):
         note(f"{', '.join(dtypes)} becomes float32")
 
 
 def check_names(found: set[str], expected: set[str]) -> None:
-    """Raises ExchangeError with the first name that is missing or too many."""
+    """Raise ExchangeError with the first missing or unexpected name."""
     if found != expected:
         name = min(found ^ expected)
         raise ExchangeError(f"{printable(name)} is {'not part of this model' if name in found else 'missing'}")
 
 
 def check_tied(own: NDArray[Any], copy: NDArray[Any]) -> None:
-    """A tied head is the token embedding. Raises ExchangeError."""
+    """Check that a tied head equals the token embedding. Raises ExchangeError."""
     if not np.array_equal(own, copy):
         raise ExchangeError("the head differs from the token embedding; expected --no-tied-head")

@@ -34,7 +34,7 @@ from common.spec.rounding import round_to_float32
 from common.spec.run import TransformerSpec
 
 BUFFER = re.compile(r"h\.[0-9]+\.attn\.(bias|masked_bias)")
-"""The causal mask, which older files carry as a tensor."""
+"""The causal mask, which older files store as a tensor."""
 ACTIVATIONS: Mapping[str, Literal["gelu", "gelu_tanh", "relu"]] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -181,7 +181,7 @@ def _shown(value: Any) -> str:
 
 
 def _config(path: Path | None) -> _Config:
-    """The config.json, or what it is without one. Raises ExchangeError."""
+    """Return the config.json, or defaults without one. Raises ExchangeError."""
     if path is None:
         return _Config()
     try:
@@ -192,7 +192,7 @@ def _config(path: Path | None) -> _Config:
 
 
 def foreign_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
-    """What a file of this model holds, by the library's names; a tied head is not in it."""
+    """Return what a file of this model holds, by the library's names; a tied head is not stored."""
     d, f = spec.d_model, spec.d_ff
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (spec.vocab_size, d), "wpe.weight": (spec.context_length, d)}
     for i in range(spec.num_layers):

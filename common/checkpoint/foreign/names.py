@@ -1,4 +1,4 @@
-"""Names and nesting that a model's wrappers and training loops add to its weights."""
+"""Names and nesting that model wrappers and training loops add to the weights."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ WRAPPERS: Mapping[str, str] = {
     "_checkpoint_wrapped_module": "activation checkpointing",
     "_layers": "paddle.DataParallel",
 }
-"""What stands, anywhere in a name, for a module around another; no name of ours or of GPT-2 has these words."""
+"""Name parts that wrappers add anywhere in a name; neither our names nor GPT-2's contain them."""
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "module", "weights")
-"""Under which of its keys a training loop's checkpoint has the weights."""
+"""The keys under which training loops store the weights."""
 MAX_DEPTH = 4
 
 
 def unwrapped(names: Iterable[str], prefixes: tuple[str, ...]) -> dict[str, str]:
-    """The names as the file has them by what they are without wrappers and `prefixes`; says what was taken off.
+    """Map names without wrappers and `prefixes` to the file's own; note what was removed.
 
-    Raises ExchangeError where two become one.
+    Raises ExchangeError if two names become one.
     """
     found: dict[str, str] = {}
     removed: dict[str, int] = {}
@@ -48,9 +48,9 @@ def unwrapped(names: Iterable[str], prefixes: tuple[str, ...]) -> dict[str, str]
 
 
 def weights_in(loaded: Any, is_tensor: Callable[[Any], bool], besides: str = "") -> dict[str, Any]:
-    """The state dict in what a file holds: the whole, or what a checkpoint has under a usual key.
+    """Return the state dict: the whole file, or what it has under one of `CHECKPOINT_KEYS`.
 
-    `besides` may stand in it too and is left out. Raises ExchangeError.
+    Names in `besides` may occur too and are left out. Raises ExchangeError.
     """
     for _ in range(MAX_DEPTH):
         if not isinstance(loaded, dict) or not loaded:

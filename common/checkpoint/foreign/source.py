@@ -25,20 +25,20 @@ IN_A_FOLDER = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""What is taken from a folder: the first of these that is there."""
+"""What to read from a folder: the first of these that exists."""
 INDEX = ".index.json"
 MAX_INDEX_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files that hold the tensors, and where the rest of the model may lie (config.json, tokenizer.json)."""
+    """The files with the tensors, and where config.json and tokenizer.json may be."""
 
     files: tuple[Path, ...]
     folders: tuple[Path, ...]
 
     def beside(self, name: str) -> Path | None:
-        """The file of this name that belongs to the model, if there is one."""
+        """Return the model's file of this name, if there is one."""
         return next((folder / name for folder in self.folders if (folder / name).exists()), None)
 
 
@@ -47,7 +47,7 @@ class _Index(BaseModel):
 
 
 def find(path: Path) -> Source:
-    """The files behind what the user names. Raises ExchangeError."""
+    """Find the files for a path that the user gives. Raises ExchangeError."""
     if path.is_dir():
         named = next((path / name for name in IN_A_FOLDER if (path / name).exists()), None)
         if named is None:
@@ -63,7 +63,7 @@ def find(path: Path) -> Source:
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
-    """A small file beside a model, or a link to one. Raises ExchangeError."""
+    """Read a small file beside a model, or a link to one. Raises ExchangeError."""
     check_plain(path)
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
@@ -73,7 +73,7 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
 
 
 def check_plain(path: Path) -> None:
-    """A file or a link to one, and no device that never ends. Raises ExchangeError."""
+    """Accept only a regular file or a link to one, not a device. Raises ExchangeError."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
