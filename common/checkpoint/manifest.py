@@ -64,7 +64,7 @@ class DataPosition(Entry):
     corpus_digest: str = Field(max_length=64)
     corpus: tuple[OsText, ...]
     tokenizer: Literal["bytes", "bpe", "file"]
-    """How the text became tokens; "bpe": byte pairs trained on the text (`common.spec.tokenizer`)."""
+    """How the text became tokens; bpe: byte pairs trained on it (`common.spec.tokenizer`)."""
     sequence_lengths: Literal["full", "random"]
     sequences_per_epoch: int | None
 

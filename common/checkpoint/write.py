@@ -166,6 +166,7 @@ def _write_shard(temporary: Path, devices: Sequence[int], tensors: Mapping[str, 
     path = temporary / name
     save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, path)
     _flush(path)
+    # Of the file as the disk has it, not of the arrays: a reader checks the same bytes.
     with path.open("rb") as file:
         digest = digest_of(file)
     entries = {
@@ -190,6 +191,7 @@ def _wait_for_shards(temporary: Path, stages: int) -> list[_Shard]:
     while True:
         notes = sorted(temporary.glob("*.note"))
         shards = [_Shard.model_validate_json(note.read_text(encoding="utf-8")) for note in notes]
+        # Every device once: a process may hold several, so the number of notes says nothing.
         if {device for shard in shards for device in shard.devices} == set(range(stages)):
             for note in notes:
                 note.unlink()
@@ -209,7 +211,7 @@ def _finish(temporary: Path, folder: Path, shards: Sequence[_Shard], **fields: A
         tensors={name: entry for shard in shards for name, entry in shard.tensors.items()},
         **fields,
     )
-    check_contents(manifest, folder)
+    check_contents(manifest, folder)  # whatever a reader would refuse must not be written
     path = temporary / MANIFEST
     write_file(path, manifest.model_dump_json(indent=1) + "\n")
     _flush(path)

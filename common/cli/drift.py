@@ -38,7 +38,7 @@ RUN_OPTIONS: Mapping[str, Any] = {
     "seeds": 5,
     "timeout": math.inf,
 }
-"""The options that say what is run, with their defaults."""
+"""Options that choose what is run, with their defaults."""
 
 
 def register(subcommands: Any) -> None:

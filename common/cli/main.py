@@ -1,6 +1,6 @@
-"""The console script `triptych`, with one subcommand per task. `bench_all.py` is its subcommand `bench`.
+"""The console script `triptych`, with one subcommand per task; `bench_all.py` is its `bench`.
 
-A subcommand's module is imported when it is named: nobody waits for what another one needs.
+A subcommand's module is imported only when it is named, so that none waits for another's imports.
 """
 
 from __future__ import annotations

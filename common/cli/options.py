@@ -49,7 +49,9 @@ def add_run_options(
 ) -> None:
     """Options for one run but those `without`. `only_placement`: where the rest comes from a checkpoint, but `also` these.
 
-    `defaults` are what the help says instead of those of `preset`, which counts where nobody names one.
+    `only_placement`: if the rest comes from a checkpoint, only placement options and those in
+    `also`. `defaults` is what the help shows instead of the values of `preset`, which applies if
+    the user names none.
     """
     if not only_placement:
         parser.add_argument(
@@ -73,7 +75,7 @@ def add_run_options(
 
 
 class _OneValue:
-    """A group of options that take one value each, where the benchmark's take lists."""
+    """A group of options that take one value each; the benchmark's take lists."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -96,7 +98,7 @@ def read_run(
     defaults: Mapping[Key, Any] = MappingProxyType({}),
     reads_text: bool = True,
 ) -> RunConfig:
-    """The one run that the command line asks for. Raises UsageError.
+    """Return the one run that the command line asks for. Raises UsageError.
 
     Below it stands the checkpoint `saved`, or else the preset, which `defaults` follow where nobody names one. The text is
     looked at too, if the subcommand `reads_text`, unless there is a checkpoint: `load_text` knows which one belongs to it.
@@ -112,7 +114,7 @@ def read_run(
 
 
 def read_model(arguments: argparse.Namespace) -> TransformerSpec:
-    """The model alone, of any vocabulary. Raises UsageError."""
+    """Return the model alone, of any vocabulary. Raises UsageError."""
     return TransformerSpec(**validated("model", _layers(arguments, None, {})))
 
 
@@ -167,7 +169,7 @@ def file_to_write(text: str, option: str) -> Path:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Raises UsageError if no file can be made in `folder`, whatever its mode says: a read-only disk, for one."""
+    """Raise UsageError if no file can be created in `folder`, for example on a read-only disk."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

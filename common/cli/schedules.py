@@ -272,7 +272,7 @@ def _simulated(schedule: Schedule, costs: Costs, arguments: argparse.Namespace) 
 
 
 def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `simulate` says, by its JSON keys."""
+    """Return the result of `simulate`, by its JSON keys."""
     schedule, costs = simulation.schedule, simulation.costs
     result: dict[str, Any] = {
         "schedule": schedule.name,
@@ -331,7 +331,10 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _adds_in_order(schedule: Schedule) -> bool:
-    """Whether every chunk's W and BW come in the order of the micro-batches (bitwise equal gradients need that)."""
+    """Return whether every chunk's W and BW keep the micro-batches' order.
+
+    Bitwise equal gradients need that.
+    """
     table = tabulate(schedule)
     adds = (table.op == OP_CODE[Op.W]) | (table.op == OP_CODE[Op.BW])
     for chunk in range(schedule.num_chunks):

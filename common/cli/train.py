@@ -246,7 +246,7 @@ def run_training(
 
 
 def result_of(trained: Trained, training: Training, command: str) -> RunResult:
-    """As a row of the benchmark; `steps` are those of all children together."""
+    """Return the run as a row of the benchmark; `steps` are those of all children together."""
     outcome = trained.outcome
     if trained.interrupted:
         outcome = Outcome("failed", "interrupted", outcome.log, (), outcome.wall_seconds)

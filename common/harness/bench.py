@@ -115,7 +115,7 @@ def describe(config: RunConfig) -> str:
 
 @dataclass
 class _Session:
-    """The state of one benchmark as it goes on."""
+    """The state of one benchmark while it runs."""
 
     bench: Bench
     command: str

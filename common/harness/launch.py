@@ -169,9 +169,11 @@ def _run(
         Path(job.out).mkdir(parents=True, exist_ok=True)
     job_file, log = folder / "jobs.json", log or folder / "child.log"
     JobFile(jobs=tuple(jobs)).write(job_file)
+    # Losses come from a file that grows; what each device does, from the board in shared memory.
     progress = [_Progress(Path(job.out) / "progress.jsonl") for job in jobs]
     boards = [Board(Path(job.out), job.config) for job in jobs]
     began = time.monotonic()
+    # Without a limit of the user's, computing for however long is no hang: a step may be slow.
     idle_seconds = HANG_SECONDS if hang_seconds is None else hang_seconds
     busy_seconds = float("inf") if hang_seconds is None else max(hang_seconds, START_SECONDS)
     ended_because = None
@@ -185,10 +187,11 @@ def _run(
             env=worker_environment(module),
             start_new_session=True,
         )
+        # At first START_SECONDS at least: importing a framework makes no progress on the board.
         patience = Patience(child.pid, max(idle_seconds, START_SECONDS), busy_seconds)
         try:
             while child.poll() is None:  # [3]
-                if stopped():
+                if stopped():  # `finally` ends the child first
                     raise Interrupted
                 if time.monotonic() - began > timeout_seconds:
                     ended_because = f"no result within {timeout_seconds:g} s (--timeout)"
@@ -232,7 +235,7 @@ def end_group(child: subprocess.Popen[bytes]) -> None:
     for signal_number, seconds in ((signal.SIGTERM, TERMINATE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         if not _members(child):
             break
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):  # the last one may end by itself just now
             os.killpg(child.pid, signal_number)
         deadline = time.monotonic() + seconds
         while _members(child) and time.monotonic() < deadline:
@@ -242,7 +245,7 @@ def end_group(child: subprocess.Popen[bytes]) -> None:
 
 def _members(child: subprocess.Popen[bytes]) -> list[int]:
     """Return the living processes of the child's group. A zombie is dead, if not yet collected."""
-    child.poll()
+    child.poll()  # collects the child, if it has ended
     living = []
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess, PermissionError):

@@ -1,7 +1,7 @@
-"""The parity ladder's measurement: what a probe of a framework left behind, against what the oracle says.
+"""The parity tests' measurement: compare what a framework's probe left with the oracle.
 
-A probe (`Job.kind`) leaves the output of every unit for every micro-batch, one optimizer step from a given gradient, the
-gradients of step 0, the loss of every step, and the trained weights.
+A probe (`Job.kind`) leaves the output of every unit for every micro-batch, one optimizer step from
+a given gradient, the gradients of step 0, the loss of every step, and the trained weights.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class Run:
 
 
 def read_probe(folder: Path, same_copies: bool = True) -> Run:
-    """Raises ValueError if two stages hold different copies of a tied weight, unless that may be.
+    """Read a probe's tensors, merged over its parts.
 
-    Tensors of a type that NumPy lacks are a ValueError too: an engine gives float32 where it computes in bfloat16.
+    Raises ValueError if two stages hold different copies of a tied weight, unless that may be; and
+    for a type that NumPy lacks: an engine gives float32 where it computes in bfloat16.
     """
     parts = [Part.model_validate_json(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("part-*.json"))]
     tensors: Tensors = {}
@@ -70,7 +71,7 @@ def read_probe(folder: Path, same_copies: bool = True) -> Run:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the oracle says about a run."""
+    """The oracle's values for a run."""
 
     unit_outputs: Tensors
     gradients: Tensors

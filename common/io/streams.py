@@ -48,9 +48,10 @@ class LastingStream:
 
 @contextlib.contextmanager
 def lasting_streams(notice: Callable[[OSError], str]) -> Iterator[LastingStream]:
-    """Standard output and error as `LastingStream`s, for as long as the context lasts; closed ones lead nowhere.
+    """Make standard output and error `LastingStream`s within the context, and yield the first.
 
-    Yields the first. `notice(error)` makes the line that standard error gets where that fails; none if it is empty.
+    Closed ones lead nowhere. `notice(error)` makes the line that standard error gets if standard
+    output fails; none if it is empty.
     """
     _open_closed_streams()
     set_up_streams()

@@ -67,7 +67,7 @@ class Difference(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return self.relative <= self.limit  # False for NaN
+        return self.relative <= self.limit  # False for NaN: written so, not as `not >`
 
     def __str__(self) -> str:
         return (
@@ -124,6 +124,7 @@ def difference(
 ) -> Difference:
     """Compare one tensor. A wrong shape counts as an infinite difference."""
     a, b = np.asarray(observed, np.float64), np.asarray(expected, np.float64)
+    # Without this NumPy would broadcast, and compare a (D,) with a (1, D) or with a scalar.
     if a.shape != b.shape:
         shape = f"{key.tensor} (shape {list(a.shape)}, expected {list(b.shape)})"
         return Difference(key._replace(tensor=shape), check, np.inf, np.inf, limit, (), float("nan"), float("nan"))
@@ -171,12 +172,14 @@ def relative_margins(errors: Sequence[Mapping[str, float]], curve_floor: float =
         # NaN (the only value unequal to itself) stays: max() could drop it.
         return error if error != error else max(floors.get(check, 0.0), error)
 
+    # [1] The smallest error of each check among the runs.
     smallest: dict[str, float] = {}
     for run in errors:
         for check, error in run.items():
             least = smallest.get(check, np.inf)
             # A run with NaN must not set the limit of the others.
             smallest[check] = min(least, counted(check, error)) if error == error else least
+    # [2] Each run's errors over the limits that follow from these.
     return [
         {
             check: _over(counted(check, error), BFLOAT16_FACTOR * smallest[check])

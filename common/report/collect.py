@@ -44,7 +44,7 @@ class RowRuns:
 
     @property
     def trained(self) -> RunResult | None:
-        """The first repeat that ended well: its losses stand for all."""
+        """The first repeat that ended well; its losses stand for those of all."""
         return next((result for result in self.results if result.status == "ok"), None)
 
 

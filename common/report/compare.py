@@ -1,8 +1,9 @@
 """Judge runs: against the oracle, and in bfloat16 also beside those of the other frameworks.
 
-[1] `parity` compares one run with the oracle: every step's loss, and step 0's gradients by name. In float64 and
-    float32 that is the verdict. In bfloat16 it is only a ceiling, and the errors are written into the result.
-[2] `judge_together` turns these errors into a verdict, once runs of at least two frameworks are there.
+[1] `parity` compares one run with the oracle: every step's loss, and step 0's gradients by name. In
+    float64 and float32 that is the verdict. In bfloat16 it is only a ceiling, and the errors are
+    written into the result.
+[2] `judge_together` turns these errors into a verdict, once there are runs of two frameworks.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def judge_together(results: Sequence[RunResult]) -> list[Parity]:
     stays "not checked"; a run above the ceiling has failed already and is not compared with.
     """
     verdicts = [result.parity for result in results]
-    alike: dict[RunConfig, list[int]] = {}  # configuration but for the framework, to positions in `results`
+    # By configuration, whatever the framework: positions in `results`.
+    alike: dict[RunConfig, list[int]] = {}
     for number, result in enumerate(results):
         if result.parity.errors and result.parity.status != "FAIL":
             alike.setdefault(result.config.model_copy(update={"framework": "torch"}), []).append(number)

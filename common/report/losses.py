@@ -1,4 +1,4 @@
-"""Loss curves beside the oracle's."""
+"""Loss curves and their distance from the oracle's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from common.report.collect import Collection
 
 @dataclass(frozen=True)
 class LossCurve:
-    """One row's losses, and how far they are from the oracle's."""
+    """One row's losses, and their distance from the oracle's."""
 
     name: str
     framework: str
@@ -27,7 +27,7 @@ class LossCurve:
 
 
 def loss_curves(collection: Collection) -> list[LossCurve]:
-    """One for every row that trained."""
+    """Return one curve for every row that trained."""
     return [
         LossCurve(
             name=row.name,

@@ -6,13 +6,13 @@ from common.spec.run import RunConfig
 
 
 def dropout_words(config: RunConfig) -> str:
-    """`none`, `shared 0.1` or `native 0.1`; the rounding to float32 is not shown."""
+    """Return `none`, `shared 0.1` or `native 0.1`; the rounding to float32 is not shown."""
     model = config.model
     return f"{model.dropout_masks} {model.dropout:.6g}" if model.dropout else "none"
 
 
 def variant(dtype: str, track: str, recompute: str, dropout: str, sequence_lengths: str, drift: str) -> list[str]:
-    """The words for everything that is not as usual, for names of rows; `dropout` as `dropout_words` says it."""
+    """Return the words for everything that is not the default, for names of rows."""
     return [
         dtype if dtype != "float32" else "",
         f"recompute={recompute}" if recompute != "none" else "",
@@ -24,7 +24,7 @@ def variant(dtype: str, track: str, recompute: str, dropout: str, sequence_lengt
 
 
 def variant_of(config: RunConfig) -> list[str]:
-    """The same of a configuration, without empty words."""
+    """Return the same for a configuration, without empty words."""
     words = variant(
         dtype=config.train.dtype,
         track=config.track,

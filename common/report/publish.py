@@ -22,9 +22,10 @@ AXES: tuple[Axis, ...] = ("micro_batches", "stages")
 
 
 def publish(collection: Collection, folder: Path, sweep: bool = False) -> None:
-    """Writes report.html, report.md, table.csv, summary.json, pictures into `folder`; timelines, traces beside the results.
+    """Write report.html, report.md, table.csv, summary.json and pictures into `folder`.
 
-    `sweep` adds throughput over micro-batches and over stages, where several of them ran.
+    Timelines and traces go into the results' own folders. `sweep` adds throughput over
+    micro-batches and over stages, if several of them ran.
     """
     swept = sweeps(collection) if sweep else {}
     folder.mkdir(parents=True, exist_ok=True)

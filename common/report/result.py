@@ -59,7 +59,7 @@ class Parity(BaseModel):
     errors: dict[str, float] = {}
     """In bfloat16: the relative errors per check, to be judged beside other frameworks'."""
     curve_floor: float = 0.0
-    """In bfloat16: the loss curve's error from rounded weights alone, whatever the framework does."""
+    """In bfloat16: the loss curve's error from rounded weights alone, in any framework."""
 
 
 class RunResult(BaseModel):

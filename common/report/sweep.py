@@ -30,7 +30,7 @@ class Curve:
     leave."""
 
     is_judged: bool = True
-    """Whether every point has samples enough to say something about it."""
+    """Whether every point has enough samples for a verdict."""
 
     @property
     def knee(self) -> int | None:

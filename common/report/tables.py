@@ -95,7 +95,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The row in words, as the progress bar says it."""
+        """The row in words, as in the progress bar."""
         words = [self.framework, self.schedule, self.executor if self.executor != "table" else ""]
         words += [f"p={self.stages}", f"v={self.chunks}" if self.chunks > 1 else "", f"m={self.micro_batches}"]
         words += [self.source]
@@ -224,7 +224,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Column:
-    """How a column is headed and filled; `keep` says how long it stays when the terminal is narrow (0: always)."""
+    """A column. `keep` is its rank in a narrow terminal (0: always shown)."""
 
     title: str
     cell: Callable[[Row], str]
@@ -312,7 +312,7 @@ LEGEND = (
 
 
 def columns_for(rows: Sequence[Row]) -> list[Column]:
-    """All columns but those that say the same in every row without having been asked for, or nothing."""
+    """Return all columns except empty ones, and those equal in every row that nobody asked for."""
     constant = {
         "run": all(not row.source for row in rows),
         "chunks": all(row.chunks == 1 for row in rows),
@@ -337,7 +337,7 @@ def by_track(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def print_table(rows: Sequence[Row], console: Console) -> bool:
-    """Prints the table; says whether columns were left out because the terminal is too narrow."""
+    """Print the table, and note it if columns were left out because the terminal is too narrow."""
     columns = columns_for(rows)
     table = _rich_table(rows, columns)
     dropped = False

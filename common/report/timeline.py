@@ -1,4 +1,4 @@
-"""The actions of a run's median step beside the simulated ones: pictures and a trace for Perfetto."""
+"""The actions of a run's median step and the simulated ones: pictures and a trace for Perfetto."""
 
 from __future__ import annotations
 

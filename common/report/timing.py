@@ -65,7 +65,7 @@ class StageTime(BaseModel):
 
 
 class Timing(BaseModel):
-    """One run, measured and simulated. Medians over the timed steps unless it says otherwise."""
+    """One run, measured and simulated. Values are medians over the timed steps unless noted."""
 
     model_config = ConfigDict(frozen=True)
 

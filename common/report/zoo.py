@@ -15,7 +15,7 @@ LADDER_STEPS = 100
 
 
 AVERAGED_STEPS = 20
-"""Whose mean is the loss after so many steps."""
+"""Steps whose mean is the loss at a step: that one and those before it."""
 
 
 Verdict = str
@@ -47,7 +47,7 @@ class Row(BaseModel):
     relative: float | None = None
     limit: float | None = None
     cost: dict[int, float] = {}
-    """After so many steps: the mean loss of the last steps, less the baseline's."""
+    """By number of steps: the mean loss of the last ones, minus the baseline's."""
     spread: dict[int, float] = {}
     """After so many steps: the standard deviation of the baseline's mean loss over the seeds."""
     held_out_cost: float | None = None

@@ -38,7 +38,7 @@ class Reference:
     """(B, S, D) by unit; for the head (B, S, V)."""
 
     def tensors(self, batch: Batch) -> dict[TensorKey, Any]:
-        """All of it with keys, and the tokens."""
+        """Return all of it with keys, and the tokens."""
         found = {
             TensorKey(batch.step, "reference_tokens", 0, -1, "embedding", "inputs"): batch.inputs,
             TensorKey(batch.step, "reference_tokens", 0, -1, "head", "targets"): batch.targets,
@@ -88,7 +88,7 @@ def _moments(config: RunConfig, oracle: Oracle) -> dict[str, Arrays]:
 
 
 def in_precision(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """The values that `dtype` can hold, nearest to `array`; those of bfloat16 as float32, since NumPy has none."""
+    """Round to the nearest values of `dtype`. NumPy has no bfloat16: float32 holds those."""
     if dtype != "bfloat16":
         return array.astype(dtype)
     bits = array.astype(np.float32).view(np.uint32)
@@ -97,7 +97,7 @@ def in_precision(array: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 
 def dump(engine: Engine, job: Job, corpus: Corpus) -> dict[TensorKey, Any]:
-    """Does the step after those that are done (`Job.stop_at`), then feeds every part of it with the oracle's tensors."""
+    """Do the step after `Job.stop_at`, then feed every part of it with the oracle's tensors."""
     config, step = job.config, job.stop_at or 0
     batch = corpus.training_batch(config, step)
 

@@ -44,6 +44,8 @@ class Engine(Protocol):
     it raises, the action fails. A framework's own pipeline (`executor = native`) does not call
     it."""
 
+    # Training.
+
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         """Start over from `weights` (those of all stages), with zeroed moments and gradients."""
 
@@ -57,6 +59,8 @@ class Engine(Protocol):
 
     def evaluate(self, batch: Batch) -> float:
         """Return the mean loss per token without dropout; change neither weights nor gradients."""
+
+    # Parity: one unit or one tensor at a time, beside the oracle's.
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
         """Return the output of every unit for every micro-batch, (B, S, D), of the head (B, S, V).
@@ -82,12 +86,16 @@ class Engine(Protocol):
         Weights, optimizer state and gradients stay as they are.
         """
 
+    # Inference.
+
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         """Return logits (B, S, V) for tokens (B, S), without dropout, as float32 or float64.
 
         They go through the pipeline in micro-batches. B is at least the number of micro-batches and
         may differ from the training batch; S is at most `context_length`. Every process gets all.
         """
+
+    # Saved state, and gradients for the parity tests.
 
     def optimizer_state(self) -> Arrays:
         """Return the moments: "first_moment/<name>" and, for AdamW, "second_moment/<name>".
@@ -111,6 +119,8 @@ class Engine(Protocol):
 
     def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
         """Replace the gradients, to test one optimizer step from the same gradient everywhere."""
+
+    # Measurement.
 
     def events(self) -> dict[int, list[Event]]:
         """Return what the last `forward_backward` did, per device."""

@@ -113,7 +113,7 @@ class Channel(Protocol[Tensor]):
 
 
 class StageFailure(RuntimeError):
-    """An action failed: says which, on which device, with the original error as its cause."""
+    """An action failed. The text says which, on which device; the cause is the original error."""
 
 
 def run_stage(
@@ -133,6 +133,7 @@ def run_stage(
     clock = clock or HostClock()
     marks: list[tuple[Action, Any, Any, Any]] = []
     for action in schedule.devices[device]:
+        # The list names device and chunk; inputs and outputs depend on the part of the model.
         k = schedule.virtual_stage(device, action.chunk)
         i, chunk = action.micro_batch, action.chunk
         try:

@@ -36,12 +36,12 @@ class FaultError(ValueError):
 
 
 class InjectedFault(RuntimeError):
-    """What the fault `exception` raises."""
+    """The exception of the fault `exception`."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens, and where."""
+    """A fault, and where it happens."""
 
     kind: Kind
     device: int = 0
@@ -72,7 +72,7 @@ class Fault:
         return cls(kind, numbers["device"], numbers["step"], action or ("save" if kind == "disk-full" else None))
 
     def strike(self) -> None:
-        """Does it, to this process or thread."""
+        """Let the fault happen, to this process or thread."""
         match self.kind:
             case "exception":
                 raise InjectedFault(str(self))
@@ -98,7 +98,7 @@ def _action(text: str, value: str) -> str:
 
 
 def exhaust_memory() -> NoReturn:
-    """Allocates until MemoryError comes. The limit stays, so that other threads of the process feel it too."""
+    """Allocate until MemoryError. The limit stays: other threads meet it too."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     limit = pages * resource.getpagesize() + OOM_HEADROOM_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))

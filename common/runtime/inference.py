@@ -65,7 +65,7 @@ def load_weights(engine: Engine, job: Job) -> None:
 
 
 def evaluate(engine: Engine, job: Job, corpus: Corpus) -> Evaluated:
-    """The loss over the first `job.batches` mini-batches of the held-out text, or all of it."""
+    """Return the loss over the held-out text, or its first `job.batches` mini-batches."""
     train, length = job.config.train, job.config.model.context_length
     losses, counts, seconds = [], [], []
     for batch in islice(corpus.held_out_batches(train.batch_size, length), job.batches):
@@ -120,14 +120,17 @@ def padded_length(length: int, context_length: int) -> int:
 
 
 def next_logits(engine: Engine, contexts: NDArray[np.int64], context_length: int) -> NDArray[np.float64]:
-    """Logits (B, V) after the last token of each context (B, s). What fills up the end cannot be seen from before it."""
+    """Return logits (B, V) after the last token of each context (B, s).
+
+    Contexts are padded at the end, which no position before can see.
+    """
     last = contexts.shape[1] - 1
     inputs = np.pad(contexts, ((0, 0), (0, padded_length(last + 1, context_length) - last - 1)))
     return np.asarray(engine.predict(inputs)[:, last], np.float64)
 
 
 def pick(logits: NDArray[np.float64], wish: Generation, sample: int, position: int) -> tuple[int, float]:
-    """The next token, and how close another one was."""
+    """Return the next token, and how close another one was."""
     if wish.temperature is None:
         best = int(np.argmax(logits))  # the first of equals
         return best, float(logits[best] - np.delete(logits, best).max())
@@ -148,7 +151,7 @@ def pick(logits: NDArray[np.float64], wish: Generation, sample: int, position: i
 
 
 def uniform(seed: int, sample: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing else (Philox: Salmon et al. 2011)."""
+    """Return a number in [0, 1) that depends on nothing else (Philox: Salmon et al. 2011)."""
     philox = np.random.Philox(key=np.array([seed, sample], np.uint64), counter=np.array([0, 0, 0, position], np.uint64))
     return float(np.random.Generator(philox).random())
 

@@ -44,7 +44,10 @@ def kept(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def report() -> dict[str, Any]:
-    """The part of a run's `environment` that says what it was started in. Ask before a framework is configured."""
+    """Return the part of a run's `environment` about its shell.
+
+    Call it before a framework is configured.
+    """
     heeded = {name: value for name, value in sorted(os.environ.items()) if REPORTED.fullmatch(name)}
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
     found = {"variables": heeded, "ignored_variables": os.environ.get(IGNORED, "").split(), "niceness": niceness}

@@ -159,9 +159,9 @@ class Part(BaseModel):
     build_seconds: float
     peak_memory_bytes: dict[int, int]
     held_activation_peak_bytes: dict[int, int] = {}
-    """By device; empty where the executor does not say (`Engine.held_bytes_peak`)."""
+    """By device; empty if the executor does not count it (`Engine.held_bytes_peak`)."""
     in_flight_peak: dict[int, int] = {}
-    """By device; empty where the executor does not say (`Engine.in_flight_peak`)."""
+    """By device; empty if the executor does not count it (`Engine.in_flight_peak`)."""
     environment: dict[str, Any]
     corpus_digest: str
     corpus_bytes: int

@@ -27,9 +27,9 @@ from common.spec.run import RunConfig
 
 
 def memory_bytes(config: RunConfig) -> int:
-    """What the oracle needs, about: weights, gradients, moments, and what its forward keeps for the backward.
+    """Estimate the oracle's memory: weights, gradients, moments, and what its forward saves.
 
-    For the preset `small` this says 0.92 GB; 0.90 GB were measured.
+    For the preset `small` this gives 0.92 GB; 0.90 GB were measured.
     """
     model, tokens = config.model, config.train.batch_size * config.model.context_length
     parameters = sum(math.prod(shape) for shape in parameter_shapes(model).values())

@@ -30,7 +30,7 @@ from common.schedule import generators
 from common.spec.run import RunConfig
 
 GRACE_SECONDS = 5.0
-"""How long the other ranks may compute, or be idle, to record how a rank's failure looked to them."""
+"""How long other ranks may compute, or be idle, to record how a failure looked to them."""
 POLL_SECONDS = 0.1
 
 
@@ -87,7 +87,7 @@ def _run_until_failure(ranks: Ranks, jobs: Sequence[Job], switch: Switch) -> int
 
 
 def _all_end_well(processes: Sequence[Any]) -> bool:
-    """Waits for the first failure, then for the grace time; or for all."""
+    """Wait until all ranks end; after the first failure, for the grace time only."""
     running = {process.sentinel: process for process in processes}
     patience = None
     while running:
@@ -124,7 +124,7 @@ def _rank_main(
     parent: int,
     progress: Any,
 ) -> None:
-    """The life of one rank. It ends with status 1 at the first job that fails here or on another rank."""
+    """Run one rank. It ends with status 1 at the first job that fails here or on another rank."""
     _die_with(parent)
     try:
         generators.kept.update(schedules)  # a spawned rank has none
@@ -145,7 +145,7 @@ def _rank_main(
 
 
 def _die_with(parent: int) -> None:
-    """Ends this process when its parent ends, however that happens (prctl(2), PR_SET_PDEATHSIG)."""
+    """End this process when its parent ends, in whatever way (prctl(2), PR_SET_PDEATHSIG)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the parent ends its ranks
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -155,7 +155,7 @@ def _die_with(parent: int) -> None:
 
 @contextmanager
 def _signals_as_exit() -> Iterator[None]:
-    """SIGTERM and SIGINT leave by SystemExit, so that the ranks are ended on the way out."""
+    """Turn SIGTERM and SIGINT into SystemExit, so that the ranks are ended on the way out."""
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -170,7 +170,7 @@ def _signals_as_exit() -> Iterator[None]:
 
 
 def _free_endpoints(count: int) -> list[str]:
-    """Addresses on the loopback device that nobody listens at."""
+    """Return addresses on the loopback device that are free."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     endpoints = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
     for s in sockets:

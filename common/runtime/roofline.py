@@ -82,7 +82,7 @@ def answer(
     arguments: Sequence[str],
     prepare: Callable[[RunConfig], tuple[Operations, Mapping[str, Any]]],
 ) -> int:
-    """The child's life: prepares operations and environment, says the latter, then measures a round for every line."""
+    """Run the worker: prepare, print the environment, then measure one round for each line read."""
     end_with_parent()
     try:
         operations, environment = prepare(RunConfig.model_validate_json(arguments[0]))

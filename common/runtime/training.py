@@ -60,7 +60,7 @@ def start(engine: Engine, job: Job, corpus: Corpus) -> int:
 
 
 def starting_weights(job: Job) -> Arrays:
-    """The initial weights of a job: the same for every framework, partition and schedule."""
+    """Return the initial weights of a job: the same for every framework, partition and schedule."""
     model, train = job.config.model, job.config.train
     weights = initial_weights(model, train.seed, train.master_dtype)
     if job.noise:
@@ -71,7 +71,7 @@ def starting_weights(job: Job) -> Arrays:
 
 
 def optimizer_test_gradients(config: RunConfig) -> Arrays:
-    """The gradients that every implementation applies once, to compare the optimizers alone."""
+    """Return the gradients that every implementation applies once, to compare optimizers alone."""
     return random_arrays(config.model, OPTIMIZER_TEST_SEED, config.train.master_dtype, 0.1)
 
 
@@ -191,11 +191,11 @@ def _is_bad(array: NDArray[Any]) -> bool:
 
 
 def held_out_batch(config: RunConfig, corpus: Corpus) -> Batch:
-    """The mini-batch that every run is evaluated on at its end."""
+    """Return the mini-batch that every run is evaluated on at its end."""
     return corpus.held_out_batch(0, config.train.seed, config.train.batch_size, config.model.context_length)
 
 
 def named(config: RunConfig, engine: Engine, arrays: Arrays, step: int, phase: str) -> dict[TensorKey, Any]:
-    """Keys for tensors that belong to the whole mini-batch."""
+    """Return keys for tensors that belong to the whole mini-batch."""
     stage = engine.devices[0] if len(engine.devices) == 1 else -1
     return {TensorKey(step, phase, stage, -1, unit_of(name), name): value for name, value in arrays.items()}

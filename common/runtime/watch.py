@@ -1,8 +1,8 @@
 """What every device is doing right now, so that a parent can say who waits for whom in a hang.
 
-    child                                    shared file `watch`          parent
-    [1] Watch notes the device's next   ──►  one line per device    ──►   [2] Board.changed: progress?
-        action, about 1 microsecond          (memory-mapped)              [3] explain: who waits for whom
+    child                               shared file `watch`        parent
+    [1] Watch notes the next action ──► one line per device,  ──►  [2] Board.changed: progress?
+        (about 1 microsecond)           mapped into memory         [3] explain: who waits for whom
 
 The device's own thread or process overwrites its line ahead of each action. Only the parent reads
 it, a few times a second. [3] compares each device's action with the schedule: a device waits if its

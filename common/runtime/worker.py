@@ -40,9 +40,11 @@ def no_drift(config: RunConfig) -> AbstractContextManager[Any]:
 def run_jobs(
     jobs: JobFile, build_engine: Callable[[RunConfig], Engine], first_device: int = 0, switch: Switch = no_drift
 ) -> int:
-    """Runs every job; a failed one leaves its traceback and the next go on. Returns the exit status.
+    """Run every job and return the exit status.
 
-    `switch` puts back the habit of the framework that `RunConfig.drift` names, for one job.
+    A failed job leaves its traceback, and the next one runs.
+
+    `switch` applies, for one job, the framework's habit that `RunConfig.drift` names.
     """
     status = 0
     for job in jobs.jobs:

@@ -62,6 +62,7 @@ def virtual_stage(device: int, chunk: int, num_devices: int, placement: Placemen
 
     In a vee the first and the last part share device 0, and no message is needed where it turns.
     """
+    # Odd chunks of a vee count the devices from the last one.
     backwards = placement == "vee" and chunk % 2 == 1
     return chunk * num_devices + (num_devices - 1 - device if backwards else device)
 
@@ -134,6 +135,7 @@ def format_schedule(schedule: Schedule) -> str:
     """Return the text form: a header line, then one line of actions per device."""
     header = f"# schedule: {schedule.name} micro_batches={schedule.num_micro_batches}"
     if schedule.num_chunks > 1:
+        # Left out with one chunk per device: the placement means nothing there.
         header += f" chunks={schedule.num_chunks} placement={schedule.placement}"
     rows = (f"{d}: {' '.join(map(str, actions))}" for d, actions in enumerate(schedule.devices))
     return "\n".join([header, *rows]) + "\n"
@@ -164,6 +166,7 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
             name = header["name"]
             options = dict(word.split("=", 1) for word in header["rest"].split() if "=" in word)
             continue
+        # An empty line is no device: one without actions still has its number, `2:`.
         content = line.split("#", 1)[0].strip()
         if not content:
             continue
@@ -206,6 +209,7 @@ def build_schedule(rows: list[list[Action]], name: str, options: dict[str, str] 
         for row in rows
     )
     num_micro_batches = last + 1 - base if stated is None else stated
+    # Before any array is made: a header may announce whatever it likes.
     if min(num_micro_batches, num_chunks) < 1 or len(rows) * num_micro_batches * num_chunks > MAX_PLACES:
         raise ScheduleError(
             f"{len(rows)} devices, {num_micro_batches} micro-batches, {num_chunks} chunks; expected at least 1 of "

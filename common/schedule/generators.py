@@ -143,6 +143,7 @@ GENERATORS: dict[str, Generator] = {
 
 def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
     """Return the named schedule, or the one in `file:PATH`. Raises ScheduleError."""
+    # Sizes first: a generator may assume them, and a huge one would fill the memory.
     if min(p, m, chunks) < 1:
         raise ScheduleError(f"{p} stages, {m} micro-batches, {chunks} chunks; expected at least 1 of each")
     if p * m * chunks > MAX_PLACES:
@@ -173,6 +174,7 @@ def default_chunks(name: str) -> int:
 
 
 def _from_file(path: Path, p: int, m: int, chunks: int) -> Schedule:
+    # A file has its own sizes; they must be those of the run.
     schedule = _read(path)
     for what, has, asked in (
         ("stages", schedule.num_devices, p),

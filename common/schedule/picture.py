@@ -27,7 +27,7 @@ LABEL_POINTS = 7.5
 
 
 def draw_picture(simulation: Simulation, path: str | Path) -> None:
-    """Writes the chart to `path`; the suffix (.png or .svg) says which. Later chunks are paler."""
+    """Write the chart to `path`, which ends in .png or .svg. Later chunks are paler."""
     schedule = simulation.schedule
     peak = max(simulation.peak_in_flight_per_stage)
     title = f"{_size(schedule)}, bubble {simulation.bubble_fraction:.1%}, {peak:g} in flight"
@@ -35,7 +35,7 @@ def draw_picture(simulation: Simulation, path: str | Path) -> None:
 
 
 def draw_pictures(charts: Mapping[str, Simulation], *paths: str | Path, time_label: str = "time") -> None:
-    """Writes charts one below the other, each under its title, with one time axis for all, to every path."""
+    """Write charts to every path, one below the other with titles and one common time axis."""
     simulations = list(charts.values())
     makespan = max(simulation.makespan for simulation in simulations)
     room = max(sim.makespan / _shortest(sim) for sim in simulations) * INCHES_PER_ACTION

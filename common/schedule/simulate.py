@@ -86,6 +86,7 @@ class Costs:
         )
 
     def __post_init__(self) -> None:
+        # A list of the wrong length would be broadcast, or cut off, far from here.
         lengths = {len(self.forward), len(self.backward_input), len(self.backward_weight), len(self.communication)}
         if self.activation_bytes is not None:
             lengths.add(len(self.activation_bytes))
@@ -167,6 +168,7 @@ class Simulation:
         this one (Qi et al. 2024, section 4: an optimizer without a barrier). Their ZB-H2 and ZB-2p
         figures are counted in this way.
         """
+        # A device's first action is a forward in every valid schedule.
         first = self.start[self.table.bounds[:-1]]
         last = np.maximum.reduceat(self.end, self.table.bounds[:-1])
         return float((last - first).max())
@@ -198,7 +200,7 @@ class Simulation:
 
     @property
     def peak_bytes_per_stage(self) -> list[int] | None:
-        """The same in bytes, if the costs say how large an activation is."""
+        """The same in bytes, if the costs include an activation's size."""
         if self.costs.activation_bytes is None:
             return None
         sizes = zip(self.peak_memory_per_stage, self.costs.activation_bytes, strict=True)
@@ -228,6 +230,7 @@ def simulate(
     table = tabulate(schedule)
     # [2] A (4, p) matrix of costs, looked up for every row; a B that recomputes takes F's time too.
     cost = np.array([costs.of(op) for op in OPS])[table.op, table.device]  # (n,)
+    # Which rows recompute: B and BW, of the micro-batches that `recompute` names.
     again = _recomputed(table, costs.recompute) & np.isin(table.op, (OP_CODE[Op.B], OP_CODE[Op.BW]))
     cost = (cost + np.where(again, np.array(costs.forward)[table.device], 0.0)) / schedule.num_chunks
     source = np.where(table.trusted_wrap_arounds, -1, table.source) if wrap_around == "first" else table.source
@@ -266,6 +269,7 @@ def _peak_held(
 ) -> FloatArray:
     """Return (p,): the most held per device; sizes are (p, v)."""
     place = table.device, table.chunk
+    # What a row's micro-batch holds between its F and its B, whichever of the two the row is.
     until_backward = np.where(_recomputed(table, recompute), recomputed[place], forward[place])  # (n,)
     change = {  # (n,) each: what an action of this kind adds
         Op.F: until_backward,
@@ -287,6 +291,7 @@ def replay_makespan(schedule: Schedule, durations: Sequence[Sequence[float]]) ->
     time is overhead. Raises ScheduleError for durations of another schedule.
     """
     table = tabulate(schedule)
+    # Row by row, as the table has them.
     flat = [duration for row in durations for duration in row]
     if [len(row) for row in durations] != [len(row) for row in schedule.devices]:
         raise ScheduleError("durations for another schedule; expected one per action, device by device")
@@ -304,4 +309,4 @@ def per_stage(values: Sequence[float], stages: int, what: str) -> tuple[float, .
 
 
 def _idle_share(busy: float, time: float) -> float:
-    return 1.0 - busy / time if time else 0.0
+    return 1.0 - busy / time if time else 0.0  # all costs 0: nothing is idle

@@ -8,8 +8,8 @@
         device       0    0    0    0   │  1    1    1    1
 
 [2] A slot is the place of one result: (F, B or W; micro-batch i; virtual stage k), for m
-    micro-batches and K virtual stages. Slots are numbered as in a C array of shape (3, m, K), so one
-    flat array has them all:
+    micro-batches and K virtual stages. Slots are numbered as in a C array of shape (3, m, K), so
+    one flat array has them all:
 
         slot = (code x m + i) x K + k             code: F 0, B 1, W 2
         e.g. B of micro-batch 1 on virtual stage 0: (1 x 2 + 1) x 2 + 0 = 6

@@ -40,7 +40,7 @@ class Timetable:
     """How much too early an action may start, for rounding."""
 
     def times(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(starts, ends) of all actions, those of device 0 first."""
+        """Return (starts, ends) of all actions, device 0 first."""
         flat = np.array([span for row in self.spans for span in row], np.float64).reshape(-1, 2)
         return flat[:, 0], flat[:, 1]
 
@@ -49,7 +49,7 @@ _TimedRow = list[tuple[float, float, Action]]
 
 
 def read_table(text: str, name: str = "file") -> Schedule | Timetable:
-    """Reads any text form: a schedule, a schedule with times, or a Markdown chart. Raises ScheduleError."""
+    """Read any text form: a schedule, one with times, or a Markdown chart. Raises ScheduleError."""
     lines = [line.strip() for line in text.splitlines()]
     if any(line.startswith("|") for line in lines):
         return _parse_chart([line for line in lines if line.startswith("|")], name)

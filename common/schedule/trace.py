@@ -12,14 +12,14 @@ MICROSECONDS_PER_UNIT = 1000.0
 """One unit of the costs is shown as a millisecond."""
 
 GAP_MICROSECONDS = 0.002
-"""How much earlier an event ends: viewers round to nanoseconds and drop events that then overlap."""
+"""How much earlier an event ends: viewers round, and drop events that then overlap."""
 
 LANES, IDS = 1_000, 1_000_000
 """Factors for the numbers of threads and messages: both must be unique in the file, and no thread
 0."""
 
 INSIDE = 0.01
-"""Arrows start and end this share inside an action: at its very edge a viewer picks the neighbour."""
+"""Arrows start and end this share inside an action: at its edge viewers pick a neighbour."""
 
 _COLORS = {Op.F: "thread_state_running", Op.B: "thread_state_iowait", Op.W: "good", Op.BW: "rail_idle"}
 
@@ -30,7 +30,7 @@ def chrome_trace(simulation: Simulation) -> dict[str, Any]:
 
 
 def chrome_traces(charts: Mapping[str, Simulation]) -> dict[str, Any]:
-    """The same with a process for every chart, under its name."""
+    """Return the same with a process for every chart, under its name."""
     events = [
         event for pid, (name, simulation) in enumerate(charts.items()) for event in _events(simulation, name, pid + 1)
     ]

@@ -147,7 +147,7 @@ class _Report:
             self.add_missing(*table.describe_slot(slot))
         if len(missing) > MAX_MISSING_LISTED:  # a file can announce a million with a few bytes
             self.add_missing(*table.describe_slot(int(missing[MAX_MISSING_LISTED])), len(missing) - MAX_MISSING_LISTED)
-        self.check_counts()
+        self.check_counts()  # sums the lists above up, in a line per device
 
     def check_counts(self) -> None:
         """Check every device's totals: F, B (with BW) and W (with BW) each m x v times."""
@@ -181,6 +181,7 @@ class _Report:
             op, micro_batch, k = table.describe_slot(slot)
             device, chunk = self.schedule.location[k]
             needed = self.name_of(Action(op, micro_batch, chunk))
+            # On its own device nothing is sent: what is missing would have been held there.
             if device == table.device[row]:
                 self.add(_RULE_OF_NEED[result, offset], row, f"needs {needed} of the same device, which is missing")
             else:
@@ -191,7 +192,7 @@ class _Report:
         """Play the schedule; a device that does not reach its end is stuck. Show each circle once.
         [3]"""
         table = self.table
-        zeros = [0.0] * table.num_rows
+        zeros = [0.0] * table.num_rows  # only who arrives matters, not when
         reached = play(table, zeros, zeros).reached
         stuck = {d: row for d, row in enumerate(reached) if row < table.bounds[d + 1]}
         waits_for = {d: int(table.device[table.source[row]]) for d, row in stuck.items()}
@@ -264,7 +265,7 @@ class _Report:
 
 def _repeats(slots: IntArray, rows: IntArray) -> tuple[list[int], list[int]]:
     """Return the (slots, rows) that fill a slot which an earlier row has filled."""
-    order = np.lexsort((rows, slots))
+    order = np.lexsort((rows, slots))  # by slot, then by row: repeats are neighbours
     slots, rows = slots[order], rows[order]
     again = np.flatnonzero(slots[1:] == slots[:-1]) + 1
     return slots[again].tolist(), rows[again].tolist()

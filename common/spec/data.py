@@ -60,7 +60,7 @@ class Batch:
         return int((self.targets != IGNORED).sum())
 
     def first(self, count: int) -> Batch:
-        """Its first `count` sequences."""
+        """Return its first `count` sequences."""
         return Batch(self.step, self.inputs[:count], self.targets[:count])
 
     def micro_batches(self, count: int) -> list[MicroBatch]:
@@ -138,7 +138,7 @@ class Corpus:
         return _windows(self.train, step, (seed, 0), batch_size, context_length)
 
     def held_out_batch(self, index: int, seed: int, batch_size: int, context_length: int) -> Batch:
-        """A mini-batch of windows of the held-out text."""
+        """Return a mini-batch of windows of the held-out text."""
         return _windows(self.held_out, index, (seed, 1), batch_size, context_length)
 
     def held_out_batches(self, batch_size: int, context_length: int) -> Iterator[Batch]:
@@ -155,13 +155,13 @@ class Corpus:
 
 
 def sequences_in(step: int, batch_size: int, sequences_per_epoch: int) -> int:
-    """How many sequences the mini-batch of `step` has: the last one of an epoch takes what is left."""
+    """Return the sequences in the mini-batch of `step`; an epoch's last takes the rest."""
     steps_per_epoch = -(-sequences_per_epoch // batch_size)
     return min(batch_size, sequences_per_epoch - step % steps_per_epoch * batch_size)
 
 
 def load_corpus(config: RunConfig) -> Corpus:
-    """Reads and tokenizes the text of `config`. Raises CorpusError and TokenizerError."""
+    """Read and tokenize the text of `config`. Raises CorpusError and TokenizerError."""
     return tokenize(config, read_texts(config.corpus))
 
 
@@ -193,7 +193,7 @@ def _tokenized(text: Text, kind: str, content: bytes | None, where: str, vocab_s
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
-    """Raises TokenizerError if the model lacks tokens of the tokenizer; it may have more, which no text becomes."""
+    """Raise TokenizerError if the model lacks tokens of the tokenizer. It may have more."""
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
             f"{where}: has {tokenizer.vocab_size} tokens, added and special ones included; the model has "

@@ -17,7 +17,7 @@ from common.spec.run import Framework
 
 @dataclass(frozen=True)
 class Drift:
-    """One habit."""
+    """One numerical habit of a framework."""
 
     name: str
     title: str
@@ -261,5 +261,5 @@ DRIFTS: tuple[Drift, ...] = (
 
 
 def by_name(name: str) -> Drift:
-    """Raises KeyError for an unknown one."""
+    """Return the drift of this name. Raises KeyError for an unknown one."""
     return {drift.name: drift for drift in DRIFTS}[name]

@@ -25,7 +25,7 @@ NATIVE_SCHEDULES: Mapping[str, tuple[str, ...]] = {
 """What `executor = native` offers, by framework."""
 
 BFLOAT16 = tuple(name for name in FRAMEWORKS if name != "paddle")
-"""Frameworks that can compute this model in bfloat16; Paddle's reasons stand in `paddle_impl.devices.check_dtype`."""
+"""Frameworks that can compute this model in bfloat16; see `paddle_impl.devices.check_dtype`."""
 
 
 class Impossible(NamedTuple):

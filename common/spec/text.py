@@ -27,7 +27,7 @@ class Text:
     """The files of a corpus, or CPython's manual, as bytes."""
 
     digest: str
-    """SHA-256 of all of it."""
+    """SHA-256 of all files, in order."""
     num_bytes: int = field(compare=False)
     files: tuple[tuple[str, bytes], ...] = field(compare=False)
     """By name, for errors."""
@@ -43,7 +43,7 @@ class Text:
 
 
 def read_texts(paths: Sequence[str]) -> Text:
-    """The files, in order. Raises CorpusError."""
+    """Read the files, in order. Raises CorpusError."""
     if paths:
         files = tuple((path, _read(path)) for path in paths)
     else:

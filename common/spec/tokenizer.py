@@ -50,7 +50,7 @@ class Tokenizer(Protocol):
         """A token that the tokenizer does not have becomes U+FFFD; special tokens are shown."""
 
     def unknown(self, text: str) -> str:
-        """The characters of the text that no token of their own stands for, each once."""
+        """Return the characters of the text that have no token of their own, each once."""
 
 
 class ByteTokenizer:

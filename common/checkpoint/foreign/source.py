@@ -1,4 +1,4 @@
-"""Where a model's tensors lie: in one file, in a folder as the transformers library saves it, or in the shards of an index.
+"""Where a model's tensors are: one file, a folder of the transformers library, or indexed shards.
 
 Who names a file decides what it may be. What the user names may be a link, and so may what lies in a folder that they name:
 the Hugging Face cache is made of links (checkpoints/HASH/model.safetensors -> ../../blobs/...). What an index names is the
