@@ -67,7 +67,7 @@ def _doctor(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
 
 
 def write(path: Path, rows: Sequence[Kernel], found: Mapping[str, Measured]) -> None:
-    """Seconds by framework and kernel, with each framework's environment."""
+    """Return seconds by framework and kernel, with each framework's environment."""
     said = {
         name: {"error": one.error, "environment": one.environment, "seconds": one.seconds}
         for name, one in found.items()
@@ -77,7 +77,7 @@ def write(path: Path, rows: Sequence[Kernel], found: Mapping[str, Measured]) -> 
 
 
 def rate(kernel: Kernel, seconds: float) -> float:
-    """In the kernel's unit."""
+    """Return the rate in the kernel's unit."""
     return kernel.work / seconds / 1e9
 
 
@@ -96,7 +96,7 @@ def _cards(gpus: Sequence[Gpu]) -> str:
 
 
 def show(console: Console, config: RunConfig, found: Mapping[str, Measured]) -> None:
-    """Prints the table, what the mark means, and every environment."""
+    """Print the table, what the mark means, and every environment."""
     rows = kernels(config)
     frameworks = [name for name in found if name != "machine" and not found[name].error]
     console.print(f"{this_machine().one_line}; one thread, {config.train.dtype}", soft_wrap=True, markup=False)

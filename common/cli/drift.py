@@ -136,7 +136,7 @@ def _run(arguments: argparse.Namespace, console: Console, implementations: Mappi
 
 
 def chosen(text: str, known: tuple[str, ...] | list[str], option: str) -> list[str]:
-    """The words of a comma list. Raises UsageError for one that is not known."""
+    """Return the words of a comma list. Raises UsageError for an unknown one."""
     words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     for word in words:
         if word not in known:

@@ -74,7 +74,7 @@ def main(
 
 
 def bench_main(argv: Sequence[str] | None = None, implementations: Mapping[str, Implementation] | None = None) -> int:
-    """`bench_all.py ...`. Returns the exit status."""
+    """Run `bench_all.py ...` and return the exit status."""
     from common.cli import bench
 
     parser = Parser(prog="bench_all.py", description=bench.DESCRIPTION)

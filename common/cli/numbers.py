@@ -16,7 +16,7 @@ def natural(text: str) -> int:
 
 
 def at_least(least: int, text: str) -> int:
-    """Raises ArgumentTypeError for anything but a whole number from `least` on."""
+    """Return a type for argparse: a whole number from `least` on, else ArgumentTypeError."""
     found = whole_number(text)
     if found is None or found < least:
         raise ArgumentTypeError(f"{text!r}; expected a whole number, at least {least}")
@@ -24,7 +24,7 @@ def at_least(least: int, text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """Raises ArgumentTypeError for anything but a number above 0, or inf."""
+    """Read a number above 0, or inf. Raises ArgumentTypeError."""
     found = float("inf") if text == "inf" else number(text)
     if found is None or found <= 0:
         raise ArgumentTypeError(f"{text!r}; expected a number of seconds, more than 0")

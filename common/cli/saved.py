@@ -47,7 +47,7 @@ class Saved:
     def tokenizer(self, given: Settings) -> Settings:
         """The tokenizer, which the user may give only where the checkpoint has none. Raises UsageError.
 
-        Another one than that of the training would give its tokens another meaning.
+        Any other than the training's would give its tokens another meaning.
         """
         kind = self.manifest.tokenizer_kind
         given = {key: given[key] for key in (KIND, FILE) if key in given and str(given[key].value).lower() != "none"}
@@ -83,9 +83,9 @@ class Saved:
             raise UsageError(f"{self.folder}: imported weights without a tokenizer; expected {FOR_IMPORTED}")
 
     def load_tokenizer(self, config: RunConfig) -> Tokenizer:
-        """What the tokens of `config` mean. Needs the text only for byte pairs that were saved without their tokenizer.
+        """Load the tokenizer of `config`. Raises UsageError, CorpusError and TokenizerError.
 
-        Raises UsageError, CorpusError and TokenizerError.
+        The text is needed only for byte pairs that were saved without their tokenizer.
         """
         self.check_known(config)
         if config.tokenizer == "bpe" and config.tokenizer_file is None:
@@ -105,7 +105,7 @@ FOR_IMPORTED = "--tokenizer-file FILE with their tokenizer.json, or --tokenizer 
 def load_text(config: RunConfig, saved: Saved | None, may_be_another: bool = False) -> Corpus:
     """The text of a run in tokens: with a checkpoint, the one it was trained on, unless it `may_be_another`.
 
-    Raises UsageError, CorpusError and TokenizerError.
+    With a checkpoint it is the text it was trained on, unless it `may_be_another`.
     """
     if saved is not None:
         saved.check_known(config)

@@ -81,7 +81,7 @@ def run_bench(
 
 
 def make_folder(out: Path, preset: str) -> Path:
-    """A new folder named after the time and the preset; never an old one. Raises UsageError."""
+    """Make a new folder named after the time and the preset. Raises UsageError."""
     name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{preset}"
     for suffix in ("", *(f"-{n}" for n in range(2, 100))):
         try:
@@ -96,7 +96,7 @@ def make_folder(out: Path, preset: str) -> Path:
 
 
 def run_name(config: RunConfig, repeat: int | None = None) -> str:
-    """The run's folder: framework, schedule, and what else tells it from the others of its grid."""
+    """Return the run's folder name: framework, schedule, and what distinguishes it in its grid."""
     schedule = printable(Path(config.schedule.removeprefix("file:")).stem, 48)  # a file's name may be of any length
     name = f"{config.framework}-{schedule}-p{config.stages}-m{config.train.micro_batches}"
     name += f"-v{config.chunks}" if config.chunks > 1 else ""
@@ -106,7 +106,7 @@ def run_name(config: RunConfig, repeat: int | None = None) -> str:
 
 
 def describe(config: RunConfig) -> str:
-    """The run in words, for the progress bar."""
+    """Describe the run in words, for the progress bar."""
     chunks = f" v={config.chunks}" if config.chunks > 1 else ""
     executor = f" {config.executor}" if config.executor != "table" else ""
     size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
@@ -283,7 +283,7 @@ def _report(session: _Session, console: Console) -> bool:
 
 
 def print_dry_run(bench: Bench, console: Console) -> None:
-    """Prints every distinct partition plan and every distinct schedule of the grid."""
+    """Print every distinct partition plan and every distinct schedule of the grid."""
     plans = {
         (c.model, c.partition, c.train.dtype, _sizes(c), plan_partition(c), tuple(_devices(c))): c for c in bench.points
     }

@@ -36,7 +36,10 @@ PROCESS_WIDE = ("onednn",)
 
 
 def base_config(steps: int) -> RunConfig:
-    """The model of the parity ladder with two blocks, over two stages and four micro-batches, one thread per stage."""
+    """Return the parity tests' model with two blocks.
+
+    Two stages, four micro-batches, one thread per stage.
+    """
     return RunConfig.model_validate(
         {
             "stages": 2,
@@ -74,7 +77,7 @@ def run_zoo(
     on_step: Callable[[str, int], None] = lambda framework, done: None,
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
 ) -> tuple[list[Row], list[float], dict[str, str]]:
-    """Runs everything below `folder`. Returns the rows, the spread's curve and the frameworks' versions."""
+    """Run everything in `folder`; return rows, the spread's curve and all versions."""
     last = max(steps)
     chosen = [(drift, f) for drift in DRIFTS if drift.name in names for f in frameworks if f in drift.frameworks]
     runnable = [(drift, f) for drift, f in chosen if drift.run.get("device") != "cuda" or has_cuda()]
@@ -159,13 +162,13 @@ def first_failure(config: RunConfig, run: Run, steps: int = LADDER_STEPS) -> Dif
 
 
 def ladder(config: RunConfig, run: Run, steps: int = LADDER_STEPS) -> Comparison:
-    """All rungs, the loss curve over the first `steps` steps."""
+    """Return all rungs, with the loss curve over the first `steps` steps."""
     steps = min(steps, config.train.steps)
     return compare_probe(run, expected(config, NOISE, steps), config.train.dtype)
 
 
 def place_of(difference: Difference) -> str:
-    """A unit for activations, "loss" for losses, else the parameter's name."""
+    """Return a unit for activations, "loss" for losses, else the parameter's name."""
     return difference.key.unit if difference.check == "activation" else difference.key.tensor
 
 
@@ -224,7 +227,7 @@ def _measured(
 
 
 def mean_loss(run: Run, steps: int) -> float:
-    """The mean loss of the `AVERAGED_STEPS` steps up to `steps`."""
+    """Return the mean loss of the `AVERAGED_STEPS` steps up to `steps`."""
     return statistics.fmean(run.losses[max(0, steps - AVERAGED_STEPS) : steps])
 
 

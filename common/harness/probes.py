@@ -139,9 +139,10 @@ def losses_as_tensors(losses: Sequence[float]) -> Tensors:
 
 
 def compare_probe(run: Run, want: Expected, dtype: str) -> Comparison:
-    """All checks of the ladder, in its order: the first failure is the first rung that does not hold.
+    """Return all checks of the parity tests, in order: the first failure is the first that differs.
 
-    Where the oracle did fewer steps than the run, the later losses and the trained parameters are not compared.
+    If the oracle did fewer steps than the run, later losses and trained parameters are not
+    compared.
     """
     steps = len(want.losses)
     curve, oracle_curve = losses_as_tensors(run.losses[:steps]), losses_as_tensors(want.losses)

@@ -37,7 +37,7 @@ def measure(
     rounds: int,
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
 ) -> dict[str, Measured]:
-    """By framework, and "machine": all in children of their own that take turns, `rounds` times."""
+    """Measure by framework, and "machine", each in a child of its own, in turns, `rounds` times."""
     found: dict[str, Measured] = {}
     children: dict[str, subprocess.Popen[str]] = {}
     seen: dict[str, list[Mapping[str, float]]] = {}

@@ -11,9 +11,9 @@ MAX_TEXT_BYTES = 64 * 2**20
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The file as UTF-8, with or without a byte-order mark.
+    """Read a file as UTF-8, with or without a byte-order mark.
 
-    Raises OSError, also for a file with more than `max_bytes`, and UnicodeDecodeError.
+    Raises OSError, also for more than `max_bytes`, and UnicodeDecodeError.
     """
     with path.open("rb") as file:
         return read_stream(file, str(path), max_bytes)

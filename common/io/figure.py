@@ -24,7 +24,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def log_y(axes: Axes) -> None:
-    """Makes the y axis logarithmic; its numbers are plain text (1e-05), since matplotlib's own are mathematics."""
+    """Make the y axis logarithmic, with its numbers as plain text (1e-05), not as mathematics."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.0e}")
     axes.yaxis.set_minor_formatter("")

@@ -82,7 +82,7 @@ def _open_closed_streams() -> None:
 
 
 def set_up_streams() -> None:
-    """Lets standard output and error replace what their encoding lacks, and print names as the bytes that they are."""
+    """Let standard streams replace what their encoding lacks, and print names as bytes."""
     codecs.register_error("readable", _readable)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # None where it is closed

@@ -139,7 +139,7 @@ ACTIVATIONS = {
 
 
 def softmax(x: Array) -> Array:
-    """exp(x) / sum(exp(x)) over the last axis."""
+    """Compute exp(x) / sum(exp(x)) over the last axis."""
     e: Array = np.exp(x - x.max(-1, keepdims=True))  # the largest is exp(0): nothing overflows
     return np.asarray(e / e.sum(-1, keepdims=True))
 

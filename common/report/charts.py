@@ -65,7 +65,7 @@ def line_chart(
     log_y: bool = False,
     from_zero: bool = False,
 ) -> LineChart:
-    """Scales all series to one box. On a logarithmic axis, zeros and less are left out."""
+    """Scale all series to one box. On a logarithmic axis, zeros and less are left out."""
     to_x: Callable[[float], float] = math.log2 if log_x else float
     to_y: Callable[[float], float] = math.log10 if log_y else float
     kept = [
@@ -149,7 +149,7 @@ class Timeline:
 
 
 def timeline(title: str, simulation: Simulation, whole: float) -> Timeline | None:
-    """The chart on an axis of `whole` milliseconds; None if it has too many actions for a page."""
+    """Return the chart on an axis of `whole` milliseconds; None with too many actions."""
     table = simulation.table
     if table.num_rows > MAX_TIMELINE_ACTIONS:
         return None

@@ -92,7 +92,7 @@ def _ended(run: Run) -> str:
 
 
 def collect(folders: Sequence[Path]) -> Collection:
-    """Reads `<folder>/*/result.json` of every benchmark. Rows of different benchmarks stay apart.
+    """Read `<folder>/*/result.json` of every benchmark. Rows of different benchmarks stay apart.
 
     Raises ResultError for a folder without results and for a file that cannot be read.
     """

@@ -79,7 +79,7 @@ def _rung(check: str, place: str) -> str:
 
 
 def cost(row: Row, steps: int) -> str:
-    """`+0.012 ± 0.034`."""
+    """Return `+0.012 ± 0.034`."""
     if steps not in row.cost:
         return ""
     spread = f" ± {row.spread[steps]:.3f}" if steps in row.spread else ""
@@ -98,7 +98,7 @@ def _held_out(row: Row) -> str:
 
 
 def summary(zoo: Zoo) -> str:
-    """How many did what."""
+    """Summarize how many habits did what."""
     counts: dict[str, int] = {}
     for row in zoo.rows:
         word = row.verdict.partition(":")[0]
@@ -121,7 +121,7 @@ def print_zoo(zoo: Zoo, console: Console) -> None:
 
 
 def write_page(zoo: Zoo, folder: Path) -> None:
-    """drift.md and images/drift.png."""
+    """Write drift.md and images/drift.png."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     draw_curves(zoo, folder / "images" / "drift.png")
     write_file(folder / "drift.md", page(zoo))
@@ -165,7 +165,7 @@ def page(zoo: Zoo) -> str:
 
 
 def draw_curves(zoo: Zoo, path: Path) -> None:
-    """Four panels by the check that notices first; the difference from the baseline, log scale."""
+    """Draw the difference from the baseline (log scale), a panel for each first failed check."""
     figure = new_figure(11.0, 9.6)
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     shown = [value for row in zoo.rows for value in row.curve if value > SMALLEST_SHOWN]

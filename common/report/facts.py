@@ -74,7 +74,7 @@ def timing_note(collection: Collection) -> str:
 
 
 def facts(collection: Collection) -> list[tuple[str, str]]:
-    """What was run, on what, by name; what differs between merged benchmarks is listed."""
+    """Return what was run and on what, by name; merged benchmarks list their differences."""
     results = collection.results
     first = results[0]
     model, train = first.config.model, first.config.train

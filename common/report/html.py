@@ -28,7 +28,7 @@ SHOWN_ELSEWHERE = ("version", "bubble / sim.", "sim. step", "peak MB", "held MB"
 
 
 def write_html(collection: Collection, swept: Mapping[Axis, Sequence[Curve]], path: Path) -> None:
-    """Writes the whole report to `path`."""
+    """Write the whole report to `path`."""
     environment = Environment(
         loader=PackageLoader("common.report"),
         autoescape=True,

@@ -58,7 +58,7 @@ def _cpu_model() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this project's working tree, with "+changes" where files differ from it; None without git."""
+    """Return the commit of the working tree, with "+changes" if files differ; None without git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(PROJECT_ROOT), *arguments]

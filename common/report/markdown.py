@@ -11,7 +11,7 @@ from common.report.sweep import Axis, Curve
 
 
 def markdown_report(collection: Collection, swept: Mapping[Axis, Sequence[Curve]]) -> str:
-    """The whole of report.md."""
+    """Return the whole of report.md."""
     lines = [
         f"# Pipeline-parallel training, preset {collection.results[0].preset}",
         "",

@@ -29,7 +29,7 @@ DPI = 130
 
 
 def draw_losses(curves: Sequence[LossCurve], path: Path) -> None:
-    """Above: all losses over each other. Below: their relative difference from the oracle, with the limit."""
+    """Draw all losses, and below them their relative difference from the oracle, with the limit."""
     figure = new_figure(8.0, 6.0)
     above, below = figure.subplots(2, 1, sharex=True)
     for number, curve in enumerate(curves):
@@ -53,7 +53,7 @@ def draw_losses(curves: Sequence[LossCurve], path: Path) -> None:
 
 
 def draw_throughput(collection: Collection, path: Path) -> None:
-    """One bar per measured row, with the 10th to 90th percentile of its steps; pale if it is not ranked."""
+    """Draw a bar per measured row, with its steps' 10th to 90th percentile; pale if not ranked."""
     rows = [row for row in collection.rows if row.tokens_per_second and row.step_ms_median]
     figure = new_figure(8.0, 0.34 * len(rows) + 1.0)
     axes = figure.subplots()
@@ -72,7 +72,7 @@ def draw_throughput(collection: Collection, path: Path) -> None:
 
 
 def draw_time_split(collection: Collection, path: Path) -> None:
-    """Every stage's mean step time, stacked by what it went into."""
+    """Draw every stage's mean step time, stacked by its parts."""
     bars = [
         (f"{row.name}, stage {device}", time)
         for row, group in zip(collection.rows, collection.groups, strict=True)
@@ -95,7 +95,7 @@ def draw_time_split(collection: Collection, path: Path) -> None:
 
 
 def draw_sweep(curves: Sequence[Curve], path: Path) -> None:
-    """Throughput over the swept axis; dotted the ideal, a ring around the knee."""
+    """Draw throughput over the swept axis; the ideal is dotted, the knee has a ring."""
     figure = new_figure(8.0, 4.5)
     axes = figure.subplots()
     for number, curve in enumerate(curves):

@@ -30,7 +30,7 @@ class ProgressView(Protocol):
 
 
 def progress_view(console: Console, runs: int) -> ProgressView:
-    """The live bar where the console is a terminal, else plain lines."""
+    """Return the live bar for a terminal, else plain lines."""
     return LiveProgress(console, runs) if console.is_terminal else PlainProgress(console, runs)
 
 

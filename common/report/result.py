@@ -156,7 +156,7 @@ class RunResult(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> RunResult:
-        """Raises ResultError for a file that is not a result, or of another schema version."""
+        """Read a result. Raises ResultError for any other file, or another schema version."""
         try:
             content = json.loads(read_text(path, MAX_RESULT_BYTES))
             found = content.pop("schema_version")
@@ -184,7 +184,7 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured(outcome: Outcome, config: RunConfig, untimed_steps: int) -> dict[str, Any]:
-    """The fields of a `RunResult` that come from the child."""
+    """Return the fields of a `RunResult` that come from the child."""
     fields: dict[str, Any] = {
         "status": outcome.status,
         "reason": outcome.reason,

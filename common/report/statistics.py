@@ -65,12 +65,12 @@ class Ratio:
 
 
 def is_enough(samples: Samples) -> bool:
-    """Whether an interval can be had of them: `LEAST_REPEATS` repeats of `LEAST_STEPS` steps each."""
+    """Return whether they allow an interval: `LEAST_REPEATS` of `LEAST_STEPS` steps each."""
     return len(samples) >= LEAST_REPEATS and min(map(len, samples.values())) >= LEAST_STEPS
 
 
 def summarize(values: Sequence[float]) -> Summary | None:
-    """None for no values."""
+    """Return the summary; None for no values."""
     if not values:
         return None
     p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()

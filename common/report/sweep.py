@@ -66,7 +66,7 @@ def ideal_efficiency(axis: Axis, stages: int, micro_batches: int, batch_size: in
 
 
 def curves(rows: Sequence[Row], axis: Axis) -> list[Curve]:
-    """One curve for every set of ranked rows that differ in `axis` alone; sets of one are left out."""
+    """Return a curve for every set of ranked rows that differ in `axis` alone."""
     together: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row.ranked and row.tokens_per_second:

@@ -135,7 +135,7 @@ def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
 
 
 def seconds_per_token(repeats: Sequence[RunResult]) -> Samples:
-    """The timed steps by repeat; repeats without any are left out."""
+    """Return the timed steps by repeat; repeats without any are left out."""
     return {
         result.repeat: [second / result.tokens_per_step for second in result.steady_seconds]
         for result in repeats
@@ -332,7 +332,7 @@ def columns_for(rows: Sequence[Row]) -> list[Column]:
 
 
 def by_track(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of every track; they are never shown in one table."""
+    """Return the rows of every track; they are never shown in one table."""
     return {track: [row for row in rows if row.track == track] for track in dict.fromkeys(row.track for row in rows)}
 
 
@@ -382,7 +382,7 @@ def in_cell(text: str) -> str:
 
 
 def csv_table(rows: Sequence[Row]) -> str:
-    """Every value in full, one line per row."""
+    """Return every value in full, one line per row."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()

@@ -18,9 +18,9 @@ TRACE = "trace.json"
 
 
 def timelines(result: RunResult) -> dict[str, Simulation]:
-    """By title: the executed median step, and the same schedule with its median costs, in milliseconds.
+    """Return, by title, the executed median step, and its schedule with median costs.
 
-    Empty for a run without a record of its actions.
+    Times are in milliseconds. Empty for a run without a record of its actions.
     """
     events, config, timing = result.median_step_events, result.config, result.timing
     if not events or not all(events.values()) or timing is None:
@@ -33,7 +33,7 @@ def timelines(result: RunResult) -> dict[str, Simulation]:
 
 
 def write_timelines(charts: Mapping[str, Simulation], folder: Path) -> None:
-    """`timeline.png`, `timeline.svg` and `trace.json` in `folder`; nothing for no charts."""
+    """Write `timeline.png`, `timeline.svg` and `trace.json` into `folder`, if any charts."""
     if not charts:
         return
     draw_pictures(charts, *(folder / name for name in PICTURES), time_label="ms since the step's first action")

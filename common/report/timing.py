@@ -119,7 +119,7 @@ class _Step:
 
 
 def executed_schedule(events: Events, name: str, micro_batches: int, chunks: int, placement: Placement) -> Schedule:
-    """The schedule that the events amount to."""
+    """Return the schedule that the events amount to."""
     rows = tuple(tuple(parse_action(event.action) for event in events[device]) for device in sorted(events))
     return Schedule(name, rows, micro_batches, chunks, placement)
 
@@ -134,7 +134,7 @@ def executed(schedule: Schedule, events: Events) -> Simulation:
 
 
 def simulated(schedule: Schedule, timing: Timing) -> Simulation:
-    """The same schedule with the run's median costs, in milliseconds."""
+    """Return the same schedule with the run's median costs, in milliseconds."""
     table = tabulate(schedule)
     cost = {(c.virtual_stage, c.op): c.seconds for c in timing.costs}
     return _simulate(table, cost, timing.hop_seconds, 1e3)

@@ -23,9 +23,10 @@ def threads_per_stage(stages: int, threads: int | None) -> int:
 
 
 def cgroup_quotas(mounted: Path = CGROUPS, own: Path = OWN_CGROUPS) -> Iterator[float]:
-    """The CPUs' worth of time that this process' cgroups allow, those above them included (cgroups(7), v1 and v2).
+    """Return the CPUs' worth of time that this process' cgroups and those above allow.
 
-    A container may see its cgroup under another name than the one it has outside; its root is looked at in any case.
+    (cgroups(7), v1 and v2.) A container may see its cgroup under another name than the one outside;
+    its root is checked in any case.
     """
     with contextlib.suppress(OSError, ValueError):  # no Linux, or nothing mounted
         for line in own.read_text(encoding="utf-8").splitlines():

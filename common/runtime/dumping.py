@@ -56,7 +56,7 @@ class Reference:
 
 
 def reference_at(job: Job, corpus: Corpus, step: int) -> Reference:
-    """Trains the oracle up to `step` and takes that step's forward and backward."""
+    """Train the oracle up to `step` and take that step's forward and backward."""
     config, master = job.config, job.config.train.master_dtype
     trained = Oracle(config.model, config.train, starting_weights(job))
     for earlier in range(step):

@@ -54,7 +54,7 @@ class Fault:
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """Reads the text form. Raises FaultError."""
+        """Read the text form. Raises FaultError."""
         if len(text) > MAX_TEXT or not text.isprintable():
             raise FaultError(f"{text[:MAX_TEXT]!r}: no fault; expected such as kill@device=1,step=3,action=BW2")
         kind, _, place = text.partition("@")

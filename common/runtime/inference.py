@@ -84,7 +84,10 @@ def evaluate(engine: Engine, job: Job, corpus: Corpus) -> Evaluated:
 
 
 def generate(engine: Engine, job: Job) -> Generated:
-    """`generation.tokens` new tokens for every sample; a context beyond the model's length loses its beginning."""
+    """Generate `generation.tokens` new tokens for every sample.
+
+    A context beyond the model's length loses its beginning.
+    """
     wish, model, m = job.generation, job.config.model, job.config.train.micro_batches
     if wish is None:
         raise ValueError("a job that is to generate needs to know what")
@@ -115,7 +118,7 @@ def generate(engine: Engine, job: Job) -> Generated:
 
 
 def padded_length(length: int, context_length: int) -> int:
-    """The next power of two from SHORTEST on, at most the context length."""
+    """Return the next power of two from SHORTEST on, at most the context length."""
     return min(context_length, max(SHORTEST, 1 << (length - 1).bit_length()))
 
 

@@ -104,7 +104,7 @@ class JobFile(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path) -> JobFile:
-        """Raises ValueError, whose text is one line, for a file that cannot be read or holds no job."""
+        """Read a job file. Raises ValueError of one line if it cannot be read or holds no job."""
         try:
             file = cls.model_validate_json(read_text(Path(path)))
         except OSError as error:

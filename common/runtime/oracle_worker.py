@@ -121,7 +121,7 @@ class OracleEngine:
 
 
 def main(arguments: list[str], engine: Callable[[RunConfig], OracleEngine] = OracleEngine) -> int:
-    """As the implementations' (`python -m torch_impl JOBS.json`)."""
+    """Run the jobs, as the implementations' workers do (`python -m torch_impl JOBS.json`)."""
     end_with_parent()
     try:
         jobs = JobFile.read(arguments[0])

@@ -46,7 +46,10 @@ class Kernel:
 
 
 def kernels(config: RunConfig) -> list[Kernel]:
-    """Those of one micro-batch. A product (n, a) x (a, b) has 2 n a b operations, and so has each of its gradients."""
+    """Return the kernels of one micro-batch.
+
+    A product (n, a) x (a, b) has 2 n a b operations, and so has each of its gradients.
+    """
     model, train = config.model, config.train
     sequences, layers = train.micro_batch_size, model.num_layers
     n, d, f = sequences * model.context_length, model.d_model, model.d_ff
@@ -98,7 +101,10 @@ def answer(
 
 
 def seconds_of(operation: Callable[[], object]) -> float:
-    """CPU time of one of the `COPIES`, which other processes disturb less: the median over three calls at least."""
+    """Return the CPU time of one of the `COPIES`, the median over three calls at least.
+
+    Other processes disturb CPU time less than elapsed time.
+    """
     taken: list[float] = []
     begun = time.process_time()
     while len(taken) < 3 or time.process_time() - begun < ROUND_SECONDS:

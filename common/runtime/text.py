@@ -27,7 +27,7 @@ class Texts:
         self.written: dict[tuple[object, ...], JobText] = {}
 
     def of(self, config: RunConfig) -> JobText:
-        """Raises CorpusError and TokenizerError."""
+        """Return the text of a run. Raises CorpusError and TokenizerError."""
         key = (config.corpus, config.tokenizer, config.tokenizer_file, config.model.vocab_size)
         if key not in self.written:
             self.written[key] = write_text(load_corpus(config), self.folder, len(self.written))
@@ -39,7 +39,7 @@ class Texts:
 
 
 def write_text(corpus: Corpus, folder: Path, number: int = 0) -> JobText:
-    """The tokens and their tokenizer.json, in a folder that is made if need be."""
+    """Write the tokens and their tokenizer.json into a folder, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     suffix = f"-{number + 1}" if number else ""
     tokens, tokenizer = folder / f"tokens{suffix}.npy", folder / f"tokenizer{suffix}.json"
@@ -70,7 +70,7 @@ def open_text(text: JobText) -> Corpus:
 
 @contextlib.contextmanager
 def with_texts(jobs: Sequence[Job], folder: Path) -> Iterator[list[Job]]:
-    """The jobs, those that read text with it. Raises CorpusError and TokenizerError."""
+    """Return the jobs with texts, where they need one. Raises CorpusError and TokenizerError."""
     texts = Texts(folder)
     try:
         yield [

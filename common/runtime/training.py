@@ -76,7 +76,7 @@ def optimizer_test_gradients(config: RunConfig) -> Arrays:
 
 
 def probe(engine: Engine, job: Job, corpus: Corpus, weights: Arrays) -> dict[TensorKey, Any]:
-    """Activations of step 0, and the weights after one optimizer step from a given gradient; then starts over."""
+    """Record activations, and weights after a step from a given gradient; then start over."""
     arrays = dict(engine.unit_outputs(corpus.training_batch(job.config, 0)))
     engine.set_gradients(optimizer_test_gradients(job.config))
     engine.apply_gradients(0)

@@ -59,7 +59,7 @@ def draw_color(
 
 
 def label(action: Action) -> str:
-    """The action as a chart shows it (the same as in the text form)."""
+    """Return the action as a chart shows it (the same as in the text form)."""
     return str(action)
 
 

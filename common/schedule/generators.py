@@ -26,7 +26,7 @@ from common.schedule.zero_bubble import zb_h1, zb_h2, zb_v
 
 
 def naive(p: int, m: int) -> Schedule:
-    """One micro-batch at a time through the whole pipeline: all devices but one are idle.
+    """Run one micro-batch at a time through the whole pipeline: all devices but one are idle.
 
     With m = 1 this is plain model parallelism. Bubble fraction (p-1)/p; one activation in flight.
 
@@ -39,7 +39,7 @@ def naive(p: int, m: int) -> Schedule:
 
 
 def gpipe(p: int, m: int) -> Schedule:
-    """All forwards, then all backwards (Huang et al. 2019). Bubble fraction (p-1)/(m+p-1); m
+    """Run all forwards, then all backwards (Huang et al. 2019). Bubble fraction (p-1)/(m+p-1); m
     activations in flight.
 
     The drain runs in the order of the fill, so that weight gradients add up as in every other
@@ -52,8 +52,9 @@ def gpipe(p: int, m: int) -> Schedule:
 
 
 def one_f_one_b(p: int, m: int) -> Schedule:
-    """Warm-up forwards, then one forward and one backward in turn (Narayanan et al. 2019,
-    PipeDream-Flush).
+    """Run warm-up forwards, then a forward and a backward in turn (PipeDream-Flush).
+
+    Narayanan et al. 2019.
 
     GPipe's bubble, but only min(p - i, m) activations in flight on device i.
 
@@ -67,8 +68,7 @@ def one_f_one_b(p: int, m: int) -> Schedule:
 
 
 def interleaved(p: int, m: int, v: int) -> Schedule:
-    """1F1B with v chunks per device (Narayanan et al. 2021, section 2.2): the bubble time of 1F1B
-    divided by v.
+    """Run 1F1B with v chunks per device (Narayanan et al. 2021): its bubble time divided by v.
 
     The micro-batches go through the chunks in groups: one group through chunk 0, the same through
     chunk 1, and so on. Megatron-LM's groups have p micro-batches, so that its m is a multiple of p.

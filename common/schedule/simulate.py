@@ -77,7 +77,7 @@ class Costs:
         backward_weight: float = 1.0,
         communication: float = 0.0,
     ) -> Costs:
-        """The same costs for every stage."""
+        """Return the same costs for every stage."""
         return cls(
             forward=(forward,) * stages,
             backward_input=(backward_input,) * stages,

@@ -25,7 +25,7 @@ _COLORS = {Op.F: "thread_state_running", Op.B: "thread_state_iowait", Op.W: "goo
 
 
 def chrome_trace(simulation: Simulation) -> dict[str, Any]:
-    """One process with a thread per device, a complete event per action, and an arrow per message between devices."""
+    """Return a process with a thread per device, an event per action, and an arrow per message."""
     return chrome_traces({f"{simulation.schedule.name}, simulated": simulation})
 
 

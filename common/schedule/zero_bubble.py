@@ -14,8 +14,7 @@ from common.schedule.action import Action, Op, Schedule
 
 
 def zb_h1(p: int, m: int) -> Schedule:
-    """1F1B's order and memory, with W put off to the end (Qi et al. 2024, section 2.1 and figure
-    2).
+    """Keep 1F1B's order and memory, but put W off (Qi et al. 2024, section 2.1 and figure 2).
 
     Device d begins W only after d further backwards. In flight is what 1F1B has, min(p - d, m), and
     with what up to d delayed Ws hold no device has more than p activations, 1F1B's peak. Bubble
@@ -29,7 +28,7 @@ def zb_h1(p: int, m: int) -> Schedule:
 
 
 def zb_h2(p: int, m: int) -> Schedule:
-    """Fills the warm-up with twice as many forwards (Qi et al. 2024, section 2.2 and figure 3).
+    """Fill the warm-up with twice as many forwards (Qi et al. 2024, section 2.2 and figure 3).
 
     In flight on device d are up to 2(p - d) - 1, so 2p - 1 on the first; the delayed Ws fill the
     others up to the same. Counted from each device's own first forward the bubble time is
@@ -69,13 +68,12 @@ def _handcrafted(p: int, m: int, forwards_per_device: int) -> tuple[tuple[Action
 
 
 def zb_v(p: int, m: int) -> Schedule:
-    """Two chunks per device, in a V: down the devices with the first, up with the second (Qi et al.
-    2024, section 6).
+    """Place two chunks per device in a V: down with the first, back up with the second.
 
-    Device 0 holds the first and the last part of the model, so that the first backward comes back
-    to it early. When F = B = W and no hop costs anything, the bubble counted from each device's own
-    first forward is 0 (for m >= 2p), and every device holds 2p chunks at most, which is p whole
-    stages: 1F1B's peak.
+    Qi et al. 2024, section 6. Device 0 holds the first and the last part of the model, so that the
+    first backward comes back to it early. When F = B = W and no hop costs anything, the bubble
+    counted from each device's own first forward is 0 (for m >= 2p), and every device holds 2p
+    chunks at most, which is p whole stages: 1F1B's peak.
 
         device 0 F0── F1── F2── F0.1 B0.1 W0.1 F1.1 B1.1 W1.1 F3── B0── W0── F2.1 B2.1 W2.1 B1── W1── F3.1 B3.1 ...
         device 1 ·    F0── F0.1 F1── F1.1 B0.1 W0.1 F2── B0── W0── F2.1 B1.1 W1.1 F3── B1── W1── F3.1 B2.1 W2.1 ...

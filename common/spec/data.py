@@ -134,7 +134,7 @@ class Corpus:
         return Batch(step, np.where(beyond, 0, batch.inputs), np.where(beyond, IGNORED, batch.targets))
 
     def batch(self, step: int, seed: int, batch_size: int, context_length: int) -> Batch:
-        """The training mini-batch of `step`: random windows, a function of (seed, step) only."""
+        """Return the mini-batch of `step`: random windows, a function of (seed, step)."""
         return _windows(self.train, step, (seed, 0), batch_size, context_length)
 
     def held_out_batch(self, index: int, seed: int, batch_size: int, context_length: int) -> Batch:
@@ -142,7 +142,10 @@ class Corpus:
         return _windows(self.held_out, index, (seed, 1), batch_size, context_length)
 
     def held_out_batches(self, batch_size: int, context_length: int) -> Iterator[Batch]:
-        """The whole held-out text, every token but the first a target once; what fills up the last batch is IGNORED."""
+        """Return the whole held-out text: every token but the first is a target once.
+
+        What fills up the last batch is IGNORED.
+        """
         count = len(self.held_out) - 1
         rows = -(-count // context_length)
         rows += -rows % batch_size
@@ -166,7 +169,7 @@ def load_corpus(config: RunConfig) -> Corpus:
 
 
 def tokenize(config: RunConfig, text: Text) -> Corpus:
-    """The tokens of `text` by the tokenizer of `config`. Raises CorpusError and TokenizerError."""
+    """Tokenize `text` as `config` says. Raises CorpusError and TokenizerError."""
     path = config.tokenizer_file
     content = None if path is None else read_content(Path(path))
     corpus = _tokenized(
@@ -202,7 +205,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
 
 
 def load_tokenizer(config: RunConfig) -> Tokenizer:
-    """The tokenizer that `load_corpus` uses. Raises CorpusError and TokenizerError."""
+    """Return the tokenizer that `load_corpus` uses. Raises CorpusError and TokenizerError."""
     if config.tokenizer == "bytes":
         return BYTES
     if config.tokenizer_file is not None:

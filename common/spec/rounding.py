@@ -17,7 +17,7 @@ def round_to_float32(value: float) -> float:
 
 
 def finite_float32(value: float) -> float:
-    """As `round_to_float32`. Raises ValueError for a number that float32 does not reach."""
+    """Round as `round_to_float32`. Raises ValueError for a number beyond float32's range."""
     with np.errstate(over="ignore"):
         rounded = round_to_float32(value)
     if not math.isfinite(rounded):

@@ -45,7 +45,7 @@ def why_impossible(config: RunConfig) -> Impossible | None:
 
 
 def has_cuda() -> bool:
-    """Whether the machine has an NVIDIA driver, as far as a process without a framework can see."""
+    """Return whether the machine has an NVIDIA driver, without asking a framework."""
     return shutil.which("nvidia-smi") is not None or any(map(Path.exists, map(Path, ("/dev/nvidiactl", "/dev/dxg"))))
 
 

@@ -228,7 +228,7 @@ class RunConfig(Frozen):
         return int(self.recompute.removeprefix("every-")) if self.recompute.startswith("every-") else 0
 
     def recomputes(self, micro_batch: int) -> bool:
-        """Whether the backward of this micro-batch computes its forward again."""
+        """Return whether the backward of this micro-batch computes its forward again."""
         return recompute.recomputes(self.recompute, micro_batch, self.train.micro_batches)
 
     @field_validator("partition", mode="before")
@@ -325,7 +325,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def preset(name: str) -> RunConfig:
-    """The named preset as a `RunConfig`. Raises `KeyError` for an unknown name."""
+    """Return the named preset as a `RunConfig`. Raises KeyError for an unknown name."""
     parts = PRESETS[name]
     return RunConfig(
         model=TransformerSpec(**parts.get("model", {})),

@@ -44,10 +44,10 @@ class Tokenizer(Protocol):
         """The largest token and 1, added and special tokens included."""
 
     def encode(self, text: str) -> list[int]:
-        """No special tokens are put around the text. Raises TokenizerError."""
+        """Return the tokens, without special tokens around the text. Raises TokenizerError."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """A token that the tokenizer does not have becomes U+FFFD; special tokens are shown."""
+        """Return the text. An unknown token becomes U+FFFD; special tokens are shown."""
 
     def unknown(self, text: str) -> str:
         """Return the characters of the text that have no token of their own, each once."""
@@ -102,7 +102,7 @@ class FileTokenizer:
         return list(self._encoded([text])[0].ids)
 
     def encode_all(self, pieces: Iterator[str]) -> NDArray[np.unsignedinteger[Any]]:
-        """The tokens of all pieces, in order. Raises TokenizerError."""
+        """Return the tokens of all pieces, in order. Raises TokenizerError."""
         dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         found = []
         for group in _groups(pieces):
@@ -164,12 +164,12 @@ FROM_PAIR = (
 
 
 def read_tokenizer(path: Path) -> FileTokenizer:
-    """The tokenizer in a file. Raises TokenizerError."""
+    """Read the tokenizer in a file. Raises TokenizerError."""
     return FileTokenizer(read_content(path), f"tokenizer {path}")
 
 
 def read_content(path: Path) -> bytes:
-    """The file, which is one of JSON at least by its looks. Raises TokenizerError."""
+    """Read a file that looks like JSON. Raises TokenizerError."""
     where = f"tokenizer {path}"
     try:
         if path.is_dir():
@@ -207,7 +207,7 @@ def train_byte_pairs(text: str, vocab_size: int, digest: str) -> FileTokenizer:
 
 
 def lines(text: str) -> Iterator[str]:
-    """How byte pairs are trained, and how a text is cut for them."""
+    """Cut a text into lines, as for training byte pairs, and before using them."""
     return iter(text.splitlines(keepends=True))
 
 
