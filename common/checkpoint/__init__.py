@@ -1,10 +1,11 @@
 """Checkpoints: all that is needed to go on with training, in any framework, on any number of stages.
 
     step-00000100/
-      manifest.json              what it is: specification, position, and of every file and tensor what to expect
-      shard-00000.safetensors    weights by canonical name, moments as "first_moment/<name>" and "second_moment/<name>"
-      shard-00001.safetensors    ... one file for every process that trained
-      tokenizer.json             what the tokens mean; not there for bytes
+        manifest.json              specification, position, and what to expect of every file and tensor
+        shard-00000.safetensors    weights by canonical name, moments as "first_moment/<name>" and
+                                   "second_moment/<name>"
+        shard-00001.safetensors    ... one file for every process that trained
+        tokenizer.json             what the tokens mean; missing for bytes
 
 Nothing in it depends on framework, partition, schedule or device. It is written to a temporary folder beside its place,
 every file flushed to the disk, the manifest last, and then renamed: a folder of this name is a whole checkpoint.

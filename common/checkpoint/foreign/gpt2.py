@@ -82,7 +82,7 @@ class _Config(BaseModel):
 def read_gpt2(
     source: Source, said: Mapping[str, Any] = MappingProxyType({}), tensors_from: Sequence[Path] | None = None
 ) -> tuple[TransformerSpec, Arrays]:
-    """The model and its weights.
+    """Return the model and its weights.
 
     `said` are fields of the specification that the shapes do not show. `tensors_from` has the tensors as safetensors where
     the source's own files have not. Raises ExchangeError, CheckpointError and pydantic.ValidationError.
