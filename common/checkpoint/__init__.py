@@ -1,7 +1,7 @@
 """Checkpoints: all that is needed to go on with training, in any framework, on any number of stages.
 
     step-00000100/
-        manifest.json              specification, position, and what to expect of every file and tensor
+        manifest.json              specification, position, what to expect of each file and tensor
         shard-00000.safetensors    weights by canonical name, moments as "first_moment/<name>" and
                                    "second_moment/<name>"
         shard-00001.safetensors    ... one file for every process that trained

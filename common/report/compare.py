@@ -117,7 +117,8 @@ def judge_together(results: Sequence[RunResult]) -> list[Parity]:
     alike: dict[RunConfig, list[int]] = {}
     for number, result in enumerate(results):
         if result.parity.errors and result.parity.status != "FAIL":
-            alike.setdefault(result.config.model_copy(update={"framework": "torch"}), []).append(number)
+            key = result.config.model_copy(update={"framework": "torch"})
+            alike.setdefault(key, []).append(number)
     for numbers in alike.values():
         frameworks = sorted({results[number].config.framework for number in numbers})
         if len(frameworks) < 2:
@@ -133,9 +134,11 @@ def _verdict(parity: Parity, margins: Mapping[str, float], frameworks: Sequence[
     """Pass if no error is more than BFLOAT16_FACTOR times the smallest; the reason says which is
     worst."""
     check = max(margins, key=lambda name: margins[name])
-    errors = ", ".join(f"{name.replace('_', ' ')} {error:.1e}" for name, error in parity.errors.items())
+    in_words = (f"{name.replace('_', ' ')} {error:.1e}" for name, error in parity.errors.items())
+    errors = ", ".join(in_words)
     rule = f"no error more than {BFLOAT16_FACTOR:g} times the smallest of {', '.join(frameworks)}"
-    rule += f" (the loss curve's at least {parity.curve_floor:.1e}, what rounded weights alone make)"
+    floor = f"at least {parity.curve_floor:.1e}, what rounded weights alone make"
+    rule += f" (the loss curve's {floor})"
     worst = f"{check.replace('_', ' ')} is {BFLOAT16_FACTOR * margins[check]:.1f} times it"
     return parity.model_copy(
         update={

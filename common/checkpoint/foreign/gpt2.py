@@ -1,11 +1,13 @@
-"""A GPT-2 of the transformers library (Radford et al. 2019) from local safetensors files, in canonical names.
+"""A GPT-2 of the transformers library (Radford et al. 2019) from local safetensors files, in
+canonical names.
 
     wte.weight (V, D), wpe.weight (S, D), h.N.ln_1, h.N.attn.c_attn (D, 3 D), h.N.attn.c_proj, h.N.ln_2,
     h.N.mlp.c_fc (D, F), h.N.mlp.c_proj (F, D), ln_f; with or without "transformer.", or a wrapper's word, before them
 
-Its linear layers ("Conv1D") are (in, out), as the canonical ones. Query, key and value are one matrix there. The key's bias
-is dropped: it adds the same number to all scores of a query, and softmax cancels it. GPT-2's GELU is the tanh form.
-What the weights do not say, such as the number of heads, is read from the model's config.json, or said by the user.
+Its linear layers ("Conv1D") are (in, out), as the canonical ones. Query, key and value are one
+matrix there. The key's bias is dropped: it adds the same number to all scores of a query, and
+softmax cancels it. GPT-2's GELU is the tanh form. What the weights do not say, such as the number
+of heads, is read from the model's config.json, or said by the user.
 """
 
 from __future__ import annotations
