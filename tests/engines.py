@@ -18,6 +18,7 @@ import pytest
 from common.harness import drift
 from common.harness.launch import _outcome
 from common.oracle.limits import compare
+from common.report.zoo import GOOD
 from common.runtime.job import Job, JobFile
 from common.runtime.oracle_worker import OracleEngine
 from common.runtime.outcome import Outcome
@@ -242,4 +243,4 @@ def habits_here(
         patch.setattr(drift, "run_jobs_in_worker", run_here)
         patch.setattr(drift, "base_config", lambda steps: one_block)
         rows = drift.run_zoo(folder, [framework], names, [20], seeds=1, timeout_seconds=np.inf)[0]
-    return {row.name: row.verdict if row.verdict in drift.GOOD else str(row) for row in rows}
+    return {row.name: row.verdict if row.verdict in GOOD else str(row) for row in rows}

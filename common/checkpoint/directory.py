@@ -1,4 +1,4 @@
-"""A run's directory of checkpoints: which there are, which is the newest that is whole, and who may write there."""
+"""A run's directory of checkpoints: list them, find the newest whole one, lock the directory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints; the newest always stays."""
+    """Remove all but the last `keep` checkpoints; the newest always stays."""
     for path in checkpoints_in(directory)[: -max(1, keep)]:
         doomed = directory / f".{path.name}.deleted"
         shutil.rmtree(doomed, ignore_errors=True)
@@ -45,7 +45,7 @@ def prune(directory: Path, keep: int) -> None:
 
 
 def newest(directory: Path, report: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The newest checkpoint that is whole; every newer one that is not goes to `report` as a line."""
+    """Return the newest whole checkpoint; `report` gets a line for each newer damaged one."""
     for path in reversed(checkpoints_in(directory)):
         try:
             verify(path)
@@ -56,7 +56,7 @@ def newest(directory: Path, report: Callable[[str], None] = lambda line: None) -
 
 
 def set_aside(path: Path) -> Path:
-    """Moves a damaged checkpoint out of the way, so that the run can save this step again; deletes nothing."""
+    """Move a damaged checkpoint aside, so that its step can be saved again. Deletes nothing."""
     for number in range(1, 10_000):
         place = path.with_name(f"damaged-{path.name}-{number}")
         if not place.exists():

@@ -79,7 +79,7 @@ def read_header(file: Any, path: Path) -> dict[str, HeaderEntry]:
 
 @contextlib.contextmanager
 def opened(path: Path, follow_links: bool = False) -> Iterator[Any]:
-    """A regular file, and no device that never ends; a link to one where the user has named it. Raises CheckpointError."""
+    """Open a regular file, no device; a link only if the user named it. Raises CheckpointError."""
     try:
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
         descriptor = os.open(path, flags)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and whether a run may go on from it."""
+"""What a checkpoint holds, and whether a run may continue from it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Manifest(Entry):
     """None for imported weights, which were not trained here."""
     data: DataPosition | None
     tokenizer: Literal["bytes"] | FileEntry | None = None
-    """bytes, or what tokenizer.json in the checkpoint's folder has to be; None: not known."""
+    """One of bytes, or the entry of tokenizer.json in the folder; None if unknown."""
     optimizer_state: tuple[Moment, ...]
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
@@ -116,7 +116,7 @@ class Manifest(Entry):
 
 
 def tensor_shapes(model: TransformerSpec, moments: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint: the weights, and one of each moment per weight."""
+    """Return the shapes of all tensors: the weights, and each moment of each weight."""
     shapes = parameter_shapes(model)
     return shapes | {f"{moment}/{name}": shape for moment in moments for name, shape in shapes.items()}
 

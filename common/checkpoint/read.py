@@ -1,4 +1,4 @@
-"""Reading a checkpoint: all is checked before it is used, sizes and shapes before memory is taken."""
+"""Read a checkpoint: check everything before use, and sizes before memory is allocated."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Version(BaseModel):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest, checked against its own specification. Raises CheckpointError."""
+    """Read the manifest and check it against its own specification. Raises CheckpointError."""
     path = folder / MANIFEST
     with opened(path) as file:
         text = file.read(MAX_MANIFEST_BYTES + 1)
@@ -65,7 +65,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Reads everything once without keeping it: manifest, headers, digests. Raises CheckpointError."""
+    """Read everything once without keeping it: manifest, headers, digests. Raises CheckpointError."""
     manifest = read_manifest(folder)
     for name in manifest.files:
         _verify_file(folder / name, manifest)
@@ -74,12 +74,12 @@ def verify(folder: Path) -> Manifest:
 
 
 def read_tokenizer(folder: Path) -> bytes | None:
-    """The checkpoint's tokenizer.json, checked; None where it has none. Raises CheckpointError."""
+    """Read and check the checkpoint's tokenizer.json; None if it has none. Raises CheckpointError."""
     return _read_tokenizer(folder, read_manifest(folder))
 
 
 def load(folder: Path, with_moments: bool = True) -> Checkpoint:
-    """The checkpoint, all of it checked, with or without the optimizer's state. Raises CheckpointError."""
+    """Load and check the checkpoint, with or without optimizer state. Raises CheckpointError."""
     manifest = verify(folder)
     wanted = tensor_shapes(manifest.model, manifest.optimizer_state if with_moments else ())
     arrays: Arrays = {}

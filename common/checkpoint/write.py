@@ -1,4 +1,17 @@
-"""Writing a checkpoint: every process its shard, the process of device 0 the manifest and the rename."""
+"""Write a checkpoint: each process its shard, the process of device 0 the manifest and the rename.
+
+    every process                                     process of device 0
+    [1] shard-<device>.safetensors, then its note
+                                        ───────────►  [2] wait until the notes cover every device
+                                                      [3] tokenizer.json, then manifest.json
+                                                      [4] rename the temporary folder into place
+                                                      [5] remove checkpoints beyond the last `keep`
+
+Until [4] everything is in `.step-....partial`, which no reader takes for a checkpoint. Each file is
+flushed to the disk before whatever announces it: the shard before its note, all files before the
+manifest, the folder before the rename. So after a crash or a power cut at any moment, a folder with
+a checkpoint's name is a whole checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -200,7 +213,7 @@ def _wait_for_shards(temporary: Path, stages: int) -> list[_Shard]:
 
 
 def _finish(temporary: Path, folder: Path, shards: Sequence[_Shard], **fields: Any) -> Path:
-    """Manifest, rename: from here on the checkpoint is there, also after a power cut."""
+    """Write the manifest and rename the folder: from here on the checkpoint exists. [3], [4]"""
     names = [name for shard in shards for name in shard.tensors]
     if len(names) != len(set(names)):
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -28,12 +28,12 @@ COMMON = frozenset(
 
 
 def register(subcommands: Any) -> None:
-    """Adds the subcommand to argparse's subparsers."""
+    """Add the subcommand to argparse's subparsers."""
     prepare(subcommands.add_parser("bench", description=DESCRIPTION))
 
 
 def prepare(parser: Parser, implementations: Mapping[str, Implementation] | None = None) -> None:
-    """Gives the parser the subcommand's options, and what it does."""
+    """Add the subcommand's options to the parser, and its action."""
     add_options(parser)
     parser.show_only(COMMON)
     parser.set_defaults(run=lambda arguments: _bench(arguments, implementations or IMPLEMENTATIONS))

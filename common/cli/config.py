@@ -1,4 +1,4 @@
-"""From a command line and a TOML file to the runs of a benchmark: every point of its grid, and their baselines."""
+"""From a command line and a TOML file to the runs of a benchmark: the grid and its baselines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The subcommands import and export: a checkpoint's weights from and to other people's files."""
+"""The subcommands import and export: a checkpoint's weights from and to other projects' files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)
 
 
 def register(subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
-    """Adds the subcommands to argparse's subparsers."""
+    """Add the subcommands to argparse's subparsers."""
     export = subcommands.add_parser(
         "export",
         description="Writes the weights of a checkpoint as a PyTorch state dict, Keras weights (.weights.h5) or Paddle "

@@ -1,4 +1,4 @@
-"""The subcommand doctor: how fast each framework's kernels are on this machine, and what it says about its settings."""
+"""The subcommand doctor: how fast each framework's kernels are here, and its settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ USED = ("dtype", "batch_size", "micro_batches")
 
 
 def register(subcommands: Any) -> None:
-    """Adds the subcommand to argparse's subparsers."""
+    """Add the subcommand to argparse's subparsers."""
     parser = subcommands.add_parser(
         "doctor",
         description="On one thread, at the shapes of one micro-batch: matrix products and their gradients in GFLOP/s, "

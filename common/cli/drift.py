@@ -1,4 +1,4 @@
-"""The subcommand drift: every habit of the zoo switched on, one at a time."""
+"""The subcommand drift: every habit of the zoo, switched on one at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RUN_OPTIONS: Mapping[str, Any] = {
 
 
 def register(subcommands: Any) -> None:
-    """Adds the subcommand to argparse's subparsers."""
+    """Add the subcommand to argparse's subparsers."""
     parser = subcommands.add_parser(
         "drift",
         description="For every habit and framework: the parity ladder with and without it, and both trained on. "

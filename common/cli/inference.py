@@ -1,4 +1,4 @@
-"""The subcommands over a checkpoint: evaluate and generate, through the pipeline of any framework."""
+"""The subcommands evaluate and generate: a checkpoint, through any framework's pipeline."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Found = TypeVar("Found", bound=BaseModel)
 
 
 def register(subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
-    """Adds the subcommands to argparse's subparsers."""
+    """Add the subcommands to argparse's subparsers."""
     evaluate = subcommands.add_parser(
         "evaluate",
         description="Loss per token and perplexity of a checkpoint over the held-out text, by a pipeline of forwards: the "

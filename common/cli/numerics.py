@@ -1,4 +1,4 @@
-"""The subcommands that look for the place where two runs part: dump and bisect."""
+"""The subcommands that find where two runs diverge: dump and bisect."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ORACLE = "oracle"
 
 
 def register(subcommands: Any) -> None:
-    """Adds the subcommands to argparse's subparsers."""
+    """Add the subcommands to argparse's subparsers."""
     dump = subcommands.add_parser(
         "dump",
         description="Runs one step of one framework (or of --framework oracle) and writes all its tensors, and what every "
@@ -101,7 +101,7 @@ def _dump(arguments: argparse.Namespace) -> int:
 
 
 def make_dump(config: RunConfig, oracle: bool, step: int, path: Path, timeout_seconds: float) -> None:
-    """Runs `config` (or the oracle with it) up to `step` in a worker process and writes that step's dump.
+    """Run `config`, or the oracle on it, up to `step` in a child and write that step's dump.
 
     Raises DumpError with the reason if the run fails.
     """

@@ -1,4 +1,4 @@
-"""The options of subcommands that do one run: every field of the specification, from a preset or a checkpoint upwards."""
+"""Options of subcommands that do one run: every field of the specification, over its defaults."""
 
 from __future__ import annotations
 

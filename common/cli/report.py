@@ -1,4 +1,4 @@
-"""The subcommands over finished benchmarks: report and compare."""
+"""The subcommands report and compare, over finished benchmarks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXIT_OK, EXIT_SLOWER = 0, 1
 
 
 def register(subcommands: Any) -> None:
-    """Adds the subcommands to argparse's subparsers."""
+    """Add the subcommands to argparse's subparsers."""
     report = subcommands.add_parser(
         "report",
         usage="%(prog)s RUN.. [options]",

@@ -1,4 +1,4 @@
-"""What a checkpoint brings to a run that begins with it: its settings, its tokenizer, and which text it was trained on."""
+"""What a checkpoint brings to a run that starts from it: settings, tokenizer, and its text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNKNOWN = "bpe"
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint, verified."""
+    """A verified checkpoint."""
 
     folder: Path
     manifest: Manifest

@@ -36,7 +36,7 @@ _Run = Callable[[argparse.Namespace], int]
 
 
 def register(subcommands: Any) -> None:
-    """Adds the subcommands to argparse's subparsers."""
+    """Add the subcommands to argparse's subparsers."""
     draw = subcommands.add_parser("draw")
     _add_schedule(draw, "{} or file:PATH")
     _add_costs(draw, memory=False)

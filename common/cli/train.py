@@ -1,4 +1,4 @@
-"""The subcommand train: one run of one framework, with checkpoints, and on from a checkpoint."""
+"""The subcommand train: one run of one framework, with checkpoints, new or continued."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DESCRIPTION = (
 
 
 def register(subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
-    """Adds the subcommand to argparse's subparsers."""
+    """Add the subcommand to argparse's subparsers."""
     parser = subcommands.add_parser("train", description=DESCRIPTION, usage="%(prog)s [options]")
     saving = parser.add_argument_group("checkpoints")
     saving.add_argument("--save-every", metavar="N", type=positive, help="save after every N steps, and after the last")
@@ -173,7 +173,7 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
 
 
 def _resume(asked: str | None, directory: Path | None, say: Any) -> Path | None:
-    """The checkpoint to go on from. Damaged ones that are newer are named and set aside."""
+    """Return the checkpoint to continue from; name newer damaged ones and set them aside."""
     if asked is None:
         return None
     if asked != "latest":
@@ -195,7 +195,7 @@ def _resume(asked: str | None, directory: Path | None, say: Any) -> Path | None:
 
 
 def check_resume(resume: Path, saved: Manifest, config: RunConfig) -> None:
-    """Raises UsageError if `config` cannot go on from the checkpoint."""
+    """Raise UsageError if `config` cannot continue from the checkpoint."""
     different = checkpoint.differences(saved, config)
     if different:
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
@@ -215,7 +215,7 @@ def check_resume(resume: Path, saved: Manifest, config: RunConfig) -> None:
 
 
 def _check_room(directory: Path, resume: Path | None) -> None:
-    """A run does not write over another run's checkpoints."""
+    """Refuse to write over another run's checkpoints. Raises UsageError."""
     existing = checkpoint.checkpoints_in(directory)
     if resume is None and existing:
         raise UsageError(

@@ -117,7 +117,7 @@ def run_all(
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
     noise: float = NOISE,
 ) -> dict[RunConfig, Run | str]:
-    """Probes of all configurations, in as few worker processes as their frameworks allow; for a failed one, why."""
+    """Run all probes, in as few worker processes as possible; for a failed one, say why."""
     groups: dict[tuple[object, ...], list[RunConfig]] = {}
     for config in configs:
         # Differs: a Paddle rank is a process and fleet starts once, so only runs of one p share processes.

@@ -1,4 +1,4 @@
-"""Training that survives its child: a child that dies, in whatever way, is started again from the last whole checkpoint."""
+"""Training that survives its child: when one dies, the next continues from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def not_finite(folder: Path) -> str | None:
 
 
 def _make_room(directory: Path, resume: Path | None) -> None:
-    """Sets damaged checkpoints aside that are newer than the one to go on from: their steps will be saved again."""
+    """Set aside damaged checkpoints newer than the one to continue from: their steps come again."""
     for path in checkpoint.checkpoints_in(directory):
         if resume is None or path.name > resume.name:
             checkpoint.set_aside(path)

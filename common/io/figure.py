@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches. Matplotlib is imported here: most subcommands never draw."""
+    """Return an empty figure of this size in inches. Imports Matplotlib only now: few need it."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

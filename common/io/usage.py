@@ -11,7 +11,7 @@ class UsageError(ValueError):
 
 
 def closest(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """`; expected ...`: the closest known word, or all of them if they are few."""
+    """Return `; expected ...` with the closest known word, or all of them if they are few."""
     names: Sequence[str] = list(known)
     guesses = difflib.get_close_matches(word, names, 1)
     if guesses:

@@ -105,7 +105,7 @@ class RunResult(BaseModel):
     """SHA-256 of tokenizer.json; empty for bytes, None if unknown."""
     parity: Parity = Parity()
     resumed_from: OsText | None = None
-    """The checkpoint that the run went on from; its first step is that of `steps[0]`."""
+    """The checkpoint that the run continued from; its first step is that of `steps[0]`."""
     restarts: tuple[str, ...] = ()
     """One line for every child that died and was followed by another; `steps` are of all of them together."""
     command: OsText

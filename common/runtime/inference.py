@@ -58,7 +58,7 @@ class Generated(BaseModel):
 
 
 def load_weights(engine: Engine, job: Job) -> None:
-    """Gives the engine the weights of the job's checkpoint. Raises CheckpointError."""
+    """Load the weights of the job's checkpoint into the engine. Raises CheckpointError."""
     if job.resume is None:
         raise ValueError(f"a job that is to {job.kind} needs a checkpoint")
     engine.reset(checkpoint.load(Path(job.resume), with_moments=False).weights)

@@ -22,7 +22,7 @@ from common.spec.run import RunConfig, explain
 
 
 class Saving(BaseModel):
-    """Where and how often a job saves checkpoints (`common.checkpoint`). It always saves its last step."""
+    """Where and how often a job saves checkpoints (`common.checkpoint`); its last step always."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,9 +78,9 @@ class Job(BaseModel):
     text: JobText | None = None
     """None if nothing reads text; `launch` adds it to jobs without one."""
     resume: OsText | None = None
-    """The checkpoint to go on from."""
+    """The checkpoint to continue from."""
     weights_alone: bool = False
-    """Whether only the weights of that checkpoint count: the training starts at step 0."""
+    """Whether only its weights are used: training starts at step 0."""
     stop_at: int | None = None
     """Steps done when the job ends; default: all of the specification."""
     saving: Saving | None = None

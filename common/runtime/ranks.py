@@ -64,7 +64,7 @@ def run_on_ranks(ranks: Ranks, jobs: Sequence[Job], switch: Switch = no_drift) -
 
 
 def _run_until_failure(ranks: Ranks, jobs: Sequence[Job], switch: Switch) -> int | None:
-    """The index of the first job that failed, or None."""
+    """Return the index of the first job that failed, or None."""
     context: Any = multiprocessing.get_context(ranks.start_method)
     stages = jobs[0].config.stages
     endpoints = _free_endpoints(stages)

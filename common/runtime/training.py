@@ -1,4 +1,4 @@
-"""Training in a worker process: where it starts, its steps, its checkpoints, and what a probe leaves for the parity ladder."""
+"""Train in a worker process: starting weights, steps, checkpoints, and tensors for parity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from common.spec.parameters import TensorKey, initial_weights, parameter_shapes,
 from common.spec.run import RunConfig
 
 EVENTS_KEPT = 500
-"""Steps at the end of a run that saves checkpoints whose events are kept: such a run may be long."""
+"""A run that saves checkpoints may be long: it keeps the events of so many last steps."""
 OPTIMIZER_TEST_SEED = 1
 NOISE_SEED = 2
 
@@ -33,7 +33,7 @@ class NotFiniteError(ArithmeticError):
 
 
 def start(engine: Engine, job: Job, corpus: Corpus) -> int:
-    """Gives the engine its weights, and its moments where it goes on from a checkpoint. Returns the first step to do.
+    """Load the weights, and the moments if the job continues; return the first step to do.
 
     Raises CheckpointError for a checkpoint that is damaged or of another run.
     """
@@ -88,7 +88,10 @@ def probe(engine: Engine, job: Job, corpus: Corpus, weights: Arrays) -> dict[Ten
 def train(
     engine: Engine, job: Job, corpus: Corpus, arrays: dict[TensorKey, Any], first_step: int = 0
 ) -> list[StepRecord]:
-    """The steps from `first_step` on. Raises NotFiniteError (where the job asks for it) and CheckpointError."""
+    """Do the steps from `first_step` on.
+
+    Raises NotFiniteError (if the job asks for it) and CheckpointError.
+    """
     config, out = job.config, Path(job.out)
     watch = Watch(out, engine.devices, Fault.parse(job.fault) if job.fault else None)
     engine.on_action = watch.on_action

@@ -48,7 +48,7 @@ def draw_text(
 def draw_color(
     schedule: Schedule, costs: Costs | None = None, width: int | None = None, ascii_only: bool = False
 ) -> Text:
-    """The same chart in colour, for `rich.print`."""
+    """Return the same chart in colour, for `rich.print`."""
     picture = Text(no_wrap=True)
     for line in _fold(_lines(simulate(schedule, costs), ascii_only), width):
         text = Text(line.text + "\n")

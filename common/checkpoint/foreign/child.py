@@ -67,7 +67,7 @@ def main(
 
 
 def in_one_line(error: Exception) -> str:
-    """What a framework says to a file that it cannot read: the kind of error and the first line of its text."""
+    """Return a framework's error in one line: its type and the first line of its text."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
 
 
