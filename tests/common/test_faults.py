@@ -115,7 +115,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_was_saved(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_given_twice_while_a_save_hangs(tmp_path: Path, number: int) -> None:
-    code = "import sys, pathlib; import tests.test_faults as t; "
+    code = "import sys, pathlib; import tests.common.test_faults as t; "
     code += "sys.exit(t.run(pathlib.Path(sys.argv[1]), *sys.argv[2:]))"
     argv = [str(tmp_path), "--save-every", "2", *given("hang@step=3,action=save")]
     parent = subprocess.Popen([sys.executable, "-c", code, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
