@@ -216,7 +216,7 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_an_interruption_leaves_a_checkpoint_and_no_process(tmp_path: Path) -> None:
-    code = "import sys; sys.path.insert(0, 'tests'); import test_train; sys.exit(test_train.run(*sys.argv[1:]))"
+    code = "import sys; from tests.common import test_train; sys.exit(test_train.run(*sys.argv[1:]))"
     argv = ["--out", str(tmp_path / "a"), "--save-dir", str(tmp_path / "saves"), "--save-every", "1"]
     child = subprocess.Popen(
         [sys.executable, "-c", code, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True,
