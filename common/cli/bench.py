@@ -19,11 +19,14 @@ DESCRIPTION = (
 )
 
 
-COMMON = frozenset(
-    """--help --frameworks --schedules --stages --micro-batches --chunks --dtype --recompute --config --dry-run --preset
-    --repeats --out --parity --baselines --sweep --device --num-layers --d-model --num-heads --d-ff --context-length
-    --dropout --tied-head --steps --batch-size --learning-rate --corpus --tokenizer-file --seed""".split()
-)
+COMMON = frozenset((
+    "--help", "--frameworks", "--schedules", "--stages", "--micro-batches",
+    "--chunks", "--dtype", "--recompute", "--config", "--dry-run",
+    "--preset", "--repeats", "--out", "--parity", "--baselines",
+    "--sweep", "--device", "--num-layers", "--d-model", "--num-heads",
+    "--d-ff", "--context-length", "--dropout", "--tied-head", "--steps",
+    "--batch-size", "--learning-rate", "--corpus", "--tokenizer-file", "--seed",
+))  # fmt: skip
 """What most users need; `--help-all` shows the rest."""
 
 
