@@ -167,6 +167,6 @@ def idle_bytes(stages: Iterable[GraphedStage], device: torch.device) -> int:
     pools = {tuple(stage.pool) for stage in stages if stage.pool is not None}
     return sum(
         segment["total_size"] - segment["allocated_size"]
-        for segment in (torch.cuda.memory_checkpoint() if pools else [])
+        for segment in (torch.cuda.memory_snapshot() if pools else [])
         if tuple(segment["segment_pool_id"]) in pools and segment["device"] == device.index
     )

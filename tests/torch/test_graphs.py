@@ -219,7 +219,7 @@ def test_a_recordings_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"segment_pool_id": (0, pool), "device": device, "total_size": 100, "allocated_size": allocated}
 
     segments = [segment(0, 0, 10), segment(1, 0, 70), segment(2, 0, 95), segment(1, 1, 1)]
-    monkeypatch.setattr(torch.cuda, "memory_checkpoint", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     stages = [graphs.GraphedStage(None) for _ in range(3)]
     assert graphs.idle_bytes(stages, CUDA) == 0
     stages[0].pool, stages[1].pool = (0, 1), (0, 2)
