@@ -242,7 +242,7 @@ def test_what_gpt2s_file_decides_is_no_option(small: Path, tmp_path: Path, capsy
     assert "how many heads? add --num-heads" in capsys.readouterr().err
     (tmp_path / "hub" / "snapshots" / "1").mkdir(parents=True)
     assert run("import", tmp_path / "hub", "--from", "gpt2", "--out", tmp_path / "out") == 2
-    assert f"no model in this folder; expected {tmp_path / 'hub' / 'checkpoints' / '1'}" in capsys.readouterr().err
+    assert f"no model in this folder; expected {tmp_path / 'hub' / 'snapshots' / '1'}" in capsys.readouterr().err
 
 
 def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,9 @@
 """Where a model's tensors are: one file, a folder of the transformers library, or indexed shards.
 
 Who names a file decides what it may be. What the user names may be a link, and so may what lies in a folder that they name:
-the Hugging Face cache is made of links (checkpoints/HASH/model.safetensors -> ../../blobs/...). What an index names is the
+the Hugging Face cache is made of links (snapshots/HASH/model.safetensors -> ../../blobs/...). What an index names is the
 word of whoever wrote it: normalised, and with its links followed, it has to lie in the model's folder, which in that cache
-is the one above `checkpoints` and `blobs`.
+is the one above `snapshots` and `blobs`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def find(path: Path) -> Source:
     if path.is_dir():
         named = next((path / name for name in IN_A_FOLDER if (path / name).exists()), None)
         if named is None:
-            revisions = sorted(path.glob("checkpoints/*/"))
+            revisions = sorted(path.glob("snapshots/*/"))
             hint = str(revisions[0]) if revisions else f"a folder with one of {', '.join(IN_A_FOLDER)}, or a file"
             raise ExchangeError(f"{path}: no model in this folder; expected {hint}")
         path = named
