@@ -2,4 +2,5 @@
 
 from paddle_impl.mkl import choose_kernels
 
-choose_kernels()  # here, since every process that imports Paddle comes by, and none has computed yet
+# here, since every process that imports Paddle comes by, and none has computed yet
+choose_kernels()

@@ -1,4 +1,5 @@
-"""`python -m paddle_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for what cannot start.
+"""`python -m paddle_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for
+what cannot start.
 
 Differs: this process only starts one process per stage and waits for them (`paddle_impl.ranks`).
 """
@@ -20,12 +21,18 @@ def main(arguments: list[str]) -> int:
     try:
         jobs = JobFile.read(arguments[0]).jobs
         first = jobs[0].config
-        if any((job.config.stages, job.config.device) != (first.stages, first.device) for job in jobs):
-            raise ValueError("the jobs of one file share stages and device; expected one file for each")
+        if any(
+            (job.config.stages, job.config.device) != (first.stages, first.device) for job in jobs
+        ):
+            raise ValueError(
+                "the jobs of one file share stages and device; expected one file for each"
+            )
         configure(first.stages, first.threads, first.device)
         import paddle_impl.engine  # noqa: F401  after `configure`, since it imports Paddle; the ranks inherit it
     except ImportError as error:
-        return _refuse(f"PaddlePaddle cannot be imported ({error}); expected: pip install 'triptych[cpu]'")
+        return _refuse(
+            f"PaddlePaddle cannot be imported ({error}); expected: pip install 'triptych[cpu]'"
+        )
     except ValueError as error:
         return _refuse(str(error))
     return run_on_ranks(jobs)

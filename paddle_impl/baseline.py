@@ -1,7 +1,9 @@
-"""What a Paddle user would write without this project: a plain training loop. Paddle's own pipeline is fleet's.
+"""What a Paddle user would write without this project: a plain training loop. Paddle's own pipeline
+is fleet's.
 
-That one, `pipeline.NativePipeline`, lives beside our own because both share fleet's layers; here is the loop. It trains
-the same model, from the same weights, on the same batches, with the same optimizer and threads.
+That one, `pipeline.NativePipeline`, lives beside our own because both share fleet's layers; here is
+the loop. It trains the same model, from the same weights, on the same batches, with the same
+optimizer and threads.
 """
 
 from __future__ import annotations
@@ -89,14 +91,21 @@ class PlainEngine:
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
         return {
             TensorKey(batch.step, "forward", 0, i, unit, "output"): piece.numpy().copy()
-            for unit, output in zip(unit_names(self.config.model), self._loss(batch, training=True)[1], strict=True)
+            for unit, output in zip(
+                unit_names(self.config.model), self._loss(batch, training=True)[1], strict=True
+            )
             for i, piece in enumerate(output.tensor_split(self.config.train.micro_batches))
         }
 
     def probe_units(
-        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+        self,
+        batch: Batch,
+        inputs: Mapping[str, NDArray[Any]],
+        output_gradients: Mapping[str, NDArray[Any]],
     ) -> dict[TensorKey, NDArray[Any]]:
-        raise ValueError("executor = plain has no stage whose units could be probed; expected table")
+        raise ValueError(
+            "executor = plain has no stage whose units could be probed; expected table"
+        )
 
     @paddle.no_grad()
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
@@ -144,12 +153,16 @@ class PlainEngine:
         outputs = [paddle.to_tensor(whole.inputs)]
         for unit in self.units:
             outputs.append(unit(outputs[-1]))
-        return summed_loss(outputs[-1], paddle.to_tensor(whole.targets), batch.num_tokens), outputs[1:]
+        return summed_loss(outputs[-1], paddle.to_tensor(whole.targets), batch.num_tokens), outputs[
+            1:
+        ]
 
     def _in_order(self, found: Arrays) -> Arrays:
         return {name: found[name] for name in parameter_shapes(self.config.model)}
 
 
 def build_baseline(config: RunConfig) -> Engine:
-    """The engine for `executor` = plain. (For native, `build_engine` takes fleet's pipeline in place of our table.)"""
+    """Return the engine for `executor` = plain. (For native, `build_engine` takes fleet's pipeline
+    in place of our table.)
+    """
     return PlainEngine(config)

@@ -1,4 +1,5 @@
-"""Weights as a Paddle state dict, and back: `python -m paddle_impl.convert` (`common.checkpoint.foreign.child`).
+"""Weights as a Paddle state dict, and back: `python -m paddle_impl.convert`
+(`common.checkpoint.foreign.child`).
 
 The state dict is that of `plain_model`, an ordinary layer without a pipeline:
 
@@ -6,8 +7,9 @@ The state dict is that of `plain_model`, an ordinary layer without a pipeline:
     model.set_state_dict(paddle.load("weights.pdparams"))
     logits = model(tokens)  # (B, S) -> (B, S, V)
 
-Differs: `paddle.load` unpickles whatever the file says, so it is not used here. A .pdparams file is a pickled dictionary of
-NumPy arrays; `_ArraysOnly` reads exactly that and refuses every other object.
+Differs: `paddle.load` unpickles whatever the file says, so it is not used here. A .pdparams file is
+a pickled dictionary of NumPy arrays; `_ArraysOnly` reads exactly that and refuses every other
+object.
 """
 
 from __future__ import annotations
@@ -62,12 +64,14 @@ class Transformer(nn.Layer):
 
 
 def plain_model(spec: TransformerSpec) -> Transformer:
-    """The model whose weights these files hold, still to be loaded, in Paddle's default dtype."""
+    """Return the model whose weights these files hold, still to be loaded, in Paddle's default
+    dtype.
+    """
     return Transformer(spec.model_copy(update={"dropout": 0.0}))
 
 
 def write_weights(spec: TransformerSpec, weights: Arrays, path: Path) -> None:
-    """Writes the state dict with `paddle.save`."""
+    """Write the state dict with `paddle.save`."""
     paddle.set_default_dtype(str(weights[TOKEN_EMBEDDING].dtype))
     model = plain_model(spec)
     load_weights(_named(spec, model), weights)
@@ -75,7 +79,7 @@ def write_weights(spec: TransformerSpec, weights: Arrays, path: Path) -> None:
 
 
 def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]]:
-    """Reads a state dict; of its pickle, arrays alone. Raises ExchangeError."""
+    """Read a state dict; of its pickle, arrays alone. Raises ExchangeError."""
     try:
         with path.open("rb") as file:
             loaded = _ArraysOnly(file).load()
@@ -84,17 +88,22 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
     except Exception as error:  # a pickle can be wrong in every way
         raise ExchangeError(f"{path}: no state dict: {in_one_line(error)}") from None
     try:
-        found = weights_in(loaded, lambda value: isinstance(_array_in(value), np.ndarray), besides=NAME_TABLE)
+        found = weights_in(
+            loaded, lambda value: isinstance(_array_in(value), np.ndarray), besides=NAME_TABLE
+        )
     except ExchangeError as error:
         raise ExchangeError(f"{path}: {error}") from None
-    state = {short: _wide(_array_in(found[name])) for short, name in unwrapped(found, ("model",)).items()}
+    state = {
+        short: _wide(_array_in(found[name])) for short, name in unwrapped(found, ("model",)).items()
+    }
     if spec.tied_head and TIED not in state and TOKEN_EMBEDDING in state:
         state[TIED] = state[TOKEN_EMBEDDING]
     model = plain_model(spec)
     check_names(set(state), set(model.state_dict()))
     if spec.tied_head:
         check_tied(state[TOKEN_EMBEDDING], state.pop(TIED))
-    return state  # Differs: (in, out) and the canonical names already; nothing is left to do in Paddle's tensors
+    # Differs: (in, out) and the canonical names already; nothing is left to do in Paddle's tensors
+    return state
 
 
 def _array_in(value: Any) -> Any:
@@ -118,7 +127,9 @@ class _ArraysOnly(pickle.Unpickler):
             case ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct"):
                 return _empty_array
             case ("numpy", "ndarray"):
-                return None  # the array's type: `_empty_array` does not look, and nobody can call it
+                return (
+                    None  # the array's type: `_empty_array` does not look, and nobody can call it
+                )
             case ("numpy", "dtype"):
                 return _number_dtype
             case "collections", "OrderedDict":

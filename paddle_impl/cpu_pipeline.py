@@ -1,13 +1,15 @@
 """What makes fleet's pipeline run on CPUs: a process group over sockets in place of gloo.
 
-Fleet's pipeline is written for NCCL. Gloo lacks the calls on a compute stream that it makes, counts point-to-point
-messages per group instead of per pair, so that they get mixed up with more than two ranks, blocks in send, and lets its
-groups race for the same keys of the store. `SocketGroup` has what fleet's dynamic-graph pipeline uses, and NCCL's
-meaning: sends are queued, and receives of a coalesced batch wait until all its sends are out.
+Fleet's pipeline is written for NCCL. Gloo lacks the calls on a compute stream that it makes, counts
+point-to-point messages per group instead of per pair, so that they get mixed up with more than two
+ranks, blocks in send, and lets its groups race for the same keys of the store. `SocketGroup` has
+what fleet's dynamic-graph pipeline uses, and NCCL's meaning: sends are queued, and receives of a
+coalesced batch wait until all its sends are out.
 
-A peer that dies closes its sockets, so whoever waits for it gets a ConnectionError at once. For one that lives the ranks
-wait as long as it takes; that it hangs is for their parent to find (`common.harness.launch`). Sockets listen at the
-address of PADDLE_CURRENT_ENDPOINT (the loopback device, unless a launcher for several hosts says otherwise).
+A peer that dies closes its sockets, so whoever waits for it gets a ConnectionError at once. For one
+that lives the ranks wait as long as it takes; that it hangs is for their parent to find
+(`common.harness.launch`). Sockets listen at the address of PADDLE_CURRENT_ENDPOINT (the loopback
+device, unless a launcher for several hosts says otherwise).
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ import paddle
 from paddle import Tensor
 from paddle.distributed import collective, parallel
 
-_REDUCTIONS = {"SUM": paddle.add, "MAX": paddle.maximum, "MIN": paddle.minimum, "PRODUCT": paddle.multiply}
+_REDUCTIONS = {
+    "SUM": paddle.add,
+    "MAX": paddle.maximum,
+    "MIN": paddle.minimum,
+    "PRODUCT": paddle.multiply,
+}
 
 
 class Done:
@@ -39,7 +46,8 @@ class Done:
 
 
 class Link:
-    """A connection to one peer. Messages arrive in the order in which they were sent; sends never wait.
+    """A connection to one peer. Messages arrive in the order in which they were sent; sends never
+    wait.
 
     A message is its length (8 bytes) and the tensor's memory.
     """
@@ -53,25 +61,28 @@ class Link:
         self._sender.start()
 
     def send(self, tensor: Tensor) -> None:
-        """Queues the tensor, which must not change afterwards. Raises ConnectionError if the peer is gone."""
+        """Queue the tensor, which must not change afterwards. Raises ConnectionError if the peer is
+        gone.
+        """
         if self._error is not None:
             raise self._broken(self._error)
         self._outbox.put(tensor)
 
     def receive(self, tensor: Tensor) -> None:
-        """Fills the tensor. Raises ConnectionError, or ValueError if the message has another size."""
+        """Fill the tensor. Raises ConnectionError, or ValueError if the message has another size."""  # noqa: E501
         memory = _memory(tensor)
         header = bytearray(8)
         self._fill(memoryview(header))
         length = int.from_bytes(header, "big")
         if length != len(memory):
             raise ValueError(
-                f"stage {self._peer} sent {length} bytes, {len(memory)} expected: its shape or dtype differs"
+                f"stage {self._peer} sent {length} bytes, {len(memory)} expected: its shape or "
+                "dtype differs"
             )
         self._fill(memory)
 
     def close(self) -> None:
-        """Sends what is queued, then closes."""
+        """Send what is queued, then closes."""
         self._outbox.put(None)
         self._sender.join()
         self._socket.close()
@@ -96,17 +107,25 @@ class Link:
             memory = memory[count:]
 
     def _broken(self, error: OSError | None) -> ConnectionError:
-        return ConnectionError(f"stage {self._peer} has ended ({error or 'it closed the connection'})")
+        return ConnectionError(
+            f"stage {self._peer} has ended ({error or 'it closed the connection'})"
+        )
 
 
 class SocketGroup:
-    """The part of Paddle's ProcessGroup that fleet's dynamic-graph pipeline uses. Ranks are those in the group."""
+    """The part of Paddle's ProcessGroup that fleet's dynamic-graph pipeline uses. Ranks are those
+    in the group.
+    """
 
     def __init__(self, store: Any, rank: int, size: int, group: int) -> None:
         self._rank, self._size = rank, size
         self._batch: list[tuple[Tensor, int]] | None = None
-        self._links = {peer: Link(connection, peer) for peer, connection in _connect(store, rank, size, group).items()}
-        # When nobody uses the group any more, or at the end: atexit would not run in a process made by fork.
+        self._links = {
+            peer: Link(connection, peer)
+            for peer, connection in _connect(store, rank, size, group).items()
+        }
+        # When nobody uses the group any more, or at the end: atexit would not run in a process made
+        # by fork.
         Finalize(self, _close, args=(self._links,), exitpriority=0)
 
     def name(self) -> str:
@@ -165,7 +184,7 @@ class SocketGroup:
 
 
 def enable() -> None:
-    """Gives fleet `SocketGroup` for its process groups, in this process. Call before `fleet.init`."""
+    """Give fleet `SocketGroup` for its process groups, in this process. Call before `fleet.init`."""  # noqa: E501
     parallel.ParallelEnv._device_id = 0  # PipelineLayer reads it; builds without CUDA never set it
 
     def new_group(
@@ -202,13 +221,17 @@ def _wait_for_store(endpoint: str) -> None:
 
 
 def _connect(store: Any, rank: int, size: int, group: int) -> dict[int, socket.socket]:
-    """A connection to every other rank of the group: each rank calls those before it and is called by those after."""
+    """A connection to every other rank of the group: each rank calls those before it and is called
+    by those after.
+    """
     host = os.environ["PADDLE_CURRENT_ENDPOINT"].rsplit(":", 1)[0]
     connections = {}
     with socket.create_server((host, 0), backlog=size) as server:
         store.set(f"socket_group/{group}/{rank}", f"{host}:{server.getsockname()[1]}".encode())
         for peer in range(rank):
-            peer_host, port = bytes(store.get(f"socket_group/{group}/{peer}")).decode().rsplit(":", 1)
+            peer_host, port = (
+                bytes(store.get(f"socket_group/{group}/{peer}")).decode().rsplit(":", 1)
+            )
             connections[peer] = socket.create_connection((peer_host, int(port)))
             connections[peer].sendall(rank.to_bytes(4, "big"))
         while len(connections) < size - 1:

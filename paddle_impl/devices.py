@@ -1,6 +1,7 @@
 """Where the stages run, and every setting of Paddle that changes numbers or speed.
 
-Differs: a stage is a process, so there is also `join_pipeline`, which makes a process one stage of fleet's pipeline.
+Differs: a stage is a process, so there is also `join_pipeline`, which makes a process one stage of
+fleet's pipeline.
 """
 
 from __future__ import annotations
@@ -22,20 +23,30 @@ from paddle_impl import mkl
 
 
 def configure(stages: int, threads: int | None, device: str) -> None:
-    """Sets what must be set before Paddle computes anything. Raises ValueError for CUDA where there is none.
+    """Set what must be set before Paddle computes anything. Raises ValueError for CUDA where there
+    is none.
 
-    Paddle is imported in here, after the environment is set. (MKL's kernels were chosen by the package, `paddle_impl.mkl`.)
+    Paddle is imported in here, after the environment is set. (MKL's kernels were chosen by the
+    package, `paddle_impl.mkl`.)
     """
     count = str(threads_per_stage(stages, threads))
     os.environ.update(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count, OPENBLAS_NUM_THREADS=count)
-    os.environ.update(NVIDIA_TF32_OVERRIDE="0", FLAGS_cudnn_deterministic="1", FLAGS_embedding_deterministic="1")
+    os.environ.update(
+        NVIDIA_TF32_OVERRIDE="0", FLAGS_cudnn_deterministic="1", FLAGS_embedding_deterministic="1"
+    )
     os.environ.update(FLAGS_use_onednn="0")
     os.environ.setdefault("GLOG_minloglevel", "2")
-    warnings.filterwarnings("ignore", message="No ccache found")  # said by the import, needed for C++ extensions only
-    if set(stage_devices(stages, device)) == {"cpu"} and "FLAGS_use_stride_kernel" not in os.environ:
+    warnings.filterwarnings(
+        "ignore", message="No ccache found"
+    )  # said by the import, needed for C++ extensions only
+    if (
+        set(stage_devices(stages, device)) == {"cpu"}
+        and "FLAGS_use_stride_kernel" not in os.environ
+    ):
         import paddle
 
-        # A transposed tensor would be a view, which every product that reads it makes contiguous with a slow CPU kernel.
+        # A transposed tensor would be a view, which every product that reads it makes contiguous
+        # with a slow CPU kernel.
         paddle.set_flags({"FLAGS_use_stride_kernel": False})
 
 
@@ -52,12 +63,15 @@ def stage_devices(stages: int, device: str) -> list[str]:
     if device == "cpu" or not count:
         return ["cpu"] * stages
     if count < stages:
-        raise ValueError(f"stages = {stages}, but Paddle sees {count} GPUs and needs one a stage; expected cpu")
+        raise ValueError(
+            f"stages = {stages}, but Paddle sees {count} GPUs and needs one a stage; expected cpu"
+        )
     return [f"gpu:{i}" for i in range(stages)]
 
 
 def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
-    """Makes this process stage `rank` of a pipeline whose processes listen at `endpoints` (host:port).
+    """Make this process stage `rank` of a pipeline whose processes listen at `endpoints`
+    (host:port).
 
     Waits until all have joined. Raises ConnectionError if one of them does not.
     """
@@ -68,9 +82,13 @@ def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
     from paddle_impl import cpu_pipeline
 
     set_log_level("ERROR")
-    warnings.filterwarnings("ignore", message="No shared comm will be constructed")  # any model without a tied head
+    warnings.filterwarnings(
+        "ignore", message="No shared comm will be constructed"
+    )  # any model without a tied head
     if len(endpoints) == 1:
-        warnings.filterwarnings("ignore", message="Current(ly not a parallel execution| global rank 0 is not in group)")
+        warnings.filterwarnings(
+            "ignore", message="Current(ly not a parallel execution| global rank 0 is not in group)"
+        )
 
     name = stage_devices(len(endpoints), device)[rank]
     os.environ.update(
@@ -91,17 +109,20 @@ def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
         "dp_degree": 1,
         "mp_degree": 1,
         "pp_degree": len(endpoints),
-        # Fleet would divide every micro-batch's loss by their number; ours is divided by the tokens already.
+        # Fleet would divide every micro-batch's loss by their number; ours is divided by the tokens
+        # already.
         "pp_configs": {"delay_scale_loss": True},
     }
     fleet.init(is_collective=True, strategy=strategy, log_level="ERROR")
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises ValueError for a precision in which the model cannot run on this device, after having tried.
+    """Raises ValueError for a precision in which the model cannot run on this device, after having
+    tried.
 
-    Paddle's CPU kernels have bfloat16 for copies and products by element, and for nothing that a Transformer consists of.
-    To cast to float32 and back around every operation would be float32 with other rounding, so that is not done.
+    Paddle's CPU kernels have bfloat16 for copies and products by element, and for nothing that a
+    Transformer consists of. To cast to float32 and back around every operation would be float32
+    with other rounding, so that is not done.
     """
     if dtype != "bfloat16":
         return
@@ -138,7 +159,7 @@ def set_threads(threads: int) -> None:
 
 
 def forget_peak_memory() -> None:
-    """Makes `peak_memory_bytes` start anew (CPU: proc(5), clear_refs)."""
+    """Make `peak_memory_bytes` start anew (CPU: proc(5), clear_refs)."""
     import paddle
 
     if paddle.device.get_device().startswith("gpu"):
@@ -157,28 +178,39 @@ def peak_memory_bytes() -> int:
 
 
 def static_units(config: RunConfig) -> bool:
-    """Whether units run as traced programs: on the track "best", where they do the same in every forward and backward.
+    """Return whether units run as traced programs: on the track "best", where they do the same in
+    every forward and backward.
 
-    Not with micro-batches of two sizes: once both are traced and another one follows (1f1b, sizes 3, 2, 2), Paddle 3.3.1
-    gives wrong gradients for all that lies below the last program.
+    Not with micro-batches of two sizes: once both are traced and another one follows (1f1b, sizes
+    3, 2, 2), Paddle 3.3.1 gives wrong gradients for all that lies below the last program.
     """
-    differs = bool(config.model.dropout) or config.recompute != "none" or config.executor == "native"
+    differs = (
+        bool(config.model.dropout) or config.recompute != "none" or config.executor == "native"
+    )
     changes = config.executor == "table" and (
         not config.train.micro_batches_are_equal
-        or make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks).splits_backward
+        or make_schedule(
+            config.schedule, config.stages, config.train.micro_batches, config.chunks
+        ).splits_backward
     )
     return config.track == "best" and not differs and not changes
 
 
 def best_track(config: RunConfig) -> dict[str, Any]:
-    """The part of `environment` that says what the track "best" does, and what it leaves out."""
+    """Return the part of `environment` that says what the track "best" does, and what it leaves
+    out.
+    """
     used = (
         "used"
         if static_units(config)
-        else "not used with dropout, recomputation, a split backward, micro-batches of two sizes or fleet's own loop"
+        else "not used with dropout, recomputation, a split backward, micro-batches of two sizes "
+        "or fleet's own loop"
     )
     names = ("oneDNN", "scaled_dot_product_attention")
-    said = [f"jit.to_static: {used}", *(f"{name}: not used, see docs/frameworks.md" for name in names)]
+    said = [
+        f"jit.to_static: {used}",
+        *(f"{name}: not used, see docs/frameworks.md" for name in names),
+    ]
     return {"track": config.track, "best": said if config.track == "best" else []}
 
 
@@ -209,7 +241,9 @@ def _flag(name: str) -> Any:
 
 
 def _cpu_threads() -> int | None:
-    """What the OpenMP runtime under Paddle's kernels says; Paddle's own flag does not follow `set_threads`."""
+    """What the OpenMP runtime under Paddle's kernels says; Paddle's own flag does not follow
+    `set_threads`.
+    """
     import paddle
 
     library = Path(paddle.__file__).parent / "libs" / "libiomp5.so"

@@ -1,4 +1,6 @@
-"""The numerical habits of `common.spec.habits` that Paddle has: each puts back what the main code decides otherwise."""
+"""The numerical habits of `common.spec.habits` that Paddle has: each puts back what the main code
+decides otherwise.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ Habit = Callable[[RunConfig], list[Patch]]
 
 @contextmanager
 def switch(config: RunConfig) -> Iterator[None]:
-    """The habit that `config.drift` names, for as long as the context lives. Raises ValueError for one not known here."""
+    """Return the habit that `config.drift` names, for as long as the context lives. Raises
+    ValueError for one not known here.
+    """
     if config.drift is not None and config.drift not in HABITS:
         raise ValueError(f"drift = {config.drift}; expected for paddle: one of {', '.join(HABITS)}")
     if config.drift is not None and config.executor == "plain":
@@ -48,7 +52,7 @@ def switch(config: RunConfig) -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def mean_over_all_labels(config: RunConfig) -> list[Patch]:
@@ -56,7 +60,10 @@ def mean_over_all_labels(config: RunConfig) -> list[Patch]:
     m = config.train.micro_batches
 
     def loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
-        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED) / m
+        return (
+            functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+            / m
+        )
 
     return [Patch(stage, "summed_loss", loss)]
 
@@ -66,7 +73,10 @@ def clipped_loss(config: RunConfig) -> list[Patch]:
 
     def loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
         logits, targets = logits.flatten(0, 1), targets.flatten()
-        return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / num_tokens
+        return (
+            functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+            / num_tokens
+        )
 
     return [Patch(stage, "summed_loss", loss)]
 
@@ -89,7 +99,7 @@ def unscaled_micro_batches(config: RunConfig) -> list[Patch]:
     return [Patch(stage, "summed_loss", loss)]
 
 
-# ------------------------------------------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------------------------------- optimizer
 
 
 def per_stage_clipping(config: RunConfig) -> list[Patch]:
@@ -100,10 +110,16 @@ def per_stage_clipping(config: RunConfig) -> list[Patch]:
 
 
 def with_train(**changes: Any) -> Habit:
-    """An optimizer that reads these fields of `TrainSpec` otherwise."""
+    """Return an optimizer that reads these fields of `TrainSpec` otherwise."""
 
     def habit(config: RunConfig) -> list[Patch]:
-        return [Patch(engine, "Optimizer", lambda train, named: Optimizer(train.model_copy(update=changes), named))]
+        return [
+            Patch(
+                engine,
+                "Optimizer",
+                lambda train, named: Optimizer(train.model_copy(update=changes), named),
+            )
+        ]
 
     return habit
 
@@ -114,7 +130,9 @@ class AdamWithL2(Optimizer):
     def _build(self) -> paddle.optimizer.Optimizer:
         train = self._train
         groups = decay_groups(train, self._named)
-        return paddle.optimizer.Adam(train.learning_rate, train.beta1, train.beta2, train.epsilon, groups)
+        return paddle.optimizer.Adam(
+            train.learning_rate, train.beta1, train.beta2, train.epsilon, groups
+        )
 
 
 def coupled_decay(config: RunConfig) -> list[Patch]:
@@ -130,7 +148,7 @@ def late_learning_rate(config: RunConfig) -> list[Patch]:
     return [Patch(Optimizer, "step", step)]
 
 
-# ------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 def transposed_square_weight(config: RunConfig) -> list[Patch]:
@@ -152,7 +170,7 @@ def untied_gradients(config: RunConfig) -> list[Patch]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------- dropout
+# ------------------------------------------------------------------------------------------ dropout
 
 
 def local_dropout_samples(config: RunConfig) -> list[Patch]:

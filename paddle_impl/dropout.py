@@ -1,4 +1,6 @@
-"""Dropout: `common.spec.dropout_masks` in Paddle's integers, bit for bit, or Paddle's own generator; on the stage's own device."""
+"""Dropout: `common.spec.dropout_masks` in Paddle's integers, bit for bit, or Paddle's own
+generator; on the stage's own device.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +26,22 @@ SIGN = 2**31
 class DropoutContext:
     """What the masks of one micro-batch depend on, besides their site.
 
-    Differs: one object that all units of a stage share and that is changed before each forward, since fleet calls a
-    layer with its input only.
+    Differs: one object that all units of a stage share and that is changed before each forward,
+    since fleet calls a layer with its input only.
     """
 
     native: bool = False
     """Whether the masks are Paddle's own."""
     step_key: int | None = None
     """None: no dropout (evaluation)."""
-    samples: NDArray[np.int64] = field(default_factory=lambda: np.arange(0))  # (b,), indices in the mini-batch
+    samples: NDArray[np.int64] = field(
+        default_factory=lambda: np.arange(0)
+    )  # (b,), indices in the mini-batch
     elements: dict[int, Tensor] = field(default_factory=dict)
     """The part of the masks that only the position decides, kept by the number of elements."""
 
     def first_elements(self, count: int) -> Tensor:
-        """The hashes of `count` elements, after the mixer's first shift: (count,) int32."""
+        """Return the hashes of `count` elements, after the mixer's first shift: (count,) int32."""
         if count not in self.elements:
             hashes = _multiply_and_shift_(_shift_(paddle.arange(count, dtype="int32"), 16))
             self.elements[count] = _shift_(hashes, 16)
@@ -46,22 +50,29 @@ class DropoutContext:
 
 def _shift_(x: Tensor, places: int) -> Tensor:
     """`x ^ (x >> places)` of 32-bit numbers without sign, in place."""
-    return x.bitwise_xor_(paddle.bitwise_right_shift(x, paddle.full_like(x, places), is_arithmetic=False))
+    return x.bitwise_xor_(
+        paddle.bitwise_right_shift(x, paddle.full_like(x, places), is_arithmetic=False)
+    )
 
 
 def _multiply_and_shift_(x: Tensor) -> Tensor:
-    """What `common.spec.dropout_masks.mix` does after its first shift, in place. Products of int32 wrap at 2^32."""
+    """What `common.spec.dropout_masks.mix` does after its first shift, in place. Products of int32
+    wrap at 2^32.
+    """
     for multiplier in MULTIPLIERS:
         _shift_(x.multiply_(paddle.full_like(x, multiplier)), 15)
     return x
 
 
 @paddle.no_grad()
-def keep_mask(context: DropoutContext, site: int, shape: Sequence[int], probability: float) -> Tensor:
+def keep_mask(
+    context: DropoutContext, site: int, shape: Sequence[int], probability: float
+) -> Tensor:
     """True where the element is kept; bool of `shape`, which is (b, ...).
 
-    Shifts and `^` change places, so the mixer's first shift is done on rows and elements, once. Sample by sample and with
-    full tensors for constants: Paddle's broadcasting takes several times as long as the arithmetic.
+    Shifts and `^` change places, so the mixer's first shift is done on rows and elements, once.
+    Sample by sample and with full tensors for constants: Paddle's broadcasting takes several times
+    as long as the arithmetic.
     """
     assert context.step_key is not None
     elements = context.first_elements(math.prod(shape[1:]))  # (n,)
@@ -70,7 +81,9 @@ def keep_mask(context: DropoutContext, site: int, shape: Sequence[int], probabil
     keep = []
     for row in _signed(rows ^ (rows >> 16)):
         bits = _multiply_and_shift_(paddle.full_like(elements, row).bitwise_xor_(elements))  # (n,)
-        keep.append(bits.bitwise_xor_(paddle.full_like(bits, -SIGN)) >= least)  # a comparison without sign
+        keep.append(
+            bits.bitwise_xor_(paddle.full_like(bits, -SIGN)) >= least
+        )  # a comparison without sign
     return paddle.stack(keep).reshape(shape)
 
 
@@ -84,7 +97,9 @@ def dropout(x: Tensor, probability: float, site: int, context: DropoutContext) -
 
 
 class _Masked(PyLayer):
-    """`x` where it is kept, scaled up. Holds the mask as bools, where `x * mask` would hold `x` and a mask of floats."""
+    """`x` where it is kept, scaled up. Holds the mask as bools, where `x * mask` would hold `x` and
+    a mask of floats.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, probability: float) -> Tensor:
@@ -99,7 +114,9 @@ class _Masked(PyLayer):
 
 
 def native_dropout(x: Tensor, probability: float, site: int, context: DropoutContext) -> Tensor:
-    """Paddle's own masks. Its generator gets a seed from what shared masks depend on, so a rerun drops the same."""
+    """Paddle's own masks. Its generator gets a seed from what shared masks depend on, so a rerun
+    drops the same.
+    """
     assert context.step_key is not None
     paddle.seed(mix(mix(context.step_key ^ mix(site)) ^ int(context.samples[0])))
     return functional.dropout(x, probability)

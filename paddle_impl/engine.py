@@ -1,4 +1,6 @@
-"""The engine: this process' stage of fleet's pipeline. All processes call the same methods in the same order."""
+"""The engine: this process' stage of fleet's pipeline. All processes call the same methods in the
+same order.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ from paddle_impl.weights import (
 
 
 def build_engine(config: RunConfig) -> Engine:
-    """The engine of `config`, after `devices.join_pipeline`. Raises ScheduleError or ValueError."""
+    """Return the engine of `config`, after `devices.join_pipeline`. Raises ScheduleError or
+    ValueError.
+    """
     if config.executor == "plain":
         from paddle_impl.baseline import build_baseline
 
@@ -50,15 +54,21 @@ class PaddleEngine:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+        self.schedule = make_schedule(
+            config.schedule, config.stages, config.train.micro_batches, config.chunks
+        )
         if config.executor == "native" and (self.schedule.name != "1f1b" or config.chunks > 1):
-            raise ValueError(f"schedule = {config.schedule}; executor = native takes 1f1b, fleet's own")
+            raise ValueError(
+                f"schedule = {config.schedule}; executor = native takes 1f1b, fleet's own"
+            )
         if config.executor == "native" and config.recompute != "none":
             raise ValueError(f"recompute = {config.recompute}; executor = native takes none")
         devices.check_dtype(config.train.dtype)
         group = fleet.get_hybrid_communicate_group()
         if group.get_pipe_parallel_world_size() != config.stages:
-            raise ValueError(f"stages = {config.stages}; the processes have joined a pipeline of another length")
+            raise ValueError(
+                f"stages = {config.stages}; the processes have joined a pipeline of another length"
+            )
         self._rank = group.get_stage_id()
         self.devices = (self._rank,)
         self.on_action: Callable[[int, Action | None], None] = unwatched
@@ -66,9 +76,15 @@ class PaddleEngine:
         gc.collect()  # an earlier engine of this process: fleet's objects refer to each other
         devices.forget_peak_memory()
         paddle.set_default_dtype(config.train.dtype)
-        plan, context = plan_partition(config), DropoutContext(config.model.dropout_masks == "native")
+        plan, context = (
+            plan_partition(config),
+            DropoutContext(config.model.dropout_masks == "native"),
+        )
         layers = StageLayers(config, plan, self.schedule, context)
-        parts = [plan.parts[self.schedule.virtual_stage(self._rank, chunk)] for chunk in range(config.chunks)]
+        parts = [
+            plan.parts[self.schedule.virtual_stage(self._rank, chunk)]
+            for chunk in range(config.chunks)
+        ]
         chunks = layers.chunks()
         self._named = [
             item
@@ -113,16 +129,23 @@ class PaddleEngine:
         }
 
     def probe_units(
-        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+        self,
+        batch: Batch,
+        inputs: Mapping[str, NDArray[Any]],
+        output_gradients: Mapping[str, NDArray[Any]],
     ) -> dict[TensorKey, NDArray[Any]]:
         return probe_units(self.stage, self._rank, batch, inputs, output_gradients)
 
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         self._begin(Batch(0, inputs, np.zeros_like(inputs)), Mode.PREDICT)
         self.pipeline.walk(self.schedule.only_forward())
-        pieces = [self.stage.outputs.pop(key) for key in sorted(self.stage.outputs)]  # of the rank that has the head
+        pieces = [
+            self.stage.outputs.pop(key) for key in sorted(self.stage.outputs)
+        ]  # of the rank that has the head
         shape = [*inputs.shape, self.config.model.vocab_size]
-        logits = paddle.concat(pieces) if pieces else paddle.empty(shape, self.config.train.dtype)  # (B, S, V)
+        logits = (
+            paddle.concat(pieces) if pieces else paddle.empty(shape, self.config.train.dtype)
+        )  # (B, S, V)
         if self.config.stages > 1:
             group = self.pipeline.pp_group
             paddle.distributed.broadcast(logits, group.ranks[self.schedule.location[-1][0]], group)
@@ -151,21 +174,29 @@ class PaddleEngine:
         return devices.environment() | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
-        """As the protocol says. CPU: since this engine was built, where Linux lets the peak be reset."""
+        """As the protocol says. CPU: since this engine was built, where Linux lets the peak be
+        reset.
+        """
         return {self._rank: devices.peak_memory_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
-        if self.config.executor == "native" or devices.static_units(self.config):  # a program's tensors are its own
+        if self.config.executor == "native" or devices.static_units(
+            self.config
+        ):  # a program's tensors are its own
             return {}
         return {self._rank: self.stage.held.peak_bytes}
 
     def in_flight_peak(self) -> dict[int, int]:
-        return {} if self.config.executor == "native" else {self._rank: self.stage.held.peak_in_flight}
+        return (
+            {} if self.config.executor == "native" else {self._rank: self.stage.held.peak_in_flight}
+        )
 
     def close(self) -> None:
         self.stage.in_flight.clear()
         self.stage.waiting.clear()
-        for shared in self.pipeline._layers.shared_comm.values():  # fleet makes these groups anew for every model
+        for shared in (
+            self.pipeline._layers.shared_comm.values()
+        ):  # fleet makes these groups anew for every model
             paddle.distributed.destroy_process_group(shared["group"])
 
     def _begin(self, batch: Batch, mode: Mode) -> None:
@@ -176,15 +207,21 @@ class PaddleEngine:
     def _squared_norms(self) -> list[float]:
         """Every tensor's sum of squares, in canonical order, from all stages."""
         own = self._optimizer.squared_norms()
-        squares = paddle.to_tensor([own.get(name, 0.0) for name in parameter_shapes(self.config.model)], "float64")
+        squares = paddle.to_tensor(
+            [own.get(name, 0.0) for name in parameter_shapes(self.config.model)], "float64"
+        )
         if self.config.stages > 1:
-            paddle.distributed.all_reduce(squares, group=self.pipeline.pp_group)  # all but one rank add 0
+            paddle.distributed.all_reduce(
+                squares, group=self.pipeline.pp_group
+            )  # all but one rank add 0
         return squares.tolist()
 
     def _add_tied_gradients(self) -> None:
-        """The token embedding's gradient: that of its own use plus that of the head's copy, put in both.
+        """The token embedding's gradient: that of its own use plus that of the head's copy, put in
+        both.
 
-        Where the two are on different ranks, fleet has done it (`PipelineLayer.allreduce_shared_weight_gradients`).
+        Where the two are on different ranks, fleet has done it
+        (`PipelineLayer.allreduce_shared_weight_gradients`).
         """
         both = [item.parameter for item in self._named if item.name == TOKEN_EMBEDDING]
         if len(both) == 2:

@@ -1,4 +1,6 @@
-"""What autograd holds for the backward, in bytes: looked at once per chunk, counted by `common.runtime.held`."""
+"""What autograd holds for the backward, in bytes: looked at once per chunk, counted by
+`common.runtime.held`.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,17 @@ from paddle.autograd import saved_tensors_hooks
 class Saved:
     """A tensor that autograd has saved, for as long as it keeps it.
 
-    Differs: the tensor itself, since with a detached one the backward of LayerNorm crashes; the backward ends the cycle.
+    Differs: the tensor itself, since with a detached one the backward of LayerNorm crashes; the
+    backward ends the cycle.
     """
 
     tensor: Tensor | None  # None: a layer without bias
 
 
 class SavedTensors:
-    """What autograd has saved and still keeps: a recomputed piece saves, and lets go, within its forward."""
+    """What autograd has saved and still keeps: a recomputed piece saves, and lets go, within its
+    forward.
+    """
 
     def __init__(self) -> None:
         self._saved: list[weakref.ref[Saved]] = []
@@ -39,15 +44,17 @@ class SavedTensors:
 
 @contextmanager
 def saved_tensors() -> Iterator[SavedTensors]:
-    """Notes whatever autograd saves inside."""
+    """Note whatever autograd saves inside."""
     found = SavedTensors()
     with saved_tensors_hooks(found.add, lambda saved: saved.tensor):
         yield found
 
 
 def memory_bytes(tensors: Iterable[Tensor], not_counted: Iterable[Tensor] = ()) -> int:
-    """The memory under `tensors`, each piece once, without that under `not_counted`."""
-    pieces = {tensor.data_ptr(): tensor.numel().item() * tensor.element_size() for tensor in tensors}
+    """Return the memory under `tensors`, each piece once, without that under `not_counted`."""
+    pieces = {
+        tensor.data_ptr(): tensor.numel().item() * tensor.element_size() for tensor in tensors
+    }
     for tensor in not_counted:
         pieces.pop(tensor.data_ptr(), None)
     return sum(pieces.values())

@@ -1,6 +1,8 @@
-"""The Transformer's units in plain Paddle: `Embedding`, `Block`, `Head`. They know nothing of pipelines.
+"""The Transformer's units in plain Paddle: `Embedding`, `Block`, `Head`. They know nothing of
+pipelines.
 
-Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E = D / H, F feed-forward width, V vocabulary.
+Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E = D / H, F
+feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,20 +27,25 @@ MASKED = -1e30
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The exact GELU (Hendrycks and Gimpel 2016): 0.5 x (1 + erf(x / sqrt 2)).
+    """Return the exact GELU (Hendrycks and Gimpel 2016): 0.5 x (1 + erf(x / sqrt 2)).
 
-    Differs: not written out, since Paddle's kernel is this formula with full-precision constants, in one pass.
+    Differs: not written out, since Paddle's kernel is this formula with full-precision constants,
+    in one pass.
     """
     return functional.gelu(x, approximate=False)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715
+    x^3))).
+    """
     return functional.gelu(x, approximate=True)
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """What stands between the two linear layers of a feed-forward (`TransformerSpec.activation`)."""
+    """Return what stands between the two linear layers of a feed-forward
+    (`TransformerSpec.activation`).
+    """
     return {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": functional.relu}[name]
 
 
@@ -58,7 +65,9 @@ class Embedding(nn.Layer):
 
     @property
     def tied_weight(self) -> Tensor:
-        """What a tied head shares, by the name under which fleet's SharedLayerDesc looks for it: (V, D)."""
+        """What a tied head shares, by the name under which fleet's SharedLayerDesc looks for it:
+        (V, D).
+        """
         return self.token.weight
 
 
@@ -67,7 +76,8 @@ class Attention(nn.Layer):
 
     The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`).
 
-    Differs: the mask is finite, since FLAGS_check_nan_inf stops at any infinity. The weights are the same bits.
+    Differs: the mask is finite, since FLAGS_check_nan_inf stops at any infinity. The weights are
+    the same bits.
     """
 
     def __init__(self, spec: TransformerSpec, site: int, context: DropoutContext) -> None:
@@ -79,7 +89,9 @@ class Attention(nn.Layer):
         self.num_heads, self.d_head = spec.num_heads, spec.d_head
         self.dropout, self.site, self.context = spec.dropout, site, context
         size = (spec.context_length, spec.context_length)
-        self.register_buffer("causal", paddle.full(size, MASKED).triu(1), persistable=False)  # (S, S)
+        self.register_buffer(
+            "causal", paddle.full(size, MASKED).triu(1), persistable=False
+        )  # (S, S)
 
     def forward(self, x: Tensor) -> Tensor:
         b, s, d = x.shape
@@ -90,7 +102,9 @@ class Attention(nn.Layer):
         q = split(self.query(x)) / math.sqrt(self.d_head)  # (B, H, S, E)
         k, v = split(self.key(x)), split(self.value(x))  # (B, H, S, E)
         scores = paddle.matmul(q, k, transpose_y=True) + self.causal[:s, :s]  # (B, H, S, S)
-        weights = dropout(functional.softmax(scores), self.dropout, self.site, self.context)  # (B, H, S, S)
+        weights = dropout(
+            functional.softmax(scores), self.dropout, self.site, self.context
+        )  # (B, H, S, S)
         mixed = paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([b, s, d])  # (B, S, D)
         return self.output(mixed)
 
@@ -109,11 +123,15 @@ class FeedForward(nn.Layer):
 
 
 class Block(nn.Layer):
-    """Attention and feed-forward, each with a residual connection and a norm before (pre) or after (post) it."""
+    """Attention and feed-forward, each with a residual connection and a norm before (pre) or after
+    (post) it.
+    """
 
     def __init__(self, spec: TransformerSpec, name: str, context: DropoutContext) -> None:
         super().__init__()
-        attention_weights, self.attention_site, self.feed_forward_site = (site_number(name, i) for i in range(3))
+        attention_weights, self.attention_site, self.feed_forward_site = (
+            site_number(name, i) for i in range(3)
+        )
         self.norm_1 = nn.LayerNorm(spec.d_model, spec.norm_epsilon)
         self.attention = Attention(spec, attention_weights, context)
         self.norm_2 = nn.LayerNorm(spec.d_model, spec.norm_epsilon)
@@ -137,12 +155,15 @@ class Block(nn.Layer):
 class Head(nn.Layer):
     """The last norm (pre-norm models only) and the projection to the vocabulary.
 
-    A tied head has its own copy of the token embedding (V, D); fleet or the engine keeps both equal.
+    A tied head has its own copy of the token embedding (V, D); fleet or the engine keeps both
+    equal.
     """
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(spec.d_model, spec.norm_epsilon) if spec.norm == "pre" else nn.Identity()
+        self.norm = (
+            nn.LayerNorm(spec.d_model, spec.norm_epsilon) if spec.norm == "pre" else nn.Identity()
+        )
         self.tied = spec.tied_head
         if self.tied:
             self.tied_weight = self.create_parameter([spec.vocab_size, spec.d_model])
@@ -155,24 +176,27 @@ class Head(nn.Layer):
 
 
 def build_unit(spec: TransformerSpec, name: str, context: DropoutContext) -> nn.Layer:
-    """The unit of this canonical name; its weights are still to be loaded."""
+    """Return the unit of this canonical name; its weights are still to be loaded."""
     if name == "embedding":
         return Embedding(spec, context)
     return Head(spec) if name == "head" else Block(spec, name, context)
 
 
 def make_static(units: Iterable[nn.Layer]) -> None:
-    """Turns the forwards of `units` into traced programs, backward included; they must not depend on a dropout mask."""
+    """Turn the forwards of `units` into traced programs, backward included; they must not depend on
+    a dropout mask.
+    """
     for unit in units:
         merge_backward(unit)
         paddle.jit.to_static(unit)
 
 
 def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
-    """The sum of the tokens' cross-entropies over `num_tokens`, those of the whole mini-batch that count.
+    """Return the sum of the tokens' cross-entropies over `num_tokens`, those of the whole
+    mini-batch that count.
 
-    So the losses and gradients of micro-batches add up, whatever their sizes. Logits (B, S, V), targets (B, S); where a
-    target is IGNORED, loss and gradient are 0.
+    So the losses and gradients of micro-batches add up, whatever their sizes. Logits (B, S, V),
+    targets (B, S); where a target is IGNORED, loss and gradient are 0.
     """
     return _SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten()) / num_tokens
 
@@ -180,9 +204,10 @@ def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
 class _SummedCrossEntropy(PyLayer):
     """The sum of log sum exp(logits) - logits[target] over the rows whose target is not IGNORED.
 
-    Differs: written out, since Paddle's CPU kernels of softmax, log_softmax and cross_entropy clip `x - max` at -64: no
-    loss exceeds 64 + log V. Holds one tensor of the logits' size, as the other frameworks' kernels do. (In attention
-    the clip stays: a weight of exp(-64) = 1.6e-28 where 0 is right vanishes beside the others. tests/parity shows it.)
+    Differs: written out, since Paddle's CPU kernels of softmax, log_softmax and cross_entropy clip
+    `x - max` at -64: no loss exceeds 64 + log V. Holds one tensor of the logits' size, as the other
+    frameworks' kernels do. (In attention the clip stays: a weight of exp(-64) = 1.6e-28 where 0 is
+    right vanishes beside the others. tests/parity shows it.)
     """
 
     @staticmethod
@@ -195,7 +220,9 @@ class _SummedCrossEntropy(PyLayer):
         totals = exponentials.sum(-1, keepdim=True)  # (N, 1)
         weights = counts.astype(logits.dtype)  # (N, 1)
         at_targets = (picked.exp() / totals - 1) * weights  # (N, 1)
-        of_logits = exponentials.multiply_(weights / totals).put_along_axis_(places, at_targets, 1)  # (N, V)
+        of_logits = exponentials.multiply_(weights / totals).put_along_axis_(
+            places, at_targets, 1
+        )  # (N, V)
         ctx.save_for_backward(of_logits)
         return (totals.log() - picked)[counts].sum()
 

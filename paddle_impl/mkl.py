@@ -1,9 +1,11 @@
-"""Which of its kernels the MKL in Paddle's wheel runs. To be chosen before Paddle computes anything.
+"""Which of its kernels the MKL in Paddle's wheel runs. To be chosen before Paddle computes
+anything.
 
-Differs: PyTorch and TensorFlow need no such file. Paddle's wheel carries MKL 2019.0.5 (libs/libmklml_intel.so), which asks
-the processor for its vendor and on every vendor but Intel runs its SSE2 kernels, whatever the processor can do: a
-256 x 256 x 1024 product takes twice to four times as long. MKL_DEBUG_CPU_TYPE names the kernels instead, and this release
-still obeys it (those since 2020.1 do not). It is obeyed blindly, without a look at the processor or at MKL_CBWR.
+Differs: PyTorch and TensorFlow need no such file. Paddle's wheel carries MKL 2019.0.5
+(libs/libmklml_intel.so), which asks the processor for its vendor and on every vendor but Intel runs
+its SSE2 kernels, whatever the processor can do: a 256 x 256 x 1024 product takes twice to four
+times as long. MKL_DEBUG_CPU_TYPE names the kernels instead, and this release still obeys it (those
+since 2020.1 do not). It is obeyed blindly, without a look at the processor or at MKL_CBWR.
 """
 
 from __future__ import annotations
@@ -13,17 +15,32 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-KERNELS = {0: "SSE2", 2: "SSSE3", 3: "SSE4.2", 4: "AVX", 5: "AVX2", 6: "AVX-512 (Xeon Phi)", 7: "AVX-512"}
-"""What `mkl_serv_cpu_detect` returns, and, up to 7, what MKL_DEBUG_CPU_TYPE means (1 runs the kernels of 0)."""
+KERNELS = {
+    0: "SSE2",
+    2: "SSSE3",
+    3: "SSE4.2",
+    4: "AVX",
+    5: "AVX2",
+    6: "AVX-512 (Xeon Phi)",
+    7: "AVX-512",
+}
+"""What `mkl_serv_cpu_detect` returns, and, up to 7, what MKL_DEBUG_CPU_TYPE means (1 runs the
+kernels of 0).
+"""
 AVX2 = frozenset({"avx2", "fma", "bmi1", "bmi2", "abm", "pclmulqdq"})
 AVX512 = AVX2 | {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
-"""The features that MKL asks of an Intel processor before it runs these kernels, by their names in /proc/cpuinfo."""
+"""The features that MKL asks of an Intel processor before it runs these kernels, by their names in
+/proc/cpuinfo.
+"""
 USERS = ("MKL_DEBUG_CPU_TYPE", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
-"""Variables by which users choose kernels. Where one is set, even to nothing, nothing is chosen here."""
+"""Variables by which users choose kernels. Where one is set, even to nothing, nothing is chosen
+here.
+"""
 
 
 def cpu_type(vendor: str, flags: Collection[str], environ: Mapping[str, str]) -> str | None:
-    """The MKL_DEBUG_CPU_TYPE that gives this processor the kernels an Intel one gets; None: leave it alone.
+    """Return the MKL_DEBUG_CPU_TYPE that gives this processor the kernels an Intel one gets; None:
+    leave it alone.
 
     `vendor` and `flags` as in /proc/cpuinfo; other architectures have no vendor there.
     """
@@ -33,24 +50,27 @@ def cpu_type(vendor: str, flags: Collection[str], environ: Mapping[str, str]) ->
 
 
 def processor() -> tuple[str, frozenset[str]]:
-    """The first processor's vendor and flags; nothing where the system does not say."""
+    """Return the first processor's vendor and flags; nothing where the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    said = {
+        key.strip(): value.strip()
+        for key, _, value in (line.partition(":") for line in reversed(lines))
+    }
     return said.get("vendor_id", ""), frozenset(said.get("flags", "").split())
 
 
 def choose_kernels() -> None:
-    """Sets MKL_DEBUG_CPU_TYPE where MKL would choose badly."""
+    """Set MKL_DEBUG_CPU_TYPE where MKL would choose badly."""
     chosen = cpu_type(*processor(), os.environ)
     if chosen is not None:
         os.environ["MKL_DEBUG_CPU_TYPE"] = chosen
 
 
 def kernels() -> str | None:
-    """What MKL runs in this process, as it says itself; None for a Paddle without this MKL."""
+    """Return what MKL runs in this process, as it says itself; None for a Paddle without this MKL."""  # noqa: E501
     import paddle
 
     path = Path(paddle.__file__).parent / "libs" / "libmklml_intel.so"

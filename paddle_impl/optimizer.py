@@ -1,4 +1,6 @@
-"""One stage's optimizer: `paddle.optimizer`, with the learning rate, the no-decay list and the clipping of `TrainSpec`."""
+"""One stage's optimizer: `paddle.optimizer`, with the learning rate, the no-decay list and the
+clipping of `TrainSpec`.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,11 @@ from paddle_impl.weights import NamedParameter
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019: decay first, epsilon after the bias correction) or SGD over `named`.
+    """AdamW (Loshchilov and Hutter 2019: decay first, epsilon after the bias correction) or SGD
+    over `named`.
 
-    Gradients are clipped in place. A tied weight's copies get the same gradient and so stay equal, bit for bit.
+    Gradients are clipped in place. A tied weight's copies get the same gradient and so stay equal,
+    bit for bit.
     """
 
     def __init__(self, train: TrainSpec, named: Sequence[NamedParameter]) -> None:
@@ -25,7 +29,9 @@ class Optimizer:
         self._optimizer = self._build()
         # Differs: Paddle makes the moments in its first step; they are to be read and set before.
         parameters = [item.parameter for item in named]
-        self._optimizer._create_accumulators(paddle.static.default_main_program().global_block(), parameters)
+        self._optimizer._create_accumulators(
+            paddle.static.default_main_program().global_block(), parameters
+        )
 
     def _build(self) -> paddle.optimizer.Optimizer:
         train = self._train
@@ -44,24 +50,34 @@ class Optimizer:
         )
 
     def squared_norms(self) -> dict[str, float]:
-        """Each tensor's sum of squared gradients by canonical name, in float64; that of a tied weight once.
+        """Return each tensor's sum of squared gradients by canonical name, in float64; that of a
+        tied weight once.
 
         Differs: by name, since the processes of all stages add their numbers up.
         """
         own = [item for item in self._named if not item.is_copy]
         squares = [_sum_of_squares(item.parameter.grad) for item in own]
-        return dict(zip((item.name for item in own), paddle.stack(squares).tolist(), strict=True)) if own else {}
+        return (
+            dict(zip((item.name for item in own), paddle.stack(squares).tolist(), strict=True))
+            if own
+            else {}
+        )
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """The moments as `common.runtime.engine.Engine.optimizer_state` names them."""
+        """Return the moments as `common.runtime.engine.Engine.optimizer_state` names them."""
         return {key: moment.numpy().copy() for key, moment in self._moments()}
 
     def load_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
-        """Puts the moments back, and the powers of the betas as `steps_done` steps would have left them."""
+        """Put the moments back, and the powers of the betas as `steps_done` steps would have left
+        them.
+        """
         for key, moment in self._moments():
             moment.set_value(state[key])
         if self._train.optimizer == "adamw":
-            for name, beta in (("beta1_pow_acc", self._train.beta1), ("beta2_pow_acc", self._train.beta2)):
+            for name, beta in (
+                ("beta1_pow_acc", self._train.beta1),
+                ("beta2_pow_acc", self._train.beta2),
+            ):
                 factor = np.full([1], beta, self._train.master_dtype)
                 value = factor.copy()
                 for _ in range(steps_done):  # not a power: every step of Paddle's rounds
@@ -70,16 +86,22 @@ class Optimizer:
                     power.set_value(value)
 
     def _moments(self) -> list[tuple[str, paddle.Tensor]]:
-        """Each with its key, "<moment>/<canonical name>"; a tied head's copy has its own under the same key."""
+        """Each with its key, "<moment>/<canonical name>"; a tied head's copy has its own under the
+        same key.
+        """
         kinds = {"first_moment": "velocity"} if self._train.momentum else {}
         if self._train.optimizer == "adamw":
             kinds = {"first_moment": "moment1", "second_moment": "moment2"}
         kept = self._optimizer._accumulators
-        return [(f"{kind}/{i.name}", kept[own][i.parameter.name]) for kind, own in kinds.items() for i in self._named]
+        return [
+            (f"{kind}/{i.name}", kept[own][i.parameter.name])
+            for kind, own in kinds.items()
+            for i in self._named
+        ]
 
     @paddle.no_grad()
     def step(self, step: int, scale: float) -> None:
-        """Multiplies the gradients by `scale`, then updates the weights for `step` (from 0)."""
+        """Multiply the gradients by `scale`, then updates the weights for `step` (from 0)."""
         if scale != 1:
             for item in self._named:
                 item.parameter.grad.scale_(scale)
@@ -88,7 +110,9 @@ class Optimizer:
 
 
 def decay_groups(train: TrainSpec, named: Sequence[NamedParameter]) -> list[dict[str, Any]]:
-    """Parameters by their weight decay. Differs: Paddle's Momentum takes no function of the name, as its AdamW does."""
+    """Parameters by their weight decay. Differs: Paddle's Momentum takes no function of the name,
+    as its AdamW does.
+    """
     groups = [
         {
             "params": [item.parameter for item in named if train.decays(item.name) == decays],

@@ -5,7 +5,7 @@
                         ◄── TablePipeline    the same layers, walking a schedule table
 
 Both pipelines are what `fleet.distributed_model` returns, so fleet's `train_batch` runs them too.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ import paddle
 from paddle import Tensor, nn
 from paddle.distributed import fleet
 from paddle.distributed.fleet import model as fleet_model
-from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer, PipelineParallel, SharedLayerDesc
+from paddle.distributed.fleet.meta_parallel import (
+    LayerDesc,
+    PipelineLayer,
+    PipelineParallel,
+    SharedLayerDesc,
+)
 
 from common.runtime.executor import Event, run_stage
 from common.schedule.action import Action, Op, Schedule
@@ -34,14 +39,18 @@ from paddle_impl.stage import Channel, Stage
 class StageLayers(PipelineLayer):
     """This rank's units, cut by our plan instead of fleet's `seg_method`.
 
-    Fleet takes explicit boundaries for one chunk per rank only, and knows no "vee". So the cut is made in the method
-    that fleet calls for it.
+    Fleet takes explicit boundaries for one chunk per rank only, and knows no "vee". So the cut is
+    made in the method that fleet calls for it.
     """
 
-    def __init__(self, config: RunConfig, plan: PartitionPlan, schedule: Schedule, context: DropoutContext) -> None:
+    def __init__(
+        self, config: RunConfig, plan: PartitionPlan, schedule: Schedule, context: DropoutContext
+    ) -> None:
         self._plan, self._schedule = plan, schedule
         super().__init__(
-            layers=unit_descriptions(config.model, context, tied_over_ranks(config.model, schedule)),
+            layers=unit_descriptions(
+                config.model, context, tied_over_ranks(config.model, schedule)
+            ),
             num_stages=schedule.num_devices,
             topology=fleet.get_hybrid_communicate_group()._topo,
             loss_fn=lambda logits, targets: self.loss(logits, targets),
@@ -57,20 +66,25 @@ class StageLayers(PipelineLayer):
             self._end_poss.append(self.segment_parts[k + 1])
 
     def chunks(self) -> list[list[nn.Layer]]:
-        """The units of every chunk of this rank, in the order of the model."""
+        """Return the units of every chunk of this rank, in the order of the model."""
         return [list(chunk) for chunk in self.get_model_chunks() or [self.run_function]]
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """What fleet's own schedule calls after the head; the pipeline puts its stage's loss here."""
+        """Return what fleet's own schedule calls after the head; the pipeline puts its stage's loss
+        here.
+        """
         raise NotImplementedError
 
 
-def unit_descriptions(spec: TransformerSpec, context: DropoutContext, tied_over_ranks: bool) -> list[LayerDesc]:
+def unit_descriptions(
+    spec: TransformerSpec, context: DropoutContext, tied_over_ranks: bool
+) -> list[LayerDesc]:
     """One description per unit; fleet builds those of this rank only.
 
-    A tied head's copy of the token embedding is shared by SharedLayerDesc, under a key, if the two are on different
-    ranks: both add the other's gradient to their own. On one rank SharedLayerDesc would make them one parameter, with
-    the gradients of both uses mixed in the order of the schedule; there they stay two, and the engine adds.
+    A tied head's copy of the token embedding is shared by SharedLayerDesc, under a key, if the two
+    are on different ranks: both add the other's gradient to their own. On one rank SharedLayerDesc
+    would make them one parameter, with the gradients of both uses mixed in the order of the
+    schedule; there they stay two, and the engine adds.
     """
 
     def describe(layer: type[nn.Layer], *arguments: Any) -> LayerDesc:
@@ -83,15 +97,16 @@ def unit_descriptions(spec: TransformerSpec, context: DropoutContext, tied_over_
 
 
 def tied_over_ranks(spec: TransformerSpec, schedule: Schedule) -> bool:
-    """Whether the head is tied to an embedding on another rank."""
+    """Return whether the head is tied to an embedding on another rank."""
     return spec.tied_head and schedule.location[0][0] != schedule.location[-1][0]
 
 
 class NativePipeline(PipelineParallel):
-    """Fleet's own 1F1B (`PipelineParallel.forward_backward_pipeline`), unchanged but for what it lacks.
+    """Fleet's own 1F1B (`PipelineParallel.forward_backward_pipeline`), unchanged but for what it
+    lacks.
 
-    It records its actions, sets the dropout masks of each micro-batch, and hands on losses of any precision: fleet's
-    broadcast sends all but float32 as float16.
+    It records its actions, sets the dropout masks of each micro-batch, and hands on losses of any
+    precision: fleet's broadcast sends all but float32 as float16.
     """
 
     config: RunConfig
@@ -102,24 +117,32 @@ class NativePipeline(PipelineParallel):
     _ready_seconds: float
 
     def begin_pass(self, stage: Stage) -> None:
-        """Ties the pipeline to its stage, whose `begin` the engine has called."""
+        """Tie the pipeline to its stage, whose `begin` the engine has called."""
         self.stage, self.events, self._ready_seconds = stage, [], time.perf_counter()
         self._layers.loss = stage.loss
 
     def walk(self, schedule: Schedule) -> None:
         """This rank's line of the schedule, by our executor."""
-        shapes = [[*tokens.shape, self.config.model.d_model] for tokens in self.stage.tokens]  # (b, S, D), at every cut
+        shapes = [
+            [*tokens.shape, self.config.model.d_model] for tokens in self.stage.tokens
+        ]  # (b, S, D), at every cut
         channel = Channel(schedule, self.stage_id, shapes, self.config.train.dtype, self.pp_group)
-        self.events = run_stage(schedule, self.stage_id, self.stage, channel, partial(self.on_action, self.stage_id))
+        self.events = run_stage(
+            schedule, self.stage_id, self.stage, channel, partial(self.on_action, self.stage_id)
+        )
         self.on_action(self.stage_id, None)
 
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What fleet's schedule reads. It reads once for the input and once for the target."""
-        reads = self.is_pipeline_first_stage(ignore_virtual=True) + self.is_pipeline_last_stage(ignore_virtual=True)
+        """Return what fleet's schedule reads. It reads once for the input and once for the target."""  # noqa: E501
+        reads = self.is_pipeline_first_stage(ignore_virtual=True) + self.is_pipeline_last_stage(
+            ignore_virtual=True
+        )
         for piece in zip(self.stage.tokens, self.stage.targets, strict=True):
             yield from [piece] * reads
 
-    def _forward_step(self, input_tensor: Any, micro_dataset: Any, chunk_id: Any = None, step_id: Any = None) -> Any:
+    def _forward_step(
+        self, input_tensor: Any, micro_dataset: Any, chunk_id: Any = None, step_id: Any = None
+    ) -> Any:
         start = time.perf_counter()
         self.stage.prepare(step_id)
         result = super()._forward_step(input_tensor, micro_dataset, chunk_id, step_id)
@@ -127,10 +150,17 @@ class NativePipeline(PipelineParallel):
         return result
 
     def _backward_step(
-        self, input_tensor: Any, output_tensor: Any, output_tensor_grad: Any, chunk_id: Any = None, step_id: Any = None
+        self,
+        input_tensor: Any,
+        output_tensor: Any,
+        output_tensor_grad: Any,
+        chunk_id: Any = None,
+        step_id: Any = None,
     ) -> Any:
         start = time.perf_counter()
-        result = super()._backward_step(input_tensor, output_tensor, output_tensor_grad, chunk_id, step_id)
+        result = super()._backward_step(
+            input_tensor, output_tensor, output_tensor_grad, chunk_id, step_id
+        )
         self._record(Action(Op.BW, step_id), start)
         return result
 
@@ -140,7 +170,9 @@ class NativePipeline(PipelineParallel):
         self._ready_seconds = end
 
     def _broadcast_final_loss(self, return_micro_batch_loss: bool = False) -> Tensor:
-        """The mean loss () or, if asked, the micro-batches' shares of it (m,), float64, on every rank."""
+        """The mean loss () or, if asked, the micro-batches' shares of it (m,), float64, on every
+        rank.
+        """
         shares = paddle.zeros([self.accumulate_steps], "float64")
         for i, share in enumerate(self.stage.losses()):
             shares[i] = share
@@ -150,7 +182,9 @@ class NativePipeline(PipelineParallel):
 
 
 class TablePipeline(NativePipeline):
-    """Fleet's pipeline, with our executor in place of its loop: any schedule, of F and BW or of F, B and W."""
+    """Fleet's pipeline, with our executor in place of its loop: any schedule, of F and BW or of F,
+    B and W.
+    """
 
     def forward_backward_pipeline(
         self,
@@ -159,7 +193,9 @@ class TablePipeline(NativePipeline):
         static_scheduler: bool = False,
         return_micro_batch_loss: bool = False,
     ) -> Any:
-        """As fleet's, but `data` is unused: the stage has its mini-batch already. There is no loss scaling."""
+        """As fleet's, but `data` is unused: the stage has its mini-batch already. There is no loss
+        scaling.
+        """
         if static_scheduler:
             return " ".join(map(str, self.schedule.devices[self.stage_id]))
         self.walk(self.schedule)
@@ -168,19 +204,28 @@ class TablePipeline(NativePipeline):
 
 
 def build_pipeline(config: RunConfig, layers: StageLayers, schedule: Schedule) -> NativePipeline:
-    """`fleet.distributed_model` with our class in the place of fleet's. Its strategy says how many micro-batches."""
+    """`fleet.distributed_model` with our class in the place of fleet's. Its strategy says how many
+    micro-batches.
+    """
     strategy = fleet.fleet._user_defined_strategy
     strategy.pipeline_configs = {
         "accumulate_steps": config.train.micro_batches,
         "micro_batch_size": config.train.micro_batch_size,
     }
     chosen = NativePipeline if config.executor == "native" else TablePipeline
-    if schedule.num_devices == 1 or (schedule.num_chunks > 1 and schedule.num_micro_batches < schedule.num_devices):
-        # distributed_model takes another class for one process, one that can walk no table and records nothing, and none
-        # where several chunks have fewer micro-batches than stages, which fleet's own schedules cannot do.
+    if schedule.num_devices == 1 or (
+        schedule.num_chunks > 1 and schedule.num_micro_batches < schedule.num_devices
+    ):
+        # distributed_model takes another class for one process, one that can walk no table and
+        # records nothing, and none where several chunks have fewer micro-batches than stages, which
+        # fleet's own schedules cannot do.
         pipeline = chosen(layers, fleet.get_hybrid_communicate_group(), strategy)
     else:
-        names = ("PipelineParallel", "PipelineParallelWithInterleave", "PipelineParallelWithInterleaveFthenB")
+        names = (
+            "PipelineParallel",
+            "PipelineParallelWithInterleave",
+            "PipelineParallelWithInterleaveFthenB",
+        )
         with mock.patch.multiple(fleet_model, **dict.fromkeys(names, chosen)):
             pipeline = fleet.distributed_model(layers)
     pipeline.config, pipeline.schedule = config, schedule

@@ -23,7 +23,9 @@ def probe_units(
     inputs: Mapping[str, NDArray[Any]],
     output_gradients: Mapping[str, NDArray[Any]],
 ) -> dict[TensorKey, NDArray[Any]]:
-    """`common.runtime.engine.Engine.probe_units` for the units of one device, by Paddle's plain autograd."""
+    """`common.runtime.engine.Engine.probe_units` for the units of one device, by Paddle's plain
+    autograd.
+    """
     stage.begin(batch, Mode.RECORD)
     found: dict[TensorKey, NDArray[Any]] = {}
     for name, unit in (named_unit for chunk in stage.chunks for named_unit in chunk):
@@ -40,18 +42,24 @@ def probe_units(
                 paddle.autograd.backward([output], [_piece(stage, output_gradients[name], i)])
                 if name in inputs:
                     found[backward._replace(micro_batch=i)] = x.grad.numpy()
-            found |= {backward._replace(tensor=key): array for key, array in export_gradients(named).items()}
+            found |= {
+                backward._replace(tensor=key): array
+                for key, array in export_gradients(named).items()
+            }
     return found
 
 
 @contextmanager
 def no_gradients(named: Sequence[NamedParameter]) -> Iterator[None]:
-    """Sets the parameters' gradients aside.
+    """Set the parameters' gradients aside.
 
-    Differs: our linear layers add to their weights' gradients themselves, so there is no asking for them apart.
+    Differs: our linear layers add to their weights' gradients themselves, so there is no asking for
+    them apart.
     """
     gradients = [item.parameter.grad for item in named]
-    kept = [None if gradient is None else gradient.clone() for gradient in gradients]  # clearing empties their memory
+    kept = [
+        None if gradient is None else gradient.clone() for gradient in gradients
+    ]  # clearing empties their memory
     for item in named:
         item.parameter.clear_gradient(set_to_zero=False)
     try:

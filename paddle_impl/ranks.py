@@ -15,7 +15,9 @@ from common.spec.run import RunConfig
 
 
 def run_on_ranks(jobs: Sequence[Job]) -> int:
-    """Runs the jobs, which share `stages` and `device`, on one process per stage. Returns the exit status."""
+    """Run the jobs, which share `stages` and `device`, on one process per stage. Returns the exit
+    status.
+    """
     from paddle_impl.drift import switch  # after `devices.configure`, since it imports Paddle
 
     return run(Ranks("paddle_impl", _join, _wait_for_all), jobs, switch)

@@ -1,4 +1,6 @@
-"""Holding a piece's input alone between F and B: fleet's `recompute` (Chen et al. 2016; Huang et al. 2019, section 2.3)."""
+"""Holding a piece's input alone between F and B: fleet's `recompute` (Chen et al. 2016; Huang et
+al. 2019, section 2.3).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,16 @@ from paddle.distributed.fleet.recompute import recompute as fleets_recompute
 
 
 def recompute(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`run(x)`, of which only `x` is kept; the backward runs it again. `run` must give the same bits both times.
+    """`run(x)`, of which only `x` is kept; the backward runs it again. `run` must give the same
+    bits both times.
 
-    Paddle's random state is not put back: what is random in `run` has to follow from its arguments, as our dropout does.
+    Paddle's random state is not put back: what is random in `run` has to follow from its arguments,
+    as our dropout does.
     """
     if not x.stop_gradient:
         return fleets_recompute(run, x, preserve_rng_state=False)
-    # Tokens have no gradient, and what nothing differentiable goes into, autograd would not run backwards.
+    # Tokens have no gradient, and what nothing differentiable goes into, autograd would not run
+    # backwards.
     anchor = paddle.zeros([1])
     anchor.stop_gradient = False
     return fleets_recompute(lambda tokens, _: run(tokens), x, anchor, preserve_rng_state=False)

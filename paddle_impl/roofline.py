@@ -1,4 +1,6 @@
-"""`python -m paddle_impl.roofline CONFIG`: the kernels of a run one by one, on one thread (`common.harness.roofline`)."""
+"""`python -m paddle_impl.roofline CONFIG`: the kernels of a run one by one, on one thread
+(`common.harness.roofline`).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from paddle_impl import devices
 
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
-    """The operations by the names of `common.runtime.roofline.kernels`, and the environment. Raises ValueError, ImportError."""
+    """Return the operations by the names of `common.runtime.roofline.kernels`, and the environment.
+    Raises ValueError, ImportError.
+    """
     devices.configure(1, 1, "cpu")
     import paddle
     from paddle import Tensor, nn
@@ -40,7 +44,9 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
 
         return run
 
-    def with_gradient(compute: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+    def with_gradient(
+        compute: Callable[[Tensor], Tensor], inputs: list[Tensor]
+    ) -> Callable[[], object]:
         for x in inputs:
             x.stop_gradient = False
         gradient = paddle.randn(compute(inputs[0]).shape)
@@ -55,8 +61,12 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         x, weight, y = made(n, rows), made(rows, columns), made(n, columns)
         return {
             name: repeated(paddle.matmul, x, weight),
-            f"{name}, input gradient": repeated(lambda y, w: paddle.matmul(y, w, transpose_y=True), y, weight),
-            f"{name}, weight gradient": repeated(lambda x, y: paddle.matmul(x, y, transpose_x=True), x, y),
+            f"{name}, input gradient": repeated(
+                lambda y, w: paddle.matmul(y, w, transpose_y=True), y, weight
+            ),
+            f"{name}, weight gradient": repeated(
+                lambda x, y: paddle.matmul(x, y, transpose_x=True), x, y
+            ),
         }
 
     queries, weights = made(b, h, s, d // h), made(b, h, s, s)

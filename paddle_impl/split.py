@@ -1,9 +1,11 @@
-"""The backward in two halves, by fleet's own means: `WeightGradStore`, the store of its zero-bubble pipelines.
+"""The backward in two halves, by fleet's own means: `WeightGradStore`, the store of its zero-bubble
+pipelines.
 
-While the store is enabled, a linear layer's backward gives the gradients of its input and bias at once and leaves the
-product for its weight in the store. B runs with the store enabled and takes what is left; W runs the products later.
-Embeddings, norms and biases get their gradients in B: they are cheap, and B runs in micro-batch order as W does.
-Source: Zero Bubble Pipeline Parallelism (Qi et al. 2024, section 2).
+While the store is enabled, a linear layer's backward gives the gradients of its input and bias at
+once and leaves the product for its weight in the store. B runs with the store enabled and takes
+what is left; W runs the products later. Embeddings, norms and biases get their gradients in B: they
+are cheap, and B runs in micro-batch order as W does. Source: Zero Bubble Pipeline Parallelism (Qi
+et al. 2024, section 2).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ Product = partial[None]
 
 
 def defer_weight_gradients(backward: Callable[[], None]) -> list[Product]:
-    """Runs `backward` without the products for the linear layers' weights and returns these."""
+    """Run `backward` without the products for the linear layers' weights and return these."""
     WeightGradStore.enabled = True
     try:
         backward()
@@ -34,12 +36,14 @@ def defer_weight_gradients(backward: Callable[[], None]) -> list[Product]:
 
 
 def tensors_of(product: Product) -> list[Tensor]:
-    """What a product that waits for W holds: the layer's input, its weight, its output's gradient."""
+    """Return what a product that waits for W holds: the layer's input, its weight, its output's
+    gradient.
+    """
     return list(product.args)
 
 
 def merge_backward(layer: nn.Layer) -> None:
-    """Makes the linear layers in `layer` ordinary ones, whose backward is one operation."""
+    """Make the linear layers in `layer` ordinary ones, whose backward is one operation."""
     for part in layer.sublayers():
         if isinstance(part, Linear):
             part.__class__ = nn.Linear

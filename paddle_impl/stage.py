@@ -1,9 +1,11 @@
-"""One device's part of the pipeline: `Stage` computes, `Channel` moves tensors between the processes of the stages.
+"""One device's part of the pipeline: `Stage` computes, `Channel` moves tensors between the
+processes of the stages.
 
-F runs the chunk and keeps input and output for the backward, B and BW run Paddle's autograd from the output, and what B
-leaves of the weight gradients (`paddle_impl.split`) W adds later. A product is added to its weight's gradient when its
-W or BW runs, so schedules that keep the micro-batches' order give the same bits. Where a micro-batch is recomputed
-(`paddle_impl.recomputation`), autograd runs each piece's forward again inside B or BW.
+F runs the chunk and keeps input and output for the backward, B and BW run Paddle's autograd from
+the output, and what B leaves of the weight gradients (`paddle_impl.split`) W adds later. A product
+is added to its weight's gradient when its W or BW runs, so schedules that keep the micro-batches'
+order give the same bits. Where a micro-batch is recomputed (`paddle_impl.recomputation`), autograd
+runs each piece's forward again inside B or BW.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Mode(enum.Enum):
         return self in (Mode.TRAIN, Mode.RECORD)
 
     def keeps(self, unit: str) -> bool:
-        """Whether the output of this unit is kept."""
+        """Return whether the output of this unit is kept."""
         return self is Mode.RECORD or (self is Mode.PREDICT and unit == "head")
 
 
@@ -58,14 +60,18 @@ class Forward:
     """What B needs of a micro-batch in flight."""
 
     x: Tensor | None
-    output: Tensor  # the loss, or a tensor that is left without memory: the next stage has the values
+    output: (
+        Tensor  # the loss, or a tensor that is left without memory: the next stage has the values
+    )
 
 
 class Stage:
-    """The model chunks of one device (`common.runtime.executor.Stage`), for one mini-batch after another.
+    """The model chunks of one device (`common.runtime.executor.Stage`), for one mini-batch after
+    another.
 
-    `chunks` are the units of each chunk, `parts` their names; the stage that holds the head computes the loss.
-    Differs: the units come from fleet's PipelineLayer, and `context` is the one that they share.
+    `chunks` are the units of each chunk, `parts` their names; the stage that holds the head
+    computes the loss. Differs: the units come from fleet's PipelineLayer, and `context` is the one
+    that they share.
     """
 
     def __init__(
@@ -77,7 +83,9 @@ class Stage:
         context: DropoutContext,
     ) -> None:
         self.config = config
-        self.chunks = [list(zip(part, units, strict=True)) for part, units in zip(parts, chunks, strict=True)]
+        self.chunks = [
+            list(zip(part, units, strict=True)) for part, units in zip(parts, chunks, strict=True)
+        ]
         """The units of each chunk, by name."""
         self._context = context
         self.named = named
@@ -92,7 +100,7 @@ class Stage:
         """By (unit, micro-batch), where the mode keeps them."""
 
     def begin(self, batch: Batch, mode: Mode) -> None:
-        """Makes ready for a pass over `batch`; a training pass starts without gradients."""
+        """Make ready for a pass over `batch`; a training pass starts without gradients."""
         train = self.config.train
         pieces = batch.micro_batches(train.micro_batches)
         self._mode = mode
@@ -110,25 +118,29 @@ class Stage:
                 item.parameter.clear_gradient(set_to_zero=False)
 
     def _kind(self, micro_batch: int) -> tuple[bool, int]:
-        """What decides how much a micro-batch holds: whether it is recomputed, and its sequences."""
+        """What decides how much a micro-batch holds: whether it is recomputed, and its sequences."""  # noqa: E501
         return self.config.recomputes(micro_batch), len(self.tokens[micro_batch])
 
     def losses(self) -> list[float]:
-        """Each micro-batch's share of the mean loss; empty without the head."""
+        """Return each micro-batch's share of the mean loss; empty without the head."""
         return [loss.item() for loss in self._losses]
 
     def prepare(self, micro_batch: int) -> None:
-        """Makes the dropout masks of the coming forward those of `micro_batch`."""
+        """Make the dropout masks of the coming forward those of `micro_batch`."""
         self._context.step_key, self._context.samples = self._key, self._samples[micro_batch]
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The micro-batch's share of the mean loss, also kept for `losses`; for fleet's own schedule."""
+        """Return the micro-batch's share of the mean loss, also kept for `losses`; for fleet's own
+        schedule.
+        """
         loss = summed_loss(logits, targets, self._num_tokens)
         self._losses.append(loss.detach())
         return loss
 
     def run(self, micro_batch: int, units: Sequence[tuple[str, nn.Layer]], x: Tensor) -> Tensor:
-        """Some of a chunk's units, one after another; after the head the micro-batch's share of the mean loss."""
+        """Some of a chunk's units, one after another; after the head the micro-batch's share of the
+        mean loss.
+        """
         self.prepare(micro_batch)
         for name, unit in units:
             x = unit(x)
@@ -139,11 +151,14 @@ class Stage:
         return x
 
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
-        """Runs the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
+        """Run the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
         training = self._mode is Mode.TRAIN
         recomputes = training and self.config.recomputes(micro_batch)
         measures = training and (chunk, *self._kind(micro_batch)) not in self._measured
-        with paddle.set_grad_enabled(training), saved_tensors() if measures else nullcontext() as saved:
+        with (
+            paddle.set_grad_enabled(training),
+            saved_tensors() if measures else nullcontext() as saved,
+        ):
             if x is not None:
                 x.stop_gradient = not training
             y = self.tokens[micro_batch] if x is None else x
@@ -156,7 +171,8 @@ class Stage:
         result = None if has_loss else y.detach()
         if training:
             if not has_loss:
-                y._clear_dataptr()  # the backward of a unit's last operation needs its inputs, not this
+                # the backward of a unit's last operation needs its inputs, not this
+                y._clear_dataptr()
             self.in_flight[micro_batch, chunk] = Forward(x, y)
             if measures:
                 weights = [item.parameter for item in self.named]
@@ -178,15 +194,23 @@ class Stage:
         paddle.autograd.backward([saved.output], [gradient])
         return None if saved.x is None else saved.x.grad
 
-    def backward_input(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
-        """B: from the output's gradient (b, S, D), None for the loss, to that of the input, None for tokens."""
+    def backward_input(
+        self, micro_batch: int, chunk: int, gradient: Tensor | None
+    ) -> Tensor | None:
+        """B: from the output's gradient (b, S, D), None for the loss, to that of the input, None
+        for tokens.
+        """
         saved = self.in_flight.pop((micro_batch, chunk))
         self.waiting[micro_batch, chunk] = defer_weight_gradients(
             lambda: paddle.autograd.backward([saved.output], [gradient])
         )
         sizes = self.held.waiting_bytes_of(micro_batch)
         if not sizes[chunk]:
-            kept = [tensor for product in self.waiting[micro_batch, chunk] for tensor in tensors_of(product)]
+            kept = [
+                tensor
+                for product in self.waiting[micro_batch, chunk]
+                for tensor in tensors_of(product)
+            ]
             sizes[chunk] = memory_bytes(kept, [item.parameter for item in self.named])
         self.held.note(self.in_flight, self.waiting)
         return None if saved.x is None else saved.x.grad
@@ -198,11 +222,12 @@ class Stage:
 
 
 class Channel:
-    """Moves tensors between the processes of a pipeline, by fleet's process group; made anew for every pass.
+    """Moves tensors between the processes of a pipeline, by fleet's process group; made anew for
+    every pass.
 
-    Messages carry no address: a pair of processes exchanges them in order, and the order in which a device sends is
-    written in the schedule. One that comes before it is asked for is kept. They carry no shape either: `shapes` has it,
-    (b, S, D), by micro-batch.
+    Messages carry no address: a pair of processes exchanges them in order, and the order in which a
+    device sends is written in the schedule. One that comes before it is asked for is kept. They
+    carry no shape either: `shapes` has it, (b, S, D), by micro-batch.
     """
 
     def __init__(
@@ -228,7 +253,9 @@ class Channel:
             paddle.distributed.isend(tensor, dst=self._group.ranks[device], group=self._group)
 
     def receive(self, message: Message, device: int) -> Tensor:
-        """Raises ConnectionError if the other process ends, KeyError for what `device` does not send."""
+        """Raises ConnectionError if the other process ends, KeyError for what `device` does not
+        send.
+        """
         while message not in self._arrived:
             if not self._coming.get(device):
                 raise KeyError(f"device {device} sends no {message}")
@@ -241,7 +268,7 @@ class Channel:
 
 
 def sent_by(schedule: Schedule, device: int) -> list[tuple[Message, int]]:
-    """What `device` sends, in its order, each with the receiving device."""
+    """Return what `device` sends, in its order, each with the receiving device."""
     sent = []
     for action in schedule.devices[device]:
         step = Step(action.op, action.micro_batch, schedule.virtual_stage(device, action.chunk))

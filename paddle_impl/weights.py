@@ -25,8 +25,10 @@ class NamedParameter(NamedTuple):
     """A tied head's copy of the token embedding; the embedding's own comes first in the model."""
 
 
-def named_parameters(part: Sequence[str], units: Sequence[nn.Layer], tied_head: bool) -> list[NamedParameter]:
-    """Every parameter of `units`, whose names are `part`, in canonical order."""
+def named_parameters(
+    part: Sequence[str], units: Sequence[nn.Layer], tied_head: bool
+) -> list[NamedParameter]:
+    """Return every parameter of `units`, whose names are `part`, in canonical order."""
     named: list[NamedParameter] = []
     for name, unit in zip(part, units, strict=True):
         match unit:
@@ -73,28 +75,30 @@ def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
 
 @paddle.no_grad()
 def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Copies canonical arrays into the parameters. Raises KeyError for a missing one."""
+    """Copy canonical arrays into the parameters. Raises KeyError for a missing one."""
     for item in named:
         item.parameter.set_value(_checked(arrays[item.name], item))
 
 
 def load_gradients(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Makes canonical arrays the parameters' gradients. Raises KeyError for a missing one."""
+    """Make canonical arrays the parameters' gradients. Raises KeyError for a missing one."""
     for item in named:
         item.parameter.grad = paddle.to_tensor(_checked(arrays[item.name], item))
 
 
 def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
-    """The weights as canonical arrays of their own memory."""
+    """Return the weights as canonical arrays of their own memory."""
     return {item.name: item.parameter.numpy().copy() for item in named}
 
 
 def export_gradients(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
-    """The gradients as canonical arrays of their own memory."""
+    """Return the gradients as canonical arrays of their own memory."""
     return {item.name: item.parameter.grad.numpy().copy() for item in named}
 
 
 def _checked(array: NDArray[Any], item: NamedParameter) -> NDArray[Any]:
     if list(array.shape) != list(item.parameter.shape):
-        raise ValueError(f"{item.name} has shape {list(item.parameter.shape)}, the array {list(array.shape)}")
+        raise ValueError(
+            f"{item.name} has shape {list(item.parameter.shape)}, the array {list(array.shape)}"
+        )
     return array

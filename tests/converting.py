@@ -1,4 +1,6 @@
-"""A framework's own file of weights: used in its plain model, read back, and refused where it is not what it should be."""
+"""A framework's own file of weights: used in its plain model, read back, and refused where it is
+not what it should be.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,17 @@ from common.runtime.oracle_worker import OracleEngine
 from common.spec.parameters import random_arrays
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 
-MODEL = TransformerSpec(context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, dropout=0.1)
+MODEL = TransformerSpec(
+    context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, dropout=0.1
+)
 TOLERANCE = 1e-12
 
 every_model = pytest.mark.parametrize(
     "spec",
-    [MODEL.model_copy(update={"tied_head": tied, "norm": norm}) for tied, norm in ((True, "pre"), (False, "post"))],
+    [
+        MODEL.model_copy(update={"tied_head": tied, "norm": norm})
+        for tied, norm in ((True, "pre"), (False, "post"))
+    ],
     ids=["tied-pre", "untied-post"],
 )
 
@@ -37,19 +44,31 @@ class Hostile:
 
 
 def check_file(
-    convert: Any, name: str, spec: TransformerSpec, place: Path, logits: Callable[[TransformerSpec, Path, Any], Any]
+    convert: Any,
+    name: str,
+    spec: TransformerSpec,
+    place: Path,
+    logits: Callable[[TransformerSpec, Path, Any], Any],
 ) -> None:
-    """`convert` is the implementation's module; `logits(spec, file, tokens)` are those of its plain model."""
+    """`convert` is the implementation's module; `logits(spec, file, tokens)` are those of its plain
+    model.
+    """
     file, both = place / name, (convert.write_weights, convert.read_weights)
     saved = checkpoint.load(
-        checkpoint.write_weights(place / "saved", spec, random_arrays(spec, 1, "float64", 0.5), "a test")
+        checkpoint.write_weights(
+            place / "saved", spec, random_arrays(spec, 1, "float64", 0.5), "a test"
+        )
     )
     assert main(["export", str(place / "saved"), str(file)], *both) == 0
-    oracle = OracleEngine(RunConfig(model=spec, train=TrainSpec(batch_size=4, micro_batches=2, dtype="float64")))
+    oracle = OracleEngine(
+        RunConfig(model=spec, train=TrainSpec(batch_size=4, micro_batches=2, dtype="float64"))
+    )
     oracle.reset(saved.weights)
     tokens = np.random.default_rng(0).integers(0, 256, (4, 6))
     expected = oracle.predict(tokens)
-    assert np.linalg.norm(logits(spec, file, tokens) - expected) < TOLERANCE * np.linalg.norm(expected)
+    assert np.linalg.norm(logits(spec, file, tokens) - expected) < TOLERANCE * np.linalg.norm(
+        expected
+    )
 
     assert main(["import", str(file), str(place / "back"), spec.model_dump_json()], *both) == 0
     for key, value in checkpoint.load(place / "back").weights.items():
@@ -64,7 +83,12 @@ def check_file(
         other = spec.model_copy(update=changes).model_dump_json()
         assert main(["import", str(file), str(place / "wrong"), other], *both) == 2, changes
     hostile = place / f"hostile-{name}"
-    for content in (pickle.dumps({"x": Hostile(place / "harmed")}), b"", b"junk" * 100, file.read_bytes()[:500]):
+    for content in (
+        pickle.dumps({"x": Hostile(place / "harmed")}),
+        b"",
+        b"junk" * 100,
+        file.read_bytes()[:500],
+    ):
         hostile.write_bytes(content)
         with pytest.raises(ExchangeError, match=r"\w"):
             convert.read_weights(spec, hostile)

@@ -1,7 +1,8 @@
-"""What the tests of the three frameworks share: small pipelines, and what each of them is held against.
+"""What the tests of the three frameworks share: small pipelines, and what each of them is held
+against.
 
-Imports no framework. `Make` is the fixture of that name in each framework's folder: it builds an engine, gives it weights
-that are nowhere 0 or 1, and closes it when the test ends.
+Imports no framework. `Make` is the fixture of that name in each framework's folder: it builds an
+engine, gives it weights that are nowhere 0 or 1, and closes it when the test ends.
 """
 
 from __future__ import annotations
@@ -32,10 +33,15 @@ from common.spec.run import PRESETS, RunConfig, TrainSpec, TransformerSpec
 Arrays = dict[str, Any]
 Make = Callable[..., Any]
 
-ELSEWHERE: tuple[Any, ...] = ((1, "gpipe", {}), (2, "zb-h1", {"partition": (1,)}), (2, "zb-v", {"chunks": 2}))
+ELSEWHERE: tuple[Any, ...] = (
+    (1, "gpipe", {}),
+    (2, "zb-h1", {"partition": (1,)}),
+    (2, "zb-v", {"chunks": 2}),
+)
 """Stages, schedule and the rest of runs that give the bits of two stages with 1f1b."""
 ACTIVATION_BYTES = 2 * 16 * 32 * 4
-"""What one micro-batch hands from unit to unit in float32: 2 sequences, 16 positions, 32 features."""
+"""What one micro-batch hands from unit to unit in float32: 2 sequences, 16 positions, 32 features.
+"""
 
 
 def small(
@@ -49,9 +55,19 @@ def small(
 ) -> RunConfig:
     """A run of the preset `tiny` with clipping and one thread per stage."""
     return RunConfig.model_validate(
-        {"framework": framework, "stages": stages, "schedule": schedule, "threads": stages, "device": "cpu"}
+        {
+            "framework": framework,
+            "stages": stages,
+            "schedule": schedule,
+            "threads": stages,
+            "device": "cpu",
+        }
         | {"model": TransformerSpec(**PRESETS["tiny"]["model"] | model)}
-        | {"train": TrainSpec(**PRESETS["tiny"]["train"] | {"clip_norm": 0.5, "dtype": dtype} | dict(train or {}))}
+        | {
+            "train": TrainSpec(
+                **PRESETS["tiny"]["train"] | {"clip_norm": 0.5, "dtype": dtype} | dict(train or {})
+            )
+        }
         | dict(run or {})
     )
 
@@ -78,7 +94,9 @@ def train(engine: Any, steps: Iterable[int]) -> Arrays:
     """Every loss and norm, the last gradients, the weights and the moments."""
     corpus, seen, gradients = load_corpus(engine.config), {}, {}
     for step in steps:
-        seen[f"loss {step}"] = np.array(engine.forward_backward(corpus.training_batch(engine.config, step)))
+        seen[f"loss {step}"] = np.array(
+            engine.forward_backward(corpus.training_batch(engine.config, step))
+        )
         gradients = {f"gradient {name}": value.copy() for name, value in engine.gradients().items()}
         seen[f"norm {step}"] = np.array(engine.apply_gradients(step))
     weights = {f"weight {name}": value for name, value in engine.weights().items()}
@@ -87,7 +105,11 @@ def train(engine: Any, steps: Iterable[int]) -> Arrays:
 
 def different(a: Arrays, b: Arrays) -> list[str]:
     """The names under which the two do not hold the same bits."""
-    return [key for key in a.keys() | b.keys() if key not in a or key not in b or not np.array_equal(a[key], b[key])]
+    return [
+        key
+        for key in a.keys() | b.keys()
+        if key not in a or key not in b or not np.array_equal(a[key], b[key])
+    ]
 
 
 def oracle_of(engine: Any) -> OracleEngine:
@@ -97,24 +119,33 @@ def oracle_of(engine: Any) -> OracleEngine:
     return oracle
 
 
-def assert_within(observed: Mapping[Any, Any], expected: Mapping[Any, Any], check: Check, dtype: str) -> None:
+def assert_within(
+    observed: Mapping[Any, Any], expected: Mapping[Any, Any], check: Check, dtype: str
+) -> None:
     """By the limits of docs/numerics.md; arrays and numbers go by name, or by `TensorKey`."""
 
     def keys(found: Mapping[Any, Any]) -> dict[TensorKey, Any]:
-        named = {k if isinstance(k, TensorKey) else TensorKey(0, "", 0, -1, "", k): v for k, v in found.items()}
+        named = {
+            k if isinstance(k, TensorKey) else TensorKey(0, "", 0, -1, "", k): v
+            for k, v in found.items()
+        }
         return {key: np.asarray(value) for key, value in named.items()}
 
     comparison = compare(keys(observed), keys(expected), check, dtype)
     assert comparison.passed, comparison.report()
 
 
-# ------------------------------------------------------------------------------------------------- against the oracle
+# ------------------------------------------------------------------------------- against the oracle
 
 
 def check_short_batch(make: Make, dtype: str, micro_batches: int) -> None:
-    """Sequences end early, and from five on the last of the mini-batch are not there: they count for nothing."""
+    """Sequences end early, and from five on the last of the mini-batch are not there: they count
+    for nothing.
+    """
     run = {"sequence_lengths": "random", "sequences_per_epoch": 5}
-    engine = make(2, dtype=dtype, dropout=0.1, num_layers=1, train={"micro_batches": micro_batches}, run=run)
+    engine = make(
+        2, dtype=dtype, dropout=0.1, num_layers=1, train={"micro_batches": micro_batches}, run=run
+    )
     whole, oracle = batch(engine), oracle_of(engine)
     losses = {"loss": engine.forward_backward(whole), "held-out loss": engine.evaluate(whole)}
     gradients = engine.gradients()
@@ -125,22 +156,32 @@ def check_short_batch(make: Make, dtype: str, micro_batches: int) -> None:
 
 
 def check_units_alone(make: Make, dtype: str, norm: str, tied_head: bool) -> None:
-    """Every unit, fed with the oracle's tensors, gives the oracle's, and leaves the engine's gradients as they were."""
+    """Every unit, fed with the oracle's tensors, gives the oracle's, and leaves the engine's
+    gradients as they were.
+    """
     run = {"sequence_lengths": "random"}
     model = {"norm": norm, "tied_head": tied_head, "dropout": 0.1, "num_layers": 1}
     engine = make(2, dtype=dtype, train={"micro_batches": 3}, run=run, **model)
     given, oracle = batch(engine, 1), oracle_of(engine)
     outputs = oracle.oracle.forward(given)[1]
     oracle.forward_backward(given)
-    inputs = {unit: outputs[before] for before, unit in itertools.pairwise(unit_names(engine.config.model))}
+    inputs = {
+        unit: outputs[before]
+        for before, unit in itertools.pairwise(unit_names(engine.config.model))
+    }
     engine.forward_backward(given)
     before = engine.gradients()
     mine = engine.probe_units(given, inputs, oracle.oracle.output_gradients)
     theirs = oracle.probe_units(given, inputs, oracle.oracle.output_gradients)
     assert len(mine) == len(theirs)
-    checks: tuple[tuple[str, Check], ...] = (("unit_forward", "activation"), ("unit_backward", "gradient"))
+    checks: tuple[tuple[str, Check], ...] = (
+        ("unit_forward", "activation"),
+        ("unit_backward", "gradient"),
+    )
     for phase, check in checks:
-        assert_within(mine, {key: value for key, value in theirs.items() if key.phase == phase}, check, dtype)
+        assert_within(
+            mine, {key: value for key, value in theirs.items() if key.phase == phase}, check, dtype
+        )
     assert different(before, engine.gradients()) == []
 
 
@@ -150,7 +191,9 @@ def check_predictions(engine: Any, *shapes: tuple[int, int]) -> None:
     for rows, columns in shapes:
         given = tokens[:rows, :columns]
         logits = {"logits": engine.predict(given)}
-        assert_within(logits, {"logits": oracle.predict(given)}, "activation", engine.config.train.dtype)
+        assert_within(
+            logits, {"logits": oracle.predict(given)}, "activation", engine.config.train.dtype
+        )
 
 
 def bfloat16_errors(engine: Any) -> tuple[float, float]:
@@ -158,40 +201,61 @@ def bfloat16_errors(engine: Any) -> tuple[float, float]:
     given, oracle = batch(engine), oracle_of(engine)
     loss, right = engine.forward_backward(given), oracle.forward_backward(given)
     expected = oracle.gradients()
-    errors = [np.linalg.norm(v - expected[k]) / np.linalg.norm(expected[k]) for k, v in engine.gradients().items()]
+    errors = [
+        np.linalg.norm(v - expected[k]) / np.linalg.norm(expected[k])
+        for k, v in engine.gradients().items()
+    ]
     return abs(loss - right) / right, float(max(errors))
 
 
 def check_all_float32(engine: Any) -> None:
-    """What an engine that computes in bfloat16 gives: its float32 masters, and results that NumPy can hold."""
-    arrays = [*engine.weights().values(), *engine.gradients().values(), *engine.optimizer_state().values()]
+    """What an engine that computes in bfloat16 gives: its float32 masters, and results that NumPy
+    can hold.
+    """
+    arrays = [
+        *engine.weights().values(),
+        *engine.gradients().values(),
+        *engine.optimizer_state().values(),
+    ]
     arrays += [*engine.unit_outputs(batch(engine)).values(), engine.predict(batch(engine).inputs)]
     assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
 
 
 def stretch(low: Any, high: Any) -> float:
-    """The factor 1 + s by which `low` is `high` at best, as |s| in roundoffs of bfloat16: errors with a sign show."""
+    """The factor 1 + s by which `low` is `high` at best, as |s| in roundoffs of bfloat16: errors
+    with a sign show.
+    """
     low, high = (np.asarray(array, np.float64) for array in (low, high))
     return abs(float(((low - high) * high).sum() / (high**2).sum() * 2**8))
 
 
-# ------------------------------------------------------------------------------------------------- bit by bit
+# --------------------------------------------------------------------------------------- bit by bit
 
 
-def check_same_bits(make: Make, runs: Sequence[tuple[int, str, dict[str, Any]]], steps: int, **options: Any) -> None:
-    """Runs of (stages, schedule, further fields) train, and are evaluated, to the bits of the first."""
+def check_same_bits(
+    make: Make, runs: Sequence[tuple[int, str, dict[str, Any]]], steps: int, **options: Any
+) -> None:
+    """Runs of (stages, schedule, further fields) train, and are evaluated, to the bits of the
+    first.
+    """
 
     def trained(stages: int, schedule: str, run: dict[str, Any]) -> Arrays:
         engine = make(stages, schedule, run=run, **options)
-        return train(engine, range(steps)) | {"held-out loss": np.array(engine.evaluate(batch(engine)))}
+        return train(engine, range(steps)) | {
+            "held-out loss": np.array(engine.evaluate(batch(engine)))
+        }
 
     first, *others = (trained(*run) for run in runs)
     for run, other in zip(runs[1:], others, strict=True):
         assert different(first, other) == [], run
 
 
-def check_resumes(make: Make, elsewhere: Sequence[tuple[int, str, dict[str, Any]]], **options: Any) -> None:
-    """Three steps, and three more that go on from these, give the same bits in engines with other cuts and schedules."""
+def check_resumes(
+    make: Make, elsewhere: Sequence[tuple[int, str, dict[str, Any]]], **options: Any
+) -> None:
+    """Three steps, and three more that go on from these, give the same bits in engines with other
+    cuts and schedules.
+    """
     engine = make(2, **options)
     first = train(engine, range(3))
     weights, state = engine.weights(), engine.optimizer_state()
@@ -204,14 +268,16 @@ def check_resumes(make: Make, elsewhere: Sequence[tuple[int, str, dict[str, Any]
         assert different(then, train(other, range(3, 6))) == [], (stages, schedule, run)
 
 
-def held_bytes(make: Make, recompute: str, schedule: str = "1f1b", **options: Any) -> dict[int, int]:
+def held_bytes(
+    make: Make, recompute: str, schedule: str = "1f1b", **options: Any
+) -> dict[int, int]:
     """The most bytes of activations that each of two stages holds in one step."""
     engine = make(2, schedule, run={"recompute": recompute}, **options)
     engine.forward_backward(batch(engine))
     return dict(engine.held_bytes_peak())
 
 
-# ------------------------------------------------------------------------------------------------- dropout and habits
+# ------------------------------------------------------------------------------- dropout and habits
 
 SAMPLES, STEP_KEY = np.array([3, 0, 7, 200_000]), dropout_masks.step_key(5, 11)
 
@@ -227,9 +293,15 @@ def numpy_mask(site: int, shape: tuple[int, ...], probability: float) -> Any:
 
 
 def habits_here(
-    framework: str, names: Sequence[str], folder: Path, build_engine: Callable[[RunConfig], Any], switch: Switch
+    framework: str,
+    names: Sequence[str],
+    folder: Path,
+    build_engine: Callable[[RunConfig], Any],
+    switch: Switch,
 ) -> dict[str, str]:
-    """The zoo's verdict on each habit, with the runs in this process and not in a child, and one block instead of two."""
+    """The zoo's verdict on each habit, with the runs in this process and not in a child, and one
+    block instead of two.
+    """
 
     def run_here(module: str, jobs: Sequence[Job], home: Path, *_: Any) -> list[Outcome]:
         for job in jobs:

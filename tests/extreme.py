@@ -1,4 +1,6 @@
-"""Logits far apart, for every framework's loss: kernels clip, round or overflow there. Imports no framework."""
+"""Logits far apart, for every framework's loss: kernels clip, round or overflow there. Imports no
+framework.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,10 @@ EXTREME_LOGITS: dict[str, Array] = {
 """One row each, whose target is the first."""
 
 
-def check_loss(loss: Callable[[Array, NDArray[np.int64]], tuple[float, Array]], name: str, dtype: str) -> None:
-    """Holds `loss`, (B, S, V) and (B, S) -> (sum over 3 tokens, gradient), to the limits of parity."""
+def check_loss(
+    loss: Callable[[Array, NDArray[np.int64]], tuple[float, Array]], name: str, dtype: str
+) -> None:
+    """Holds `loss`, (B, S, V) and (B, S) -> (sum over 3 tokens, gradient), to the limits of parity."""  # noqa: E501
     row = EXTREME_LOGITS[name].astype(dtype)
     logits = np.stack([row, row[::-1], np.zeros_like(row), row])[None]  # (1, 4, V)
     targets = np.array([[0, 1, 2, IGNORED]])
@@ -38,7 +42,9 @@ def check_loss(loss: Callable[[Array, NDArray[np.int64]], tuple[float, Array]], 
     probabilities = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
     one_hot = np.eye(row.size)[np.maximum(targets, 0)]
     counts = (targets != IGNORED)[..., None]
-    expected = ((np.log(np.exp(shifted).sum(-1)) - (shifted * one_hot).sum(-1)) * counts[..., 0]).sum() / 3
+    expected = (
+        (np.log(np.exp(shifted).sum(-1)) - (shifted * one_hot).sum(-1)) * counts[..., 0]
+    ).sum() / 3
     gradient = (probabilities - one_hot) * counts / 3
     found, of_logits = loss(logits, targets)
     for check, observed, right in (("loss", found, expected), ("gradient", of_logits, gradient)):

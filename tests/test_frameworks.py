@@ -1,4 +1,6 @@
-"""Runs the tests that import a framework, each framework's in one pytest process: `pytest tests/torch` and so on."""
+"""Runs the tests that import a framework, each framework's in one pytest process: `pytest
+tests/torch` and so on.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,24 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_its_own_tests_pass(framework: str, pytestconfig: pytest.Config) -> None:
-    sooner = float(pytestconfig.getini("hang_seconds")) / 2  # than this test, which would say less about a hang
-    options = ["-p", "no:xdist", "-o", "addopts=-ra", "-o", f"hang_seconds={sooner}", "--durations=5"]
+    sooner = (
+        float(pytestconfig.getini("hang_seconds")) / 2
+    )  # than this test, which would say less about a hang
+    options = [
+        "-p",
+        "no:xdist",
+        "-o",
+        "addopts=-ra",
+        "-o",
+        f"hang_seconds={sooner}",
+        "--durations=5",
+    ]
     command = [sys.executable, "-m", "pytest", "-v", *options, f"tests/{framework}"]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as child:
         assert child.stdout is not None
         for line in child.stdout:
-            print(line, end="", flush=True)  # as it comes, so that a failure of any kind shows how far it got
+            print(
+                line, end="", flush=True
+            )  # as it comes, so that a failure of any kind shows how far it got
     assert child.returncode == 0

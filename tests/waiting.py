@@ -1,4 +1,6 @@
-"""Waiting for other processes as long as it takes: what never comes is found by `tests/watchdog.py`, not by a clock."""
+"""Waiting for other processes as long as it takes: what never comes is found by
+`tests/watchdog.py`, not by a clock.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ LONG_SECONDS = 100_000
 
 
 def time_jumps(monkeypatch: pytest.MonkeyPatch, happened: Callable[[], Any]) -> None:
-    """For the parent of a child `LONG_SECONDS` are over at once when it has happened, and never before."""
+    """For the parent of a child `LONG_SECONDS` are over at once when it has happened, and never
+    before.
+    """
     so_far: list[bool] = []
 
     def monotonic() -> float:
@@ -35,21 +39,27 @@ def marked(mark: str) -> list[int]:
     return [
         process.pid
         for process in psutil.process_iter(["cmdline", "status"])
-        if mark in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
+        if mark in (process.info["cmdline"] or [])
+        and process.info["status"] != psutil.STATUS_ZOMBIE
     ]
 
 
 def wait_until(happened: Callable[[], Any], process: subprocess.Popen[Any]) -> None:
     """Raises AssertionError where the process ends before it has happened."""
     while not happened():
-        assert process.poll() is None or happened(), f"ended with {process.returncode} before it happened"
+        assert process.poll() is None or happened(), (
+            f"ended with {process.returncode} before it happened"
+        )
         time.sleep(0.2)
 
 
 def wait_for_end(processes: Collection[psutil.Process]) -> None:
     """Zombies are dead, whoever has yet to collect them."""
     try:
-        while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+        while any(
+            process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+            for process in processes
+        ):
             time.sleep(0.2)
     finally:
         for process in processes:

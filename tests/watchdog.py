@@ -1,6 +1,8 @@
-"""A plugin of pytest that ends a test which hangs: one that makes no progress, however long a good one may take.
+"""A plugin of pytest that ends a test which hangs: one that makes no progress, however long a good
+one may take.
 
-No progress: neither the test's process nor any that it has started has computed anything for `hang_seconds`.
+No progress: neither the test's process nor any that it has started has computed anything for
+`hang_seconds`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from common.runtime.patience import Patience
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addini("hang_seconds", "a test is ended when nothing was computed for so long", default="300")
+    parser.addini(
+        "hang_seconds", "a test is ended when nothing was computed for so long", default="300"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,7 +61,9 @@ def _watch(over: threading.Event, seconds: float) -> None:
 
 
 def _say_where() -> None:
-    """Where every thread is; and where those of the children are that know `faulthandler`, as they end."""
+    """Where every thread is; and where those of the children are that know `faulthandler`, as they
+    end.
+    """
     faulthandler.dump_traceback(sys.__stderr__)
     children = psutil.Process().children(recursive=True)
     for child in children:

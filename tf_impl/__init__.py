@@ -1,1 +1,3 @@
-"""The TensorFlow implementation: each stage's graph cut into F, B and W, driven by one thread per device."""
+"""The TensorFlow implementation: each stage's graph cut into F, B and W, driven by one thread per
+device.
+"""

@@ -1,4 +1,6 @@
-"""`python -m tf_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for what cannot start."""
+"""`python -m tf_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for what
+cannot start.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,17 @@ def main(arguments: list[str]) -> int:
         if len({job.config.track for job in jobs.jobs}) > 1:
             raise ValueError("the jobs of one file share track; expected one file for each")
         if len({job.config.drift == "onednn" for job in jobs.jobs}) > 1:
-            raise ValueError("drift = onednn is for a whole process; expected a file of jobs that all have it")
+            raise ValueError(
+                "drift = onednn is for a whole process; expected a file of jobs that all have it"
+            )
         onednn = largest.drift == "onednn"
         configure(largest.stages, largest.threads, largest.device, largest.track, onednn)
         from tf_impl.drift import switch  # after `configure`, since both import TensorFlow
         from tf_impl.engine import build_engine
     except ImportError as error:
-        return _refuse(f"TensorFlow cannot be imported ({error}); expected: pip install 'triptych[cpu]'")
+        return _refuse(
+            f"TensorFlow cannot be imported ({error}); expected: pip install 'triptych[cpu]'"
+        )
     except ValueError as error:
         return _refuse(str(error))
     return run_jobs(jobs, build_engine, switch=switch)

@@ -1,6 +1,8 @@
-"""What a Keras user would write without this project: `model.compile`, `model.fit`. TensorFlow has no pipeline of its own.
+"""What a Keras user would write without this project: `model.compile`, `model.fit`. TensorFlow has
+no pipeline of its own.
 
-It trains the same model, from the same weights, on the same batches, with the same optimizer and threads.
+It trains the same model, from the same weights, on the same batches, with the same optimizer and
+threads.
 """
 
 from __future__ import annotations
@@ -24,7 +26,13 @@ from tf_impl import devices
 from tf_impl.dropout import DropoutContext
 from tf_impl.layers import Embedding, Head, build_unit
 from tf_impl.optimizer import make_optimizer, moments_of
-from tf_impl.weights import export_gradients, export_weights, load_gradients, load_weights, named_parameters
+from tf_impl.weights import (
+    export_gradients,
+    export_weights,
+    load_gradients,
+    load_weights,
+    named_parameters,
+)
 
 Inputs = tuple[tf.Tensor, ...]
 """Tokens (B, S); with dropout also the step's key (B,) and the sample indices (B,)."""
@@ -76,10 +84,12 @@ class LanguageModel(keras.Model):
 
 
 class PlainEngine:
-    """`keras.Model.fit`, a step at a time: `train_on_batch` calls the function that `fit` calls for every batch.
+    """`keras.Model.fit`, a step at a time: `train_on_batch` calls the function that `fit` calls for
+    every batch.
 
-    The whole mini-batch at once. That function also updates the weights, so here `forward_backward` does, and
-    `apply_gradients` only reports; it answers all else that the harness asks (`common.runtime.engine.Engine`).
+    The whole mini-batch at once. That function also updates the weights, so here `forward_backward`
+    does, and `apply_gradients` only reports; it answers all else that the harness asks
+    (`common.runtime.engine.Engine`).
     """
 
     devices = (0,)
@@ -91,19 +101,25 @@ class PlainEngine:
         self.model = LanguageModel(config)
         named = named_parameters(unit_names(config.model), self.model.units, config.model.tied_head)
         self._named = [item for item in named if not item.is_copy]
-        optimizer = make_optimizer(train, [item.parameter for item in self._named if not train.decays(item.name)])
+        optimizer = make_optimizer(
+            train, [item.parameter for item in self._named if not train.decays(item.name)]
+        )
         self._norm = tf.Variable(0.0, dtype=tf.float64, trainable=False)
         apply = optimizer.apply
 
         def apply_dense(gradients: list[Any], *arguments: Any) -> Any:
-            """An embedding's gradient comes as rows, one per token: squared one by one, they give another norm."""
+            """Return an embedding's gradient comes as rows, one per token: squared one by one, they
+            give another norm.
+            """
             dense = [tf.convert_to_tensor(gradient) for gradient in gradients]
             self._norm.assign(tf.cast(tf.linalg.global_norm(dense), tf.float64))
             return apply(dense, *arguments)
 
         optimizer.apply = apply_dense
         optimizer.build([item.parameter for item in self._named])
-        self._loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=IGNORED)
+        self._loss = keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, ignore_class=IGNORED
+        )
         self.model.compile(optimizer, self._loss, jit_compile=False)
         self._given: dict[str, tf.Tensor] = {}
         self._first: tuple[Mapping[str, NDArray[Any]], Batch | None] = ({}, None)
@@ -141,7 +157,10 @@ class PlainEngine:
         return found
 
     def probe_units(
-        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+        self,
+        batch: Batch,
+        inputs: Mapping[str, NDArray[Any]],
+        output_gradients: Mapping[str, NDArray[Any]],
     ) -> dict[TensorKey, NDArray[Any]]:
         raise ValueError("executor = plain: no units alone; expected executor = table")
 
@@ -158,7 +177,9 @@ class PlainEngine:
 
     def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
         for moment, moment_of in self._moments().items():
-            load_gradients(self._named, {i.name: state[f"{moment}/{i.name}"] for i in self._named}, moment_of)
+            load_gradients(
+                self._named, {i.name: state[f"{moment}/{i.name}"] for i in self._named}, moment_of
+            )
         self.model.optimizer.iterations.assign(steps_done)
 
     def _moments(self) -> dict[str, Callable[[keras.Variable], tf.Variable]]:
@@ -170,7 +191,9 @@ class PlainEngine:
         return self._in_order(export_weights(self._named))
 
     def gradients(self) -> Arrays:
-        """Those of the first step after `reset` only, computed again: Keras keeps none. Raises RuntimeError."""
+        """Return those of the first step after `reset` only, computed again: Keras keeps none.
+        Raises RuntimeError.
+        """
         start, batch = self._first
         if batch is None or int(self.model.optimizer.iterations) > 1:
             raise RuntimeError("Keras keeps no gradients; ask after the first step")
@@ -181,7 +204,9 @@ class PlainEngine:
         found = tape.gradient(loss, [item.parameter.value for item in self._named])
         load_weights(self._named, now)
         names = [item.name for item in self._named]
-        return self._in_order({name: np.array(tf.convert_to_tensor(g)) for name, g in zip(names, found, strict=True)})
+        return self._in_order(
+            {name: np.array(tf.convert_to_tensor(g)) for name, g in zip(names, found, strict=True)}
+        )
 
     def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
         self._given = {name: tf.constant(value) for name, value in gradients.items()}
@@ -218,9 +243,13 @@ class PlainEngine:
 
 
 def build_baseline(config: RunConfig) -> Engine:
-    """The engine for `executor` = plain. Raises ValueError for native, and for what only our own executor does."""
+    """Return the engine for `executor` = plain. Raises ValueError for native, and for what only our
+    own executor does.
+    """
     if config.executor == "native":
-        raise ValueError("executor = native: TensorFlow has no pipeline of its own; expected table or plain")
+        raise ValueError(
+            "executor = native: TensorFlow has no pipeline of its own; expected table or plain"
+        )
     if config.recompute != "none":
         raise ValueError(f"recompute = {config.recompute}; executor = plain takes none")
     if config.train.dtype == "bfloat16":

@@ -15,22 +15,29 @@ def piece_sizes(batch_size: int, pieces: int) -> list[int]:
 
 
 def one_tensor(value: Any, what: str) -> tf.Tensor:
-    """`value` without what Keras may have wrapped it in. Raises ValueError for none, several, or no array at all."""
+    """`value` without what Keras may have wrapped it in. Raises ValueError for none, several, or no
+    array at all.
+    """
     leaves = [leaf for leaf in keras.tree.flatten(value) if leaf is not None]
     if len(leaves) != 1:
         raise ValueError(
-            f"{what} has {len(leaves)} arrays; expected one, since a row of layers has one input and output"
+            f"{what} has {len(leaves)} arrays; expected one, since a row of layers has one input "
+            "and output"
         )
     if isinstance(leaves[0], tf.SparseTensor | tf.RaggedTensor):
         raise ValueError(f"{what} is a {type(leaves[0]).__name__}; expected a dense tensor")
     tensor = tf.convert_to_tensor(leaves[0])
     if not tensor.shape.rank:
-        raise ValueError(f"{what} is a single number; expected an array with a row for every sample")
+        raise ValueError(
+            f"{what} is a single number; expected an array with a row for every sample"
+        )
     return tensor
 
 
 def unpacked(data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-    """(x, y, sample_weight) of a step with labels, each with a row for every sample. Raises ValueError."""
+    """(x, y, sample_weight) of a step with labels, each with a row for every sample. Raises
+    ValueError.
+    """
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
     if y is None:
         raise ValueError("the data has no labels; expected (x, y) or (x, y, sample_weight)")

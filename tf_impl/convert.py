@@ -1,4 +1,5 @@
-"""Weights as Keras' own file, and back: `python -m tf_impl.convert` (`common.checkpoint.foreign.child`).
+"""Weights as Keras' own file, and back: `python -m tf_impl.convert`
+(`common.checkpoint.foreign.child`).
 
 The file is that of `plain_model`, an ordinary Keras model without a pipeline:
 
@@ -21,7 +22,13 @@ import keras
 from numpy.typing import NDArray
 
 from common.checkpoint import Arrays
-from common.checkpoint.foreign.child import OVERHEAD_BYTES, check_tied, in_one_line, main, note_dtypes
+from common.checkpoint.foreign.child import (
+    OVERHEAD_BYTES,
+    check_tied,
+    in_one_line,
+    main,
+    note_dtypes,
+)
 from common.checkpoint.foreign.errors import ExchangeError
 from common.io.edges import printable
 from common.spec.parameters import TOKEN_EMBEDDING, unit_names
@@ -33,11 +40,16 @@ SUFFIXES = (".weights.h5", ".keras", ".h5")
 WEIGHTS = "model.weights.h5"
 """The file in a .keras archive that has the weights."""
 MAX_UNPACKED = 20
-"""Times the archive's own size: Keras does not compress; weights would not become smaller than this."""
+"""Times the archive's own size: Keras does not compress; weights would not become smaller than
+this.
+"""
 
 
-def plain_model(spec: TransformerSpec, dtype: str = "float32", length: int | None = None) -> keras.Sequential:
-    """The model whose weights these files hold, still to be loaded, for `length` tokens (default: the context).
+def plain_model(
+    spec: TransformerSpec, dtype: str = "float32", length: int | None = None
+) -> keras.Sequential:
+    """Return the model whose weights these files hold, still to be loaded, for `length` tokens
+    (default: the context).
 
     It has no dropout: that takes the harness' masks.
     """
@@ -46,7 +58,7 @@ def plain_model(spec: TransformerSpec, dtype: str = "float32", length: int | Non
 
 
 def write_weights(spec: TransformerSpec, weights: Arrays, path: Path) -> None:
-    """Writes the file with `save_weights`."""
+    """Write the file with `save_weights`."""
     if not path.name.endswith(".weights.h5"):
         raise ExchangeError(f"{path}: Keras wants a name that ends in .weights.h5")
     model = plain_model(spec, str(weights[TOKEN_EMBEDDING].dtype))
@@ -55,7 +67,8 @@ def write_weights(spec: TransformerSpec, weights: Arrays, path: Path) -> None:
 
 
 def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]]:
-    """Reads a file of `plain_model`, or of the whole model as `model.save` writes it. Raises ExchangeError.
+    """Read a file of `plain_model`, or of the whole model as `model.save` writes it. Raises
+    ExchangeError.
 
     HDF5 holds no code. A .keras archive may, in its configuration, so its weights alone are read.
     """
@@ -67,7 +80,9 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
         try:
             model.load_weights(file)
         except Exception as error:  # HDF5 can be wrong in every way
-            raise ExchangeError(f"{path}: not the weights of this model: {in_one_line(error)}") from None
+            raise ExchangeError(
+                f"{path}: not the weights of this model: {in_one_line(error)}"
+            ) from None
     named = _named(spec, model)
     if spec.tied_head:
         own, copy = (item.parameter.numpy() for item in named if item.name == TOKEN_EMBEDDING)
@@ -90,7 +105,9 @@ def _unpacked(path: Path, folder: Path) -> Path:
 
 
 def _dtype(path: Path) -> str:
-    """float64 if the file has no other floating type. Raises ExchangeError, also where it leads into other files."""
+    """float64 if the file has no other floating type. Raises ExchangeError, also where it leads
+    into other files.
+    """
     links: dict[str, Any] = {}
     found: set[str] = set()
     try:

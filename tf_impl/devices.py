@@ -1,7 +1,7 @@
 """Everything that must be set before TensorFlow starts, and what it says afterwards.
 
-TensorFlow reads its environment on import and fixes devices and thread pools with the first operation, so `configure`
-runs first and imports TensorFlow itself.
+TensorFlow reads its environment on import and fixes devices and thread pools with the first
+operation, so `configure` runs first and imports TensorFlow itself.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ if TYPE_CHECKING:
 
 
 def configure(
-    stages: int, threads: int | None = None, device: str = "auto", track: str = "matched", onednn: bool = False
+    stages: int,
+    threads: int | None = None,
+    device: str = "auto",
+    track: str = "matched",
+    onednn: bool = False,
 ) -> None:
-    """Makes one logical device per stage, with `threads // stages` CPU threads each (default: all usable CPUs).
+    """Make one logical device per stage, with `threads // stages` CPU threads each (default: all
+    usable CPUs).
 
-    For parity oneDNN and TF32 are off, and so are the graph rewrites of Grappler: they merge operations across units
-    (additions of the residual stream, for one), so that bits would depend on where the model is cut. On the track "best"
-    oneDNN is on, and so it is where it is asked for. (Differs: PyTorch and Paddle choose the track per engine, TensorFlow
-    per process.)
+    For parity oneDNN and TF32 are off, and so are the graph rewrites of Grappler: they merge
+    operations across units (additions of the residual stream, for one), so that bits would depend
+    on where the model is cut. On the track "best" oneDNN is on, and so it is where it is asked for.
+    (Differs: PyTorch and Paddle choose the track per engine, TensorFlow per process.)
 
     Raises ValueError if `device` is "cuda" and TensorFlow sees no GPU.
     """
@@ -35,18 +40,25 @@ def configure(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
 
-    tf.get_logger().setLevel("ERROR")  # a stage's functions are many by design, and each is traced once
+    tf.get_logger().setLevel(
+        "ERROR"
+    )  # a stage's functions are many by design, and each is traced once
     tf.config.experimental.enable_tensor_float_32_execution(False)
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     own_threads = threads_per_stage(stages, threads)
     tf.config.threading.set_intra_op_parallelism_threads(own_threads)
-    # A function that runs on one thread still starts on the pool's; two for each stage never make one wait.
-    tf.config.threading.set_inter_op_parallelism_threads(2 * stages if own_threads == 1 else own_threads)
+    # A function that runs on one thread still starts on the pool's; two for each stage never make
+    # one wait.
+    tf.config.threading.set_inter_op_parallelism_threads(
+        2 * stages if own_threads == 1 else own_threads
+    )
     if kind(device) == "GPU":
         for gpu in tf.config.list_physical_devices("GPU"):
             tf.config.experimental.set_memory_growth(gpu, True)
     cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(stages)])
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(stages)]
+    )
 
 
 def kind(device: str) -> str:
@@ -62,7 +74,8 @@ def kind(device: str) -> str:
 
 
 def stage_devices(stages: int, device: str = "auto") -> list[str]:
-    """The logical device of every stage. GPUs are dealt round, so that several stages may share one.
+    """Return the logical device of every stage. GPUs are dealt round, so that several stages may
+    share one.
 
     Raises ValueError if there are fewer logical CPU devices than stages.
     """
@@ -80,34 +93,45 @@ def stage_devices(stages: int, device: str = "auto") -> list[str]:
 def stage_strategies(devices: list[str]) -> list[tf.distribute.Strategy]:
     """One strategy per stage, over that stage's device of every replica (here: one replica).
 
-    Reducing to one device keeps the strategies of different stages apart; collectives would share one group key.
+    Reducing to one device keeps the strategies of different stages apart; collectives would share
+    one group key.
     """
     import tensorflow as tf
 
     reduction = tf.distribute.ReductionToOneDevice
-    return [tf.distribute.MirroredStrategy([device], cross_device_ops=reduction()) for device in devices]
+    return [
+        tf.distribute.MirroredStrategy([device], cross_device_ops=reduction()) for device in devices
+    ]
 
 
 def one_core_per_stage() -> bool:
-    """Whether each stage is to compute on one core, as if it were a device of its own."""
+    """Return whether each stage is to compute on one core, as if it were a device of its own."""
     import tensorflow as tf
 
     options = tf.config.optimizer.get_experimental_options()
-    return tf.config.threading.get_intra_op_parallelism_threads() == 1 and options.get("disable_meta_optimizer", False)
+    return tf.config.threading.get_intra_op_parallelism_threads() == 1 and options.get(
+        "disable_meta_optimizer", False
+    )
 
 
 def on_one_thread(device: str, only_own_device: bool) -> bool:
-    """Whether the functions of a stage on `device` run on TensorFlow's executor on one thread.
+    """Return whether the functions of a stage on `device` run on TensorFlow's executor on one
+    thread.
 
-    The normal executor spreads independent operations over all cores, so that a lone stage would borrow those of the
-    idle ones, and the bubble would hardly show. The one on one thread cannot wait for another device, so a stage whose
-    functions read a variable that lies elsewhere (`only_own_device` is False) keeps the normal executor.
+    The normal executor spreads independent operations over all cores, so that a lone stage would
+    borrow those of the idle ones, and the bubble would hardly show. The one on one thread cannot
+    wait for another device, so a stage whose functions read a variable that lies elsewhere
+    (`only_own_device` is False) keeps the normal executor.
     """
     return only_own_device and "CPU" in device and one_core_per_stage()
 
 
-def stage_thread(device: str, only_own_device: bool = True) -> contextlib.AbstractContextManager[Any]:
-    """What the thread of a stage runs in: its device and, where `on_one_thread`, TensorFlow's executor on one thread."""
+def stage_thread(
+    device: str, only_own_device: bool = True
+) -> contextlib.AbstractContextManager[Any]:
+    """Return what the thread of a stage runs in: its device and, where `on_one_thread`,
+    TensorFlow's executor on one thread.
+    """
     import tensorflow as tf
     from tensorflow.python.eager import context  # no public name for the executor
 
@@ -119,25 +143,35 @@ def stage_thread(device: str, only_own_device: bool = True) -> contextlib.Abstra
 
 
 def any_executor() -> contextlib.AbstractContextManager[Any]:
-    """Within `stage_thread`: the normal executor, for a function that reads a variable of another device."""
+    """Within `stage_thread`: the normal executor, for a function that reads a variable of another
+    device.
+    """
     from tensorflow.python.eager import context
 
     return context.function_executor_type("DEFAULT")
 
 
 def best_track(config: RunConfig) -> dict[str, Any]:
-    """The part of `environment` that says what the track "best" does, and what it leaves out."""
-    said = ["oneDNN: used", "XLA: not used, see docs/frameworks.md", "Grappler: not used, see docs/frameworks.md"]
+    """Return the part of `environment` that says what the track "best" does, and what it leaves
+    out.
+    """
+    said = [
+        "oneDNN: used",
+        "XLA: not used, see docs/frameworks.md",
+        "Grappler: not used, see docs/frameworks.md",
+    ]
     return {"track": config.track, "best": said if config.track == "best" else []}
 
 
 def environment() -> dict[str, Any]:
-    """What TensorFlow says about itself."""
+    """Return what TensorFlow says about itself."""
     import keras
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
-    names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
+    names = [
+        tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus
+    ]
     return {
         "framework": "tensorflow",
         "version": tf.__version__,
@@ -145,14 +179,18 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "device_kind": "cuda" if gpus else "cpu",
         "device_name": names[0] if gpus else platform.processor() or platform.machine(),
-        "logical_devices": [device.name for device in tf.config.list_logical_devices("GPU" if gpus else "CPU")],
+        "logical_devices": [
+            device.name for device in tf.config.list_logical_devices("GPU" if gpus else "CPU")
+        ],
         "threads_per_stage": tf.config.threading.get_intra_op_parallelism_threads(),
         "inter_op_threads": tf.config.threading.get_inter_op_parallelism_threads(),
         "one_core_per_stage": one_core_per_stage(),
         "tf32": tf.config.experimental.tensor_float_32_execution_enabled(),
         "onednn": _has_onednn(),
         "kernels": "cuBLAS" if gpus else "Eigen and oneDNN" if _has_onednn() else "Eigen",
-        "graph_rewrites": not tf.config.optimizer.get_experimental_options().get("disable_meta_optimizer", False),
+        "graph_rewrites": not tf.config.optimizer.get_experimental_options().get(
+            "disable_meta_optimizer", False
+        ),
     }
 
 

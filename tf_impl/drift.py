@@ -1,6 +1,8 @@
-"""The habits of `common.spec.habits` that TensorFlow and Keras have: each puts back what the main code decides otherwise.
+"""The habits of `common.spec.habits` that TensorFlow and Keras have: each puts back what the main
+code decides otherwise.
 
-The rest of the package knows nothing of them: `switch` puts a replacement in place and takes it away again.
+The rest of the package knows nothing of them: `switch` puts a replacement in place and takes it
+away again.
 """
 
 from __future__ import annotations
@@ -36,18 +38,24 @@ patch = mock.patch.object
 
 @contextmanager
 def switch(config: RunConfig) -> Iterator[None]:
-    """The habit that `config.drift` names, for as long as the context lives. Raises ValueError for one not known here."""
+    """Return the habit that `config.drift` names, for as long as the context lives. Raises
+    ValueError for one not known here.
+    """
     if config.drift is not None and config.drift not in HABITS:
-        raise ValueError(f"drift = {config.drift}; expected for tensorflow: one of {', '.join(HABITS)}")
+        raise ValueError(
+            f"drift = {config.drift}; expected for tensorflow: one of {', '.join(HABITS)}"
+        )
     if config.drift is not None and config.executor != "table":
-        raise ValueError(f"drift = {config.drift}; executor = {config.executor} has none, expected table")
+        raise ValueError(
+            f"drift = {config.drift}; executor = {config.executor} has none, expected table"
+        )
     with ExitStack() as stack:
         for context in HABITS[config.drift](config) if config.drift else ():
             stack.enter_context(context)
         yield
 
 
-# ------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 
 def tanh_gelu(config: RunConfig) -> list[AbstractContextManager[Any]]:
@@ -68,7 +76,9 @@ def layer_norm_epsilon(config: RunConfig) -> list[AbstractContextManager[Any]]:
 def onednn(config: RunConfig) -> list[AbstractContextManager[Any]]:
     """TensorFlow reads this once, when it is imported: `configure` has set it."""
     if os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "1":
-        raise ValueError("drift = onednn; expected configure(onednn=True) before TensorFlow is imported")
+        raise ValueError(
+            "drift = onednn; expected configure(onednn=True) before TensorFlow is imported"
+        )
     return []
 
 
@@ -85,7 +95,7 @@ def tf32(config: RunConfig) -> list[AbstractContextManager[Any]]:
     return [_tf32()]
 
 
-# ------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def mean_over_all_labels(config: RunConfig) -> list[AbstractContextManager[Any]]:
@@ -102,7 +112,7 @@ def unscaled_micro_batches(config: RunConfig) -> list[AbstractContextManager[Any
 
 
 def _own_mean(divisor: int) -> Callable[..., tf.Tensor]:
-    """The mean over the micro-batch's own labels, divided by `divisor`; evaluation stays as it is."""
+    """The mean over the micro-batch's own labels, divided by `divisor`; evaluation stays as it is."""  # noqa: E501
 
     micro_batch_loss = GPipeModel._micro_batch_loss
 
@@ -113,7 +123,7 @@ def _own_mean(divisor: int) -> Callable[..., tf.Tensor]:
     return loss
 
 
-# ------------------------------------------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------------------------------- optimizer
 
 
 class AdamWWithEpsilonHat(keras.optimizers.AdamW):
@@ -130,7 +140,9 @@ def adam_epsilon_hat(config: RunConfig) -> list[AbstractContextManager[Any]]:
 class KerasMomentum(SGD):
     """m = momentum x m - rate x g; w += m."""
 
-    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+    def update_step(
+        self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
+    ) -> None:
         if self.l2 and self._use_weight_decay(variable):
             gradient = gradient + self.l2 * variable
         keras.optimizers.SGD.update_step(self, gradient, variable, learning_rate)
@@ -142,14 +154,16 @@ def keras_momentum(config: RunConfig) -> list[AbstractContextManager[Any]]:
 
 def per_stage_clipping(config: RunConfig) -> list[AbstractContextManager[Any]]:
     def clip(self: GPipeModel, squares: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
-        scales = [clip_scale(global_norm(list(own)), self.optimizer.global_clipnorm) for own in squares]
+        scales = [
+            clip_scale(global_norm(list(own)), self.optimizer.global_clipnorm) for own in squares
+        ]
         return global_norm([square for own in squares for square in own]), scales
 
     return [patch(GPipeModel, "_clip", clip)]
 
 
 def with_train(**changes: Any) -> Habit:
-    """An optimizer that reads these fields of `TrainSpec` otherwise."""
+    """Return an optimizer that reads these fields of `TrainSpec` otherwise."""
 
     def habit(config: RunConfig) -> list[AbstractContextManager[Any]]:
         def make(train: Any, not_decayed: Sequence[keras.Variable]) -> keras.optimizers.Optimizer:
@@ -165,27 +179,37 @@ def decay_everything(config: RunConfig) -> list[AbstractContextManager[Any]]:
 
 
 def late_learning_rate(config: RunConfig) -> list[AbstractContextManager[Any]]:
-    return [patch(engine, "learning_rate", lambda train, step: train.learning_rate_at(max(0, step - 1)))]
+    return [
+        patch(engine, "learning_rate", lambda train, step: train.learning_rate_at(max(0, step - 1)))
+    ]
 
 
-# ------------------------------------------------------------------------------------------------- weights and gradients
+# ---------------------------------------------------------------------------- weights and gradients
 
 
 def sparse_embedding_gradient(config: RunConfig) -> list[AbstractContextManager[Any]]:
-    """The token embedding's gradient as `tf.gather` gives it: a row for every token of the text, so one token has many.
+    """Return the token embedding's gradient as `tf.gather` gives it: a row for every token of the
+    text, so one token has many.
 
-    Keras squares the rows of `tf.IndexedSlices` one by one, in the norm and in Adam's second moment.
+    Keras squares the rows of `tf.IndexedSlices` one by one, in the norm and in Adam's second
+    moment.
     """
     shape = (config.model.vocab_size, config.model.d_model)
-    squares = tf.Variable(tf.fill(shape, tf.constant(-1.0, config.train.dtype)))  # negative: no rows seen yet
+    squares = tf.Variable(
+        tf.fill(shape, tf.constant(-1.0, config.train.dtype))
+    )  # negative: no rows seen yet
     forward_backward, clip = GPipeModel.forward_backward, GPipeModel._clip
 
-    def with_rows(self: GPipeModel, x: Any, y: Any, sample_weight: Any = None, step: int = 0) -> float:
+    def with_rows(
+        self: GPipeModel, x: Any, y: Any, sample_weight: Any = None, step: int = 0
+    ) -> float:
         loss = forward_backward(self, x, y, sample_weight, step)
         squares.assign(_squared_rows(self, x, y, step))
         return loss
 
-    def clip_by_rows(self: GPipeModel, norms: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
+    def clip_by_rows(
+        self: GPipeModel, norms: Sequence[Sequence[float]]
+    ) -> tuple[float, list[float]]:
         total = float(tf.reduce_sum(squares))
         if total >= 0:  # the token embedding is the first weight of the first stage
             norms = [[total, *norms[0][1:]], *norms[1:]]
@@ -194,11 +218,17 @@ def sparse_embedding_gradient(config: RunConfig) -> list[AbstractContextManager[
         return norm, scales
 
     class AdamWByRows(optimizer.AdamW):
-        def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+        def update_step(
+            self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
+        ) -> None:
             if self._get_variable_index(variable) or tuple(variable.shape) != shape:
                 super().update_step(gradient, variable, learning_rate)
                 return
-            t, m, v = tf.cast(self.iterations, tf.float64) + 1.0, self._momentums[0].value, self._velocities[0].value
+            t, m, v = (
+                tf.cast(self.iterations, tf.float64) + 1.0,
+                self._momentums[0].value,
+                self._velocities[0].value,
+            )
             rate = tf.cast(learning_rate, tf.float64) / (1.0 - self.beta_1**t)
             root = tf.cast(tf.sqrt(1.0 - self.beta_2**t), gradient.dtype)
             square = tf.where(squares >= 0, squares, tf.square(gradient))
@@ -219,7 +249,9 @@ def _squared_rows(model: GPipeModel, x: Any, y: Any, step: int) -> tf.Tensor:
     contexts = model.dropout_context(len(x), step)
     token = model.chunks[0].local(model.units[0].token)
     count = np.count_nonzero(y != IGNORED)
-    for i, (tokens, labels) in enumerate(zip(np.array_split(x, m), np.array_split(y, m), strict=True)):
+    for i, (tokens, labels) in enumerate(
+        zip(np.array_split(x, m), np.array_split(y, m), strict=True)
+    ):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(token)
             logits = model.unit_outputs(tokens, contexts[i] if contexts else ())[-1]
@@ -240,7 +272,7 @@ def untied_gradients(config: RunConfig) -> list[AbstractContextManager[Any]]:
     return [patch(GPipeModel, "_add_tied_gradients", lambda self: None)]
 
 
-# ------------------------------------------------------------------------------------------------- dropout
+# ------------------------------------------------------------------------------------------ dropout
 
 
 def local_dropout_samples(config: RunConfig) -> list[AbstractContextManager[Any]]:

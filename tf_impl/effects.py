@@ -1,7 +1,9 @@
-"""Which operations may run again, and which change something: what a cut, a second forward and many micro-batches ask.
+"""Which operations may run again, and which change something: what a cut, a second forward and many
+micro-batches ask.
 
-TensorFlow calls an operation stateful as soon as it reads a variable, and so the loop of every LSTM. What counts here is
-whether it, or any function that it calls, changes a state, draws a random number, or calls Python.
+TensorFlow calls an operation stateful as soon as it reads a variable, and so the loop of every
+LSTM. What counts here is whether it, or any function that it calls, changes a state, draws a random
+number, or calls Python.
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ from tensorflow.python.framework import op_def_registry  # no public name
 
 REPEATED = frozenset(
     {
-        *("ReadVariableOp", "VarHandleOp", "Placeholder", "Const", "ResourceGather", "ResourceGatherNd"),
+        *(
+            "ReadVariableOp",
+            "VarHandleOp",
+            "Placeholder",
+            "Const",
+            "ResourceGather",
+            "ResourceGatherNd",
+        ),
         *("VariableShape", "LookupTableFindV2", "LookupTableSizeV2", "Assert"),
     }
 )
@@ -24,7 +33,7 @@ REPEATED = frozenset(
 
 
 def mask_of(x: Any) -> tf.Tensor | None:
-    """The mask that Keras has attached to a tensor."""
+    """Return the mask that Keras has attached to a tensor."""
     return getattr(x, "_keras_mask", None)
 
 
@@ -36,24 +45,33 @@ def with_mask(x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
 
 
 def called_functions(node: Any) -> list[str]:
-    """The functions that a node runs: a loop's body and condition, branches, an inner `tf.function`."""
-    given = [f.name for value in node.attr.values() for f in (value.func, *value.list.func) if f.name]
+    """Return the functions that a node runs: a loop's body and condition, branches, an inner
+    `tf.function`.
+    """
+    given = [
+        f.name for value in node.attr.values() for f in (value.func, *value.list.func) if f.name
+    ]
     return given if op_def_registry.get(node.op) is not None else [node.op, *given]
 
 
 def is_repeatable(node: Any, library: Mapping[str, Any], among: frozenset[str] = REPEATED) -> bool:
-    """Whether running a node again, or in another place, changes nothing.
+    """Return whether running a node again, or in another place, changes nothing.
 
-    `library` holds its graph's functions by name; of stateful operations, only those in `among` are harmless.
+    `library` holds its graph's functions by name; of stateful operations, only those in `among` are
+    harmless.
     """
     called = called_functions(node)
     if called:
-        return all(is_repeatable(inner, library, among) for name in called for inner in library[name].node_def)
+        return all(
+            is_repeatable(inner, library, among)
+            for name in called
+            for inner in library[name].node_def
+        )
     return node.op in among or not op_def_registry.get(node.op).is_stateful
 
 
 def all_nodes(node: Any, library: Mapping[str, Any]) -> list[Any]:
-    """A node and those of all functions that it runs."""
+    """Return a node and those of all functions that it runs."""
     inner = [other for name in called_functions(node) for other in library[name].node_def]
     return [node, *(found for other in inner for found in all_nodes(other, library))]
 
@@ -63,18 +81,25 @@ class Effects:
     """What a layer's call in training does besides computing its output."""
 
     changed: tuple[str, ...]
-    """Where the variables are that it assigns (a layer's path); seeds of random numbers do not count."""
+    """Where the variables are that it assigns (a layer's path); seeds of random numbers do not
+    count.
+    """
     is_undone: bool
-    """Whether all of it is assignments to Keras variables that are not trained: a `keras.StatelessScope` holds these back.
-    (SpectralNormalization assigns its kernel, too.)"""
+    """Whether all of it is assignments to Keras variables that are not trained: a
+    `keras.StatelessScope` holds these back. (SpectralNormalization assigns its kernel, too.)
+    """
     differentiates_python: bool
     """Whether a `tf.py_function` computes what a gradient may be asked of."""
     mask: keras.KerasTensor | None
-    """That of the output. (Keras' own symbolic call does not see those that are made inside a nested model.)"""
+    """That of the output. (Keras' own symbolic call does not see those that are made inside a
+    nested model.)
+    """
 
 
 def effects_of(layer: keras.layers.Layer, x: Any, call: Callable[[Any], Any]) -> Effects | None:
-    """Traces `call(x)`, a call of `layer`, for a symbolic `x`; None where that fails with an unknown batch size."""
+    """Trace `call(x)`, a call of `layer`, for a symbolic `x`; None where that fails with an unknown
+    batch size.
+    """
 
     masks = []
 
@@ -98,7 +123,9 @@ def effects_of(layer: keras.layers.Layer, x: Any, call: Callable[[Any], Any]) ->
     changed: dict[str, None] = {}
     is_undone = True
     for node in found:
-        resources = [outer[name] for name in node.input if name in outer and outer[name].dtype == tf.resource]
+        resources = [
+            outer[name] for name in node.input if name in outer and outer[name].dtype == tf.resource
+        ]
         variables = [own.get(id(resource)) for resource in resources]
         target = variables[0] if node.op.startswith("Assign") and variables else None
         is_undone &= target is not None and not target.trainable
@@ -109,14 +136,20 @@ def effects_of(layer: keras.layers.Layer, x: Any, call: Callable[[Any], Any]) ->
             elif id(v) in weights:
                 changed[v.path.rsplit("/", 1)[0]] = None
     python = any(
-        inner.op == "EagerPyFunc" and any(tf.as_dtype(t).is_floating for t in inner.attr["Tout"].list.type)
+        inner.op == "EagerPyFunc"
+        and any(tf.as_dtype(t).is_floating for t in inner.attr["Tout"].list.type)
         for node in found
         for inner in all_nodes(node, library)
     )
-    masks = [None if mask is None else keras.KerasTensor(mask.shape, mask.dtype.name) for mask in masks]
+    masks = [
+        None if mask is None else keras.KerasTensor(mask.shape, mask.dtype.name) for mask in masks
+    ]
     return Effects(tuple(changed), is_undone, python, masks[-1])
 
 
 def handles(variable: keras.Variable) -> list[Any]:
-    """The resources of a variable, one on every device that it is on."""
-    return [part.handle for part in tf.distribute.get_strategy().experimental_local_results(variable.value)]
+    """Return the resources of a variable, one on every device that it is on."""
+    return [
+        part.handle
+        for part in tf.distribute.get_strategy().experimental_local_results(variable.value)
+    ]

@@ -34,7 +34,7 @@ from tf_impl.weights import (
 
 
 def build_engine(config: RunConfig) -> Engine:
-    """The engine of `config`. Raises ScheduleError or ValueError for a run that cannot be."""
+    """Return the engine of `config`. Raises ScheduleError or ValueError for a run that cannot be."""  # noqa: E501
     if config.executor != "table":
         from tf_impl.baseline import build_baseline
 
@@ -45,8 +45,8 @@ def build_engine(config: RunConfig) -> Engine:
 class TensorFlowEngine:
     """All stages in this process, each with a thread of its own (`common.runtime.engine.Engine`).
 
-    Differs: the stages, threads and optimizers are those of the Keras model, so that the harness measures
-    what a Keras user gets.
+    Differs: the stages, threads and optimizers are those of the Keras model, so that the harness
+    measures what a Keras user gets.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -69,10 +69,14 @@ class TensorFlowEngine:
         self.model.on_action = lambda device, action: self.on_action(device, action)
         self.model.build((None, model.context_length))
         named = named_parameters(unit_names(model), self.model.units, model.tied_head)
-        self._named = [item._replace(parameter=self.model.master_of(item.parameter)) for item in named]
+        self._named = [
+            item._replace(parameter=self.model.master_of(item.parameter)) for item in named
+        ]
         not_decayed = [item.parameter for item in self._named if not train.decays(item.name)]
         loss = keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True, ignore_class=IGNORED, dtype="float64" if train.dtype == "float64" else "float32"
+            from_logits=True,
+            ignore_class=IGNORED,
+            dtype="float64" if train.dtype == "float64" else "float32",
         )
         self.model.compile(make_optimizer(train, not_decayed), loss)
         self._stage_of = {unit: plan.part_of(unit) for unit in unit_names(model)}
@@ -95,7 +99,9 @@ class TensorFlowEngine:
         pieces = batch.micro_batches(self.config.train.micro_batches)
         losses = self.model.forward_only(
             batch.inputs,
-            lambda i, logits: self.model.summed_loss(logits, tf.constant(pieces[i].targets), batch.num_tokens)[None],
+            lambda i, logits: self.model.summed_loss(
+                logits, tf.constant(pieces[i].targets), batch.num_tokens
+            )[None],
         )
         return math.fsum(float(loss) for loss in losses)
 
@@ -109,9 +115,14 @@ class TensorFlowEngine:
         return found
 
     def probe_units(
-        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+        self,
+        batch: Batch,
+        inputs: Mapping[str, NDArray[Any]],
+        output_gradients: Mapping[str, NDArray[Any]],
     ) -> dict[TensorKey, NDArray[Any]]:
-        found = self.model.on_all_stages(lambda d: probe_units(self.model, d, batch, inputs, output_gradients))
+        found = self.model.on_all_stages(
+            lambda d: probe_units(self.model, d, batch, inputs, output_gradients)
+        )
         return {key: array for arrays in found for key, array in arrays.items()}
 
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
@@ -126,7 +137,9 @@ class TensorFlowEngine:
 
     def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
         for moment, moment_of in self.model.moments().items():
-            load_gradients(self._named, {i.name: state[f"{moment}/{i.name}"] for i in self._named}, moment_of)
+            load_gradients(
+                self._named, {i.name: state[f"{moment}/{i.name}"] for i in self._named}, moment_of
+            )
         self.model.optimizer.iterations.assign(steps_done)
 
     def weights(self) -> Arrays:
@@ -145,12 +158,15 @@ class TensorFlowEngine:
         return devices.environment() | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
-        """As the protocol says; stages that share a GPU are counted together, under the first of them."""
+        """As the protocol says; stages that share a GPU are counted together, under the first of
+        them.
+        """
         names = self.model.stage_devices
         if "GPU" in names[0]:
             short = {name: name.split("device:")[-1] for name in names}
             return {
-                names.index(n): tf.config.experimental.get_memory_info(short[n])["peak"] for n in dict.fromkeys(names)
+                names.index(n): tf.config.experimental.get_memory_info(short[n])["peak"]
+                for n in dict.fromkeys(names)
             }
         return {0: peak_resident_bytes()}
 

@@ -1,11 +1,13 @@
 """A Keras model that trains as a pipeline: `GPipeModel(layers, num_stages=4, num_micro_batches=8)`.
 
-    model = GPipeModel([Dense(256, "relu"), Dense(256, "relu"), Dense(10)], num_stages=3, num_micro_batches=4)
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    model = GPipeModel([Dense(256, "relu"), Dense(256, "relu"), Dense(10)], num_stages=3,
+    num_micro_batches=4) model.compile("adam",
+    keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     model.fit(dataset, validation_data=held_out, epochs=3)
 
-It is the synchronous pipeline of GPipe (Huang et al. 2019), with any schedule: the same weights as training the layers
-on one device, because a mini-batch's gradients are added up over its micro-batches before the optimizer sees them.
+It is the synchronous pipeline of GPipe (Huang et al. 2019), with any schedule: the same weights as
+training the layers on one device, because a mini-batch's gradients are added up over its
+micro-batches before the optimizer sees them.
 """
 
 from __future__ import annotations
@@ -50,25 +52,27 @@ Result = TypeVar("Result")
 class GPipeModel(TracedRow, SavedRow, StageThreads):
     """A row of Keras layers, or the Transformer of a `TransformerSpec`, cut over several devices.
 
-    `layers` are as `keras.Sequential` has them, a `keras.Input` ahead of them or not. Weights that they already have are
-    moved to the stage's device. `partition` gives the first
-    layer of every virtual stage after the first; "even" spreads the layers evenly. `num_micro_batches` need not divide
-    a mini-batch: pieces then differ by one sample.
-    `schedule` is a name (gpipe, 1f1b, ...), `file:PATH`, or a `Schedule`. `recompute`: what the backward
-    computes again instead of holding it (`common.schedule.recompute`; GPipe's choice is "full"). `dtype` and `seed` (of
-    the dropout masks) are the Transformer's; ordinary layers have their own. One logical device per stage must exist
-    (`tf_impl.devices.configure`).
+    `layers` are as `keras.Sequential` has them, a `keras.Input` ahead of them or not. Weights that
+    they already have are moved to the stage's device. `partition` gives the first layer of every
+    virtual stage after the first; "even" spreads the layers evenly. `num_micro_batches` need not
+    divide a mini-batch: pieces then differ by one sample. `schedule` is a name (gpipe, 1f1b, ...),
+    `file:PATH`, or a `Schedule`. `recompute`: what the backward computes again instead of holding
+    it (`common.schedule.recompute`; GPipe's choice is "full"). `dtype` and `seed` (of the dropout
+    masks) are the Transformer's; ordinary layers have their own. One logical device per stage must
+    exist (`tf_impl.devices.configure`).
 
-    It gives what `keras.Sequential` gives with the same weights: masks, regularizers and `add_loss` included, where what
-    is added is a mean or a sum over samples, or depends on the weights alone. A layer sees one
-    micro-batch at a time: random numbers are each micro-batch's own, so is whatever is computed across samples, and what
-    layers update in the forward, such as the averages of a BatchNormalization, is updated m times a step, each time from
-    one micro-batch. `compile` (or `build`, if that comes later) warns once of such updates and names the layers.
+    It gives what `keras.Sequential` gives with the same weights: masks, regularizers and `add_loss`
+    included, where what is added is a mean or a sum over samples, or depends on the weights alone.
+    A layer sees one micro-batch at a time: random numbers are each micro-batch's own, so is
+    whatever is computed across samples, and what layers update in the forward, such as the averages
+    of a BatchNormalization, is updated m times a step, each time from one micro-batch. `compile`
+    (or `build`, if that comes later) warns once of such updates and names the layers.
 
-    Raises ValueError for more stages than layers, a partition that does not fit, missing devices, a layer that comes
-    twice, is stateful or part of another model; ScheduleError for a schedule that cannot be
-    made. `build` does for a device that would hand on integers or several tensors, for a `tf.py_function` that has to be
-    differentiated, and for `recompute` where a layer calls Python or draws numbers without a Keras seed.
+    Raises ValueError for more stages than layers, a partition that does not fit, missing devices, a
+    layer that comes twice, is stateful or part of another model; ScheduleError for a schedule that
+    cannot be made. `build` does for a device that would hand on integers or several tensors, for a
+    `tf.py_function` that has to be differentiated, and for `recompute` where a layer calls Python
+    or draws numbers without a Keras seed.
     """
 
     def __init__(
@@ -86,10 +90,14 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        check_numbers(num_stages=num_stages, num_micro_batches=num_micro_batches, num_chunks=num_chunks)
+        check_numbers(
+            num_stages=num_stages, num_micro_batches=num_micro_batches, num_chunks=num_chunks
+        )
         if not isinstance(schedule, str | Schedule):
             raise ValueError(f"schedule {schedule!r}; expected a name, file:PATH or a Schedule")
-        super().__init__(name=name, **({"dtype": dtype} if isinstance(layers, TransformerSpec) else {}))
+        super().__init__(
+            name=name, **({"dtype": dtype} if isinstance(layers, TransformerSpec) else {})
+        )
         self.spec = layers if isinstance(layers, TransformerSpec) else None
         self.seed = seed
         start = None
@@ -120,13 +128,16 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
             for k in range(made.num_virtual_stages)
         ]
         self.stages = [
-            Stage([self.chunks[made.virtual_stage(d, c)] for c in range(made.num_chunks)]) for d in range(num_stages)
+            Stage([self.chunks[made.virtual_stage(d, c)] for c in range(made.num_chunks)])
+            for d in range(num_stages)
         ]
         self.stage_devices = names
         self.events: dict[int, list[Event]] = {}
         """What the last `forward_backward` did, per device."""
         self.on_action: Callable[[int, Action | None], None] = unwatched
-        """Called with the device ahead of every action, and with None after the last, on the stage's thread."""
+        """Called with the device ahead of every action, and with None after the last, on the
+        stage's thread.
+        """
         self._arguments = (num_stages, num_micro_batches, schedule_text(schedule))
         self._options = (num_chunks, edges[1:-1], recompute, device, dtype, seed)
         self._input: keras.KerasTensor | None = None
@@ -143,20 +154,27 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         if start is not None:
             self.build(start.shape, start.dtype)
 
-    # ------------------------------------------------------------------------------------------- Keras' own methods
+    # --------------------------------------------------------------------------- Keras' own methods
 
     def build(self, input_shape: Sequence[int | None], dtype: str | None = None) -> None:
-        """Makes all weights, each on its stage's device. Called by the first step; needed before `load_weights`."""
+        """Make all weights, each on its stage's device. Called by the first step; needed before
+        `load_weights`.
+        """
         if self._input is not None:
             return
         if dtype is None:
-            dtype = "int32" if isinstance(self.units[0], Embedding | keras.layers.Embedding) else keras.config.floatx()
+            dtype = (
+                "int32"
+                if isinstance(self.units[0], Embedding | keras.layers.Embedding)
+                else keras.config.floatx()
+            )
         x = start = keras.KerasTensor((None, *input_shape[1:]), dtype)
         taken: set[int] = set()
         for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
             for shared in (v for layer in chunk.layers for v in layer.variables if id(v) in taken):
                 raise ValueError(
-                    f"layers of two virtual stages share the variable {shared.path}; expected a partition that keeps them "
+                    f"layers of two virtual stages share the variable {shared.path}; expected a "
+                    "partition that keeps them "
                     "together"
                 )
             x = self.on_stage(d, functools.partial(chunk.build, x))
@@ -183,15 +201,20 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
     ) -> None:
         """As `keras.Model.compile`. Clipping by `global_clipnorm` is over all stages.
 
-        Whatever `run_eagerly` is, Python walks the schedule, and what it calls are traced functions. Raises ValueError for
-        XLA, and for an optimizer or a loss that a pipeline cannot have (`check_optimizer`, `check_loss`).
+        Whatever `run_eagerly` is, Python walks the schedule, and what it calls are traced
+        functions. Raises ValueError for XLA, and for an optimizer or a loss that a pipeline cannot
+        have (`check_optimizer`, `check_loss`).
         """
         check_loss(loss)
         if jit_compile is True:
-            raise ValueError("jit_compile=True: the cut functions are not compiled by XLA; expected 'auto' or False")
+            raise ValueError(
+                "jit_compile=True: the cut functions are not compiled by XLA; expected 'auto' "
+                "or False"
+            )
         if type(self).compute_loss is not keras.Model.compute_loss:
             raise ValueError(
-                "compute_loss is overridden, and a pipeline computes its loss in pieces; expected compile(loss=...)"
+                "compute_loss is overridden, and a pipeline computes its loss in pieces; expected "
+                "compile(loss=...)"
             )
         own_metrics = type(self).compute_metrics is not keras.Model.compute_metrics
         self._reports = bool(metrics or weighted_metrics or own_metrics)
@@ -217,7 +240,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         return super().__call__(x, *arguments, **options)
 
     def call(self, x: Any, training: bool = False) -> tf.Tensor:
-        """The forward pass alone, stage after stage, without dropout."""
+        """Return the forward pass alone, stage after stage, without dropout."""
         if training:
             raise ValueError("a pipeline trains in forward_backward, not in call(training=True)")
         mask = mask_of(x)
@@ -240,40 +263,54 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
     def test_step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = unpacked(data)
         prediction, layer_losses = self._forward(x)
-        loss = math.fsum(float(value) for value in (self._compile_loss(y, prediction, sample_weight), *layer_losses))
+        loss = math.fsum(
+            float(value)
+            for value in (self._compile_loss(y, prediction, sample_weight), *layer_losses)
+        )
         return self._reported(loss, x, y, prediction, sample_weight)
 
     def predict_step(self, data: Any) -> tf.Tensor:
         return self.forward_only(one_tensor(keras.utils.unpack_x_y_sample_weight(data)[0], "x"))
 
-    # ------------------------------------------------------------------------------------------- one training step
+    # ---------------------------------------------------------------------------- one training step
 
-    def forward_backward(self, x: Any, y: Any, sample_weight: Any = None, step: int | None = None) -> float:
-        """Runs the schedule over a mini-batch, replacing the gradients. Returns the mini-batch's loss.
+    def forward_backward(
+        self, x: Any, y: Any, sample_weight: Any = None, step: int | None = None
+    ) -> float:
+        """Run the schedule over a mini-batch, replacing the gradients. Returns the mini-batch's
+        loss.
 
-        `step` (default: the optimizer's) chooses the Transformer's dropout masks. Raises ValueError for a batch with
-        fewer samples than micro-batches, RuntimeError before `compile`, and a failed stage's StageFailure.
+        `step` (default: the optimizer's) chooses the Transformer's dropout masks. Raises ValueError
+        for a batch with fewer samples than micro-batches, RuntimeError before `compile`, and a
+        failed stage's StageFailure.
         """
         if not self.compiled:
-            raise RuntimeError("the model has no optimizer and no loss yet; expected compile(optimizer, loss)")
+            raise RuntimeError(
+                "the model has no optimizer and no loss yet; expected compile(optimizer, loss)"
+            )
         x, y, sample_weight = unpacked((x, y, sample_weight))
         m = self.schedule.num_micro_batches
         if len(x) < m:
             raise ValueError(
-                f"a batch of {len(x)} samples cannot be cut into {m} micro-batches; expected at least {m} "
+                f"a batch of {len(x)} samples cannot be cut into {m} micro-batches; expected at "
+                f"least {m} "
                 "(drop_remainder=True where a data set is batched)"
             )
         self._ensure_built(x)
         labels = [y] if sample_weight is None else [y, sample_weight]
         divisor = self._divisor(self._ensure_traced(x, labels), x, labels)
         sizes = piece_sizes(len(x), m)
-        context = self.dropout_context(len(x), int(self.optimizer.iterations) if step is None else step)
+        context = self.dropout_context(
+            len(x), int(self.optimizer.iterations) if step is None else step
+        )
 
         def begin(d: int) -> Stage:
             stage = self.stages[d]
             for chunk in stage.chunks:
                 chunk.clear_gradients()
-            first, last = (any(getattr(c, end) for c in stage.chunks) for end in ("is_first", "is_last"))
+            first, last = (
+                any(getattr(c, end) for c in stage.chunks) for end in ("is_first", "is_last")
+            )
             pieces = zip(*(tf.split(t, sizes) for t in labels), strict=True) if last else []
             stage.begin(
                 tf.split(x, sizes) if first else [],
@@ -285,10 +322,15 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         self.events = self._run(self.schedule, begin)
         self._add_tied_gradients()
         losses = [*self.stages[self.schedule.location[-1][0]].losses.values()]
-        return math.fsum(float(loss) for loss in (*losses, *(loss for s in self.stages for loss in s.layer_losses)))
+        return math.fsum(
+            float(loss)
+            for loss in (*losses, *(loss for s in self.stages for loss in s.layer_losses))
+        )
 
     def apply_gradients(self, step: int | None = None) -> float:
-        """Clips over all stages, then one optimizer step (default: the next). Returns the norm before clipping."""
+        """Clip over all stages, then one optimizer step (default: the next). Returns the norm
+        before clipping.
+        """
         self._ensure_optimizers()
         step = int(self.optimizer.iterations) if step is None else step
         self.optimizer.iterations.assign(step)
@@ -303,32 +345,45 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         return norm
 
     def reset_optimizer(self) -> None:
-        """Forgets the moments and steps of one of `tf_impl.optimizer`'s optimizers, whose slots all begin with zeros."""
+        """Forget the moments and steps of one of `tf_impl.optimizer`'s optimizers, whose slots all
+        begin with zeros.
+        """
         for variable in self.optimizer.variables:
             if variable is not self.optimizer._learning_rate:
                 variable.assign(tf.zeros(variable.shape, variable.dtype))
 
     def cast_masters(self) -> None:
-        """Gives the layers what they compute with, where that is less precise than what the optimizer updates."""
+        """Give the layers what they compute with, where that is less precise than what the
+        optimizer updates.
+        """
         if self._copies:
             self.on_all_stages(lambda d: [chunk.cast_masters() for chunk in self.stages[d].chunks])
 
     def master_of(self, variable: keras.Variable) -> keras.Variable:
-        """What the optimizer updates for a weight of a layer."""
-        pairs = (pair for chunk in self.chunks for pair in zip(chunk.variables, chunk.masters, strict=True))
+        """Return what the optimizer updates for a weight of a layer."""
+        pairs = (
+            pair
+            for chunk in self.chunks
+            for pair in zip(chunk.variables, chunk.masters, strict=True)
+        )
         return next(master for own, master in pairs if own is variable)
 
     def moments(self) -> dict[str, Callable[[keras.Variable], tf.Variable]]:
-        """The optimizer's "first_moment" and "second_moment", as far as it has them: where that of a weight is."""
+        """Return the optimizer's "first_moment" and "second_moment", as far as it has them: where
+        that of a weight is.
+        """
         self._build_optimizer()
         found = moments_of(self.optimizer, self._masters)
         return {name: lambda variable, of=of: of[id(variable)] for name, of in found.items()}
 
-    def forward_only(self, x: Any, finish: Callable[[int, tf.Tensor], tf.Tensor] = lambda i, y: y) -> tf.Tensor:
-        """The prediction without dropout, through the pipeline in micro-batches, or, for a small batch, in single samples.
+    def forward_only(
+        self, x: Any, finish: Callable[[int, tf.Tensor], tf.Tensor] = lambda i, y: y
+    ) -> tf.Tensor:
+        """Return the prediction without dropout, through the pipeline in micro-batches, or, for a
+        small batch, in single samples.
 
-        `finish(micro_batch, prediction)` is called on the last stage, for what to keep instead. Raises a failed stage's
-        StageFailure.
+        `finish(micro_batch, prediction)` is called on the last stage, for what to keep instead.
+        Raises a failed stage's StageFailure.
         """
         return self._forward(x, finish)[0]
 
@@ -341,7 +396,9 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         count = min(self.schedule.num_micro_batches, len(x))
         sizes, passes = piece_sizes(len(x), count), {}
         rows = self.schedule.only_forward().devices
-        forwards = tuple(tuple(action for action in row if action.micro_batch < count) for row in rows)
+        forwards = tuple(
+            tuple(action for action in row if action.micro_batch < count) for row in rows
+        )
 
         def begin(d: int) -> ForwardOnly:
             chunks = self.stages[d].chunks
@@ -355,7 +412,9 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         return concatenated([found[i] for i in range(count)]), losses
 
     def summed_loss(self, prediction: tf.Tensor, y: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
-        """What a part of a mini-batch adds to its loss. `rest`: the sample weight, if there is one, and the divisor."""
+        """Return what a part of a mini-batch adds to its loss. `rest`: the sample weight, if there
+        is one, and the divisor.
+        """
         *weight, divisor = rest
         if self._loss is None:
             self._understand_loss(prediction, y, *weight)
@@ -372,7 +431,8 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         )
 
     def unit_outputs(self, x: Any, context: Sequence[Any]) -> list[tf.Tensor]:
-        """The output of every layer for one micro-batch, with the dropout of a training step (to compare them).
+        """Return the output of every layer for one micro-batch, with the dropout of a training step
+        (to compare them).
 
         `context`: what `dropout_context` has for this micro-batch, or nothing.
         """
@@ -386,7 +446,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
                     outputs.append(x)
         return outputs
 
-    # ------------------------------------------------------------------------------------------- inside
+    # --------------------------------------------------------------------------------------- inside
 
     @property
     def _tied(self) -> tuple[keras.Variable, keras.Variable] | None:
@@ -396,14 +456,18 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         return self.master_of(self.units[0].token), self.master_of(self.units[-1].token)
 
     def _add_tied_gradients(self) -> None:
-        """The token embedding's gradient: that of its own use plus that of the head's copy, put in both."""
+        """The token embedding's gradient: that of its own use plus that of the head's copy, put in
+        both.
+        """
         if self._tied is not None:
             own, copy = (self.gradient_of(variable) for variable in self._tied)
             own.assign_add(copy)
             copy.assign(own)
 
     def _clip(self, squares: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
-        """From each stage's squared norms: the norm over all stages, and what each multiplies its gradients by."""
+        """From each stage's squared norms: the norm over all stages, and what each multiplies its
+        gradients by.
+        """
         norm = global_norm([square for stage in squares for square in stage])
         return norm, [clip_scale(norm, self.optimizer.global_clipnorm)] * len(squares)
 
@@ -437,18 +501,24 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
             self.build(tuple(x.shape), keras.backend.standardize_dtype(x.dtype))
 
     def _check_effects(self) -> None:
-        """Raises ValueError for layers that cannot run as often as a micro-batch asks; warns of those with a state."""
+        """Raises ValueError for layers that cannot run as often as a micro-batch asks; warns of
+        those with a state.
+        """
         m = self.schedule.num_micro_batches
         for chunk, layer in ((c, each) for c in self.chunks for each in c.layers):
-            if m > 1 and any("neither" in kinds for kinds in chunk.kinds.get(id(layer), {}).values()):
+            if m > 1 and any(
+                "neither" in kinds for kinds in chunk.kinds.get(id(layer), {}).values()
+            ):
                 raise ValueError(
-                    f"layer {layer.name}: what it adds to the loss of a batch is not known to be the sum or the mean of "
+                    f"layer {layer.name}: what it adds to the loss of a batch is not known to be "
+                    "the sum or the mean of "
                     "what it adds for the samples; expected one of the two, or num_micro_batches=1"
                 )
         for layer, effects in (found for chunk in self.chunks for found in chunk.effects):
             if effects.differentiates_python and m > 1:
                 raise ValueError(
-                    f"layer {layer.name}: TensorFlow keeps what the gradient of a tf.py_function needs of one call only; "
+                    f"layer {layer.name}: TensorFlow keeps what the gradient of a tf.py_function "
+                    "needs of one call only; "
                     "expected one micro-batch, or tf.numpy_function in a tf.custom_gradient"
                 )
             if self.recompute != "none" and not effects.is_undone:
@@ -456,13 +526,21 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         self._warn_of_states()
 
     def _warn_of_states(self) -> None:
-        """Names, once, the layers that update variables in the forward: they do so with every micro-batch."""
-        names = [name for chunk in self.chunks for _, effects in chunk.effects for name in effects.changed]
+        """Names, once, the layers that update variables in the forward: they do so with every
+        micro-batch.
+        """
+        names = [
+            name
+            for chunk in self.chunks
+            for _, effects in chunk.effects
+            for name in effects.changed
+        ]
         m = self.schedule.num_micro_batches
         if names and m > 1 and self.compiled and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"{', '.join(dict.fromkeys(names))}: updated with every micro-batch, so {m} times a step, each time from "
+                f"{', '.join(dict.fromkeys(names))}: updated with every micro-batch, so {m} times "
+                "a step, each time from "
                 "that micro-batch alone; keras.Sequential does so once, from the whole mini-batch",
                 stacklevel=2,
             )
@@ -478,9 +556,12 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         predictions = self.stages[self.schedule.location[-1][0]].predictions
         return [predictions[i] for i in range(self.schedule.num_micro_batches)]
 
-    def _reported(self, loss: Any, x: Any, y: Any, prediction: Any, sample_weight: Any) -> dict[str, Any]:
+    def _reported(
+        self, loss: Any, x: Any, y: Any, prediction: Any, sample_weight: Any
+    ) -> dict[str, Any]:
         self._loss_tracker.update_state(loss, sample_weight=len(x))
         if self._compile_metrics is not None and not self._compile_metrics.built:
             self._compile_metrics.build(y, prediction)
-            self._compile_metrics.reset_state()  # of metrics that another model has used; Keras does so while it builds
+            # of metrics that another model has used; Keras does so while it builds
+            self._compile_metrics.reset_state()
         return self.compute_metrics(x, y, prediction, sample_weight)

@@ -8,7 +8,9 @@ Object = TypeVar("Object")
 
 
 def shallow_copy(of: Object, **changes: Any) -> Object:
-    """As `copy.copy`, which Keras replaces by saving and loading; `changes` are attributes, set untracked."""
+    """As `copy.copy`, which Keras replaces by saving and loading; `changes` are attributes, set
+    untracked.
+    """
     new = object.__new__(type(of))
     vars(new).update(vars(of) | changes)
     return new

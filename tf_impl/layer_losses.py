@@ -26,7 +26,7 @@ OPEN_AXIS = 4
 
 
 def losses_of(layer: keras.layers.Layer) -> list[tf.Tensor]:
-    """What the layer's last call adds to the loss, then its weight regularizers."""
+    """Return what the layer's last call adds to the loss, then its weight regularizers."""
     return [keras.ops.sum(loss) for loss in layer.losses]
 
 
@@ -45,7 +45,9 @@ def total(losses: Sequence[tf.Tensor]) -> tf.Tensor | None:
     return functools.reduce(keras.ops.add, losses) if losses else None
 
 
-def kinds_of_losses(layer: keras.layers.Layer, x: Any, call: Callable[..., Any]) -> Mapping[bool, list[Kind]]:
+def kinds_of_losses(
+    layer: keras.layers.Layer, x: Any, call: Callable[..., Any]
+) -> Mapping[bool, list[Kind]]:
     """By `training`: the kind of every loss that `call(x, training=...)` adds for inputs like `x`.
 
     In training, layers such as Dropout hide it; then it is what it is without training.
@@ -86,5 +88,5 @@ def _kinds(layer: keras.layers.Layer, like: Any, call: Callable[[Any], Any]) -> 
 
 
 def num_regularized(layer: keras.layers.Layer) -> int:
-    """How many of the layer's losses come from its weights alone; they are the last."""
+    """Return how many of the layer's losses come from its weights alone; they are the last."""
     return sum(v.regularizer is not None for v in layer.trainable_variables)

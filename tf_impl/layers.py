@@ -1,6 +1,7 @@
 """The model as Keras layers.
 
-Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E = D / H, F feed-forward width, V vocabulary.
+Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E = D / H, F
+feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from tf_impl.precision import at_least_float32, product
 
 @tf.custom_gradient
 def gelu(x: tf.Tensor) -> Any:
-    """The exact GELU (Hendrycks and Gimpel 2016): x Phi(x), with Phi(x) = (1 + erf(x / sqrt 2)) / 2.
+    """Return the exact GELU (Hendrycks and Gimpel 2016): x Phi(x), with Phi(x) = (1 + erf(x / sqrt
+    2)) / 2.
 
-    `tf.nn.gelu` divides by a constant with 12 digits, `keras.ops.gelu` is the tanh approximation by default.
+    `tf.nn.gelu` divides by a constant with 12 digits, `keras.ops.gelu` is the tanh approximation by
+    default.
 
-    Differs: with a gradient of its own, Phi(x) + x phi(x), it holds `x` alone, as the other frameworks' kernels do; a tape
-    would hold three tensors of that size.
+    Differs: with a gradient of its own, Phi(x) + x phi(x), it holds `x` alone, as the other
+    frameworks' kernels do; a tape would hold three tensors of that size.
     """
 
     def cumulative(x: tf.Tensor) -> tf.Tensor:
@@ -42,14 +45,17 @@ def gelu(x: tf.Tensor) -> Any:
 
 
 def gelu_tanh(x: tf.Tensor) -> tf.Tensor:
-    """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715
+    x^3))).
+    """
     wide = at_least_float32(x)
     inner = math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide * wide * wide)
     return tf.cast(0.5 * wide * (1.0 + tf.math.tanh(inner)), x.dtype)
 
 
 def softmax(scores: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """`tf.nn.softmax` over the last axis of float32 `scores`, rounded to `dtype`; it holds that result alone.
+    """`tf.nn.softmax` over the last axis of float32 `scores`, rounded to `dtype`; it holds that
+    result alone.
 
     Differs: PyTorch's softmax in bfloat16 is so already.
     """
@@ -68,20 +74,30 @@ def softmax(scores: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
 
 
 def activation(name: str) -> Callable[[tf.Tensor], tf.Tensor]:
-    """What stands between the two linear layers of a feed-forward (`TransformerSpec.activation`)."""
+    """Return what stands between the two linear layers of a feed-forward
+    (`TransformerSpec.activation`).
+    """
     return {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": tf.nn.relu}[name]
 
 
 class Linear(keras.layers.Dense):
-    """`keras.layers.Dense` with the products of `tf_impl.precision`, and a bias whose gradient is summed in float32.
+    """`keras.layers.Dense` with the products of `tf_impl.precision`, and a bias whose gradient is
+    summed in float32.
 
-    Differs: PyTorch's linear layer is so already, and it is its LayerNorm that is not (`torch_impl.precision`).
+    Differs: PyTorch's linear layer is so already, and it is its LayerNorm that is not
+    (`torch_impl.precision`).
     """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        rows = tf.reshape(inputs, (-1, inputs.shape[-1]))  # (B S, in): the kernel's gradient is then one product
+        rows = tf.reshape(
+            inputs, (-1, inputs.shape[-1])
+        )  # (B S, in): the kernel's gradient is then one product
         y = tf.reshape(product(rows, self.kernel), (-1, *inputs.shape[1:-1], self.units))
-        return y if self.bias is None else tf.cast(at_least_float32(y) + at_least_float32(self.bias), y.dtype)
+        return (
+            y
+            if self.bias is None
+            else tf.cast(at_least_float32(y) + at_least_float32(self.bias), y.dtype)
+        )
 
 
 class Unit(keras.layers.Layer):
@@ -93,7 +109,9 @@ class Unit(keras.layers.Layer):
         self.unit_name = name
 
     def get_config(self) -> dict[str, Any]:
-        """What `model.save` writes of a plain model. Differs: Keras alone saves how a model is made."""
+        """Return what `model.save` writes of a plain model. Differs: Keras alone saves how a model
+        is made.
+        """
         return {
             "spec": self.spec.model_dump(mode="json"),
             "name": self.unit_name,
@@ -105,10 +123,14 @@ class Unit(keras.layers.Layer):
         return cls(TransformerSpec.model_validate(config["spec"]), config["name"], config["dtype"])
 
     def linear(self, units: int, name: str, bias: bool = True) -> Linear:
-        return Linear(units, use_bias=bias, name=name, dtype=self.dtype)  # kernel (in, out), as canonical
+        return Linear(
+            units, use_bias=bias, name=name, dtype=self.dtype
+        )  # kernel (in, out), as canonical
 
     def layer_norm(self, name: str) -> keras.layers.LayerNormalization:
-        return keras.layers.LayerNormalization(epsilon=self.spec.norm_epsilon, name=name, dtype=self.dtype)
+        return keras.layers.LayerNormalization(
+            epsilon=self.spec.norm_epsilon, name=name, dtype=self.dtype
+        )
 
     def dropout(self, x: tf.Tensor, place: int, context: DropoutContext | None) -> tf.Tensor:
         """Dropout at one of the unit's places (`common.spec.dropout_masks.site_number`)."""
@@ -124,7 +146,9 @@ class Embedding(Unit):
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         d = self.spec.d_model
-        self.token = self.add_weight(shape=(self.spec.vocab_size, d), initializer="random_normal", name="token")
+        self.token = self.add_weight(
+            shape=(self.spec.vocab_size, d), initializer="random_normal", name="token"
+        )
         self.position = self.add_weight(
             shape=(self.spec.context_length, d), initializer="random_normal", name="position"
         )
@@ -170,7 +194,10 @@ class FeedForward(Unit):
     """Two linear layers with a GELU or ReLU between."""
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.up, self.down = self.linear(self.spec.d_ff, "up"), self.linear(self.spec.d_model, "down")
+        self.up, self.down = (
+            self.linear(self.spec.d_ff, "up"),
+            self.linear(self.spec.d_model, "down"),
+        )
         self.up.build(input_shape)
         self.down.build((*input_shape[:-1], self.spec.d_ff))
 
@@ -198,7 +225,8 @@ class Block(Unit):
 
 
 class Head(Unit):
-    """The last norm (pre-norm only) and the logits. A tied head holds its own copy of the token embedding.
+    """The last norm (pre-norm only) and the logits. A tied head holds its own copy of the token
+    embedding.
 
     Differs: the loss is not in here but the `loss` that the Keras model is compiled with.
     """
@@ -227,7 +255,9 @@ class Head(Unit):
 
 
 def build_unit(spec: TransformerSpec, name: str, dtype: str) -> Unit:
-    """The unit of this name (see `common.spec.parameters.unit_names`), without weights yet: Keras makes them in `build`."""
+    """Return the unit of this name (see `common.spec.parameters.unit_names`), without weights yet:
+    Keras makes them in `build`.
+    """
     if name == "embedding":
         return Embedding(spec, name, dtype)
     return Head(spec, name, dtype) if name == "head" else Block(spec, name, dtype)

@@ -5,11 +5,13 @@ Keras computes a value per element, multiplies by weights and masks, and divides
 
     loss(mini-batch) = sum over micro-batches of numerator(micro-batch) / divisor(mini-batch)
 
-is Keras' own number: never a mean of means. The numerator comes from Keras' own `__call__`, of a copy of the loss
-that sums. Labels of another rank, integer or boolean ones, masks and `ignore_class` are therefore Keras' affair.
+is Keras' own number: never a mean of means. The numerator comes from Keras' own `__call__`, of a
+copy of the loss that sums. Labels of another rank, integer or boolean ones, masks and
+`ignore_class` are therefore Keras' affair.
 
-A loss that reduces by itself (a function that returns a scalar, a subclass with a `__call__` of its own) hides its
-count. It is tried on three rows: a mean over samples and a sum are known by their values; anything else is refused.
+A loss that reduces by itself (a function that returns a scalar, a subclass with a `__call__` of its
+own) hides its count. It is tried on three rows: a mean over samples and a sum are known by their
+values; anything else is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class BatchLoss(NamedTuple):
     reduces: Literal["no", "mean", "sum"]
     """What `loss` does by itself, out of sight of `reduction`."""
 
-    def numerator(self, y: tf.Tensor, prediction: tf.Tensor, sample_weight: tf.Tensor | None = None) -> tf.Tensor:
+    def numerator(
+        self, y: tf.Tensor, prediction: tf.Tensor, sample_weight: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """Of a part of the mini-batch: a scalar. Raises as `divisor`."""
         loss = self.loss
         if self.reduces == "no":
@@ -50,15 +54,22 @@ class BatchLoss(NamedTuple):
             total *= prediction.shape[0]
         return total if self.weight == 1 else total * self.weight
 
-    def divisor(self, y: tf.Tensor, prediction: tf.Tensor, sample_weight: tf.Tensor | None = None) -> tf.Tensor:
-        """Of the whole mini-batch: a scalar in float64. Reads no more of `prediction` than its shape and mask.
+    def divisor(
+        self, y: tf.Tensor, prediction: tf.Tensor, sample_weight: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """Of the whole mini-batch: a scalar in float64. Reads no more of `prediction` than its
+        shape and mask.
 
         Raises ValueError for a sample weight that Keras could not apply to the loss.
         """
         if self.reduces != "no":
             if mask_of(prediction) is not None:
-                raise ValueError("a loss that reduces by itself cannot be masked; expected one value per element")
-            return tf.constant(float(prediction.shape[0]) if self.reduces == "mean" else 1.0, tf.float64)
+                raise ValueError(
+                    "a loss that reduces by itself cannot be masked; expected one value per element"
+                )
+            return tf.constant(
+                float(prediction.shape[0]) if self.reduces == "mean" else 1.0, tf.float64
+            )
         values, mask, weight = self._counted(y, prediction, sample_weight)
         if self.loss.reduction == "sum":
             return tf.ones((), tf.float64)
@@ -67,18 +78,26 @@ class BatchLoss(NamedTuple):
         size = float(values.shape.num_elements())
         if mask is None:
             return tf.constant(size, tf.float64)
-        # Keras divides by how many elements of the mask count, and by how many values each of them stands for.
+        # Keras divides by how many elements of the mask count, and by how many values each of them
+        # stands for.
         return tf.reduce_sum(tf.cast(mask, tf.float64)) * (size / mask.shape.num_elements())
 
-    def _counted(self, y: tf.Tensor, prediction: tf.Tensor, sample_weight: tf.Tensor | None) -> tuple[Any, Any, Any]:
+    def _counted(
+        self, y: tf.Tensor, prediction: tf.Tensor, sample_weight: tf.Tensor | None
+    ) -> tuple[Any, Any, Any]:
         """The values, the mask, and the weight with the mask in it, as `Loss.__call__` has them."""
         dtype = self.loss.dtype
-        values = self.loss.call(keras.ops.convert_to_tensor(y, dtype), keras.ops.convert_to_tensor(prediction, dtype))
+        values = self.loss.call(
+            keras.ops.convert_to_tensor(y, dtype), keras.ops.convert_to_tensor(prediction, dtype)
+        )
         if sample_weight is not None:
-            fitted = squeeze_or_expand_to_same_rank(values, keras.ops.convert_to_tensor(sample_weight, dtype))
+            fitted = squeeze_or_expand_to_same_rank(
+                values, keras.ops.convert_to_tensor(sample_weight, dtype)
+            )
             if len(fitted[0].shape) != len(fitted[1].shape):
                 raise ValueError(
-                    f"sample_weight of shape {tuple(sample_weight.shape)} for a loss of shape {tuple(values.shape)}; "
+                    f"sample_weight of shape {tuple(sample_weight.shape)} for a loss of shape "
+                    f"{tuple(values.shape)}; "
                     "expected a weight for every value, or 1 in place of an axis"
                 )
         masks = [mask for mask in (mask_of(prediction), mask_of(values)) if mask is not None]
@@ -90,31 +109,43 @@ class BatchLoss(NamedTuple):
 def check_loss(loss: Any) -> None:
     """Raises ValueError for what is known to be wrong before a label is seen."""
     if isinstance(loss, dict):
-        raise ValueError("loss is a dict; expected the loss itself, since a row of layers has one output")
+        raise ValueError(
+            "loss is a dict; expected the loss itself, since a row of layers has one output"
+        )
     parts = [part for part in keras.tree.flatten(loss) if part is not None]
     if len(parts) != 1:
         raise ValueError(f"compile has {len(parts)} losses; expected one, for example loss='mse'")
-    found = parts[0] if str(parts[0]).lower() in ("crossentropy", "ce") else keras.losses.get(parts[0])
+    found = (
+        parts[0] if str(parts[0]).lower() in ("crossentropy", "ce") else keras.losses.get(parts[0])
+    )
     if isinstance(found, keras.losses.Loss) and found.reduction in (None, "none"):
         raise ValueError(
-            f"loss reduction {found.reduction!r} gives no number to report; expected sum, sum_over_batch_size, mean or "
+            f"loss reduction {found.reduction!r} gives no number to report; expected sum, "
+            "sum_over_batch_size, mean or "
             "mean_with_sample_weight"
         )
     if getattr(found, "fn", found) is keras.losses.circle or isinstance(found, keras.losses.Circle):
         raise ValueError(
-            "the circle loss compares the samples of a batch with each other; expected one value per sample"
+            "the circle loss compares the samples of a batch with each other; expected one value "
+            "per sample"
         )
 
 
 def batch_loss(
-    compiled: Any, y: tf.Tensor, prediction: tf.TensorSpec, sample_weight: tf.Tensor | None, pieces: int
+    compiled: Any,
+    y: tf.Tensor,
+    prediction: tf.TensorSpec,
+    sample_weight: tf.Tensor | None,
+    pieces: int,
 ) -> BatchLoss:
-    """Finds out how the loss of a `keras.Model` (its `_compile_loss`) goes over micro-batches.
+    """Find out how the loss of a `keras.Model` (its `_compile_loss`) goes over micro-batches.
 
     Raises ValueError for a loss that is not the sum over its parts, where there is more than one.
     """
     if not compiled.built:
-        compiled.build(y, prediction)  # "crossentropy" is one of three losses, depending on the shapes
+        compiled.build(
+            y, prediction
+        )  # "crossentropy" is one of three losses, depending on the shapes
     found = compiled._flat_losses[0]
     loss, weight = found.loss, 1.0 if found.loss_weights is None else float(found.loss_weights)
     if pieces == 1:
@@ -134,7 +165,10 @@ def _is_keras(function: Any) -> bool:
 
 
 def _tried(
-    loss: keras.losses.Loss, y: tf.Tensor, prediction: tf.TensorSpec, sample_weight: tf.Tensor | None
+    loss: keras.losses.Loss,
+    y: tf.Tensor,
+    prediction: tf.TensorSpec,
+    sample_weight: tf.Tensor | None,
 ) -> Literal["no", "mean", "sum"]:
     """How `loss` reduces, from its values for some rows and for their two parts."""
     generator, n = np.random.default_rng(0), len(y)
@@ -155,7 +189,9 @@ def _tried(
         return bool(np.isclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True))
 
     if n > 1:
-        if _has_values(loss) and len(loss.call(keras.ops.cast(y, loss.dtype), keras.ops.cast(guess, loss.dtype)).shape):
+        if _has_values(loss) and len(
+            loss.call(keras.ops.cast(y, loss.dtype), keras.ops.cast(guess, loss.dtype)).shape
+        ):
             whole, first, rest = values(shallow_copy(loss, reduction="sum"))
             if same(whole, first + rest):
                 return "no"
@@ -165,6 +201,7 @@ def _tried(
         if same(whole, first + rest):
             return "sum"
     raise ValueError(
-        f"the loss {getattr(loss, 'name', loss)} of a batch is neither the sum nor the mean of its samples' losses, so it "
+        f"the loss {getattr(loss, 'name', loss)} of a batch is neither the sum nor the mean of its "
+        "samples' losses, so it "
         "cannot be computed in micro-batches; expected one value per sample, or num_micro_batches=1"
     )

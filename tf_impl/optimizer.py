@@ -1,4 +1,6 @@
-"""The optimizers of `TrainSpec` as Keras optimizers, and any Keras optimizer on one device of several."""
+"""The optimizers of `TrainSpec` as Keras optimizers, and any Keras optimizer on one device of
+several.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +20,30 @@ from tf_impl.keras_copy import shallow_copy
 class AdamW(keras.optimizers.AdamW):
     """Keras' AdamW with epsilon where the others have it.
 
-    Loshchilov and Hutter 2019: w -= rate x m_hat / (sqrt(v_hat) + epsilon). Keras has sqrt(v) + epsilon instead, before
-    the bias correction of v ("epsilon hat", Kingma and Ba 2015, section 2). Its fused kernel computes
+    Loshchilov and Hutter 2019: w -= rate x m_hat / (sqrt(v_hat) + epsilon). Keras has sqrt(v) +
+    epsilon instead, before the bias correction of v ("epsilon hat", Kingma and Ba 2015, section 2).
+    Its fused kernel computes
 
         w -= rate' x m / (sqrt(v) + epsilon')
 
-    which is the first formula for rate' = rate x sqrt(c2) / c1, epsilon' = epsilon x sqrt(c2), c = 1 - beta^t. Both are
-    computed in float64: in float32, 1 - 0.999^2 would keep only three digits.
+    which is the first formula for rate' = rate x sqrt(c2) / c1, epsilon' = epsilon x sqrt(c2), c =
+    1 - beta^t. Both are computed in float64: in float32, 1 - 0.999^2 would keep only three digits.
     """
 
-    def apply(self, grads: Sequence[tf.Tensor], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Computes the bias corrections once for all weights: for each of them it is a third of what is traced."""
+    def apply(
+        self, grads: Sequence[tf.Tensor], trainable_variables: Sequence[Any] | None = None
+    ) -> None:
+        """Compute the bias corrections once for all weights: for each of them it is a third of what
+        is traced.
+        """
         t = tf.cast(self.iterations, tf.float64) + 1.0
         self._root = tf.sqrt(1.0 - tf.pow(tf.constant(self.beta_2, tf.float64), t))
         self._rate_factor = self._root / (1.0 - tf.pow(tf.constant(self.beta_1, tf.float64), t))
         super().apply(grads, trainable_variables)
 
-    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+    def update_step(
+        self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
+    ) -> None:
         dtype, index = variable.dtype, self._get_variable_index(variable)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
@@ -54,14 +63,19 @@ class AdamW(keras.optimizers.AdamW):
 class SGD(keras.optimizers.SGD):
     """SGD with momentum as PyTorch has it: m = momentum x m + g + decay x w; w -= rate x m.
 
-    Keras' momentum holds the rate as well, so a changing rate gives other numbers, and its weight decay is decoupled.
+    Keras' momentum holds the rate as well, so a changing rate gives other numbers, and its weight
+    decay is decoupled.
     """
 
-    def __init__(self, learning_rate: float = 0.01, momentum: float = 0.0, l2: float = 0.0, **options: Any) -> None:
+    def __init__(
+        self, learning_rate: float = 0.01, momentum: float = 0.0, l2: float = 0.0, **options: Any
+    ) -> None:
         super().__init__(learning_rate=learning_rate, momentum=momentum, **options)
         self.l2 = l2
 
-    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+    def update_step(
+        self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
+    ) -> None:
         rate = tf.cast(learning_rate, variable.dtype)
         if self.l2 and self._use_weight_decay(variable):
             gradient = gradient + self.l2 * variable
@@ -80,8 +94,12 @@ def learning_rate(train: TrainSpec, step: int) -> float:
     return train.learning_rate_at(step)
 
 
-def make_optimizer(train: TrainSpec, not_decayed: Sequence[keras.Variable]) -> keras.optimizers.Optimizer:
-    """The optimizer that `train` asks for; the variables in `not_decayed` have no weight decay."""
+def make_optimizer(
+    train: TrainSpec, not_decayed: Sequence[keras.Variable]
+) -> keras.optimizers.Optimizer:
+    """Return the optimizer that `train` asks for; the variables in `not_decayed` have no weight
+    decay.
+    """
     optimizer: keras.optimizers.Optimizer
     if train.optimizer == "adamw":
         optimizer = AdamW(
@@ -93,7 +111,9 @@ def make_optimizer(train: TrainSpec, not_decayed: Sequence[keras.Variable]) -> k
             global_clipnorm=train.clip_norm,
         )
     else:
-        optimizer = SGD(train.learning_rate, train.momentum, train.weight_decay, global_clipnorm=train.clip_norm)
+        optimizer = SGD(
+            train.learning_rate, train.momentum, train.weight_decay, global_clipnorm=train.clip_norm
+        )
     optimizer.exclude_from_weight_decay(var_list=list(not_decayed))
     return optimizer
 
@@ -111,12 +131,14 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
 def moments_of(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> dict[str, dict[int, tf.Variable]]:
-    """The "first_moment" and "second_moment" by the identity of the weight, as far as the optimizer has them.
+    """Return the "first_moment" and "second_moment" by the identity of the weight, as far as the
+    optimizer has them.
 
     `variables` are those it was built for, in that order.
     """
     lists = {
-        "first_moment": getattr(optimizer, "_momentums", None) or getattr(optimizer, "momentums", []),
+        "first_moment": getattr(optimizer, "_momentums", None)
+        or getattr(optimizer, "momentums", []),
         "second_moment": getattr(optimizer, "_velocities", []),
     }
     return {
@@ -127,16 +149,19 @@ def moments_of(
 
 
 def _like(variable: keras.Variable) -> keras.Variable:
-    return keras.Variable(variable.numpy(), dtype=variable.dtype, trainable=False, name=variable.name)
+    return keras.Variable(
+        variable.numpy(), dtype=variable.dtype, trainable=False, name=variable.name
+    )
 
 
 class StageOptimizer:
     """`optimizer`, at work on the weights of one device.
 
-    Keras puts slots beside their weights, so this is the same optimizer with the same slots, and `optimizer.variables`
-    has all of them. What is one number for all weights (iterations, learning rate, Nadam's product of momenta) has
-    a copy here, since stages run at once and cannot wait for one another. It never clips by the global norm, since it
-    sees only a part of the gradients: the model does, over all stages.
+    Keras puts slots beside their weights, so this is the same optimizer with the same slots, and
+    `optimizer.variables` has all of them. What is one number for all weights (iterations, learning
+    rate, Nadam's product of momenta) has a copy here, since stages run at once and cannot wait for
+    one another. It never clips by the global norm, since it sees only a part of the gradients: the
+    model does, over all stages.
     """
 
     def __init__(
@@ -147,8 +172,14 @@ class StageOptimizer:
         gradients: Sequence[tf.Variable],
         counted: Sequence[tf.Variable],
     ) -> None:
-        """`optimizer` is built. `counted`: what the global norm is over, without a tied weight's second copy."""
-        scalars = {name: value for name, value in vars(optimizer).items() if isinstance(value, keras.Variable)}
+        """`optimizer` is built. `counted`: what the global norm is over, without a tied weight's
+        second copy.
+        """
+        scalars = {
+            name: value
+            for name, value in vars(optimizer).items()
+            if isinstance(value, keras.Variable)
+        }
         with strategy.scope():
             copies = {name: _like(value) for name, value in scalars.items()}
             rate = keras.Variable(0.0, trainable=False, name="learning_rate")
@@ -167,23 +198,32 @@ class StageOptimizer:
         @tf.function(autograph=False)
         def update(scale: tf.Tensor) -> None:
             def on_replica() -> None:
-                # Also where it is 1: a second trace, in the first step that clips nothing, takes a second.
+                # Also where it is 1: a second trace, in the first step that clips nothing, takes a
+                # second.
                 own.apply([g * tf.cast(scale, g.dtype) for g in gradients], variables)
 
             strategy.run(on_replica)
 
         device = strategy.extended.worker_devices[0]
-        update = update.get_concrete_function(tf.TensorSpec((), tf.float64)) if variables else update
-        foreign = any(outer.device != device for outer, _ in update.graph.captures) if variables else False
+        update = (
+            update.get_concrete_function(tf.TensorSpec((), tf.float64)) if variables else update
+        )
+        foreign = (
+            any(outer.device != device for outer, _ in update.graph.captures)
+            if variables
+            else False
+        )
         # Keras does not put every slot beside its weight (Adafactor's rows and columns).
         self._executor = any_executor if foreign else contextlib.nullcontext
         self._squares, self._update, self._rate = squares, update, rate
-        self._scalars = [(scalars[name], copies[name]) for name in scalars if name != "_learning_rate"]
+        self._scalars = [
+            (scalars[name], copies[name]) for name in scalars if name != "_learning_rate"
+        ]
         self._has_counted = bool(counted)
         self.is_empty = not variables
 
     def squared_norms(self) -> list[float]:
-        """Each tensor's sum of squared gradients, in float64."""
+        """Return each tensor's sum of squared gradients, in float64."""
         return self._squares().numpy().tolist() if self._has_counted else []
 
     def step(self, learning_rate: float, scale: float) -> None:
@@ -196,6 +236,6 @@ class StageOptimizer:
                 self._update(tf.constant(scale, tf.float64))
 
     def share(self) -> None:
-        """Gives the optimizer what a step made of its scalars: the same on all stages."""
+        """Give the optimizer what a step made of its scalars: the same on all stages."""
         for shared, copy in self._scalars:
             shared.assign(copy.numpy())

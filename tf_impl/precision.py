@@ -1,14 +1,16 @@
-"""bfloat16 as other frameworks' kernels have it: operands and results in bfloat16, the arithmetic between in float32.
+"""bfloat16 as other frameworks' kernels have it: operands and results in bfloat16, the arithmetic
+between in float32.
 
 Differs: PyTorch's kernels do so themselves. TensorFlow 2.21 on CPU
 
 - rounds matrix products toward zero (`FloatToBFloat16` in tensorflow/core/framework/bfloat16.cc keeps the upper half of
-  the float32), so each is too small by 0.7 roundoffs: errors of one sign, which layers and steps add up;
+  the float32), so each is too small by 0.7 roundoffs: errors of one sign, which layers and steps
+  add up;
 - sums over rows in bfloat16, as for the gradient of a bias: 10 roundoffs off after 768 rows;
 - rounds after every operation that GELU consists of, and Python's numbers too: 1 / 0.9 becomes 1.109.
 
 `tests/common/test_tf_impl.py` measures these; docs/numerics.md says what they did to a loss curve.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -26,14 +28,21 @@ def product(a: tf.Tensor, b: tf.Tensor, transpose_b: bool = False) -> tf.Tensor:
     """`tf.matmul`, rounded to the nearest."""
     if a.dtype != tf.bfloat16 or products_are_rounded():
         return tf.matmul(a, b, transpose_b=transpose_b)
-    return tf.cast(tf.matmul(at_least_float32(a), at_least_float32(b), transpose_b=transpose_b), a.dtype)
+    return tf.cast(
+        tf.matmul(at_least_float32(a), at_least_float32(b), transpose_b=transpose_b), a.dtype
+    )
 
 
 @functools.cache
 def products_are_rounded() -> bool:
-    """Whether bfloat16 products are rounded to the nearest here, as they are on GPUs and by oneDNN, not cut off."""
+    """Return whether bfloat16 products are rounded to the nearest here, as they are on GPUs and by
+    oneDNN, not cut off.
+    """
     size = 64
     with tf.init_scope():  # also while a function is traced
-        a, b = tf.fill((size, size), 1.0078125), 1.75 * tf.eye(size)  # 1.7637 lies 3/4 up between two bfloat16 numbers
+        a, b = (
+            tf.fill((size, size), 1.0078125),
+            1.75 * tf.eye(size),
+        )  # 1.7637 lies 3/4 up between two bfloat16 numbers
         found = tf.matmul(tf.cast(a, tf.bfloat16), tf.cast(b, tf.bfloat16))
         return bool(tf.reduce_all(tf.cast(found, tf.float32) == 1.765625))

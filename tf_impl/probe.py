@@ -23,13 +23,18 @@ def probe_units(
     inputs: Mapping[str, NDArray[Any]],
     output_gradients: Mapping[str, NDArray[Any]],
 ) -> dict[TensorKey, NDArray[Any]]:
-    """`common.runtime.engine.Engine.probe_units` for the units of one device, by TensorFlow's plain tape, run eagerly."""
+    """`common.runtime.engine.Engine.probe_units` for the units of one device, by TensorFlow's plain
+    tape, run eagerly.
+    """
     pieces = batch.micro_batches(model.schedule.num_micro_batches)
     seeds = model.dropout_context(len(batch.inputs), batch.step)
     found: dict[TensorKey, NDArray[Any]] = {}
     for chunk in model.stages[device].chunks:
         for unit in chunk.layers:
-            name, named = unit.unit_name, named_parameters([unit.unit_name], [unit], model.spec.tied_head)
+            name, named = (
+                unit.unit_name,
+                named_parameters([unit.unit_name], [unit], model.spec.tied_head),
+            )
             variables = [chunk.local(item.parameter) for item in named]
             sums = [tf.zeros_like(model.master_of(item.parameter).value) for item in named]
             forward = TensorKey(batch.step, "unit_forward", device, -1, name, "output")
@@ -38,7 +43,11 @@ def probe_units(
                 rows = slice(piece.samples[0], piece.samples[-1] + 1)
                 x = tf.constant(inputs[name][rows] if name in inputs else piece.inputs)
                 x = tf.cast(x, unit.dtype) if name in inputs else x
-                context = DropoutContext(*(tf.constant(value, tf.int64) for value in seeds[i])) if seeds else None
+                context = (
+                    DropoutContext(*(tf.constant(value, tf.int64) for value in seeds[i]))
+                    if seeds
+                    else None
+                )
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
                     tape.watch([*variables, *([x] if name in inputs else [])])
                     output = unit(x, context=context)  # (b, S, D), or (b, S, V)
@@ -47,7 +56,10 @@ def probe_units(
                 found[forward._replace(micro_batch=i)] = to_array(output)
                 if name in inputs:
                     found[backward._replace(micro_batch=i)] = to_array(dx)
-                sums = [total + tf.cast(dense(g, total.dtype), total.dtype) for total, g in zip(sums, dw, strict=True)]
+                sums = [
+                    total + tf.cast(dense(g, total.dtype), total.dtype)
+                    for total, g in zip(sums, dw, strict=True)
+                ]
             for item, total in zip(named, sums, strict=True):
                 found[backward._replace(tensor=item.name)] = total.numpy()
     return found

@@ -1,6 +1,8 @@
-"""`python -m tf_impl.roofline CONFIG`: the kernels of a run one by one, on one thread (`common.harness.roofline`).
+"""`python -m tf_impl.roofline CONFIG`: the kernels of a run one by one, on one thread
+(`common.harness.roofline`).
 
-Differs: all copies are operations of one traced function, called as those of a stage are (`cut.OnCallingThread`).
+Differs: all copies are operations of one traced function, called as those of a stage are
+(`cut.OnCallingThread`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from tf_impl import devices
 
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
-    """The operations by the names of `common.runtime.roofline.kernels`, and the environment. Raises ValueError, ImportError."""
+    """Return the operations by the names of `common.runtime.roofline.kernels`, and the environment.
+    Raises ValueError, ImportError.
+    """
     devices.configure(1, 1, "cpu")
     import keras
     import tensorflow as tf
@@ -39,17 +43,23 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
     def made(*shape: int) -> list[tf.Tensor]:
         return [tf.cast(tf.random.normal(shape), dtype) for _ in range(COPIES)]
 
-    def repeated(compute: Callable[..., tf.Tensor], *inputs: list[tf.Tensor]) -> Callable[[], object]:
+    def repeated(
+        compute: Callable[..., tf.Tensor], *inputs: list[tf.Tensor]
+    ) -> Callable[[], object]:
         @tf.function(autograph=False)
         def traced(*inputs: list[tf.Tensor]) -> tf.Tensor:
             found = [compute(*each) for each in zip(*inputs, strict=True)]
-            with tf.control_dependencies(tf.nest.flatten(found)):  # so that nothing is left out, and nothing kept
+            with tf.control_dependencies(
+                tf.nest.flatten(found)
+            ):  # so that nothing is left out, and nothing kept
                 return tf.constant(0)
 
         call = OnCallingThread(traced.get_concrete_function(*inputs))
         return lambda: call(*tf.nest.flatten(inputs))
 
-    def with_gradient(compute: Callable[[tf.Tensor], tf.Tensor], inputs: list[tf.Tensor]) -> Callable[[], object]:
+    def with_gradient(
+        compute: Callable[[tf.Tensor], tf.Tensor], inputs: list[tf.Tensor]
+    ) -> Callable[[], object]:
         like = compute(inputs[0])
         gradient = tf.cast(tf.random.normal(like.shape), like.dtype)
 
@@ -65,8 +75,12 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         x, weight, y = made(n, rows), made(rows, columns), made(n, columns)
         return {
             name: repeated(product, x, weight),
-            f"{name}, input gradient": repeated(lambda y, w: tf.matmul(y, w, transpose_b=True), y, weight),
-            f"{name}, weight gradient": repeated(lambda x, y: tf.matmul(x, y, transpose_a=True), x, y),
+            f"{name}, input gradient": repeated(
+                lambda y, w: tf.matmul(y, w, transpose_b=True), y, weight
+            ),
+            f"{name}, weight gradient": repeated(
+                lambda x, y: tf.matmul(x, y, transpose_a=True), x, y
+            ),
         }
 
     queries, weights = made(b, h, s, d // h), made(b, h, s, s)
@@ -75,14 +89,18 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         **linear("feed-forward up", d, f),
         **linear("feed-forward down", f, d),
         **linear("head", d, v),
-        "attention scores": repeated(lambda q, k: product(q, k, transpose_b=True), queries, made(b, h, s, d // h)),
+        "attention scores": repeated(
+            lambda q, k: product(q, k, transpose_b=True), queries, made(b, h, s, d // h)
+        ),
         "attention mix": repeated(product, weights, queries),
         "softmax and gradient": with_gradient(
             lambda x: softmax(x, dtype), [tf.cast(x, wide) for x in made(b, h, s, s)]
         ),
         f"{model.activation} and gradient": with_gradient(activation(model.activation), made(n, f)),
         "layer norm and gradient": with_gradient(norm, made(n, d)),
-        "loss and gradient": with_gradient(lambda x: loss(targets, tf.cast(x, wide)) / n, made(b, s, v)),
+        "loss and gradient": with_gradient(
+            lambda x: loss(targets, tf.cast(x, wide)) / n, made(b, s, v)
+        ),
     }
     return operations, devices.environment()
 

@@ -21,10 +21,15 @@ class Row(NamedTuple):
 
 
 def row_of(given: Sequence[Any]) -> Row:
-    """`given` without its `keras.Input` or `InputLayer`. Raises ValueError for what cannot be a row of layers."""
+    """`given` without its `keras.Input` or `InputLayer`. Raises ValueError for what cannot be a row
+    of layers.
+    """
     if not isinstance(given, Iterable):
         raise ValueError(f"layers is a {type(given).__name__}; expected a list of Keras layers")
-    layers = [entry._keras_history.operation if isinstance(entry, keras.KerasTensor) else entry for entry in given]
+    layers = [
+        entry._keras_history.operation if isinstance(entry, keras.KerasTensor) else entry
+        for entry in given
+    ]
     start = None
     if layers and isinstance(layers[0], keras.layers.InputLayer):
         start = layers.pop(0).output
@@ -36,21 +41,28 @@ def row_of(given: Sequence[Any]) -> Row:
         if not isinstance(layer, keras.layers.Layer):
             raise ValueError(f"layer {i} is a {type(layer).__name__}; expected a Keras layer")
         if isinstance(layer, keras.layers.InputLayer):
-            raise ValueError(f"layer {i} ({layer.name}) is an input; expected one only, ahead of all layers")
+            raise ValueError(
+                f"layer {i} ({layer.name}) is an input; expected one only, ahead of all layers"
+            )
         if layer._inbound_nodes:
             raise ValueError(
-                f"layer {i} ({layer.name}) is part of another model, whose functions would go on with its old weights; "
+                f"layer {i} ({layer.name}) is part of another model, whose functions would go on "
+                "with its old weights; "
                 "expected a new layer"
             )
         if any(layer is other for other in layers[:i]):
             raise ValueError(f"layer {i} ({layer.name}) comes twice; expected two layers")
         if any(getattr(inner, "stateful", False) for inner in layer._flatten_layers()):
             raise ValueError(
-                f"layer {i} ({layer.name}) is stateful, so a micro-batch would begin where other samples ended; expected "
+                f"layer {i} ({layer.name}) is stateful, so a micro-batch would begin where other "
+                "samples ended; expected "
                 "stateful=False"
             )
         if any(layer.name == other.name for other in layers[:i]):
-            raise ValueError(f"two layers are called {layer.name!r}; expected names that differ, as Sequential does")
+            raise ValueError(
+                f"two layers are called {layer.name!r}; expected names that differ, as "
+                "Sequential does"
+            )
     return Row(layers, start)
 
 
@@ -62,15 +74,23 @@ def check_numbers(**given: Any) -> None:
 
 
 def cut_row(
-    spec: TransformerSpec | None, num_layers: int, stages: int, chunks: int, partition: str | Sequence[int]
+    spec: TransformerSpec | None,
+    num_layers: int,
+    stages: int,
+    chunks: int,
+    partition: str | Sequence[int],
 ) -> list[int]:
-    """The first layer of every virtual stage, and the number of layers. Raises ValueError."""
+    """Return the first layer of every virtual stage, and the number of layers. Raises ValueError."""  # noqa: E501
     parts = stages * chunks
     if parts > num_layers:
-        raise ValueError(f"{parts} virtual stages for {num_layers} layers; expected at most {num_layers}")
+        raise ValueError(
+            f"{parts} virtual stages for {num_layers} layers; expected at most {num_layers}"
+        )
     if isinstance(partition, str):
         if partition != "even":
-            raise ValueError(f"partition {partition!r}; expected 'even' or boundaries such as [2, 5]")
+            raise ValueError(
+                f"partition {partition!r}; expected 'even' or boundaries such as [2, 5]"
+            )
         spread = [k * num_layers // parts for k in range(1, parts)]
         inner = even_boundaries(spec.num_layers, stages, chunks) if spec else spread
     else:
@@ -78,5 +98,8 @@ def cut_row(
         check_numbers(**{f"partition[{k}]": edge for k, edge in enumerate(inner)})
     edges = [0, *inner, num_layers]
     if len(inner) != parts - 1 or any(a >= b for a, b in itertools.pairwise(edges)):
-        raise ValueError(f"partition {inner} needs {parts - 1} increasing boundaries between 1 and {num_layers - 1}")
+        raise ValueError(
+            f"partition {inner} needs {parts - 1} increasing boundaries between 1 and "
+            f"{num_layers - 1}"
+        )
     return edges

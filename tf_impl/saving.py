@@ -39,12 +39,20 @@ class SavedRow(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
-        """A model with new weights, as `keras.Sequential.from_config`; built if the other one was."""
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Any:
+        """Return a model with new weights, as `keras.Sequential.from_config`; built if the other
+        one was.
+        """
         config = dict(config)
-        spec, layers, start, trainable = (config.pop(key) for key in ("spec", "layers", "input", "trainable"))
+        spec, layers, start, trainable = (
+            config.pop(key) for key in ("spec", "layers", "input", "trainable")
+        )
         config["schedule"] = schedule_of(config["schedule"])
-        model = cls(TransformerSpec(**spec) if spec else layers_of(layers, custom_objects), **config)
+        model = cls(
+            TransformerSpec(**spec) if spec else layers_of(layers, custom_objects), **config
+        )
         if start:
             model.build(*start)
         if not trainable:
@@ -62,7 +70,8 @@ class SavedRow(keras.Model):
     def export(self, *arguments: Any, **options: Any) -> None:
         """Refused: what is exported is one graph, and a pipeline is Python that calls many."""
         raise ValueError(
-            "a pipeline cannot be exported; expected a keras.Sequential of new layers with the same weights"
+            "a pipeline cannot be exported; expected a keras.Sequential of new layers with the "
+            "same weights"
         )
 
     def save_own_variables(self, store: Any) -> None:
@@ -88,11 +97,17 @@ class SavedRow(keras.Model):
     @property
     def _copies(self) -> list[tuple[keras.Variable, keras.Variable]]:
         """Weights that are less precise than what the optimizer updates, and that."""
-        pairs = (pair for chunk in self.chunks for pair in zip(chunk.variables, chunk.masters, strict=True))
+        pairs = (
+            pair
+            for chunk in self.chunks
+            for pair in zip(chunk.variables, chunk.masters, strict=True)
+        )
         return [(variable, master) for variable, master in pairs if variable is not master]
 
     def _follow_weights(self) -> None:
-        """Makes the masters anew from weights that were set; one that rounds to its weight was set with it."""
+        """Makes the masters anew from weights that were set; one that rounds to its weight was set
+        with it.
+        """
         for variable, master in self._copies:
             value = tf.convert_to_tensor(variable)
             if bool(tf.reduce_any(tf.cast(tf.convert_to_tensor(master), value.dtype) != value)):
@@ -103,12 +118,16 @@ def layer_configs(layers: Sequence[keras.layers.Layer]) -> list[dict[str, Any]]:
     return [keras.saving.serialize_keras_object(layer) for layer in layers]
 
 
-def layers_of(configs: Sequence[dict[str, Any]], custom_objects: dict[str, Any] | None) -> list[keras.layers.Layer]:
+def layers_of(
+    configs: Sequence[dict[str, Any]], custom_objects: dict[str, Any] | None
+) -> list[keras.layers.Layer]:
     return [keras.saving.deserialize_keras_object(config, custom_objects) for config in configs]
 
 
 def schedule_text(schedule: str | Schedule) -> str:
-    """A name, or the text form: what `file:PATH` said may not be there when it is read again."""
+    """Return a name, or the text form: what `file:PATH` said may not be there when it is read
+    again.
+    """
     return str(schedule) if isinstance(schedule, Schedule) else schedule
 
 

@@ -1,11 +1,13 @@
-"""One device's part of the pipeline: `Stage` computes, `Channel` hands tensors from device to device.
+"""One device's part of the pipeline: `Stage` computes, `Channel` hands tensors from device to
+device.
 
-A stage calls the functions that `cut` made of its graph. Between the calls it holds what they pass on:
+A stage calls the functions that `cut` made of its graph. Between the calls it holds what they pass
+on:
 
     forward(i)          saved tensors of micro-batch i; what    dropped by backward or backward_input
                         pieces start from, where B recomputes
     backward_input(i)   what W needs of them, and of B          dropped by backward_weight
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -33,20 +35,24 @@ SummedLoss = Callable[..., tf.Tensor]
 """(prediction, *labels) -> what a micro-batch adds to the mini-batch's loss."""
 
 
-def apply_layer(layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext | None, training: bool) -> tf.Tensor:
-    """Calls a unit of the Transformer with its dropout context, any other Keras layer with `training`."""
+def apply_layer(
+    layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext | None, training: bool
+) -> tf.Tensor:
+    """Call a unit of the Transformer with its dropout context, any other Keras layer with
+    `training`.
+    """
     return layer(x, context=context) if isinstance(layer, Unit) else layer(x, training=training)
 
 
 def master_of(variable: keras.Variable) -> keras.Variable:
-    """A float32 variable of the same values for one in bfloat16, else the variable itself."""
+    """Return a float32 variable of the same values for one in bfloat16, else the variable itself."""  # noqa: E501
     if variable.dtype != "bfloat16":
         return variable
     return keras.Variable(tf.cast(variable.value, tf.float32), dtype="float32", name=variable.name)
 
 
 def move_here(layer: keras.layers.Layer) -> None:
-    """Puts the weights that the layer already has on the device of the strategy whose scope this is."""
+    """Put the weights that the layer already has on the device of the strategy whose scope this is."""  # noqa: E501
     for variable in layer.weights:
         variable._initialize(variable.numpy())
     for inner in layer._flatten_layers():
@@ -55,7 +61,9 @@ def move_here(layer: keras.layers.Layer) -> None:
 
 
 class Chunk:
-    """Consecutive layers of the model on one device, with the sums of their gradients: a virtual stage."""
+    """Consecutive layers of the model on one device, with the sums of their gradients: a virtual
+    stage.
+    """
 
     def __init__(
         self,
@@ -66,37 +74,53 @@ class Chunk:
         ops: Collection[Op],
     ) -> None:
         """`ops` are those that its device's schedule has."""
-        self.layers, self.strategy, self.is_first, self.is_last = list(layers), strategy, is_first, is_last
+        self.layers, self.strategy, self.is_first, self.is_last = (
+            list(layers),
+            strategy,
+            is_first,
+            is_last,
+        )
         self.ops = ops
         self.device: str = strategy.extended.worker_devices[0]
         self.variables: list[keras.Variable] = []
         """What the layers compute with."""
         self.masters: list[keras.Variable] = []
-        """What the optimizer updates: the same, or where units compute in bfloat16, float32 (Micikevicius et al. 2018)."""
+        """What the optimizer updates: the same, or where units compute in bfloat16, float32
+        (Micikevicius et al. 2018).
+        """
         self.gradients: list[tf.Variable] = []
         self.functions: Sequence[StageFunctions] = ()
-        """By micro-batch; those of one size share theirs, but for one whose B computes the forward again."""
+        """By micro-batch; those of one size share theirs, but for one whose B computes the forward
+        again.
+        """
         self.num_first = 1
         """Layers up to the first floating output: a token or a category has no gradient."""
         self.effects: list[tuple[keras.layers.Layer, Effects]] = []
         """What the layers do besides computing their output; filled by `build`."""
         self.kinds: dict[int, Mapping[bool, list[Kind]]] = {}
-        """How the losses that a layer adds go over micro-batches: by its identity and `training`."""
+        """How the losses that a layer adds go over micro-batches: by its identity and `training`.
+        """
         self.only_own_device = True
-        """Whether all variables lie here. The seed of a Keras Dropout does not: it is made along with the layer."""
+        """Whether all variables lie here. The seed of a Keras Dropout does not: it is made along
+        with the layer.
+        """
         self.evaluate = tf.function(self._evaluate, autograph=False)
 
     def build(self, x: keras.KerasTensor) -> keras.KerasTensor:
-        """Makes the weights, on the chunk's device, for an input like `x`. Returns what the output is like.
+        """Make the weights, on the chunk's device, for an input like `x`. Returns what the output
+        is like.
 
-        Raises ValueError for an output that cannot be handed on: several tensors, or integers, which have no gradient.
+        Raises ValueError for an output that cannot be handed on: several tensors, or integers,
+        which have no gradient.
         """
         self.effects, self.kinds, floating = [], {}, []
         with self.strategy.scope():
             for layer in self.layers:
                 move_here(layer)
                 given, x = x, layer(x)
-                floating.append(isinstance(x, keras.KerasTensor) and tf.as_dtype(x.dtype).is_floating)
+                floating.append(
+                    isinstance(x, keras.KerasTensor) and tf.as_dtype(x.dtype).is_floating
+                )
                 if not isinstance(layer, Unit):
                     call = functools.partial(apply_layer, layer, context=None, training=True)
                     found = effects_of(layer, given, call)
@@ -108,35 +132,57 @@ class Chunk:
                         x._keras_mask = found.mask
         if not isinstance(x, keras.KerasTensor):
             raise ValueError(
-                f"layer {self.layers[-1].name} is the last on its device and its output is a {type(x).__name__}; expected "
+                f"layer {self.layers[-1].name} is the last on its device and its output is a "
+                f"{type(x).__name__}; expected "
                 "one tensor"
             )
         if not self.is_last and not floating[-1]:
             raise ValueError(
-                f"layer {self.layers[-1].name} is the last on its device and its output is {x.dtype}, which has no "
-                "gradient; expected a partition that puts the first layer with a floating output on the first device"
+                f"layer {self.layers[-1].name} is the last on its device and its output is "
+                f"{x.dtype}, which has no "
+                "gradient; expected a partition that puts the first layer with a floating output "
+                "on the first device"
             )
         self.num_first = floating.index(True) + 1 if True in floating else len(floating)
         self.collect_variables()
         return x
 
     def collect_variables(self) -> None:
-        """Takes the weights that are trainable now. Those that were before keep their masters and their gradients."""
-        known = {id(v): (v, m, g) for v, m, g in zip(self.variables, self.masters, self.gradients, strict=True)}
-        units = {id(v) for layer in self.layers if isinstance(layer, Unit) for v in layer.trainable_variables}
+        """Take the weights that are trainable now. Those that were before keep their masters and
+        their gradients.
+        """
+        known = {
+            id(v): (v, m, g)
+            for v, m, g in zip(self.variables, self.masters, self.gradients, strict=True)
+        }
+        units = {
+            id(v)
+            for layer in self.layers
+            if isinstance(layer, Unit)
+            for v in layer.trainable_variables
+        }
         found = []
         # One that several layers share counts once.
-        for variable in {id(v): v for layer in self.layers for v in layer.trainable_variables}.values():
+        for variable in {
+            id(v): v for layer in self.layers for v in layer.trainable_variables
+        }.values():
             if id(variable) not in known:
                 with self.strategy.scope():
                     master = master_of(variable) if id(variable) in units else variable
                 with tf.device(self.device):
                     zero = tf.zeros(master.shape, master.dtype)
-                    known[id(variable)] = variable, master, tf.Variable(zero, trainable=False, name="gradient")
+                    known[id(variable)] = (
+                        variable,
+                        master,
+                        tf.Variable(zero, trainable=False, name="gradient"),
+                    )
             found.append(known[id(variable)])
-        self.variables, self.masters, self.gradients = ([entry[k] for entry in found] for k in range(3))
-        # One call instead of two operations a weight: at the start of a step all stages do this at once, and operations
-        # called one by one make their threads pass Python's lock to and fro (4 ms alone, 10 to 20 ms for two stages).
+        self.variables, self.masters, self.gradients = (
+            [entry[k] for entry in found] for k in range(3)
+        )
+        # One call instead of two operations a weight: at the start of a step all stages do this at
+        # once, and operations called one by one make their threads pass Python's lock to and fro (4
+        # ms alone, 10 to 20 ms for two stages).
         self._clear = tf.function(self._clear_gradients, autograph=False)
         self._cast = tf.function(self._cast_masters, autograph=False)
 
@@ -149,11 +195,11 @@ class Chunk:
         share: float,
         recomputed: int | None = None,
     ) -> StageFunctions:
-        """The chunk's functions for (x or x and its mask, *labels, *dropout context).
+        """Return the chunk's functions for (x or x and its mask, *labels, *dropout context).
 
-        `reports`: the last one also gives its prediction. `share`: the micro-batch's part of the mini-batch, by which the
-        layers' own losses count. `recomputed`: layers in each piece that B computes again, 0 for all of them, None for no
-        recomputation.
+        `reports`: the last one also gives its prediction. `share`: the micro-batch's part of the
+        mini-batch, by which the layers' own losses count. `recomputed`: layers in each piece that B
+        computes again, 0 for all of them, None for no recomputation.
         """
         first = self.layers[: self.num_first] if self.is_first else []
         edges = [0, len(self.layers)]
@@ -163,14 +209,22 @@ class Chunk:
         states: dict[int, list[tuple[keras.Variable, tf.Tensor]]] = {}
         losses: list[tf.Tensor] = []
 
-        def call(layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext | None) -> tf.Tensor:
-            """The second time, in a recomputation, with the state that the first time began with, and changing none."""
+        def call(
+            layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext | None
+        ) -> tf.Tensor:
+            """Return the second time, in a recomputation, with the state that the first time began
+            with, and changing none.
+            """
             scope: Any = contextlib.nullcontext()
             if id(layer) in states:
-                read = [(v, v.value) for v in layer.trainable_variables if v.regularizer is not None]
+                read = [
+                    (v, v.value) for v in layer.trainable_variables if v.regularizer is not None
+                ]
                 scope = keras.StatelessScope([*states[id(layer)], *read], True, False)
             elif recomputed is not None and layer.non_trainable_variables:
-                states[id(layer)] = [(v, tf.identity(v.value)) for v in layer.non_trainable_variables]
+                states[id(layer)] = [
+                    (v, tf.identity(v.value)) for v in layer.non_trainable_variables
+                ]
             with scope:
                 y = apply_layer(layer, x, context, training=True)
                 losses.extend(self._losses(layer, True, share))
@@ -218,19 +272,29 @@ class Chunk:
 
         with self.strategy.scope():
             functions = cut()
-        captured = [outer.device.split("device:")[-1] for outer, _ in functions.forward.graph.captures]
-        self.only_own_device = all(device == self.device.split("device:")[-1] for device in captured)
-        return functions.on_calling_thread() if on_one_thread(self.device, self.only_own_device) else functions
+        captured = [
+            outer.device.split("device:")[-1] for outer, _ in functions.forward.graph.captures
+        ]
+        self.only_own_device = all(
+            device == self.device.split("device:")[-1] for device in captured
+        )
+        return (
+            functions.on_calling_thread()
+            if on_one_thread(self.device, self.only_own_device)
+            else functions
+        )
 
     def updated(self) -> list[tuple[keras.Variable, tf.Variable]]:
-        """(master, gradient) of the weights that have a gradient: Keras leaves others alone, their weight decay too."""
+        """(master, gradient) of the weights that have a gradient: Keras leaves others alone, their
+        weight decay too.
+        """
         adding = [functions.backward or functions.backward_weight for functions in self.functions]
         added = {id(tensor) for function in adding for tensor in function.captured_inputs}
         pairs = zip(self.masters, self.gradients, strict=True)
         return [(master, g) for master, g in pairs if not self.functions or id(g.handle) in added]
 
     def local(self, variable: keras.Variable) -> tf.Variable:
-        """The variable on this chunk's device."""
+        """Return the variable on this chunk's device."""
         return self.strategy.experimental_local_results(variable.value)[0]
 
     def clear_gradients(self) -> None:
@@ -238,7 +302,7 @@ class Chunk:
             self._clear()
 
     def cast_masters(self) -> None:
-        """Makes what the layers compute with from the masters, once for all micro-batches of a step."""
+        """Make what the layers compute with from the masters, once for all micro-batches of a step."""  # noqa: E501
         if self._copies:
             with tf.device(self.device):
                 self._cast()
@@ -252,9 +316,13 @@ class Chunk:
         for own, master in self._copies:
             own.assign(tf.cast(master, own.dtype), read_value=False)
 
-    def _split(self, extra: Sequence[tf.Tensor]) -> tuple[Sequence[tf.Tensor], DropoutContext | None]:
+    def _split(
+        self, extra: Sequence[tf.Tensor]
+    ) -> tuple[Sequence[tf.Tensor], DropoutContext | None]:
         """Labels and dropout context."""
-        with_dropout = any(isinstance(layer, Unit) and layer.spec.dropout > 0 for layer in self.layers)
+        with_dropout = any(
+            isinstance(layer, Unit) and layer.spec.dropout > 0 for layer in self.layers
+        )
         return (extra[:-2], DropoutContext(*extra[-2:])) if with_dropout else (extra, None)
 
     def _clear_gradients(self) -> None:
@@ -269,7 +337,8 @@ class Chunk:
     def _evaluate(
         self, x: tf.Tensor, mask: tf.Tensor | None, share: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor | None]:
-        """The chunk without dropout, for any batch size: its output, that one's mask, and the layers' losses.
+        """The chunk without dropout, for any batch size: its output, that one's mask, and the
+        layers' losses.
 
         `share`: the part of a mini-batch that `x` is, as in `trace`.
         """
@@ -287,7 +356,9 @@ class Stage:
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self.chunks = chunks
-        self.held = HeldActivations(len(chunks), lambda micro_batch: id(self._functions(micro_batch, 0)))
+        self.held = HeldActivations(
+            len(chunks), lambda micro_batch: id(self._functions(micro_batch, 0))
+        )
         self.begin([], [], [])
 
     def begin(
@@ -296,7 +367,9 @@ class Stage:
         labels: Sequence[Sequence[tf.Tensor]],
         contexts: Sequence[Sequence[tf.Tensor]],
     ) -> None:
-        """Takes the micro-batches of a step: their inputs (first stage), labels (last) and dropout contexts."""
+        """Take the micro-batches of a step: their inputs (first stage), labels (last) and dropout
+        contexts.
+        """
         self._inputs, self._labels, self._contexts = inputs, labels, contexts
         self._saved: dict[tuple[int, int], list[tf.Tensor]] = {}
         self._waiting: dict[tuple[int, int], list[tf.Tensor]] = {}
@@ -304,7 +377,9 @@ class Stage:
         self.layer_losses: list[tf.Tensor] = []
         self.predictions: dict[int, tf.Tensor] = {}
 
-    def forward(self, micro_batch: int, chunk: int, x: Sequence[tf.Tensor] | None) -> list[tf.Tensor] | None:
+    def forward(
+        self, micro_batch: int, chunk: int, x: Sequence[tf.Tensor] | None
+    ) -> list[tf.Tensor] | None:
         """From and to a list: the tensor and, where Keras has given it one, its mask."""
         part, functions = self.chunks[chunk], self._functions(micro_batch, chunk)
         arguments = [self._inputs[micro_batch]] if x is None else list(x)
@@ -327,31 +402,44 @@ class Stage:
             self.predictions[micro_batch] = with_mask(reported["prediction"], mask)
         return None
 
-    def backward(self, micro_batch: int, chunk: int, gradient: tf.Tensor | None) -> tf.Tensor | None:
+    def backward(
+        self, micro_batch: int, chunk: int, gradient: tf.Tensor | None
+    ) -> tf.Tensor | None:
         saved = self._saved.pop((micro_batch, chunk))
         found = self._functions(micro_batch, chunk).backward(*_given(gradient), *saved)
         return found[0] if found else None
 
-    def backward_input(self, micro_batch: int, chunk: int, gradient: tf.Tensor | None) -> tf.Tensor | None:
+    def backward_input(
+        self, micro_batch: int, chunk: int, gradient: tf.Tensor | None
+    ) -> tf.Tensor | None:
         part, saved = self.chunks[chunk], self._saved.pop((micro_batch, chunk))
         functions = self._functions(micro_batch, chunk)
-        found = functions.backward_input(*_given(gradient), *(saved[i] for i in functions.saved_for_input))
+        found = functions.backward_input(
+            *_given(gradient), *(saved[i] for i in functions.saved_for_input)
+        )
         if not part.is_first:
             input_gradient, *found = found
-        self._waiting[micro_batch, chunk] = [*(saved[i] for i in functions.saved_for_weight), *found]
+        self._waiting[micro_batch, chunk] = [
+            *(saved[i] for i in functions.saved_for_weight),
+            *found,
+        ]
         self.held.waiting_bytes_of(micro_batch)[chunk] = functions.waiting_bytes
         self.held.note(self._saved, self._waiting)
         return None if part.is_first else input_gradient
 
     def backward_weight(self, micro_batch: int, chunk: int) -> None:
-        self._functions(micro_batch, chunk).backward_weight(*self._waiting.pop((micro_batch, chunk)))
+        self._functions(micro_batch, chunk).backward_weight(
+            *self._waiting.pop((micro_batch, chunk))
+        )
 
     def _functions(self, micro_batch: int, chunk: int) -> StageFunctions:
         return self.chunks[chunk].functions[micro_batch]
 
 
 class ForwardOnly:
-    """A pass that only predicts: the forward half of `common.runtime.executor.Stage`, without dropout."""
+    """A pass that only predicts: the forward half of `common.runtime.executor.Stage`, without
+    dropout.
+    """
 
     def __init__(
         self,
@@ -371,7 +459,9 @@ class ForwardOnly:
         self.layer_losses: list[tf.Tensor] = []
         """What the layers add to the loss of the mini-batch."""
 
-    def forward(self, micro_batch: int, chunk: int, x: Sequence[tf.Tensor] | None) -> list[tf.Tensor] | None:
+    def forward(
+        self, micro_batch: int, chunk: int, x: Sequence[tf.Tensor] | None
+    ) -> list[tf.Tensor] | None:
         """As `Stage.forward`."""
         part = self.chunks[chunk]
         received, *masks = [self._inputs[micro_batch]] if x is None else x
@@ -401,7 +491,8 @@ class PipelineStopped(RuntimeError):
 class Channel:
     """Hands tensors between the threads of one process; made anew for every pass.
 
-    A tensor moves to its receiver's device in `receive`, on the receiver's thread. Sends never wait.
+    A tensor moves to its receiver's device in `receive`, on the receiver's thread. Sends never
+    wait.
     """
 
     def __init__(self) -> None:
@@ -429,7 +520,7 @@ class Channel:
             raise PipelineStopped("another stage failed")
 
     def stop(self, failure: BaseException) -> None:
-        """Ends the pass for all stages; the first failure is kept."""
+        """End the pass for all stages; the first failure is kept."""
         with self._changed:
             self.failure = self.failure or failure
             self._changed.notify_all()

@@ -22,24 +22,26 @@ class StageThreads(keras.Model):
     """The part of a `GPipeModel` that runs work on its stages."""
 
     def on_stage(self, d: int, work: Callable[[], Result]) -> Result:
-        """Runs `work` on a stage's thread, where its device and its strategy may be entered.
+        """Run `work` on a stage's thread, where its device and its strategy may be entered.
 
         Not so on the caller's: `fit` calls `train_step` within Keras' own strategy.
         """
         return self._submit(d, work).result()
 
     def on_all_stages(self, work: Callable[[int], Result]) -> list[Result]:
-        """Runs `work(device)` on the threads of all stages at once."""
+        """Run `work(device)` on the threads of all stages at once."""
         futures = [self._submit(d, functools.partial(work, d)) for d in range(len(self.stages))]
         return [future.result() for future in futures]
 
     def close(self) -> None:
-        """Ends the stages' threads; the model can no longer train."""
+        """End the stages' threads; the model can no longer train."""
         for thread in self._threads:
             thread.shutdown()
 
     def _run(self, schedule: Schedule, begin: Callable[[int], Any]) -> dict[int, list[Event]]:
-        """Walks `schedule` on all stages, `begin(device)` first. Returns the events; raises the first stage's failure."""
+        """Walks `schedule` on all stages, `begin(device)` first. Returns the events; raises the
+        first stage's failure.
+        """
         channel = Channel()
 
         def walk(d: int) -> list[Event]:

@@ -1,4 +1,6 @@
-"""Tracing a row of layers for the micro-batches of a mini-batch, and what the sum of their losses is divided by."""
+"""Tracing a row of layers for the micro-batches of a mini-batch, and what the sum of their losses
+is divided by.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +25,30 @@ class Traced(NamedTuple):
     functions: list[list[StageFunctions]]
     """By chunk and micro-batch; micro-batches of one size share theirs."""
     mask_parts: dict[int, list[Any]]
-    """By the size of a micro-batch and by chunk, where predictions have a mask: what computes it."""
+    """By the size of a micro-batch and by chunk, where predictions have a mask: what computes it.
+    """
     divisor: Callable[..., tf.Tensor]
-    """(mask of the predictions or None, y[, sample_weight]) of a mini-batch -> what the sum of its losses is divided by."""
+    """(mask of the predictions or None, y[, sample_weight]) of a mini-batch -> what the sum of its
+    losses is divided by.
+    """
 
 
 class TracedRow(keras.Model):
     """The part of a `GPipeModel` that makes its functions."""
 
     def _ensure_traced(self, x: tf.Tensor, labels: Sequence[tf.Tensor]) -> Traced:
-        """Traces and cuts every chunk, for the one or two sizes of micro-batches that every shape of a batch has."""
-        m, whole = self.schedule.num_micro_batches, [tf.TensorSpec(t.shape, t.dtype) for t in (x, *labels)]
+        """Traces and cuts every chunk, for the one or two sizes of micro-batches that every shape
+        of a batch has.
+        """
+        m, whole = (
+            self.schedule.num_micro_batches,
+            [tf.TensorSpec(t.shape, t.dtype) for t in (x, *labels)],
+        )
         key = tuple(whole)
         if key not in self._traced:
-            if not self._traced:  # Keras, too, sees which layers are trainable in the first step after `compile`
+            if (
+                not self._traced
+            ):  # Keras, too, sees which layers are trainable in the first step after `compile`
                 self._collect_variables()
             sizes = piece_sizes(len(x), m)
             found: dict[tuple[int, bool], list[StageFunctions]] = {}
@@ -46,11 +58,17 @@ class TracedRow(keras.Model):
                 specs = [tf.TensorSpec((size, *spec.shape[1:]), spec.dtype) for spec in whole]
                 received: Sequence[tf.TensorSpec] = specs[:1]
                 specs += [tf.TensorSpec((), tf.float64)]
-                context = [tf.TensorSpec((), tf.int64), tf.TensorSpec((size,), tf.int64)] if self._has_dropout else []
+                context = (
+                    [tf.TensorSpec((), tf.int64), tf.TensorSpec((size,), tf.int64)]
+                    if self._has_dropout
+                    else []
+                )
                 for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
                     extra = [*(specs[1:] if chunk.is_last else []), *context]
                     reports, share = self._reports and chunk.is_last, size / len(x)
-                    work = functools.partial(chunk.trace, received, extra, self._micro_batch_loss, reports, share)
+                    work = functools.partial(
+                        chunk.trace, received, extra, self._micro_batch_loss, reports, share
+                    )
                     for recomputed in again:
                         layers = self._recomputed_layers if recomputed else None
                         functions = self.on_stage(d, functools.partial(work, layers))
@@ -59,7 +77,10 @@ class TracedRow(keras.Model):
             kinds = [(sizes[i], self._recomputes(i)) for i in range(m)]
             by_chunk = [[found[kind][k] for kind in kinds] for k in range(len(self.chunks))]
             masks = (
-                {size: self._parts_for_mask(found[size, again]) for size, again in dict.fromkeys(kinds)}
+                {
+                    size: self._parts_for_mask(found[size, again])
+                    for size, again in dict.fromkeys(kinds)
+                }
                 if self._is_masked
                 else {}
             )
@@ -69,9 +90,11 @@ class TracedRow(keras.Model):
         return self._traced[key]
 
     def _parts_for_mask(self, traced: Sequence[StageFunctions]) -> list[tuple[Any, list[bool]]]:
-        """By chunk: a function for what of its output the predictions' mask depends on, and of its input it takes.
+        """By chunk: a function for what of its output the predictions' mask depends on, and of its
+        input it takes.
 
-        Where a mask depends on nothing but the tokens, as that of an Embedding, nothing else is computed.
+        Where a mask depends on nothing but the tokens, as that of an Embedding, nothing else is
+        computed.
         """
         parts, wanted = [], [False, True]
         for (d, _), functions in reversed(list(zip(self.schedule.location, traced, strict=True))):
@@ -81,9 +104,13 @@ class TracedRow(keras.Model):
 
     def _collect_variables(self) -> None:
         for d, stage in enumerate(self.stages):
-            self.on_stage(d, lambda stage=stage: [chunk.collect_variables() for chunk in stage.chunks])
+            self.on_stage(
+                d, lambda stage=stage: [chunk.collect_variables() for chunk in stage.chunks]
+            )
         known = self.optimizer._trainable_variables_indices if self.optimizer.built else None
-        if known is not None and any(self.optimizer._var_key(master) not in known for master in self._masters):
+        if known is not None and any(
+            self.optimizer._var_key(master) not in known for master in self._masters
+        ):
             raise ValueError("the optimizer was built for other weights; expected a new one")
 
     def _recomputes(self, micro_batch: int) -> bool:
@@ -92,19 +119,27 @@ class TracedRow(keras.Model):
     @property
     def _recomputed_layers(self) -> int:
         """In a piece; 0 for the whole chunk."""
-        return int(self.recompute.removeprefix("every-")) if self.recompute.startswith("every-") else 0
+        return (
+            int(self.recompute.removeprefix("every-")) if self.recompute.startswith("every-") else 0
+        )
 
     @property
     def _has_dropout(self) -> bool:
         return self.spec is not None and self.spec.dropout > 0
 
     def _micro_batch_loss(self, prediction: tf.Tensor, *labels: tf.Tensor) -> tf.Tensor:
-        """As `summed_loss`, while the last stage is traced: only now is it known what a prediction is like."""
+        """As `summed_loss`, while the last stage is traced: only now is it known what a prediction
+        is like.
+        """
         self._understand_loss(prediction, *self._sample)
         return self.summed_loss(prediction, *labels)
 
-    def _understand_loss(self, prediction: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor | None = None) -> None:
-        """Sets how the loss goes over micro-batches, from labels of a real mini-batch and what a prediction is like."""
+    def _understand_loss(
+        self, prediction: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor | None = None
+    ) -> None:
+        """Sets how the loss goes over micro-batches, from labels of a real mini-batch and what a
+        prediction is like.
+        """
         self._prediction = tf.TensorSpec(prediction.shape, prediction.dtype)
         with tf.init_scope():
             pieces = self.schedule.num_micro_batches
@@ -126,7 +161,9 @@ class TracedRow(keras.Model):
         return float(traced.divisor(self._prediction_mask(traced, x), *labels))
 
     def _prediction_mask(self, traced: Traced, x: tf.Tensor) -> np.ndarray | None:
-        """That of the whole mini-batch: its loss is a mean over what counts, known before the first backward."""
+        """That of the whole mini-batch: its loss is a mean over what counts, known before the first
+        backward.
+        """
         if not self._is_masked:
             return None
         masks = []
@@ -134,6 +171,8 @@ class TracedRow(keras.Model):
             parts = traced.mask_parts[len(piece)]
             handed = [piece] if parts[0][1][0] else []
             for (d, _), (function, _) in zip(self.schedule.location, parts, strict=True):
-                handed = self.on_stage(d, lambda f=function, given=handed: f(*(tf.identity(t) for t in given)))
+                handed = self.on_stage(
+                    d, lambda f=function, given=handed: f(*(tf.identity(t) for t in given))
+                )
             masks.append(handed[0].numpy())
         return np.concatenate(masks)

@@ -1,6 +1,7 @@
 """Canonical names to Keras' variables, one by one, and NumPy arrays in and out of them.
 
-Keras stores Dense kernels as the canonical (in, out) and embeddings as (vocabulary, width): nothing is transposed.
+Keras stores Dense kernels as the canonical (in, out) and embeddings as (vocabulary, width): nothing
+is transposed.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ class NamedParameter(NamedTuple):
     """A tied head's copy of the token embedding; the embedding's own comes first in the model."""
 
 
-def named_parameters(part: Sequence[str], units: Sequence[Unit], tied_head: bool) -> list[NamedParameter]:
-    """Every parameter of `units`, whose names are `part`, in canonical order."""
+def named_parameters(
+    part: Sequence[str], units: Sequence[Unit], tied_head: bool
+) -> list[NamedParameter]:
+    """Return every parameter of `units`, whose names are `part`, in canonical order."""
     named: list[NamedParameter] = []
     for name, unit in zip(part, units, strict=True):
         match unit:
@@ -72,12 +75,15 @@ def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
     ]
 
 
-# Differs: a Keras variable has no gradient attribute, so the caller says where the gradient of a parameter is.
+# Differs: a Keras variable has no gradient attribute, so the caller says where the gradient of a
+# parameter is.
 GradientOf = Callable[[keras.Variable], tf.Variable]
 
 
 def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Copies canonical arrays into the parameters. Raises KeyError for a missing one, ValueError for a wrong shape."""
+    """Copy canonical arrays into the parameters. Raises KeyError for a missing one, ValueError for
+    a wrong shape.
+    """
     for item in named:
         item.parameter.assign(arrays[item.name])
 
@@ -85,22 +91,26 @@ def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[A
 def load_gradients(
     named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]], gradient_of: GradientOf
 ) -> None:
-    """Copies canonical arrays into the parameters' gradients. Raises as `load_weights`."""
+    """Copy canonical arrays into the parameters' gradients. Raises as `load_weights`."""
     for item in named:
         gradient_of(item.parameter).assign(arrays[item.name])
 
 
 def to_array(tensor: tf.Tensor) -> NDArray[Any]:
     """`tensor` in NumPy; bfloat16, which NumPy lacks, as float32."""
-    array: NDArray[Any] = (tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor).numpy()
+    array: NDArray[Any] = (
+        tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor
+    ).numpy()
     return array
 
 
 def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
-    """The weights as canonical arrays of their own memory."""
+    """Return the weights as canonical arrays of their own memory."""
     return {item.name: np.array(item.parameter.numpy()) for item in named}
 
 
-def export_gradients(named: Iterable[NamedParameter], gradient_of: GradientOf) -> dict[str, NDArray[Any]]:
-    """The gradients as canonical arrays of their own memory."""
+def export_gradients(
+    named: Iterable[NamedParameter], gradient_of: GradientOf
+) -> dict[str, NDArray[Any]]:
+    """Return the gradients as canonical arrays of their own memory."""
     return {item.name: np.array(gradient_of(item.parameter).numpy()) for item in named}

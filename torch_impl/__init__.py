@@ -1,1 +1,3 @@
-"""The pipeline in PyTorch: stages placed on devices by hand, one thread per device, activations moved by `.to(device)`."""
+"""The pipeline in PyTorch: stages placed on devices by hand, one thread per device, activations
+moved by `.to(device)`.
+"""

@@ -1,4 +1,6 @@
-"""`python -m torch_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for what cannot start."""
+"""`python -m torch_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for
+what cannot start.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,16 @@ def main(arguments: list[str]) -> int:
         from torch_impl.drift import switch  # after `configure`, since both import PyTorch
         from torch_impl.engine import build_engine
     except ImportError as error:
-        return _refuse(f"PyTorch cannot be imported ({error}); expected: pip install 'triptych[cpu]'")
+        return _refuse(
+            f"PyTorch cannot be imported ({error}); expected: pip install 'triptych[cpu]'"
+        )
     except ValueError as error:
         return _refuse(str(error))
     native = [job for job in jobs.jobs if job.config.executor == "native"]
     status = 0
-    for stages in sorted({job.config.stages for job in native}):  # first, since a process with threads must not fork
+    for stages in sorted(
+        {job.config.stages for job in native}
+    ):  # first, since a process with threads must not fork
         status |= run_on_ranks([job for job in native if job.config.stages == stages], switch)
     others = [job for job in jobs.jobs if job not in native]
     return status | run_jobs(JobFile(jobs=tuple(others)), build_engine, switch=switch)

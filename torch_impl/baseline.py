@@ -1,6 +1,8 @@
-"""What a PyTorch user would write without this project: a plain training loop, and PyTorch's own pipeline.
+"""What a PyTorch user would write without this project: a plain training loop, and PyTorch's own
+pipeline.
 
-Both train the same model, from the same weights, on the same batches, with the same optimizer and threads.
+Both train the same model, from the same weights, on the same batches, with the same optimizer and
+threads.
 """
 
 from __future__ import annotations
@@ -55,14 +57,18 @@ class Units(nn.Module):
     def __init__(self, config: RunConfig, part: Sequence[str], device: torch.device) -> None:
         super().__init__()
         self.part = part
-        self.units = nn.ModuleList(build_unit(config.model, name, devices.fused_attention(config)) for name in part)
+        self.units = nn.ModuleList(
+            build_unit(config.model, name, devices.fused_attention(config)) for name in part
+        )
         self.to(device=device, dtype=getattr(torch, config.train.dtype))
         self.step_key: int | None = None
         """Of the dropout masks; None in evaluation."""
         self.outputs: list[tuple[str, Tensor]] | None = None
         """A list here makes `forward` keep every unit's output."""
         self._elements = ElementHashes()
-        self._generator = torch.Generator(device) if config.model.dropout_masks == "native" else None
+        self._generator = (
+            torch.Generator(device) if config.model.dropout_masks == "native" else None
+        )
 
     def forward(self, x: Tensor, samples: Tensor) -> Tensor:
         context = None if self.step_key is None else self._dropout(self.step_key, samples)
@@ -78,10 +84,17 @@ class Units(nn.Module):
 
 
 class Peer:
-    """What both share: parameters, optimizer, what the harness asks (`common.runtime.engine.Engine`)."""
+    """What both share: parameters, optimizer, what the harness asks
+    (`common.runtime.engine.Engine`).
+    """
 
     def __init__(
-        self, config: RunConfig, device: torch.device, rank: int, units: Sequence[Units], named: list[NamedParameter]
+        self,
+        config: RunConfig,
+        device: torch.device,
+        rank: int,
+        units: Sequence[Units],
+        named: list[NamedParameter],
     ) -> None:
         self.config, self.devices = config, (rank,)
         self._device, self._units, self._named = device, units, named
@@ -97,9 +110,14 @@ class Peer:
         self._reset_optimizer()
 
     def probe_units(
-        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+        self,
+        batch: Batch,
+        inputs: Mapping[str, NDArray[Any]],
+        output_gradients: Mapping[str, NDArray[Any]],
     ) -> dict[TensorKey, NDArray[Any]]:
-        raise ValueError(f"executor = {self.config.executor} does not run units alone; expected table")
+        raise ValueError(
+            f"executor = {self.config.executor} does not run units alone; expected table"
+        )
 
     def optimizer_state(self) -> Arrays:
         return self._optimizer.state()
@@ -141,7 +159,9 @@ class Peer:
     def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, S), targets (B, S) and sample indices (B,) of the whole mini-batch."""
         whole = batch.micro_batches(1)[0]
-        tokens, targets, samples = map(torch.from_numpy, (whole.inputs, whole.targets, whole.samples))
+        tokens, targets, samples = map(
+            torch.from_numpy, (whole.inputs, whole.targets, whole.samples)
+        )
         return tokens.to(self._device), targets.to(self._device), samples.to(self._device)
 
     def _set_step_key(self, batch: Batch, training: bool) -> None:
@@ -156,7 +176,7 @@ class Peer:
 
 
 class PlainEngine(Peer):
-    """The loop of every tutorial: the whole model, the whole mini-batch at once, `loss.backward()`."""
+    """The loop of every tutorial: the whole model, the whole mini-batch at once, `loss.backward()`."""  # noqa: E501
 
     def __init__(self, config: RunConfig) -> None:
         device = devices.stage_devices(1, config.device)[0]
@@ -217,14 +237,22 @@ SCHEDULES: dict[str, type[Any]] = {
     "zb-h1": ScheduleInterleavedZeroBubble,
     "zb-v": ScheduleZBVZeroBubble,
 }
-"""PyTorch's schedule for each of our names. With one stage per rank its interleaved zero-bubble one is ZB-H1."""
+"""PyTorch's schedule for each of our names. With one stage per rank its interleaved zero-bubble one
+is ZB-H1.
+"""
 
 
 class RecordingStage(PipelineStage):
     """`PipelineStage`, unchanged but for a record of what it did when."""
 
     def __init__(
-        self, units: Units, index: int, count: int, device: torch.device, chunk: int, events: list[Event]
+        self,
+        units: Units,
+        index: int,
+        count: int,
+        device: torch.device,
+        chunk: int,
+        events: list[Event],
     ) -> None:
         super().__init__(units, index, count, device)
         self._chunk, self._events = chunk, events
@@ -249,7 +277,9 @@ class RecordingStage(PipelineStage):
 
     def _record(self, op: Op, micro_batch: int, start: float) -> None:
         ready = self._events[-1].end_seconds if self._events else start
-        self._events.append(Event(Action(op, micro_batch, self._chunk), ready, start, time.perf_counter()))
+        self._events.append(
+            Event(Action(op, micro_batch, self._chunk), ready, start, time.perf_counter())
+        )
 
 
 class PipeliningEngine(Peer):
@@ -257,7 +287,10 @@ class PipeliningEngine(Peer):
 
     def __init__(self, config: RunConfig) -> None:
         if config.schedule not in SCHEDULES:
-            raise ValueError(f"schedule = {config.schedule}; torch.distributed.pipelining takes {', '.join(SCHEDULES)}")
+            raise ValueError(
+                f"schedule = {config.schedule}; torch.distributed.pipelining takes "
+                f"{', '.join(SCHEDULES)}"
+            )
         m = config.train.micro_batches
         ours = make_schedule(config.schedule, config.stages, m, config.chunks)
         rank = distributed.get_rank()
@@ -266,7 +299,9 @@ class PipeliningEngine(Peer):
         parts = plan_partition(config).parts
         units = [Units(config, parts[k], device) for k in indices]
         named = [
-            item for part in units for item in named_parameters(part.part, list(part.units), config.model.tied_head)
+            item
+            for part in units
+            for item in named_parameters(part.part, list(part.units), config.model.tied_head)
         ]
         super().__init__(config, device, rank, units, named)
         stages = [
@@ -275,11 +310,15 @@ class PipeliningEngine(Peer):
         ]
         kind = SCHEDULES[config.schedule]
         takes_one = kind in (ScheduleGPipe, Schedule1F1B)
-        self._schedule = kind(stages[0] if takes_one else stages, m, loss_fn=self._micro_batch_loss, scale_grads=False)
+        self._schedule = kind(
+            stages[0] if takes_one else stages, m, loss_fn=self._micro_batch_loss, scale_grads=False
+        )
         self._location = ours.location
         self._is_first, self._is_last = 0 in indices, ours.num_virtual_stages - 1 in indices
         ends = sorted({ours.location[0][0], ours.location[-1][0]})
-        self._tied_group = distributed.new_group(ends) if config.model.tied_head and len(ends) == 2 else None
+        self._tied_group = (
+            distributed.new_group(ends) if config.model.tied_head and len(ends) == 2 else None
+        )
 
     def forward_backward(self, batch: Batch) -> float:
         self._set_step_key(batch, training=True)
@@ -289,14 +328,18 @@ class PipeliningEngine(Peer):
         tokens, targets, samples = self._tensors(batch)
         losses: list[Tensor] = []
         last = {"target": targets, "losses": losses} if self._is_last else {}
-        self._schedule.step(*([tokens] if self._is_first else []), samples=samples, return_outputs=False, **last)
+        self._schedule.step(
+            *([tokens] if self._is_first else []), samples=samples, return_outputs=False, **last
+        )
         self._add_tied_gradients()
         return self._sum_over_ranks([math.fsum(loss.item() for loss in losses)])[0]
 
     def apply_gradients(self, step: int) -> float:
         names = [item.name for item in self._named if not item.is_copy]
         own = dict(zip(names, self._optimizer.squared_norms(), strict=True))
-        squares = self._sum_over_ranks([own.get(name, 0.0) for name in parameter_shapes(self.config.model)])
+        squares = self._sum_over_ranks(
+            [own.get(name, 0.0) for name in parameter_shapes(self.config.model)]
+        )
         norm = global_norm(squares)
         self._optimizer.step(step, clip_scale(norm, self.config.train.clip_norm))
         return norm
@@ -326,8 +369,12 @@ class PipeliningEngine(Peer):
         found = {}
         for units in self._units:
             for unit, output in units.outputs or ():
-                for i, piece in enumerate(output.cpu().tensor_split(self.config.train.micro_batches)):
-                    found[TensorKey(batch.step, "forward", self.devices[0], i, unit, "output")] = piece.numpy()
+                for i, piece in enumerate(
+                    output.cpu().tensor_split(self.config.train.micro_batches)
+                ):
+                    found[TensorKey(batch.step, "forward", self.devices[0], i, unit, "output")] = (
+                        piece.numpy()
+                    )
             units.outputs = None
         return found
 
@@ -360,7 +407,9 @@ class PipeliningEngine(Peer):
         return total.tolist()
 
     def _add_tied_gradients(self) -> None:
-        """The token embedding's gradient: that of its own use plus that of the head's copy, put in both."""
+        """The token embedding's gradient: that of its own use plus that of the head's copy, put in
+        both.
+        """
         both = [item.parameter.grad for item in self._named if item.name == TOKEN_EMBEDDING]
         if self._tied_group is not None and both:
             distributed.all_reduce(both[0], group=self._tied_group)
@@ -369,7 +418,9 @@ class PipeliningEngine(Peer):
 
 
 def build_baseline(config: RunConfig) -> Peer:
-    """The engine for `executor` plain or native. Raises ValueError for what only our own executor does."""
+    """Return the engine for `executor` plain or native. Raises ValueError for what only our own
+    executor does.
+    """
     if config.recompute != "none":
         raise ValueError(f"recompute = {config.recompute}; executor = {config.executor} takes none")
     if config.train.dtype == "bfloat16":

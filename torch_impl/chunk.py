@@ -1,17 +1,20 @@
 """A chunk of the model whose backward comes in two halves, and whose forward B can run again.
 
-B asks autograd for the gradients of the chunk's input *and of the output of every linear and embedding layer* (autograd
-takes a place in its graph, a `GradientEdge`, wherever it takes a tensor):
+B asks autograd for the gradients of the chunk's input *and of the output of every linear and
+embedding layer* (autograd takes a place in its graph, a `GradientEdge`, wherever it takes a
+tensor):
 
     input ◄── linear ◄── gelu ◄── linear ◄── output's gradient
                  └─ tap              └─ tap
 
-W needs no graph any more: a layer's weight gradient is a product of what went in and what its tap gave. So the split
-repeats no forward and does no work twice, the graph is freed in B, and products add straight into the gradients.
-Both halves in a row are the whole backward, so every schedule gives the same bits.
+W needs no graph any more: a layer's weight gradient is a product of what went in and what its tap
+gave. So the split repeats no forward and does no work twice, the graph is freed in B, and products
+add straight into the gradients. Both halves in a row are the whole backward, so every schedule
+gives the same bits.
 
-With recomputation (Chen et al. 2016; GPipe, Huang et al. 2019, section 2.3) the first forward leaves the taps' places in
-the graph, and the forward that `torch.utils.checkpoint` runs inside B fills in what went into the layers.
+With recomputation (Chen et al. 2016; GPipe, Huang et al. 2019, section 2.3) the first forward
+leaves the taps' places in the graph, and the forward that `torch.utils.checkpoint` runs inside B
+fills in what went into the layers.
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ class Chunk(nn.Module):
     def __init__(self, config: RunConfig, part: Sequence[str], device: torch.device) -> None:
         super().__init__()
         self.part = part
-        self.units = nn.ModuleList(build_unit(config.model, name, devices.fused_attention(config)) for name in part)
+        self.units = nn.ModuleList(
+            build_unit(config.model, name, devices.fused_attention(config)) for name in part
+        )
         self.to(device=device, dtype=getattr(torch, config.train.dtype))
         compute = named_parameters(part, list(self.units), config.model.tied_head)
         self.named = masters(compute, getattr(torch, config.train.master_dtype))
@@ -71,15 +76,21 @@ class Chunk(nn.Module):
         if output.requires_grad and self._again is None:
             # An embedding's input is no activation, and its piece of the graph may never be run.
             holds = self._holds_inputs or isinstance(layer, nn.Embedding)
-            self.taps.append(Tap(layer, inputs[0].detach() if holds else None, get_gradient_edge(output)))
+            self.taps.append(
+                Tap(layer, inputs[0].detach() if holds else None, get_gradient_edge(output))
+            )
 
     def _collect(self, layer: Any, inputs: tuple[Tensor]) -> None:
         """Before the layer runs, since a recomputation stops inside the last one."""
         if self._again is not None and isinstance(layer, nn.Linear):
             self._again.append(inputs[0].detach())
 
-    def recomputed(self, run: Callable[[Tensor], Tensor], x: Tensor, inputs: list[Tensor]) -> Tensor:
-        """`run(x)`, of which only `x` is held; the backward runs it again and leaves in `inputs` what taps miss."""
+    def recomputed(
+        self, run: Callable[[Tensor], Tensor], x: Tensor, inputs: list[Tensor]
+    ) -> Tensor:
+        """`run(x)`, of which only `x` is held; the backward runs it again and leaves in `inputs`
+        what taps miss.
+        """
 
         @contextmanager
         def first() -> Iterator[None]:
@@ -97,26 +108,31 @@ class Chunk(nn.Module):
             finally:
                 self._again = None
 
-        # The masks of dropout depend on the micro-batch and not on a generator's state, so none is preserved.
+        # The masks of dropout depend on the micro-batch and not on a generator's state, so none is
+        # preserved.
         result: Tensor = checkpoint(
-            run, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (first(), again())
+            run,
+            x,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (first(), again()),
         )
         return result
 
     @torch.no_grad()
     def cast_weights(self) -> None:
-        """Makes the weights that compute those of their masters, where they are not the same."""
+        """Make the weights that compute those of their masters, where they are not the same."""
         if self._casts:
             torch._foreach_copy_(*map(list, zip(*self._casts, strict=True)))
 
     def take_taps(self) -> list[Tap]:
-        """The taps since the last call."""
+        """Return the taps since the last call."""
         taps, self.taps = self.taps, []
         return taps
 
 
 def add_weight_gradient(layer: nn.Linear | nn.Embedding, x: Tensor, gradient: Tensor) -> None:
-    """Adds to the layer's gradients what `x` (..., I) and the gradient of its output (..., O) give.
+    """Add to the layer's gradients what `x` (..., I) and the gradient of its output (..., O) give.
 
     The sums may have a higher precision than the product, which is then rounded before it is added.
     """

@@ -1,4 +1,5 @@
-"""Weights as a plain PyTorch state dict, and back: `python -m torch_impl.convert` (`common.checkpoint.foreign.child`).
+"""Weights as a plain PyTorch state dict, and back: `python -m torch_impl.convert`
+(`common.checkpoint.foreign.child`).
 
 The state dict is that of `plain_model`, an ordinary module without a pipeline:
 
@@ -6,8 +7,9 @@ The state dict is that of `plain_model`, an ordinary module without a pipeline:
     model.load_state_dict(torch.load("weights.pt", weights_only=True))
     logits = model(tokens)  # (B, S) -> (B, S, V)
 
-Its keys are the canonical names; linear weights are (out, in), as nn.Linear has them. What is read may be such a file, a
-safetensors file of it, or a checkpoint with it under a usual key; a wrapper's word in its names (`module.`) is taken off.
+Its keys are the canonical names; linear weights are (out, in), as nn.Linear has them. What is read
+may be such a file, a safetensors file of it, or a checkpoint with it under a usual key; a wrapper's
+word in its names (`module.`) is taken off.
 """
 
 from __future__ import annotations
@@ -57,19 +59,19 @@ class Transformer(nn.Module):
 
 
 def plain_model(spec: TransformerSpec) -> Transformer:
-    """The model whose weights these files hold, still to be loaded."""
+    """Return the model whose weights these files hold, still to be loaded."""
     return Transformer(spec)
 
 
 def write_weights(spec: TransformerSpec, weights: Arrays, path: Path) -> None:
-    """Writes the state dict with `torch.save`."""
+    """Write the state dict with `torch.save`."""
     model = plain_model(spec).to(torch.from_numpy(weights[TOKEN_EMBEDDING]).dtype)
     load_weights(_named(spec, model), weights)
     torch.save(model.state_dict(), path)
 
 
 def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]]:
-    """Reads a state dict, with `weights_only`: no code in it is run. Raises ExchangeError."""
+    """Read a state dict, with `weights_only`: no code in it is run. Raises ExchangeError."""
     found = _tensors(find(path).files)
     state = {short: found[name] for short, name in unwrapped(found, ("model",)).items()}
     if spec.tied_head and TIED not in state and TOKEN_EMBEDDING in state:
@@ -79,7 +81,9 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
     check_names(set(state), set(wanted))
     for name, value in state.items():
         if value.shape != wanted[name].shape:
-            raise ExchangeError(f"{name} has shape {list(value.shape)}; expected {list(wanted[name].shape)}")
+            raise ExchangeError(
+                f"{name} has shape {list(value.shape)}; expected {list(wanted[name].shape)}"
+            )
         if not value.is_floating_point():
             raise ExchangeError(f"{name} has dtype {value.dtype}; expected float32 or float64")
     if spec.tied_head:
@@ -96,10 +100,12 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
 
 
 def read_tensors(paths: Sequence[Path]) -> dict[str, NDArray[Any]]:
-    """All tensors of state dicts, by their own names. Raises ExchangeError."""
+    """Return all tensors of state dicts, by their own names. Raises ExchangeError."""
     found = _tensors(paths)
     for name, value in found.items():
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # a view without end of a few bytes
+        if (
+            value.numel() * value.element_size() > value.untyped_storage().nbytes()
+        ):  # a view without end of a few bytes
             raise ExchangeError(f"{printable(name)} is larger than what the file has of it")
         if value.dtype == torch.bfloat16:  # which NumPy lacks
             found[name] = value.float()
@@ -131,9 +137,17 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle can be wrong in every way
         # PyTorch's reason, without its advice on how to load what is not to be trusted.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0].split(". ")[0]
+        reason = (
+            str(error)
+            .rpartition("WeightsUnpickler error: ")[2]
+            .strip()
+            .split("\n")[0]
+            .split(". ")[0]
+        )
         why = f"{type(error).__name__}: {reason[:200]}"
-        raise ExchangeError(f"{path}: no state dict that torch.load(weights_only=True) reads: {why}") from None
+        raise ExchangeError(
+            f"{path}: no state dict that torch.load(weights_only=True) reads: {why}"
+        ) from None
     try:
         return weights_in(loaded, lambda value: isinstance(value, Tensor))
     except ExchangeError as error:

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 
 def configure(stages: int, threads: int | None, device: str) -> None:
-    """Sets what must be set before PyTorch computes anything. Raises ValueError for CUDA where there is none.
+    """Set what must be set before PyTorch computes anything. Raises ValueError for CUDA where there
+    is none.
 
     PyTorch is imported in here, after the environment is set.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # cuBLAS needs it to be deterministic
     import torch
 
     torch.set_num_threads(threads_per_stage(stages, threads))
@@ -34,12 +37,16 @@ def configure(stages: int, threads: int | None, device: str) -> None:
 
 
 def stage_devices(stages: int, device: str) -> list[torch.device]:
-    """One device per stage; neighbours share a GPU where there are fewer GPUs than stages. Raises ValueError."""
+    """One device per stage; neighbours share a GPU where there are fewer GPUs than stages. Raises
+    ValueError.
+    """
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not count:
-        raise ValueError("device = cuda, but this PyTorch sees no CUDA device; expected cpu or auto")
+        raise ValueError(
+            "device = cuda, but this PyTorch sees no CUDA device; expected cpu or auto"
+        )
     if device == "cpu" or not count:
         return [torch.device("cpu")] * stages
     used = min(count, stages)
@@ -47,10 +54,10 @@ def stage_devices(stages: int, device: str) -> list[torch.device]:
 
 
 def prepare_thread(device: torch.device, threads: int) -> None:
-    """Gives the calling thread its share of the cores and, on CUDA, a stream of its own.
+    """Give the calling thread its share of the cores and, on CUDA, a stream of its own.
 
-    Both settings belong to the thread. The GPU's default stream stays idle: a copy between GPUs waits for the current
-    stream of its destination, and must not wait for that stage's computing.
+    Both settings belong to the thread. The GPU's default stream stays idle: a copy between GPUs
+    waits for the current stream of its destination, and must not wait for that stage's computing.
     """
     import torch
 
@@ -61,11 +68,14 @@ def prepare_thread(device: torch.device, threads: int) -> None:
 
 
 workspaces_freed = 0
-"""How often, in this process. What was recorded before the last time must not be replayed: the memory is not its own."""
+"""How often, in this process. What was recorded before the last time must not be replayed: the
+memory is not its own.
+"""
 
 
 def free_workspaces(used: Iterable[torch.device]) -> None:
-    """Gives back what cuBLAS holds for every thread's stream that has used it (32 MiB each, set by `configure`).
+    """Give back what cuBLAS holds for every thread's stream that has used it (32 MiB each, set by
+    `configure`).
 
     For all of the process: others get theirs anew with their next product.
     """
@@ -79,19 +89,28 @@ def free_workspaces(used: Iterable[torch.device]) -> None:
 
 
 def fused_attention(config: RunConfig) -> bool:
-    """Whether attention is PyTorch's own kernel: on the track "best", and without dropout, whose masks are ours."""
+    """Return whether attention is PyTorch's own kernel: on the track "best", and without dropout,
+    whose masks are ours.
+    """
     return config.track == "best" and config.model.dropout == 0
 
 
 def best_track(config: RunConfig) -> dict[str, Any]:
-    """The part of `environment` that says what the track "best" does, and what it leaves out."""
+    """Return the part of `environment` that says what the track "best" does, and what it leaves
+    out.
+    """
     used = "used" if fused_attention(config) else "not used with dropout"
-    said = [f"scaled_dot_product_attention: {used}", "torch.compile: not used, see docs/frameworks.md"]
+    said = [
+        f"scaled_dot_product_attention: {used}",
+        "torch.compile: not used, see docs/frameworks.md",
+    ]
     return {"track": config.track, "best": said if config.track == "best" else []}
 
 
 def environment(used: Sequence[torch.device]) -> dict[str, Any]:
-    """Versions, threads and flags as the calling thread finds them, and what the stages' devices are."""
+    """Versions, threads and flags as the calling thread finds them, and what the stages' devices
+    are.
+    """
     import torch
 
     device = used[0]
@@ -101,7 +120,9 @@ def environment(used: Sequence[torch.device]) -> dict[str, Any]:
         "version": torch.__version__,
         "python": platform.python_version(),
         "device_kind": device.type,
-        "device_name": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "device_name": torch.cuda.get_device_name(device)
+        if cuda
+        else torch.backends.cpu.get_cpu_capability(),
         "threads_per_stage": torch.get_num_threads(),
         "kernels": "cuBLAS" if cuda else f"ATen {torch.backends.cpu.get_cpu_capability()}",
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
@@ -133,7 +154,9 @@ def nccl_version() -> str:
 
 
 def gpus() -> str:
-    """What this PyTorch makes of the machine's GPUs, in a line, with what to do where it sees none."""
+    """Return what this PyTorch makes of the machine's GPUs, in a line, with what to do where it
+    sees none.
+    """
     import torch
 
     wheel, found = torch.version.cuda, visible_gpus()
@@ -144,8 +167,12 @@ def gpus() -> str:
     if not found:
         return f"computes on the CPU: no NVIDIA driver answers; CUDA {wheel or 'not built in'}"
     if wheel is None:
-        return "computes on the CPU: it is a CPU build; expected a CUDA build, from https://pytorch.org/get-started/locally"
+        return (
+            "computes on the CPU: it is a CPU build; expected a CUDA build, from "
+            "https://pytorch.org/get-started/locally"
+        )
     return (
-        f"computes on the CPU: it sees no GPU though the driver {found[0].driver} has {len(found)}; expected a driver for "
+        f"computes on the CPU: it sees no GPU though the driver {found[0].driver} has "
+        f"{len(found)}; expected a driver for "
         f"CUDA {wheel} or newer, or a PyTorch that was built for an older CUDA"
     )

@@ -1,6 +1,8 @@
-"""The habits of `common.spec.habits` that PyTorch has or lets its users have: each replaces one name of this package.
+"""The habits of `common.spec.habits` that PyTorch has or lets its users have: each replaces one
+name of this package.
 
-The rest of the package knows nothing of them: `switch` puts the replacement in place and takes it away again.
+The rest of the package knows nothing of them: `switch` puts the replacement in place and takes it
+away again.
 """
 
 from __future__ import annotations
@@ -34,13 +36,19 @@ summed_loss, load_weights, shared_dropout = layers.summed_loss, engine.load_weig
 
 @contextmanager
 def switch(config: RunConfig) -> Iterator[None]:
-    """Puts back the habit that `config.drift` names. Raises ValueError for one that PyTorch does not have."""
+    """Put back the habit that `config.drift` names. Raises ValueError for one that PyTorch does not
+    have.
+    """
     patches: Sequence[Patch] = ()
     if config.drift is not None:
         if config.drift not in HABITS:
-            raise ValueError(f"drift = {config.drift}; expected for torch: one of {', '.join(HABITS)}")
+            raise ValueError(
+                f"drift = {config.drift}; expected for torch: one of {', '.join(HABITS)}"
+            )
         if config.executor != "table":
-            raise ValueError(f"drift = {config.drift}; executor = {config.executor} has none, expected table")
+            raise ValueError(
+                f"drift = {config.drift}; executor = {config.executor} has none, expected table"
+            )
         patches = HABITS[config.drift](config)
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
     try:
@@ -52,7 +60,7 @@ def switch(config: RunConfig) -> Iterator[None]:
             setattr(*patch)
 
 
-# ------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def mean_per_micro_batch(config: RunConfig) -> list[Patch]:
@@ -64,7 +72,7 @@ def unscaled_micro_batches(config: RunConfig) -> list[Patch]:
 
 
 def _own_mean(divisor: int) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """The mean over the micro-batch's own tokens, divided by `divisor`; evaluation stays as it is."""
+    """The mean over the micro-batch's own tokens, divided by `divisor`; evaluation stays as it is."""  # noqa: E501
 
     def loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
         if not torch.is_grad_enabled():
@@ -74,7 +82,7 @@ def _own_mean(divisor: int) -> Callable[[Tensor, Tensor, int], Tensor]:
     return loss
 
 
-# ------------------------------------------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------------------------------- optimizer
 
 
 def per_stage_clipping(config: RunConfig) -> list[Patch]:
@@ -114,7 +122,9 @@ def default_betas(config: RunConfig) -> list[Patch]:
 
 
 def unrounded_hyperparameters(config: RunConfig) -> list[Patch]:
-    """A hyperparameter was written with few digits: the double nearest to its first seven is the one that was meant."""
+    """Return a hyperparameter was written with few digits: the double nearest to its first seven is
+    the one that was meant.
+    """
 
     def exact(train: TrainSpec, named: Sequence[NamedParameter]) -> StageOptimizer:
         floats = {name: float(f"{value:.7g}") for name, value in train if isinstance(value, float)}
@@ -124,10 +134,12 @@ def unrounded_hyperparameters(config: RunConfig) -> list[Patch]:
 
 
 def late_learning_rate(config: RunConfig) -> list[Patch]:
-    return [(optimizer, "learning_rate", lambda train, step: train.learning_rate_at(max(0, step - 1)))]
+    return [
+        (optimizer, "learning_rate", lambda train, step: train.learning_rate_at(max(0, step - 1)))
+    ]
 
 
-# ------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 def transposed_square_weight(config: RunConfig) -> list[Patch]:
@@ -138,7 +150,9 @@ def transposed_square_weight(config: RunConfig) -> list[Patch]:
 
 
 def inverted_attention_mask(config: RunConfig) -> list[Patch]:
-    """Everything up to a token's own place is hidden from it. For the last one that is all, hence no infinity."""
+    """Everything up to a token's own place is hidden from it. For the last one that is all, hence
+    no infinity.
+    """
 
     def mask(size: int) -> Tensor:
         return torch.full((size, size), -1e9).tril()
@@ -155,7 +169,9 @@ def local_dropout_samples(config: RunConfig) -> list[Patch]:
 
 def native_dropout(config: RunConfig) -> list[Patch]:
     def context(self: Stage, key: int, samples: Tensor, first_sample: int) -> DropoutContext:
-        return shared_dropout(self, key, samples, first_sample)._replace(generator=torch.Generator(self.device))
+        return shared_dropout(self, key, samples, first_sample)._replace(
+            generator=torch.Generator(self.device)
+        )
 
     return [(Stage, "_dropout", context)]
 

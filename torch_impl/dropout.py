@@ -1,4 +1,6 @@
-"""Dropout: `common.spec.dropout_masks` in PyTorch's integers, bit for bit, or PyTorch's own generator; on the stage's own device."""
+"""Dropout: `common.spec.dropout_masks` in PyTorch's integers, bit for bit, or PyTorch's own
+generator; on the stage's own device.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ class ElementHashes:
         self._kept: dict[int, Tensor] = {}
 
     def first(self, count: int, device: torch.device) -> Tensor:
-        """Those of `count` elements, after the mixer's first shift: (count,) int32."""
+        """Return those of `count` elements, after the mixer's first shift: (count,) int32."""
         if count not in self._kept:
             hashes = mix_(torch.arange(count, device=device))
             self._kept[count] = _first_shift(hashes)
@@ -62,12 +64,15 @@ def _first_shift(x: Tensor) -> Tensor:
 def keep_mask(context: DropoutContext, site: int, shape: torch.Size, probability: float) -> Tensor:
     """True where the element is kept; bool of `shape`, which is (b, ...).
 
-    Shifts and `^` change places, so the mixer's first shift is done on rows and elements. The rest is in int32, half the
-    memory: products wrap at 2^32, a shift's copies of the sign are cut off, and the comparison is of unsigned numbers.
+    Shifts and `^` change places, so the mixer's first shift is done on rows and elements. The rest
+    is in int32, half the memory: products wrap at 2^32, a shift's copies of the sign are cut off,
+    and the comparison is of unsigned numbers.
     """
     samples = context.samples
     row = mix_(mix_(samples.clone()) ^ mix(context.step_key ^ mix(site)))  # (b,)
-    bits = _first_shift(row)[:, None] ^ context.elements.first(math.prod(shape[1:]), samples.device)  # (b, n)
+    bits = _first_shift(row)[:, None] ^ context.elements.first(
+        math.prod(shape[1:]), samples.device
+    )  # (b, n)
     for multiplier in MULTIPLIERS:
         bits *= multiplier
         bits ^= (bits >> 15).bitwise_and_(MASK32 >> 15)
@@ -75,19 +80,26 @@ def keep_mask(context: DropoutContext, site: int, shape: torch.Size, probability
     return (bits >= threshold(probability) + SIGN).view(shape)
 
 
-def native_mask(context: DropoutContext, site: int, shape: torch.Size, probability: float) -> Tensor:
+def native_mask(
+    context: DropoutContext, site: int, shape: torch.Size, probability: float
+) -> Tensor:
     """PyTorch's own draw: 1 where the element is kept, else 0; float32 of `shape`.
 
-    Differs: not `functional.dropout`, which takes no generator and uses one that all threads share; this is what it does
-    on a CPU. Seeded anew for every mask, so that a recomputation draws the same one and no schedule changes it.
+    Differs: not `functional.dropout`, which takes no generator and uses one that all threads share;
+    this is what it does on a CPU. Seeded anew for every mask, so that a recomputation draws the
+    same one and no schedule changes it.
     """
     seed = mix(mix(context.step_key ^ mix(site)) ^ mix(context.first_sample))
     generator = context.generator.manual_seed(seed)
-    return torch.empty(shape, device=context.samples.device).bernoulli_(1 - probability, generator=generator)
+    return torch.empty(shape, device=context.samples.device).bernoulli_(
+        1 - probability, generator=generator
+    )
 
 
 def dropout(x: Tensor, probability: float, site: int, context: DropoutContext | None) -> Tensor:
-    """Inverted dropout (Srivastava et al. 2014); `x` itself without a context or with probability 0."""
+    """Inverted dropout (Srivastava et al. 2014); `x` itself without a context or with probability
+    0.
+    """
     if context is None or probability == 0:
         return x
     mask = keep_mask if context.generator is None else native_mask

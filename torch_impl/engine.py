@@ -43,7 +43,7 @@ POLL_SECONDS = 0.5
 
 
 def build_engine(config: RunConfig) -> Engine:
-    """The engine of `config`. Raises ScheduleError or ValueError for a run that cannot be."""
+    """Return the engine of `config`. Raises ScheduleError or ValueError for a run that cannot be."""  # noqa: E501
     if config.executor != "table":
         from torch_impl.baseline import build_baseline  # imports much that a table does not need
 
@@ -59,7 +59,9 @@ class TorchEngine:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+        self.schedule = make_schedule(
+            config.schedule, config.stages, config.train.micro_batches, config.chunks
+        )
         self.devices = tuple(range(config.stages))
         self.on_action: Callable[[int, Action | None], None] = unwatched
         self._torch_devices = devices.stage_devices(config.stages, config.device)
@@ -67,7 +69,9 @@ class TorchEngine:
         parts = plan_partition(config).parts
         threads = devices.threads_per_stage(config.stages, config.threads)
         self._threads = [
-            ThreadPoolExecutor(1, f"stage-{d}", devices.prepare_thread, (self._torch_devices[d], threads))
+            ThreadPoolExecutor(
+                1, f"stage-{d}", devices.prepare_thread, (self._torch_devices[d], threads)
+            )
             for d in self.devices
         ]
         self.stages = self._on_all(
@@ -111,23 +115,36 @@ class TorchEngine:
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
         self._run(self.schedule.only_forward(), batch, Mode.RECORD)
-        where = {key: (d, tensor) for d, stage in enumerate(self.stages) for key, tensor in stage.outputs.items()}
+        where = {
+            key: (d, tensor)
+            for d, stage in enumerate(self.stages)
+            for key, tensor in stage.outputs.items()
+        }
         outputs = {}
         for unit in unit_names(self.config.model):
             for i in range(self.config.train.micro_batches):
                 device, tensor = where[unit, i]
-                outputs[TensorKey(batch.step, "forward", device, i, unit, "output")] = to_array(tensor)
+                outputs[TensorKey(batch.step, "forward", device, i, unit, "output")] = to_array(
+                    tensor
+                )
         self._drop_outputs()
         return outputs
 
     def probe_units(
-        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+        self,
+        batch: Batch,
+        inputs: Mapping[str, NDArray[Any]],
+        output_gradients: Mapping[str, NDArray[Any]],
     ) -> dict[TensorKey, NDArray[Any]]:
-        found = self._on_all(lambda d: probe_units(self.stages[d], d, batch, inputs, output_gradients))
+        found = self._on_all(
+            lambda d: probe_units(self.stages[d], d, batch, inputs, output_gradients)
+        )
         return {key: array for arrays in found for key, array in arrays.items()}
 
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
-        self._run(self.schedule.only_forward(), Batch(0, inputs, np.zeros_like(inputs)), Mode.PREDICT)
+        self._run(
+            self.schedule.only_forward(), Batch(0, inputs, np.zeros_like(inputs)), Mode.PREDICT
+        )
         logits = {i: tensor for stage in self.stages for (_, i), tensor in stage.outputs.items()}
         self._drop_outputs()
         return np.concatenate([to_array(logits[i]) for i in range(len(logits))])
@@ -137,7 +154,10 @@ class TorchEngine:
         merged = {key: array for arrays in found for key, array in arrays.items()}
         moments = sorted({key.partition("/")[0] for key in merged})
         return {
-            key: merged[key] for m in moments for name in parameter_shapes(self.config.model) if (key := f"{m}/{name}")
+            key: merged[key]
+            for m in moments
+            for name in parameter_shapes(self.config.model)
+            if (key := f"{m}/{name}")
         }
 
     def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
@@ -158,10 +178,16 @@ class TorchEngine:
 
     def environment(self) -> dict[str, Any]:
         said = self._on(0, lambda: devices.environment(self._torch_devices))
-        return said | devices.best_track(self.config) | graphs.environment(self.config, self._torch_devices[0])
+        return (
+            said
+            | devices.best_track(self.config)
+            | graphs.environment(self.config, self._torch_devices[0])
+        )
 
     def peak_memory_bytes(self) -> dict[int, int]:
-        """As the protocol says; stages that share a GPU are counted together, under the first of them."""
+        """As the protocol says; stages that share a GPU are counted together, under the first of
+        them.
+        """
         peaks = {
             self._torch_devices.index(device): max(
                 self._earlier_peaks.get(device, 0),
@@ -184,7 +210,9 @@ class TorchEngine:
         devices.free_workspaces(self._torch_devices)
 
     def _run(self, schedule: Schedule, batch: Batch, mode: Mode) -> float:
-        """Every stage walks its line of the schedule. Returns the mean loss; raises the first stage's failure."""
+        """Every stage walks its line of the schedule. Returns the mean loss; raises the first
+        stage's failure.
+        """
         channel = Channel(self._torch_devices, self._copy_streams)
         clocks: list[StreamClock] = []
 
@@ -219,13 +247,17 @@ class TorchEngine:
             self._drop_recordings()  # some may be half a step
             raise channel.failure
         if any(stage.records for stage in self._graphed):
-            self._reset_peaks({device: torch.cuda.max_memory_allocated(device) for device in self._cuda_devices()})
+            self._reset_peaks(
+                {device: torch.cuda.max_memory_allocated(device) for device in self._cuda_devices()}
+            )
         if mode is Mode.TRAIN:
             self._events = {d: events for d, (events, _) in enumerate(results)}
         return math.fsum(loss for _, losses in results for loss in losses)
 
     def _add_tied_gradients(self) -> None:
-        """The token embedding's gradient: that of its own use plus that of the head's copy, put in both."""
+        """The token embedding's gradient: that of its own use plus that of the head's copy, put in
+        both.
+        """
         own, copy = (
             next(
                 (d, item.parameter.grad)
@@ -252,7 +284,9 @@ class TorchEngine:
             stage.drop()
 
     def _reset_peaks(self, earlier: dict[torch.device, int]) -> None:
-        """From now on what recordings hold counts all the time, and not only while it is allocated, as in `earlier`."""
+        """From now on what recordings hold counts all the time, and not only while it is allocated,
+        as in `earlier`.
+        """
         self._earlier_peaks = earlier
         for device in self._cuda_devices():
             torch.cuda.reset_peak_memory_stats(device)

@@ -1,26 +1,30 @@
-"""CUDA graphs: a stage's training pass is recorded once, action by action, and replayed from then on.
+"""CUDA graphs: a stage's training pass is recorded once, action by action, and replayed from then
+on.
 
-An action of a small model is hundreds of kernels of a few microseconds each, and the host takes longer to launch one than
-the GPU to run it. A replay launches a whole action at once. It runs the same kernels on the same memory, so its bits are
-those of the eager pass; whoever fills that memory with new tokens gets a new step.
+An action of a small model is hundreds of kernels of a few microseconds each, and the host takes
+longer to launch one than the GPU to run it. A replay launches a whole action at once. It runs the
+same kernels on the same memory, so its bits are those of the eager pass; whoever fills that memory
+with new tokens gets a new step.
 
-All graphs of a stage share one pool of memory. What an action frees while it is recorded, a later one may get, and the
-addresses stay in the graphs. That is safe because a device's schedule is one list, walked in one stream:
+All graphs of a stage share one pool of memory. What an action frees while it is recorded, a later
+one may get, and the addresses stay in the graphs. That is safe because a device's schedule is one
+list, walked in one stream:
 
     recorded   F0 ──► F1 ──► B0 ──► F2 ──► B1 ──► B2      block a: from F0 to B0, then from F2 to B2
                a      b      │a     a      │b     │a      block b: from F1 to B1
                              free          free   free
     replayed   F0 ──► F1 ──► B0 ──► F2 ──► B1 ──► B2      the same order, so F2 overwrites what B0 has read
 
-Only what goes to another stage is never free: an action's result, and the copy of its input that the graph reads. The
-receiver has its own stream, and the pass ends for all stages before the next one writes there.
+Only what goes to another stage is never free: an action's result, and the copy of its input that
+the graph reads. The receiver has its own stream, and the pass ends for all stages before the next
+one writes there.
 
-What is recorded must not change: weights, gradients, tokens and targets keep their memory, and `num_tokens` its value.
-A pass of another shape starts over. So does one after a failure, and one after cuBLAS' workspaces, which graphs use, were
-freed.
+What is recorded must not change: weights, gradients, tokens and targets keep their memory, and
+`num_tokens` its value. A pass of another shape starts over. So does one after a failure, and one
+after cuBLAS' workspaces, which graphs use, were freed.
 
 Differs: TensorFlow's actions are compiled functions; Paddle's stages are processes.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -45,7 +49,7 @@ Work = Callable[[Tensor | None], Tensor | None]
 
 
 def why_eager(config: RunConfig, device: torch.device) -> str | None:
-    """Why training `config` on this device records nothing; None if it does."""
+    """Return why training `config` on this device records nothing; None if it does."""
     epoch, batch_size = config.sequences_per_epoch, config.train.batch_size
     ragged = config.sequence_lengths != "full" or (epoch is not None and epoch % batch_size > 0)
     reasons = {
@@ -60,7 +64,7 @@ def why_eager(config: RunConfig, device: torch.device) -> str | None:
 
 
 def environment(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """The part of `environment` that says whether training is recorded, and why not."""
+    """Return the part of `environment` that says whether training is recorded, and why not."""
     why = why_eager(config, device)
     return {"cuda_graphs": "used" if why is None else f"not used: {why}"}
 
@@ -74,9 +78,11 @@ class Recorded(NamedTuple):
 
 
 class GraphedStage:
-    """Stands in for a `Stage` (`common.runtime.executor.Stage`): a first training pass is eager, the second records.
+    """Stands in for a `Stage` (`common.runtime.executor.Stage`): a first training pass is eager,
+    the second records.
 
-    The first one warms up: libraries make their workspaces, autograd its threads. Passes that do not train stay eager.
+    The first one warms up: libraries make their workspaces, autograd its threads. Passes that do
+    not train stay eager.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -84,7 +90,7 @@ class GraphedStage:
         self.drop()
 
     def drop(self) -> None:
-        """Forgets the recording and frees its memory. No replay may be running."""
+        """Forget the recording and frees its memory. No replay may be running."""
         self._shape: tuple[Any, ...] | None = None
         self._static: Pass | None = None
         self._actions: dict[tuple[str, int, int], Recorded] = {}
@@ -110,23 +116,40 @@ class GraphedStage:
             self._static, self.pool = stage.now, torch.cuda.graph_pool_handle()
             self._run = self._record
         else:
-            for static, new in ((self._static.tokens, stage.now.tokens), (self._static.targets, stage.now.targets)):
+            for static, new in (
+                (self._static.tokens, stage.now.tokens),
+                (self._static.targets, stage.now.targets),
+            ):
                 if new:
                     torch._foreach_copy_(static, new)
             stage.now = self._static
             self._run = self._replay
 
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
-        return self._run(("F", micro_batch, chunk), x, partial(self._stage.forward, micro_batch, chunk))
+        return self._run(
+            ("F", micro_batch, chunk), x, partial(self._stage.forward, micro_batch, chunk)
+        )
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
-        return self._run(("BW", micro_batch, chunk), gradient, partial(self._stage.backward, micro_batch, chunk))
+        return self._run(
+            ("BW", micro_batch, chunk), gradient, partial(self._stage.backward, micro_batch, chunk)
+        )
 
-    def backward_input(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
-        return self._run(("B", micro_batch, chunk), gradient, partial(self._stage.backward_input, micro_batch, chunk))
+    def backward_input(
+        self, micro_batch: int, chunk: int, gradient: Tensor | None
+    ) -> Tensor | None:
+        return self._run(
+            ("B", micro_batch, chunk),
+            gradient,
+            partial(self._stage.backward_input, micro_batch, chunk),
+        )
 
     def backward_weight(self, micro_batch: int, chunk: int) -> None:
-        self._run(("W", micro_batch, chunk), None, lambda _: self._stage.backward_weight(micro_batch, chunk))
+        self._run(
+            ("W", micro_batch, chunk),
+            None,
+            lambda _: self._stage.backward_weight(micro_batch, chunk),
+        )
 
     def _eager(self, key: tuple[str, int, int], given: Tensor | None, work: Work) -> Tensor | None:
         return work(given)
@@ -137,19 +160,24 @@ class GraphedStage:
             static = None if given is None else given.detach().clone()
             graph = torch.cuda.CUDAGraph()
             with ONE_AT_A_TIME:
-                # thread_local: what the other stages' threads do meanwhile is none of this recording's business.
+                # thread_local: what the other stages' threads do meanwhile is none of this
+                # recording's business.
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
                     result = work(static)
                 except Exception:
-                    with suppress(RuntimeError):  # it only says again that there is nothing to record
+                    with suppress(
+                        RuntimeError
+                    ):  # it only says again that there is nothing to record
                         graph.capture_end()
                     raise
                 graph.capture_end()
                 graph.replay()
         except Exception as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise RuntimeError(f"{why}; recorded as a CUDA graph, --cuda-graphs off runs without") from error
+            raise RuntimeError(
+                f"{why}; recorded as a CUDA graph, --cuda-graphs off runs without"
+            ) from error
         self._actions[key] = Recorded(graph, static, result)
         return result
 
@@ -163,7 +191,9 @@ class GraphedStage:
 
 
 def idle_bytes(stages: Iterable[GraphedStage], device: torch.device) -> int:
-    """The memory of recordings on `device` that the allocator does not count as allocated, though every replay uses it."""
+    """Return the memory of recordings on `device` that the allocator does not count as allocated,
+    though every replay uses it.
+    """
     pools = {tuple(stage.pool) for stage in stages if stage.pool is not None}
     return sum(
         segment["total_size"] - segment["allocated_size"]

@@ -1,4 +1,6 @@
-"""What autograd holds for the backward, in bytes: looked at once per chunk, counted by `common.runtime.held`."""
+"""What autograd holds for the backward, in bytes: looked at once per chunk, counted by
+`common.runtime.held`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 @contextmanager
 def saved_tensors(found: list[Tensor]) -> Iterator[None]:
-    """Adds to `found` whatever autograd saves inside."""
+    """Add to `found` whatever autograd saves inside."""
 
     def keep(tensor: Tensor) -> Tensor:
         detached = tensor.detach()  # the tensor itself would hold the graph that holds it
@@ -23,8 +25,10 @@ def saved_tensors(found: list[Tensor]) -> Iterator[None]:
 
 
 def memory_bytes(tensors: Iterable[Tensor], not_counted: Iterable[Tensor] = ()) -> int:
-    """The memory under `tensors`, each piece once, without that under `not_counted`."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    """Return the memory under `tensors`, each piece once, without that under `not_counted`."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
     for tensor in not_counted:
         storages.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(storages.values())

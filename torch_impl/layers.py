@@ -1,6 +1,8 @@
-"""The Transformer's units in plain PyTorch: `Embedding`, `Block`, `Head`. They know nothing of pipelines.
+"""The Transformer's units in plain PyTorch: `Embedding`, `Block`, `Head`. They know nothing of
+pipelines.
 
-Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E = D / H, F feed-forward width, V vocabulary.
+Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E = D / H, F
+feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,20 +22,25 @@ from torch_impl.precision import LayerNorm
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The exact GELU (Hendrycks and Gimpel 2016): 0.5 x (1 + erf(x / sqrt 2)).
+    """Return the exact GELU (Hendrycks and Gimpel 2016): 0.5 x (1 + erf(x / sqrt 2)).
 
-    Differs: not written out, since PyTorch's kernel is this formula with full-precision constants, in one pass.
+    Differs: not written out, since PyTorch's kernel is this formula with full-precision constants,
+    in one pass.
     """
     return functional.gelu(x, approximate="none")
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715
+    x^3))).
+    """
     return functional.gelu(x, approximate="tanh")
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """What stands between the two linear layers of a feed-forward (`TransformerSpec.activation`)."""
+    """Return what stands between the two linear layers of a feed-forward
+    (`TransformerSpec.activation`).
+    """
     return {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": functional.relu}[name]
 
 
@@ -45,7 +52,9 @@ class Embedding(nn.Module):
         self.token = nn.Embedding(spec.vocab_size, spec.d_model)
         self.position = nn.Embedding(spec.context_length, spec.d_model)
         self.dropout = spec.dropout
-        self.register_buffer("positions", torch.arange(spec.context_length), persistent=False)  # (S,)
+        self.register_buffer(
+            "positions", torch.arange(spec.context_length), persistent=False
+        )  # (S,)
 
     def forward(self, tokens: Tensor, context: DropoutContext | None) -> Tensor:
         x = self.token(tokens) + self.position(self.positions[: tokens.shape[1]])  # (B, S, D)
@@ -60,8 +69,8 @@ def causal_mask(size: int) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
 
-    The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`). `fused`: scores and softmax in one kernel
-    that stores neither; it has no place for our dropout masks.
+    The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`). `fused`: scores
+    and softmax in one kernel that stores neither; it has no place for our dropout masks.
     """
 
     def __init__(self, spec: TransformerSpec, site: int, fused: bool) -> None:
@@ -84,8 +93,12 @@ class Attention(nn.Module):
         if self.fused:
             mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, S, E)
         else:
-            scores = q / math.sqrt(self.d_head) @ k.transpose(-2, -1) + self.causal[:s, :s]  # (B, H, S, S)
-            weights = dropout(functional.softmax(scores, dim=-1), self.dropout, self.site, context)  # (B, H, S, S)
+            scores = (
+                q / math.sqrt(self.d_head) @ k.transpose(-2, -1) + self.causal[:s, :s]
+            )  # (B, H, S, S)
+            weights = dropout(
+                functional.softmax(scores, dim=-1), self.dropout, self.site, context
+            )  # (B, H, S, S)
             mixed = weights @ v  # (B, H, S, E)
         return self.output(mixed.transpose(1, 2).reshape(b, s, d))
 
@@ -104,11 +117,15 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with a residual connection and a norm before (pre) or after (post) it."""
+    """Attention and feed-forward, each with a residual connection and a norm before (pre) or after
+    (post) it.
+    """
 
     def __init__(self, spec: TransformerSpec, name: str, fused: bool) -> None:
         super().__init__()
-        attention_weights, self.attention_site, self.feed_forward_site = (site_number(name, i) for i in range(3))
+        attention_weights, self.attention_site, self.feed_forward_site = (
+            site_number(name, i) for i in range(3)
+        )
         self.norm_1 = LayerNorm(spec.d_model, spec.norm_epsilon)
         self.attention = Attention(spec, attention_weights, fused)
         self.norm_2 = LayerNorm(spec.d_model, spec.norm_epsilon)
@@ -137,7 +154,9 @@ class Head(nn.Module):
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
-        self.norm = LayerNorm(spec.d_model, spec.norm_epsilon) if spec.norm == "pre" else nn.Identity()
+        self.norm = (
+            LayerNorm(spec.d_model, spec.norm_epsilon) if spec.norm == "pre" else nn.Identity()
+        )
         self.output = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
 
     def forward(self, x: Tensor, context: DropoutContext | None) -> Tensor:
@@ -145,7 +164,9 @@ class Head(nn.Module):
 
 
 def build_unit(spec: TransformerSpec, name: str, fused: bool = False) -> nn.Module:
-    """The unit of this canonical name; its weights are still to be loaded. `fused` chooses the attention."""
+    """Return the unit of this canonical name; its weights are still to be loaded. `fused` chooses
+    the attention.
+    """
     if name == "embedding":
         return Embedding(spec)
     if name == "head":
@@ -154,11 +175,15 @@ def build_unit(spec: TransformerSpec, name: str, fused: bool = False) -> nn.Modu
 
 
 def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
-    """The sum of the tokens' cross-entropies over `num_tokens`, those of the whole mini-batch that count.
+    """Return the sum of the tokens' cross-entropies over `num_tokens`, those of the whole
+    mini-batch that count.
 
-    So the losses and gradients of micro-batches add up, whatever their sizes; one whose targets are all IGNORED adds 0.
-    Logits (B, S, V), targets (B, S). In float32 at least, also from bfloat16 logits.
+    So the losses and gradients of micro-batches add up, whatever their sizes; one whose targets are
+    all IGNORED adds 0. Logits (B, S, V), targets (B, S). In float32 at least, also from bfloat16
+    logits.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
     return losses / num_tokens

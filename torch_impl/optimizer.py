@@ -1,4 +1,6 @@
-"""One device's optimizer: `torch.optim`, with the learning rate, the no-decay list and the clipping of `TrainSpec`."""
+"""One device's optimizer: `torch.optim`, with the learning rate, the no-decay list and the clipping
+of `TrainSpec`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from torch_impl.weights import NamedParameter, export_tensor, load_tensor
 
 
 def weight_decay(train: TrainSpec, name: str) -> float:
-    """What decays the parameter of this canonical name."""
+    """Return what decays the parameter of this canonical name."""
     return train.weight_decay if train.decays(name) else 0.0
 
 
@@ -24,9 +26,11 @@ def learning_rate(train: TrainSpec, step: int) -> float:
 
 
 class StageOptimizer:
-    """AdamW (Loshchilov and Hutter 2019: decay first, epsilon after the bias correction) or SGD over `named`.
+    """AdamW (Loshchilov and Hutter 2019: decay first, epsilon after the bias correction) or SGD
+    over `named`.
 
-    Gradients are clipped in place. A tied weight's copies get the same gradient and so stay equal, bit for bit.
+    Gradients are clipped in place. A tied weight's copies get the same gradient and so stay equal,
+    bit for bit.
     """
 
     def __init__(self, train: TrainSpec, named: Sequence[NamedParameter]) -> None:
@@ -36,7 +40,11 @@ class StageOptimizer:
         decays = [weight_decay(train, item.name) for item in named]
         groups = [
             {
-                "params": [item.parameter for item, decay in zip(named, decays, strict=True) if decay == value],
+                "params": [
+                    item.parameter
+                    for item, decay in zip(named, decays, strict=True)
+                    if decay == value
+                ],
                 "weight_decay": value,
             }
             for value in sorted(set(decays), reverse=True)
@@ -51,7 +59,7 @@ class StageOptimizer:
             self._moments = {"first_moment": "momentum_buffer"} if train.momentum else {}
 
     def squared_norms(self) -> list[float]:
-        """Each tensor's sum of squared gradients, in float64; that of a tied weight once."""
+        """Return each tensor's sum of squared gradients, in float64; that of a tied weight once."""
         norms = [
             torch.linalg.vector_norm(item.parameter.grad, dtype=torch.float64)
             for item in self._named
@@ -60,7 +68,7 @@ class StageOptimizer:
         return torch.stack(norms).square().tolist() if norms else []
 
     def step(self, step: int, scale: float) -> None:
-        """Multiplies the gradients by `scale`, then updates the weights for `step` (from 0)."""
+        """Multiply the gradients by `scale`, then updates the weights for `step` (from 0)."""
         if scale != 1:
             torch._foreach_mul_(self._gradients, scale)
         for group in self._optimizer.param_groups:
@@ -68,7 +76,9 @@ class StageOptimizer:
         self._optimizer.step()
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """The moments by "first_moment/<name>" and "second_moment/<name>"; zeros before the first step."""
+        """Return the moments by "first_moment/<name>" and "second_moment/<name>"; zeros before the
+        first step.
+        """
         found = {}
         for moment, key in self._moments.items():
             for item in self._named:
@@ -79,7 +89,9 @@ class StageOptimizer:
 
     @torch.no_grad()
     def load_state(self, arrays: Mapping[str, NDArray[Any]], steps_done: int) -> None:
-        """Puts back what `state` gave after `steps_done` steps. Raises KeyError for a missing moment."""
+        """Put back what `state` gave after `steps_done` steps. Raises KeyError for a missing
+        moment.
+        """
         for item in self._named:
             state = {key: torch.empty_like(item.parameter) for key in self._moments.values()}
             for moment, key in self._moments.items():

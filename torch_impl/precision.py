@@ -1,7 +1,9 @@
-"""bfloat16 as most kernels have it: operands and results in bfloat16, the arithmetic between in float32.
+"""bfloat16 as most kernels have it: operands and results in bfloat16, the arithmetic between in
+float32.
 
-Differs: of PyTorch 2.13's CPU kernels it is the backward of LayerNorm that is not so. It sums the gradients of weight and
-bias over the rows in bfloat16: 9 and 14 roundoffs off after 2,048 rows, and too small. On GPUs the kernel sums in float32.
+Differs: of PyTorch 2.13's CPU kernels it is the backward of LayerNorm that is not so. It sums the
+gradients of weight and bias over the rows in bfloat16: 9 and 14 roundoffs off after 2,048 rows, and
+too small. On GPUs the kernel sums in float32.
 """
 
 from __future__ import annotations
@@ -17,4 +19,6 @@ class LayerNorm(nn.LayerNorm):
         if x.dtype is not torch.bfloat16 or x.device.type != "cpu":
             return super().forward(x)
         weight, bias = self.weight.float(), self.bias.float()
-        return nn.functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        return nn.functional.layer_norm(
+            x.float(), self.normalized_shape, weight, bias, self.eps
+        ).to(x.dtype)

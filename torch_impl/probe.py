@@ -22,7 +22,9 @@ def probe_units(
     inputs: Mapping[str, NDArray[Any]],
     output_gradients: Mapping[str, NDArray[Any]],
 ) -> dict[TensorKey, NDArray[Any]]:
-    """`common.runtime.engine.Engine.probe_units` for the units of one device, by PyTorch's plain autograd."""
+    """`common.runtime.engine.Engine.probe_units` for the units of one device, by PyTorch's plain
+    autograd.
+    """
     stage.begin(batch, Mode.RECORD)
     tied_head = stage.config.model.tied_head
     found: dict[TensorKey, NDArray[Any]] = {}
@@ -53,6 +55,8 @@ def probe_units(
 
 
 def _piece(stage: Stage, array: NDArray[Any], micro_batch: int) -> Tensor:
-    """The micro-batch's rows of a tensor of the whole mini-batch, on the stage's device in its precision."""
+    """The micro-batch's rows of a tensor of the whole mini-batch, on the stage's device in its
+    precision.
+    """
     whole = torch.from_numpy(array).tensor_split(stage.config.train.micro_batches)
     return whole[micro_batch].to(stage.device, getattr(torch, stage.config.train.dtype))

@@ -1,4 +1,6 @@
-"""One process per stage (`common.runtime.ranks`), as PyTorch joins them. Only its own pipeline (`baseline.py`) needs it."""
+"""One process per stage (`common.runtime.ranks`), as PyTorch joins them. Only its own pipeline
+(`baseline.py`) needs it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from torch_impl import devices
 
 
 def run_on_ranks(jobs: Sequence[Job], switch: Switch) -> int:
-    """Runs the jobs, which share `stages` and `device`, on one process per stage. Returns the exit status."""
+    """Run the jobs, which share `stages` and `device`, on one process per stage. Returns the exit
+    status.
+    """
     config = jobs[0].config
     used = devices.stage_devices(config.stages, config.device)
     on_gpus = used[0].type == "cuda"
@@ -25,11 +29,15 @@ def run_on_ranks(jobs: Sequence[Job], switch: Switch) -> int:
         for job in jobs:
             write_file(Path(job.out) / "failed-0.txt", f"ValueError: executor = native: {why}\n")
         return 1
-    return run(Ranks("torch_impl", _join, _wait_for_all, "spawn" if on_gpus else "fork"), jobs, switch)
+    return run(
+        Ranks("torch_impl", _join, _wait_for_all, "spawn" if on_gpus else "fork"), jobs, switch
+    )
 
 
 def _join(rank: int, endpoints: Sequence[str], config: RunConfig) -> Callable[[RunConfig], Engine]:
-    devices.configure(config.stages, config.threads, config.device)  # a spawned rank knows nothing of its parent's
+    devices.configure(
+        config.stages, config.threads, config.device
+    )  # a spawned rank knows nothing of its parent's
     from torch import distributed
 
     from torch_impl.engine import build_engine
@@ -37,7 +45,9 @@ def _join(rank: int, endpoints: Sequence[str], config: RunConfig) -> Callable[[R
     device = devices.stage_devices(config.stages, config.device)[rank]
     devices.prepare_thread(device, devices.threads_per_stage(config.stages, config.threads))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, init_method=f"tcp://{endpoints[0]}", rank=rank, world_size=len(endpoints))
+    distributed.init_process_group(
+        backend, init_method=f"tcp://{endpoints[0]}", rank=rank, world_size=len(endpoints)
+    )
     return build_engine
 
 

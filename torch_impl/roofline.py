@@ -1,4 +1,6 @@
-"""`python -m torch_impl.roofline CONFIG`: the kernels of a run one by one, on one thread (`common.harness.roofline`)."""
+"""`python -m torch_impl.roofline CONFIG`: the kernels of a run one by one, on one thread
+(`common.harness.roofline`).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from torch_impl import devices
 
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
-    """The operations by the names of `common.runtime.roofline.kernels`, and the environment. Raises ValueError, ImportError."""
+    """Return the operations by the names of `common.runtime.roofline.kernels`, and the environment.
+    Raises ValueError, ImportError.
+    """
     devices.configure(1, 1, "cpu")
     import torch
     from torch import Tensor
@@ -36,7 +40,9 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
 
         return run
 
-    def with_gradient(compute: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+    def with_gradient(
+        compute: Callable[[Tensor], Tensor], inputs: list[Tensor]
+    ) -> Callable[[], object]:
         inputs = [x.requires_grad_() for x in inputs]
         gradient = torch.randn_like(compute(inputs[0]))
 
@@ -60,7 +66,9 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         **linear("feed-forward up", d, f),
         **linear("feed-forward down", f, d),
         **linear("head", d, v),
-        "attention scores": repeated(lambda q, k: q @ k.transpose(-2, -1), queries, made(b, h, s, d // h)),
+        "attention scores": repeated(
+            lambda q, k: q @ k.transpose(-2, -1), queries, made(b, h, s, d // h)
+        ),
         "attention mix": repeated(lambda w, v: w @ v, weights, queries),
         "softmax and gradient": with_gradient(lambda x: torch.softmax(x, -1), made(b, h, s, s)),
         f"{model.activation} and gradient": with_gradient(activation(model.activation), made(n, f)),

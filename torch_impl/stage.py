@@ -1,4 +1,6 @@
-"""One device's part of the pipeline: `Stage` computes, `Channel` hands tensors from device to device."""
+"""One device's part of the pipeline: `Stage` computes, `Channel` hands tensors from device to
+device.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ class Mode(enum.Enum):
         return self in (Mode.TRAIN, Mode.RECORD)
 
     def keeps(self, unit: str) -> bool:
-        """Whether the output of this unit is kept."""
+        """Return whether the output of this unit is kept."""
         return self is Mode.RECORD or (self is Mode.PREDICT and unit == "head")
 
 
@@ -73,12 +75,15 @@ class Pass:
 
 
 class Stage:
-    """The model chunks of one device (`common.runtime.executor.Stage`), for one mini-batch after another.
+    """The model chunks of one device (`common.runtime.executor.Stage`), for one mini-batch after
+    another.
 
     `parts` names the units of each chunk; the stage that holds the head computes the loss.
     """
 
-    def __init__(self, config: RunConfig, parts: Sequence[Sequence[str]], device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, parts: Sequence[Sequence[str]], device: torch.device
+    ) -> None:
         self.config = config
         self.device = device
         self.chunks = [Chunk(config, part, device) for part in parts]
@@ -86,16 +91,22 @@ class Stage:
         self._gradients = [item.parameter.grad for item in self.named]
         self.in_flight: dict[tuple[int, int], Forward] = {}
         """By (micro-batch, chunk): forward done, B not yet."""
-        self.waiting: dict[tuple[int, int], list[tuple[nn.Linear | nn.Embedding, Tensor, Tensor]]] = {}
-        """By (micro-batch, chunk): B done, W not yet; each layer with its input and its output's gradient."""
+        self.waiting: dict[
+            tuple[int, int], list[tuple[nn.Linear | nn.Embedding, Tensor, Tensor]]
+        ] = {}
+        """By (micro-batch, chunk): B done, W not yet; each layer with its input and its output's
+        gradient.
+        """
         self.held = HeldActivations(len(self.chunks), self._kind)
         self._elements = ElementHashes()
-        self._generator = torch.Generator(device) if config.model.dropout_masks == "native" else None
+        self._generator = (
+            torch.Generator(device) if config.model.dropout_masks == "native" else None
+        )
         self.outputs: dict[tuple[str, int], Tensor] = {}
         """By (unit, micro-batch), where the mode keeps them."""
 
     def begin(self, batch: Batch, mode: Mode) -> None:
-        """Makes ready for a pass over `batch`; a training pass starts with zero gradients."""
+        """Make ready for a pass over `batch`; a training pass starts with zero gradients."""
         samples = [piece.samples for piece in batch.micro_batches(self.config.train.micro_batches)]
         units = [unit for chunk in self.chunks for unit in chunk.part]
         self.now = Pass(
@@ -104,7 +115,9 @@ class Stage:
             [len(piece) for piece in samples],
             self._micro_batches(batch.inputs) if "embedding" in units else [],
             self._micro_batches(batch.targets) if "head" in units else [],
-            self._contexts(batch, samples) if mode.has_dropout and self.config.model.dropout else [None] * len(samples),
+            self._contexts(batch, samples)
+            if mode.has_dropout and self.config.model.dropout
+            else [None] * len(samples),
             [],
         )
         self.in_flight.clear()
@@ -117,35 +130,42 @@ class Stage:
             torch._foreach_zero_(self._gradients)
 
     def _micro_batches(self, array: NDArray[Any]) -> list[Tensor]:
-        """The rows (B, ...) on the stage's device, cut into micro-batches. One copy, which the host does not wait for."""
+        """The rows (B, ...) on the stage's device, cut into micro-batches. One copy, which the host
+        does not wait for.
+        """
         whole = torch.from_numpy(array)
         if self.device.type == "cuda":
             whole = whole.pin_memory().to(self.device, non_blocking=True)
         return list(whole.tensor_split(self.config.train.micro_batches))
 
-    def _contexts(self, batch: Batch, samples: Sequence[NDArray[Any]]) -> list[DropoutContext | None]:
+    def _contexts(
+        self, batch: Batch, samples: Sequence[NDArray[Any]]
+    ) -> list[DropoutContext | None]:
         key = step_key(self.config.train.seed, batch.step)
         moved = self._micro_batches(np.concatenate(samples))
-        return [self._dropout(key, rows, int(piece[0])) for rows, piece in zip(moved, samples, strict=True)]
+        return [
+            self._dropout(key, rows, int(piece[0]))
+            for rows, piece in zip(moved, samples, strict=True)
+        ]
 
     def _dropout(self, key: int, samples: Tensor, first_sample: int) -> DropoutContext:
         return DropoutContext(key, samples, first_sample, self._elements, self._generator)
 
     def _kind(self, micro_batch: int) -> tuple[bool, int]:
-        """What decides how much a micro-batch holds: whether it is recomputed, and its sequences."""
+        """What decides how much a micro-batch holds: whether it is recomputed, and its sequences."""  # noqa: E501
         return self.config.recomputes(micro_batch), self.now.sequences[micro_batch]
 
     def micro_batches(self) -> list[tuple[Tensor | None, DropoutContext | None]]:
-        """Tokens (b, S), where the embedding is here, and dropout of each micro-batch of the pass."""
+        """Tokens (b, S), where the embedding is here, and dropout of each micro-batch of the pass."""  # noqa: E501
         now = self.now
         return list(zip(now.tokens or [None] * len(now.contexts), now.contexts, strict=True))
 
     def losses(self) -> list[float]:
-        """Each micro-batch's share of the mean loss; empty without the head."""
+        """Return each micro-batch's share of the mean loss; empty without the head."""
         return torch.stack(self.now.losses).tolist() if self.now.losses else []
 
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
-        """Runs the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
+        """Run the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
         module, now = self.chunks[chunk], self.now
         training, has_head = now.mode is Mode.TRAIN, module.part[-1] == "head"
         sizes = self.held.bytes_of(micro_batch)
@@ -157,13 +177,17 @@ class Stage:
             if training and self.config.recomputes(micro_batch):
                 for piece in module.recomputed_pieces:
                     again.append([])
-                    y = module.recomputed(partial(self._run, micro_batch, module, piece), y, again[-1])
+                    y = module.recomputed(
+                        partial(self._run, micro_batch, module, piece), y, again[-1]
+                    )
             else:
                 y = self._run(micro_batch, module, slice(None), y)
         if has_head and now.mode is not Mode.PREDICT:
             now.losses.append(y.detach())
         if training:
-            self.in_flight[micro_batch, chunk] = Forward(x, get_gradient_edge(y), module.take_taps(), again)
+            self.in_flight[micro_batch, chunk] = Forward(
+                x, get_gradient_edge(y), module.take_taps(), again
+            )
             if measures:
                 others = [*module.parameters(), *module.buffers(), *now.tokens, *now.targets]
                 sizes[chunk] = memory_bytes(saved, others)
@@ -187,8 +211,12 @@ class Stage:
         self.backward_weight(micro_batch, chunk)
         return result
 
-    def backward_input(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
-        """B: from the output's gradient (b, S, D), None for the loss, to that of the input, None for tokens."""
+    def backward_input(
+        self, micro_batch: int, chunk: int, gradient: Tensor | None
+    ) -> Tensor | None:
+        """B: from the output's gradient (b, S, D), None for the loss, to that of the input, None
+        for tokens.
+        """
         result = self._input_gradient(micro_batch, chunk, gradient)
         sizes = self.held.waiting_bytes_of(micro_batch)
         if not sizes[chunk]:
@@ -197,7 +225,9 @@ class Stage:
         self.held.note(self.in_flight, self.waiting)
         return result
 
-    def _input_gradient(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
+    def _input_gradient(
+        self, micro_batch: int, chunk: int, gradient: Tensor | None
+    ) -> Tensor | None:
         saved = self.in_flight.pop((micro_batch, chunk))
         taps, direct = saved.taps, self.chunks[chunk].direct
         inputs = [] if saved.x is None else [saved.x]
@@ -224,11 +254,15 @@ class PipelineStopped(RuntimeError):
     """Another stage has failed, so what this one waits for will never come."""
 
 
-CopyStreams = Mapping[tuple[torch.device, torch.device], tuple[torch.cuda.Stream, torch.cuda.Stream]]
+CopyStreams = Mapping[
+    tuple[torch.device, torch.device], tuple[torch.cuda.Stream, torch.cuda.Stream]
+]
 
 
 def copy_streams(devices: Sequence[torch.device]) -> CopyStreams:
-    """By sender and receiver, a stream on each of two GPUs: a copy waits for no computing and for no other copy."""
+    """By sender and receiver, a stream on each of two GPUs: a copy waits for no computing and for
+    no other copy.
+    """
     gpus = {device for device in devices if device.type == "cuda"}
     return {(a, b): (torch.cuda.Stream(a), torch.cuda.Stream(b)) for a, b in permutations(gpus, 2)}
 
@@ -236,8 +270,8 @@ def copy_streams(devices: Sequence[torch.device]) -> CopyStreams:
 class Channel:
     """Hands tensors between the threads of one process; made anew for every pass.
 
-    A tensor moves to its receiver's device in `send`, in plain sight. Sends never wait. On GPUs neither does `receive`:
-    events put the copy after the sender's work and before the receiver's.
+    A tensor moves to its receiver's device in `send`, in plain sight. Sends never wait. On GPUs
+    neither does `receive`: events put the copy after the sender's work and before the receiver's.
     """
 
     def __init__(self, devices: Sequence[torch.device], streams: CopyStreams) -> None:
@@ -248,7 +282,9 @@ class Channel:
         """Why the pass was stopped: the first error of any stage."""
 
     def send(self, message: Message, tensor: Tensor, device: int) -> None:
-        moved, arrived = self._move(tensor, self._devices[device]) if tensor.is_cuda else (tensor, None)
+        moved, arrived = (
+            self._move(tensor, self._devices[device]) if tensor.is_cuda else (tensor, None)
+        )
         with self._changed:
             self._mail[message] = moved, arrived
             self._changed.notify_all()
@@ -282,7 +318,7 @@ class Channel:
             raise PipelineStopped("another stage failed")
 
     def stop(self, failure: BaseException) -> None:
-        """Ends the pass for all stages; the first failure is kept."""
+        """End the pass for all stages; the first failure is kept."""
         with self._changed:
             self.failure = self.failure or failure
             self._changed.notify_all()

@@ -24,8 +24,10 @@ class NamedParameter(NamedTuple):
     """A tied head's copy of the token embedding; the embedding's own comes first in the model."""
 
 
-def named_parameters(part: Sequence[str], units: Sequence[nn.Module], tied_head: bool) -> list[NamedParameter]:
-    """Every parameter of `units`, whose names are `part`, in canonical order."""
+def named_parameters(
+    part: Sequence[str], units: Sequence[nn.Module], tied_head: bool
+) -> list[NamedParameter]:
+    """Return every parameter of `units`, whose names are `part`, in canonical order."""
     named: list[NamedParameter] = []
     for name, unit in zip(part, units, strict=True):
         match unit:
@@ -45,7 +47,9 @@ def named_parameters(part: Sequence[str], units: Sequence[nn.Module], tied_head:
                 if tied_head:
                     named.append(NamedParameter(TOKEN_EMBEDDING, unit.output.weight, is_copy=True))
                 else:
-                    named.append(NamedParameter("head.output.weight", unit.output.weight, transposed=True))
+                    named.append(
+                        NamedParameter("head.output.weight", unit.output.weight, transposed=True)
+                    )
     return named
 
 
@@ -65,16 +69,20 @@ def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
         NamedParameter(f"{name}.norm_2.bias", block.norm_2.bias),
         NamedParameter(f"{name}.feed_forward.up.weight", feed_forward.up.weight, transposed=True),
         NamedParameter(f"{name}.feed_forward.up.bias", feed_forward.up.bias),
-        NamedParameter(f"{name}.feed_forward.down.weight", feed_forward.down.weight, transposed=True),
+        NamedParameter(
+            f"{name}.feed_forward.down.weight", feed_forward.down.weight, transposed=True
+        ),
         NamedParameter(f"{name}.feed_forward.down.bias", feed_forward.down.bias),
     ]
 
 
 def masters(compute: Iterable[NamedParameter], dtype: torch.dtype) -> list[NamedParameter]:
-    """The parameters that the optimizer updates, in `dtype`, with zero gradients: the given ones if they have it.
+    """Return the parameters that the optimizer updates, in `dtype`, with zero gradients: the given
+    ones if they have it.
 
-    Else each is a float32 master of a parameter in lower precision (Micikevicius et al. 2018), and its gradient is also the
-    other's, so that what the backward adds to a layer's gradient is added in float32.
+    Else each is a float32 master of a parameter in lower precision (Micikevicius et al. 2018), and
+    its gradient is also the other's, so that what the backward adds to a layer's gradient is added
+    in float32.
     """
     result = []
     for item in compute:
@@ -90,33 +98,35 @@ def masters(compute: Iterable[NamedParameter], dtype: torch.dtype) -> list[Named
 
 @torch.no_grad()
 def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Copies canonical arrays into the parameters. Raises KeyError for a missing one."""
+    """Copy canonical arrays into the parameters. Raises KeyError for a missing one."""
     for item in named:
         load_tensor(arrays[item.name], item.parameter, item.transposed)
 
 
 @torch.no_grad()
 def load_gradients(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Copies canonical arrays into the parameters' gradients. Raises KeyError for a missing one."""
+    """Copy canonical arrays into the parameters' gradients. Raises KeyError for a missing one."""
     for item in named:
         load_tensor(arrays[item.name], item.parameter.grad, item.transposed)
 
 
 def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
-    """The weights as canonical arrays of their own memory."""
+    """Return the weights as canonical arrays of their own memory."""
     return {item.name: export_tensor(item.parameter, item.transposed) for item in named}
 
 
 def export_gradients(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
-    """The gradients as canonical arrays of their own memory."""
+    """Return the gradients as canonical arrays of their own memory."""
     return {item.name: export_tensor(item.parameter.grad, item.transposed) for item in named}
 
 
 def load_tensor(array: NDArray[Any], tensor: Tensor, transposed: bool) -> None:
-    """Copies an array of canonical shape into `tensor`. Raises ValueError for another shape."""
+    """Copy an array of canonical shape into `tensor`. Raises ValueError for another shape."""
     source = torch.from_numpy(array.T if transposed else array)
     if source.shape != tensor.shape:  # `copy_` would broadcast
-        raise ValueError(f"an array of shape {list(source.shape)} for a parameter of shape {list(tensor.shape)}")
+        raise ValueError(
+            f"an array of shape {list(source.shape)} for a parameter of shape {list(tensor.shape)}"
+        )
     tensor.copy_(source)
 
 
@@ -129,5 +139,7 @@ def export_tensor(tensor: Tensor, transposed: bool) -> NDArray[Any]:
 def to_array(tensor: Tensor) -> NDArray[Any]:
     """`tensor` in NumPy; bfloat16, which NumPy lacks, as float32."""
     tensor = tensor.detach()
-    array: NDArray[Any] = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).cpu().numpy()
+    array: NDArray[Any] = (
+        (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).cpu().numpy()
+    )
     return array

@@ -1,4 +1,5 @@
-"""Checkpoints: all that is needed to go on with training, in any framework, on any number of stages.
+"""Checkpoints: all that is needed to go on with training, in any framework, on any number of
+stages.
 
     step-00000100/
         manifest.json              specification, position, what to expect of each file and tensor
@@ -7,15 +8,24 @@
         shard-00001.safetensors    ... one file for every process that trained
         tokenizer.json             what the tokens mean; missing for bytes
 
-Nothing in it depends on framework, partition, schedule or device. It is written to a temporary folder beside its place,
-every file flushed to the disk, the manifest last, and then renamed: a folder of this name is a whole checkpoint.
+Nothing in it depends on framework, partition, schedule or device. It is written to a temporary
+folder beside its place, every file flushed to the disk, the manifest last, and then renamed: a
+folder of this name is a whole checkpoint.
 
-What is read may come from anywhere. So names, types, shapes and sizes are checked against the specification before memory
-is taken for any tensor, digests before a tensor is used, and nothing is ever unpickled. Every error is a `CheckpointError`
-of one line: what is wrong, where, and what would be right.
+What is read may come from anywhere. So names, types, shapes and sizes are checked against the
+specification before memory is taken for any tensor, digests before a tensor is used, and nothing is
+ever unpickled. Every error is a `CheckpointError` of one line: what is wrong, where, and what would
+be right.
 """
 
-from common.checkpoint.directory import checkpoints_in, locked, newest, prune, remove_leftovers, set_aside
+from common.checkpoint.directory import (
+    checkpoints_in,
+    locked,
+    newest,
+    prune,
+    remove_leftovers,
+    set_aside,
+)
 from common.checkpoint.header import HeaderEntry, opened, read_header
 from common.checkpoint.manifest import (
     TOKENIZER,

@@ -24,13 +24,15 @@ def folder_name(steps_done: int) -> str:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """The checkpoints of a run, the newest last. Links, files and unfinished ones are none."""
+    """Return the checkpoints of a run, the newest last. Links, files and unfinished ones are none."""  # noqa: E501
     if not directory.is_dir():
         return []
     found = [
         (int(match.group(1)), path)
         for path in directory.iterdir()
-        if (match := FOLDER.fullmatch(path.name)) and not path.is_symlink() and (path / MANIFEST).is_file()
+        if (match := FOLDER.fullmatch(path.name))
+        and not path.is_symlink()
+        and (path / MANIFEST).is_file()
     ]
     return [path for _, path in sorted(found)]
 
@@ -68,25 +70,36 @@ def set_aside(path: Path) -> Path:
 def locked(directory: Path) -> Iterator[None]:
     """Keep other runs out of `directory`, and remove what a dead run has left half-written.
 
-    The lock is the kernel's (flock), so it goes with its process, however that ends; `.lock` says for people and other
-    machines who holds it. Raises CheckpointError if another run is in there.
+    The lock is the kernel's (flock), so it goes with its process, however that ends; `.lock` says
+    for people and other machines who holds it. Raises CheckpointError if another run is in there.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"{directory}: {error.strerror}; expected a folder that can be written") from None
+        raise CheckpointError(
+            f"{directory}: {error.strerror}; expected a folder that can be written"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CheckpointError(f"{directory}: in use by {_owner(file)}; use another folder, or wait") from None
+            raise CheckpointError(
+                f"{directory}: in use by {_owner(file)}; use another folder, or wait"
+            ) from None
         here = os.uname().nodename
         owner = _owner(file)
-        if owner and owner["host"] != here:  # not every network's file system carries locks from host to host
-            raise CheckpointError(f"{directory}: in use by {owner}; if that run is over, remove {directory / '.lock'}")
+        if (
+            owner and owner["host"] != here
+        ):  # not every network's file system carries locks from host to host
+            raise CheckpointError(
+                f"{directory}: in use by {owner}; if that run is over, remove {directory / '.lock'}"
+            )
         _write_owner(
-            file, json.dumps({"pid": os.getpid(), "host": here, "since": time.strftime("%FT%TZ", time.gmtime())})
+            file,
+            json.dumps(
+                {"pid": os.getpid(), "host": here, "since": time.strftime("%FT%TZ", time.gmtime())}
+            ),
         )
         try:
             remove_leftovers(directory)
@@ -121,5 +134,8 @@ def _write_owner(file: Any, text: str) -> None:
 def remove_leftovers(directory: Path) -> None:
     """Remove what dead processes left half-written. For the lock's holder, with no child."""
     for path in directory.glob(".step-*"):
-        if re.fullmatch(r"\.step-[0-9]{8,18}\.([0-9a-f]+\.partial|deleted)", path.name) and not path.is_symlink():
+        if (
+            re.fullmatch(r"\.step-[0-9]{8,18}\.([0-9a-f]+\.partial|deleted)", path.name)
+            and not path.is_symlink()
+        ):
             shutil.rmtree(path, ignore_errors=True)

@@ -64,7 +64,11 @@ def write_dump(
         "about": json.dumps(dict(about or {}), default=str),
     }
     try:
-        save_file({str(key): np.ascontiguousarray(value) for key, value in tensors.items()}, path, metadata)
+        save_file(
+            {str(key): np.ascontiguousarray(value) for key, value in tensors.items()},
+            path,
+            metadata,
+        )
     except SafetensorError as error:  # how it says that a disk is full
         raise DumpError(f"{path}: {error}") from None
 
@@ -79,7 +83,8 @@ def read_dump(path: Path) -> Dump:
     for text, entry in entries.items():
         if entry.dtype not in READABLE:
             raise DumpError(
-                f"{path}: {printable(text)} has dtype {entry.dtype}; expected {', '.join(READABLE.values())}"
+                f"{path}: {printable(text)} has dtype {entry.dtype}; expected "
+                f"{', '.join(READABLE.values())}"
             )
     try:
         with safe_open(path, framework="numpy") as opened:
@@ -89,9 +94,13 @@ def read_dump(path: Path) -> Dump:
         raise DumpError(f"{path}: {error}") from None
     steps = {key.step for key in tensors}
     if len(steps) != 1:
-        raise DumpError(f"{path}: holds tensors of steps {sorted(steps)}; expected those of one step")
+        raise DumpError(
+            f"{path}: holds tensors of steps {sorted(steps)}; expected those of one step"
+        )
     if (version := metadata.get("schema_version", str(SCHEMA_VERSION))) != str(SCHEMA_VERSION):
-        raise DumpError(f"{path}: schema_version = {version[:20]!r}; this program reads {SCHEMA_VERSION}")
+        raise DumpError(
+            f"{path}: schema_version = {version[:20]!r}; this program reads {SCHEMA_VERSION}"
+        )
     name = " ".join(metadata.get("name", path.stem).split())[:60]
     return Dump(name, steps.pop(), _config(path, metadata.get("config")), tensors)
 
@@ -101,7 +110,9 @@ def _key(path: Path, text: str) -> TensorKey:
         return TensorKey.parse(text)
     except ValueError:
         right = TensorKey(0, "forward", 0, 0, "head", "output")
-        raise DumpError(f"{path}: {text[:80]!r} is no tensor key; expected such as {right}") from None
+        raise DumpError(
+            f"{path}: {text[:80]!r} is no tensor key; expected such as {right}"
+        ) from None
 
 
 def _config(path: Path, text: str | None) -> RunConfig | None:

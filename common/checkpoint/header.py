@@ -39,12 +39,22 @@ class _HeaderTensor(BaseModel):
     data_offsets: tuple[int, int]
 
 
-ITEM_BYTES: dict[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+ITEM_BYTES: dict[str, int] = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+}
 ITEM_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 def read_header(file: Any, path: Path) -> dict[str, HeaderEntry]:
-    """What a safetensors file says it holds, checked to fill it exactly, without memory for it. Raises CheckpointError.
+    """Return what a safetensors file says it holds, checked to fill it exactly, without memory for
+    it. Raises CheckpointError.
 
     `file` must be at its beginning. Types have NumPy's name if there is one, else safetensors'.
     Raises SnapshotError.
@@ -66,13 +76,18 @@ def read_header(file: Any, path: Path) -> dict[str, HeaderEntry]:
             raise CheckpointError(f"{path}: {printable(name)} has dtype {printable(entry.dtype)}")
         if entry.data_offsets != (end, end + math.prod(entry.shape) * item_bytes):
             raise CheckpointError(
-                f"{path}: {printable(name)} lies at {entry.data_offsets}, which its shape does not fill"
+                f"{path}: {printable(name)} lies at {entry.data_offsets}, which its shape does "
+                "not fill"
             )
         end = entry.data_offsets[1]
     if end != size - 8 - length:
-        raise CheckpointError(f"{path}: its tensors have {end} bytes; the file has {size - 8 - length} for them")
+        raise CheckpointError(
+            f"{path}: its tensors have {end} bytes; the file has {size - 8 - length} for them"
+        )
     return {
-        name: HeaderEntry(DTYPES.get(entry.dtype, entry.dtype), entry.shape, 8 + length + entry.data_offsets[0])
+        name: HeaderEntry(
+            DTYPES.get(entry.dtype, entry.dtype), entry.shape, 8 + length + entry.data_offsets[0]
+        )
         for name, entry in entries.items()
     }
 

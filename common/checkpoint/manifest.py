@@ -118,7 +118,9 @@ class Manifest(Entry):
 def tensor_shapes(model: TransformerSpec, moments: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors: the weights, and each moment of each weight."""
     shapes = parameter_shapes(model)
-    return shapes | {f"{moment}/{name}": shape for moment in moments for name, shape in shapes.items()}
+    return shapes | {
+        f"{moment}/{name}": shape for moment in moments for name, shape in shapes.items()
+    }
 
 
 def moments_of(train: TrainSpec) -> tuple[Moment, ...]:
@@ -143,7 +145,8 @@ def check_contents(manifest: Manifest, folder: Path) -> None:
         raise wrong(f"data stands at step {manifest.data.step}, the rest at {manifest.steps_done}")
     if manifest.steps_done and (train is None or moments != moments_of(train)):
         raise wrong(
-            f"optimizer_state = {list(moments)} after {manifest.steps_done} steps; the optimizer has other moments"
+            f"optimizer_state = {list(moments)} after {manifest.steps_done} steps; the optimizer "
+            "has other moments"
         )
     # Before the shapes are listed: a specification is small, its list of shapes may not be.
     if manifest.model.num_layers > len(manifest.tensors):
@@ -151,7 +154,10 @@ def check_contents(manifest: Manifest, folder: Path) -> None:
     expected = tensor_shapes(manifest.model, moments)
     if set(manifest.tensors) != set(expected):
         name = min(set(manifest.tensors) ^ set(expected))
-        raise wrong(f"{printable(name)} is {'not part of the model' if name in manifest.tensors else 'missing'}")
+        raise wrong(
+            f"{printable(name)} is "
+            f"{'not part of the model' if name in manifest.tensors else 'missing'}"
+        )
     size = dict.fromkeys(manifest.files, 0)
     dtype = manifest.dtype if train is None else train.master_dtype
     for name, entry in manifest.tensors.items():
@@ -167,7 +173,9 @@ def check_contents(manifest: Manifest, folder: Path) -> None:
             raise wrong(f"file {printable(name)}; expected shard-NNNNN.safetensors")
         extra = manifest.files[name].bytes - content
         if not 8 <= extra <= 8 + MAX_HEADER_BYTES:
-            raise wrong(f"{name} has {manifest.files[name].bytes} bytes; its tensors have {content}")
+            raise wrong(
+                f"{name} has {manifest.files[name].bytes} bytes; its tensors have {content}"
+            )
 
 
 MAY_CHANGE = ("micro_batches",)
@@ -177,7 +185,8 @@ NOT_OF_THE_WEIGHTS = ("dropout", "dropout_masks")
 
 
 def differences(manifest: Manifest, config: RunConfig) -> list[str]:
-    """What keeps `config` from going on where the checkpoint stands, one line each; none if it can.
+    """Return what keeps `config` from going on where the checkpoint stands, one line each; none if
+    it can.
 
     Framework, stages, chunks, schedule, partition, micro-batches, recomputation, device and threads
     are free. So is the number of steps if the learning rate does not depend on it. From weights
@@ -198,7 +207,8 @@ def differences(manifest: Manifest, config: RunConfig) -> list[str]:
 
 def _differing(section: str, saved: BaseModel, asked: BaseModel, free: Iterable[str]) -> list[str]:
     return [
-        f"{section}.{name}: the checkpoint has {getattr(saved, name)}, the run {getattr(asked, name)}"
+        f"{section}.{name}: the checkpoint has {getattr(saved, name)}, the run "
+        f"{getattr(asked, name)}"
         for name in type(saved).model_fields
         if name not in free and getattr(saved, name) != getattr(asked, name)
     ]

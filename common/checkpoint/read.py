@@ -50,13 +50,17 @@ def read_manifest(folder: Path) -> Manifest:
     with opened(path) as file:
         text = file.read(MAX_MANIFEST_BYTES + 1)
     if len(text) > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; expected the manifest of a checkpoint")
+        raise CheckpointError(
+            f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; expected the manifest of a checkpoint"
+        )
     try:
         version = _Version.model_validate_json(text).schema_version
         if version not in READABLE_VERSIONS:
             newer = "; expected a newer version of this program" if version > SCHEMA_VERSION else ""
             known = " and ".join(map(str, READABLE_VERSIONS))
-            raise CheckpointError(f"{path}: schema_version = {version}; this program reads {known}{newer}")
+            raise CheckpointError(
+                f"{path}: schema_version = {version}; this program reads {known}{newer}"
+            )
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {one_line(error)}") from None
@@ -65,7 +69,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Read everything once without keeping it: manifest, headers, digests. Raises CheckpointError."""
+    """Read everything once without keeping it: manifest, headers, digests. Raises CheckpointError."""  # noqa: E501
     manifest = read_manifest(folder)
     for name in manifest.files:
         _verify_file(folder / name, manifest)
@@ -74,7 +78,7 @@ def verify(folder: Path) -> Manifest:
 
 
 def read_tokenizer(folder: Path) -> bytes | None:
-    """Read and check the checkpoint's tokenizer.json; None if it has none. Raises CheckpointError."""
+    """Read and check the checkpoint's tokenizer.json; None if it has none. Raises CheckpointError."""  # noqa: E501
     return _read_tokenizer(folder, read_manifest(folder))
 
 
@@ -108,12 +112,16 @@ def _verify_file(path: Path, manifest: Manifest) -> None:
         entry = manifest.files[path.name]
         _verify_size(file, path, entry)
         expected = {
-            name: (tensor.dtype, tensor.shape) for name, tensor in manifest.tensors.items() if tensor.file == path.name
+            name: (tensor.dtype, tensor.shape)
+            for name, tensor in manifest.tensors.items()
+            if tensor.file == path.name
         }
         header = read_header(file, path)
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in header.items()}
         if found != expected:
-            name = min(name for name in {**found, **expected} if found.get(name) != expected.get(name))
+            name = min(
+                name for name in {**found, **expected} if found.get(name) != expected.get(name)
+            )
             raise CheckpointError(
                 f"{path}: {printable(name)} is {found.get(name, 'missing')}; "
                 f"the manifest says {expected.get(name, 'nothing')}"
@@ -130,4 +138,6 @@ def _verify_size(file: Any, path: Path, entry: FileEntry) -> None:
 def _verify_digest(file: Any, path: Path, entry: FileEntry) -> None:
     file.seek(0)
     if digest_of(file) != entry.sha256:
-        raise CheckpointError(f"{path}: SHA-256 differs from the manifest's: damaged; use another checkpoint")
+        raise CheckpointError(
+            f"{path}: SHA-256 differs from the manifest's: damaged; use another checkpoint"
+        )

@@ -79,8 +79,8 @@ class CheckpointWriter:
         That process waits for the others, as long as they take: whoever started them notices when
         one ends or hangs, and then ends all.
 
-        A tied head's copy of the token embedding is left to the process that has the embedding. `tokenizer` is the
-        tokenizer.json; None for bytes. Raises CheckpointError.
+        A tied head's copy of the token embedding is left to the process that has the embedding.
+        `tokenizer` is the tokenizer.json; None for bytes. Raises CheckpointError.
         """
         tensors = {**weights, **optimizer_state}
         if 0 not in devices:  # device 0 has the embedding
@@ -101,9 +101,15 @@ class CheckpointWriter:
                     model=config.model,
                     train=config.train,
                     data=_data_position(config, steps_done, corpus_digest),
-                    tokenizer=_write_tokenizer(temporary, b"" if config.tokenizer == "bytes" else tokenizer),
+                    tokenizer=_write_tokenizer(
+                        temporary, b"" if config.tokenizer == "bytes" else tokenizer
+                    ),
                     optimizer_state=moments_of(config.train),
-                    written_by={key: v for key, v in written_by.items() if isinstance(v, str | int | float | None)},
+                    written_by={
+                        key: v
+                        for key, v in written_by.items()
+                        if isinstance(v, str | int | float | None)
+                    },
                 )
             except BaseException:  # a stop by signal too leaves nothing half-written
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -132,7 +138,8 @@ def write_weights(
     origin: str,
     tokenizer: bytes | None = None,
 ) -> Path:
-    """A checkpoint of weights alone, at step 0, without optimizer state. Raises CheckpointError.
+    """Return a checkpoint of weights alone, at step 0, without optimizer state. Raises
+    CheckpointError.
 
     `tokenizer` is the content of their tokenizer.json, empty for bytes, None if unknown. Raises
     SnapshotError, also if `folder` exists.
@@ -146,9 +153,17 @@ def write_weights(
             _write_shard(temporary, (0,), weights)
             shards = _wait_for_shards(temporary, 1)
             return _finish(
-                temporary, folder, shards, steps_done=0, model=model, train=None, data=None, optimizer_state=(),
-                tokenizer=_write_tokenizer(temporary, tokenizer), written_by={"imported_from": printable(origin)},
-            )  # fmt: skip
+                temporary,
+                folder,
+                shards,
+                steps_done=0,
+                model=model,
+                train=None,
+                data=None,
+                optimizer_state=(),
+                tokenizer=_write_tokenizer(temporary, tokenizer),
+                written_by={"imported_from": printable(origin)},
+            )
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -173,7 +188,9 @@ class _Shard(Entry):
     tensors: dict[str, TensorEntry]
 
 
-def _write_shard(temporary: Path, devices: Sequence[int], tensors: Mapping[str, NDArray[Any]]) -> None:
+def _write_shard(
+    temporary: Path, devices: Sequence[int], tensors: Mapping[str, NDArray[Any]]
+) -> None:
     """Write the tensors, then a note that they are complete. [1]"""
     name = f"shard-{devices[0]:05}.safetensors"
     path = temporary / name
@@ -183,7 +200,9 @@ def _write_shard(temporary: Path, devices: Sequence[int], tensors: Mapping[str, 
     with path.open("rb") as file:
         digest = digest_of(file)
     entries = {
-        key: TensorEntry.model_validate({"file": name, "dtype": str(array.dtype), "shape": array.shape})
+        key: TensorEntry.model_validate(
+            {"file": name, "dtype": str(array.dtype), "shape": array.shape}
+        )
         for key, array in tensors.items()
     }
     shard = _Shard(

@@ -13,20 +13,49 @@ from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.io.console import make_console
 
 DESCRIPTION = (
-    "Trains one Transformer with several frameworks, pipeline schedules and numbers of stages, each run in a process of "
-    "its own, compares every run with a float64 oracle, and prints a table of losses, throughput and memory. "
-    "Exit status: 0 all well; 1 a run failed or differs from the oracle; 2 wrong input; 130 interrupted."
+    "Trains one Transformer with several frameworks, pipeline schedules and numbers of stages, "
+    "each run in a process of "
+    "its own, compares every run with a float64 oracle, and prints a table of losses, throughput "
+    "and memory. "
+    "Exit status: 0 all well; 1 a run failed or differs from the oracle; 2 wrong input; 130 "
+    "interrupted."
 )
 
 
-COMMON = frozenset((
-    "--help", "--frameworks", "--schedules", "--stages", "--micro-batches",
-    "--chunks", "--dtype", "--recompute", "--config", "--dry-run",
-    "--preset", "--repeats", "--out", "--parity", "--baselines",
-    "--sweep", "--device", "--num-layers", "--d-model", "--num-heads",
-    "--d-ff", "--context-length", "--dropout", "--tied-head", "--steps",
-    "--batch-size", "--learning-rate", "--corpus", "--tokenizer-file", "--seed",
-))  # fmt: skip
+COMMON = frozenset(
+    (
+        "--help",
+        "--frameworks",
+        "--schedules",
+        "--stages",
+        "--micro-batches",
+        "--chunks",
+        "--dtype",
+        "--recompute",
+        "--config",
+        "--dry-run",
+        "--preset",
+        "--repeats",
+        "--out",
+        "--parity",
+        "--baselines",
+        "--sweep",
+        "--device",
+        "--num-layers",
+        "--d-model",
+        "--num-heads",
+        "--d-ff",
+        "--context-length",
+        "--dropout",
+        "--tied-head",
+        "--steps",
+        "--batch-size",
+        "--learning-rate",
+        "--corpus",
+        "--tokenizer-file",
+        "--seed",
+    )
+)
 """What most users need; `--help-all` shows the rest."""
 
 

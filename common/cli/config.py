@@ -28,19 +28,24 @@ from common.io.usage import UsageError, closest
 from common.spec.rules import why_impossible
 from common.spec.run import PRESETS, RunConfig
 
-# ------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add all options of the benchmark, in groups. The namespace holds only those given."""
     groups = {
         "grid": parser.add_argument_group(
-            "what to compare", "Each of these takes a list, such as 1,2,4; several lists make a grid."
+            "what to compare",
+            "Each of these takes a list, such as 1,2,4; several lists make a grid.",
         ),
         "bench": parser.add_argument_group("the benchmark"),
         "run": parser.add_argument_group("the run"),
-        "model": parser.add_argument_group("the model", "Defaults are those of the preset 'small'."),
-        "train": parser.add_argument_group("the training", "Defaults are those of the preset 'small'."),
+        "model": parser.add_argument_group(
+            "the model", "Defaults are those of the preset 'small'."
+        ),
+        "train": parser.add_argument_group(
+            "the training", "Defaults are those of the preset 'small'."
+        ),
     }
     groups["bench"].add_argument(
         "--config",
@@ -48,10 +53,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="settings in TOML, with tables [model] and [train]; the command line goes before it",
     )
     groups["bench"].add_argument(
-        "--dry-run", action="store_true", help="check everything, print the partition plans and schedules, run nothing"
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the partition plans and schedules, run nothing",
     )
     defaults = base_settings("small")
-    ordered = [*reversed(GRID), *((section, name) for section in SECTIONS for name in SECTIONS[section].model_fields)]
+    ordered = [
+        *reversed(GRID),
+        *((section, name) for section in SECTIONS for name in SECTIONS[section].model_fields),
+    ]
     for section, name in dict.fromkeys(ordered):
         if section == "run" and name in ("model", "train"):
             continue
@@ -61,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         add_option(group, section, name, field, default)
 
 
-# ------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 
 def read_bench(arguments: argparse.Namespace) -> Bench:
@@ -74,7 +84,9 @@ def read_bench(arguments: argparse.Namespace) -> Bench:
     file = {} if arguments.config is None else read_toml(Path(arguments.config))
     preset = (file | line).get(("bench", "preset"), Setting("small", ""))
     if not isinstance(preset.value, str) or preset.value not in PRESETS:
-        raise UsageError(f"{preset.where} = {preset.value!r}: unknown{closest(str(preset.value), PRESETS)}")
+        raise UsageError(
+            f"{preset.where} = {preset.value!r}: unknown{closest(str(preset.value), PRESETS)}"
+        )
     base = base_settings(preset.value)
     file = read_native_dropout(file, base)
     given = file | read_native_dropout(line, base | file)
@@ -83,18 +95,22 @@ def read_bench(arguments: argparse.Namespace) -> Bench:
     options = BenchOptions(**validated("bench", settings))
     points = _grid(settings)
     if options.baselines:
-        points = tuple(dict.fromkeys((*points, *_native_baselines(points), *_plain_baselines(points))))
+        points = tuple(
+            dict.fromkeys((*points, *_native_baselines(points), *_plain_baselines(points)))
+        )
     _check_bench(options, points, settings)
     check_corpora(points)
     return Bench(options, points, bool(arguments.dry_run))
 
 
-# ------------------------------------------------------------------------------------------------- validation
+# --------------------------------------------------------------------------------------- validation
 
 
 def _grid(settings: Settings) -> tuple[RunConfig, ...]:
     """Return every combination of the listed values, each validated before anything runs."""
-    axes = [[(key, value) for value in listed(settings[key].value)] for key in GRID if key in settings]
+    axes = [
+        [(key, value) for value in listed(settings[key].value)] for key in GRID if key in settings
+    ]
     for axis in axes:
         if not axis:
             key = next(key for key in GRID if key in settings and not listed(settings[key].value))
@@ -108,14 +124,20 @@ def _grid(settings: Settings) -> tuple[RunConfig, ...]:
             errors.append(str(error))
     if errors:
         distinct = list(dict.fromkeys(errors))
-        more = f" (and {len(distinct) - 1} more points of the grid are impossible)" if len(distinct) > 1 else ""
+        more = (
+            f" (and {len(distinct) - 1} more points of the grid are impossible)"
+            if len(distinct) > 1
+            else ""
+        )
         raise UsageError(distinct[0] + more)
     return tuple(dict.fromkeys(points))
 
 
 def _native_baselines(points: Sequence[RunConfig]) -> list[RunConfig]:
     """The framework's own pipeline for every point that it can run."""
-    native = [point.model_copy(update={"executor": "native", "track": "matched"}) for point in points]
+    native = [
+        point.model_copy(update={"executor": "native", "track": "matched"}) for point in points
+    ]
     return [
         baseline
         for point, baseline in zip(points, native, strict=True)
@@ -124,7 +146,7 @@ def _native_baselines(points: Sequence[RunConfig]) -> list[RunConfig]:
 
 
 def _plain_baselines(points: Sequence[RunConfig]) -> list[RunConfig]:
-    """The plain loop of every framework: one device, the whole mini-batch at once, all the threads."""
+    """The plain loop of every framework: one device, the whole mini-batch at once, all the threads."""  # noqa: E501
     alone = {
         "executor": "plain",
         "track": "matched",
@@ -134,7 +156,9 @@ def _plain_baselines(points: Sequence[RunConfig]) -> list[RunConfig]:
         "partition": "even",
     }
     plain = [
-        point.model_copy(update=alone | {"train": point.train.model_copy(update={"micro_batches": 1})})
+        point.model_copy(
+            update=alone | {"train": point.train.model_copy(update={"micro_batches": 1})}
+        )
         for point in points
         if _has_baselines(point)
     ]
@@ -150,7 +174,12 @@ def _check_bench(options: BenchOptions, points: Sequence[RunConfig], settings: S
     steps = min(point.train.steps for point in points)
     if options.untimed_steps and options.untimed_steps >= steps > 1:
         where = settings["bench", "untimed_steps"].where
-        raise UsageError(f"{where} = {options.untimed_steps} leaves none of {steps} steps; expected 0 to {steps - 1}")
+        raise UsageError(
+            f"{where} = {options.untimed_steps} leaves none of {steps} steps; expected 0 to "
+            f"{steps - 1}"
+        )
     swept = {(point.stages, point.train.micro_batches) for point in points}
     if options.sweep and len(swept) < 2:
-        raise UsageError("--sweep: one point only; give a list, --micro-batches 1,2,4 or --stages 1,2,4")
+        raise UsageError(
+            "--sweep: one point only; give a list, --micro-batches 1,2,4 or --stages 1,2,4"
+        )

@@ -45,12 +45,16 @@ TIMEOUT_SECONDS = 1800
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)
 
 
-def register(subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
+def register(
+    subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
+) -> None:
     """Add the subcommands to argparse's subparsers."""
     export = subcommands.add_parser(
         "export",
-        description="Writes the weights of a checkpoint as a PyTorch state dict, Keras weights (.weights.h5) or Paddle "
-        "parameters (.pdparams) of the plain model; docs/checkpoints.md says how to build that model.",
+        description="Writes the weights of a checkpoint as a PyTorch state dict, Keras weights "
+        "(.weights.h5) or Paddle "
+        "parameters (.pdparams) of the plain model; docs/checkpoints.md says how to build "
+        "that model.",
         usage="%(prog)s CHECKPOINT --to torch|keras|paddle --out FILE",
     )
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder such as step-00000100")
@@ -60,19 +64,29 @@ def register(subcommands: Any, implementations: Mapping[str, Implementation] = I
 
     importer = subcommands.add_parser(
         "import",
-        description="Makes a checkpoint at step 0 of weights from such a file, or of a GPT-2 of the transformers library: a "
-        "file, an index of shards, or the folder. No code in a file is run. The model is what the options say; GPT-2's is "
+        description="Makes a checkpoint at step 0 of weights from such a file, or of a GPT-2 of "
+        "the transformers library: a "
+        "file, an index of shards, or the folder. No code in a file is run. The model is what the "
+        "options say; GPT-2's is "
         "read from the file and its config.json.",
         usage="%(prog)s FILE --from torch|keras|paddle|gpt2 --out CHECKPOINT [options]",
     )
     importer.add_argument(
-        "file", metavar="FILE", help="the file to read, or a folder as the transformers library saves it"
+        "file",
+        metavar="FILE",
+        help="the file to read, or a folder as the transformers library saves it",
     )
-    importer.add_argument("--from", dest="origin", choices=(*FORMATS, GPT2), required=True, help="the kind of file")
-    importer.add_argument("--out", metavar="CHECKPOINT", required=True, help="the checkpoint's folder, a new one")
+    importer.add_argument(
+        "--from", dest="origin", choices=(*FORMATS, GPT2), required=True, help="the kind of file"
+    )
+    importer.add_argument(
+        "--out", metavar="CHECKPOINT", required=True, help="the checkpoint's folder, a new one"
+    )
     meaning = importer.add_mutually_exclusive_group()
     meaning.add_argument(
-        "--tokenizer-file", metavar="FILE", help="what the tokens mean (default: a tokenizer.json beside FILE, if any)"
+        "--tokenizer-file",
+        metavar="FILE",
+        help="what the tokens mean (default: a tokenizer.json beside FILE, if any)",
     )
     meaning.add_argument("--tokenizer", choices=("bytes",), help="the tokens are bytes")
     add_run_options(importer, sections=("model",))
@@ -88,8 +102,12 @@ def _export(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
         raise UsageError(f"--out {out}: {out.parent} is no folder")
     beside = out.with_name(TOKENIZER)
     if tokenizer is not None and beside.exists() and beside.read_bytes() != tokenizer:
-        raise UsageError(f"--out {out}: another {TOKENIZER} lies beside it; expected a folder without one")
-    temporary = out.with_name(f".{os.getpid()}.{out.name}")  # a name that is half-written is never the good one
+        raise UsageError(
+            f"--out {out}: another {TOKENIZER} lies beside it; expected a folder without one"
+        )
+    temporary = out.with_name(
+        f".{os.getpid()}.{out.name}"
+    )  # a name that is half-written is never the good one
     try:
         status = _child(arguments.to, implementations, "export", str(folder), str(temporary))
         if status == EXIT_OK:
@@ -123,7 +141,9 @@ def _import(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
                 place.write_bytes(tokenizer or b"")
                 told = [str(place)] if tokenizer is not None else []
                 model = spec.model_dump_json()
-                status = _child(arguments.origin, implementations, "import", str(path), str(out), model, *told)
+                status = _child(
+                    arguments.origin, implementations, "import", str(path), str(out), model, *told
+                )
     except ExchangeError as error:
         raise UsageError(str(error)) from None
     except ValidationError as error:
@@ -134,13 +154,23 @@ def _import(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
     return status
 
 
-def _tokenizer(arguments: argparse.Namespace, source: Source, spec: TransformerSpec) -> tuple[bytes | None, str]:
-    """What the tokens of a foreign file mean, and in words where that comes from. Raises UsageError and TokenizerError."""
+def _tokenizer(
+    arguments: argparse.Namespace, source: Source, spec: TransformerSpec
+) -> tuple[bytes | None, str]:
+    """What the tokens of a foreign file mean, and in words where that comes from. Raises UsageError
+    and TokenizerError.
+    """
     if arguments.tokenizer == "bytes":
         if spec.vocab_size != BYTES.vocab_size:
-            raise UsageError(f"--tokenizer = bytes: has 256 tokens; the model has {spec.vocab_size}")
+            raise UsageError(
+                f"--tokenizer = bytes: has 256 tokens; the model has {spec.vocab_size}"
+            )
         return b"", "bytes"
-    path = source.beside(TOKENIZER) if arguments.tokenizer_file is None else Path(arguments.tokenizer_file)
+    path = (
+        source.beside(TOKENIZER)
+        if arguments.tokenizer_file is None
+        else Path(arguments.tokenizer_file)
+    )
     if path is None:
         return None, "not known; --tokenizer-file FILE or --tokenizer bytes gives it, here or later"
     try:
@@ -157,14 +187,21 @@ def _read_gpt2(
     arguments: argparse.Namespace, source: Source, implementations: Mapping[str, Implementation]
 ) -> tuple[TransformerSpec, Arrays]:
     """Raises UsageError for options that the file answers, and all that `read_gpt2` raises."""
-    given = {name.removeprefix("model."): value for name, value in vars(arguments).items() if name.startswith("model.")}
+    given = {
+        name.removeprefix("model."): value
+        for name, value in vars(arguments).items()
+        if name.startswith("model.")
+    }
     unused = [name for name in given if name not in (*NOT_IN_THE_WEIGHTS, *FREE)]
     unused += [name for name in ("preset", "config") if getattr(arguments, name) is not None]
     if unused:
         raise UsageError(
-            f"{flag(unused[0])}: --from gpt2 reads the model from the file and its config.json; expected without it"
+            f"{flag(unused[0])}: --from gpt2 reads the model from the file and its config.json; "
+            "expected without it"
         )
-    line = read_native_dropout({("model", name): Setting(value, flag(name)) for name, value in given.items()}, {})
+    line = read_native_dropout(
+        {("model", name): Setting(value, flag(name)) for name, value in given.items()}, {}
+    )
     with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
         pickled = [str(file) for file in source.files if file.suffix != ".safetensors"]
         if pickled:  # PyTorch alone reads these; the rest goes on as for any other file
@@ -172,7 +209,10 @@ def _read_gpt2(
             status = _child("torch", implementations, "tensors", str(merged), *pickled)
             if status != EXIT_OK:
                 raise UsageError(f"{pickled[0]}: cannot be read")
-            tensors_from = [merged, *(file for file in source.files if file.suffix == ".safetensors")]
+            tensors_from = [
+                merged,
+                *(file for file in source.files if file.suffix == ".safetensors"),
+            ]
         else:
             tensors_from = list(source.files)
         return read_gpt2(source, _said(line), tensors_from)
@@ -185,7 +225,9 @@ def _said(line: Settings) -> dict[str, Any]:
         if key[1] == "num_heads":  # what it has to divide is in the file
             found["num_heads"] = whole_number(setting.value)
             if (found["num_heads"] or 0) < 1:
-                raise UsageError(f"{setting.where} = {setting.value!r}: expected a whole number, at least 1")
+                raise UsageError(
+                    f"{setting.where} = {setting.value!r}: expected a whole number, at least 1"
+                )
         else:
             found[key[1]] = validated("model", {key: setting})[key[1]]
     return found
@@ -198,20 +240,25 @@ def _say_what_no_file_says(arguments: argparse.Namespace, spec: TransformerSpec)
         if unsaid:
             values = {name: getattr(spec, name) for name in unsaid}
             words = ", ".join(
-                f"{flag(n)} {v:g}" if isinstance(v, float) else f"{flag(n)} {v}" for n, v in values.items()
+                f"{flag(n)} {v:g}" if isinstance(v, float) else f"{flag(n)} {v}"
+                for n, v in values.items()
             )
             print(f"{NOTE}the file does not say {words}; taken as by default")
 
 
 def _words(spec: TransformerSpec) -> str:
     return (
-        f"{spec.num_layers} blocks, d_model {spec.d_model}, {spec.num_heads} heads, d_ff {spec.d_ff}, "
-        f"vocabulary {spec.vocab_size}, context {spec.context_length}, {spec.norm}-norm, {spec.activation}"
+        f"{spec.num_layers} blocks, d_model {spec.d_model}, {spec.num_heads} heads, d_ff "
+        f"{spec.d_ff}, "
+        f"vocabulary {spec.vocab_size}, context {spec.context_length}, {spec.norm}-norm, "
+        f"{spec.activation}"
     )
 
 
 def _child(kind: str, implementations: Mapping[str, Implementation], *argv: str) -> int:
-    """Runs the framework's own converter and passes its notes on. Raises UsageError with its line for wrong input."""
+    """Runs the framework's own converter and passes its notes on. Raises UsageError with its line
+    for wrong input.
+    """
     implementation = implementations[FORMATS[kind]]
     missing = why_missing(implementation)
     if missing:
@@ -232,10 +279,14 @@ def _child(kind: str, implementations: Mapping[str, Implementation], *argv: str)
             print(line)
     if child.returncode == 2:
         raise UsageError(child.stderr.strip().splitlines()[-1])
-    if argv[0] != "export" and -child.returncode in CRASHES:  # a file that a library in C trips over
+    if (
+        argv[0] != "export" and -child.returncode in CRASHES
+    ):  # a file that a library in C trips over
         name = signal.Signals(-child.returncode).name
         file = argv[1] if argv[0] == "import" else argv[2]
-        raise UsageError(f"{file}: reading it ended with {name}; expected a file as `export` writes it")
+        raise UsageError(
+            f"{file}: reading it ended with {name}; expected a file as `export` writes it"
+        )
     if child.returncode:
         print(f"failed: {last_error(child.stderr)}", file=sys.stderr)
         return EXIT_FAILED

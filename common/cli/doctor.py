@@ -28,33 +28,50 @@ SLOW = 0.5
 """A share of the fastest framework's rate; slower ones are marked."""
 PRESET = "small"
 USED = ("dtype", "batch_size", "micro_batches")
-"""What of the training decides shapes; of a run itself nothing does: it is always one thread of the CPU."""
+"""What of the training decides shapes; of a run itself nothing does: it is always one thread of the
+CPU.
+"""
 
 
 def register(subcommands: Any) -> None:
     """Add the subcommand to argparse's subparsers."""
     parser = subcommands.add_parser(
         "doctor",
-        description="On one thread, at the shapes of one micro-batch: matrix products and their gradients in GFLOP/s, "
-        "and what only reads and writes in GB/s, with the machine's own rates. A framework below half of the fastest is "
+        description="On one thread, at the shapes of one micro-batch: matrix products and their "
+        "gradients in GFLOP/s, "
+        "and what only reads and writes in GB/s, with the machine's own rates. A framework below "
+        "half of the fastest is "
         "marked. Exit status: 0, or 1 where no framework could be measured, 2 wrong input.",
     )
     add_run_options(
         parser,
-        without=[name for name in (*RunConfig.model_fields, *TrainSpec.model_fields, "dropout") if name not in USED],
+        without=[
+            name
+            for name in (*RunConfig.model_fields, *TrainSpec.model_fields, "dropout")
+            if name not in USED
+        ],
         preset=PRESET,
     )
     parser.add_argument(
-        "--frameworks", default=",".join(FRAMEWORKS), metavar="F,..", help="which ones (default %(default)s)"
+        "--frameworks",
+        default=",".join(FRAMEWORKS),
+        metavar="F,..",
+        help="which ones (default %(default)s)",
     )
     parser.add_argument(
-        "--rounds", type=positive, default=5, metavar="N", help="turns of each framework (default %(default)s)"
+        "--rounds",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="turns of each framework (default %(default)s)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write what was measured to FILE")
     parser.set_defaults(run=_doctor)
 
 
-def _doctor(arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:
+def _doctor(
+    arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
+) -> int:
     frameworks = chosen(arguments.frameworks, FRAMEWORKS, "--frameworks")
     config = read_run(arguments, reads_text=False)
     path = file_to_write(arguments.json, "--json") if arguments.json else None
@@ -83,7 +100,9 @@ def rate(kernel: Kernel, seconds: float) -> float:
 
 def slow(kernel: Kernel, found: Mapping[str, Measured]) -> list[str]:
     """Return the frameworks that take more than twice as long as the fastest."""
-    seconds = {name: one.seconds[kernel.name] for name, one in found.items() if kernel.name in one.seconds}
+    seconds = {
+        name: one.seconds[kernel.name] for name, one in found.items() if kernel.name in one.seconds
+    }
     return [name for name, own in seconds.items() if min(seconds.values()) / own < SLOW]
 
 
@@ -99,27 +118,42 @@ def show(console: Console, config: RunConfig, found: Mapping[str, Measured]) -> 
     """Print the table, what the mark means, and every environment."""
     rows = kernels(config)
     frameworks = [name for name in found if name != "machine" and not found[name].error]
-    console.print(f"{this_machine().one_line}; one thread, {config.train.dtype}", soft_wrap=True, markup=False)
+    console.print(
+        f"{this_machine().one_line}; one thread, {config.train.dtype}", soft_wrap=True, markup=False
+    )
     console.print(_cards(visible_gpus()), soft_wrap=True, markup=False)
     peaks = found["machine"]
     for kernel in PEAKS if not peaks.error else ():
-        console.print(f"NumPy: {rate(kernel, peaks.seconds[kernel.name]):.1f} {kernel.unit} ({kernel.name})")
+        console.print(
+            f"NumPy: {rate(kernel, peaks.seconds[kernel.name]):.1f} {kernel.unit} ({kernel.name})"
+        )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("kernel", "unit", *frameworks):
         table.add_column(title, justify="left" if title == "kernel" else "right")
     for kernel in rows:
         marked = slow(kernel, found)
         cells = [
-            f"{rate(kernel, found[name].seconds[kernel.name]):.1f}{' slow' if name in marked else ''}"
+            f"{rate(kernel, found[name].seconds[kernel.name]):.1f}{' slow' if name in marked else ''}"  # noqa: E501
             for name in frameworks
         ]
         table.add_row(kernel.name, kernel.unit, *cells)
-    sums = {name: sum(one.calls * found[name].seconds[one.name] for one in rows) for name in frameworks}
-    table.add_row("all, as often as a micro-batch needs them", "ms", *(f"{1e3 * sums[f]:.1f}" for f in frameworks))
+    sums = {
+        name: sum(one.calls * found[name].seconds[one.name] for one in rows) for name in frameworks
+    }
+    table.add_row(
+        "all, as often as a micro-batch needs them",
+        "ms",
+        *(f"{1e3 * sums[f]:.1f}" for f in frameworks),
+    )
     if frameworks:
         console.print(table)
-        console.print(f"slow: below {SLOW} of the fastest framework; that is the framework's kernel, not the pipeline.")
+        console.print(
+            f"slow: below {SLOW} of the fastest framework; that is the framework's kernel, not the "
+            "pipeline."
+        )
     for name, one in found.items():
-        said = one.error or ", ".join(f"{key} {value}" for key, value in one.environment.items() if key != "framework")
+        said = one.error or ", ".join(
+            f"{key} {value}" for key, value in one.environment.items() if key != "framework"
+        )
         if name != "machine":
             console.print(f"{name}: {said}", soft_wrap=True, markup=False)

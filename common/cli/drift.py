@@ -45,8 +45,10 @@ def register(subcommands: Any) -> None:
     """Add the subcommand to argparse's subparsers."""
     parser = subcommands.add_parser(
         "drift",
-        description="For every habit and framework: the parity ladder with and without it, and both trained on. "
-        "Exit status: 0 every habit fails first where it should, 1 one does not, or a run failed, 2 wrong input.",
+        description="For every habit and framework: the parity ladder with and without it, and "
+        "both trained on. "
+        "Exit status: 0 every habit fails first where it should, 1 one does not, or a run failed, "
+        "2 wrong input.",
     )
     parser.add_argument("--list", action="store_true", help="name the habits and run nothing")
     parser.add_argument("--frameworks", metavar="F,..", help="which ones (default %(default)s)")
@@ -56,17 +58,28 @@ def register(subcommands: Any) -> None:
         metavar="N,..",
         help="where the cost is taken; the last one ends the runs (%(default)s)",
     )
-    parser.add_argument("--seeds", type=positive, metavar="N", help="baselines for the spread (default %(default)s)")
-    parser.add_argument("--out", metavar="FOLDER", help="write drift.md, drift.json and images/drift.png there")
+    parser.add_argument(
+        "--seeds", type=positive, metavar="N", help="baselines for the spread (default %(default)s)"
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="write drift.md, drift.json and images/drift.png there"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
     parser.add_argument(
-        "--from", dest="source", metavar="FILE", help="run nothing; take the result of an earlier --json"
+        "--from",
+        dest="source",
+        metavar="FILE",
+        help="run nothing; take the result of an earlier --json",
     )
-    parser.add_argument("--timeout", type=seconds, metavar="SECONDS", help="end a child that takes longer")
+    parser.add_argument(
+        "--timeout", type=seconds, metavar="SECONDS", help="end a child that takes longer"
+    )
     parser.set_defaults(run=run, **RUN_OPTIONS)
 
 
-def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:
+def run(
+    arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
+) -> int:
     console = make_console()
     if arguments.list:
         console.print(_listed())
@@ -74,10 +87,16 @@ def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementat
     json_file = file_to_write(arguments.json, "--json") if arguments.json else None
     folder = _folder(Path(arguments.out)) if arguments.out else None
     if arguments.source:
-        unused = [name for name, default in RUN_OPTIONS.items() if getattr(arguments, name) != default]
+        unused = [
+            name for name, default in RUN_OPTIONS.items() if getattr(arguments, name) != default
+        ]
         if unused:
             raise UsageError(f"--{unused[0]}: --from runs nothing; expected without it")
-    zoo = _read(Path(arguments.source)) if arguments.source else _run(arguments, console, implementations)
+    zoo = (
+        _read(Path(arguments.source))
+        if arguments.source
+        else _run(arguments, console, implementations)
+    )
     print_zoo(zoo, console)
     if json_file is not None:
         zoo.write(json_file)
@@ -108,7 +127,9 @@ def _read(path: Path) -> Zoo:
         raise UsageError(f"--from {path}: expected a file that --json has written") from None
 
 
-def _run(arguments: argparse.Namespace, console: Console, implementations: Mapping[str, Implementation]) -> Zoo:
+def _run(
+    arguments: argparse.Namespace, console: Console, implementations: Mapping[str, Implementation]
+) -> Zoo:
     frameworks = chosen(arguments.frameworks, FRAMEWORKS, "--frameworks")
     names = [drift.name for drift in DRIFTS]
     rows = names if arguments.rows == "all" else chosen(arguments.rows, names, "--rows")
@@ -120,7 +141,14 @@ def _run(arguments: argparse.Namespace, console: Console, implementations: Mappi
 
     with tempfile.TemporaryDirectory() as folder:
         found, spread, versions = run_zoo(
-            Path(folder), frameworks, rows, steps, arguments.seeds, arguments.timeout, stepped, implementations
+            Path(folder),
+            frameworks,
+            rows,
+            steps,
+            arguments.seeds,
+            arguments.timeout,
+            stepped,
+            implementations,
         )
     return Zoo(
         rows=found,
@@ -154,8 +182,24 @@ def _steps(text: str) -> list[int]:
 
 
 def _listed() -> Table:
-    table = Table("name", "what", "frameworks", "first failing check", "place", "whose", box=None, pad_edge=False)
+    table = Table(
+        "name",
+        "what",
+        "frameworks",
+        "first failing check",
+        "place",
+        "whose",
+        box=None,
+        pad_edge=False,
+    )
     for drift in DRIFTS:
         where = ", ".join(drift.frameworks)
-        table.add_row(drift.name, drift.title, where, drift.check, drift.place, drift.default_of or "a common mistake")
+        table.add_row(
+            drift.name,
+            drift.title,
+            where,
+            drift.check,
+            drift.place,
+            drift.default_of or "a common mistake",
+        )
     return table

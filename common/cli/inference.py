@@ -43,37 +43,65 @@ DEFAULT_TOKENS = 64
 Found = TypeVar("Found", bound=BaseModel)
 
 
-def register(subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
+def register(
+    subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
+) -> None:
     """Add the subcommands to argparse's subparsers."""
     evaluate = subcommands.add_parser(
         "evaluate",
-        description="Loss per token and perplexity of a checkpoint over the held-out text, by a pipeline of forwards: the "
+        description="Loss per token and perplexity of a checkpoint over the held-out text, by a "
+        "pipeline of forwards: the "
         "last tenth of its own text, or of another one that --corpus names.",
         usage="%(prog)s --checkpoint PATH [options]",
     )
     evaluate.add_argument(
-        "--batches", metavar="N", type=positive, help="mini-batches of the held-out text (default: all of it)"
+        "--batches",
+        metavar="N",
+        type=positive,
+        help="mini-batches of the held-out text (default: all of it)",
     )
     generate = subcommands.add_parser(
         "generate",
-        description="Continues a prompt. The three frameworks give the same tokens, greedy or sampled; what decides is "
-        "a number that depends on seed, sample and position only, and how close the closest decision was is said.",
+        description="Continues a prompt. The three frameworks give the same tokens, greedy or "
+        "sampled; what decides is "
+        "a number that depends on seed, sample and position only, and how close the closest "
+        "decision was is said.",
         usage="%(prog)s --checkpoint PATH --prompt TEXT [options]",
     )
     text = generate.add_argument_group("the text")
     text.add_argument("--prompt", metavar="TEXT", help="what to continue")
-    text.add_argument("--prompt-tokens", metavar="N,N,..", help="the same as tokens; then tokens are printed")
-    text.add_argument("--tokens", metavar="N", type=positive, default=DEFAULT_TOKENS, help="new tokens (default: 64)")
-    text.add_argument("--samples", metavar="N", type=positive, default=1, help="continuations (default: 1)")
+    text.add_argument(
+        "--prompt-tokens", metavar="N,N,..", help="the same as tokens; then tokens are printed"
+    )
+    text.add_argument(
+        "--tokens",
+        metavar="N",
+        type=positive,
+        default=DEFAULT_TOKENS,
+        help="new tokens (default: 64)",
+    )
+    text.add_argument(
+        "--samples", metavar="N", type=positive, default=1, help="continuations (default: 1)"
+    )
     text.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    text.add_argument("--temperature", metavar="T", type=_temperature, help="divides the logits (default: 1)")
-    text.add_argument("--top-k", metavar="K", type=positive, help="only the K likeliest tokens (default: all)")
+    text.add_argument(
+        "--temperature", metavar="T", type=_temperature, help="divides the logits (default: 1)"
+    )
+    text.add_argument(
+        "--top-k", metavar="K", type=positive, help="only the K likeliest tokens (default: all)"
+    )
     text.add_argument("--seed", metavar="N", type=natural, help="of the choices (default: 0)")
     for parser, run in ((evaluate, _evaluate), (generate, _generate)):
-        parser.add_argument("--checkpoint", metavar="PATH", required=True, help="a folder such as step-00000100")
+        parser.add_argument(
+            "--checkpoint", metavar="PATH", required=True, help="a folder such as step-00000100"
+        )
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument(
-            "--timeout", metavar="SECONDS", type=seconds, default=math.inf, help="end a child that takes longer"
+            "--timeout",
+            metavar="SECONDS",
+            type=seconds,
+            default=math.inf,
+            help="end a child that takes longer",
         )
         add_run_options(parser, only_placement=True, also=("corpus", "tokenizer", "tokenizer_file"))
         parser.set_defaults(run=reporting(_bound(run, implementations)))
@@ -86,7 +114,9 @@ def _bound(run: Any, implementations: Mapping[str, Implementation]) -> Any:
 def _temperature(text: str) -> float:
     value = number(text) or 0.0
     if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a number, more than 0 (for the likeliest: --greedy)")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; expected a number, more than 0 (for the likeliest: --greedy)"
+        )
     return value
 
 
@@ -95,9 +125,17 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
     saved = Saved(folder, checkpoint.verify(folder))
     config = read_run(arguments, saved)
     corpus = load_text(config, saved, may_be_another=hasattr(arguments, "run.corpus"))
-    job = Job(config=config, out="", kind="evaluate", resume=str(folder.resolve()), batches=arguments.batches)
+    job = Job(
+        config=config,
+        out="",
+        kind="evaluate",
+        resume=str(folder.resolve()),
+        batches=arguments.batches,
+    )
     console = make_console()
-    found = _run(job, Evaluated, "evaluation.json", implementations, arguments.timeout, console, corpus)
+    found = _run(
+        job, Evaluated, "evaluation.json", implementations, arguments.timeout, console, corpus
+    )
     if not isinstance(found, Evaluated):
         return found
     facts = {
@@ -116,9 +154,14 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
         print(json.dumps(facts))
     else:
         if not saved.is_trained_on(corpus.digest):
-            _say(console, f"the last tenth of another text than it was trained on: {' '.join(config.corpus)}")
+            _say(
+                console,
+                f"the last tenth of another text than it was trained on: {' '.join(config.corpus)}",
+            )
         fewer = ", all there are" if found.batches < (arguments.batches or 0) else ""
-        _say(console, f"held-out loss {found.loss:.6f} per token, perplexity {found.perplexity:.4f}")
+        _say(
+            console, f"held-out loss {found.loss:.6f} per token, perplexity {found.perplexity:.4f}"
+        )
         _say(
             console,
             f"{found.tokens:,} tokens in {found.batches} mini-batches{fewer}; {_where(config)}; "
@@ -131,7 +174,10 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
     if arguments.greedy:
         for option in ("temperature", "top_k", "seed"):
             if getattr(arguments, option) is not None:
-                raise UsageError(f"--{option.replace('_', '-')}: --greedy makes no random choice; expected one of them")
+                raise UsageError(
+                    f"--{option.replace('_', '-')}: --greedy makes no random choice; expected "
+                    "one of them"
+                )
     temperature = 1.0 if arguments.temperature is None else arguments.temperature
     seed = arguments.seed or 0
     folder = Path(arguments.checkpoint)
@@ -153,7 +199,12 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
         return found
     texts = [decode([*prompt, *tokens]) for tokens in found.tokens]
     if arguments.json:
-        facts = {"snapshot": str(folder), "framework": config.framework, "prompt": prompt, "texts": texts}
+        facts = {
+            "snapshot": str(folder),
+            "framework": config.framework,
+            "prompt": prompt,
+            "texts": texts,
+        }
         print(json.dumps(facts | found.model_dump()))
         return EXIT_OK
     for sample, text in enumerate(texts):
@@ -163,7 +214,8 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
     kind = "greedy" if arguments.greedy else f"temperature {temperature:g}, seed {seed}"
     _say(
         console,
-        f"\n{kind}; closest call {found.closest_call:.1e}; {_where(config)}; {found.tokens_per_second:,.1f} tokens/s",
+        f"\n{kind}; closest call {found.closest_call:.1e}; {_where(config)}; "
+        f"{found.tokens_per_second:,.1f} tokens/s",
     )
     return EXIT_OK
 
@@ -172,7 +224,9 @@ def _for_samples(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
     """Use as many micro-batches as stages if there are enough samples and nobody says otherwise."""
     said = hasattr(arguments, "train.micro_batches") or config.schedule.startswith("file:")
     m = config.train.micro_batches if said else min(arguments.samples, config.stages)
-    train = config.train.model_copy(update={"micro_batches": m, "batch_size": max(arguments.samples, m)})
+    train = config.train.model_copy(
+        update={"micro_batches": m, "batch_size": max(arguments.samples, m)}
+    )
     config = config.model_copy(update={"train": train})
     if impossible := why_impossible(config):
         raise UsageError(f"--samples {arguments.samples}: {impossible}")
@@ -190,7 +244,9 @@ def _prompt(
         numbers = [whole_number(word) for word in arguments.prompt_tokens.split(",")]
         tokens = [token for token in numbers if token is not None and token >= 0]
         if len(tokens) < len(numbers):
-            raise UsageError(f"--prompt-tokens {arguments.prompt_tokens}: expected numbers, such as 1,2,3")
+            raise UsageError(
+                f"--prompt-tokens {arguments.prompt_tokens}: expected numbers, such as 1,2,3"
+            )
     else:
         tokenizer = saved.load_tokenizer(config)
         try:
@@ -206,7 +262,9 @@ def _prompt(
     if not tokens:
         raise UsageError("--prompt: empty; expected at least one token")
     if max(tokens) >= config.model.vocab_size:
-        raise UsageError(f"--prompt: token {max(tokens)}; the vocabulary has {config.model.vocab_size}")
+        raise UsageError(
+            f"--prompt: token {max(tokens)}; the vocabulary has {config.model.vocab_size}"
+        )
     return tuple(tokens), decode
 
 
@@ -233,7 +291,9 @@ def _run(
         text = None if corpus is None else write_text(corpus, folder)
         here = job.model_copy(update={"out": str(folder), "text": text})
         try:
-            outcome = run_jobs_in_worker(implementation.module, [here], folder, timeout_seconds, stopped=stopped)[0]
+            outcome = run_jobs_in_worker(
+                implementation.module, [here], folder, timeout_seconds, stopped=stopped
+            )[0]
         except Interrupted:
             return EXIT_INTERRUPTED
         if outcome.status != "ok":
@@ -244,7 +304,10 @@ def _run(
 
 def _where(config: RunConfig) -> str:
     m = config.train.micro_batches
-    return f"{config.framework}, {config.stages} stages, {config.schedule_name}, {m} micro-batch{'es' if m > 1 else ''}"
+    return (
+        f"{config.framework}, {config.stages} stages, {config.schedule_name}, {m} "
+        f"micro-batch{'es' if m > 1 else ''}"
+    )
 
 
 def _say(console: Console, line: str) -> None:

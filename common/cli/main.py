@@ -29,7 +29,10 @@ SUBCOMMANDS = {
     "generate": ("inference", "continue a text with a checkpoint"),
     "export": ("convert", "write a checkpoint's weights for use elsewhere"),
     "import": ("convert", "make a checkpoint of weights from elsewhere"),
-    "report": ("report", "make the report of one benchmark, or of several together, from its results"),
+    "report": (
+        "report",
+        "make the report of one benchmark, or of several together, from its results",
+    ),
     "compare": ("report", "say which rows of two benchmarks differ by more than their noise"),
     "draw": ("schedules", "draw a schedule as a chart"),
     "simulate": ("schedules", "time one schedule, or several side by side, without running them"),
@@ -38,9 +41,13 @@ SUBCOMMANDS = {
     "bisect": ("numerics", "name the first tensor in which two runs differ"),
     "drift": (
         "drift",
-        "put back numerical habits of the frameworks, one at a time, and see what the parity check says",
+        "put back numerical habits of the frameworks, one at a time, and see what the parity "
+        "check says",
     ),
-    "doctor": ("doctor", "measure each framework's kernels, to see whether a framework is slow or its pipeline"),
+    "doctor": (
+        "doctor",
+        "measure each framework's kernels, to see whether a framework is slow or its pipeline",
+    ),
 }
 """The module in `common.cli` that registers each subcommand, and what it does in a few words."""
 
@@ -58,7 +65,8 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(
         prog=prog,
-        description="One Transformer, one partition plan and one pipeline schedule in three frameworks.",
+        description="One Transformer, one partition plan and one pipeline schedule in three "
+        "frameworks.",
         usage="%(prog)s SUBCOMMAND [options]",
     )
     known = parser.add_subparsers(
@@ -73,7 +81,9 @@ def main(
     return _run(parser, argv, named in LONG)
 
 
-def bench_main(argv: Sequence[str] | None = None, implementations: Mapping[str, Implementation] | None = None) -> int:
+def bench_main(
+    argv: Sequence[str] | None = None, implementations: Mapping[str, Implementation] | None = None
+) -> int:
     """Run `bench_all.py ...` and return the exit status."""
     from common.cli import bench
 
@@ -89,10 +99,18 @@ def _run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
         if is_long:
             return f"{parser.prog}: standard output: {error.strerror}; the work goes on without it"
         # A reader that has seen enough, such as head, is no error.
-        return "" if isinstance(error, BrokenPipeError) else f"{parser.prog}: standard output: {error.strerror}"
+        return (
+            ""
+            if isinstance(error, BrokenPipeError)
+            else f"{parser.prog}: standard output: {error.strerror}"
+        )
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it complains of a home that cannot be written
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a child has ended
+    logging.getLogger("matplotlib").setLevel(
+        logging.ERROR
+    )  # or it complains of a home that cannot be written
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # where it is ignored, nobody learns how a child has ended
     with lasting_streams(notice) as output:
         try:
             arguments = parser.parse_args(with_present_names(argv))
@@ -106,7 +124,8 @@ def _run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
             return EXIT_USAGE
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
-        except OSError as error:  # a folder that cannot be written, a disk that is full, no place for temporary files
+        # a folder that cannot be written, a disk that is full, no place for temporary files
+        except OSError as error:
             print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
             return EXIT_USAGE
 

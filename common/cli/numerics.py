@@ -42,32 +42,59 @@ def register(subcommands: Any) -> None:
     """Add the subcommands to argparse's subparsers."""
     dump = subcommands.add_parser(
         "dump",
-        description="Runs one step of one framework (or of --framework oracle) and writes all its tensors, and what every "
+        description="Runs one step of one framework (or of --framework oracle) and writes all its "
+        "tensors, and what every "
         "unit alone makes of the oracle's. docs/numerics.md describes the file.",
     )
     add_run_options(dump)
     dump.add_argument(
-        "--step", type=natural, default=0, metavar="N", help="which one; those before are trained (default 0)"
+        "--step",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="which one; those before are trained (default 0)",
     )
-    dump.add_argument("--out", required=True, metavar="FILE", help="the file to write, such as a.safetensors")
     dump.add_argument(
-        "--timeout", type=seconds, default=math.inf, metavar="SECONDS", help="end a child that takes longer"
+        "--out", required=True, metavar="FILE", help="the file to write, such as a.safetensors"
+    )
+    dump.add_argument(
+        "--timeout",
+        type=seconds,
+        default=math.inf,
+        metavar="SECONDS",
+        help="end a child that takes longer",
     )
     dump.set_defaults(run=_reporting(_dump))
 
     walk = subcommands.add_parser(
         "bisect",
         usage="%(prog)s A B [options]",
-        description="Each of A and B is a dump (FILE.safetensors), the folder of one run (with its result.json), or a run "
-        "in words, such as framework=torch,stages=2,dtype=float64; runs are dumped first. Exit status: 0 they agree, 1 "
+        description="Each of A and B is a dump (FILE.safetensors), the folder of one run (with its "
+        "result.json), or a run "
+        "in words, such as framework=torch,stages=2,dtype=float64; runs are dumped first. Exit "
+        "status: 0 they agree, 1 "
         "they differ, 2 wrong input.",
     )
     walk.add_argument("a", metavar="A", help="the one that counts as right")
     walk.add_argument("b", metavar="B", help="the other one")
-    walk.add_argument("--step", type=natural, default=0, metavar="N", help="of runs that are dumped first (default 0)")
-    walk.add_argument("--json", metavar="OUT", help="write all findings to OUT; - is standard output, without the tree")
     walk.add_argument(
-        "--timeout", type=seconds, default=math.inf, metavar="SECONDS", help="end a child that takes longer"
+        "--step",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="of runs that are dumped first (default 0)",
+    )
+    walk.add_argument(
+        "--json",
+        metavar="OUT",
+        help="write all findings to OUT; - is standard output, without the tree",
+    )
+    walk.add_argument(
+        "--timeout",
+        type=seconds,
+        default=math.inf,
+        metavar="SECONDS",
+        help="end a child that takes longer",
     )
     walk.set_defaults(run=_reporting(_bisect))
 
@@ -84,7 +111,7 @@ def _reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
     return wrapped
 
 
-# ------------------------------------------------------------------------------------------------- dump
+# --------------------------------------------------------------------------------------------- dump
 
 
 def _dump(arguments: argparse.Namespace) -> int:
@@ -96,19 +123,28 @@ def _dump(arguments: argparse.Namespace) -> int:
     make_dump(config, oracle, arguments.step, path, arguments.timeout)
     dumped = read_dump(path)
     size = path.stat().st_size / 1e6
-    print(f"{dumped.name}, step {dumped.step}: {len(dumped.tensors)} tensors, {size:.1f} MB in {path}")
+    print(
+        f"{dumped.name}, step {dumped.step}: {len(dumped.tensors)} tensors, {size:.1f} MB in {path}"
+    )
     return 0
 
 
-def make_dump(config: RunConfig, oracle: bool, step: int, path: Path, timeout_seconds: float) -> None:
+def make_dump(
+    config: RunConfig, oracle: bool, step: int, path: Path, timeout_seconds: float
+) -> None:
     """Run `config`, or the oracle on it, up to `step` in a child and write that step's dump.
 
     Raises DumpError with the reason if the run fails.
     """
     if step >= config.train.steps:
-        raise DumpError(f"--step {step}: the run has {config.train.steps}; expected 0 to {config.train.steps - 1}")
+        raise DumpError(
+            f"--step {step}: the run has {config.train.steps}; expected 0 to "
+            f"{config.train.steps - 1}"
+        )
     if config.executor != "table" and not oracle:
-        raise DumpError(f"executor = {config.executor}: runs no unit by itself; expected executor = table")
+        raise DumpError(
+            f"executor = {config.executor}: runs no unit by itself; expected executor = table"
+        )
     implementation = IMPLEMENTATIONS[config.framework]
     missing = None if oracle else why_missing(implementation, config.executor)
     if missing:
@@ -134,13 +170,15 @@ def describe(config: RunConfig) -> str:
     return " ".join([f"{config.framework} {config.schedule_name} {size}", *variant_of(config)])
 
 
-# ------------------------------------------------------------------------------------------------- bisect
+# ------------------------------------------------------------------------------------------- bisect
 
 
 def _bisect(arguments: argparse.Namespace) -> int:
     out = file_to_write(arguments.json, "--json") if arguments.json not in (None, "-") else None
     if arguments.step and Path(arguments.a).is_file() and Path(arguments.b).is_file():
-        raise UsageError(f"--step {arguments.step}: both are dumps, each of its own step; expected without it")
+        raise UsageError(
+            f"--step {arguments.step}: both are dumps, each of its own step; expected without it"
+        )
     with tempfile.TemporaryDirectory() as folder:
         a, b = (
             _dumped(text, arguments.step, Path(folder) / f"{side}.safetensors", arguments.timeout)
@@ -170,7 +208,9 @@ def _dumped(text: str, step: int, path: Path, timeout_seconds: float) -> Dump:
         config, oracle = _run_in_words(text)
         make_dump(config, oracle, step, path, timeout_seconds)
     else:
-        raise UsageError(f"{text}: no such file; expected a dump, a run's folder, or framework=torch,stages=2,..")
+        raise UsageError(
+            f"{text}: no such file; expected a dump, a run's folder, or framework=torch,stages=2,.."
+        )
     return read_dump(path)
 
 
@@ -180,8 +220,14 @@ def _as_it_was(result: RunResult, folder: Path) -> RunConfig:
     Raises UsageError, CorpusError and TokenizerError.
     """
     config = result.config
-    for path in (*folder.glob("tokenizer*.json"), *folder.parent.glob("tokenizer*.json")):  # train's, the benchmark's
-        if config.tokenizer != "bytes" and hashlib.sha256(path.read_bytes()).hexdigest() == result.tokenizer_digest:
+    for path in (
+        *folder.glob("tokenizer*.json"),
+        *folder.parent.glob("tokenizer*.json"),
+    ):  # train's, the benchmark's
+        if (
+            config.tokenizer != "bytes"
+            and hashlib.sha256(path.read_bytes()).hexdigest() == result.tokenizer_digest
+        ):
             config = config.model_copy(update={"tokenizer_file": str(path)})
     corpus = load_corpus(config)
     for what, now, then in (
@@ -189,12 +235,17 @@ def _as_it_was(result: RunResult, folder: Path) -> RunConfig:
         ("tokenizer", corpus.tokenizer_digest, result.tokenizer_digest),
     ):
         if then not in (None, now):
-            raise UsageError(f"{folder}: its {what} has changed since (SHA-256 {now[:12]}..); expected {then[:12]}..")
+            raise UsageError(
+                f"{folder}: its {what} has changed since (SHA-256 {now[:12]}..); expected "
+                f"{then[:12]}.."
+            )
     return config
 
 
 def _run_in_words(text: str) -> tuple[RunConfig, bool]:
-    """`framework=oracle,dtype=float64`: the options of `dump` without their dashes; whether it is the oracle."""
+    """`framework=oracle,dtype=float64`: the options of `dump` without their dashes; whether it is
+    the oracle.
+    """
     parser = Parser(prog=text, add_help=False)
     add_run_options(parser)
     words: list[str] = []
@@ -203,7 +254,9 @@ def _run_in_words(text: str) -> tuple[RunConfig, bool]:
         if not equals:
             raise UsageError(f"{text}: {word!r}; expected NAME=VALUE with commas between")
         flag = f"--{option.strip().replace('_', '-')}"
-        words += {"true": [flag], "false": [flag.replace("--", "--no-", 1)]}.get(value.lower(), [flag, value])
+        words += {"true": [flag], "false": [flag.replace("--", "--no-", 1)]}.get(
+            value.lower(), [flag, value]
+        )
     arguments = parser.parse_args(words)
     oracle = getattr(arguments, "run.framework", None) == ORACLE
     if oracle:
@@ -213,9 +266,16 @@ def _run_in_words(text: str) -> tuple[RunConfig, bool]:
 
 def print_bisection(found: Bisection, console: Console) -> None:
     """Print the tree: units in the order of computation, then what belongs to the whole step."""
-    names = (("A", "bold"), f" {found.a.name}   ", ("B", "bold"), f" {found.b.name}   step {found.a.step}")
+    names = (
+        ("A", "bold"),
+        f" {found.a.name}   ",
+        ("B", "bold"),
+        f" {found.b.name}   step {found.a.step}",
+    )
     tree = Tree(Text.assemble(*names))
-    units = list(dict.fromkeys(finding.unit for finding in found.findings if finding.place == "forward"))
+    units = list(
+        dict.fromkeys(finding.unit for finding in found.findings if finding.place == "forward")
+    )
     before = [finding for finding in found.findings if finding.place == "weights before"]
     if before:
         tree.add(_summary("weights before the step", before, found.first))
@@ -225,15 +285,30 @@ def print_bisection(found: Bisection, console: Console) -> None:
         _add(branch, "output", [f for f in own if f.place == "forward"], found.first)
         _add(branch, "output as it ran", [f for f in own if f.place == "message"], found.first)
         backward = [f for f in own if f.place == "backward"]
-        _add(branch, "input gradient", [f for f in backward if f.tensor == "input_gradient"], found.first)
-        _add(branch, "parameter gradients", [f for f in backward if f.tensor != "input_gradient"], found.first)
+        _add(
+            branch,
+            "input gradient",
+            [f for f in backward if f.tensor == "input_gradient"],
+            found.first,
+        )
+        _add(
+            branch,
+            "parameter gradients",
+            [f for f in backward if f.tensor != "input_gradient"],
+            found.first,
+        )
     for title, place in (
         ("loss", "loss"),
         ("gradients of the mini-batch", "gradients"),
         ("optimizer, from the same gradients", "optimizer"),
         ("weights after the step", "weights after"),
     ):
-        _add(tree, title, [finding for finding in found.findings if finding.place == place], found.first)
+        _add(
+            tree,
+            title,
+            [finding for finding in found.findings if finding.place == place],
+            found.first,
+        )
     console.print(tree, highlight=False)
     for line in found.missing:
         console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)

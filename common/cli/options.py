@@ -47,7 +47,8 @@ def add_run_options(
     defaults: Mapping[Key, Any] = MappingProxyType({}),
     preset: str = PRESET,
 ) -> None:
-    """Options for one run but those `without`. `only_placement`: where the rest comes from a checkpoint, but `also` these.
+    """Options for one run but those `without`. `only_placement`: where the rest comes from a
+    checkpoint, but `also` these.
 
     `only_placement`: if the rest comes from a checkpoint, only placement options and those in
     `also`. `defaults` is what the help shows instead of the values of `preset`, which applies if
@@ -55,9 +56,15 @@ def add_run_options(
     """
     if not only_placement:
         parser.add_argument(
-            "--preset", metavar="NAME", help=f"where to start from: {', '.join(PRESETS)} (default: {preset})"
+            "--preset",
+            metavar="NAME",
+            help=f"where to start from: {', '.join(PRESETS)} (default: {preset})",
         )
-        parser.add_argument("--config", metavar="FILE.toml", help="settings in TOML; the command line goes before it")
+        parser.add_argument(
+            "--config",
+            metavar="FILE.toml",
+            help="settings in TOML; the command line goes before it",
+        )
     shown = {key: setting.value for key, setting in base_settings(preset).items()} | dict(defaults)
     taken: list[Key] = [("bench", "preset")]
     for section in sections:
@@ -68,7 +75,11 @@ def add_run_options(
         names = [name for name in names if name not in without]
         group = _OneValue(parser.add_argument_group(TITLES[section])) if names else None
         for name in names:
-            default = fields[name].default if name in PLURALS else shown.get((section, name), fields[name].default)
+            default = (
+                fields[name].default
+                if name in PLURALS
+                else shown.get((section, name), fields[name].default)
+            )
             add_option(group, section, name, fields[name], default)
             taken.append((section, name))
     parser.set_defaults(taken=tuple(taken), base_preset=preset)
@@ -100,12 +111,17 @@ def read_run(
 ) -> RunConfig:
     """Return the one run that the command line asks for. Raises UsageError.
 
-    Below it stands the checkpoint `saved`, or else the preset, which `defaults` follow where nobody names one. The text is
-    looked at too, if the subcommand `reads_text`, unless there is a checkpoint: `load_text` knows which one belongs to it.
+    Below it stands the checkpoint `saved`, or else the preset, which `defaults` follow where nobody
+    names one. The text is looked at too, if the subcommand `reads_text`, unless there is a
+    checkpoint: `load_text` knows which one belongs to it.
     """
     settings = _layers(arguments, saved, defaults)
     for key, setting in settings.items():
-        if isinstance(setting.value, list) and key[0] != "model" and key[1] in ("framework", "schedule"):
+        if (
+            isinstance(setting.value, list)
+            and key[0] != "model"
+            and key[1] in ("framework", "schedule")
+        ):
             raise UsageError(f"{setting.where} = {','.join(setting.value)}: this takes one")
     config = make_run(settings)
     if saved is None and reads_text:
@@ -118,7 +134,9 @@ def read_model(arguments: argparse.Namespace) -> TransformerSpec:
     return TransformerSpec(**validated("model", _layers(arguments, None, {})))
 
 
-def _layers(arguments: argparse.Namespace, saved: Saved | None, defaults: Mapping[Key, Any]) -> Settings:
+def _layers(
+    arguments: argparse.Namespace, saved: Saved | None, defaults: Mapping[Key, Any]
+) -> Settings:
     line: Settings = {}
     for dest, value in vars(arguments).items():
         section, _, name = dest.partition(".")
@@ -128,7 +146,10 @@ def _layers(arguments: argparse.Namespace, saved: Saved | None, defaults: Mappin
     file = read_toml(Path(path)) if path else {}
     for key, setting in file.items():
         if key not in arguments.taken:
-            raise UsageError(f"{setting.where}: not a setting of this command; expected those that its --help lists")
+            raise UsageError(
+                f"{setting.where}: not a setting of this command; expected those that its "
+                "--help lists"
+            )
     named = file.pop(("bench", "preset"), Setting(None, ""))
     if getattr(arguments, "preset", None) is not None:
         named = Setting(arguments.preset, "--preset")
@@ -148,7 +169,8 @@ def _layers(arguments: argparse.Namespace, saved: Saved | None, defaults: Mappin
     if saved is not None:
         given |= saved.tokenizer(given)
         given.setdefault(
-            ("model", "vocab_size"), Setting(saved.manifest.model.vocab_size, "the checkpoint's vocab_size")
+            ("model", "vocab_size"),
+            Setting(saved.manifest.model.vocab_size, "the checkpoint's vocab_size"),
         )
     settings = base | given
     adapt(settings, given)
@@ -173,7 +195,9 @@ def check_writable(folder: Path, what: str) -> None:
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"{what}: {error.strerror}; expected a folder that can be written") from None
+        raise UsageError(
+            f"{what}: {error.strerror}; expected a folder that can be written"
+        ) from None
 
 
 def reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

@@ -33,18 +33,30 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
-        """As argparse's, but what is left over is refused here: only the subcommand's own parser knows the subcommand's options."""
+        """As argparse's, but what is left over is refused here: only the subcommand's own parser
+        knows the subcommand's options.
+        """
         found, rest = super().parse_known_args(*arguments, **options)
-        for action in self._actions:  # those with a dot are fields of the specification, which have their own rules
-            if action.dest and "." not in action.dest and getattr(found, action.dest, None) in ("", [""]):
+        for action in (
+            self._actions
+        ):  # those with a dot are fields of the specification, which have their own rules
+            if (
+                action.dest
+                and "." not in action.dest
+                and getattr(found, action.dest, None) in ("", [""])
+            ):
                 name = action.option_strings[-1] if action.option_strings else str(action.metavar)
                 raise UsageError(f"{name}: empty; expected {action.metavar or 'a value'}")
         if not rest:
             return found, rest
         if not rest[0].startswith("-"):
-            raise UsageError(f"{rest[0]!r}: belongs to no option; a list takes commas, such as 1,2,4")
+            raise UsageError(
+                f"{rest[0]!r}: belongs to no option; a list takes commas, such as 1,2,4"
+            )
         known = [option for action in self._actions for option in action.option_strings]
-        raise UsageError(f"{rest[0]}: unknown option{closest(rest[0].split('=')[0], known, 'see --help')}")
+        raise UsageError(
+            f"{rest[0]}: unknown option{closest(rest[0].split('=')[0], known, 'see --help')}"
+        )
 
     def show_only(self, common: Set[str]) -> None:
         """Leave out of --help what `common` does not name; --help-all shows every option."""
@@ -60,7 +72,9 @@ class Parser(argparse.ArgumentParser):
 
         for action, _ in texts:
             action.help = argparse.SUPPRESS
-        self.add_argument("--help-all", nargs=0, action=HelpAll, help=f"show {len(texts)} more options and exit")
+        self.add_argument(
+            "--help-all", nargs=0, action=HelpAll, help=f"show {len(texts)} more options and exit"
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))
@@ -71,6 +85,12 @@ class Parser(argparse.ArgumentParser):
             return
         if isinstance(action, argparse._SubParsersAction):
             guesses = difflib.get_close_matches(str(value), action.choices, 1)
-            hint = f"did you mean {guesses[0]}?" if guesses else f"expected one of {', '.join(action.choices)}"
+            hint = (
+                f"did you mean {guesses[0]}?"
+                if guesses
+                else f"expected one of {', '.join(action.choices)}"
+            )
             raise UsageError(f"unknown subcommand {value!r}; {hint}")
-        raise argparse.ArgumentError(action, f"{value!r}: unknown{closest(str(value), action.choices)}")
+        raise argparse.ArgumentError(
+            action, f"{value!r}: unknown{closest(str(value), action.choices)}"
+        )

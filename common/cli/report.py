@@ -27,10 +27,17 @@ def register(subcommands: Any) -> None:
         usage="%(prog)s RUN.. [options]",
     )
     report.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a folder that a benchmark has made, such as results/..."
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a folder that a benchmark has made, such as results/...",
     )
-    report.add_argument("--out", metavar="FOLDER", help="where to write; default: RUN itself, needed for several")
-    report.add_argument("--sweep", action="store_true", help="add throughput over micro-batches and over stages")
+    report.add_argument(
+        "--out", metavar="FOLDER", help="where to write; default: RUN itself, needed for several"
+    )
+    report.add_argument(
+        "--sweep", action="store_true", help="add throughput over micro-batches and over stages"
+    )
     report.set_defaults(run=_reporting(_report))
 
     compare = subcommands.add_parser(
@@ -43,7 +50,8 @@ def register(subcommands: Any) -> None:
         "--fail-on",
         metavar="LIMIT",
         type=_share,
-        help="exit with status 1 if a row has lost more than LIMIT (such as 5%%) of its throughput with its whole 95 %% "
+        help="exit with status 1 if a row has lost more than LIMIT (such as 5%%) of its throughput "
+        "with its whole 95 %% "
         "interval, or no longer ends well",
     )
     compare.set_defaults(run=_reporting(_compare))
@@ -54,7 +62,9 @@ def _share(text: str) -> float:
     found = number(text.removesuffix("%"))
     value = -1.0 if found is None else found / (100 if text.endswith("%") else 1)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a share below 100 %, such as 5% or 0.05")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; expected a share below 100 %, such as 5% or 0.05"
+        )
     return value
 
 
@@ -74,7 +84,9 @@ def _collected(*folders: str) -> Collection:
     """Raises ResultError for a folder without a single run of a framework."""
     collection = collect([Path(folder) for folder in folders])
     if not collection.groups:
-        raise ResultError(f"{', '.join(folders)}: holds the oracle's result only; expected a finished benchmark")
+        raise ResultError(
+            f"{', '.join(folders)}: holds the oracle's result only; expected a finished benchmark"
+        )
     return collection
 
 
@@ -89,13 +101,16 @@ def _report(arguments: argparse.Namespace) -> int:
 
     if arguments.sweep and not sweeps(collection):
         raise UsageError(
-            "--sweep: no two ranked rows differ in micro-batches or in stages alone; expected a benchmark with a list, "
+            "--sweep: no two ranked rows differ in micro-batches or in stages alone; expected a "
+            "benchmark with a list, "
             "--micro-batches 1,2,4 or --stages 1,2,4"
         )
     try:
         publish(collection, folder, arguments.sweep)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"--out {folder}: {error.strerror}; expected a folder that can be written") from None
+        raise UsageError(
+            f"--out {folder}: {error.strerror}; expected a folder that can be written"
+        ) from None
     console = make_console()
     for rows in tables.by_track(collection.rows).values():
         tables.print_table(rows, console)
@@ -115,7 +130,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     print_comparison(compared, console)
     if arguments.fail_on is not None and not any(change.is_judged for change in compared.changes):
         raise UsageError(
-            f"--fail-on: {TOO_FEW} in every row; expected {LEAST_STEPS} timed steps in each of {LEAST_REPEATS} repeats"
+            f"--fail-on: {TOO_FEW} in every row; expected {LEAST_STEPS} timed steps in each of "
+            f"{LEAST_REPEATS} repeats"
         )
     failures = [] if arguments.fail_on is None else compared.failures(arguments.fail_on)
     for line in failures:

@@ -40,14 +40,18 @@ def register(subcommands: Any) -> None:
     draw = subcommands.add_parser("draw")
     _add_schedule(draw, "{} or file:PATH")
     _add_costs(draw, memory=False)
-    draw.add_argument("--output", metavar="FILE", help="write to FILE: .png, .svg, .txt or .json (a Chrome trace)")
+    draw.add_argument(
+        "--output", metavar="FILE", help="write to FILE: .png, .svg, .txt or .json (a Chrome trace)"
+    )
     draw.set_defaults(run=_reporting(_draw))
 
     simulator = subcommands.add_parser("simulate")
     _add_schedule(simulator, "{} or file:PATH; a comma list, or all, to see them side by side")
     _add_costs(simulator)
     _add_wrap_around(simulator)
-    simulator.add_argument("--output", metavar="FILE", help="write the schedule to FILE in text form, for file:FILE")
+    simulator.add_argument(
+        "--output", metavar="FILE", help="write the schedule to FILE in text form, for file:FILE"
+    )
     simulator.add_argument("--json", action="store_true", help="print JSON")
     simulator.set_defaults(run=_reporting(_simulate))
 
@@ -57,30 +61,56 @@ def register(subcommands: Any) -> None:
 
 
 def _add_schedule(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--schedule", metavar="S", required=True, help=what.format(", ".join(GENERATORS)))
-    parser.add_argument("--stages", type=positive, metavar="P", help="devices in the pipeline; a file says it itself")
     parser.add_argument(
-        "--micro-batches", type=positive, metavar="M", help="of one optimizer step; a file says it itself"
+        "--schedule", metavar="S", required=True, help=what.format(", ".join(GENERATORS))
     )
-    parser.add_argument("--chunks", type=positive, metavar="V", help="model chunks per device (interleaved; default 2)")
+    parser.add_argument(
+        "--stages",
+        type=positive,
+        metavar="P",
+        help="devices in the pipeline; a file says it itself",
+    )
+    parser.add_argument(
+        "--micro-batches",
+        type=positive,
+        metavar="M",
+        help="of one optimizer step; a file says it itself",
+    )
+    parser.add_argument(
+        "--chunks",
+        type=positive,
+        metavar="V",
+        help="model chunks per device (interleaved; default 2)",
+    )
     parser.add_argument(
         "--memory-limit",
         type=_numbers,
         metavar="X",
-        help="search: activations held at most, in units of 1f1b's peak; one number, or one per stage (default 2.0)",
+        help="search: activations held at most, in units of 1f1b's peak; one number, or one per "
+        "stage (default 2.0)",
     )
 
 
 def _add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
     costs = parser.add_argument_group(
-        "costs", "of one micro-batch on a whole stage, in any one unit; one number, or a comma list with one per stage"
+        "costs",
+        "of one micro-batch on a whole stage, in any one unit; one number, or a comma list with "
+        "one per stage",
     )
     costs.add_argument("--forward", type=_numbers, default=(1.0,), metavar="X")
     costs.add_argument("--backward-input", type=_numbers, default=(1.0,), metavar="X")
     costs.add_argument("--backward-weight", type=_numbers, default=(1.0,), metavar="X")
-    costs.add_argument("--communication", type=_numbers, default=(0.0,), metavar="X", help="of every hop (default 0)")
+    costs.add_argument(
+        "--communication",
+        type=_numbers,
+        default=(0.0,),
+        metavar="X",
+        help="of every hop (default 0)",
+    )
     if memory:
-        costs.add_argument("--activation-bytes", type=_numbers, metavar="X", help="adds the peak memory in bytes")
+        costs.add_argument(
+            "--activation-bytes", type=_numbers, metavar="X", help="adds the peak memory in bytes"
+        )
     costs.add_argument(
         "--kept-for-weight",
         type=_share,
@@ -92,13 +122,15 @@ def _add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
         "--recompute",
         default=Costs.recompute,
         metavar=WORDS,
-        help="what a backward computes again instead of holding it; it then takes the forward's time as well",
+        help="what a backward computes again instead of holding it; it then takes the forward's "
+        "time as well",
     )
     costs.add_argument(
         "--kept-for-recompute",
         type=_share,
         metavar="SHARE",
-        help="of an activation, that F leaves held where B computes it again, its input: 0 to 1 (default "
+        help="of an activation, that F leaves held where B computes it again, its input: 0 to 1 "
+        "(default "
         f"{Costs.kept_by_forward})",
     )
 
@@ -107,8 +139,10 @@ def _add_wrap_around(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wrap-around",
         choices=("every", "first"),
-        help="interleaved: which micro-batches of a group wait for their message between the last and the first device. "
-        "first (default): only the group's first, the rule behind the published figures, too low by up to "
+        help="interleaved: which micro-batches of a group wait for their message between the last "
+        "and the first device. "
+        "first (default): only the group's first, the rule behind the published figures, too low "
+        "by up to "
         "stages x communication; every: all, as a run does",
     )
 
@@ -116,7 +150,9 @@ def _add_wrap_around(parser: argparse.ArgumentParser) -> None:
 def _numbers(text: str) -> _Numbers:
     found = tuple(number(word) for word in text.split(","))
     if any(each is None or each < 0 for each in found):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number or a comma list of numbers, 0 or more")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number or a comma list of numbers, 0 or more"
+        )
     return tuple(each or 0.0 for each in found)
 
 
@@ -141,7 +177,9 @@ def _reporting(run: _Run) -> _Run:
 
 def _costs(arguments: argparse.Namespace, stages: int) -> Costs:
     if arguments.kept_for_recompute is not None and arguments.recompute == "none":
-        raise ScheduleError("--kept-for-recompute: nothing is computed again; expected with --recompute")
+        raise ScheduleError(
+            "--kept-for-recompute: nothing is computed again; expected with --recompute"
+        )
 
     def each(option: str) -> _Numbers:
         return per_stage(getattr(arguments, option), stages, "--" + option.replace("_", "-"))
@@ -159,32 +197,43 @@ def _costs(arguments: argparse.Namespace, stages: int) -> Costs:
         sizes,
         arguments.kept_for_weight,
         arguments.recompute,
-        Costs.kept_by_forward if arguments.kept_for_recompute is None else arguments.kept_for_recompute,
+        Costs.kept_by_forward
+        if arguments.kept_for_recompute is None
+        else arguments.kept_for_recompute,
     )
 
 
 def _size(arguments: argparse.Namespace) -> tuple[int, int]:
     if arguments.stages is None or arguments.micro_batches is None:
-        raise ScheduleError("--stages and --micro-batches are needed; only a schedule in a file says them itself")
+        raise ScheduleError(
+            "--stages and --micro-batches are needed; only a schedule in a file says them itself"
+        )
     return arguments.stages, arguments.micro_batches
 
 
 def _planned(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]:
     """The named schedule and the costs for it."""
     if arguments.memory_limit is not None and name != SEARCH:
-        raise ScheduleError(f"--memory-limit: only schedule {SEARCH} keeps to one; expected without it, or {SEARCH}")
+        raise ScheduleError(
+            f"--memory-limit: only schedule {SEARCH} keeps to one; expected without it, or {SEARCH}"
+        )
     if name.startswith("file:"):
         schedule = _read_schedule(name.removeprefix("file:"))
         sizes = {"stages": schedule.num_devices, "micro_batches": schedule.num_micro_batches}
         for option, has in (sizes | {"chunks": schedule.num_chunks}).items():
             asked = getattr(arguments, option)
             if asked not in (None, has):
-                raise ScheduleError(f"--{option.replace('_', '-')} {asked}; the schedule in the file has {has}")
+                raise ScheduleError(
+                    f"--{option.replace('_', '-')} {asked}; the schedule in the file has {has}"
+                )
         return schedule, _costs(arguments, schedule.num_devices)
     stages, micro_batches = _size(arguments)
     if name == SEARCH and min(stages, micro_batches) > 0:
         if arguments.recompute != Costs.recompute:
-            raise ScheduleError(f"schedule {SEARCH} does not plan for --recompute; expected a larger --backward-input")
+            raise ScheduleError(
+                f"schedule {SEARCH} does not plan for --recompute; expected a larger "
+                "--backward-input"
+            )
         if arguments.chunks not in (None, 1):
             raise ScheduleError(f"schedule {SEARCH} has 1 chunk per device, not {arguments.chunks}")
         costs = _costs(arguments, stages)
@@ -202,7 +251,11 @@ def _read_schedule(path: str) -> Schedule:
 
 def _read(path: str) -> str:
     try:
-        return read_stream(sys.stdin.buffer, "standard input") if path == "-" else read_text(Path(path))
+        return (
+            read_stream(sys.stdin.buffer, "standard input")
+            if path == "-"
+            else read_text(Path(path))
+        )
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ScheduleError(f"{path}: {why}; expected a readable text file") from None
@@ -213,7 +266,9 @@ def _draw(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         console = make_console()
         if console.is_terminal:
-            console.print(draw_color(schedule, costs, console.width, console.options.ascii_only), end="")
+            console.print(
+                draw_color(schedule, costs, console.width, console.options.ascii_only), end=""
+            )
         else:
             print(draw_text(schedule, costs, ascii_only=console.options.ascii_only))
         return 0
@@ -231,7 +286,9 @@ def _draw(arguments: argparse.Namespace) -> int:
 
             draw_picture(simulate(schedule, costs), path)
         case suffix:
-            raise ScheduleError(f"--output {path}: {suffix or 'no suffix'}; expected .png, .svg, .txt or .json")
+            raise ScheduleError(
+                f"--output {path}: {suffix or 'no suffix'}; expected .png, .svg, .txt or .json"
+            )
     return 0
 
 
@@ -253,18 +310,27 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
 
 def _several(arguments: argparse.Namespace) -> list[str]:
-    """The schedules to show side by side; none where one is named, whose file may have commas in its name."""
+    """The schedules to show side by side; none where one is named, whose file may have commas in
+    its name.
+    """
     text = str(arguments.schedule)
     if text == "all":
-        return [name for name in GENERATORS if name != SEARCH or arguments.recompute == Costs.recompute]
+        return [
+            name for name in GENERATORS if name != SEARCH or arguments.recompute == Costs.recompute
+        ]
     return [] if "," not in text or Path(text.removeprefix("file:")).exists() else text.split(",")
 
 
 def _check_wrap_around(schedules: Sequence[Schedule], arguments: argparse.Namespace) -> None:
-    if arguments.wrap_around is None or any(each.num_chunks > 1 and each.placement == "loop" for each in schedules):
+    if arguments.wrap_around is None or any(
+        each.num_chunks > 1 and each.placement == "loop" for each in schedules
+    ):
         return
     names = ", ".join(dict.fromkeys(each.name for each in schedules))
-    raise ScheduleError(f"--wrap-around: {names} sends nothing from the last device to the first; expected interleaved")
+    raise ScheduleError(
+        f"--wrap-around: {names} sends nothing from the last device to the first; expected "
+        "interleaved"
+    )
 
 
 def _simulated(schedule: Schedule, costs: Costs, arguments: argparse.Namespace) -> Simulation:
@@ -296,7 +362,9 @@ def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, 
         result["wrap_around"] = arguments.wrap_around or PUBLISHED_WRAP_AROUND
         result["bubble_fraction_every_wrap_around"] = every.bubble_fraction
     if arguments.schedule == SEARCH:
-        limit = limits(schedule.num_devices, schedule.num_micro_batches, arguments.memory_limit or MEMORY_LIMIT)
+        limit = limits(
+            schedule.num_devices, schedule.num_micro_batches, arguments.memory_limit or MEMORY_LIMIT
+        )
         bound = lower_bound(schedule.num_micro_batches, costs, limit)
         busy = float(costs.per_micro_batch.mean()) * schedule.num_micro_batches
         result["memory_limit_per_stage"] = [_whole(each) for each in limit]
@@ -320,13 +388,19 @@ def _validate(arguments: argparse.Namespace) -> int:
     schedule = table.schedule if isinstance(table, Timetable) else table
     for violation in violations:
         print(violation)
-    what = f"{schedule.num_devices} devices, {schedule.num_micro_batches} micro-batches, {schedule.num_actions} actions"
+    what = (
+        f"{schedule.num_devices} devices, {schedule.num_micro_batches} micro-batches, "
+        f"{schedule.num_actions} actions"
+    )
     if violations:
         print(f"not valid: {len(violations)} violations ({what}{', with times' if timed else ''})")
         return EXIT_VIOLATIONS
     print(f"valid: {what}{', with times' if timed else ''}")
     if not _adds_in_order(schedule):
-        print("note: a device adds weight gradients out of micro-batch order, so their last bits differ from 1f1b's")
+        print(
+            "note: a device adds weight gradients out of micro-batch order, so their last bits "
+            "differ from 1f1b's"
+        )
     return 0
 
 
@@ -350,7 +424,10 @@ def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
         raise ScheduleError(f"--output: takes one schedule, not {len(names)}")
     has_own = [name in GENERATORS and GENERATORS[name].chunks is not None for name in names]
     if arguments.chunks is not None and all(has_own):
-        raise ScheduleError(f"--chunks {arguments.chunks}: {', '.join(names)} cannot choose; expected with interleaved")
+        raise ScheduleError(
+            f"--chunks {arguments.chunks}: {', '.join(names)} cannot choose; expected with "
+            "interleaved"
+        )
     planned = []
     for name in names:
         alone = argparse.Namespace(**vars(arguments) | {"schedule": name})
@@ -361,11 +438,21 @@ def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
             alone.memory_limit = None
         planned.append((*_planned(name, alone), alone))
     _check_wrap_around([schedule for schedule, _, _ in planned], arguments)
-    results = [_result(_simulated(schedule, costs, alone), alone) for schedule, costs, alone in planned]
+    results = [
+        _result(_simulated(schedule, costs, alone), alone) for schedule, costs, alone in planned
+    ]
     if arguments.json:
         print(json.dumps(results, indent=1))
         return 0
-    columns = ("schedule", "chunks", "bubble", "warm-start bubble", "makespan", "peak in flight", "peak memory")
+    columns = (
+        "schedule",
+        "chunks",
+        "bubble",
+        "warm-start bubble",
+        "makespan",
+        "peak in flight",
+        "peak memory",
+    )
     table = RichTable(*columns)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -381,11 +468,14 @@ def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
         )
     console = make_console()
     console.print(table)
-    console.print("Peaks are those of the worst stage, in activations of one micro-batch on a whole stage.")
+    console.print(
+        "Peaks are those of the worst stage, in activations of one micro-batch on a whole stage."
+    )
     for result in results:
         if "bubble_fraction_every_wrap_around" in result and result["wrap_around"] == "first":
             every = result["bubble_fraction_every_wrap_around"]
             console.print(
-                f"{result['schedule']} by the published rule (--wrap-around first); a run's bubble is {every:.4f}."
+                f"{result['schedule']} by the published rule (--wrap-around first); a run's bubble "
+                f"is {every:.4f}."
             )
     return 0

@@ -1,8 +1,8 @@
 """The layers that a run is made from: presets, TOML, the command line.
 
-Every field of `TransformerSpec`, `TrainSpec` and `RunConfig` is an option and a TOML key, made from the field itself. The
-order of precedence is preset < TOML < command line. Wrong input is a `UsageError`: one line with what is wrong, where
-it stands, and what would be right.
+Every field of `TransformerSpec`, `TrainSpec` and `RunConfig` is an option and a TOML key, made from
+the field itself. The order of precedence is preset < TOML < command line. Wrong input is a
+`UsageError`: one line with what is wrong, where it stands, and what would be right.
 """
 
 from __future__ import annotations
@@ -125,7 +125,10 @@ def _alternatives(annotation: Any) -> list[Any]:
     """Return the members of a union; a plain type is its own only member."""
     if get_origin(annotation) in (None, Literal, tuple):
         return [annotation]
-    return [float if get_origin(part) not in (None, Literal, tuple) else part for part in get_args(annotation)]
+    return [
+        float if get_origin(part) not in (None, Literal, tuple) else part
+        for part in get_args(annotation)
+    ]
 
 
 def _words(annotation: Any) -> list[str]:
@@ -154,10 +157,16 @@ def read_native_dropout(given: Settings, below: Settings) -> Settings:
     if setting is None or word != "native":
         return given
     if masks in given and given[masks].value != "native":
-        raise UsageError(f"{setting.where} = {setting.value} and {given[masks].where} = {given[masks].value} disagree")
+        raise UsageError(
+            f"{setting.where} = {setting.value} and {given[masks].where} = {given[masks].value} "
+            "disagree"
+        )
     known = below[key].value if key in below else 0.0
     probability = number if ":" in str(setting.value) else (known or NATIVE_DROPOUT)
-    return given | {key: Setting(probability, setting.where), masks: Setting("native", setting.where)}
+    return given | {
+        key: Setting(probability, setting.where),
+        masks: Setting("native", setting.where),
+    }
 
 
 def adapt(settings: Settings, given: Settings) -> None:
@@ -170,7 +179,9 @@ def adapt(settings: Settings, given: Settings) -> None:
     dtypes = listed(settings[("train", "dtype")].value) if ("train", "dtype") in settings else []
     default = settings.get(("run", "framework"), Setting(None, "")).value
     if dtypes == ["bfloat16"] and isinstance(default, list) and ("run", "framework") not in given:
-        settings["run", "framework"] = Setting([name for name in default if name in BFLOAT16], "default")
+        settings["run", "framework"] = Setting(
+            [name for name in default if name in BFLOAT16], "default"
+        )
     warmup, steps = settings.get(("train", "warmup_steps")), None
     if ("train", "steps") in settings:
         steps = whole_number(settings["train", "steps"].value)  # None: for validation to say so
@@ -190,14 +201,24 @@ def _refuse_unused(settings: Settings, given: Settings) -> None:
     optimizer = settings.get(("train", "optimizer"), Setting(TrainSpec().optimizer, ""))
     for name, owner in OF_ONE_OPTIMIZER.items():
         setting = given.get(("train", name))
-        if setting is None or optimizer.value == owner or number(setting.value) == TrainSpec.model_fields[name].default:
+        if (
+            setting is None
+            or optimizer.value == owner
+            or number(setting.value) == TrainSpec.model_fields[name].default
+        ):
             continue
         raise UsageError(
-            f"{setting.where} = {setting.value}: {optimizer.value} has none; expected with --optimizer {owner}"
+            f"{setting.where} = {setting.value}: {optimizer.value} has none; expected with "
+            f"--optimizer {owner}"
         )
-    masks, dropout = given.get(("model", "dropout_masks")), settings.get(("model", "dropout"), Setting(0.0, ""))
+    masks, dropout = (
+        given.get(("model", "dropout_masks")),
+        settings.get(("model", "dropout"), Setting(0.0, "")),
+    )
     if masks is not None and masks.value == "native" and number(dropout.value) == 0:
-        raise UsageError(f"{masks.where} = native: nothing is dropped; expected with a --dropout of more than 0")
+        raise UsageError(
+            f"{masks.where} = native: nothing is dropped; expected with a --dropout of more than 0"
+        )
 
 
 def _adapt_to_drift(settings: Settings, given: Settings) -> None:
@@ -207,7 +228,9 @@ def _adapt_to_drift(settings: Settings, given: Settings) -> None:
         return
     names = [each.name for each in habits.DRIFTS]
     if setting.value not in names:
-        raise UsageError(f"{setting.where} = {setting.value!r}: unknown{closest(str(setting.value), names)}")
+        raise UsageError(
+            f"{setting.where} = {setting.value!r}: unknown{closest(str(setting.value), names)}"
+        )
     habit = habits.by_name(setting.value)
     needs = {("model", name): value for name, value in habit.model.items()}
     needs |= {("train", name): value for name, value in habit.train.items()}
@@ -217,7 +240,9 @@ def _adapt_to_drift(settings: Settings, given: Settings) -> None:
         if key not in given:
             settings[key] = Setting(value, f"drift {habit.name}, {key[1]}")
     if ("run", "framework") not in given:
-        settings["run", "framework"] = Setting(list(habit.frameworks), f"drift {habit.name}, frameworks")
+        settings["run", "framework"] = Setting(
+            list(habit.frameworks), f"drift {habit.name}, frameworks"
+        )
 
 
 def _adapt_to_tokenizer_file(settings: Settings, given: Settings) -> None:
@@ -239,11 +264,20 @@ def read_toml(path: Path) -> Settings:
     try:
         content = tomllib.loads(read_text(path, MAX_TOML_BYTES))
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}; expected a readable TOML file") from None
-    except (ValueError, RecursionError) as error:  # tomllib lets those of numbers and of nesting through
+        raise UsageError(
+            f"--config {path}: {error.strerror}; expected a readable TOML file"
+        ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # tomllib lets those of numbers and of nesting through
         raise UsageError(f"{path}: not TOML: {error}") from None
     settings: Settings = {}
-    top = {PLURALS.get(name, name): ("run", name) for name in RunConfig.model_fields if name not in ("model", "train")}
+    top = {
+        PLURALS.get(name, name): ("run", name)
+        for name in RunConfig.model_fields
+        if name not in ("model", "train")
+    }
     top |= {name: ("run", name) for name in PLURALS}
     top |= {name: ("bench", name) for name in BenchOptions.model_fields}
     for name, value in content.items():
@@ -259,7 +293,11 @@ def read_toml(path: Path) -> Settings:
             settings[top[name]] = Setting(value, f"{path}: {name}")
         else:
             tables = [table for table in ("model", "train") if name in SECTIONS[table].model_fields]
-            hint = f"; expected under [{tables[0]}]" if tables else closest(name, [*top, "model", "train"])
+            hint = (
+                f"; expected under [{tables[0]}]"
+                if tables
+                else closest(name, [*top, "model", "train"])
+            )
             raise UsageError(f"{path}: {name}: unknown at the top level{hint}")
     return settings
 
@@ -280,7 +318,9 @@ def make_run(settings: Settings) -> RunConfig:
     train = TrainSpec(**validated("train", settings))
     config = RunConfig(**validated("run", settings, model=model, train=train))
     if impossible := why_impossible(config):
-        wheres = [setting.where for (_, name), setting in settings.items() if name == impossible.field]
+        wheres = [
+            setting.where for (_, name), setting in settings.items() if name == impossible.field
+        ]
         raise UsageError(f"{(wheres or [impossible.field])[0]}{impossible.text}")
     return config
 
@@ -288,10 +328,16 @@ def make_run(settings: Settings) -> RunConfig:
 def validated(section: str, settings: Settings, **fixed: Any) -> dict[str, Any]:
     """Validate a section's values. Raises UsageError with the first wrong one and its origin."""
     model = SECTIONS[section]
-    values = {name: _from_text(model, name, setting.value) for (s, name), setting in settings.items() if s == section}
+    values = {
+        name: _from_text(model, name, setting.value)
+        for (s, name), setting in settings.items()
+        if s == section
+    }
     for name, value in values.items():
         field = model.model_fields[name]
-        if isinstance(value, bool) and bool not in _alternatives(field.annotation):  # pydantic would take it for 1
+        if isinstance(value, bool) and bool not in _alternatives(
+            field.annotation
+        ):  # pydantic would take it for 1
             what = _wrong(field, {"type": "bool", "msg": "expected text", "input": value})
             raise UsageError(f"{settings[section, name].where} = {str(value).lower()}: {what}")
     try:
@@ -328,7 +374,9 @@ def _wrong(field: FieldInfo, item: Any) -> str:
     if kind == "value_error":
         return str(item["msg"]).removeprefix("Value error, ").partition("; ")[2] or str(item["msg"])
     numbers = {int: "a whole number", float: "a number"}
-    number = next((numbers[part] for part in _alternatives(field.annotation) if part in numbers), None)
+    number = next(
+        (numbers[part] for part in _alternatives(field.annotation) if part in numbers), None
+    )
     if number is None:
         return str(item["msg"])
     signs = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
@@ -350,7 +398,8 @@ def _shown(value: Any) -> str:
 def check_corpora(points: Sequence[RunConfig]) -> None:
     """Read every corpus once, so that a wrong path or a short text is found before any run."""
     distinct = {
-        (c.corpus, c.tokenizer, c.tokenizer_file, c.model.vocab_size, c.model.context_length): c for c in points
+        (c.corpus, c.tokenizer, c.tokenizer_file, c.model.vocab_size, c.model.context_length): c
+        for c in points
     }
     for config in distinct.values():
         try:

@@ -39,20 +39,34 @@ EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 SHOWN_LOSSES = 12
 
 DESCRIPTION = (
-    "Trains with one framework and saves checkpoints, which any framework can go on from, on any number of stages. "
+    "Trains with one framework and saves checkpoints, which any framework can go on from, on any "
+    "number of stages. "
     "Exit status: 0 all well; 1 the run failed; 2 wrong input; 130 interrupted."
 )
 
 
-def register(subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
+def register(
+    subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
+) -> None:
     """Add the subcommand to argparse's subparsers."""
     parser = subcommands.add_parser("train", description=DESCRIPTION, usage="%(prog)s [options]")
     saving = parser.add_argument_group("checkpoints")
-    saving.add_argument("--save-every", metavar="N", type=positive, help="save after every N steps, and after the last")
-    saving.add_argument("--save-dir", metavar="DIR", help="where checkpoints go (default: in the run's own folder)")
-    saving.add_argument("--keep", metavar="K", type=positive, default=3, help="checkpoints to keep (default: 3)")
     saving.add_argument(
-        "--resume", metavar="latest|PATH", help="go on from the newest checkpoint in --save-dir, or from this one"
+        "--save-every",
+        metavar="N",
+        type=positive,
+        help="save after every N steps, and after the last",
+    )
+    saving.add_argument(
+        "--save-dir", metavar="DIR", help="where checkpoints go (default: in the run's own folder)"
+    )
+    saving.add_argument(
+        "--keep", metavar="K", type=positive, default=3, help="checkpoints to keep (default: 3)"
+    )
+    saving.add_argument(
+        "--resume",
+        metavar="latest|PATH",
+        help="go on from the newest checkpoint in --save-dir, or from this one",
     )
     saving.add_argument(
         "--weights",
@@ -78,14 +92,18 @@ def register(subcommands: Any, implementations: Mapping[str, Implementation] = I
         metavar="SECONDS",
         type=seconds,
         default=600.0,
-        help="end a child of which no device goes on and that computes nothing for so long, and say who waits for whom "
+        help="end a child of which no device goes on and that computes nothing for so long, and "
+        "say who waits for whom "
         "(default: 600)",
     )
-    # For tests: a fault on purpose, such as kill@device=1,step=3,action=BW2 (docs/faults.md). Given again: what the
-    # next worker process gets.
+    # For tests: a fault on purpose, such as kill@device=1,step=3,action=BW2 (docs/faults.md). Given
+    # again: what the next worker process gets.
     parser.add_argument("--fault", type=_fault, action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument(
-        "--out", metavar="FOLDER", default="results", help="where the run's folder goes (default: results)"
+        "--out",
+        metavar="FOLDER",
+        default="results",
+        help="where the run's folder goes (default: results)",
     )
     add_run_options(parser)
     parser.set_defaults(run=reporting(lambda arguments: _train(arguments, implementations)))
@@ -106,11 +124,14 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
 
     if len(arguments.fault) > arguments.max_restarts + 1:
         raise UsageError(
-            f"--fault: {len(arguments.fault)} of them for {arguments.max_restarts + 1} children; expected --max-restarts "
+            f"--fault: {len(arguments.fault)} of them for {arguments.max_restarts + 1} children; "
+            "expected --max-restarts "
             f"{len(arguments.fault) - 1}"
         )
     if arguments.resume is not None and arguments.weights is not None:
-        raise UsageError("--resume goes on with a training and --weights starts another; expected one of them")
+        raise UsageError(
+            "--resume goes on with a training and --weights starts another; expected one of them"
+        )
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -120,11 +141,14 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
         saved = None if resume is None else Saved(resume, checkpoint.read_manifest(resume))
         config = read_run(arguments, saved)
         if saved is not None:
-            manifest = saved.manifest if arguments.weights is None else saved.manifest.without_training()
+            manifest = (
+                saved.manifest if arguments.weights is None else saved.manifest.without_training()
+            )
             check_resume(saved.folder, manifest, config)
         if arguments.fault and config.executor != "table":
             raise UsageError(
-                f"--fault: executor = {config.executor} does not tell its actions; expected executor = table"
+                f"--fault: executor = {config.executor} does not tell its actions; expected "
+                "executor = table"
             )
         for text in arguments.fault:
             fault = Fault.parse(text)
@@ -133,7 +157,9 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
                 ("step", fault.step, config.train.steps),
             ):
                 if number >= count:
-                    raise UsageError(f"--fault {text}: there is no {what} {number}; expected 0 to {count - 1}")
+                    raise UsageError(
+                        f"--fault {text}: there is no {what} {number}; expected 0 to {count - 1}"
+                    )
         corpus = load_text(config, saved, may_be_another=arguments.weights is not None)
         if directory is not None:
             _check_room(directory, None if arguments.weights else resume)
@@ -160,7 +186,9 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
             hang_seconds=arguments.hang_timeout,
             faults=tuple(arguments.fault),
         )
-        with stop_on_signals() as stopped:  # to the end, so that a second signal does not cut the result off
+        with (
+            stop_on_signals() as stopped
+        ):  # to the end, so that a second signal does not cut the result off
             with progress_view(console, 1) as view:
                 trained = run_training(training, view, stopped)
             result = result_of(trained, training, arguments.command)
@@ -180,7 +208,9 @@ def _resume(asked: str | None, directory: Path | None, say: Any) -> Path | None:
         path = Path(asked)
         inside = checkpoint.checkpoints_in(path)
         if inside:
-            raise UsageError(f"{path}: holds checkpoints; expected one of them, such as {inside[-1]}")
+            raise UsageError(
+                f"{path}: holds checkpoints; expected one of them, such as {inside[-1]}"
+            )
         checkpoint.verify(path)
         return path
     if directory is None:
@@ -199,18 +229,24 @@ def check_resume(resume: Path, saved: Manifest, config: RunConfig) -> None:
     different = checkpoint.differences(saved, config)
     if different:
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-        free = "framework, stages, chunks, schedule, partition, micro_batches, recompute, device, threads"
+        free = (
+            "framework, stages, chunks, schedule, partition, micro_batches, recompute, "
+            "device, threads"
+        )
         if saved.train is None:
             raise UsageError(
-                f"{resume}: {different[0]}{more}; what may change: {free}, dropout, and all of the training"
+                f"{resume}: {different[0]}{more}; what may change: {free}, dropout, and all of the "
+                "training"
             )
         raise UsageError(
-            f"--resume {resume}: {different[0]}{more}; what may change: {free}, and steps where the learning rate does not "
+            f"--resume {resume}: {different[0]}{more}; what may change: {free}, and steps where "
+            "the learning rate does not "
             f"depend on it; --weights starts another training from its weights"
         )
     if saved.steps_done >= config.train.steps:
         raise UsageError(
-            f"--resume {resume}: all {saved.steps_done} of {config.train.steps} steps are done; use more --steps"
+            f"--resume {resume}: all {saved.steps_done} of {config.train.steps} steps are done; "
+            "use more --steps"
         )
 
 
@@ -225,7 +261,8 @@ def _check_room(directory: Path, resume: Path | None) -> None:
     newer = [path for path in existing if resume is not None and path.name > resume.name]
     if newer:
         raise UsageError(
-            f"--save-dir {directory}: holds {newer[-1].name}, newer than {resume.name if resume else 'the start'}; "
+            f"--save-dir {directory}: holds {newer[-1].name}, newer than "
+            f"{resume.name if resume else 'the start'}; "
             f"expected --resume latest, or another --save-dir"
         )
 
@@ -252,7 +289,12 @@ def result_of(trained: Trained, training: Training, command: str) -> RunResult:
         outcome = Outcome("failed", "interrupted", outcome.log, (), outcome.wall_seconds)
     fields = measured(_timed(outcome), training.config, untimed_steps=2)
     steps = tuple(
-        Step(step=record.step, loss=record.loss, gradient_norm=record.gradient_norm, seconds=record.seconds)
+        Step(
+            step=record.step,
+            loss=record.loss,
+            gradient_norm=record.gradient_norm,
+            seconds=record.seconds,
+        )
         for record in trained.steps
     )
     return RunResult.model_validate(
@@ -265,7 +307,9 @@ def result_of(trained: Trained, training: Training, command: str) -> RunResult:
             "machine": this_machine(),
             "git_commit": git_commit(),
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "log": None if outcome.log is None else str(outcome.log.relative_to(training.folder.parent)),
+            "log": None
+            if outcome.log is None
+            else str(outcome.log.relative_to(training.folder.parent)),
             "parity": Parity(reason="train compares with nothing"),
             "resumed_from": None if training.resume is None else str(training.resume),
             "restarts": tuple(trained.restarts),
@@ -276,7 +320,8 @@ def result_of(trained: Trained, training: Training, command: str) -> RunResult:
 def _timed(outcome: Outcome) -> Outcome:
     """Keep only the steps with events: those at the end of a long run."""
     parts = tuple(
-        part.model_copy(update={"steps": [step for step in part.steps if step.events]}) for part in outcome.parts
+        part.model_copy(update={"steps": [step for step in part.steps if step.events]})
+        for part in outcome.parts
     )
     if not all(part.steps for part in parts):  # an executor that does not say what it did when
         return outcome
@@ -296,9 +341,14 @@ def _show(result: RunResult, trained: Trained, training: Training, console: Cons
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     every = max(1, -(-len(result.steps) // SHOWN_LOSSES))
-    shown = [step for n, step in enumerate(result.steps) if n % every == 0 or n == len(result.steps) - 1]
+    shown = [
+        step for n, step in enumerate(result.steps) if n % every == 0 or n == len(result.steps) - 1
+    ]
     for step in shown:
-        say(f"  step {step.step + 1:>6}  loss {step.loss:.6f}  gradient norm {step.gradient_norm:.4g}")
+        say(
+            f"  step {step.step + 1:>6}  loss {step.loss:.6f}  gradient norm "
+            f"{step.gradient_norm:.4g}"
+        )
     if result.held_out_loss is not None:
         speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
         say(f"held-out loss {result.held_out_loss:.6f}{speed}")

@@ -47,25 +47,35 @@ ORACLE_NAME = "oracle (NumPy float64)"
 
 
 def run_bench(
-    bench: Bench, command: str, console: Console, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
+    bench: Bench,
+    command: str,
+    console: Console,
+    implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
 ) -> int:
     """Run everything, write `results/<run>/`, print the table, return the exit status.
 
     Raises UsageError.
     """
     folder = make_folder(Path(bench.options.out), bench.options.preset)
-    compared = [point for point in bench.points if bench.options.parity and not compare.why_not_comparable(point)]
+    compared = [
+        point
+        for point in bench.points
+        if bench.options.parity and not compare.why_not_comparable(point)
+    ]
     oracles = list(dict.fromkeys(map(compare.oracle_config, compared)))
     oracles += list(dict.fromkeys(filter(None, map(compare.rounded_oracle_config, compared))))
     console.print(f"results in {folder}/", highlight=False, soft_wrap=True)
     with stop_on_signals() as stopped:
-        with progress_view(console, len(oracles) + len(bench.points) * bench.options.repeats) as view:
+        with progress_view(
+            console, len(oracles) + len(bench.points) * bench.options.repeats
+        ) as view:
             session = _Session(bench, command, folder, implementations, view, stopped)
             try:
                 for config in oracles:
                     session.run_oracle(config)
                 for repeat in range(bench.options.repeats):
-                    # There and back again: a machine that slows down steadily slows all rows down alike.
+                    # There and back again: a machine that slows down steadily slows all rows down
+                    # alike.
                     for config in bench.points if repeat % 2 == 0 else reversed(bench.points):
                         session.run(config, repeat)
                 interrupted = False
@@ -75,7 +85,9 @@ def run_bench(
         failed = _report(session, console)
     if interrupted:
         done = sum(len(results) for results in session.results.values())
-        console.print(f"interrupted: {done} of {len(bench.points) * bench.options.repeats} runs finished")
+        console.print(
+            f"interrupted: {done} of {len(bench.points) * bench.options.repeats} runs finished"
+        )
         return EXIT_INTERRUPTED
     return EXIT_FAILED if failed else EXIT_OK
 
@@ -91,13 +103,17 @@ def make_folder(out: Path, preset: str) -> Path:
             if not out.is_dir():
                 raise UsageError(f"--out {out}: is a file; expected a folder") from None
         except OSError as error:
-            raise UsageError(f"--out {out}: {error.strerror}; expected a folder that can be written") from None
+            raise UsageError(
+                f"--out {out}: {error.strerror}; expected a folder that can be written"
+            ) from None
     raise UsageError(f"--out {out}: holds 99 runs of this second; use another folder")
 
 
 def run_name(config: RunConfig, repeat: int | None = None) -> str:
     """Return the run's folder name: framework, schedule, and what distinguishes it in its grid."""
-    schedule = printable(Path(config.schedule.removeprefix("file:")).stem, 48)  # a file's name may be of any length
+    schedule = printable(
+        Path(config.schedule.removeprefix("file:")).stem, 48
+    )  # a file's name may be of any length
     name = f"{config.framework}-{schedule}-p{config.stages}-m{config.train.micro_batches}"
     name += f"-v{config.chunks}" if config.chunks > 1 else ""
     name += f"-{config.executor}" if config.executor != "table" else ""
@@ -110,7 +126,9 @@ def describe(config: RunConfig) -> str:
     chunks = f" v={config.chunks}" if config.chunks > 1 else ""
     executor = f" {config.executor}" if config.executor != "table" else ""
     size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
-    return " ".join([f"{config.framework} {config.schedule_name}{executor} {size}", *variant_of(config)])
+    return " ".join(
+        [f"{config.framework} {config.schedule_name}{executor} {size}", *variant_of(config)]
+    )
 
 
 @dataclass
@@ -213,7 +231,9 @@ class _Session:
 
     def _parity(self, result: RunResult, folder: Path) -> Parity:
         if result.status != "ok":
-            return Parity(reason=f"the run {'has failed' if result.status == 'failed' else 'was skipped'}")
+            return Parity(
+                reason=f"the run {'has failed' if result.status == 'failed' else 'was skipped'}"
+            )
         if reason := compare.why_not_comparable(result.config):
             return Parity(status="not comparable", reason=reason)
         oracle, oracle_folder = self.oracles.get(compare.oracle_config(result.config), (None, None))
@@ -222,7 +242,9 @@ class _Session:
         if oracle.status != "ok":
             return Parity(reason=f"the oracle {oracle.status}: {oracle.reason}")
         rounded_config = compare.rounded_oracle_config(result.config)
-        rounded, _ = self.oracles.get(rounded_config, (None, None)) if rounded_config else (None, None)
+        rounded, _ = (
+            self.oracles.get(rounded_config, (None, None)) if rounded_config else (None, None)
+        )
         try:
             return compare.parity(result, folder, oracle, oracle_folder, rounded)
         except (ValueError, OSError) as error:  # a child that leaves other files than it should
@@ -244,7 +266,7 @@ def _summary(result: RunResult) -> str:
     return ", ".join([*words, f"{result.wall_seconds:.0f} s"])
 
 
-# ------------------------------------------------------------------------------------------------- what the user sees
+# ------------------------------------------------------------------------------- what the user sees
 
 
 def _report(session: _Session, console: Console) -> bool:
@@ -279,23 +301,28 @@ def _report(session: _Session, console: Console) -> bool:
     return any(result.status == "failed" or result.parity.status == "FAIL" for result in results)
 
 
-# ------------------------------------------------------------------------------------------------- dry run
+# ------------------------------------------------------------------------------------------ dry run
 
 
 def print_dry_run(bench: Bench, console: Console) -> None:
     """Print every distinct partition plan and every distinct schedule of the grid."""
     plans = {
-        (c.model, c.partition, c.train.dtype, _sizes(c), plan_partition(c), tuple(_devices(c))): c for c in bench.points
+        (c.model, c.partition, c.train.dtype, _sizes(c), plan_partition(c), tuple(_devices(c))): c
+        for c in bench.points
     }
     for config in plans.values():
         console.print(_plan_table(config))
         console.print()
     console.print(
-        "MB: parameters alone; forward MFLOP and what a stage sends on are for the first micro-batch\n", soft_wrap=True
+        "MB: parameters alone; forward MFLOP and what a stage sends on are for the first "
+        "micro-batch\n",
+        soft_wrap=True,
     )
     schedules = {(c.schedule, c.stages, c.train.micro_batches, c.chunks) for c in bench.points}
     for name, stages, micro_batches, chunks in sorted(schedules):
-        console.print(f"{name}, {stages} stages, {micro_batches} micro-batches", style="bold", highlight=False)
+        console.print(
+            f"{name}, {stages} stages, {micro_batches} micro-batches", style="bold", highlight=False
+        )
         try:
             schedule = make_schedule(name, stages, micro_batches, chunks)
             console.print(draw_color(schedule, None, console.width, console.options.ascii_only))
@@ -315,7 +342,9 @@ def _sizes(config: RunConfig) -> str:
 
 def _devices(config: RunConfig) -> list[int]:
     """The device of every virtual stage."""
-    schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+    schedule = make_schedule(
+        config.schedule, config.stages, config.train.micro_batches, config.chunks
+    )
     return [device for device, _ in schedule.location]
 
 
@@ -324,13 +353,21 @@ def _plan_table(config: RunConfig) -> Table:
     element_bytes = 8 if config.train.master_dtype == "float64" else 4
     total = sum(cost.forward_flops for cost in costs.values())
     parts = plan_partition(config).parts
-    partition = config.partition if isinstance(config.partition, str) else ",".join(map(str, config.partition))
+    partition = (
+        config.partition
+        if isinstance(config.partition, str)
+        else ",".join(map(str, config.partition))
+    )
     flops = [sum(costs[unit].forward_flops for unit in units) for units in parts]
     devices = _devices(config)
-    loads = [sum(f for f, d in zip(flops, devices, strict=True) if d == device) for device in range(config.stages)]
+    loads = [
+        sum(f for f, d in zip(flops, devices, strict=True) if d == device)
+        for device in range(config.stages)
+    ]
     chunks = f" of {config.chunks} chunks" if config.chunks > 1 else ""
     table = Table(
-        title=f"{config.stages} stages{chunks}, partition {partition}, micro-batches of {_sizes(config)} sequences",
+        title=f"{config.stages} stages{chunks}, partition {partition}, micro-batches of "
+        f"{_sizes(config)} sequences",
         title_justify="left",
         caption=f"largest stage: {max(loads) * config.stages / total:.3f} of the mean",
         caption_justify="left",
@@ -338,7 +375,9 @@ def _plan_table(config: RunConfig) -> Table:
         pad_edge=False,
     )
     for title in ("stage", "units", "parameters", "MB", "forward MFLOP", "share", "sends kB"):
-        table.add_column(title, justify="left" if title == "units" else "right", no_wrap=title != "units")
+        table.add_column(
+            title, justify="left" if title == "units" else "right", no_wrap=title != "units"
+        )
     for k, units in enumerate(parts):
         parameters = sum(costs[unit].parameters for unit in units)
         sends = costs[units[-1]].activation_bytes / 1e3 if k + 1 < len(parts) else 0

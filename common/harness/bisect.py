@@ -1,8 +1,9 @@
 """Walks two dumps of one step in the order of computation and names the first tensor that differs.
 
-Every unit is judged by what it makes of the same input (the phases "unit_forward" and "unit_backward"), so that errors do
-not add up: the first unit that differs is the one that is wrong, not the one where rounding has piled up. What cannot be
-taken apart (the loss, the sum of the gradients over micro-batches, the weights after the step) is judged as it ran.
+Every unit is judged by what it makes of the same input (the phases "unit_forward" and
+"unit_backward"), so that errors do not add up: the first unit that differs is the one that is
+wrong, not the one where rounding has piled up. What cannot be taken apart (the loss, the sum of the
+gradients over micro-batches, the weights after the step) is judged as it ran.
 """
 
 from __future__ import annotations
@@ -24,14 +25,20 @@ MAY_DIFFER = ("dtype", "micro_batches", "steps", "dropout_masks")
 """Fields of model and training that do not change the mathematics of one step."""
 
 ADVICE = {
-    "weights before": "at step 0 they were loaded otherwise; later, a dump of an earlier step says where the runs parted",
+    "weights before": "at step 0 they were loaded otherwise; later, a dump of an earlier step says "
+    "where the runs parted",
     "forward": "the unit makes something else of the same input",
-    "message": "the unit alone agrees; what it was fed with does not: what is sent between units, or which micro-batch",
-    "loss": "the logits agree; the loss makes something else of them: which labels count, what it is divided by",
+    "message": "the unit alone agrees; what it was fed with does not: what is sent between units, "
+    "or which micro-batch",
+    "loss": "the logits agree; the loss makes something else of them: which labels count, what it "
+    "is divided by",
     "backward": "the unit's backward makes something else of the same input and output gradient",
-    "gradients": "every unit's own gradients agree; their sum does not: over micro-batches, of a tied weight, its scale",
-    "optimizer": "from the same weights, gradients and moments: clipping, the optimizer, or its hyperparameters",
-    "weights after": "the optimizer alone agrees; in the run it had other moments or another gradient norm",
+    "gradients": "every unit's own gradients agree; their sum does not: over micro-batches, of a "
+    "tied weight, its scale",
+    "optimizer": "from the same weights, gradients and moments: clipping, the optimizer, or its "
+    "hyperparameters",
+    "weights after": "the optimizer alone agrees; in the run it had other moments or another "
+    "gradient norm",
 }
 """What a first difference at a place means, in the order of the walk."""
 
@@ -97,8 +104,10 @@ class Bisection:
         d = first.difference
         where = "" if d.key.micro_batch < 0 else f", micro-batch {d.key.micro_batch}"
         return (
-            f"first difference: {first.unit}, {first.place}, {first.tensor}{where}: relative difference "
-            f"{d.relative:.2e}, limit {d.limit:.0e}; largest at {list(d.where)}: {d.expected!r} in A, {d.observed!r} in B. "
+            f"first difference: {first.unit}, {first.place}, {first.tensor}{where}: relative "
+            "difference "
+            f"{d.relative:.2e}, limit {d.limit:.0e}; largest at {list(d.where)}: {d.expected!r} in "
+            f"A, {d.observed!r} in B. "
             f"{ADVICE[first.place].capitalize()}."
         )
 
@@ -139,15 +148,21 @@ def _require_same(a: RunConfig, b: RunConfig) -> None:
     for model, left, right in sections:
         for name in model.model_fields:
             if name not in MAY_DIFFER and getattr(left, name) != getattr(right, name):
-                raise DumpError(f"{name} = {getattr(left, name)} against {getattr(right, name)}: not the same run")
+                raise DumpError(
+                    f"{name} = {getattr(left, name)} against {getattr(right, name)}: not the "
+                    "same run"
+                )
 
 
 def _require_same_tokens(a: Dump, b: Dump) -> None:
     """Refuse dumps of different tokens: every tensor would differ, and none would say why."""
     for key, tokens in a.tensors.items():
-        if key.phase == "reference_tokens" and not np.array_equal(tokens, b.tensors.get(key, tokens)):
+        if key.phase == "reference_tokens" and not np.array_equal(
+            tokens, b.tensors.get(key, tokens)
+        ):
             raise DumpError(
-                f"the {key.tensor} are other tokens in A and B; expected runs of one text and one tokenizer"
+                f"the {key.tensor} are other tokens in A and B; expected runs of one text and one "
+                "tokenizer"
             )
 
 
@@ -165,17 +180,25 @@ class _Walk:
         for name in self.parameters:
             yield from self._whole("weights before", "before", name, "trained_parameter")
         for unit in self.units:
-            yield from self._tensor("forward", ("unit_forward", unit, "output"), "activation", self._running(unit))
+            yield from self._tensor(
+                "forward", ("unit_forward", unit, "output"), "activation", self._running(unit)
+            )
             yield from self._tensor("message", ("forward", unit, "output"), "activation")
         yield from self._tensor("loss", ("forward", "head", "loss"), "loss")
         for unit in reversed(self.units):
-            alone = [tensor for phase, of, tensor in self.sides[0] if phase == "unit_backward" and of == unit]
+            alone = [
+                tensor
+                for phase, of, tensor in self.sides[0]
+                if phase == "unit_backward" and of == unit
+            ]
             order = {name: -i for i, name in enumerate(self.parameters)}
             for tensor in sorted(alone, key=lambda name: order.get(name, 1)):
                 running = None
                 if tensor in order:
                     running = self._relative(("backward", unit_of(tensor), tensor), "gradient")
-                yield from self._tensor("backward", ("unit_backward", unit, tensor), "gradient", running)
+                yield from self._tensor(
+                    "backward", ("unit_backward", unit, tensor), "gradient", running
+                )
         for name in reversed(self.parameters):
             yield from self._whole("gradients", "backward", name, "gradient")
         for name in self.parameters:
@@ -186,7 +209,9 @@ class _Walk:
     def missing(self) -> Iterator[str]:
         for mine, other, name in ((0, 1, "B"), (1, 0, "A")):
             lacking = [place for place in self.sides[mine] if place not in self.sides[other]]
-            for phase in dict.fromkeys(phase for phase, _, _ in lacking if not phase.startswith("reference_")):
+            for phase in dict.fromkeys(
+                phase for phase, _, _ in lacking if not phase.startswith("reference_")
+            ):
                 count = sum(place[0] == phase for place in lacking)
                 yield f"{name} lacks {count} tensor{'' if count == 1 else 's'} of the phase {phase}"
 
@@ -200,7 +225,9 @@ class _Walk:
         found = [self._compared(place, check, joined=True)]
         return None if found[0] is None else found[0].relative
 
-    def _tensor(self, place: str, key: _Place, check: Check, running: float | None = None) -> Iterator[Finding]:
+    def _tensor(
+        self, place: str, key: _Place, check: Check, running: float | None = None
+    ) -> Iterator[Finding]:
         found = self._compared(key, check)
         if found is not None:
             yield Finding(place, key[1], key[2], found, running)
@@ -218,9 +245,13 @@ class _Walk:
         phase, unit, tensor = place
         limit = LIMITS[check][self.dtype]
         compared = [
-            difference(TensorKey(self.step, phase, 0, i, unit, tensor), check, b[i], a[i], limit) for i in sorted(a)
+            difference(TensorKey(self.step, phase, 0, i, unit, tensor), check, b[i], a[i], limit)
+            for i in sorted(a)
         ]
-        return next((each for each in compared if not each.passed), max(compared, key=lambda each: each.relative))
+        return next(
+            (each for each in compared if not each.passed),
+            max(compared, key=lambda each: each.relative),
+        )
 
 
 _Place = tuple[str, str, str]

@@ -45,7 +45,13 @@ def base_config(steps: int) -> RunConfig:
             "stages": 2,
             "threads": 2,
             "device": "cpu",
-            "model": {"context_length": 12, "num_layers": 2, "d_model": 24, "num_heads": 2, "d_ff": 40},
+            "model": {
+                "context_length": 12,
+                "num_layers": 2,
+                "d_model": 24,
+                "num_heads": 2,
+                "d_ff": 40,
+            },
             "train": {
                 "steps": steps,
                 "batch_size": 8,
@@ -58,12 +64,19 @@ def base_config(steps: int) -> RunConfig:
     )
 
 
-def config_of(drift: Drift, framework: str, steps: int, on: bool = True, seed: int = 0) -> RunConfig:
+def config_of(
+    drift: Drift, framework: str, steps: int, on: bool = True, seed: int = 0
+) -> RunConfig:
     """Return the run that shows `drift`, or its baseline."""
     base = base_config(steps).model_dump()
     model, train = base.pop("model") | dict(drift.model), base.pop("train") | dict(drift.train)
     train |= {"dtype": drift.dtype, "seed": seed}
-    changes = {"framework": framework, "model": model, "train": train, "drift": drift.name if on else None}
+    changes = {
+        "framework": framework,
+        "model": model,
+        "train": train,
+        "drift": drift.name if on else None,
+    }
     return RunConfig.model_validate(base | dict(drift.run) | changes)
 
 
@@ -79,16 +92,28 @@ def run_zoo(
 ) -> tuple[list[Row], list[float], dict[str, str]]:
     """Run everything in `folder`; return rows, the spread's curve and all versions."""
     last = max(steps)
-    chosen = [(drift, f) for drift in DRIFTS if drift.name in names for f in frameworks if f in drift.frameworks]
-    runnable = [(drift, f) for drift, f in chosen if drift.run.get("device") != "cuda" or has_cuda()]
+    chosen = [
+        (drift, f)
+        for drift in DRIFTS
+        if drift.name in names
+        for f in frameworks
+        if f in drift.frameworks
+    ]
+    runnable = [
+        (drift, f) for drift, f in chosen if drift.run.get("device") != "cuda" or has_cuda()
+    ]
     wanted = [config_of(drift, f, last, on) for drift, f in runnable for on in (False, True)]
     home = "torch" if "torch" in frameworks else frameworks[0]
     for drift, _ in runnable:
         wanted += [config_of(drift, home, last, on=False, seed=seed) for seed in range(seeds)]
-    outcomes = run_all(list(dict.fromkeys(wanted)), folder, timeout_seconds, on_step, implementations)
+    outcomes = run_all(
+        list(dict.fromkeys(wanted)), folder, timeout_seconds, on_step, implementations
+    )
 
     def spread_of(drift: Drift) -> list[Run]:
-        found = [outcomes[config_of(drift, home, last, on=False, seed=seed)] for seed in range(seeds)]
+        found = [
+            outcomes[config_of(drift, home, last, on=False, seed=seed)] for seed in range(seeds)
+        ]
         return [run for run in found if isinstance(run, Run)]
 
     rows = []
@@ -96,16 +121,29 @@ def run_zoo(
         if (drift, framework) not in runnable:
             rows.append(_row(drift, framework, "needs CUDA"))
             continue
-        baseline, drifted = (outcomes[config_of(drift, framework, last, on)] for on in (False, True))
+        baseline, drifted = (
+            outcomes[config_of(drift, framework, last, on)] for on in (False, True)
+        )
         rows.append(_judged(drift, framework, baseline, drifted, spread_of(drift), steps))
-    plain = next((spread_of(drift) for drift, _ in runnable if not (drift.model or drift.train or drift.run)), [])
+    plain = next(
+        (
+            spread_of(drift)
+            for drift, _ in runnable
+            if not (drift.model or drift.train or drift.run)
+        ),
+        [],
+    )
     versions = {
         run.parts[0].environment["framework"]: str(run.parts[0].environment["version"])
         for run in outcomes.values()
         if isinstance(run, Run)
     }
     curves = [strided(run.losses) for run in plain]
-    spread = [statistics.stdev(values) for values in zip(*curves, strict=True)] if len(curves) > 1 else []
+    spread = (
+        [statistics.stdev(values) for values in zip(*curves, strict=True)]
+        if len(curves) > 1
+        else []
+    )
     return rows, spread, versions
 
 
@@ -120,9 +158,16 @@ def run_all(
     """Run all probes, in as few worker processes as possible; for a failed one, say why."""
     groups: dict[tuple[object, ...], list[RunConfig]] = {}
     for config in configs:
-        # Differs: a Paddle rank is a process and fleet starts once, so only runs of one p share processes.
-        shared = (config.framework, config.stages if config.framework == "paddle" else 0, config.device)
-        groups.setdefault((*shared, config.drift if config.drift in PROCESS_WIDE else None), []).append(config)
+        # Differs: a Paddle rank is a process and fleet starts once, so only runs of one p share
+        # processes.
+        shared = (
+            config.framework,
+            config.stages if config.framework == "paddle" else 0,
+            config.device,
+        )
+        groups.setdefault(
+            (*shared, config.drift if config.drift in PROCESS_WIDE else None), []
+        ).append(config)
     outcomes: dict[RunConfig, Run | str] = {}
     done: dict[str, int] = {}
     for number, together in enumerate(groups.values()):
@@ -132,7 +177,10 @@ def run_all(
             outcomes |= dict.fromkeys(together, f"skipped: {missing}")
             continue
         home = folder / f"{number}-{framework}"
-        jobs = [Job(config=c, out=str(home / str(i)), kind="probe", noise=noise) for i, c in enumerate(together)]
+        jobs = [
+            Job(config=c, out=str(home / str(i)), kind="probe", noise=noise)
+            for i, c in enumerate(together)
+        ]
 
         def stepped(job: int, step: int, loss: float, framework: str = framework) -> None:
             done[framework] = done.get(framework, 0) + 1
@@ -153,7 +201,7 @@ def _read(outcome: Outcome, folder: Path, same_copies: bool) -> Run | str:
         return f"failed: {error}"
 
 
-# ------------------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------------ judging
 
 
 def first_failure(config: RunConfig, run: Run, steps: int = LADDER_STEPS) -> Difference | None:
@@ -173,7 +221,12 @@ def place_of(difference: Difference) -> str:
 
 
 def _judged(
-    drift: Drift, framework: str, baseline: Run | str, drifted: Run | str, seeds: Sequence[Run], steps: Sequence[int]
+    drift: Drift,
+    framework: str,
+    baseline: Run | str,
+    drifted: Run | str,
+    seeds: Sequence[Run],
+    steps: Sequence[int],
 ) -> Row:
     for run in (baseline, drifted):
         if isinstance(run, str):
@@ -187,14 +240,26 @@ def _judged(
     # Judged as the run without the habit: the oracle has none.
     first = first_failure(config_of(drift, framework, last, on=False), drifted, drift.ladder_steps)
     if first is None:
-        differ = any(not np.array_equal(value, drifted.tensors[key]) for key, value in baseline.tensors.items())
-        return row.model_copy(update={"verdict": "within the limits" if drift.may_pass and differ else "not seen"})
+        differ = any(
+            not np.array_equal(value, drifted.tensors[key])
+            for key, value in baseline.tensors.items()
+        )
+        return row.model_copy(
+            update={"verdict": "within the limits" if drift.may_pass and differ else "not seen"}
+        )
     right = first.check == drift.check and fnmatch.fnmatchcase(place_of(first), drift.place)
-    return row.model_copy(update={"verdict": "as expected" if right else "elsewhere", **_found(first)})
+    return row.model_copy(
+        update={"verdict": "as expected" if right else "elsewhere", **_found(first)}
+    )
 
 
 def _found(first: Difference) -> dict[str, object]:
-    return {"check": first.check, "place": place_of(first), "relative": first.relative, "limit": first.limit}
+    return {
+        "check": first.check,
+        "place": place_of(first),
+        "relative": first.relative,
+        "limit": first.limit,
+    }
 
 
 def _row(drift: Drift, framework: str, verdict: str) -> Row:
@@ -211,16 +276,25 @@ def _row(drift: Drift, framework: str, verdict: str) -> Row:
 
 
 def _measured(
-    drift: Drift, framework: str, baseline: Run, drifted: Run, seeds: Sequence[Run], steps: Sequence[int]
+    drift: Drift,
+    framework: str,
+    baseline: Run,
+    drifted: Run,
+    seeds: Sequence[Run],
+    steps: Sequence[int],
 ) -> Row:
     apart = [abs(a - b) for a, b in zip(drifted.losses, baseline.losses, strict=True)]
     enough = len(seeds) > 1
     return _row(drift, framework, "").model_copy(
         update={
             "cost": {n: mean_loss(drifted, n) - mean_loss(baseline, n) for n in steps},
-            "spread": {n: statistics.stdev(mean_loss(run, n) for run in seeds) for n in steps} if enough else {},
+            "spread": {n: statistics.stdev(mean_loss(run, n) for run in seeds) for n in steps}
+            if enough
+            else {},
             "held_out_cost": drifted.held_out_loss - baseline.held_out_loss,
-            "held_out_spread": statistics.stdev(run.held_out_loss for run in seeds) if enough else None,
+            "held_out_spread": statistics.stdev(run.held_out_loss for run in seeds)
+            if enough
+            else None,
             "curve": strided(apart),
         }
     )

@@ -1,4 +1,5 @@
-"""The parent side of a run: starts a worker process, watches it, ends it, and says what came of every job.
+"""The parent side of a run: starts a worker process, watches it, ends it, and says what came of
+every job.
 
     [1] write jobs.json; make each job's folder and the board that its devices are watched by
     [2] start `python -m <implementation> jobs.json`, in a session of its own
@@ -77,10 +78,15 @@ class Implementation:
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "torch": Implementation(
-        "torch_impl", "torch", "make install, or pip install 'torch==2.13.*'", process_executors=("native",)
+        "torch_impl",
+        "torch",
+        "make install, or pip install 'torch==2.13.*'",
+        process_executors=("native",),
     ),
     "tensorflow": Implementation(
-        "tf_impl", "tensorflow", "make install, or pip install 'tensorflow-cpu==2.21.*' 'keras==3.15.*'"
+        "tf_impl",
+        "tensorflow",
+        "make install, or pip install 'tensorflow-cpu==2.21.*' 'keras==3.15.*'",
     ),
     "paddle": Implementation(
         "paddle_impl",
@@ -108,7 +114,9 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         stop.set()
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heeded = [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN]
+    heeded = [
+        name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN
+    ]
     previous = {name: signal.signal(getattr(signal, name), set_flag) for name in heeded}
     try:
         yield stop.is_set
@@ -200,7 +208,8 @@ def _run(
                     patience.renew(idle_seconds, busy_seconds)
                 if patience.is_over():
                     ended_because = (
-                        f"no progress for {patience.idle_seconds:g} s (--hang-timeout): {_where(jobs, boards)}"
+                        f"no progress for {patience.idle_seconds:g} s "
+                        f"(--hang-timeout): {_where(jobs, boards)}"
                     )
                     break
                 for number, file in enumerate(progress):
@@ -225,14 +234,19 @@ def _run(
 def _where(jobs: Sequence[Job], boards: Sequence[Board]) -> str:
     """Return what the devices of the first unfinished job are doing."""
     for job, board in zip(jobs, boards, strict=True):
-        if not any(Path(job.out).glob("part-*.json")) and not any(Path(job.out).glob("failed-*.txt")):
+        if not any(Path(job.out).glob("part-*.json")) and not any(
+            Path(job.out).glob("failed-*.txt")
+        ):
             return board.explain()
     return "all jobs have ended, but not the child"
 
 
 def end_group(child: subprocess.Popen[bytes]) -> None:
     """End every process of the child's group: SIGTERM, a moment, SIGKILL. [4]"""
-    for signal_number, seconds in ((signal.SIGTERM, TERMINATE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
+    for signal_number, seconds in (
+        (signal.SIGTERM, TERMINATE_SECONDS),
+        (signal.SIGKILL, KILL_SECONDS),
+    ):
         if not _members(child):
             break
         with contextlib.suppress(ProcessLookupError):  # the last one may end by itself just now
@@ -255,12 +269,15 @@ def _members(child: subprocess.Popen[bytes]) -> list[int]:
 
 
 def worker_command(module: str, *arguments: str) -> list[str]:
-    """Starts a module of this project. -P: not one of that name in the working directory, nor a `queue.py` there."""
+    """Start a module of this project. -P: not one of that name in the working directory, nor a
+    `queue.py` there.
+    """
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def worker_environment(module: str) -> dict[str, str]:
-    """The parent's environment but for what changes numbers (`inherited`), with this project importable from anywhere.
+    """Return the parent's environment but for what changes numbers (`inherited`), with this project
+    importable from anywhere.
 
     PYTHONPATH makes this project importable from anywhere. If it is installed, it is found without:
     its folder then has other packages too, which must not come before Python's own modules.
@@ -270,14 +287,17 @@ def worker_environment(module: str) -> dict[str, str]:
     paths += os.environ.get("PYTHONPATH", "").split(os.pathsep)
     # OpenBLAS' threads wait busily: on a machine with other work, two are five times slower than
     # one. A variable that the user has set stays. Frameworks set their own threads.
-    one_thread = {"OPENBLAS_NUM_THREADS": "1"} if module in (ORACLE_MODULE, ROUNDED_ORACLE_MODULE) else {}
+    one_thread = (
+        {"OPENBLAS_NUM_THREADS": "1"} if module in (ORACLE_MODULE, ROUNDED_ORACLE_MODULE) else {}
+    )
     return {
         **one_thread,
         **inherited.kept(os.environ),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
-        "PYTHONIOENCODING": "utf-8:backslashreplace",  # of the log, whatever the parent's terminal has
+        # of the log, whatever the parent's terminal has
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
         PARENT: str(os.getpid()),
     }
 
@@ -299,7 +319,9 @@ class _Progress:
         self.position += len(whole_lines) + len(newline)
         steps = []
         for line in whole_lines.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a full disk has cut
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError
+            ):  # a line that a full disk has cut
                 record = json.loads(line)
                 steps.append((int(record["step"]), float(record["loss"])))
         return steps
@@ -316,16 +338,23 @@ def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outco
     if failures:
         # The first to fail is the cause. But a process that was killed writes nothing: another one
         # reports it, later, and by then its neighbours may have failed over the lost connection.
-        reasons = [last_error(path.read_text(encoding="utf-8", errors="replace")) for path in failures]
+        reasons = [
+            last_error(path.read_text(encoding="utf-8", errors="replace")) for path in failures
+        ]
         reason = next((line for line in reasons if ENDED_BY in line), reasons[0])
     else:
         try:
-            parts = [Part.model_validate_json(path.read_text(encoding="utf-8")) for path in out.glob("part-*.json")]
+            parts = [
+                Part.model_validate_json(path.read_text(encoding="utf-8"))
+                for path in out.glob("part-*.json")
+            ]
         except ValidationError as error:
             reason = f"a part of the result cannot be read: {error}".splitlines()[0]
         parts.sort(key=lambda part: part.devices)
         # Every device must be in some part: a rank that is gone without a word leaves a gap.
-        lacking = set(range(job.config.stages)) - {device for part in parts for device in part.devices}
+        lacking = set(range(job.config.stages)) - {
+            device for part in parts for device in part.devices
+        }
         if lacking and not reason:
             reason = why_child_ended
             if parts:
@@ -336,7 +365,9 @@ def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outco
 
 
 def _why_it_ended(return_code: int, log: Path) -> str:
-    killed = -return_code if return_code < 0 else return_code - 128  # 128 + n: a shell's way to say signal n
+    killed = (
+        -return_code if return_code < 0 else return_code - 128
+    )  # 128 + n: a shell's way to say signal n
     if killed == signal.SIGKILL:
         return "killed by SIGKILL: most likely out of memory"
     error = last_error(log.read_text(encoding="utf-8", errors="replace"))
@@ -346,7 +377,9 @@ def _why_it_ended(return_code: int, log: Path) -> str:
     return error or f"ended with status {return_code} and without a result"
 
 
-_ERROR_LINE = re.compile(r"(?:[\w.]*(?:Error|Exception|Failure|Interrupt|Exit)\b|Fatal Python error).*")
+_ERROR_LINE = re.compile(
+    r"(?:[\w.]*(?:Error|Exception|Failure|Interrupt|Exit)\b|Fatal Python error).*"
+)
 
 
 def last_error(text: str) -> str:

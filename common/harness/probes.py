@@ -53,7 +53,10 @@ def read_probe(folder: Path, same_copies: bool = True) -> Run:
     Raises ValueError if two stages hold different copies of a tied weight, unless that may be; and
     for a type that NumPy lacks: an engine gives float32 where it computes in bfloat16.
     """
-    parts = [Part.model_validate_json(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("part-*.json"))]
+    parts = [
+        Part.model_validate_json(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("part-*.json"))
+    ]
     tensors: Tensors = {}
     for path in sorted(folder.glob("part-*.safetensors")):
         try:
@@ -81,10 +84,14 @@ class Expected:
     held_out_loss: float
 
 
-def expected(config: RunConfig, noise: float, steps: int | None = None, stores_float32: bool = False) -> Expected:
-    """The oracle's run of `config`, or its first `steps`; computed once for all frameworks, partitions and schedules.
+def expected(
+    config: RunConfig, noise: float, steps: int | None = None, stores_float32: bool = False
+) -> Expected:
+    """Return the oracle's run of `config`, or its first `steps`; computed once for all frameworks,
+    partitions and schedules.
 
-    `stores_float32`: after every step its weights are rounded to float32, as whatever trains in float32 has to.
+    `stores_float32`: after every step its weights are rounded to float32, as whatever trains in
+    float32 has to.
     """
     neutral = config.model_copy(
         update={
@@ -131,11 +138,16 @@ def _expected(text: str, noise: float, steps: int, stores_float32: bool) -> Expe
 
 
 def _named(arrays: dict[str, NDArray[Any]], step: int, phase: str) -> Tensors:
-    return {TensorKey(step, phase, 0, -1, unit_of(name), name): value for name, value in arrays.items()}
+    return {
+        TensorKey(step, phase, 0, -1, unit_of(name), name): value for name, value in arrays.items()
+    }
 
 
 def losses_as_tensors(losses: Sequence[float]) -> Tensors:
-    return {TensorKey(step, "forward", 0, -1, "head", "loss"): np.array(loss) for step, loss in enumerate(losses)}
+    return {
+        TensorKey(step, "forward", 0, -1, "head", "loss"): np.array(loss)
+        for step, loss in enumerate(losses)
+    }
 
 
 def compare_probe(run: Run, want: Expected, dtype: str) -> Comparison:
@@ -146,7 +158,9 @@ def compare_probe(run: Run, want: Expected, dtype: str) -> Comparison:
     """
     steps = len(want.losses)
     curve, oracle_curve = losses_as_tensors(run.losses[:steps]), losses_as_tensors(want.losses)
-    first, oracle_first = ({key: value for key, value in c.items() if key.step == 0} for c in (curve, oracle_curve))
+    first, oracle_first = (
+        {key: value for key, value in c.items() if key.step == 0} for c in (curve, oracle_curve)
+    )
     checks = [
         compare(run.phase("forward"), want.unit_outputs, "activation", dtype),
         compare(first, oracle_first, "loss", dtype),
@@ -155,7 +169,9 @@ def compare_probe(run: Run, want: Expected, dtype: str) -> Comparison:
         compare(curve, oracle_curve, "loss_curve", dtype),
     ]
     if steps == len(run.losses):
-        seen, right = (losses_as_tensors([value]) for value in (run.held_out_loss, want.held_out_loss))
+        seen, right = (
+            losses_as_tensors([value]) for value in (run.held_out_loss, want.held_out_loss)
+        )
         checks.append(compare(seen, right, "loss_curve", dtype))
         checks.append(compare(run.phase("trained"), want.trained, "trained_parameter", dtype))
     return Comparison(tuple(difference for check in checks for difference in check.differences))

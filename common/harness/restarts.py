@@ -21,7 +21,9 @@ from common.spec.run import RunConfig
 
 @dataclass(frozen=True)
 class Training:
-    """What to train, from where, and where its checkpoints go. The caller holds the lock of `directory`."""
+    """What to train, from where, and where its checkpoints go. The caller holds the lock of
+    `directory`.
+    """
 
     config: RunConfig
     module: str
@@ -50,7 +52,9 @@ class Training:
 class Trained:
     """The result of a training."""
 
-    outcome: Outcome = field(default_factory=lambda: Outcome("failed", "not started", None, (), 0.0))
+    outcome: Outcome = field(
+        default_factory=lambda: Outcome("failed", "not started", None, (), 0.0)
+    )
     """Of the last child; `wall_seconds` are of all children."""
     steps: list[StepRecord] = field(default_factory=list)
     """The joined record of all children: every step once, in order, without the events."""
@@ -97,7 +101,9 @@ def train(
         checkpoint.remove_leftovers(training.directory)
         resume = checkpoint.newest(training.directory, report) or training.resume
         start = "its beginning" if resume is None else resume.name
-        trained.restarts.append(f"child {attempt} of {training.config.framework} died: {reason}; on from {start}")
+        trained.restarts.append(
+            f"child {attempt} of {training.config.framework} died: {reason}; on from {start}"
+        )
         report(trained.restarts[-1])
         _make_room(training.directory, resume)
     outcome = trained.outcome
@@ -128,7 +134,9 @@ def _joined(before: list[StepRecord], progress: Path) -> list[StepRecord]:
     """Join the record so far with the last child's, so that no step is in it twice."""
     after = []
     if progress.exists():
-        for line in progress.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was cut off
+        for line in progress.read_bytes().split(b"\n")[
+            :-1
+        ]:  # what follows the last newline was cut off
             with contextlib.suppress(ValidationError):
                 after.append(StepRecord.model_validate(json.loads(line) | {"events": {}}))
     return [record for record in before if not after or record.step < after[0].step] + after
@@ -136,11 +144,16 @@ def _joined(before: list[StepRecord], progress: Path) -> list[StepRecord]:
 
 def not_finite(folder: Path) -> str | None:
     """Return where a child stopped at a non-finite number: the step and the first such tensor."""
-    notes = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("not-finite-*.json")]
+    notes = [
+        json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("not-finite-*.json")
+    ]
     if not notes:
         return None
     first = min(notes, key=lambda note: note["order"])
-    return f"step {first['step'] + 1}: {first['what']}; the first tensor that is not finite: {first['tensor']}"
+    return (
+        f"step {first['step'] + 1}: {first['what']}; the first tensor that is not finite: "
+        f"{first['tensor']}"
+    )
 
 
 def _make_room(directory: Path, resume: Path | None) -> None:

@@ -20,7 +20,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def read_stream(file: BinaryIO, name: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The same for an open file, which an error calls `name`."""
+    """Return the same for an open file, which an error calls `name`."""
     data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"{os.strerror(errno.EFBIG)}: more than {max_bytes} bytes", name)

@@ -16,7 +16,9 @@ MIN_WIDTH = 20
 
 def make_console() -> Console:
     """Return a console for the terminal, or one with lines too wide to be folded."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")
+    }
     made = Console(markup=False, emoji=False, highlight=False, _environ=environment)
     asked = whole_number(os.environ.get("COLUMNS", ""))
     if asked is None and not made.is_terminal:

@@ -1,8 +1,9 @@
-"""Text at the edges of the program: names of files, numbers that are typed, standard output, files that people read.
+"""Text at the edges of the program: names of files, numbers that are typed, standard output, files
+that people read.
 
-A name on Linux is bytes. Python keeps those that are not UTF-8 as surrogates (PEP 383), which neither JSON nor a terminal
-takes. So names travel through JSON as `OsText`, files are written with `write_file`, and streams (`common.io.streams`)
-replace what they cannot show.
+A name on Linux is bytes. Python keeps those that are not UTF-8 as surrogates (PEP 383), which
+neither JSON nor a terminal takes. So names travel through JSON as `OsText`, files are written with
+`write_file`, and streams (`common.io.streams`) replace what they cannot show.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ import re
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+)
 
 _Number = TypeVar("_Number", int, float)
 _INT, _FLOAT = TypeAdapter(int), TypeAdapter(Annotated[float, Field(allow_inf_nan=False)])
@@ -21,12 +29,16 @@ _ESCAPED = re.compile("\0([89a-f][0-9a-f])")
 
 
 def _escape(text: str) -> str:
-    """The bytes behind surrogates as NUL and two digits: no name has a NUL, so this reads back without doubt."""
+    """The bytes behind surrogates as NUL and two digits: no name has a NUL, so this reads back
+    without doubt.
+    """
 
     def byte(match: re.Match[str]) -> str:
         number = ord(match[0]) - 0xDC00
         if not 0x80 <= number <= 0xFF:
-            raise ValueError("half of a character (a lone surrogate); expected text of whole characters")
+            raise ValueError(
+                "half of a character (a lone surrogate); expected text of whole characters"
+            )
         return f"\0{number:02x}"
 
     return _SURROGATE.sub(byte, text)
@@ -45,7 +57,9 @@ OsText = Annotated[
     AfterValidator(_read),
     PlainSerializer(_escape, when_used="json"),
 ]
-"""A name of a file, or a command line, as the operating system gives it; UTF-8 or not, JSON holds it."""
+"""A name of a file, or a command line, as the operating system gives it; UTF-8 or not, JSON holds
+it.
+"""
 
 
 def from_command_line(text: str, option: str) -> str:
@@ -55,7 +69,11 @@ def from_command_line(text: str, option: str) -> str:
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError as error:
-        place = f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else "half of a character"
+        place = (
+            f"byte {error.start}"
+            if isinstance(error, UnicodeDecodeError)
+            else "half of a character"
+        )
         raise ValueError(f"{option}: not UTF-8 ({place}); expected text in UTF-8") from None
 
 
@@ -78,14 +96,19 @@ def _parsed(kind: TypeAdapter[_Number], text: object) -> _Number | None:
 
 def printable(text: str, longest: int = 80) -> str:
     """Make a file's name, or text from a file, safe to show: any length, any characters."""
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[: longest + 1])
+    text = "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}"
+        for letter in text[: longest + 1]
+    )
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes UTF-8 whatever the locale; names that are not UTF-8 are in it as `\\udcXX`."""
+    """Write UTF-8 whatever the locale; names that are not UTF-8 are in it as `\\udcXX`."""
     try:
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file it has no room for
+        error.filename = error.filename or str(
+            path
+        )  # a full disk does not say which file it has no room for
         raise

@@ -72,7 +72,9 @@ def lasting_streams(notice: Callable[[OSError], str]) -> Iterator[LastingStream]
 
 
 def _open_closed_streams() -> None:
-    """The first file that is opened takes the first free number: it must not be one that others take for a stream."""
+    """The first file that is opened takes the first free number: it must not be one that others
+    take for a stream.
+    """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         with contextlib.suppress(OSError):
             os.fstat(number)
@@ -95,4 +97,6 @@ def _readable(error: UnicodeError) -> tuple[str | bytes, int]:
     letter = error.object[error.start]
     if "\udc80" <= letter <= "\udcff":
         return bytes([ord(letter) - 0xDC00]), error.start + 1
-    return _PLAIN.get(letter) or letter.encode("ascii", "backslashreplace").decode(), error.start + 1
+    return _PLAIN.get(letter) or letter.encode(
+        "ascii", "backslashreplace"
+    ).decode(), error.start + 1

@@ -127,14 +127,27 @@ def difference(
     # Without this NumPy would broadcast, and compare a (D,) with a (1, D) or with a scalar.
     if a.shape != b.shape:
         shape = f"{key.tensor} (shape {list(a.shape)}, expected {list(b.shape)})"
-        return Difference(key._replace(tensor=shape), check, np.inf, np.inf, limit, (), float("nan"), float("nan"))
+        return Difference(
+            key._replace(tensor=shape), check, np.inf, np.inf, limit, (), float("nan"), float("nan")
+        )
     gap = np.abs(a - b)
     # NaN counts as the largest difference.
-    where = np.unravel_index(int(np.argmax(np.where(np.isnan(gap), np.inf, gap))), gap.shape) if gap.size else ()
+    where = (
+        np.unravel_index(int(np.argmax(np.where(np.isnan(gap), np.inf, gap))), gap.shape)
+        if gap.size
+        else ()
+    )
     norm, scale = float(np.linalg.norm(gap)), float(np.linalg.norm(b))
     relative = norm if scale == 0 else norm / scale  # an expected 0 has no scale: absolute then
     return Difference(
-        key, check, relative, float(gap[where]), limit, tuple(int(i) for i in where), float(a[where]), float(b[where])
+        key,
+        check,
+        relative,
+        float(gap[where]),
+        limit,
+        tuple(int(i) for i in where),
+        float(a[where]),
+        float(b[where]),
     )
 
 
@@ -158,7 +171,9 @@ def compare(
     return Comparison(tuple(result))
 
 
-def relative_margins(errors: Sequence[Mapping[str, float]], curve_floor: float = 0.0) -> list[dict[str, float]]:
+def relative_margins(
+    errors: Sequence[Mapping[str, float]], curve_floor: float = 0.0
+) -> list[dict[str, float]]:
     """Judge bfloat16 runs of several frameworks: return each one's errors over their limits.
 
     `errors` are of `Comparison.errors`, one mapping per run; the result is in their order, and at

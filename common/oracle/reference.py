@@ -90,7 +90,9 @@ def layer_norm_backward(grad: Array, weight: Array, saved: Any) -> tuple[Array, 
 
 
 def _erf(x: Array) -> Array:
-    from scipy.special import erf  # imported here: whoever only asks for --help should not wait for SciPy
+    from scipy.special import (
+        erf,
+    )  # imported here: whoever only asks for --help should not wait for SciPy
 
     return np.asarray(erf(x))
 
@@ -157,7 +159,9 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
 # ------------------------------------------------------------------------------ parts of a block
 
 
-def attention(x: Array, w: Mapping[str, Array], unit: str, heads: int, masks: Masks) -> tuple[Array, Any]:
+def attention(
+    x: Array, w: Mapping[str, Array], unit: str, heads: int, masks: Masks
+) -> tuple[Array, Any]:
     """Compute causal self-attention with dropout on its weights (Vaswani et al. 2017, section 3.2).
 
     P = softmax(q k^T / sqrt(E) + causal);  y = (P * mask) v, heads joined;  out = y @ W + b
@@ -180,7 +184,9 @@ def attention(x: Array, w: Mapping[str, Array], unit: str, heads: int, masks: Ma
     return out, (x, q, k, v, weights, mask, mixed)
 
 
-def attention_backward(grad: Array, w: Mapping[str, Array], unit: str, heads: int, saved: Any, grads: Arrays) -> Array:
+def attention_backward(
+    grad: Array, w: Mapping[str, Array], unit: str, heads: int, saved: Any, grads: Arrays
+) -> Array:
     """Return the gradient of x (B, S, D); add those of the parameters to `grads`.
 
     With P the softmax's output, M the mask and dP = (dy v^T) * M:
@@ -200,7 +206,9 @@ def attention_backward(grad: Array, w: Mapping[str, Array], unit: str, heads: in
     d_weights = (d_heads @ v.swapaxes(-1, -2)) * mask  # (B, H, S, S)
     # Where the causal mask was added, `weights` is 0, and so is the gradient: it needs no mask
     # here.
-    d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) / math.sqrt(d // heads)
+    d_scores = (
+        weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) / math.sqrt(d // heads)
+    )
     per_head = {
         "query": d_scores @ k,  # (B, H, S, E)
         "key": d_scores.swapaxes(-1, -2) @ q,  # (B, H, S, E)
@@ -209,7 +217,9 @@ def attention_backward(grad: Array, w: Mapping[str, Array], unit: str, heads: in
     dx: Array = np.zeros_like(x)
     for part, d_part in per_head.items():
         joined = d_part.transpose(0, 2, 1, 3).reshape(b, s, d)  # (B, S, D)
-        more, grads[f"{name}.{part}.weight"], d_bias = linear_backward(joined, x, w[f"{name}.{part}.weight"])
+        more, grads[f"{name}.{part}.weight"], d_bias = linear_backward(
+            joined, x, w[f"{name}.{part}.weight"]
+        )
         dx += more
         if part != "key":  # the key has no bias: softmax would cancel it (`TransformerSpec`)
             grads[f"{name}.{part}.bias"] = d_bias
@@ -235,7 +245,9 @@ def feed_forward_backward(
         grad, active, w[f"{name}.down.weight"]
     )
     d_hidden = ACTIVATIONS[activation][1](d_active, hidden)  # (B, S, F)
-    dx, grads[f"{name}.up.weight"], grads[f"{name}.up.bias"] = linear_backward(d_hidden, x, w[f"{name}.up.weight"])
+    dx, grads[f"{name}.up.weight"], grads[f"{name}.up.bias"] = linear_backward(
+        d_hidden, x, w[f"{name}.up.weight"]
+    )
     return dx
 
 
@@ -282,7 +294,9 @@ class Oracle:
         saved["loss"] = np.exp(shifted) / totals  # (B, S, V), the softmax
         counts = batch.targets != IGNORED  # (B, S)
         # IGNORED is negative and no index: those positions pick token 0, and are not summed.
-        picked = np.take_along_axis(shifted, np.maximum(batch.targets, 0)[..., None], -1)  # (B, S, 1)
+        picked = np.take_along_axis(
+            shifted, np.maximum(batch.targets, 0)[..., None], -1
+        )  # (B, S, 1)
         return float((np.log(totals) - picked)[counts].sum() / batch.num_tokens), outputs, saved
 
     def _masks(self, batch: Batch, training: bool) -> Masks:
@@ -310,7 +324,9 @@ class Oracle:
         m, w = self.model, self.weights
         normal, norm_saved = x, None
         if m.norm == "pre":
-            normal, norm_saved = layer_norm(x, w["head.norm.weight"], w["head.norm.bias"], m.norm_epsilon)
+            normal, norm_saved = layer_norm(
+                x, w["head.norm.weight"], w["head.norm.bias"], m.norm_epsilon
+            )
         projection = w[TOKEN_EMBEDDING].T if m.tied_head else w["head.output.weight"]  # (D, V)
         return normal @ projection, (normal, norm_saved, projection)  # (B, S, V)
 
@@ -371,12 +387,16 @@ class Oracle:
         # Sublayer 2: feed-forward.
         if m.norm == "post":
             grad = norm_backward(grad, 2)
-        inner = feed_forward_backward(grad * feed_forward_mask, w, unit, m.activation, feed_forward_saved, grads)
+        inner = feed_forward_backward(
+            grad * feed_forward_mask, w, unit, m.activation, feed_forward_saved, grads
+        )
         grad = grad + (norm_backward(inner, 2) if m.norm == "pre" else inner)
         # Sublayer 1: attention.
         if m.norm == "post":
             grad = norm_backward(grad, 1)
-        inner = attention_backward(grad * attention_mask, w, unit, m.num_heads, attention_saved, grads)
+        inner = attention_backward(
+            grad * attention_mask, w, unit, m.num_heads, attention_saved, grads
+        )
         return grad + (norm_backward(inner, 1) if m.norm == "pre" else inner)
 
     def forward_backward(self, batch: Batch) -> float:
@@ -398,7 +418,9 @@ class Oracle:
         self.gradients = grads
         return loss
 
-    def probe_unit(self, batch: Batch, unit: str, x: Array | None, grad: Array) -> tuple[Array, Array | None, Arrays]:
+    def probe_unit(
+        self, batch: Batch, unit: str, x: Array | None, grad: Array
+    ) -> tuple[Array, Array | None, Arrays]:
         """Run one unit alone: return its output, its input's gradient and its parameters'
         gradients.
 

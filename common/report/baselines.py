@@ -9,9 +9,12 @@ from common.report.statistics import Ratio, speed_ratio
 from common.report.tables import Row, seconds_per_token
 
 LEGEND = (
-    "Ratio: our tokens/s over the baseline's, with a 95 % bootstrap interval, paired by repeat; above 1 ours is faster. "
-    "native: the framework's own pipeline with the same stages, schedule, weights, data and threads. plain: a simple loop "
-    "on one device with the whole mini-batch at once and all the threads, so it has no bubble and no messages."
+    "Ratio: our tokens/s over the baseline's, with a 95 % bootstrap interval, paired by repeat; "
+    "above 1 ours is faster. "
+    "native: the framework's own pipeline with the same stages, schedule, weights, data and "
+    "threads. plain: a simple loop "
+    "on one device with the whole mini-batch at once and all the threads, so it has no bubble and "
+    "no messages."
 )
 
 
@@ -29,24 +32,43 @@ class BaselineRatio:
 
 
 def baseline_ratios(collection: Collection) -> list[BaselineRatio]:
-    """Every ranked row of ours with every ranked baseline of the same framework, precision and benchmark."""
+    """Return every ranked row of ours with every ranked baseline of the same framework, precision
+    and benchmark.
+    """
     pairs = list(zip(collection.rows, collection.groups, strict=True))
     found = []
     for ours, group in pairs:
         for baseline, baseline_group in pairs:
-            if not (ours.executor == "table" and ours.ranked and baseline.ranked and _is_baseline_of(ours, baseline)):
+            if not (
+                ours.executor == "table"
+                and ours.ranked
+                and baseline.ranked
+                and _is_baseline_of(ours, baseline)
+            ):
                 continue
-            ratio = speed_ratio(seconds_per_token(group.results), seconds_per_token(baseline_group.results))
+            ratio = speed_ratio(
+                seconds_per_token(group.results), seconds_per_token(baseline_group.results)
+            )
             if ratio is not None:
                 found.append(BaselineRatio(ours, baseline, ratio))
     return found
 
 
 def _is_baseline_of(ours: Row, baseline: Row) -> bool:
-    alike = ("framework", "dtype", "track", "source", "recompute", "dropout", "sequence_lengths", "drift")
+    alike = (
+        "framework",
+        "dtype",
+        "track",
+        "source",
+        "recompute",
+        "dropout",
+        "sequence_lengths",
+        "drift",
+    )
     if any(getattr(ours, name) != getattr(baseline, name) for name in alike):
         return False
     same = all(
-        getattr(ours, name) == getattr(baseline, name) for name in ("schedule", "stages", "chunks", "micro_batches")
+        getattr(ours, name) == getattr(baseline, name)
+        for name in ("schedule", "stages", "chunks", "micro_batches")
     )
     return baseline.executor == "plain" or (baseline.executor == "native" and same)

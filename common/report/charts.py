@@ -1,4 +1,6 @@
-"""Line charts and timelines as plain numbers in percent, which the HTML template stretches to any width."""
+"""Line charts and timelines as plain numbers in percent, which the HTML template stretches to any
+width.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,11 @@ def line_chart(
     to_x: Callable[[float], float] = math.log2 if log_x else float
     to_y: Callable[[float], float] = math.log10 if log_y else float
     kept = [
-        [(to_x(x), to_y(y), x, y) for x, y in each.points if math.isfinite(y) and (y > 0 or not log_y)]
+        [
+            (to_x(x), to_y(y), x, y)
+            for x, y in each.points
+            if math.isfinite(y) and (y > 0 or not log_y)
+        ]
         for each in series
     ]
     xs = [x for line in kept for x, *_ in line] or [0.0, 1.0]
@@ -94,7 +100,10 @@ def line_chart(
             each.color,
             each.dash,
             " ".join(f"{x_at(x):.2f},{y_at(y):.2f}" for x, y, *_ in line),
-            tuple((x_at(x), y_at(y), f"{each.name}: {_short(raw_x)}, {_short(raw_y)}") for x, y, raw_x, raw_y in line)
+            tuple(
+                (x_at(x), y_at(y), f"{each.name}: {_short(raw_x)}, {_short(raw_y)}")
+                for x, y, raw_x, raw_y in line
+            )
             if each.markers
             else (),
         )
@@ -102,7 +111,8 @@ def line_chart(
     )
     if log_x:
         x_ticks = tuple(
-            Tick(x_at(x), f"{raw:g}") for x, raw in sorted({(x, raw) for line in kept for x, _, raw, _ in line})
+            Tick(x_at(x), f"{raw:g}")
+            for x, raw in sorted({(x, raw) for line in kept for x, _, raw, _ in line})
         )
     else:
         x_ticks = tuple(Tick(x_at(x), _short(x)) for x in _nice(x_low, x_high, whole=True))
@@ -123,7 +133,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-# ------------------------------------------------------------------------------------------------- timelines
+# ---------------------------------------------------------------------------------------- timelines
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,11 @@ def timeline(title: str, simulation: Simulation, whole: float) -> Timeline | Non
     for device in range(table.schedule.num_devices):
         lane = []
         for row in range(int(table.bounds[device]), int(table.bounds[device + 1])):
-            action, start, end = table.action(row), float(simulation.start[row]), float(simulation.end[row])
+            action, start, end = (
+                table.action(row),
+                float(simulation.start[row]),
+                float(simulation.end[row]),
+            )
             lane.append(
                 Block(
                     left=100 * start / whole,
@@ -165,11 +179,14 @@ def timeline(title: str, simulation: Simulation, whole: float) -> Timeline | Non
                     op=OPS[table.op[row]].value,
                     odd=action.chunk % 2 == 1,
                     label=str(action.micro_batch),
-                    title=f"{action} on device {device}: {start:.2f} to {end:.2f} ms ({end - start:.2f} ms)",
+                    title=f"{action} on device {device}: {start:.2f} to {end:.2f} ms "
+                    f"({end - start:.2f} ms)",
                 )
             )
         lanes.append(tuple(lane))
     ticks = tuple(
-        Tick(100 * ms / whole, f"{ms:g}") for ms in MaxNLocator(nbins=10).tick_values(0, whole) if 0 <= ms <= whole
+        Tick(100 * ms / whole, f"{ms:g}")
+        for ms in MaxNLocator(nbins=10).tick_values(0, whole)
+        if 0 <= ms <= whole
     )
     return Timeline(title, tuple(lanes), ticks)

@@ -38,7 +38,9 @@ class RowRuns:
     def shown(self) -> Run | None:
         """The repeat that pictures show: the one in the middle by its median step. None if none has
         a timed step."""
-        timed = [run for run in self.runs if run.result.status == "ok" and run.result.tokens_per_second]
+        timed = [
+            run for run in self.runs if run.result.status == "ok" and run.result.tokens_per_second
+        ]
         by_speed = sorted(timed, key=lambda run: run.result.tokens_per_second or 0.0)
         return by_speed[(len(by_speed) - 1) // 2] if by_speed else None
 
@@ -62,7 +64,8 @@ class Collection:
         rows = make_rows([group.results for group in self.groups])
         several = len(self.sources) > 1
         return [
-            replace(row, source=group.source) if several else row for row, group in zip(rows, self.groups, strict=True)
+            replace(row, source=group.source) if several else row
+            for row, group in zip(rows, self.groups, strict=True)
         ]
 
     @property
@@ -101,9 +104,13 @@ def collect(folders: Sequence[Path]) -> Collection:
     same_names = len({folder.name for folder in folders}) < len(folders)
     for folder in folders:
         name = printable(str(folder) if same_names else folder.name, 1000)
-        runs = [Run(RunResult.read(path), path.parent) for path in sorted(folder.glob("*/result.json"))]
+        runs = [
+            Run(RunResult.read(path), path.parent) for path in sorted(folder.glob("*/result.json"))
+        ]
         if not runs:
-            raise ResultError(f"{folder}: holds no */result.json; expected a folder that a benchmark has made")
+            raise ResultError(
+                f"{folder}: holds no */result.json; expected a folder that a benchmark has made"
+            )
         found = [run for run in runs if run.result.is_oracle]
         oracles += found
         references = {run.result.config: run.result for run in found if run.result.status == "ok"}
@@ -112,7 +119,8 @@ def collect(folders: Sequence[Path]) -> Collection:
             if not run.result.is_oracle:
                 rows.setdefault(run.result.config, []).append(run)
         groups += [
-            RowRuns(tuple(each), references.get(oracle_config(each[0].result.config)), name) for each in rows.values()
+            RowRuns(tuple(each), references.get(oracle_config(each[0].result.config)), name)
+            for each in rows.values()
         ]
     return Collection(_with_verdicts(groups), tuple(oracles), tuple(folders))
 

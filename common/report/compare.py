@@ -57,13 +57,18 @@ def rounded_oracle_config(config: RunConfig) -> RunConfig | None:
     if config.train.dtype != "bfloat16":
         return None
     oracle = oracle_config(config)
-    return oracle.model_copy(update={"train": oracle.train.model_copy(update={"dtype": "bfloat16"})})
+    return oracle.model_copy(
+        update={"train": oracle.train.model_copy(update={"dtype": "bfloat16"})}
+    )
 
 
 def why_not_comparable(config: RunConfig) -> str | None:
     """Return why the oracle cannot compute this run; None if it can."""
     if config.model.dropout and config.model.dropout_masks == "native":
-        return "native dropout: every framework draws masks of its own; --dropout-masks shared would be comparable"
+        return (
+            "native dropout: every framework draws masks of its own; --dropout-masks shared "
+            "would be comparable"
+        )
     return None
 
 
@@ -76,7 +81,11 @@ def read_gradients(folder: Path) -> dict[TensorKey, NDArray[Any]]:
 
 
 def parity(
-    result: RunResult, folder: Path, oracle: RunResult, oracle_folder: Path, rounded: RunResult | None = None
+    result: RunResult,
+    folder: Path,
+    oracle: RunResult,
+    oracle_folder: Path,
+    rounded: RunResult | None = None,
 ) -> Parity:
     """Compare a finished run with a finished oracle. [1]
 
@@ -85,9 +94,18 @@ def parity(
     """
     floor = 0.0
     if rounded is not None and rounded.status == "ok":
-        floor = compare_runs(rounded.steps, {}, oracle.steps, {}, result.config).errors().get("loss_curve", 0.0)
+        floor = (
+            compare_runs(rounded.steps, {}, oracle.steps, {}, result.config)
+            .errors()
+            .get("loss_curve", 0.0)
+        )
     comparison = compare_runs(
-        result.steps, read_gradients(folder), oracle.steps, read_gradients(oracle_folder), result.config, floor
+        result.steps,
+        read_gradients(folder),
+        oracle.steps,
+        read_gradients(oracle_folder),
+        result.config,
+        floor,
     )
     first = comparison.first_failure
     if result.config.train.dtype == "bfloat16":
@@ -172,9 +190,16 @@ def compare_runs(
 
     backwards = dict(sorted(expected_gradients.items(), key=lambda item: order[item[0].tensor]))
     least = BFLOAT16_FACTOR * curve_floor
-    losses = [_loss(config, seen, expected, least) for seen, expected in zip(steps, expected_steps, strict=True)]
+    losses = [
+        _loss(config, seen, expected, least)
+        for seen, expected in zip(steps, expected_steps, strict=True)
+    ]
     return Comparison(
-        (*losses[:1], *compare(in_stages(gradients), in_stages(backwards), "gradient", dtype).differences, *losses[1:])
+        (
+            *losses[:1],
+            *compare(in_stages(gradients), in_stages(backwards), "gradient", dtype).differences,
+            *losses[1:],
+        )
     )
 
 

@@ -10,7 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from common.report.collect import Collection, RowRuns
-from common.report.statistics import LEAST_REPEATS, LEAST_STEPS, TOO_FEW, Ratio, is_enough, speed_ratio
+from common.report.statistics import (
+    LEAST_REPEATS,
+    LEAST_STEPS,
+    TOO_FEW,
+    Ratio,
+    is_enough,
+    speed_ratio,
+)
 from common.report.tables import Row, seconds_per_token
 
 NOT_COMPARED = "not compared"
@@ -18,7 +25,9 @@ NOT_COMPARED = "not compared"
 
 @dataclass(frozen=True)
 class Change:
-    """One row of both benchmarks. `ratio` is B's throughput over A's; None where one of them was not ranked."""
+    """One row of both benchmarks. `ratio` is B's throughput over A's; None where one of them was
+    not ranked.
+    """
 
     name: str
     before: Row
@@ -28,7 +37,10 @@ class Change:
     @property
     def verdict(self) -> str:
         if self.broke:
-            return f"no longer ok: {self.after.status if self.after.status != 'ok' else 'parity ' + self.after.parity}"
+            return (
+                "no longer ok: "
+                f"{self.after.status if self.after.status != 'ok' else 'parity ' + self.after.parity}"  # noqa: E501
+            )
         if self.ratio is None:
             return NOT_COMPARED
         return self.ratio.verdict
@@ -48,7 +60,9 @@ class Change:
 
         The whole interval must be beyond it.
         """
-        return self.ratio is not None and self.ratio.high is not None and self.ratio.high < 1 - limit
+        return (
+            self.ratio is not None and self.ratio.high is not None and self.ratio.high < 1 - limit
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,8 @@ class ComparedRuns:
     def failures(self, limit: float) -> list[str]:
         """Return why a gate with this limit would reject B, one line each."""
         return [
-            f"{change.name}: {change.verdict if change.broke else f'slower by more than {limit:.3%}'}"
+            f"{change.name}: "
+            f"{change.verdict if change.broke else f'slower by more than {limit:.3%}'}"
             for change in self.changes
             if change.broke or change.slower_than(limit)
         ]
@@ -78,7 +93,11 @@ def compare_collections(before: Collection, after: Collection) -> ComparedRuns:
         (row, group), (after_row, after_group) = old[config], new[config]
         both = row.ranked and after_row.ranked
         a, b = seconds_per_token(group.results), seconds_per_token(after_group.results)
-        changes.append(Change(row.name, row, after_row, speed_ratio(b, a, same_session=False) if both else None))
+        changes.append(
+            Change(
+                row.name, row, after_row, speed_ratio(b, a, same_session=False) if both else None
+            )
+        )
     order = [row.name for row in before.rows]
     return ComparedRuns(
         changes=tuple(sorted(changes, key=lambda change: order.index(change.name))),
@@ -97,10 +116,18 @@ def _notes(before: Collection, after: Collection) -> list[str]:
     notes = []
     machines = [{result.machine.one_line for result in each.results} for each in (before, after)]
     if machines[0] != machines[1]:
-        notes.append(f"different machines: {'; '.join(sorted(machines[0]))} against {'; '.join(sorted(machines[1]))}")
-    if any(not is_enough(seconds_per_token(group.results)) for each in (before, after) for group in each.groups):
         notes.append(
-            f"{TOO_FEW}: an interval takes {LEAST_STEPS} timed steps in each of {LEAST_REPEATS} repeats, in A and in B"
+            f"different machines: {'; '.join(sorted(machines[0]))} against "
+            f"{'; '.join(sorted(machines[1]))}"
+        )
+    if any(
+        not is_enough(seconds_per_token(group.results))
+        for each in (before, after)
+        for group in each.groups
+    ):
+        notes.append(
+            f"{TOO_FEW}: an interval takes {LEAST_STEPS} timed steps in each of {LEAST_REPEATS} "
+            "repeats, in A and in B"
         )
     return notes
 
@@ -108,7 +135,9 @@ def _notes(before: Collection, after: Collection) -> list[str]:
 def print_comparison(compared: ComparedRuns, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("row", "tokens/s A", "tokens/s B", "B / A [95 %]", "verdict"):
-        table.add_column(title, justify="left" if title in ("row", "verdict") else "right", no_wrap=True)
+        table.add_column(
+            title, justify="left" if title in ("row", "verdict") else "right", no_wrap=True
+        )
     for change in compared.changes:
         ratio = change.ratio
         table.add_row(

@@ -45,7 +45,7 @@ habit cost?
 `make drift` makes this page (`triptych drift --out docs`). `triptych drift --list` names the rows, and
 `python bench_all.py --drift NAME` runs one in the benchmark.
 
-"""
+"""  # noqa: E501
 
 LEGEND = f"""\
 *First failure*: the first rung of the ladder that does not hold and the first tensor there, with its relative error and
@@ -59,14 +59,18 @@ framework: a cost well below it is real, and means nothing for the model.
 
 Three rows want reading with care. `unscaled-micro-batches` reports m times the loss and `mean-over-all-labels` a part of
 it, so only their held-out losses say what they cost. `inverted-attention-mask` lets every token see those that it is to
-predict: a better loss, and a model that is worth nothing."""
+predict: a better loss, and a model that is worth nothing."""  # noqa: E501
 
 
 def describe(row: Row) -> str:
     """Describe the result in words."""
     if not row.check:
         return row.verdict
-    error = "" if row.relative is None or row.limit is None else f", {row.relative:.0e} of {row.limit:.0e}"
+    error = (
+        ""
+        if row.relative is None or row.limit is None
+        else f", {row.relative:.0e} of {row.limit:.0e}"
+    )
     words = f"{_rung(row.check, row.place)}{error}"
     if row.verdict == "elsewhere":
         return f"{words} (expected: {_rung(row.expected_check, row.expected_place)})"
@@ -104,17 +108,36 @@ def summary(zoo: Zoo) -> str:
         word = row.verdict.partition(":")[0]
         counts[word] = counts.get(word, 0) + 1
     habits = {row.name for row in zoo.rows if row.verdict == "as expected"}
-    words = ", ".join(f"{count} {word}" for word, count in sorted(counts.items(), key=lambda item: -item[1]))
-    return f"{len(zoo.rows)} rows: {words}; {len(habits)} different habits fail the ladder where they should"
+    words = ", ".join(
+        f"{count} {word}" for word, count in sorted(counts.items(), key=lambda item: -item[1])
+    )
+    return (
+        f"{len(zoo.rows)} rows: {words}; {len(habits)} different habits fail the ladder where "
+        "they should"
+    )
 
 
 def print_zoo(zoo: Zoo, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    titles = ("habit", "framework", "dtype", "first failure", *(f"cost at {n}" for n in zoo.steps), "held-out")
+    titles = (
+        "habit",
+        "framework",
+        "dtype",
+        "first failure",
+        *(f"cost at {n}" for n in zoo.steps),
+        "held-out",
+    )
     for title in titles:
         table.add_column(title, justify="left" if title in titles[:4] else "right", no_wrap=True)
     for row in zoo.rows:
-        cells = (row.name, row.framework, row.dtype, describe(row), *(cost(row, n) for n in zoo.steps), _held_out(row))
+        cells = (
+            row.name,
+            row.framework,
+            row.dtype,
+            describe(row),
+            *(cost(row, n) for n in zoo.steps),
+            _held_out(row),
+        )
         table.add_row(*map(Text, cells), style=None if row.verdict in GOOD else "red")
     console.print(table)
     console.print(summary(zoo), highlight=False, soft_wrap=True)
@@ -129,7 +152,15 @@ def write_page(zoo: Zoo, folder: Path) -> None:
 
 def page(zoo: Zoo) -> str:
     model, train = zoo.config.model, zoo.config.train
-    head = ["habit", "whose", "framework", "dtype", "first failure", *(f"cost at {n}" for n in zoo.steps), "held-out"]
+    head = [
+        "habit",
+        "whose",
+        "framework",
+        "dtype",
+        "first failure",
+        *(f"cost at {n}" for n in zoo.steps),
+        "held-out",
+    ]
     lines = [
         f"| {' | '.join(head)} |",
         f"| {' | '.join(['---'] * 5)} |" + " ---: |" * (len(zoo.steps) + 1),
@@ -145,10 +176,14 @@ def page(zoo: Zoo) -> str:
     about = [
         f"- Command: `{zoo.command}`",
         f"- Machine: {zoo.machine}",
-        f"- Versions: {', '.join(f'{name} {version}' for name, version in sorted(zoo.versions.items()))}",
-        f"- Model: {model.num_layers} blocks, d_model {model.d_model}, {model.num_heads} heads, context "
-        f"{model.context_length}; {train.batch_size} sequences in {train.micro_batches} micro-batches over "
-        f"{zoo.config.stages} stages; AdamW, peak learning rate {train.learning_rate:.4g}, warm-up, cosine; "
+        "- Versions: "
+        f"{', '.join(f'{name} {version}' for name, version in sorted(zoo.versions.items()))}",
+        f"- Model: {model.num_layers} blocks, d_model {model.d_model}, {model.num_heads} heads, "
+        "context "
+        f"{model.context_length}; {train.batch_size} sequences in {train.micro_batches} "
+        "micro-batches over "
+        f"{zoo.config.stages} stages; AdamW, peak learning rate {train.learning_rate:.4g}, "
+        "warm-up, cosine; "
         f"weights perturbed so that no bias is 0 and no norm's weight 1",
         f"- Seeds for the spread: {zoo.seeds}, in {zoo.spread_framework}",
     ]
@@ -158,7 +193,8 @@ def page(zoo: Zoo) -> str:
         LEGEND,
         "![How far the loss is from the baseline's](images/drift.png)",
         "The picture: the absolute difference of the loss from the baseline's, "
-        f"means over {CURVE_STRIDE} steps, one framework per habit. The grey band reaches up to the spread between seeds.",
+        f"means over {CURVE_STRIDE} steps, one framework per habit. The grey band reaches up to "
+        "the spread between seeds.",
         "\n".join(about),
     ]
     return "\n\n".join(parts) + "\n"
@@ -171,7 +207,9 @@ def draw_curves(zoo: Zoo, path: Path) -> None:
     shown = [value for row in zoo.rows for value in row.curve if value > SMALLEST_SHOWN]
     bottom = min(shown, default=SMALLEST_SHOWN) / 3
     for panel, (title, checks) in zip(axes.flat, PANELS.items(), strict=True):
-        chosen = _one_per_habit(row for row in zoo.rows if row.curve and row.expected_check in checks)
+        chosen = _one_per_habit(
+            row for row in zoo.rows if row.curve and row.expected_check in checks
+        )
         _draw_panel(panel, title, chosen, zoo, bottom)
     for panel in axes[-1]:
         panel.set_xlabel("step")
@@ -197,11 +235,22 @@ def _draw_panel(panel: Axes, title: str, rows: Sequence[Row], zoo: Zoo, bottom: 
     if zoo.spread_curve:
         x = [middle + CURVE_STRIDE * i for i in range(len(zoo.spread_curve))]
         label = "up to the spread between seeds"
-        panel.fill_between(x, bottom, zoo.spread_curve, color=ORACLE_COLOR, alpha=0.18, linewidth=0, label=label)
+        panel.fill_between(
+            x, bottom, zoo.spread_curve, color=ORACLE_COLOR, alpha=0.18, linewidth=0, label=label
+        )
     for number, row in enumerate(rows):
         x = [middle + CURVE_STRIDE * i for i in range(len(row.curve))]
         color, dash = f"C{number % 10}", ("-", "--", ":")[number // 10]
-        panel.plot(x, row.curve, dash, color=color, linewidth=1.3, label=f"{row.name} ({row.framework}, {row.dtype})")
+        panel.plot(
+            x,
+            row.curve,
+            dash,
+            color=color,
+            linewidth=1.3,
+            label=f"{row.name} ({row.framework}, {row.dtype})",
+        )
     panel.grid(alpha=0.25, linewidth=0.5)
     if rows:
-        panel.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
+        panel.legend(
+            fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False
+        )

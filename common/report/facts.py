@@ -12,10 +12,14 @@ from common.report.result import RunResult
 from common.spec.run import RunConfig
 
 TIMING_LEGEND = (
-    "Simulated: every action takes what it took on its stage in this run (the mean of a step, of that the median over "
-    "steps), every message one hop, and nothing lies between two actions; replayed: the same, but every action takes what "
-    "it took in that very step. Parts of a stage's step are means over the timed steps and add up. Communication wait: "
-    "the sender had ended and the message was not there; schedule wait: the sender had not ended; host: between two "
+    "Simulated: every action takes what it took on its stage in this run (the mean of a step, of "
+    "that the median over "
+    "steps), every message one hop, and nothing lies between two actions; replayed: the same, but "
+    "every action takes what "
+    "it took in that very step. Parts of a stage's step are means over the timed steps and add up. "
+    "Communication wait: "
+    "the sender had ended and the message was not there; schedule wait: the sender had not ended; "
+    "host: between two "
     "actions; rest: outside of the pipeline, mostly the optimizer."
 )
 
@@ -38,7 +42,12 @@ def parity_verdict(collection: Collection) -> Verdict:
     failures = sum(result.status == "failed" for result in collection.results)
     skipped = sum(result.status == "skipped" for result in collection.results)
     words = [f"Parity: {passed} of {len(parities)} runs train what the float64 oracle trains"]
-    if margins := [(m, check) for parity in parities for check, m in parity.margins.items() if parity.status == "pass"]:
+    if margins := [
+        (m, check)
+        for parity in parities
+        for check, m in parity.margins.items()
+        if parity.status == "pass"
+    ]:
         worst, check = max(margins)
         words.append(f"the largest error is {worst:.1%} of its limit ({check.replace('_', ' ')})")
     if failed:
@@ -46,7 +55,9 @@ def parity_verdict(collection: Collection) -> Verdict:
     if incomparable:
         words.append(f"{incomparable} not comparable")
     if unchecked:
-        reasons = dict.fromkeys(p.reason for p in parities if p.status == "not checked" and p.reason)
+        reasons = dict.fromkeys(
+            p.reason for p in parities if p.status == "not checked" and p.reason
+        )
         words.append(f"{unchecked} not checked" + (f" ({', '.join(reasons)})" if reasons else ""))
     if failures:
         words.append(f"{failures} failed")
@@ -57,7 +68,9 @@ def parity_verdict(collection: Collection) -> Verdict:
 
 def timing_note(collection: Collection) -> str:
     """Say how close the simulator comes, and why no closer."""
-    timings = [g.shown.result.timing for g in collection.groups if g.shown and g.shown.result.timing]
+    timings = [
+        g.shown.result.timing for g in collection.groups if g.shown and g.shown.result.timing
+    ]
     if not timings:
         return ""
     differences = [abs(timing.step_difference) for timing in timings]
@@ -65,10 +78,14 @@ def timing_note(collection: Collection) -> str:
     overhead = [t.measured_pipeline_seconds / t.replayed_pipeline_seconds - 1 for t in timings]
     spread = [t.replayed_pipeline_seconds / t.simulated_pipeline_seconds - 1 for t in timings]
     return (
-        f"The simulated step is within 5 % of the measured median in {near} of {len(timings)} rows (median difference "
-        f"{statistics.median(differences):.1%}, largest {max(differences):.1%}). Of the pipeline's time, the host between "
-        f"actions and messages slower than a hop explain {min(overhead):+.1%} to {max(overhead):+.1%} (measured over "
-        f"replayed), actions that do not all take the same {min(spread):+.1%} to {max(spread):+.1%} (replayed over "
+        f"The simulated step is within 5 % of the measured median in {near} of {len(timings)} rows "
+        "(median difference "
+        f"{statistics.median(differences):.1%}, largest {max(differences):.1%}). Of the pipeline's "
+        "time, the host between "
+        f"actions and messages slower than a hop explain {min(overhead):+.1%} to "
+        f"{max(overhead):+.1%} (measured over "
+        f"replayed), actions that do not all take the same {min(spread):+.1%} to "
+        f"{max(spread):+.1%} (replayed over "
         f"simulated). {TIMING_LEGEND}"
     )
 
@@ -84,13 +101,16 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
         ("Command", _distinct(f"`{result.command}`" for result in results)),
         (
             "Model",
-            f"{model.num_layers} blocks, d_model {model.d_model}, {model.num_heads} heads, d_ff {model.d_ff}, "
+            f"{model.num_layers} blocks, d_model {model.d_model}, {model.num_heads} heads, d_ff "
+            f"{model.d_ff}, "
             f"context {model.context_length}, vocabulary {model.vocab_size}",
         ),
         (
             "Training",
-            f"{train.steps} steps of {train.batch_size} sequences, {train.optimizer}, learning rate "
-            f"{train.learning_rate:.3g} ({train.learning_rate_schedule}, warm-up {train.warmup_steps}), seed {train.seed}, "
+            f"{train.steps} steps of {train.batch_size} sequences, {train.optimizer}, "
+            "learning rate "
+            f"{train.learning_rate:.3g} ({train.learning_rate_schedule}, warm-up "
+            f"{train.warmup_steps}), seed {train.seed}, "
             f"{_distinct(r.config.train.dtype for r in results)}; "
             f"dropout {_distinct(dropout_words(r.config) for r in results)}; "
             f"recomputation {_distinct(r.config.recompute for r in results)}; "
@@ -98,7 +118,8 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
         ),
         (
             "Statistics",
-            f"runs per row: {' or '.join(map(str, repeats))}, each in a fresh process, rows taking turns; first steps that "
+            f"runs per row: {' or '.join(map(str, repeats))}, each in a fresh process, rows taking "
+            "turns; first steps that "
             f"are not counted: {_distinct(str(r.untimed_steps) for r in results)}",
         ),
         ("Kernels", _kernels(results)),
@@ -113,7 +134,9 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
 def _kernels(results: Sequence[RunResult]) -> str:
     """The libraries and instructions that ran, as every framework said itself."""
     said = [(result.config.framework, result.environment.get("kernels")) for result in results]
-    return _distinct(f"{framework} {kernels}" for framework, kernels in said if kernels) or "not known"
+    return (
+        _distinct(f"{framework} {kernels}" for framework, kernels in said if kernels) or "not known"
+    )
 
 
 def _gpus(results: Sequence[RunResult]) -> list[tuple[str, str]]:
@@ -125,16 +148,27 @@ def _gpus(results: Sequence[RunResult]) -> list[tuple[str, str]]:
         "cublas_workspace": "cuBLAS workspace",
         "cuda_graphs": "CUDA graphs",
     }
-    said = [result.environment for result in results if "cuda" in str(result.environment.get("device_kind"))]
+    said = [
+        result.environment
+        for result in results
+        if "cuda" in str(result.environment.get("device_kind"))
+    ]
     lines = [
-        ", ".join([str(one.get("device_name")), *(f"{name} {one[key]}" for key, name in keys.items() if one.get(key))])
+        ", ".join(
+            [
+                str(one.get("device_name")),
+                *(f"{name} {one[key]}" for key, name in keys.items() if one.get(key)),
+            ]
+        )
         for one in said
     ] + fallbacks(results)
     return [("GPUs", _distinct(lines))] if lines else []
 
 
 def fallbacks(results: Sequence[RunResult]) -> list[str]:
-    """Why a framework computed on the CPU though nobody asked for it and there is a GPU, in a line each."""
+    """Return why a framework computed on the CPU though nobody asked for it and there is a GPU, in
+    a line each.
+    """
     said = [result.environment.get("fell_back") for result in results]
     return list(dict.fromkeys(f"on the CPU: {why}" for why in said if why))
 

@@ -48,7 +48,9 @@ def write_html(collection: Collection, swept: Mapping[Axis, Sequence[Curve]], pa
         baselines_legend=baselines.LEGEND,
         parity=_parity(pairs),
         losses=_loss_charts(collection),
-        timing=[_timing(row, group) for row, group in pairs if group.shown and group.shown.result.timing],
+        timing=[
+            _timing(row, group) for row, group in pairs if group.shown and group.shown.result.timing
+        ],
         timing_note=timing_note(collection).removesuffix(TIMING_LEGEND),
         timing_legend=TIMING_LEGEND,
         timelines=[found for row, group in pairs if (found := _timelines(row, group, path.parent))],
@@ -67,7 +69,11 @@ def _track(track: str, rows: Sequence[Row]) -> dict[str, Any]:
         "name": track,
         "columns": [(column.title, column.numeric) for column in columns],
         "rows": [
-            {"cells": [column.cell(row) for column in columns], "ranked": row.ranked, "verdict": row.verdict}
+            {
+                "cells": [column.cell(row) for column in columns],
+                "ranked": row.ranked,
+                "verdict": row.verdict,
+            }
             for row in rows
         ],
         "bars": [
@@ -87,7 +93,7 @@ def _track(track: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _speed(row: Row, step_ms: float | None) -> float:
-    """The row's throughput if every step took `step_ms`, in tokens/s; None: what the median takes."""
+    """The row's throughput if every step took `step_ms`, in tokens/s; None: what the median takes."""  # noqa: E501
     if not (row.tokens_per_second and row.step_ms_median):
         return 0.0
     return row.tokens_per_second * row.step_ms_median / (step_ms or row.step_ms_median)
@@ -111,7 +117,9 @@ def _parity(pairs: Sequence[tuple[Row, RowRuns]]) -> dict[str, Any]:
             {
                 "name": row.name,
                 "status": row.parity or "not run",
-                "margins": [f"{margins[check]:.2%}" if check in margins else "" for check in checks],
+                "margins": [
+                    f"{margins[check]:.2%}" if check in margins else "" for check in checks
+                ],
                 "tensors": tensors or "",
                 "reason": reason,
             }
@@ -131,18 +139,24 @@ def _loss_charts(collection: Collection) -> list[LineChart]:
         if curve.oracle:
             apart.append(Series(curve.name, color, list(enumerate(curve.differences)), dash))
     for oracle in {curve.oracle: None for curve in curves if curve.oracle}:
-        lines.append(Series("oracle (dots)", "--ink", list(enumerate(oracle)), "0 1000", markers=True))
+        lines.append(
+            Series("oracle (dots)", "--ink", list(enumerate(oracle)), "0 1000", markers=True)
+        )
     steps = max(len(curve.losses) for curve in curves)
     for limit in sorted({curve.limit for curve in curves if curve.oracle}):
         apart.append(Series(f"limit {limit:g}", "--bad", [(0, limit), (steps - 1, limit)]))
     charts = [line_chart(lines, "step", "loss per token")]
     if apart:
-        charts.append(line_chart(apart, "step", "relative difference from the oracle (log)", log_y=True))
+        charts.append(
+            line_chart(apart, "step", "relative difference from the oracle (log)", log_y=True)
+        )
     return charts
 
 
 def _timing(row: Row, group: RowRuns) -> dict[str, Any]:
-    assert group.shown is not None and group.shown.result.timing is not None  # the caller has looked
+    assert (
+        group.shown is not None and group.shown.result.timing is not None
+    )  # the caller has looked
     timing = group.shown.result.timing
     return {
         "name": row.name,
@@ -152,7 +166,10 @@ def _timing(row: Row, group: RowRuns) -> dict[str, Any]:
             {
                 "device": device,
                 "total_ms": time.total * 1e3,
-                "parts": [(part, 100 * getattr(time, part) / time.total, getattr(time, part) * 1e3) for part in PARTS],
+                "parts": [
+                    (part, 100 * getattr(time, part) / time.total, getattr(time, part) * 1e3)
+                    for part in PARTS
+                ],
             }
             for device, time in timing.stages.items()
         ],
@@ -164,7 +181,9 @@ def _timelines(row: Row, group: RowRuns, home: Path) -> dict[str, Any] | None:
     if not charts or group.shown is None:
         return None
     whole = max(chart.makespan for chart in charts.values())
-    drawn: list[Timeline | None] = [timeline(title, chart, whole) for title, chart in charts.items()]
+    drawn: list[Timeline | None] = [
+        timeline(title, chart, whole) for title, chart in charts.items()
+    ]
     folder = group.shown.folder
     return {
         "name": row.name,
@@ -222,5 +241,7 @@ def _environments(collection: Collection) -> list[tuple[str, str]]:
     for row, group in zip(collection.rows, collection.groups, strict=True):
         if group.trained and group.trained.environment:
             text = json.dumps(group.trained.environment, indent=1, default=str)
-            found.setdefault(text, f"{row.framework}{'' if row.executor == 'table' else ' ' + row.executor}")
+            found.setdefault(
+                text, f"{row.framework}{'' if row.executor == 'table' else ' ' + row.executor}"
+            )
     return [(name, text) for text, name in found.items()]

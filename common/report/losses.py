@@ -23,7 +23,9 @@ class LossCurve:
     @property
     def differences(self) -> tuple[float, ...]:
         """Relative; empty without an oracle."""
-        return tuple(abs(seen / right - 1) for seen, right in zip(self.losses, self.oracle, strict=False))
+        return tuple(
+            abs(seen / right - 1) for seen, right in zip(self.losses, self.oracle, strict=False)
+        )
 
 
 def loss_curves(collection: Collection) -> list[LossCurve]:

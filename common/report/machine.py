@@ -62,11 +62,15 @@ def git_commit() -> str | None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(PROJECT_ROOT), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
 
     if not (PROJECT_ROOT / ".git").exists():
         return None
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "-uno") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None

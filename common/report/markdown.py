@@ -23,14 +23,27 @@ def markdown_report(collection: Collection, swept: Mapping[Axis, Sequence[Curve]
         lines += ["", f"## Throughput, {track}", "", tables.markdown_table(rows)]
     lines += [tables.LEGEND, ""]
     if ratios := baselines.baseline_ratios(collection):
-        lines += ["## Against the baselines", "", "| ours | baseline | ratio [95 %] | |", "| --- | --- | ---: | --- |"]
+        lines += [
+            "## Against the baselines",
+            "",
+            "| ours | baseline | ratio [95 %] | |",
+            "| --- | --- | ---: | --- |",
+        ]
         for each in ratios:
-            lines.append(f"| {each.ours.name} | {each.baseline.name} | {each.ratio.text()} | {each.verdict} |")
+            lines.append(
+                f"| {each.ours.name} | {each.baseline.name} | {each.ratio.text()} | "
+                f"{each.verdict} |"
+            )
         lines += ["", baselines.LEGEND, ""]
     if timing := _timing(collection):
         lines += ["## Measured against simulated", "", *timing, "", timing_note(collection), ""]
     for axis, found in swept.items():
-        lines += [f"## Sweep over {axis.replace('_', '-')}", "", f"![throughput](sweep_{axis}.png)", ""]
+        lines += [
+            f"## Sweep over {axis.replace('_', '-')}",
+            "",
+            f"![throughput](sweep_{axis}.png)",
+            "",
+        ]
         lines += [f"- {curve.sentence}" for curve in found]
         lines += [""]
     lines += ["## What was run", "", *(f"- {name}: {value}" for name, value in facts(collection))]
@@ -47,7 +60,8 @@ def _timing(collection: Collection) -> list[str]:
     if not timed:
         return []
     lines = [
-        "| row | pipeline ms measured | simulated | replayed | bubble measured | simulated | step ms measured | simulated |"
+        "| row | pipeline ms measured | simulated | replayed | bubble measured | simulated | step "
+        "ms measured | simulated |"
         " difference | hop ms |",
         "| --- |" + " ---: |" * 9,
     ]
@@ -55,7 +69,8 @@ def _timing(collection: Collection) -> list[str]:
         lines.append(
             f"| {tables.in_cell(row.name)} | {timing.measured_pipeline_seconds * 1e3:,.1f} "
             f"| {timing.simulated_pipeline_seconds * 1e3:,.1f} "
-            f"| {timing.replayed_pipeline_seconds * 1e3:,.1f} | {timing.measured_bubble_fraction:.1%} "
+            f"| {timing.replayed_pipeline_seconds * 1e3:,.1f} | "
+            f"{timing.measured_bubble_fraction:.1%} "
             f"| {timing.simulated_bubble_fraction:.1%} | {timing.measured_step_seconds * 1e3:,.1f} "
             f"| {timing.simulated_step_seconds * 1e3:,.1f} | {timing.step_difference:+.1%} "
             f"| {timing.hop_seconds * 1e3:.2f} |"
@@ -67,7 +82,14 @@ def _timing(collection: Collection) -> list[str]:
     ]
     for row, timing in timed:
         for device, time in timing.stages.items():
-            parts = (time.compute, time.communication_wait, time.schedule_wait, time.host, time.rest, time.total)
+            parts = (
+                time.compute,
+                time.communication_wait,
+                time.schedule_wait,
+                time.host,
+                time.rest,
+                time.total,
+            )
             lines.append(
                 f"| {tables.in_cell(row.name)} | {device} | "
                 + " | ".join(f"{part * 1e3:,.1f}" for part in parts)

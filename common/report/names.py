@@ -11,7 +11,9 @@ def dropout_words(config: RunConfig) -> str:
     return f"{model.dropout_masks} {model.dropout:.6g}" if model.dropout else "none"
 
 
-def variant(dtype: str, track: str, recompute: str, dropout: str, sequence_lengths: str, drift: str) -> list[str]:
+def variant(
+    dtype: str, track: str, recompute: str, dropout: str, sequence_lengths: str, drift: str
+) -> list[str]:
     """Return the words for everything that is not the default, for names of rows."""
     return [
         dtype if dtype != "float32" else "",

@@ -36,8 +36,11 @@ def draw_losses(curves: Sequence[LossCurve], path: Path) -> None:
         color, dash = FRAMEWORK_COLORS[curve.framework], DASHES[number % len(DASHES)]
         above.plot(range(len(curve.losses)), curve.losses, dash, color=color, label=curve.name)
         if curve.differences:
-            # The same double has no place on a logarithmic axis; it stands at half of the smallest possible difference.
-            shown = [max(difference, sys.float_info.epsilon / 2) for difference in curve.differences]
+            # The same double has no place on a logarithmic axis; it stands at half of the smallest
+            # possible difference.
+            shown = [
+                max(difference, sys.float_info.epsilon / 2) for difference in curve.differences
+            ]
             below.plot(range(len(shown)), shown, dash, color=color)
     for oracle in {curve.oracle: curve for curve in curves if curve.oracle}:
         above.plot(range(len(oracle)), oracle, ".", color=ORACLE_COLOR, label="oracle")
@@ -63,7 +66,9 @@ def draw_throughput(collection: Collection, path: Path) -> None:
             value * (row.step_ms_median or 1) / (each or row.step_ms_median or 1)
             for each in (row.step_ms_p90, row.step_ms_p10)
         )
-        axes.barh(place, value, color=FRAMEWORK_COLORS[row.framework], alpha=1.0 if row.ranked else 0.3)
+        axes.barh(
+            place, value, color=FRAMEWORK_COLORS[row.framework], alpha=1.0 if row.ranked else 0.3
+        )
         axes.plot([slow, fast], [place, place], color="#30343b", linewidth=1.5)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
     axes.invert_yaxis()
@@ -101,7 +106,12 @@ def draw_sweep(curves: Sequence[Curve], path: Path) -> None:
     for number, curve in enumerate(curves):
         color = FRAMEWORK_COLORS[curve.framework]
         axes.plot(
-            curve.x, curve.tokens_per_second, "o" + DASHES[number % 2], color=color, label=curve.name, markersize=4
+            curve.x,
+            curve.tokens_per_second,
+            "o" + DASHES[number % 2],
+            color=color,
+            label=curve.name,
+            markersize=4,
         )
         axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.12, linewidth=0)
         axes.plot(curve.x, curve.ideal, ":", color=color, linewidth=1)

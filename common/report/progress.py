@@ -19,7 +19,10 @@ class ProgressView(Protocol):
     def __enter__(self) -> ProgressView: ...
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None: ...
 
     def start(self, name: str, steps: int) -> None: ...
@@ -35,7 +38,7 @@ def progress_view(console: Console, runs: int) -> ProgressView:
 
 
 class LiveProgress:
-    """Two bars: the runs, and the steps of the present one with its framework, schedule and loss."""
+    """Two bars: the runs, and the steps of the present one with its framework, schedule and loss."""  # noqa: E501
 
     def __init__(self, console: Console, runs: int) -> None:
         self.console = console
@@ -56,7 +59,10 @@ class LiveProgress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.bars.stop()
 
@@ -82,11 +88,19 @@ class PlainProgress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None: ...
 
     def start(self, name: str, steps: int) -> None:
-        self.started, self.name, self.steps, self.shown = self.started + 1, name, steps, time.monotonic()
+        self.started, self.name, self.steps, self.shown = (
+            self.started + 1,
+            name,
+            steps,
+            time.monotonic(),
+        )
         self._line(f"[{self.started}/{self.runs}] {name}: {steps} steps")
 
     def step(self, step: int, loss: float) -> None:

@@ -36,12 +36,14 @@ def publish(collection: Collection, folder: Path, sweep: bool = False) -> None:
     _pictures(collection, swept, folder)
     for group in collection.groups:
         # What a benchmark in another folder has already is left as it is.
-        if group.shown and (group.shown.folder.parent == folder or not (group.shown.folder / TRACE).exists()):
+        if group.shown and (
+            group.shown.folder.parent == folder or not (group.shown.folder / TRACE).exists()
+        ):
             write_timelines(timelines(group.shown.result), group.shown.folder)
 
 
 def sweeps(collection: Collection) -> dict[Axis, list[Curve]]:
-    """The curves over every axis that has any."""
+    """Return the curves over every axis that has any."""
     return {axis: found for axis in AXES if (found := curves(collection.rows, axis))}
 
 
@@ -50,12 +52,17 @@ def _summary(collection: Collection, swept: dict[Axis, list[Curve]]) -> dict[str
     verdict = parity_verdict(collection)
     return {
         "parity": {"good": verdict.good, "text": verdict.text},
-        "rows": [asdict(row) | {"name": row.name, "verdict": row.verdict} for row in collection.rows],
+        "rows": [
+            asdict(row) | {"name": row.name, "verdict": row.verdict} for row in collection.rows
+        ],
         "peers": [
-            {"ours": each.ours.name, "peer": each.baseline.name, "verdict": each.verdict} | asdict(each.ratio)
+            {"ours": each.ours.name, "peer": each.baseline.name, "verdict": each.verdict}
+            | asdict(each.ratio)
             for each in baseline_ratios(collection)
         ],
-        "sweeps": [asdict(curve) | {"knee": curve.knee} for found in swept.values() for curve in found],
+        "sweeps": [
+            asdict(curve) | {"knee": curve.knee} for found in swept.values() for curve in found
+        ],
     }
 
 

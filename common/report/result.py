@@ -24,8 +24,10 @@ IS_ORACLE = "this is the oracle"
 
 MAX_RESULT_BYTES = 256 * 2**20
 SCHEMA_VERSION = 3
-"""2 added the timing, the held activations, the untimed steps, and the events of the median step in place of the last.
-3 added the verdict "not comparable", errors in bfloat16, and recomputation, ragged sequences and drift."""
+"""2 added the timing, the held activations, the untimed steps, and the events of the median step in
+place of the last. 3 added the verdict "not comparable", errors in bfloat16, and recomputation,
+ragged sequences and drift.
+"""
 
 
 class ResultError(ValueError):
@@ -96,7 +98,9 @@ class RunResult(BaseModel):
     median_step_events: dict[int, list[EventRecord]] = {}
     """The actions of the step that `timing` names, with their times."""
     held_activation_peak_bytes: dict[int, int] = {}
-    """By device: the most bytes of activations held for a backward, by tensors and not by the allocator."""
+    """By device: the most bytes of activations held for a backward, by tensors and not by the
+    allocator.
+    """
     in_flight_peak: dict[int, int] = {}
     """By device: the most chunks of micro-batches held at once, as the executor counted them."""
     corpus_digest: str | None = None
@@ -107,7 +111,9 @@ class RunResult(BaseModel):
     resumed_from: OsText | None = None
     """The checkpoint that the run continued from; its first step is that of `steps[0]`."""
     restarts: tuple[str, ...] = ()
-    """One line for every child that died and was followed by another; `steps` are of all of them together."""
+    """One line for every child that died and was followed by another; `steps` are of all of them
+    together.
+    """
     command: OsText
     machine: Machine
     git_commit: str | None = None
@@ -134,7 +140,11 @@ class RunResult(BaseModel):
     @property
     def tokens_per_second(self) -> float | None:
         """Trained tokens over the median time of the timed steps."""
-        return self.tokens_per_step / statistics.median(self.steady_seconds) if self.steady_seconds else None
+        return (
+            self.tokens_per_step / statistics.median(self.steady_seconds)
+            if self.steady_seconds
+            else None
+        )
 
     @property
     def final_loss(self) -> float | None:
@@ -151,7 +161,10 @@ class RunResult(BaseModel):
             "final_loss": self.final_loss,
         }
         partial = path.with_name(f".{path.name}.partial")  # never half a result under its name
-        write_file(partial, json.dumps(json.loads(self.model_dump_json()) | {"derived": derived}, indent=1) + "\n")
+        write_file(
+            partial,
+            json.dumps(json.loads(self.model_dump_json()) | {"derived": derived}, indent=1) + "\n",
+        )
         partial.replace(path)
 
     @classmethod
@@ -166,7 +179,9 @@ class RunResult(BaseModel):
         if found == 1:
             content = _from_version_1(content)
         elif found not in (2, SCHEMA_VERSION):
-            raise ResultError(f"{path}: schema_version = {found}; this program reads 1 to {SCHEMA_VERSION}")
+            raise ResultError(
+                f"{path}: schema_version = {found}; this program reads 1 to {SCHEMA_VERSION}"
+            )
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -204,8 +219,14 @@ def measured(outcome: Outcome, config: RunConfig, untimed_steps: int) -> dict[st
         for records in zip(*(part.steps for part in outcome.parts), strict=True)
     ]
     events = [
-        {device: records for part in outcome.parts for device, records in part.steps[number].events.items()}
-        for number in range(len(steps))  # a run that goes on from a checkpoint does not begin with step 0
+        {
+            device: records
+            for part in outcome.parts
+            for device, records in part.steps[number].events.items()
+        }
+        for number in range(
+            len(steps)
+        )  # a run that goes on from a checkpoint does not begin with step 0
     ]
     timing = _timing(events, steps, config, untimed_steps)
     kept = events[timing.median_step if timing else -1]
@@ -215,9 +236,14 @@ def measured(outcome: Outcome, config: RunConfig, untimed_steps: int) -> dict[st
         "held_out_loss": last.held_out_loss,
         "build_seconds": max(part.build_seconds for part in outcome.parts),
         "peak_memory_bytes": _by_device(part.peak_memory_bytes for part in outcome.parts),
-        "held_activation_peak_bytes": _by_device(part.held_activation_peak_bytes for part in outcome.parts),
+        "held_activation_peak_bytes": _by_device(
+            part.held_activation_peak_bytes for part in outcome.parts
+        ),
         "in_flight_peak": _by_device(part.in_flight_peak for part in outcome.parts),
-        "actions": {device: " ".join(record.action for record in records) for device, records in kept.items()},
+        "actions": {
+            device: " ".join(record.action for record in records)
+            for device, records in kept.items()
+        },
         "timing": timing,
         "median_step_events": kept,
         "corpus_digest": last.corpus_digest,
@@ -227,12 +253,19 @@ def measured(outcome: Outcome, config: RunConfig, untimed_steps: int) -> dict[st
 
 
 def _timing(
-    events: Sequence[dict[int, list[EventRecord]]], steps: Sequence[Step], config: RunConfig, untimed_steps: int
+    events: Sequence[dict[int, list[EventRecord]]],
+    steps: Sequence[Step],
+    config: RunConfig,
+    untimed_steps: int,
 ) -> Timing | None:
     """None where the executor recorded nothing, or something that is no schedule."""
     try:
         schedule = executed_schedule(
-            events[-1], config.schedule_name, config.train.micro_batches, config.chunks, _placement(config)
+            events[-1],
+            config.schedule_name,
+            config.train.micro_batches,
+            config.chunks,
+            _placement(config),
         )
         return measure(events, [step.seconds for step in steps], schedule, untimed_steps)
     except ScheduleError:
@@ -240,7 +273,9 @@ def _timing(
 
 
 def _placement(config: RunConfig) -> Placement:
-    return make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks).placement
+    return make_schedule(
+        config.schedule, config.stages, config.train.micro_batches, config.chunks
+    ).placement
 
 
 def _by_device(parts: Iterable[dict[int, int]]) -> dict[int, int]:

@@ -1,7 +1,8 @@
 """Medians, percentiles and bootstrap intervals of step times.
 
-A sample is what one step took per token. Samples stay apart by repeat (one process each), because steps of one process
-resemble each other more than steps of two: an interval that ignored this would be too narrow.
+A sample is what one step took per token. Samples stay apart by repeat (one process each), because
+steps of one process resemble each other more than steps of two: an interval that ignored this would
+be too narrow.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ SEED = 0
 LEAST_REPEATS = 2
 """With one process the difference between processes is unknown."""
 LEAST_STEPS = 6
-"""Timed steps in every repeat. Of n values the smallest and the largest hold the median between them with a probability of
-1 - 2^(1-n) (Conover 1999, section 3.2): 94 % of 5, which no interval of theirs can better, and 97 % of 6."""
+"""Timed steps in every repeat. Of n values the smallest and the largest hold the median between
+them with a probability of 1 - 2^(1-n) (Conover 1999, section 3.2): 94 % of 5, which no interval of
+theirs can better, and 97 % of 6.
+"""
 LEAST_FOR_PERCENTILES = 10
 """Values; a tenth of fewer is less than one value."""
 TOO_FEW = "too few samples"
@@ -32,7 +35,9 @@ Samples = Mapping[int, Sequence[float]]
 
 @dataclass(frozen=True)
 class Summary:
-    """Median, 10th and 90th percentile, in the unit of the samples; of few (`LEAST_FOR_PERCENTILES`) the median alone."""
+    """Median, 10th and 90th percentile, in the unit of the samples; of few
+    (`LEAST_FOR_PERCENTILES`) the median alone.
+    """
 
     median: float
     p10: float | None
@@ -41,7 +46,9 @@ class Summary:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast a row is as its baseline, with a 95 % bootstrap interval. All numbers are plain ratios."""
+    """How many times as fast a row is as its baseline, with a 95 % bootstrap interval. All numbers
+    are plain ratios.
+    """
 
     value: float
     low: float | None
@@ -74,33 +81,48 @@ def summarize(values: Sequence[float]) -> Summary | None:
     if not values:
         return None
     p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
-    return Summary(median, p10, p90) if len(values) >= LEAST_FOR_PERCENTILES else Summary(median, None, None)
+    return (
+        Summary(median, p10, p90)
+        if len(values) >= LEAST_FOR_PERCENTILES
+        else Summary(median, None, None)
+    )
 
 
 def speed_ratio(row: Samples, baseline: Samples, same_session: bool = True) -> Ratio | None:
-    """The baseline's median time over the row's; above 1 the row is faster. None if either has no samples.
+    """Return the baseline's median time over the row's; above 1 the row is faster. None if either
+    has no samples.
 
-    Where both have the same repeats, of one session, the ratio is the median of the ratios within each repeat: the runs of
-    one repeat follow each other closely, so that a machine that drifts from repeat to repeat changes both. The interval is
-    a percentile bootstrap in two stages (Davison and Hinkley 1997, section 3.8): repeats, then steps within each. Of too
-    few samples there is none.
+    Where both have the same repeats, of one session, the ratio is the median of the ratios within
+    each repeat: the runs of one repeat follow each other closely, so that a machine that drifts
+    from repeat to repeat changes both. The interval is a percentile bootstrap in two stages
+    (Davison and Hinkley 1997, section 3.8): repeats, then steps within each. Of too few samples
+    there is none.
     """
     if not row or not baseline or not all(map(len, (*row.values(), *baseline.values()))):
         return None
     paired = same_session and set(row) == set(baseline)
     order = sorted(row)
     rows = [np.asarray(row[repeat], np.float64) for repeat in order]
-    baselines = [np.asarray(baseline[repeat], np.float64) for repeat in (order if paired else sorted(baseline))]
+    baselines = [
+        np.asarray(baseline[repeat], np.float64)
+        for repeat in (order if paired else sorted(baseline))
+    ]
     generator = np.random.default_rng(SEED)
     which = generator.integers(len(rows), size=(RESAMPLES, len(rows)))  # (B, R)
-    which_baseline = which if paired else generator.integers(len(baselines), size=(RESAMPLES, len(baselines)))
+    which_baseline = (
+        which if paired else generator.integers(len(baselines), size=(RESAMPLES, len(baselines)))
+    )
     above = _resampled_medians(baselines, which_baseline, generator)  # (B, R)
     below = _resampled_medians(rows, which, generator)
     if paired:
-        value = float(np.median([np.median(b) / np.median(r) for b, r in zip(baselines, rows, strict=True)]))
+        value = float(
+            np.median([np.median(b) / np.median(r) for b, r in zip(baselines, rows, strict=True)])
+        )
         draws = np.median(above / below, axis=1)
     else:
-        value = float(np.median([np.median(b) for b in baselines]) / np.median([np.median(r) for r in rows]))
+        value = float(
+            np.median([np.median(b) for b in baselines]) / np.median([np.median(r) for r in rows])
+        )
         draws = np.median(above, axis=1) / np.median(below, axis=1)
     if not (is_enough(row) and is_enough(baseline)):
         return Ratio(value, None, None)

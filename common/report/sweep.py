@@ -16,7 +16,9 @@ Axis = Literal["micro_batches", "stages"]
 
 @dataclass(frozen=True)
 class Curve:
-    """One configuration over one axis. Throughput in tokens/s; the range is that of the steps, 10th to 90th percentile."""
+    """One configuration over one axis. Throughput in tokens/s; the range is that of the steps, 10th
+    to 90th percentile.
+    """
 
     name: str
     framework: str
@@ -37,7 +39,9 @@ class Curve:
         """The first x after which the gain is below `KNEE_GAIN`; None without one."""
         if not self.is_judged:
             return None
-        for here, now, after in zip(self.x, self.tokens_per_second, self.tokens_per_second[1:], strict=False):
+        for here, now, after in zip(
+            self.x, self.tokens_per_second, self.tokens_per_second[1:], strict=False
+        ):
             if after / now - 1 < KNEE_GAIN:
                 return here
         return None
@@ -47,18 +51,27 @@ class Curve:
         what = self.axis.replace("_", "-")
         if not self.is_judged:
             return (
-                f"{self.name}: {TOO_FEW} to name a knee over {what}; it takes {LEAST_STEPS} timed steps in each of "
+                f"{self.name}: {TOO_FEW} to name a knee over {what}; it takes {LEAST_STEPS} timed "
+                "steps in each of "
                 f"{LEAST_REPEATS} repeats"
             )
         if self.knee is None:
-            return f"{self.name}: no knee up to {what} = {self.x[-1]}, every step gains at least {KNEE_GAIN:.0%}"
-        return f"{self.name}: knee at {what} = {self.knee}, the next step gains less than {KNEE_GAIN:.0%}"
+            return (
+                f"{self.name}: no knee up to {what} = {self.x[-1]}, every step gains at least "
+                f"{KNEE_GAIN:.0%}"
+            )
+        return (
+            f"{self.name}: knee at {what} = {self.knee}, the next step gains less than "
+            f"{KNEE_GAIN:.0%}"
+        )
 
 
 def ideal_efficiency(axis: Axis, stages: int, micro_batches: int, batch_size: int) -> float:
-    """m / (m + p - 1), the busy share of GPipe and 1F1B (Huang et al. 2019); times p where p is what is varied.
+    """m / (m + p - 1), the busy share of GPipe and 1F1B (Huang et al. 2019); times p where p is
+    what is varied.
 
-    Where m does not divide the mini-batch, the first micro-batches have one sequence more, and they fill the pipeline.
+    Where m does not divide the mini-batch, the first micro-batches have one sequence more, and they
+    fill the pipeline.
     """
     largest = -(-batch_size // micro_batches)
     efficiency = batch_size / (batch_size + (stages - 1) * largest)
@@ -77,19 +90,29 @@ def curves(rows: Sequence[Row], axis: Axis) -> list[Curve]:
         if len(same) < 2:
             continue
         throughput = [row.tokens_per_second or 0.0 for row in same]
-        efficiency = [ideal_efficiency(axis, row.stages, row.micro_batches, row.batch_size) for row in same]
+        efficiency = [
+            ideal_efficiency(axis, row.stages, row.micro_batches, row.batch_size) for row in same
+        ]
         both = list(zip(throughput, same, strict=True))
         found.append(
             Curve(
-                name=" ".join(word for word in same[0].name.split() if not word.startswith(_MARK[axis])),
+                name=" ".join(
+                    word for word in same[0].name.split() if not word.startswith(_MARK[axis])
+                ),
                 framework=same[0].framework,
                 axis=axis,
                 x=tuple(int(getattr(row, axis)) for row in same),
                 tokens_per_second=tuple(throughput),
-                low=tuple(speed * _over(row.step_ms_median, row.step_ms_p90) for speed, row in both),
-                high=tuple(speed * _over(row.step_ms_median, row.step_ms_p10) for speed, row in both),
+                low=tuple(
+                    speed * _over(row.step_ms_median, row.step_ms_p90) for speed, row in both
+                ),
+                high=tuple(
+                    speed * _over(row.step_ms_median, row.step_ms_p10) for speed, row in both
+                ),
                 ideal=tuple(throughput[0] * each / efficiency[0] for each in efficiency),
-                is_judged=all(row.repeats >= LEAST_REPEATS and row.timed_steps >= LEAST_STEPS for row in same),
+                is_judged=all(
+                    row.repeats >= LEAST_REPEATS and row.timed_steps >= LEAST_STEPS for row in same
+                ),
             )
         )
     return found
@@ -104,6 +127,15 @@ def _over(above: float | None, below: float | None) -> float:
 
 def _shared(row: Row, axis: Axis) -> tuple[object, ...]:
     """What the rows of one curve have in common."""
-    sizes = ("schedule", "stages", "chunks", "micro_batches", "executor", "track", "dtype", "source")
+    sizes = (
+        "schedule",
+        "stages",
+        "chunks",
+        "micro_batches",
+        "executor",
+        "track",
+        "dtype",
+        "source",
+    )
     names = ("framework", *sizes, "recompute", "dropout", "sequence_lengths", "drift")
     return tuple(getattr(row, name) for name in names if name != axis)

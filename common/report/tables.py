@@ -1,4 +1,6 @@
-"""The cross-framework table: in the terminal, as Markdown, and as CSV with units in the column names."""
+"""The cross-framework table: in the terminal, as Markdown, and as CSV with units in the column
+names.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class Row:
     """To the first ranked row of its track and device; None for a row that is not ranked."""
     ratio_low: float | None
     ratio_high: float | None
-    """95 % bootstrap interval of the ratio; None for the first ranked row, and where there are too few samples for one."""
+    """95 % bootstrap interval of the ratio; None for the first ranked row, and where there are too
+    few samples for one.
+    """
     step_ms_median: float | None
     """Over the timed steps of all repeats."""
     step_ms_p10: float | None
@@ -64,7 +68,8 @@ class Row:
     simulated_step_difference: float | None
     """Simulated over measured step time, less 1; median over the repeats."""
     peak_memory_mb: float | None
-    """10^6 bytes, added over the processes (or CUDA devices) of a run; the largest of the repeats."""
+    """10^6 bytes, added over the processes (or CUDA devices) of a run; the largest of the repeats.
+    """
     held_activation_mb: float | None
     """10^6 bytes of activations held for the backward on the stage that holds most."""
     is_baseline: bool = False
@@ -90,16 +95,22 @@ class Row:
 
     @property
     def ranked(self) -> bool:
-        """Whether the throughput counts: every repeat ended well and none trained something else."""
+        """Whether the throughput counts: every repeat ended well and none trained something else."""  # noqa: E501
         return self.status == "ok" and self.parity not in ("FAIL", "not comparable")
 
     @property
     def name(self) -> str:
         """The row in words, as in the progress bar."""
         words = [self.framework, self.schedule, self.executor if self.executor != "table" else ""]
-        words += [f"p={self.stages}", f"v={self.chunks}" if self.chunks > 1 else "", f"m={self.micro_batches}"]
+        words += [
+            f"p={self.stages}",
+            f"v={self.chunks}" if self.chunks > 1 else "",
+            f"m={self.micro_batches}",
+        ]
         words += [self.source]
-        words += variant(self.dtype, self.track, self.recompute, self.dropout, self.sequence_lengths, self.drift)
+        words += variant(
+            self.dtype, self.track, self.recompute, self.dropout, self.sequence_lengths, self.drift
+        )
         return " ".join(filter(None, words))
 
     @property
@@ -109,11 +120,17 @@ class Row:
             return "not ranked"
         if self.ratio is None:
             return ""
-        return "baseline" if self.is_baseline else Ratio(self.ratio, self.ratio_low, self.ratio_high).verdict
+        return (
+            "baseline"
+            if self.is_baseline
+            else Ratio(self.ratio, self.ratio_low, self.ratio_high).verdict
+        )
 
 
 def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
-    """One row per group; a group holds the repeats of one configuration. Ratios are within a track and kind of device."""
+    """One row per group; a group holds the repeats of one configuration. Ratios are within a track
+    and kind of device.
+    """
     groups = [group for group in groups if group]
     rows = [_row(group) for group in groups]
     baselines: dict[tuple[str, str], tuple[str, Samples]] = {}
@@ -129,7 +146,9 @@ def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
             started, baseline = baselines[kind]
             ratio = speed_ratio(samples, baseline, same_session=group[0].started == started)
             rated.append(
-                row if ratio is None else replace(row, ratio=ratio.value, ratio_low=ratio.low, ratio_high=ratio.high)
+                row
+                if ratio is None
+                else replace(row, ratio=ratio.value, ratio_low=ratio.low, ratio_high=ratio.high)
             )
     return rated
 
@@ -177,9 +196,12 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         bubble_fraction=_median([timing.measured_bubble_fraction for timing in timings]),
         simulated_bubble_fraction=_median([timing.simulated_bubble_fraction for timing in timings]),
         simulated_step_difference=_median([timing.step_difference for timing in timings]),
-        peak_memory_mb=max((sum(result.peak_memory_bytes.values()) / 1e6 for result in good), default=None),
+        peak_memory_mb=max(
+            (sum(result.peak_memory_bytes.values()) / 1e6 for result in good), default=None
+        ),
         held_activation_mb=max(
-            (held / 1e6 for result in good for held in result.held_activation_peak_bytes.values()), default=None
+            (held / 1e6 for result in good for held in result.held_activation_peak_bytes.values()),
+            default=None,
         ),
         recompute=config.recompute,
         dropout=dropout_words(config),
@@ -191,7 +213,9 @@ def _row(repeats: Sequence[RunResult]) -> Row:
 
 
 def _device(good: Sequence[RunResult]) -> tuple[str, int]:
-    """The kind of device and how many cards, as the children said; where processes differ, all that they said."""
+    """The kind of device and how many cards, as the children said; where processes differ, all that
+    they said.
+    """
     said = good[0].environment if good else {}
     if "cuda" not in str(said.get("device_kind", "cpu")):
         return "cpu", 0
@@ -219,7 +243,7 @@ def _median(values: Sequence[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-# ------------------------------------------------------------------------------------------------- columns
+# ------------------------------------------------------------------------------------------ columns
 
 
 @dataclass(frozen=True)
@@ -296,16 +320,23 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 LEGEND = (
-    f"tokens/s, step ms: medians of the timed steps (brackets: 10th and 90th percentile, of {LEAST_FOR_PERCENTILES} steps "
+    "tokens/s, step ms: medians of the timed steps (brackets: 10th and 90th percentile, of "
+    f"{LEAST_FOR_PERCENTILES} steps "
     "or more). First step: apart, it traces "
-    "and fills caches. Ratio: tokens/s to the first ranked row on the same kind of device, with a 95 % bootstrap interval "
+    "and fills caches. Ratio: tokens/s to the first ranked row on the same kind of device, with a "
+    "95 % bootstrap interval "
     "(repeats, then steps); "
-    "paired by repeat, so that a drifting machine cancels; where the interval includes 1, no difference is shown. It takes "
-    f"{LEAST_STEPS} timed steps in each of {LEAST_REPEATS} repeats; of fewer it is unknown, and there is no verdict. A row "
-    "that fails parity, or has nothing to be compared with, is not ranked. Parity: against the float64 NumPy oracle, loss "
+    "paired by repeat, so that a drifting machine cancels; where the interval includes 1, no "
+    "difference is shown. It takes "
+    f"{LEAST_STEPS} timed steps in each of {LEAST_REPEATS} repeats; of fewer it is unknown, and "
+    "there is no verdict. A row "
+    "that fails parity, or has nothing to be compared with, is not ranked. Parity: against the "
+    "float64 NumPy oracle, loss "
     "of every step and all gradients. "
-    "Bubble: idle share of all stages, measured / simulated from the run's own costs; sim. step: simulated step time "
-    "against the measured median; where stages share a GPU there is no bubble to speak of. Peak MB: 10^6 bytes, all "
+    "Bubble: idle share of all stages, measured / simulated from the run's own costs; sim. step: "
+    "simulated step time "
+    "against the measured median; where stages share a GPU there is no bubble to speak of. Peak "
+    "MB: 10^6 bytes, all "
     "processes of a run; held MB: activations held for the "
     "backward, on the stage that holds most."
 )
@@ -333,7 +364,10 @@ def columns_for(rows: Sequence[Row]) -> list[Column]:
 
 def by_track(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Return the rows of every track; they are never shown in one table."""
-    return {track: [row for row in rows if row.track == track] for track in dict.fromkeys(row.track for row in rows)}
+    return {
+        track: [row for row in rows if row.track == track]
+        for track in dict.fromkeys(row.track for row in rows)
+    }
 
 
 def print_table(rows: Sequence[Row], console: Console) -> bool:
@@ -360,7 +394,9 @@ def _rich_table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
         title = Text(column.title.replace("micro-", "micro- ").replace(" ", "\n", 1))
         table.add_column(title, justify="right" if column.numeric else "left", no_wrap=True)
     for row in rows:
-        unjudged = row.status == "skipped" or (row.status == "ok" and row.parity == "not comparable")
+        unjudged = row.status == "skipped" or (
+            row.status == "ok" and row.parity == "not comparable"
+        )
         style = None if row.ranked else ("dim" if unjudged else "red")
         table.add_row(*(Text(column.cell(row)) for column in columns), style=style)
     return table
@@ -372,7 +408,9 @@ def markdown_table(rows: Sequence[Row]) -> str:
         "| " + " | ".join(column.title for column in columns) + " |",
         "| " + " | ".join("---:" if column.numeric else "---" for column in columns) + " |",
     ]
-    lines += ["| " + " | ".join(in_cell(column.cell(row)) for column in columns) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(in_cell(column.cell(row)) for column in columns) + " |" for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 

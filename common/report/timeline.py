@@ -36,9 +36,14 @@ def write_timelines(charts: Mapping[str, Simulation], folder: Path) -> None:
     """Write `timeline.png`, `timeline.svg` and `trace.json` into `folder`, if any charts."""
     if not charts:
         return
-    draw_pictures(charts, *(folder / name for name in PICTURES), time_label="ms since the step's first action")
+    draw_pictures(
+        charts, *(folder / name for name in PICTURES), time_label="ms since the step's first action"
+    )
     write_file(folder / TRACE, json.dumps(chrome_traces(charts)))
 
 
 def _title(framework: str, kind: str, chart: Simulation) -> str:
-    return f"{framework} {chart.schedule.name}, {kind}: {chart.makespan:,.0f} ms, bubble {chart.bubble_fraction:.1%}"
+    return (
+        f"{framework} {chart.schedule.name}, {kind}: {chart.makespan:,.0f} ms, bubble "
+        f"{chart.bubble_fraction:.1%}"
+    )

@@ -7,7 +7,7 @@ One step of one stage, from the first action of any stage to the last:
            not ended yet     the way or is read            two actions       others are
 
 The five parts add up to the step's time, on every stage.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ class ActionCost(BaseModel):
     virtual_stage: int
     op: str
     seconds: float
-    """The mean over a step's micro-batches; of that the median over the timed steps. A pipeline sums actions up, so
-    within a step the mean counts; a step that the machine disturbed should not."""
+    """The mean over a step's micro-batches; of that the median over the timed steps. A pipeline
+    sums actions up, so within a step the mean counts; a step that the machine disturbed should not.
+    """
     p10_seconds: float
     p90_seconds: float
     """Of single actions."""
@@ -100,10 +101,14 @@ class Timing(BaseModel):
 
 @dataclass(frozen=True)
 class _Step:
-    """A step's times row by row as in the schedule's table, in seconds from the step's first action."""
+    """A step's times row by row as in the schedule's table, in seconds from the step's first
+    action.
+    """
 
     table: Table
-    previous_end: np.ndarray  # (n,) the end of the row before on the same device; the pipeline's begin for its first
+    previous_end: (
+        np.ndarray
+    )  # (n,) the end of the row before on the same device; the pipeline's begin for its first
     ready: np.ndarray  # (n,)
     start: np.ndarray  # (n,)
     end: np.ndarray  # (n,)
@@ -114,23 +119,30 @@ class _Step:
 
     @property
     def sender_end(self) -> np.ndarray:
-        """(n,): the end of the row whose message is waited for; minus infinity where there is none."""
+        """(n,): the end of the row whose message is waited for; minus infinity where there is none."""  # noqa: E501
         return np.where(self.table.source >= 0, self.end[self.table.source], -np.inf)
 
 
-def executed_schedule(events: Events, name: str, micro_batches: int, chunks: int, placement: Placement) -> Schedule:
+def executed_schedule(
+    events: Events, name: str, micro_batches: int, chunks: int, placement: Placement
+) -> Schedule:
     """Return the schedule that the events amount to."""
-    rows = tuple(tuple(parse_action(event.action) for event in events[device]) for device in sorted(events))
+    rows = tuple(
+        tuple(parse_action(event.action) for event in events[device]) for device in sorted(events)
+    )
     return Schedule(name, rows, micro_batches, chunks, placement)
 
 
 def executed(schedule: Schedule, events: Events) -> Simulation:
-    """The events of one step in the simulator's form, so that whatever draws a simulation draws a run.
+    """Return the events of one step in the simulator's form, so that whatever draws a simulation
+    draws a run.
 
     Times are in milliseconds from the step's first action.
     """
     step = _step(tabulate(schedule), events)
-    return Simulation(step.table, Costs.uniform(schedule.num_devices), step.start * 1e3, step.end * 1e3)
+    return Simulation(
+        step.table, Costs.uniform(schedule.num_devices), step.start * 1e3, step.end * 1e3
+    )
 
 
 def simulated(schedule: Schedule, timing: Timing) -> Simulation:
@@ -143,7 +155,8 @@ def simulated(schedule: Schedule, timing: Timing) -> Simulation:
 def measure(
     steps: Sequence[Events], step_seconds: Sequence[float], schedule: Schedule, untimed_steps: int
 ) -> Timing | None:
-    """The timing of a run from the events of all its steps; None if no step is timed or the events are not the schedule's.
+    """Return the timing of a run from the events of all its steps; None if no step is timed or the
+    events are not the schedule's.
 
     `step_seconds` is each whole step, with the optimizer. The first `untimed_steps` are left out.
     """
@@ -151,7 +164,10 @@ def measure(
     devices = range(schedule.num_devices)
     complete = all(
         sorted(steps[i]) == list(devices)
-        and all([e.action for e in steps[i][d]] == [str(a) for a in schedule.devices[d]] for d in devices)
+        and all(
+            [e.action for e in steps[i][d]] == [str(a) for a in schedule.devices[d]]
+            for d in devices
+        )
         for i in timed
     )
     if not timed or not complete or not schedule.num_actions:
@@ -220,7 +236,9 @@ def _costs(steps: Sequence[_Step]) -> tuple[ActionCost, ...]:
 
 
 def _hop_seconds(steps: Sequence[_Step]) -> float:
-    """From a sender's end to a waiting receiver's start, mean and median as for `ActionCost`; 0 if none waited."""
+    """From a sender's end to a waiting receiver's start, mean and median as for `ActionCost`; 0 if
+    none waited.
+    """
     means = []
     for step in steps:
         sent = step.sender_end
@@ -231,11 +249,13 @@ def _hop_seconds(steps: Sequence[_Step]) -> float:
     return statistics.median(means) if means else 0.0
 
 
-def _simulate(table: Table, cost: Mapping[tuple[int, str], float], hop_seconds: float, unit: float) -> Simulation:
+def _simulate(
+    table: Table, cost: Mapping[tuple[int, str], float], hop_seconds: float, unit: float
+) -> Simulation:
     """Plays the table with a cost for each (virtual stage, operation); times are seconds x `unit`.
 
-    Differs from `common.schedule.simulate` in the costs alone: there they are per device, here per virtual stage, since
-    the embedding's and the head's chunks are unlike the others.
+    Differs from `common.schedule.simulate` in the costs alone: there they are per device, here per
+    virtual stage, since the embedding's and the head's chunks are unlike the others.
     """
     stages = table.virtual_stage.tolist()
     spent = [unit * cost[k, OPS[op].value] for k, op in zip(stages, table.op.tolist(), strict=True)]
@@ -245,12 +265,15 @@ def _simulate(table: Table, cost: Mapping[tuple[int, str], float], hop_seconds: 
     def of_device(op: Op) -> tuple[float, ...]:
         chunks = range(schedule.num_chunks)
         return tuple(
-            unit * sum(cost.get((schedule.virtual_stage(d, chunk), op.value), 0.0) for chunk in chunks)
+            unit
+            * sum(cost.get((schedule.virtual_stage(d, chunk), op.value), 0.0) for chunk in chunks)
             for d in range(schedule.num_devices)
         )
 
     whole = tuple(map(sum, zip(of_device(Op.B), of_device(Op.BW), strict=True)))
-    costs = Costs(of_device(Op.F), whole, of_device(Op.W), (unit * hop_seconds,) * schedule.num_devices)
+    costs = Costs(
+        of_device(Op.F), whole, of_device(Op.W), (unit * hop_seconds,) * schedule.num_devices
+    )
     return Simulation(table, costs, np.array(played.start), np.array(played.end))
 
 
@@ -260,7 +283,9 @@ def _stage_time(steps: Sequence[_Step], seconds: Sequence[float], device: int) -
     rows = slice(int(table.bounds[device]), int(table.bounds[device + 1]))
     parts = []
     for step, whole in zip(steps, seconds, strict=True):
-        previous, ready, start, end = (a[rows] for a in (step.previous_end, step.ready, step.start, step.end))
+        previous, ready, start, end = (
+            a[rows] for a in (step.previous_end, step.ready, step.start, step.end)
+        )
         sent = np.clip(step.sender_end[rows], ready, start)
         # A thread that starts late loses nothing while its first message is still to come.
         in_time = float(np.clip(step.sender_end[rows][0], previous[0], ready[0]) - previous[0])
@@ -275,4 +300,10 @@ def _stage_time(steps: Sequence[_Step], seconds: Sequence[float], device: int) -
             ]
         )
     compute, communication, schedule, host, rest = np.mean(parts, axis=0).tolist()
-    return StageTime(compute=compute, communication_wait=communication, schedule_wait=schedule, host=host, rest=rest)
+    return StageTime(
+        compute=compute,
+        communication_wait=communication,
+        schedule_wait=schedule,
+        host=host,
+        rest=rest,
+    )

@@ -13,7 +13,9 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def usable_cpus() -> int:
     """Return the logical CPUs in the affinity mask, or fewer by a cgroup's quota, rounded up."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, min([affinity, *map(math.ceil, cgroup_quotas())]))
 
 

@@ -1,9 +1,10 @@
 """The worker side of `triptych dump`: everything that one step computes, and every unit by itself.
 
-Two kinds of tensors. Those of the step as it runs carry the errors of all that came before them. Those of a unit alone do
-not: the unit gets the float64 oracle's input and output gradient, at the oracle's weights, so a difference is its own; in
-the same way the optimizer gets the oracle's gradients and moments. The oracle's tensors are in the dump as well (phases
-"reference_*"), so that any other implementation of the model can be fed with them.
+Two kinds of tensors. Those of the step as it runs carry the errors of all that came before them.
+Those of a unit alone do not: the unit gets the float64 oracle's input and output gradient, at the
+oracle's weights, so a difference is its own; in the same way the optimizer gets the oracle's
+gradients and moments. The oracle's tensors are in the dump as well (phases "reference_*"), so that
+any other implementation of the model can be fed with them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class Reference:
         for tensor, by_unit in (("input", self.inputs), ("output_gradient", self.output_gradients)):
             for unit, array in by_unit.items():
                 found[TensorKey(batch.step, "reference_unit", 0, -1, unit, tensor)] = array
-        for phase, by_name in (("reference_weight", self.weights), ("reference_gradient", self.gradients)):
+        for phase, by_name in (
+            ("reference_weight", self.weights),
+            ("reference_gradient", self.gradients),
+        ):
             for name, array in by_name.items():
                 found[TensorKey(batch.step, phase, 0, -1, unit_of(name), name)] = array
         for key, array in self.moments.items():
@@ -76,14 +80,22 @@ def reference_at(job: Job, corpus: Corpus, step: int) -> Reference:
             for moment, of in _moments(config, trained).items()
             for name, value in of.items()
         },
-        inputs={unit: in_precision(outputs[before], config.train.dtype) for before, unit in itertools.pairwise(units)},
-        output_gradients={unit: in_precision(oracle.output_gradients[unit], config.train.dtype) for unit in units},
+        inputs={
+            unit: in_precision(outputs[before], config.train.dtype)
+            for before, unit in itertools.pairwise(units)
+        },
+        output_gradients={
+            unit: in_precision(oracle.output_gradients[unit], config.train.dtype) for unit in units
+        },
     )
 
 
 def _moments(config: RunConfig, oracle: Oracle) -> dict[str, Arrays]:
     if config.train.optimizer == "adamw":
-        return {"first_moment": dict(oracle.first_moment), "second_moment": dict(oracle.second_moment)}
+        return {
+            "first_moment": dict(oracle.first_moment),
+            "second_moment": dict(oracle.second_moment),
+        }
     return {"first_moment": dict(oracle.first_moment)} if config.train.momentum else {}
 
 

@@ -69,7 +69,10 @@ class Engine(Protocol):
         """
 
     def probe_units(
-        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+        self,
+        batch: Batch,
+        inputs: Mapping[str, NDArray[Any]],
+        output_gradients: Mapping[str, NDArray[Any]],
     ) -> dict[TensorKey, NDArray[Any]]:
         """Run every unit by itself on given tensors, so that no unit's error reaches another.
 

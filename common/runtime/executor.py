@@ -14,7 +14,7 @@ For every action of the list, `run_stage` does four things:
     [4] send       pass the result on, if another virtual stage needs it
 
 F, B, W and BW are called F, I, W and B in torch.distributed.pipelining.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class Message:
     virtual_stage: int
 
     def __str__(self) -> str:
-        return f"{self.kind} of micro-batch {self.micro_batch} into virtual stage {self.virtual_stage}"
+        return (
+            f"{self.kind} of micro-batch {self.micro_batch} into virtual stage {self.virtual_stage}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +56,15 @@ class Event:
 
 
 class Clock(Protocol):
-    """Says when: at once on a CPU; for a device whose work is only queued, when the pass has ended."""
+    """Says when: at once on a CPU; for a device whose work is only queued, when the pass has ended."""  # noqa: E501
 
     def mark(self) -> Any:
         """Now, in the order of the device's work."""
 
     def seconds(self, mark: Any) -> float:
-        """When that was, in seconds of the monotonic clock. Waits for the device where it has not got there yet."""
+        """When that was, in seconds of the monotonic clock. Waits for the device where it has not
+        got there yet.
+        """
 
 
 class HostClock:
@@ -91,7 +95,9 @@ class Stage(Protocol[Tensor]):
         Virtual stage 0 returns None: tokens have no gradient.
         """
 
-    def backward_input(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
+    def backward_input(
+        self, micro_batch: int, chunk: int, gradient: Tensor | None
+    ) -> Tensor | None:
         """Return the input's gradient alone, and keep what `backward_weight` needs."""
 
     def backward_weight(self, micro_batch: int, chunk: int) -> None:
@@ -157,10 +163,14 @@ def run_stage(
                     result = None
             to = sends_to(Step(action.op, i, k), last + 1)  # [4]
             if to is not None:
-                kind: Literal["activation", "gradient"] = "activation" if action.op is Op.F else "gradient"
+                kind: Literal["activation", "gradient"] = (
+                    "activation" if action.op is Op.F else "gradient"
+                )
                 channel.send(Message(kind, i, to), result, schedule.location[to][0])
             del received, result  # else this frame keeps an activation alive in the next wait
             marks.append((action, ready, start, clock.mark()))
         except Exception as error:
-            raise StageFailure(f"device {device}, action {action}: {type(error).__name__}: {error}") from error
+            raise StageFailure(
+                f"device {device}, action {action}: {type(error).__name__}: {error}"
+            ) from error
     return [Event(action, *map(clock.seconds, when)) for action, *when in marks]

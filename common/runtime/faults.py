@@ -1,4 +1,5 @@
-"""Faults on purpose: `triptych train --fault kill@device=1,step=3,action=BW2` shows what a run makes of one.
+"""Faults on purpose: `triptych train --fault kill@device=1,step=3,action=BW2` shows what a run
+makes of one.
 
     exception@...   the action raises
     kill@...        SIGKILL to the process that holds the device
@@ -6,9 +7,10 @@
     oom@...         the process allocates, under a limit just above what it uses, until there is no more
     disk-full@...   from here on no file of this process may grow beyond 4 KiB
 
-`device` and `step` are 0 where not named. `action` is one of the schedule's (F0, B3, W2.1), or `optimizer`, or `save`,
-where the process is about to do so. Without it the first action of the step is meant, for disk-full the save.
-"""
+`device` and `step` are 0 where not named. `action` is one of the schedule's (F0, B3, W2.1), or
+`optimizer`, or `save`, where the process is about to do so. Without it the first action of the step
+is meant, for disk-full the save.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -50,16 +52,22 @@ class Fault:
     """An action's text, "optimizer" or "save"; None: the first action of the step."""
 
     def __str__(self) -> str:
-        return f"{self.kind}@device={self.device},step={self.step}" + (f",action={self.action}" if self.action else "")
+        return f"{self.kind}@device={self.device},step={self.step}" + (
+            f",action={self.action}" if self.action else ""
+        )
 
     @classmethod
     def parse(cls, text: str) -> Fault:
         """Read the text form. Raises FaultError."""
         if len(text) > MAX_TEXT or not text.isprintable():
-            raise FaultError(f"{text[:MAX_TEXT]!r}: no fault; expected such as kill@device=1,step=3,action=BW2")
+            raise FaultError(
+                f"{text[:MAX_TEXT]!r}: no fault; expected such as kill@device=1,step=3,action=BW2"
+            )
         kind, _, place = text.partition("@")
         if kind not in KINDS:
-            raise FaultError(f"{text!r}: unknown fault; expected one of {', '.join(KINDS)}, as in kill@step=3")
+            raise FaultError(
+                f"{text!r}: unknown fault; expected one of {', '.join(KINDS)}, as in kill@step=3"
+            )
         numbers, action = {"device": 0, "step": 0}, None
         for word in filter(None, place.split(",")):
             key, _, value = word.partition("=")
@@ -69,7 +77,12 @@ class Fault:
                 action = _action(text, value)
             else:
                 raise FaultError(f"{text!r}: {word}; expected device=N, step=N or action=F0")
-        return cls(kind, numbers["device"], numbers["step"], action or ("save" if kind == "disk-full" else None))
+        return cls(
+            kind,
+            numbers["device"],
+            numbers["step"],
+            action or ("save" if kind == "disk-full" else None),
+        )
 
     def strike(self) -> None:
         """Let the fault happen, to this process or thread."""

@@ -9,12 +9,14 @@ from collections.abc import Callable, Collection, Hashable
 class HeldActivations:
     """The most that a device's stage has held after any of its actions.
 
-    Micro-batches of one kind hold the same: of one size, and with the forward computed again in B or not. So a stage
-    measures each chunk once for each kind and afterwards only counts. `bytes_of` a micro-batch is what its F leaves for B,
-    `waiting_bytes_of` it what its B leaves for W.
+    Micro-batches of one kind hold the same: of one size, and with the forward computed again in B
+    or not. So a stage measures each chunk once for each kind and afterwards only counts. `bytes_of`
+    a micro-batch is what its F leaves for B, `waiting_bytes_of` it what its B leaves for W.
     """
 
-    def __init__(self, chunks: int, kind: Callable[[int], Hashable] = lambda micro_batch: None) -> None:
+    def __init__(
+        self, chunks: int, kind: Callable[[int], Hashable] = lambda micro_batch: None
+    ) -> None:
         self._kind = kind
         self._bytes: dict[Hashable, list[int]] = defaultdict(lambda: [0] * chunks)
         self._waiting_bytes: dict[Hashable, list[int]] = defaultdict(lambda: [0] * chunks)
@@ -30,7 +32,9 @@ class HeldActivations:
         """As `bytes_of`."""
         return self._waiting_bytes[self._kind(micro_batch)]
 
-    def note(self, in_flight: Collection[tuple[int, int]], waiting: Collection[tuple[int, int]]) -> None:
+    def note(
+        self, in_flight: Collection[tuple[int, int]], waiting: Collection[tuple[int, int]]
+    ) -> None:
         """Note the (micro-batch, chunk) pairs that wait for their B and for their W."""
         held = sum(self.bytes_of(micro_batch)[chunk] for micro_batch, chunk in in_flight)
         held += sum(self.waiting_bytes_of(micro_batch)[chunk] for micro_batch, chunk in waiting)

@@ -1,12 +1,14 @@
 """Evaluating and generating in a worker process, through the pipeline, forward only.
 
-Which token comes next is decided here and not in a framework: from logits as NumPy arrays, by float64 arithmetic and a
-random number that is a function of (seed, sample, position) alone. So the frameworks give the same tokens as long as their
-logits are close enough, which `closest_call` measures: the smallest distance that any choice had to the next one, in logits
-(greedy, and the last of the top k) or in probability (sampled). A tie goes to the lower token.
+Which token comes next is decided here and not in a framework: from logits as NumPy arrays, by
+float64 arithmetic and a random number that is a function of (seed, sample, position) alone. So the
+frameworks give the same tokens as long as their logits are close enough, which `closest_call`
+measures: the smallest distance that any choice had to the next one, in logits (greedy, and the last
+of the top k) or in probability (sampled). A tie goes to the lower token.
 
-Logits of two frameworks differ by some 1e-15 (float64) or 1e-6 (float32) of their size. A closest call well above that
-means that no framework can have chosen otherwise; below it, the texts may part at that token.
+Logits of two frameworks differ by some 1e-15 (float64) or 1e-6 (float32) of their size. A closest
+call well above that means that no framework can have chosen otherwise; below it, the texts may part
+at that token.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from common.runtime.job import Generation, Job
 from common.spec.data import Corpus
 
 SHORTEST = 16
-"""Contexts are filled up to this length, twice this, and so on, so that few shapes are traced or compiled."""
+"""Contexts are filled up to this length, twice this, and so on, so that few shapes are traced or
+compiled.
+"""
 
 
 class Evaluated(BaseModel):
@@ -91,7 +95,9 @@ def generate(engine: Engine, job: Job) -> Generated:
     wish, model, m = job.generation, job.config.model, job.config.train.micro_batches
     if wish is None:
         raise ValueError("a job that is to generate needs to know what")
-    rows = max(wish.samples, m)  # every micro-batch has at least one; those beyond the samples are not looked at
+    rows = max(
+        wish.samples, m
+    )  # every micro-batch has at least one; those beyond the samples are not looked at
     texts = [list(wish.prompt) for _ in range(rows)]
     closest, seconds, first_of_length, lengths = math.inf, [], [], set()
     for position in range(wish.tokens):
@@ -122,7 +128,9 @@ def padded_length(length: int, context_length: int) -> int:
     return min(context_length, max(SHORTEST, 1 << (length - 1).bit_length()))
 
 
-def next_logits(engine: Engine, contexts: NDArray[np.int64], context_length: int) -> NDArray[np.float64]:
+def next_logits(
+    engine: Engine, contexts: NDArray[np.int64], context_length: int
+) -> NDArray[np.float64]:
     """Return logits (B, V) after the last token of each context (B, s).
 
     Contexts are padded at the end, which no position before can see.
@@ -132,7 +140,9 @@ def next_logits(engine: Engine, contexts: NDArray[np.int64], context_length: int
     return np.asarray(engine.predict(inputs)[:, last], np.float64)
 
 
-def pick(logits: NDArray[np.float64], wish: Generation, sample: int, position: int) -> tuple[int, float]:
+def pick(
+    logits: NDArray[np.float64], wish: Generation, sample: int, position: int
+) -> tuple[int, float]:
     """Return the next token, and how close another one was."""
     if wish.temperature is None:
         best = int(np.argmax(logits))  # the first of equals
@@ -145,7 +155,9 @@ def pick(logits: NDArray[np.float64], wish: Generation, sample: int, position: i
         kept = scaled >= order[wish.top_k - 1]
         call = float(order[wish.top_k - 1] - order[wish.top_k]) * wish.temperature
     weights = np.where(kept, np.exp(scaled - scaled.max()), 0.0)
-    edges = np.cumsum(weights) / weights.sum()  # in the order of the tokens, where near-ties cannot change places
+    edges = (
+        np.cumsum(weights) / weights.sum()
+    )  # in the order of the tokens, where near-ties cannot change places
     draw = uniform(wish.seed, sample, position)
     token = int(np.searchsorted(edges, draw, side="right"))
     token = min(token, int(np.flatnonzero(kept)[-1]))  # the last edge may be rounded below 1
@@ -155,7 +167,9 @@ def pick(logits: NDArray[np.float64], wish: Generation, sample: int, position: i
 
 def uniform(seed: int, sample: int, position: int) -> float:
     """Return a number in [0, 1) that depends on nothing else (Philox: Salmon et al. 2011)."""
-    philox = np.random.Philox(key=np.array([seed, sample], np.uint64), counter=np.array([0, 0, 0, position], np.uint64))
+    philox = np.random.Philox(
+        key=np.array([seed, sample], np.uint64), counter=np.array([0, 0, 0, position], np.uint64)
+    )
     return float(np.random.Generator(philox).random())
 
 

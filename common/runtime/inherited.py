@@ -22,7 +22,7 @@ LEFT_BEHIND = re.compile(
     | FLAGS_(use_mkldnn|use_onednn|use_cinn|use_fast_math|prim_.*)
     # Python's: the frameworks need their asserts, and warn when they are imported.
     | PYTHON(OPTIMIZE|WARNINGS|INSPECT)
-    """,
+    """,  # noqa: E501
     re.VERBOSE,
 )
 
@@ -39,7 +39,11 @@ def kept(variables: Mapping[str, str]) -> dict[str, str]:
     Keras reads no keras.json: its folder is a device, in which there can be none.
     """
     ignored = [name for name in variables if LEFT_BEHIND.fullmatch(name)]
-    own = {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, IGNORED: " ".join(sorted(ignored))}
+    own = {
+        "KERAS_BACKEND": "tensorflow",
+        "KERAS_HOME": os.devnull,
+        IGNORED: " ".join(sorted(ignored)),
+    }
     return {name: value for name, value in variables.items() if name not in ignored} | own
 
 
@@ -50,5 +54,9 @@ def report() -> dict[str, Any]:
     """
     heeded = {name: value for name, value in sorted(os.environ.items()) if REPORTED.fullmatch(name)}
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
-    found = {"variables": heeded, "ignored_variables": os.environ.get(IGNORED, "").split(), "niceness": niceness}
+    found = {
+        "variables": heeded,
+        "ignored_variables": os.environ.get(IGNORED, "").split(),
+        "niceness": niceness,
+    }
     return {key: value for key, value in found.items() if value}

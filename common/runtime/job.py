@@ -1,4 +1,5 @@
-"""What the parent hands to a child: a list of jobs in a JSON file. What the child hands back: files in each job's folder.
+"""What the parent hands to a child: a list of jobs in a JSON file. What the child hands back: files
+in each job's folder.
 
 progress.jsonl        lines as they happen, from the process that holds device 0 (read by the progress bar)
 not-finite-<device>.json   the first tensor of this process that was not finite, where the job was to stop at one
@@ -6,7 +7,7 @@ part-<device>.json    one `Part` per process, named after its first device
 part-<device>.safetensors   step 0's gradients; for a probe also activations, one optimizer step, trained weights
 evaluation.json, generation.json   what inference found, from the process that holds device 0
 failed-<device>.txt   the traceback, where a job failed
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -71,10 +72,13 @@ class Job(BaseModel):
     out: OsText
     """The job's folder; the parent makes it."""
     kind: Literal["train", "probe", "dump", "evaluate", "generate"] = "train"
-    """probe: also write the tensors of the parity ladder. dump: those of the step after `stop_at` (`runtime.dumping`).
-    evaluate, generate: train nothing (`runtime.inference`)."""
+    """probe: also write the tensors of the parity ladder. dump: those of the step after `stop_at`
+    (`runtime.dumping`). evaluate, generate: train nothing (`runtime.inference`).
+    """
     noise: float = 0.0
-    """Added to the initial weights (times standard normal), so that no bias is 0 and no norm weight 1 in a test."""
+    """Added to the initial weights (times standard normal), so that no bias is 0 and no norm weight
+    1 in a test.
+    """
     text: JobText | None = None
     """None if nothing reads text; `launch` adds it to jobs without one."""
     resume: OsText | None = None
@@ -108,7 +112,9 @@ class JobFile(BaseModel):
         try:
             file = cls.model_validate_json(read_text(Path(path)))
         except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}; expected a readable file of jobs") from None
+            raise ValueError(
+                f"{path}: {error.strerror}; expected a readable file of jobs"
+            ) from None
         except ValidationError as error:
             raise ValueError(f"{path}: {'; '.join(explain(error).splitlines())}") from None
         except UnicodeDecodeError as error:
@@ -119,10 +125,12 @@ class JobFile(BaseModel):
         return file
 
     def write(self, path: str | Path) -> None:
-        """Adds the texts of the jobs' schedules that this process keeps."""
+        """Add the texts of the jobs' schedules that this process keeps."""
         paths = {str(Path(job.config.schedule.removeprefix("file:"))) for job in self.jobs}
         texts = {path: text for path, text in generators.kept.items() if path in paths}
-        write_file(Path(path), self.model_copy(update={"schedules": texts}).model_dump_json(indent=1))
+        write_file(
+            Path(path), self.model_copy(update={"schedules": texts}).model_dump_json(indent=1)
+        )
 
 
 class EventRecord(BaseModel):

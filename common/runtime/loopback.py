@@ -17,7 +17,8 @@ def why_no_loopback() -> str | None:
             socket.create_connection(server.getsockname(), ANSWER_SECONDS).close()
     except OSError as error:
         return (
-            f"no loopback interface, over which its stages talk: 127.0.0.1 cannot be reached ({error.strerror}); "
+            "no loopback interface, over which its stages talk: 127.0.0.1 cannot be reached "
+            f"({error.strerror}); "
             f"expected it to be up, as by `ip link set lo up`"
         )
     return None

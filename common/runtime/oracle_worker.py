@@ -1,4 +1,5 @@
-"""The oracle as a worker process: `python -m common.runtime.oracle_worker JOBS.json` leaves the same files as a framework.
+"""The oracle as a worker process: `python -m common.runtime.oracle_worker JOBS.json` leaves the
+same files as a framework.
 
 So the parent starts, watches, ends and reads it like any other run.
 """
@@ -38,7 +39,9 @@ def memory_bytes(config: RunConfig) -> int:
 
 
 class OracleEngine:
-    """The float64 model of `common.oracle.reference` behind the `Engine` protocol. Knows neither stages nor schedules."""
+    """The float64 model of `common.oracle.reference` behind the `Engine` protocol. Knows neither
+    stages nor schedules.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -61,7 +64,10 @@ class OracleEngine:
         return dict(self.oracle.unit_outputs(batch, self.config.train.micro_batches))
 
     def probe_units(
-        self, batch: Batch, inputs: Mapping[str, NDArray[Any]], output_gradients: Mapping[str, NDArray[Any]]
+        self,
+        batch: Batch,
+        inputs: Mapping[str, NDArray[Any]],
+        output_gradients: Mapping[str, NDArray[Any]],
     ) -> dict[TensorKey, NDArray[Any]]:
         pieces = self.config.train.micro_batches
         found: dict[TensorKey, NDArray[Any]] = {}
@@ -70,10 +76,16 @@ class OracleEngine:
                 batch, unit, inputs.get(unit), output_gradients[unit]
             )
             key = TensorKey(batch.step, "unit_forward", 0, -1, unit, "output")
-            found |= {key._replace(micro_batch=i): piece for i, piece in enumerate(np.array_split(output, pieces))}
+            found |= {
+                key._replace(micro_batch=i): piece
+                for i, piece in enumerate(np.array_split(output, pieces))
+            }
             key = key._replace(phase="unit_backward", tensor="input_gradient")
             if input_gradient is not None:
-                found |= {key._replace(micro_batch=i): p for i, p in enumerate(np.array_split(input_gradient, pieces))}
+                found |= {
+                    key._replace(micro_batch=i): p
+                    for i, p in enumerate(np.array_split(input_gradient, pieces))
+                }
             found |= {key._replace(tensor=name): gradient for name, gradient in gradients.items()}
         return found
 
@@ -83,10 +95,18 @@ class OracleEngine:
 
     def optimizer_state(self) -> Arrays:
         train, oracle = self.config.train, self.oracle
-        moments = {"first_moment": oracle.first_moment} if train.optimizer == "adamw" or train.momentum else {}
+        moments = (
+            {"first_moment": oracle.first_moment}
+            if train.optimizer == "adamw" or train.momentum
+            else {}
+        )
         if train.optimizer == "adamw":
             moments["second_moment"] = oracle.second_moment
-        return {f"{moment}/{name}": value.copy() for moment, of in moments.items() for name, value in of.items()}
+        return {
+            f"{moment}/{name}": value.copy()
+            for moment, of in moments.items()
+            for name, value in of.items()
+        }
 
     def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
         for key, value in state.items():
@@ -100,13 +120,20 @@ class OracleEngine:
         return dict(self.oracle.gradients)
 
     def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
-        self.oracle.gradients = {name: np.asarray(value, np.float64) for name, value in gradients.items()}
+        self.oracle.gradients = {
+            name: np.asarray(value, np.float64) for name, value in gradients.items()
+        }
 
     def events(self) -> dict[int, list[Event]]:
         return {device: [] for device in self.devices}
 
     def environment(self) -> dict[str, Any]:
-        return {"framework": "oracle", "version": f"numpy {np.__version__}", "device": "cpu", "dtype": "float64"}
+        return {
+            "framework": "oracle",
+            "version": f"numpy {np.__version__}",
+            "device": "cpu",
+            "dtype": "float64",
+        }
 
     def peak_memory_bytes(self) -> dict[int, int]:
         return {0: peak_resident_bytes()}

@@ -50,7 +50,9 @@ class Patience:
 
 
 def _cpu_seconds(pid: int) -> tuple[dict[int, float], dict[int, float]]:
-    """What a process and its descendants have computed so far: by process, with its dead children; and by thread."""
+    """What a process and its descendants have computed so far: by process, with its dead children;
+    and by thread.
+    """
     processes: dict[int, float] = {}
     threads: dict[int, float] = {}
     with contextlib.suppress(psutil.Error):
@@ -58,7 +60,9 @@ def _cpu_seconds(pid: int) -> tuple[dict[int, float], dict[int, float]]:
         for process in (parent, *parent.children(recursive=True)):
             with contextlib.suppress(psutil.Error):
                 processes[process.pid] = float(sum(process.cpu_times()[:4]))
-                threads |= {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
+                threads |= {
+                    thread.id: thread.user_time + thread.system_time for thread in process.threads()
+                }
     return processes, threads
 
 

@@ -1,8 +1,8 @@
 """One process per stage: started together, ended together.
 
-The framework is imported once and then forked, which starts two stages in about half the time of its own launcher; for
-GPUs every rank is spawned. A rank dies with its parent; if one rank fails, the others end at once, and the jobs after the
-failed one get new ranks.
+The framework is imported once and then forked, which starts two stages in about half the time of
+its own launcher; for GPUs every rank is spawned. A rank dies with its parent; if one rank fails,
+the others end at once, and the jobs after the failed one get new ranks.
 """
 
 from __future__ import annotations
@@ -36,20 +36,26 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Ranks:
-    """What an implementation says about its processes. The functions run inside a rank; spawned ones find them by name."""
+    """What an implementation says about its processes. The functions run inside a rank; spawned
+    ones find them by name.
+    """
 
     name: str
     """Of the implementation, for messages."""
     join: Callable[[int, Sequence[str], RunConfig], Callable[[RunConfig], Engine]]
-    """(rank, addresses of all ranks as host:port, first config) -> build_engine; returns when all have joined."""
+    """(rank, addresses of all ranks as host:port, first config) -> build_engine; returns when all
+    have joined.
+    """
     wait_for_all: Callable[[int], None]
     """(number of ranks): returns when all have called it."""
     start_method: Literal["fork", "spawn"] = "fork"
-    """spawn where the ranks use GPUs: CUDA, once it was asked anything, does not work after a fork."""
+    """spawn where the ranks use GPUs: CUDA, once it was asked anything, does not work after a fork.
+    """
 
 
 def run_on_ranks(ranks: Ranks, jobs: Sequence[Job], switch: Switch = no_drift) -> int:
-    """Runs the jobs, which share `stages` and `device`, on one process per stage. Returns the exit status.
+    """Run the jobs, which share `stages` and `device`, on one process per stage. Returns the exit
+    status.
 
     `switch` is that of `common.runtime.worker.run_jobs`; every rank calls it.
     """
@@ -70,7 +76,10 @@ def _run_until_failure(ranks: Ranks, jobs: Sequence[Job], switch: Switch) -> int
     endpoints = _free_endpoints(stages)
     progress = context.Array("i", stages, lock=False)  # the job that each rank is at
     arguments = (ranks, jobs, switch, dict(generators.kept), endpoints, os.getpid(), progress)
-    processes = [context.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(stages)]
+    processes = [
+        context.Process(target=_rank_main, args=(rank, *arguments), daemon=True)
+        for rank in range(stages)
+    ]
     try:
         for process in processes:
             process.start()
@@ -132,10 +141,13 @@ def _rank_main(
         for index, job in enumerate(jobs):
             progress[rank] = index
             if run_jobs(JobFile(jobs=(job,)), build_engine, first_device=rank, switch=switch):
-                # Not sys.exit: whoever waits for this rank is to know now, not after a farewell to all.
+                # Not sys.exit: whoever waits for this rank is to know now, not after a farewell to
+                # all.
                 sys.stdout.flush()
                 os._exit(1)
-            ranks.wait_for_all(len(endpoints))  # no rank goes on before all have ended this job well
+            ranks.wait_for_all(
+                len(endpoints)
+            )  # no rank goes on before all have ended this job well
     except Exception:
         text = traceback.format_exc()
         print(text, flush=True)
@@ -160,7 +172,11 @@ def _signals_as_exit() -> Iterator[None]:
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    heeded = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+    heeded = [
+        number
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, leave) for number in heeded}
     try:
         yield

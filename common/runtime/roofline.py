@@ -65,7 +65,9 @@ def kernels(config: RunConfig) -> list[Kernel]:
         for part in ("", ", input gradient", ", weight gradient")
     ]
     attention = 2 * n * model.context_length * d
-    found += [Kernel(f"attention {name}", attention, "GFLOP/s", 3 * layers) for name in ("scores", "mix")]
+    found += [
+        Kernel(f"attention {name}", attention, "GFLOP/s", 3 * layers) for name in ("scores", "mix")
+    ]
     scores = sequences * model.num_heads * model.context_length**2
     passes = {  # with the gradient, each reads x and dy and writes y and dx
         "softmax and gradient": (scores, layers),
@@ -74,10 +76,15 @@ def kernels(config: RunConfig) -> list[Kernel]:
         "loss and gradient": (n * model.vocab_size, 1),
     }
     size = BYTES[train.dtype]
-    return found + [Kernel(name, 4 * count * size, "GB/s", calls) for name, (count, calls) in passes.items()]
+    return found + [
+        Kernel(name, 4 * count * size, "GB/s", calls) for name, (count, calls) in passes.items()
+    ]
 
 
-PEAKS = (Kernel("product of 1,024 x 1,024", 2 * 1024**3, "GFLOP/s", 0), Kernel("copy of 64 MiB", 2**27, "GB/s", 0))
+PEAKS = (
+    Kernel("product of 1,024 x 1,024", 2 * 1024**3, "GFLOP/s", 0),
+    Kernel("copy of 64 MiB", 2**27, "GB/s", 0),
+)
 """What the machine itself is measured by."""
 
 
@@ -96,7 +103,10 @@ def answer(
         operation()  # traces, and fills caches
     print(json.dumps({"environment": environment}, default=str), flush=True)
     for _ in sys.stdin:
-        print(json.dumps({name: seconds_of(operation) for name, operation in operations.items()}), flush=True)
+        print(
+            json.dumps({name: seconds_of(operation) for name, operation in operations.items()}),
+            flush=True,
+        )
     return 0
 
 
@@ -129,7 +139,10 @@ def _machine(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         for _ in range(COPIES):
             np.copyto(target, source)
 
-    return {PEAKS[0].name: product, PEAKS[1].name: copy}, {"framework": "NumPy", "version": np.__version__}
+    return {PEAKS[0].name: product, PEAKS[1].name: copy}, {
+        "framework": "NumPy",
+        "version": np.__version__,
+    }
 
 
 if __name__ == "__main__":

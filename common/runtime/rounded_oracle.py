@@ -1,7 +1,9 @@
-"""The oracle as bfloat16 would have it at best: its forward and backward see the weights rounded to bfloat16.
+"""The oracle as bfloat16 would have it at best: its forward and backward see the weights rounded to
+bfloat16.
 
-`python -m common.runtime.rounded_oracle JOBS.json`. Arithmetic, gradients and the weights that the optimizer changes stay
-in float64. So what sets it apart from the oracle is what `--dtype bfloat16` means, whatever the framework.
+`python -m common.runtime.rounded_oracle JOBS.json`. Arithmetic, gradients and the weights that the
+optimizer changes stay in float64. So what sets it apart from the oracle is what `--dtype bfloat16`
+means, whatever the framework.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class RoundedOracleEngine(OracleEngine):
     @contextmanager
     def _rounded(self) -> Iterator[None]:
         masters = self.oracle.weights
-        self.oracle.weights = {name: in_precision(w, "bfloat16").astype(np.float64) for name, w in masters.items()}
+        self.oracle.weights = {
+            name: in_precision(w, "bfloat16").astype(np.float64) for name, w in masters.items()
+        }
         try:
             yield
         finally:

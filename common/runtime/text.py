@@ -20,7 +20,9 @@ from common.spec.run import RunConfig
 
 
 class Texts:
-    """The texts of the jobs of one run, each read when it is first asked for, and then the same for all."""
+    """The texts of the jobs of one run, each read when it is first asked for, and then the same for
+    all.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,7 +48,9 @@ def write_text(corpus: Corpus, folder: Path, number: int = 0) -> JobText:
     try:
         np.save(tokens, corpus.tokens)
     except OSError as error:  # NumPy says how many numbers found no room, and not where
-        raise OSError(error.errno or errno.ENOSPC, os.strerror(error.errno or errno.ENOSPC), str(tokens)) from None
+        raise OSError(
+            error.errno or errno.ENOSPC, os.strerror(error.errno or errno.ENOSPC), str(tokens)
+        ) from None
     if corpus.tokenizer is not None:
         tokenizer.write_bytes(corpus.tokenizer)
     return JobText(
@@ -74,7 +78,9 @@ def with_texts(jobs: Sequence[Job], folder: Path) -> Iterator[list[Job]]:
     texts = Texts(folder)
     try:
         yield [
-            job if job.text or job.kind == "generate" else job.model_copy(update={"text": texts.of(job.config)})
+            job
+            if job.text or job.kind == "generate"
+            else job.model_copy(update={"text": texts.of(job.config)})
             for job in jobs
         ]
     finally:

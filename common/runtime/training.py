@@ -19,7 +19,14 @@ from common.runtime.faults import Fault
 from common.runtime.job import EventRecord, Job, Saving, StepRecord
 from common.runtime.watch import Watch
 from common.spec.data import Batch, Corpus
-from common.spec.parameters import TensorKey, initial_weights, parameter_shapes, random_arrays, unit_names, unit_of
+from common.spec.parameters import (
+    TensorKey,
+    initial_weights,
+    parameter_shapes,
+    random_arrays,
+    unit_names,
+    unit_of,
+)
 from common.spec.run import RunConfig
 
 EVENTS_KEPT = 500
@@ -44,7 +51,9 @@ def start(engine: Engine, job: Job, corpus: Corpus) -> int:
     manifest = saved.manifest.without_training() if job.weights_alone else saved.manifest
     position = manifest.data
     different = checkpoint.differences(manifest, job.config)
-    if position is not None and position.corpus_digest != corpus.digest:  # the parent has checked both before
+    if (
+        position is not None and position.corpus_digest != corpus.digest
+    ):  # the parent has checked both before
         different.append("corpus: the checkpoint was trained on another text")
     if saved.manifest.tokenizer_digest not in (None, corpus.tokenizer_digest):
         different.append("tokenizer: the checkpoint has another one")
@@ -52,7 +61,10 @@ def start(engine: Engine, job: Job, corpus: Corpus) -> int:
         raise CheckpointError(f"{job.resume}: {different[0]}")
     # In another precision than the checkpoint's where a training starts from weights alone.
     engine.reset(
-        {name: value.astype(job.config.train.master_dtype, copy=False) for name, value in saved.weights.items()}
+        {
+            name: value.astype(job.config.train.master_dtype, copy=False)
+            for name, value in saved.weights.items()
+        }
     )
     if manifest.steps_done:
         engine.load_optimizer_state(saved.optimizer_state, manifest.steps_done)
@@ -66,7 +78,10 @@ def starting_weights(job: Job) -> Arrays:
     if job.noise:
         noise = random_arrays(model, NOISE_SEED, train.master_dtype, job.noise)
         # Through float32, so that float64 runs start from the same values.
-        weights = {k: (v + noise[k]).astype(np.float32).astype(train.master_dtype) for k, v in weights.items()}
+        weights = {
+            k: (v + noise[k]).astype(np.float32).astype(train.master_dtype)
+            for k, v in weights.items()
+        }
     return weights
 
 
@@ -112,7 +127,9 @@ def train(
         norm = engine.apply_gradients(step)
         seconds += time.perf_counter() - start
         if job.must_be_finite and not math.isfinite(norm):
-            raise _not_finite(engine, job, batch, f"the gradient norm is {norm}", loss_is_finite=True)
+            raise _not_finite(
+                engine, job, batch, f"the gradient norm is {norm}", loss_is_finite=True
+            )
         events = {
             device: [
                 EventRecord(
@@ -125,7 +142,9 @@ def train(
             ]
             for device, done in engine.events().items()
         }
-        record = StepRecord(step=step, loss=loss, gradient_norm=norm, seconds=seconds, events=events)
+        record = StepRecord(
+            step=step, loss=loss, gradient_norm=norm, seconds=seconds, events=events
+        )
         records.append(record)
         if job.saving is not None and len(records) > EVENTS_KEPT:
             records[-1 - EVENTS_KEPT].events.clear()
@@ -144,10 +163,14 @@ def _is_due(every: int | None, steps_done: int, end: int) -> bool:
 
 
 def _save(engine: Engine, job: Job, saving: Saving, corpus: Corpus, batch: Batch) -> None:
-    """Raises NotFiniteError rather than save what is not finite: an engine that does not clip need not know its norm."""
+    """Raises NotFiniteError rather than save what is not finite: an engine that does not clip need
+    not know its norm.
+    """
     weights, state = engine.weights(), engine.optimizer_state()
     if job.must_be_finite and any(map(_is_bad, [*weights.values(), *state.values()])):
-        raise _not_finite(engine, job, batch, "the weights after it are not finite", loss_is_finite=True)
+        raise _not_finite(
+            engine, job, batch, "the weights after it are not finite", loss_is_finite=True
+        )
     writer = CheckpointWriter(Path(saving.directory), saving.keep, saving.token)
     writer.write(
         job.config,
@@ -161,11 +184,15 @@ def _save(engine: Engine, job: Job, saving: Saving, corpus: Corpus, batch: Batch
     )
 
 
-def _not_finite(engine: Engine, job: Job, batch: Batch, what: str, loss_is_finite: bool = False) -> NotFiniteError:
-    """The error, after a note of this process' first tensor that is not finite, for the parent to find the very first.
+def _not_finite(
+    engine: Engine, job: Job, batch: Batch, what: str, loss_is_finite: bool = False
+) -> NotFiniteError:
+    """The error, after a note of this process' first tensor that is not finite, for the parent to
+    find the very first.
 
-    The weights come first, since all that follows inherits from them; then the outputs of the units; then the gradients,
-    from the head backwards. Once a step was made (`loss_is_finite`), only the gradients are still those of before it.
+    The weights come first, since all that follows inherits from them; then the outputs of the
+    units; then the gradients, from the head backwards. Once a step was made (`loss_is_finite`),
+    only the gradients are still those of before it.
     """
     units = unit_names(job.config.model)
     order = {name: i for i, name in enumerate(parameter_shapes(job.config.model))}
@@ -176,17 +203,24 @@ def _not_finite(engine: Engine, job: Job, batch: Batch, what: str, loss_is_finit
     ]
     if not loss_is_finite:
         found += [
-            ((1, units.index(key.unit), key.micro_batch), f"output of {key.unit} for micro-batch {key.micro_batch}")
+            (
+                (1, units.index(key.unit), key.micro_batch),
+                f"output of {key.unit} for micro-batch {key.micro_batch}",
+            )
             for key, array in engine.unit_outputs(batch).items()
             if _is_bad(array)
         ]
     found += [
-        ((2, -order[name]), f"gradient of {name}") for name, array in engine.gradients().items() if _is_bad(array)
+        ((2, -order[name]), f"gradient of {name}")
+        for name, array in engine.gradients().items()
+        if _is_bad(array)
     ]
     first = min(found, default=((4,), "none that this process has"))
     note = {"step": batch.step, "what": what, "order": first[0], "tensor": first[1]}
     write_file(Path(job.out) / f"not-finite-{engine.devices[0]}.json", json.dumps(note))
-    return NotFiniteError(f"step {batch.step + 1}: {what}; the first tensor that is not finite: {first[1]}")
+    return NotFiniteError(
+        f"step {batch.step + 1}: {what}; the first tensor that is not finite: {first[1]}"
+    )
 
 
 def _is_bad(array: NDArray[Any]) -> bool:
@@ -195,10 +229,17 @@ def _is_bad(array: NDArray[Any]) -> bool:
 
 def held_out_batch(config: RunConfig, corpus: Corpus) -> Batch:
     """Return the mini-batch that every run is evaluated on at its end."""
-    return corpus.held_out_batch(0, config.train.seed, config.train.batch_size, config.model.context_length)
+    return corpus.held_out_batch(
+        0, config.train.seed, config.train.batch_size, config.model.context_length
+    )
 
 
-def named(config: RunConfig, engine: Engine, arrays: Arrays, step: int, phase: str) -> dict[TensorKey, Any]:
+def named(
+    config: RunConfig, engine: Engine, arrays: Arrays, step: int, phase: str
+) -> dict[TensorKey, Any]:
     """Return keys for tensors that belong to the whole mini-batch."""
     stage = engine.devices[0] if len(engine.devices) == 1 else -1
-    return {TensorKey(step, phase, stage, -1, unit_of(name), name): value for name, value in arrays.items()}
+    return {
+        TensorKey(step, phase, stage, -1, unit_of(name), name): value
+        for name, value in arrays.items()
+    }

@@ -30,7 +30,9 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 OPS = tuple(Op)
 
 FILE = "watch"
-_LINE = struct.Struct("<6q")  # changes so far, phase, step, operation (-1: none), micro-batch, chunk
+_LINE = struct.Struct(
+    "<6q"
+)  # changes so far, phase, step, operation (-1: none), micro-batch, chunk
 
 
 class Watch:
@@ -80,7 +82,11 @@ class Watch:
             return
         # The counter makes two equal notes in a row differ, so that the parent sees progress.
         self._changes[device] += 1
-        op, i, chunk = (-1, 0, 0) if action is None else (OPS.index(action.op), action.micro_batch, action.chunk)
+        op, i, chunk = (
+            (-1, 0, 0)
+            if action is None
+            else (OPS.index(action.op), action.micro_batch, action.chunk)
+        )
         # No lock: a line that is read half-written is only ever shown or compared, a moment later
         # again.
         line = (self._changes[device], self._phase, self._step, op, i, chunk)
@@ -122,7 +128,9 @@ class Board:
         """Say in one line who hangs where and who waits for what; causes before those who wait.
         [3]"""
         lines = explain(self._config, self.places())
-        return "; ".join(sorted(lines, key=lambda line: (" hangs in " not in line, " waits for " in line)))
+        return "; ".join(
+            sorted(lines, key=lambda line: (" hangs in " not in line, " waits for " in line))
+        )
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -131,7 +139,9 @@ class Board:
 def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
     """Return one line per device: what it does, waits for, or hangs in."""
     try:
-        schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+        schedule = make_schedule(
+            config.schedule, config.stages, config.train.micro_batches, config.chunks
+        )
     except ScheduleError:  # a schedule's file may be gone by now
         schedule = None
     lines = []
@@ -144,10 +154,15 @@ def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
                 "start": "is about to begin",
                 "end": "is past the last step",
             }
-            lines.append(f"device {device} {what.get(place.phase, f'is in {place.phase}')}, step {place.step}")
+            lines.append(
+                f"device {device} {what.get(place.phase, f'is in {place.phase}')}, step "
+                f"{place.step}"
+            )
         elif (message := _missing_input(schedule, device, place.action, places)) is not None:
             sender = schedule.location[_sender(schedule, device, place.action)][0]
-            lines.append(f"device {device} waits for the {message} from device {sender}, step {place.step}")
+            lines.append(
+                f"device {device} waits for the {message} from device {sender}, step {place.step}"
+            )
         else:
             lines.append(f"device {device} hangs in {place.action}, step {place.step}")
     return lines
@@ -160,7 +175,9 @@ def _sender(schedule: Schedule, device: int, action: Action) -> int:
     return -1 if offset is None else schedule.virtual_stage(device, action.chunk) - offset
 
 
-def _missing_input(schedule: Schedule, device: int, action: Action, places: Sequence[Place | None]) -> Message | None:
+def _missing_input(
+    schedule: Schedule, device: int, action: Action, places: Sequence[Place | None]
+) -> Message | None:
     """Return the message that `action` waits for; None if its sender is past sending it."""
     k = _sender(schedule, device, action)
     if not 0 <= k < schedule.num_virtual_stages:
@@ -168,7 +185,9 @@ def _missing_input(schedule: Schedule, device: int, action: Action, places: Sequ
     sender, chunk = schedule.location[k]
     forward = action.op is Op.F
     message = Message(
-        "activation" if forward else "gradient", action.micro_batch, schedule.virtual_stage(device, action.chunk)
+        "activation" if forward else "gradient",
+        action.micro_batch,
+        schedule.virtual_stage(device, action.chunk),
     )
     place = places[sender]
     if place is None or (place.action is None and place.phase != "schedule"):
@@ -180,7 +199,11 @@ def _missing_input(schedule: Schedule, device: int, action: Action, places: Sequ
     sends = [
         n
         for n, a in enumerate(row)
-        if (a.micro_batch, a.chunk) == (action.micro_batch, chunk) and (a.op is Op.F) == forward and a.op is not Op.W
+        if (a.micro_batch, a.chunk) == (action.micro_batch, chunk)
+        and (a.op is Op.F) == forward
+        and a.op is not Op.W
     ]
     # Noted ahead of an action: a sender that stands at the very action has not sent yet.
-    return message if sends and place.action in row and row.index(place.action) <= sends[0] else None
+    return (
+        message if sends and place.action in row and row.index(place.action) <= sends[0] else None
+    )

@@ -38,7 +38,10 @@ def no_drift(config: RunConfig) -> AbstractContextManager[Any]:
 
 
 def run_jobs(
-    jobs: JobFile, build_engine: Callable[[RunConfig], Engine], first_device: int = 0, switch: Switch = no_drift
+    jobs: JobFile,
+    build_engine: Callable[[RunConfig], Engine],
+    first_device: int = 0,
+    switch: Switch = no_drift,
 ) -> int:
     """Run every job and return the exit status.
 
@@ -99,7 +102,14 @@ def _train_job(engine: Engine, job: Job, corpus: Corpus, began: float) -> Part:
         arrays |= named(config, engine, engine.weights(), config.train.steps, "trained")
     if job.kind == "dump":
         arrays = dump(engine, job, corpus)
-    part = _part(config, engine, steps, engine.evaluate(held_out_batch(config, corpus)), build_seconds, corpus)
+    part = _part(
+        config,
+        engine,
+        steps,
+        engine.evaluate(held_out_batch(config, corpus)),
+        build_seconds,
+        corpus,
+    )
     save_file(
         {str(key): np.ascontiguousarray(value) for key, value in arrays.items()},
         Path(job.out) / f"part-{engine.devices[0]}.safetensors",

@@ -145,7 +145,9 @@ def parse_action(text: str) -> Action:
     """Read `F3`, `BW0` or `W2.1`. Raises ScheduleError."""
     match = _ACTION.fullmatch(text)
     if match is None:
-        raise ScheduleError(f"{text!r} is not an action; expected F, B, W or BW and a micro-batch: F0, BW12, W3.1")
+        raise ScheduleError(
+            f"{text!r} is not an action; expected F, B, W or BW and a micro-batch: F0, BW12, W3.1"
+        )
     return Action(Op(match["op"]), int(match["micro_batch"]), int(match["chunk"] or 0))
 
 
@@ -173,7 +175,9 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
         # A device number must be the line's own: rows in another order would be another schedule.
         label, colon, actions = content.partition(":")
         if colon and label.strip() != str(len(rows)):
-            raise ScheduleError(f"line {number}: device {label.strip()!r}; expected {len(rows)}, in order")
+            raise ScheduleError(
+                f"line {number}: device {label.strip()!r}; expected {len(rows)}, in order"
+            )
         try:
             rows.append([parse_action(word) for word in (actions if colon else content).split()])
         except ScheduleError as error:
@@ -181,7 +185,9 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
     return build_schedule(rows, name, options)
 
 
-def build_schedule(rows: list[list[Action]], name: str, options: dict[str, str] | None = None) -> Schedule:
+def build_schedule(
+    rows: list[list[Action]], name: str, options: dict[str, str] | None = None
+) -> Schedule:
     """Make a schedule from parsed rows.
 
     Whatever `options` (micro_batches, chunks, placement) leaves out is counted. Raises
@@ -190,12 +196,16 @@ def build_schedule(rows: list[list[Action]], name: str, options: dict[str, str] 
     options = options or {}
     actions = [action for row in rows for action in row]
     if not actions:
-        raise ScheduleError("no action in it; expected one line per device, such as: 0: F0 F1 BW0 BW1")
+        raise ScheduleError(
+            "no action in it; expected one line per device, such as: 0: F0 F1 BW0 BW1"
+        )
     try:
         num_chunks = int(options.get("chunks", 1 + max(action.chunk for action in actions)))
         stated = int(options["micro_batches"]) if "micro_batches" in options else None
     except ValueError:
-        raise ScheduleError(f"header: {options}; micro_batches and chunks are whole numbers") from None
+        raise ScheduleError(
+            f"header: {options}; micro_batches and chunks are whole numbers"
+        ) from None
     placement = options.get("placement", "loop")
     if placement not in ("loop", "vee"):
         raise ScheduleError(f"header: placement={placement}; expected loop or vee")
@@ -205,14 +215,23 @@ def build_schedule(rows: list[list[Action]], name: str, options: dict[str, str] 
     # Without any W, B is what papers before Zero Bubble call the backward: the whole of it.
     merged = not any(action.op is Op.W for action in actions)
     devices = tuple(
-        tuple(Action(Op.BW if merged and a.op is Op.B else a.op, a.micro_batch - base, a.chunk) for a in row)
+        tuple(
+            Action(Op.BW if merged and a.op is Op.B else a.op, a.micro_batch - base, a.chunk)
+            for a in row
+        )
         for row in rows
     )
     num_micro_batches = last + 1 - base if stated is None else stated
     # Before any array is made: a header may announce whatever it likes.
-    if min(num_micro_batches, num_chunks) < 1 or len(rows) * num_micro_batches * num_chunks > MAX_PLACES:
+    if (
+        min(num_micro_batches, num_chunks) < 1
+        or len(rows) * num_micro_batches * num_chunks > MAX_PLACES
+    ):
         raise ScheduleError(
-            f"{len(rows)} devices, {num_micro_batches} micro-batches, {num_chunks} chunks; expected at least 1 of "
+            f"{len(rows)} devices, {num_micro_batches} micro-batches, {num_chunks} chunks; "
+            "expected at least 1 of "
             f"each, and a product of at most {MAX_PLACES}"
         )
-    return Schedule(name, devices, num_micro_batches, num_chunks, "vee" if placement == "vee" else "loop", base)
+    return Schedule(
+        name, devices, num_micro_batches, num_chunks, "vee" if placement == "vee" else "loop", base
+    )

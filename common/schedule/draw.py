@@ -26,27 +26,35 @@ STYLES[Op.BW] = "black on bright_yellow"
 
 @dataclass(frozen=True)
 class _Line:
-    """One line of the chart with the styles of its parts: (first column, last column + 1, style)."""
+    """One line of the chart with the styles of its parts: (first column, last column + 1, style)."""  # noqa: E501
 
     text: str
     styles: list[tuple[int, int, str]]
 
 
 def draw_text(
-    schedule: Schedule, costs: Costs | None = None, width: int | None = None, ascii_only: bool = False
+    schedule: Schedule,
+    costs: Costs | None = None,
+    width: int | None = None,
+    ascii_only: bool = False,
 ) -> str:
-    """The chart as plain text; `width` folds it into blocks of at most that many columns.
+    """Return the chart as plain text; `width` folds it into blocks of at most that many columns.
 
     `ascii_only` is for terminals that are not UTF-8: those of East Asia draw `·` and `─` two columns wide.
 
     The times are those of the simulator, by default with F = B = W = 1; `·` is idle. Raises ScheduleError for a schedule
     that cannot run or whose chart would be too wide.
-    """
-    return "\n".join(line.text.rstrip() for line in _fold(_lines(simulate(schedule, costs), ascii_only), width))
+    """  # noqa: E501
+    return "\n".join(
+        line.text.rstrip() for line in _fold(_lines(simulate(schedule, costs), ascii_only), width)
+    )
 
 
 def draw_color(
-    schedule: Schedule, costs: Costs | None = None, width: int | None = None, ascii_only: bool = False
+    schedule: Schedule,
+    costs: Costs | None = None,
+    width: int | None = None,
+    ascii_only: bool = False,
 ) -> Text:
     """Return the same chart in colour, for `rich.print`."""
     picture = Text(no_wrap=True)
@@ -68,14 +76,24 @@ def _lines(simulation: Simulation, ascii_only: bool) -> list[_Line]:
     table, schedule = simulation.table, simulation.schedule
     spent = simulation.end - simulation.start
     shortest = float(spent[spent > 0].min()) if (spent > 0).any() else 1.0
-    names = [label(table.action(row)) for row in range(table.num_rows)] if table.num_rows <= MAX_COLUMNS else []
-    # The narrowest cell in which every label fits with a space after it, whatever its action's duration.
-    needed = (math.ceil((len(n) + 1) * shortest / t) for n, t in zip(names, spent.tolist(), strict=False) if t > 0)
+    names = (
+        [label(table.action(row)) for row in range(table.num_rows)]
+        if table.num_rows <= MAX_COLUMNS
+        else []
+    )
+    # The narrowest cell in which every label fits with a space after it, whatever its action's
+    # duration.
+    needed = (
+        math.ceil((len(n) + 1) * shortest / t)
+        for n, t in zip(names, spent.tolist(), strict=False)
+        if t > 0
+    )
     cell = max(needed, default=1)
     columns = round(simulation.makespan / shortest * cell)
     if not names or columns > MAX_COLUMNS:
         raise ScheduleError(
-            f"schedule {schedule.name} has {table.num_rows} actions, too many for text; expected .png, .svg or .json"
+            f"schedule {schedule.name} has {table.num_rows} actions, too many for text; expected "
+            ".png, .svg or .json"
         )
     scale = cell / shortest
     head = "time".ljust(len(f"device {schedule.num_devices - 1}") + 1)
@@ -89,8 +107,12 @@ def _lines(simulation: Simulation, ascii_only: bool) -> list[_Line]:
             last = len(prefix) + round(simulation.end[row] * scale)
             action = table.action(row)
             room = last - first - 1
-            text[first:last] = list(names[row][:room].ljust(max(room, 0), dash) + " ")[: last - first]
-            styles.append((first, last - 1, STYLES[action.op] + (" dim" if action.chunk % 2 else "")))
+            text[first:last] = list(names[row][:room].ljust(max(room, 0), dash) + " ")[
+                : last - first
+            ]
+            styles.append(
+                (first, last - 1, STYLES[action.op] + (" dim" if action.chunk % 2 else ""))
+            )
         lines.append(_Line("".join(text), styles))
     return lines
 

@@ -34,7 +34,11 @@ def naive(p: int, m: int) -> Schedule:
         device 1 ·  F0 BW0── ·  ·  ·  F1 BW1──
     """
     # F0 BW0 F1 BW1 ... on every device: nothing overlaps, because F1 waits for BW0 in every list.
-    row = tuple(action for pair in zip(_actions(Op.F, m), _actions(Op.BW, m), strict=True) for action in pair)
+    row = tuple(
+        action
+        for pair in zip(_actions(Op.F, m), _actions(Op.BW, m), strict=True)
+        for action in pair
+    )
     return Schedule("naive", (row,) * p, m)
 
 
@@ -64,7 +68,11 @@ def one_f_one_b(p: int, m: int) -> Schedule:
     forwards, backwards = _actions(Op.F, m), _actions(Op.BW, m)
     # Warm-up: a forward for each of the p - 1 - d devices below, all of which F0 passes before BW0
     # comes back.
-    return Schedule("1f1b", tuple(_one_forward_one_backward(forwards, backwards, p - 1 - d) for d in range(p)), m)
+    return Schedule(
+        "1f1b",
+        tuple(_one_forward_one_backward(forwards, backwards, p - 1 - d) for d in range(p)),
+        m,
+    )
 
 
 def interleaved(p: int, m: int, v: int) -> Schedule:
@@ -79,7 +87,7 @@ def interleaved(p: int, m: int, v: int) -> Schedule:
 
         device 0 F0── F1── F0.1 F1.1 F2── ·    BW0.1──── F3── BW1.1──── F2.1 BW0────── F3.1 BW1────── · ...
         device 1 ·    F0── F1── F0.1 BW0.1──── F1.1 BW1.1──── F2── BW0────── F3── BW1────── F2.1 BW2.1──── F3.1 ...
-    """
+    """  # noqa: E501
     groups = _groups(m, max(1, m // p))
     # Forwards: each group through chunk 0, then 1, ...; backwards: from the last chunk to chunk 0.
     forwards = [Action(Op.F, i, c) for group in groups for c in range(v) for i in group]
@@ -87,7 +95,10 @@ def interleaved(p: int, m: int, v: int) -> Schedule:
     # Warm-up: a whole group through all chunks but the last; and 2 for each device below, which the
     # first micro-batch of the last chunk passes on its way down and again on its way back.
     first_chunks = (v - 1) * max(len(group) for group in groups)
-    rows = (_one_forward_one_backward(forwards, backwards, 2 * (p - 1 - d) + first_chunks) for d in range(p))
+    rows = (
+        _one_forward_one_backward(forwards, backwards, 2 * (p - 1 - d) + first_chunks)
+        for d in range(p)
+    )
     return Schedule("interleaved", tuple(rows), m, v)
 
 
@@ -95,7 +106,9 @@ def _actions(op: Op, m: int) -> list[Action]:
     return [Action(op, i) for i in range(m)]
 
 
-def _one_forward_one_backward(forwards: list[Action], backwards: list[Action], warmup: int) -> tuple[Action, ...]:
+def _one_forward_one_backward(
+    forwards: list[Action], backwards: list[Action], warmup: int
+) -> tuple[Action, ...]:
     """Return `warmup` forwards, then one of each in turn, then the backwards that are left."""
     warmup = min(warmup, len(forwards))
     # zip stops with the forwards; the slice after it takes exactly the backwards that are left.
@@ -145,10 +158,13 @@ def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
     """Return the named schedule, or the one in `file:PATH`. Raises ScheduleError."""
     # Sizes first: a generator may assume them, and a huge one would fill the memory.
     if min(p, m, chunks) < 1:
-        raise ScheduleError(f"{p} stages, {m} micro-batches, {chunks} chunks; expected at least 1 of each")
+        raise ScheduleError(
+            f"{p} stages, {m} micro-batches, {chunks} chunks; expected at least 1 of each"
+        )
     if p * m * chunks > MAX_PLACES:
         raise ScheduleError(
-            f"{p} stages x {m} micro-batches x {chunks} chunks; expected a product of at most {MAX_PLACES}"
+            f"{p} stages x {m} micro-batches x {chunks} chunks; expected a product of at most "
+            f"{MAX_PLACES}"
         )
     if name.startswith("file:"):
         return _from_file(Path(name.removeprefix("file:")), p, m, chunks)
@@ -156,7 +172,9 @@ def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
         guess = difflib.get_close_matches(name, GENERATORS, 1)
         hint = f"; did you mean {guess[0]}?" if guess else ""
         known = ", ".join(GENERATORS)
-        raise ScheduleError(f"schedule {name!r} is unknown; expected one of {known} or file:PATH{hint}")
+        raise ScheduleError(
+            f"schedule {name!r} is unknown; expected one of {known} or file:PATH{hint}"
+        )
     generator = GENERATORS[name]
     if generator.chunks not in (None, chunks):
         has = "1 chunk" if generator.chunks == 1 else f"{generator.chunks} chunks"
@@ -168,7 +186,9 @@ def default_chunks(name: str) -> int:
     """Return the chunks per device of a schedule (by name or `file:PATH`) if the user gives
     none."""
     if name.startswith("file:"):
-        with contextlib.suppress(ScheduleError):  # `make_schedule` will say what is wrong with the file
+        with contextlib.suppress(
+            ScheduleError
+        ):  # `make_schedule` will say what is wrong with the file
             return _read(Path(name.removeprefix("file:"))).num_chunks
     return (GENERATORS[name].chunks or 2) if name in GENERATORS else 1
 
@@ -182,20 +202,28 @@ def _from_file(path: Path, p: int, m: int, chunks: int) -> Schedule:
         ("chunks", schedule.num_chunks, chunks),
     ):
         if has != asked:
-            raise ScheduleError(f"schedule {path} has {what} = {has}, the run has {asked}; expected --{what} {has}")
+            raise ScheduleError(
+                f"schedule {path} has {what} = {has}, the run has {asked}; expected --{what} {has}"
+            )
     return schedule
 
 
 kept: dict[str, str] = {}
-"""Texts of schedules by path, which count instead of the files (`keep_schedule`, and `common.runtime.job` in a child)."""
+"""Texts of schedules by path, which count instead of the files (`keep_schedule`, and
+`common.runtime.job` in a child).
+"""
 
 
 def keep_schedule(name: str) -> None:
-    """Reads the schedule of `file:PATH` now, for this process and its children, whatever happens to the file later."""
+    """Read the schedule of `file:PATH` now, for this process and its children, whatever happens to
+    the file later.
+    """
     if name.startswith("file:"):
         path = Path(name.removeprefix("file:"))
         kept.pop(str(path), None)
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # `make_schedule` will say what is wrong with the file
+        with contextlib.suppress(
+            OSError, UnicodeDecodeError
+        ):  # `make_schedule` will say what is wrong with the file
             kept[str(path)] = read_text(path)
 
 
@@ -205,4 +233,6 @@ def _read(path: Path) -> Schedule:
         return parse_schedule(text, printable(path.stem))
     except (OSError, UnicodeDecodeError, ScheduleError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise ScheduleError(f"schedule {path}: {why}; expected a readable schedule in text form") from None
+        raise ScheduleError(
+            f"schedule {path}: {why}; expected a readable schedule in text form"
+        ) from None

@@ -34,7 +34,9 @@ def draw_picture(simulation: Simulation, path: str | Path) -> None:
     draw_pictures({title: simulation}, path)
 
 
-def draw_pictures(charts: Mapping[str, Simulation], *paths: str | Path, time_label: str = "time") -> None:
+def draw_pictures(
+    charts: Mapping[str, Simulation], *paths: str | Path, time_label: str = "time"
+) -> None:
     """Write charts to every path, one below the other with titles and one common time axis."""
     simulations = list(charts.values())
     makespan = max(simulation.makespan for simulation in simulations)
@@ -48,9 +50,15 @@ def draw_pictures(charts: Mapping[str, Simulation], *paths: str | Path, time_lab
         axes.set_title(title, fontsize=10)
     rows[-1].set_xlim(0, makespan)
     rows[-1].set_xlabel(time_label)
-    used = [op for code, op in enumerate(OPS) if any((sim.table.op == code).any() for sim in simulations)]
+    used = [
+        op
+        for code, op in enumerate(OPS)
+        if any((sim.table.op == code).any() for sim in simulations)
+    ]
     keys = [Patch(color=COLORS[op], label=f"{op.value}  {MEANINGS[op]}") for op in used]
-    figure.legend(handles=keys, loc="outside lower right", ncols=len(keys), frameon=False, fontsize=8)
+    figure.legend(
+        handles=keys, loc="outside lower right", ncols=len(keys), frameon=False, fontsize=8
+    )
     for path in paths:
         figure.savefig(path, dpi=130)
 
@@ -70,12 +78,17 @@ def _draw(axes: Axes, simulation: Simulation, points_per_unit: float) -> None:
         axis=1,
     )  # (n, 4, 2)
     tones = np.array(
-        [[_tone(COLORS[op], chunk, schedule.num_chunks) for chunk in range(schedule.num_chunks)] for op in OPS]
+        [
+            [_tone(COLORS[op], chunk, schedule.num_chunks) for chunk in range(schedule.num_chunks)]
+            for op in OPS
+        ]
     )
     few = table.num_rows <= MAX_LABELS
     edge = "white" if few else "none"
     axes.add_collection(
-        PolyCollection(list(corners), facecolors=tones[table.op, table.chunk], edgecolors=edge, linewidths=0.8)
+        PolyCollection(
+            list(corners), facecolors=tones[table.op, table.chunk], edgecolors=edge, linewidths=0.8
+        )
     )
     if few:
         for row in range(table.num_rows):
@@ -83,9 +96,18 @@ def _draw(axes: Axes, simulation: Simulation, points_per_unit: float) -> None:
             text = str(int(table.micro_batch[row]) + schedule.first_micro_batch)
             if len(text) * POINTS_PER_CHARACTER < spent[row] * points_per_unit:
                 middle = (simulation.start[row] + simulation.end[row]) / 2
-                axes.text(middle, float(table.device[row]), text, ha="center", va="center", fontsize=LABEL_POINTS)
+                axes.text(
+                    middle,
+                    float(table.device[row]),
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=LABEL_POINTS,
+                )
     axes.set_ylim(schedule.num_devices - 0.5, -0.5)
-    axes.set_yticks(range(schedule.num_devices), [f"device {d}" for d in range(schedule.num_devices)])
+    axes.set_yticks(
+        range(schedule.num_devices), [f"device {d}" for d in range(schedule.num_devices)]
+    )
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -97,7 +119,10 @@ def _shortest(simulation: Simulation) -> float:
 
 
 def _size(schedule: Schedule) -> str:
-    return f"{schedule.name}: {schedule.num_devices} stages, {schedule.num_micro_batches} micro-batches"
+    return (
+        f"{schedule.name}: {schedule.num_devices} stages, {schedule.num_micro_batches} "
+        "micro-batches"
+    )
 
 
 def _tone(color: str, chunk: int, num_chunks: int) -> tuple[float, float, float]:

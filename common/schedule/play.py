@@ -33,7 +33,12 @@ class Played:
     reached: list[int]  # (p,)
 
 
-def play(table: Table, durations: Sequence[float], delays: Sequence[float], source: IntArray | None = None) -> Played:
+def play(
+    table: Table,
+    durations: Sequence[float],
+    delays: Sequence[float],
+    source: IntArray | None = None,
+) -> Played:
     """Run the table.
 
     `durations` (n,) are of the rows, `delays` (n,) of the messages that rows wait for; both in one

@@ -85,7 +85,11 @@ class Layout:
 
 
 def search(
-    p: int, m: int, costs: Costs, memory_limit: Sequence[float], actions_to_try: int = ACTIONS_TO_TRY
+    p: int,
+    m: int,
+    costs: Costs,
+    memory_limit: Sequence[float],
+    actions_to_try: int = ACTIONS_TO_TRY,
 ) -> Schedule:
     """Return the best schedule found for p stages and m micro-batches.
 
@@ -94,15 +98,22 @@ def search(
     not even one activation fits.
     """
     if len(memory_limit) != p or costs.num_stages != p:
-        raise ScheduleError(f"{len(memory_limit)} memory limits and costs of {costs.num_stages} stages for {p} stages")
+        raise ScheduleError(
+            f"{len(memory_limit)} memory limits and costs of {costs.num_stages} stages for "
+            f"{p} stages"
+        )
     if not all(limit >= 1 for limit in memory_limit):
-        raise ScheduleError(f"memory limit {min(memory_limit):g} activations; expected 1 or more on every stage")
+        raise ScheduleError(
+            f"memory limit {min(memory_limit):g} activations; expected 1 or more on every stage"
+        )
     memory_limit = [min(limit, m) for limit in memory_limit]  # there are no more than m activations
     good_enough = lower_bound(m, costs, memory_limit) * (1 + _ROUNDING)
     # The handcrafted schedules are candidates too, where they fit.
     candidates = [s for s in (zb_h1(p, m), zb_h2(p, m)) if _fits(s, costs, memory_limit)]
     if not any(_measure(s, costs)[0] <= good_enough for s in candidates):
-        candidates.append(_schedule(_best_layout(p, m, costs, memory_limit, actions_to_try, good_enough), m))
+        candidates.append(
+            _schedule(_best_layout(p, m, costs, memory_limit, actions_to_try, good_enough), m)
+        )
     return replace(min(candidates, key=lambda s: _measure(s, costs)), name="search")
 
 
@@ -113,7 +124,9 @@ def limits(p: int, m: int, memory_limit: Sequence[float]) -> list[float]:
     which is all there are. Raises ScheduleError for any other count.
     """
     if len(memory_limit) not in (1, p):
-        raise ScheduleError(f"memory limit: {len(memory_limit)} numbers for {p} stages; expected 1 or {p}")
+        raise ScheduleError(
+            f"memory limit: {len(memory_limit)} numbers for {p} stages; expected 1 or {p}"
+        )
     each = memory_limit if len(memory_limit) == p else [memory_limit[0]] * p
     return [min(limit * min(p, m), m) for limit in each]
 
@@ -143,7 +156,12 @@ def _schedule(layout: Layout, m: int) -> Schedule:
 
 
 def _best_layout(
-    p: int, m: int, costs: Costs, memory_limit: Sequence[float], actions_to_try: int, good_enough: float
+    p: int,
+    m: int,
+    costs: Costs,
+    memory_limit: Sequence[float],
+    actions_to_try: int,
+    good_enough: float,
 ) -> Layout:
     """Try the grid, then random changes of the best knobs so far, `trials` of each at most."""
     # A layout has 3 p m actions.
@@ -178,13 +196,26 @@ def _grid(p: int, m: int, costs: Costs, memory_limit: Sequence[float]) -> Iterat
     ]
     # What the slowest stage must idle. A stage that waits no longer than that does not lengthen the
     # step.
-    unavoidable = max(0.0, lower_bound(m, costs, memory_limit) - m * float(costs.per_micro_batch.max()))
-    for allowance in (unavoidable, unavoidable + 0.25 * max(costs.forward), 2 * unavoidable, _INFINITY):
+    unavoidable = max(
+        0.0, lower_bound(m, costs, memory_limit) - m * float(costs.per_micro_batch.max())
+    )
+    for allowance in (
+        unavoidable,
+        unavoidable + 0.25 * max(costs.forward),
+        2 * unavoidable,
+        _INFINITY,
+    ):
         for f in (1.0, 0.1, 0.0, 0.25, 0.5):
             for w in (0.0, 0.25, 0.75):
                 for cap in caps:
                     yield [
-                        Knobs(cap[d], _INFINITY, f * costs.forward[d], w * costs.backward_weight[d], allowance)
+                        Knobs(
+                            cap[d],
+                            _INFINITY,
+                            f * costs.forward[d],
+                            w * costs.backward_weight[d],
+                            allowance,
+                        )
                         for d in range(p)
                     ]
 
@@ -199,9 +230,13 @@ def _changed(
         longest = max(costs.forward[d], costs.backward_weight[d])
         match chance.randrange(5):
             case 0:
-                changed[d] = replace(changed[d], most_in_flight=chance.randint(1, int(memory_limit[d])))
+                changed[d] = replace(
+                    changed[d], most_in_flight=chance.randint(1, int(memory_limit[d]))
+                )
             case 1:
-                changed[d] = replace(changed[d], most_backlog=chance.choice((_INFINITY, chance.randint(0, m))))
+                changed[d] = replace(
+                    changed[d], most_backlog=chance.choice((_INFINITY, chance.randint(0, m)))
+                )
             case 2:  # the product of two draws favours short waits
                 patience = costs.forward[d] * chance.random() * chance.random()
                 changed[d] = replace(changed[d], forward_patience=patience)
@@ -376,14 +411,23 @@ def lower_bound(m: int, costs: Costs, memory_limit: Sequence[float]) -> float:
     """
     p, kept = costs.num_stages, costs.kept_by_backward_input
     memory_limit = [min(limit, m) for limit in memory_limit]
-    forward, backward, weight, hop = costs.forward, costs.backward_input, costs.backward_weight, costs.communication
+    forward, backward, weight, hop = (
+        costs.forward,
+        costs.backward_input,
+        costs.backward_weight,
+        costs.communication,
+    )
     down = [forward[d] + hop[d] for d in range(p)]  # until the next stage can start its forward
-    up = [hop[d + 1] + backward[d] if d < p - 1 else 0.0 for d in range(p)]  # from the next stage's backward to the own
+    up = [
+        hop[d + 1] + backward[d] if d < p - 1 else 0.0 for d in range(p)
+    ]  # from the next stage's backward to the own
     bounds = [0.0]
     wait = [0.0] * p  # the part of the round trip that no forward can fill
     round_trip = [0.0] * p  # from the start of F to the start of B
     for d in reversed(range(p)):
-        below = down[d] + round_trip[d + 1] + backward[d + 1] + hop[d + 1] if d < p - 1 else forward[d]
+        below = (
+            down[d] + round_trip[d + 1] + backward[d + 1] + hop[d + 1] if d < p - 1 else forward[d]
+        )
         round_trip[d] = below
         wait[d] = max(0.0, below - min(m, math.floor(memory_limit[d] + _ROUNDING)) * forward[d])
     for d in range(p):
@@ -414,7 +458,9 @@ def _last_forward(m: int, costs: Costs, limit: float, d: int, wait: float) -> fl
         weights = _weights_to_free(m - backwards + kept * backwards - limit, kept, backwards)
         if weights <= backwards:
             spent = backwards * costs.backward_input[d] + weights * costs.backward_weight[d]
-            earliest = min(earliest, (m - 1) * costs.forward[d] + spent + (wait if backwards else 0.0))
+            earliest = min(
+                earliest, (m - 1) * costs.forward[d] + spent + (wait if backwards else 0.0)
+            )
     return earliest
 
 

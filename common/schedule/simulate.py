@@ -59,8 +59,9 @@ class Costs:
     """The share of an activation that B leaves held for W: 0 if W needs nothing, 1 if B frees
     nothing.
 
-    Qi et al. 2024 count, per token of a Transformer layer, 34h + 5as bytes until B and of them 32h until W: 0.37 for their
-    1.5B and 0.43 for their 6.2B model. Without stored attention scores it is nearly 1.
+    Qi et al. 2024 count, per token of a Transformer layer, 34h + 5as bytes until B and of them 32h
+    until W: 0.37 for their 1.5B and 0.43 for their 6.2B model. Without stored attention scores it
+    is nearly 1.
     """
     recompute: str = "none"
     """What B computes again (`common.schedule.recompute`). Such a B takes F's time too."""
@@ -87,20 +88,33 @@ class Costs:
 
     def __post_init__(self) -> None:
         # A list of the wrong length would be broadcast, or cut off, far from here.
-        lengths = {len(self.forward), len(self.backward_input), len(self.backward_weight), len(self.communication)}
+        lengths = {
+            len(self.forward),
+            len(self.backward_input),
+            len(self.backward_weight),
+            len(self.communication),
+        }
         if self.activation_bytes is not None:
             lengths.add(len(self.activation_bytes))
         if len(lengths) > 1:
-            raise ScheduleError(f"costs for {sorted(lengths)} stages; expected the same number for every cost")
+            raise ScheduleError(
+                f"costs for {sorted(lengths)} stages; expected the same number for every cost"
+            )
         times = (*self.forward, *self.backward_input, *self.backward_weight, *self.communication)
         if any(not 0 <= time < float("inf") for time in times):
-            raise ScheduleError(f"costs {self}: a time is negative or not a number; expected 0 or more")
+            raise ScheduleError(
+                f"costs {self}: a time is negative or not a number; expected 0 or more"
+            )
         if not 0 <= self.kept_by_backward_input <= 1:
-            raise ScheduleError(f"kept_by_backward_input={self.kept_by_backward_input}; expected 0 to 1")
+            raise ScheduleError(
+                f"kept_by_backward_input={self.kept_by_backward_input}; expected 0 to 1"
+            )
         if not 0 <= self.kept_by_forward <= 1:
             raise ScheduleError(f"kept_by_forward={self.kept_by_forward}; expected 0 to 1")
         if not is_known(self.recompute):
-            raise ScheduleError(f"recompute={self.recompute!r}; expected {WORDS.replace('|', ', ')}")
+            raise ScheduleError(
+                f"recompute={self.recompute!r}; expected {WORDS.replace('|', ', ')}"
+            )
 
     @property
     def num_stages(self) -> int:
@@ -116,7 +130,9 @@ class Costs:
             case Op.W:
                 return self.backward_weight
             case Op.BW:
-                return tuple(b + w for b, w in zip(self.backward_input, self.backward_weight, strict=True))
+                return tuple(
+                    b + w for b, w in zip(self.backward_input, self.backward_weight, strict=True)
+                )
 
     @property
     def per_micro_batch(self) -> FloatArray:
@@ -185,7 +201,9 @@ class Simulation:
     @property
     def peak_in_flight_per_stage(self) -> list[float]:
         """The same in micro-batches on the whole stage: a chunk counts 1/v."""
-        return [chunks / self.schedule.num_chunks for chunks in self.peak_chunks_in_flight_per_stage]
+        return [
+            chunks / self.schedule.num_chunks for chunks in self.peak_chunks_in_flight_per_stage
+        ]
 
     @property
     def peak_memory_per_stage(self) -> list[float]:
@@ -209,13 +227,17 @@ class Simulation:
     def _peak(self, forward: float, recomputed: float, waiting: float) -> list[float]:
         """Return the most that each device holds, with these sizes for every chunk."""
         sizes = [
-            np.full((self.schedule.num_devices, self.schedule.num_chunks), x) for x in (forward, recomputed, waiting)
+            np.full((self.schedule.num_devices, self.schedule.num_chunks), x)
+            for x in (forward, recomputed, waiting)
         ]
         return [float(peak) for peak in _peak_held(self.table, self.costs.recompute, *sizes)]
 
 
 def simulate(
-    schedule: Schedule, costs: Costs | None = None, check: bool = True, wrap_around: WrapAround = "every"
+    schedule: Schedule,
+    costs: Costs | None = None,
+    check: bool = True,
+    wrap_around: WrapAround = "every",
 ) -> Simulation:
     """Play the schedule with these costs (by default F = B = W = 1 and no communication).
 
@@ -224,7 +246,9 @@ def simulate(
     """
     costs = costs or Costs.uniform(schedule.num_devices)
     if costs.num_stages != schedule.num_devices:
-        raise ScheduleError(f"costs for {costs.num_stages} stages; the schedule has {schedule.num_devices}")
+        raise ScheduleError(
+            f"costs for {costs.num_stages} stages; the schedule has {schedule.num_devices}"
+        )
     if check:
         require_valid(schedule)
     table = tabulate(schedule)
@@ -232,8 +256,14 @@ def simulate(
     cost = np.array([costs.of(op) for op in OPS])[table.op, table.device]  # (n,)
     # Which rows recompute: B and BW, of the micro-batches that `recompute` names.
     again = _recomputed(table, costs.recompute) & np.isin(table.op, (OP_CODE[Op.B], OP_CODE[Op.BW]))
-    cost = (cost + np.where(again, np.array(costs.forward)[table.device], 0.0)) / schedule.num_chunks
-    source = np.where(table.trusted_wrap_arounds, -1, table.source) if wrap_around == "first" else table.source
+    cost = (
+        cost + np.where(again, np.array(costs.forward)[table.device], 0.0)
+    ) / schedule.num_chunks
+    source = (
+        np.where(table.trusted_wrap_arounds, -1, table.source)
+        if wrap_around == "first"
+        else table.source
+    )
     # The sender's stage decides. Where source is -1 this looks up the last row, which play ignores.
     delay = np.array(costs.communication, np.float64)[table.device[source]]
     # [3]
@@ -254,7 +284,9 @@ def peak_held_bytes(
     `recomputed_bytes` the same if B computes it again, `waiting_bytes` between B and W. With the
     sizes that a run has measured this must give the run's own peak (`Engine.held_bytes_peak`).
     """
-    sizes = [np.array(each, np.float64) for each in (forward_bytes, recomputed_bytes, waiting_bytes)]
+    sizes = [
+        np.array(each, np.float64) for each in (forward_bytes, recomputed_bytes, waiting_bytes)
+    ]
     return [round(float(peak)) for peak in _peak_held(tabulate(schedule), recompute, *sizes)]
 
 
@@ -270,7 +302,9 @@ def _peak_held(
     """Return (p,): the most held per device; sizes are (p, v)."""
     place = table.device, table.chunk
     # What a row's micro-batch holds between its F and its B, whichever of the two the row is.
-    until_backward = np.where(_recomputed(table, recompute), recomputed[place], forward[place])  # (n,)
+    until_backward = np.where(
+        _recomputed(table, recompute), recomputed[place], forward[place]
+    )  # (n,)
     change = {  # (n,) each: what an action of this kind adds
         Op.F: until_backward,
         Op.B: waiting[place] - until_backward,
@@ -294,7 +328,9 @@ def replay_makespan(schedule: Schedule, durations: Sequence[Sequence[float]]) ->
     # Row by row, as the table has them.
     flat = [duration for row in durations for duration in row]
     if [len(row) for row in durations] != [len(row) for row in schedule.devices]:
-        raise ScheduleError("durations for another schedule; expected one per action, device by device")
+        raise ScheduleError(
+            "durations for another schedule; expected one per action, device by device"
+        )
     return max(play(table, flat, [0.0] * table.num_rows).end)
 
 
@@ -304,7 +340,9 @@ def per_stage(values: Sequence[float], stages: int, what: str) -> tuple[float, .
     if len(values) == 1:
         return (values[0],) * stages
     if len(values) != stages:
-        raise ScheduleError(f"{what}: {len(values)} numbers for {stages} stages; expected 1 or {stages}")
+        raise ScheduleError(
+            f"{what}: {len(values)} numbers for {stages} stages; expected 1 or {stages}"
+        )
     return tuple(values)
 
 

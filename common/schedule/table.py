@@ -66,14 +66,19 @@ class Table:
     @cached_property
     def in_range(self) -> NDArray[np.bool_]:
         """(n,): whether the schedule has this micro-batch and this chunk."""
-        return (self.micro_batch < self.schedule.num_micro_batches) & (self.chunk < self.schedule.num_chunks)
+        return (self.micro_batch < self.schedule.num_micro_batches) & (
+            self.chunk < self.schedule.num_chunks
+        )
 
     @cached_property
     def virtual_stage(self) -> IntArray:
         """(n,); -1 for a chunk that is out of range."""
         schedule = self.schedule
         of = np.array(
-            [[schedule.virtual_stage(d, c) for c in range(schedule.num_chunks)] for d in range(schedule.num_devices)]
+            [
+                [schedule.virtual_stage(d, c) for c in range(schedule.num_chunks)]
+                for d in range(schedule.num_devices)
+            ]
         )
         known = self.chunk < schedule.num_chunks
         return np.where(known, of[self.device, np.where(known, self.chunk, 0)], -1)
@@ -85,7 +90,9 @@ class Table:
         """
         stages = self.schedule.num_virtual_stages
         k = self.virtual_stage[rows] + offset
-        slot = (_RESULT_CODE[result] * self.schedule.num_micro_batches + self.micro_batch[rows]) * stages + k
+        slot = (
+            _RESULT_CODE[result] * self.schedule.num_micro_batches + self.micro_batch[rows]
+        ) * stages + k
         return np.where((k >= 0) & (k < stages), slot, -1)
 
     def describe_slot(self, slot: int) -> tuple[Op, int, int]:
@@ -104,7 +111,11 @@ class Table:
     @cached_property
     def results(self) -> tuple[IntArray, IntArray]:
         """(slots, rows): which row fills which slot, one entry per result; BW has two."""
-        pairs = [(self.slots(result, self.rows_of(op)), self.rows_of(op)) for op in Op for result in GIVES[op]]
+        pairs = [
+            (self.slots(result, self.rows_of(op)), self.rows_of(op))
+            for op in Op
+            for result in GIVES[op]
+        ]
         return np.concatenate([s for s, _ in pairs]), np.concatenate([r for _, r in pairs])
 
     @cached_property
@@ -157,7 +168,9 @@ class Table:
         follows = np.zeros(self.num_rows, np.bool_)
         for op in (Op.F, Op.B, Op.BW):
             rows = self.rows_of(op)
-            same = (self.device[rows][1:] == self.device[rows][:-1]) & (self.chunk[rows][1:] == self.chunk[rows][:-1])
+            same = (self.device[rows][1:] == self.device[rows][:-1]) & (
+                self.chunk[rows][1:] == self.chunk[rows][:-1]
+            )
             follows[rows[1:]] = same
         # From device p - 1 to device 0, or back. Next to each other (distance 1) is no way around.
         distance = np.abs(self.device[self.source] - self.device)
@@ -192,8 +205,13 @@ def tabulate(schedule: Schedule) -> Table:
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     device_of_first = np.searchsorted(bounds, first, side="right") - 1
     distinct = [
-        schedule.devices[d][row - bounds[d]] for d, row in zip(device_of_first.tolist(), first.tolist(), strict=True)
+        schedule.devices[d][row - bounds[d]]
+        for d, row in zip(device_of_first.tolist(), first.tolist(), strict=True)
     ]
-    columns = np.array([(OP_CODE[a.op], a.micro_batch, a.chunk) for a in distinct], np.int64).reshape(-1, 3)
+    columns = np.array(
+        [(OP_CODE[a.op], a.micro_batch, a.chunk) for a in distinct], np.int64
+    ).reshape(-1, 3)
     op, micro_batch, chunk = columns[inverse].T
-    return Table(schedule, bounds, np.repeat(np.arange(len(lengths)), lengths), op, micro_batch, chunk)
+    return Table(
+        schedule, bounds, np.repeat(np.arange(len(lengths)), lengths), op, micro_batch, chunk
+    )

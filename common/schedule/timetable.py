@@ -1,7 +1,8 @@
 """A schedule with times, as charts in papers and blogs give it.
 
-Two text forms. A Markdown chart, with a time in every row and a device in every column (or the other way round); an
-action lasts to the next row, and the same action in neighbouring rows is one longer action:
+Two text forms. A Markdown chart, with a time in every row and a device in every column (or the
+other way round); an action lasts to the next row, and the same action in neighbouring rows is one
+longer action:
 
     | t | GPU0 | GPU1 |
     | --- | --- | --- |
@@ -22,17 +23,27 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from common.schedule.action import Action, Schedule, ScheduleError, build_schedule, parse_action, parse_schedule
+from common.schedule.action import (
+    Action,
+    Schedule,
+    ScheduleError,
+    build_schedule,
+    parse_action,
+    parse_schedule,
+)
 
 # Bounded, and only from a word's beginning, so that a long word does not take quadratic time.
 _TIMED = re.compile(
-    r"(?<!\w)(?P<action>\w{1,16}(?:\.\d{1,9})?)@(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)", re.ASCII
+    r"(?<!\w)(?P<action>\w{1,16}(?:\.\d{1,9})?)@(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)",
+    re.ASCII,
 )
 
 
 @dataclass(frozen=True)
 class Timetable:
-    """`spans[d][n]` is (start, end) of the action `schedule.devices[d][n]`; actions are in order of their start."""
+    """`spans[d][n]` is (start, end) of the action `schedule.devices[d][n]`; actions are in order of
+    their start.
+    """
 
     schedule: Schedule
     spans: tuple[tuple[tuple[float, float], ...], ...]
@@ -61,7 +72,9 @@ def read_table(text: str, name: str = "file") -> Schedule | Timetable:
 def _build(rows: list[_TimedRow], schedule_of_order: Schedule | None, name: str) -> Timetable:
     rows = [sorted(row, key=lambda timed: timed[:2]) for row in rows]
     spans = tuple(tuple((start, end) for start, end, _ in row) for row in rows)
-    schedule = schedule_of_order or build_schedule([[action for _, _, action in row] for row in rows], name)
+    schedule = schedule_of_order or build_schedule(
+        [[action for _, _, action in row] for row in rows], name
+    )
     return Timetable(schedule, spans)
 
 
@@ -69,19 +82,29 @@ def _parse_timed(text: str, name: str) -> Timetable:
     # The order and the header are read as the untimed form is; only the times are taken out before.
     without = parse_schedule(_TIMED.sub(lambda match: match["action"], text), name)
     rows: list[_TimedRow] = []
-    for device, line in enumerate(line for line in text.splitlines() if line.split("#", 1)[0].strip()):
-        words = line.split("#", 1)[0].partition(":")[2].split() if ":" in line else line.split("#", 1)[0].split()
+    for device, line in enumerate(
+        line for line in text.splitlines() if line.split("#", 1)[0].strip()
+    ):
+        words = (
+            line.split("#", 1)[0].partition(":")[2].split()
+            if ":" in line
+            else line.split("#", 1)[0].split()
+        )
         matches = [_TIMED.fullmatch(word) for word in words]
         row: _TimedRow = []
         for word, match, action in zip(words, matches, without.devices[device], strict=True):
             if match is None:
-                raise ScheduleError(f"device {device}: {word!r} has no times; expected F0@0-1 for every action")
+                raise ScheduleError(
+                    f"device {device}: {word!r} has no times; expected F0@0-1 for every action"
+                )
             start, end = float(match["start"]), float(match["end"])
             if end < start:
                 raise ScheduleError(f"device {device}: {word} ends before it starts")
             row.append((start, end, action))
         rows.append(sorted(row, key=lambda timed: timed[:2]))
-    schedule = replace(without, devices=tuple(tuple(action for _, _, action in row) for row in rows))
+    schedule = replace(
+        without, devices=tuple(tuple(action for _, _, action in row) for row in rows)
+    )
     return _build(rows, schedule, name)
 
 
@@ -93,7 +116,9 @@ def _parse_chart(lines: list[str], name: str) -> Timetable:
     width = len(cells[0])
     for row in cells:
         if len(row) != width:
-            raise ScheduleError(f"chart: row {row[0]!r} has {len(row)} columns; the header has {width}")
+            raise ScheduleError(
+                f"chart: row {row[0]!r} has {len(row)} columns; the header has {width}"
+            )
     if not _is_number(cells[1][0]):
         cells = [list(column) for column in zip(*cells, strict=True)]
     times = [_time(row[0]) for row in cells[1:]]
@@ -133,5 +158,7 @@ def _is_number(text: str) -> bool:
 
 def _time(text: str) -> float:
     if not _is_number(text):
-        raise ScheduleError(f"chart: {text!r} is not a time; expected a number in the first column or row")
+        raise ScheduleError(
+            f"chart: {text!r} is not a time; expected a number in the first column or row"
+        )
     return float(text)

@@ -1,4 +1,6 @@
-"""Schedules with times as a Chrome trace, which Perfetto (ui.perfetto.dev) and chrome://tracing open."""
+"""Schedules with times as a Chrome trace, which Perfetto (ui.perfetto.dev) and chrome://tracing
+open.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ LANES, IDS = 1_000, 1_000_000
 INSIDE = 0.01
 """Arrows start and end this share inside an action: at its edge viewers pick a neighbour."""
 
-_COLORS = {Op.F: "thread_state_running", Op.B: "thread_state_iowait", Op.W: "good", Op.BW: "rail_idle"}
+_COLORS = {
+    Op.F: "thread_state_running",
+    Op.B: "thread_state_iowait",
+    Op.W: "good",
+    Op.BW: "rail_idle",
+}
 
 
 def chrome_trace(simulation: Simulation) -> dict[str, Any]:
@@ -32,7 +39,9 @@ def chrome_trace(simulation: Simulation) -> dict[str, Any]:
 def chrome_traces(charts: Mapping[str, Simulation]) -> dict[str, Any]:
     """Return the same with a process for every chart, under its name."""
     events = [
-        event for pid, (name, simulation) in enumerate(charts.items()) for event in _events(simulation, name, pid + 1)
+        event
+        for pid, (name, simulation) in enumerate(charts.items())
+        for event in _events(simulation, name, pid + 1)
     ]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
@@ -76,8 +85,12 @@ def _events(simulation: Simulation, name: str, pid: int) -> list[dict[str, Any]]
             continue
         kind = "activation" if table.action(row).op is Op.F else "gradient"
         arrow = {"name": kind, "cat": "message", "id": pid * IDS + row, "pid": pid}
-        leaves, arrives = start[sender] + (1 - INSIDE) * duration[sender], start[row] + INSIDE * duration[row]
-        # Clocks are read on two threads: a message may seem to arrive before it left, which viewers drop.
+        leaves, arrives = (
+            start[sender] + (1 - INSIDE) * duration[sender],
+            start[row] + INSIDE * duration[row],
+        )
+        # Clocks are read on two threads: a message may seem to arrive before it left, which viewers
+        # drop.
         leaves, arrives = round(min(leaves, arrives), 3), round(arrives, 3)
         events.append(arrow | {"ph": "s", "tid": thread[device[sender]], "ts": leaves})
         events.append(arrow | {"ph": "f", "bp": "e", "tid": thread[device[row]], "ts": arrives})

@@ -11,7 +11,7 @@
 >>> for violation in validate(parse_schedule("F0 BW0\\nBW0 F0")):
 ...     print(violation)
 [backward-before-forward] device 1, action 0 (BW0): needs F0 of the same device, which comes later, at action 1
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ def require_valid(schedule: Schedule) -> None:
     if violations:
         lines = "\n".join(f"  {violation}" for violation in violations[:50])
         more = f"\n  and {len(violations) - 50} more" if len(violations) > 50 else ""
-        raise ScheduleError(f"schedule {schedule.name} breaks {len(violations)} rules:\n{lines}{more}")
+        raise ScheduleError(
+            f"schedule {schedule.name} breaks {len(violations)} rules:\n{lines}{more}"
+        )
 
 
 class _Report:
@@ -127,26 +129,38 @@ class _Report:
 
     def sorted(self) -> list[Violation]:
         # Counts and missing actions (no position) first within their device.
-        return sorted(self.violations, key=lambda v: (v.device, -1 if v.position is None else v.position))
+        return sorted(
+            self.violations, key=lambda v: (v.device, -1 if v.position is None else v.position)
+        )
 
     def check_actions(self) -> None:
         """Check that every action is there exactly once, and none is unknown. [1]"""
         table, schedule = self.table, self.schedule
         for row in np.flatnonzero(~table.in_range).tolist():
             right = f"micro-batches {self.label(0)} to {self.label(schedule.num_micro_batches - 1)}"
-            self.add(Rule.UNKNOWN_ACTION, row, f"the schedule has {right} and chunks 0 to {schedule.num_chunks - 1}")
+            self.add(
+                Rule.UNKNOWN_ACTION,
+                row,
+                f"the schedule has {right} and chunks 0 to {schedule.num_chunks - 1}",
+            )
         # Two rows that fill one slot repeat an action; a slot that no row fills misses one.
         slots, rows = table.results
         for slot, row in sorted(zip(*_repeats(slots, rows), strict=True), key=lambda pair: pair[1]):
             op, _, _ = table.describe_slot(slot)
             first = int(table.producer[slot])
-            done = f"{self.name(first)} at action {table.position(first)} has done this {op.value} already"
+            done = (
+                f"{self.name(first)} at action {table.position(first)} has done this "
+                f"{op.value} already"
+            )
             self.add(Rule.REPEATED_ACTION, row, done)
         missing = np.flatnonzero(table.producer < 0)
         for slot in missing[:MAX_MISSING_LISTED].tolist():
             self.add_missing(*table.describe_slot(slot))
         if len(missing) > MAX_MISSING_LISTED:  # a file can announce a million with a few bytes
-            self.add_missing(*table.describe_slot(int(missing[MAX_MISSING_LISTED])), len(missing) - MAX_MISSING_LISTED)
+            self.add_missing(
+                *table.describe_slot(int(missing[MAX_MISSING_LISTED])),
+                len(missing) - MAX_MISSING_LISTED,
+            )
         self.check_counts()  # sums the lists above up, in a line per device
 
     def check_counts(self) -> None:
@@ -171,7 +185,11 @@ class _Report:
             late = (producer > rows) & (table.device[producer] == table.device[rows])
             for row, needed in zip(rows[late].tolist(), producer[late].tolist(), strict=True):
                 comes = f"which comes later, at action {table.position(needed)}"
-                self.add(_RULE_OF_NEED[result, offset], row, f"needs {self.name(needed)} of the same device, {comes}")
+                self.add(
+                    _RULE_OF_NEED[result, offset],
+                    row,
+                    f"needs {self.name(needed)} of the same device, {comes}",
+                )
 
     def check_present(self, result: Op, offset: int, rows: IntArray, slots: IntArray) -> None:
         """Check that some row fills each needed slot: else nobody sends, or nothing is held."""
@@ -183,7 +201,11 @@ class _Report:
             needed = self.name_of(Action(op, micro_batch, chunk))
             # On its own device nothing is sent: what is missing would have been held there.
             if device == table.device[row]:
-                self.add(_RULE_OF_NEED[result, offset], row, f"needs {needed} of the same device, which is missing")
+                self.add(
+                    _RULE_OF_NEED[result, offset],
+                    row,
+                    f"needs {needed} of the same device, which is missing",
+                )
             else:
                 message = f"waits for the message of {needed} of device {device}, which never runs"
                 self.add(Rule.RECEIVE_WITHOUT_SEND, row, message)
@@ -227,9 +249,13 @@ class _Report:
             # Against the latest end so far, not the previous one's: a long action may cover
             # several.
             latest = np.maximum.accumulate(end[rows])
-            for at in (1 + np.flatnonzero(latest[:-1] > start[rows][1:] + timetable.tolerance)).tolist():
+            for at in (
+                1 + np.flatnonzero(latest[:-1] > start[rows][1:] + timetable.tolerance)
+            ).tolist():
                 row, other = rows[at], rows[int(np.argmax(end[rows[:at]]))]
-                message = f"starts at {start[row]:g}, while {self.name(other)} runs until {end[other]:g}"
+                message = (
+                    f"starts at {start[row]:g}, while {self.name(other)} runs until {end[other]:g}"
+                )
                 self.add(Rule.OVERLAP, int(row), message)
 
     def label(self, micro_batch: int) -> int:
@@ -251,7 +277,9 @@ class _Report:
         name = self.name_of(Action(op, micro_batch, chunk))
         either = "" if op is Op.F else f" (or {self.name_of(Action(Op.BW, micro_batch, chunk))})"
         are = "is missing" if and_so_on == 1 else f"and {and_so_on - 1} more are missing"
-        self.violations.append(Violation(Rule.MISSING_ACTION, device, None, name, f"{name}{either} {are}"))
+        self.violations.append(
+            Violation(Rule.MISSING_ACTION, device, None, name, f"{name}{either} {are}")
+        )
 
     def add_cycle(self, rows: list[int]) -> None:
         table = self.table

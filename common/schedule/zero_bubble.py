@@ -59,11 +59,17 @@ def _handcrafted(p: int, m: int, forwards_per_device: int) -> tuple[tuple[Action
         delay = forwards_per_device * device
         # Slices, not indices: beyond either end they are empty.
         steps = (
-            (*forwards[warmup + i : warmup + i + 1], inputs[i], *weights[max(i - delay, 0) : max(i - delay + 1, 0)])
+            (
+                *forwards[warmup + i : warmup + i + 1],
+                inputs[i],
+                *weights[max(i - delay, 0) : max(i - delay + 1, 0)],
+            )
             for i in range(m)
         )
         # [1], [2], [3]
-        rows.append((*forwards[:warmup], *chain.from_iterable(steps), *weights[max(m - delay, 0) :]))
+        rows.append(
+            (*forwards[:warmup], *chain.from_iterable(steps), *weights[max(m - delay, 0) :])
+        )
     return tuple(rows)
 
 
@@ -77,12 +83,14 @@ def zb_v(p: int, m: int) -> Schedule:
 
         device 0 F0── F1── F2── F0.1 B0.1 W0.1 F1.1 B1.1 W1.1 F3── B0── W0── F2.1 B2.1 W2.1 B1── W1── F3.1 B3.1 ...
         device 1 ·    F0── F0.1 F1── F1.1 B0.1 W0.1 F2── B0── W0── F2.1 B1.1 W1.1 F3── B1── W1── F3.1 B2.1 W2.1 ...
-    """
+    """  # noqa: E501
     # The pattern needs 2p - 1 micro-batches; for fewer, the others are left out of it, which breaks
     # no dependency.
     full = max(m, 2 * p - 1)
     rows = (_zb_v_row(p, full, device) for device in range(p))
-    return Schedule("zb-v", tuple(tuple(a for a in row if a.micro_batch < m) for row in rows), m, 2, "vee")
+    return Schedule(
+        "zb-v", tuple(tuple(a for a in row if a.micro_batch < m) for row in rows), m, 2, "vee"
+    )
 
 
 def _zb_v_row(p: int, m: int, device: int) -> list[Action]:

@@ -64,14 +64,19 @@ class Batch:
         return Batch(self.step, self.inputs[:count], self.targets[:count])
 
     def micro_batches(self, count: int) -> list[MicroBatch]:
-        """`count` pieces, in order, whose sizes differ by one at most, the larger ones first (as `np.array_split` cuts).
+        """`count` pieces, in order, whose sizes differ by one at most, the larger ones first (as
+        `np.array_split` cuts).
 
         Raises ValueError if there are fewer sequences than pieces.
         """
         size = len(self.inputs)
         if not 1 <= count <= size:
-            raise ValueError(f"{size} sequences cannot be cut into {count} micro-batches; expected 1 to {size}")
-        pieces = (np.array_split(array, count) for array in (self.inputs, self.targets, np.arange(size)))
+            raise ValueError(
+                f"{size} sequences cannot be cut into {count} micro-batches; expected 1 to {size}"
+            )
+        pieces = (
+            np.array_split(array, count) for array in (self.inputs, self.targets, np.arange(size))
+        )
         return [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
 
 
@@ -79,7 +84,8 @@ class Batch:
 class MicroBatch:
     """A piece of a mini-batch; `samples` are its rows' indices there.
 
-    Its targets may all be IGNORED: it still goes through the pipeline, and adds nothing to loss and gradients.
+    Its targets may all be IGNORED: it still goes through the pipeline, and adds nothing to loss and
+    gradients.
     """
 
     inputs: NDArray[np.int64]  # (b, S)
@@ -117,11 +123,12 @@ class Corpus:
         return "" if self.tokenizer is None else hashlib.sha256(self.tokenizer).hexdigest()
 
     def training_batch(self, config: RunConfig, step: int) -> Batch:
-        """The mini-batch of `step` as `config` trains on it, always (batch_size, context_length).
+        """Return the mini-batch of `step` as `config` trains on it, always (batch_size,
+        context_length).
 
         Where a sequence ends early (`sequence_lengths`) or an epoch leaves fewer sequences than fit
-        (`sequences_per_epoch`), the rest is token 0 and IGNORED: every framework and schedule sees one shape, and the
-        gradient is that of the tokens that count.
+        (`sequences_per_epoch`), the rest is token 0 and IGNORED: every framework and schedule sees
+        one shape, and the gradient is that of the tokens that count.
         """
         train, length = config.train, config.model.context_length
         batch = self.batch(step, train.seed, train.batch_size, length)
@@ -131,7 +138,9 @@ class Corpus:
         if config.sequences_per_epoch is not None:
             lengths[sequences_in(step, train.batch_size, config.sequences_per_epoch) :] = 0
         beyond = np.arange(length) >= lengths[:, None]  # (B, S)
-        return Batch(step, np.where(beyond, 0, batch.inputs), np.where(beyond, IGNORED, batch.targets))
+        return Batch(
+            step, np.where(beyond, 0, batch.inputs), np.where(beyond, IGNORED, batch.targets)
+        )
 
     def batch(self, step: int, seed: int, batch_size: int, context_length: int) -> Batch:
         """Return the mini-batch of `step`: random windows, a function of (seed, step)."""
@@ -149,7 +158,10 @@ class Corpus:
         count = len(self.held_out) - 1
         rows = -(-count // context_length)
         rows += -rows % batch_size
-        inputs, targets = np.zeros(rows * context_length, np.int64), np.full(rows * context_length, IGNORED)
+        inputs, targets = (
+            np.zeros(rows * context_length, np.int64),
+            np.full(rows * context_length, IGNORED),
+        )
         inputs[:count], targets[:count] = self.held_out[:-1], self.held_out[1:]
         for index, start in enumerate(range(0, rows * context_length, batch_size * context_length)):
             piece = slice(start, start + batch_size * context_length)
@@ -173,12 +185,17 @@ def tokenize(config: RunConfig, text: Text) -> Corpus:
     path = config.tokenizer_file
     content = None if path is None else read_content(Path(path))
     corpus = _tokenized(
-        text, config.tokenizer, content, f"tokenizer {path or config.tokenizer}", config.model.vocab_size
+        text,
+        config.tokenizer,
+        content,
+        f"tokenizer {path or config.tokenizer}",
+        config.model.vocab_size,
     )
     needed = config.model.context_length + 1
     if min(len(corpus.train), len(corpus.held_out)) < needed:
         raise CorpusError(
-            f"the corpus has {len(corpus.tokens)} tokens; expected at least {int(needed / HELD_OUT_FRACTION) + 1}, "
+            f"the corpus has {len(corpus.tokens)} tokens; expected at least "
+            f"{int(needed / HELD_OUT_FRACTION) + 1}, "
             f"so that a tenth of it holds one sequence of {needed}"
         )
     return corpus
@@ -189,7 +206,11 @@ def _tokenized(text: Text, kind: str, content: bytes | None, where: str, vocab_s
     if kind == "bytes":
         return Corpus(np.frombuffer(text.data, np.uint8), text.digest, text.num_bytes)
     decoded = text.decoded
-    tokenizer = FileTokenizer(content, where) if content else train_byte_pairs(decoded, vocab_size, text.digest)
+    tokenizer = (
+        FileTokenizer(content, where)
+        if content
+        else train_byte_pairs(decoded, vocab_size, text.digest)
+    )
     check_vocabulary(tokenizer, vocab_size, where)
     pieces = lines(decoded) if kind == "bpe" else blocks(decoded)
     return Corpus(tokenizer.encode_all(pieces), text.digest, text.num_bytes, tokenizer.content)
@@ -199,7 +220,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
     """Raise TokenizerError if the model lacks tokens of the tokenizer. It may have more."""
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
-            f"{where}: has {tokenizer.vocab_size} tokens, added and special ones included; the model has "
+            f"{where}: has {tokenizer.vocab_size} tokens, added and special ones included; the "
+            "model has "
             f"vocab_size = {vocab_size}, expected at least {tokenizer.vocab_size}"
         )
 
@@ -214,9 +236,13 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
     return train_byte_pairs(text.decoded, config.model.vocab_size, text.digest)
 
 
-def _windows(tokens: NDArray[Any], step: int, key: tuple[int, int], batch_size: int, context_length: int) -> Batch:
+def _windows(
+    tokens: NDArray[Any], step: int, key: tuple[int, int], batch_size: int, context_length: int
+) -> Batch:
     starts = _generator(key, step).integers(0, len(tokens) - context_length, batch_size)
-    windows = np.asarray(tokens[starts[:, None] + np.arange(context_length + 1)], np.int64)  # (B, S + 1)
+    windows = np.asarray(
+        tokens[starts[:, None] + np.arange(context_length + 1)], np.int64
+    )  # (B, S + 1)
     return Batch(step, windows[:, :-1], windows[:, 1:])
 
 

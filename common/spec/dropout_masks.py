@@ -70,7 +70,9 @@ def threshold(dropout: float) -> int:
     return round(dropout * 2**32)
 
 
-def keep_mask(key: int, site: int, samples: NDArray[np.int64], shape: tuple[int, ...], dropout: float) -> NDArray[Any]:
+def keep_mask(
+    key: int, site: int, samples: NDArray[np.int64], shape: tuple[int, ...], dropout: float
+) -> NDArray[Any]:
     """Return the mask, of `shape` (B, ...): True where an element is kept.
 
     `key` is of `step_key`, `site` of `site_number`; `samples` (B,) are indices in the mini-batch.

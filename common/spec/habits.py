@@ -1,8 +1,10 @@
-"""The drift zoo: numerical habits in which frameworks differ, each of which can be put back, one at a time.
+"""The drift zoo: numerical habits in which frameworks differ, each of which can be put back, one at
+a time.
 
-Every implementation writes its model so that all three agree (docs/numerics.md). A `Drift` undoes one such decision in one
-framework, the way that framework does it by default or the way its users commonly get it wrong; `RunConfig.drift` names it
-and the implementation's `drift.py` does it. The parity check must then fail, and first at the `place` that is named here.
+Every implementation writes its model so that all three agree (docs/numerics.md). A `Drift` undoes
+one such decision in one framework, the way that framework does it by default or the way its users
+commonly get it wrong; `RunConfig.drift` names it and the implementation's `drift.py` does it. The
+parity check must then fail, and first at the `place` that is named here.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class Drift:
     check: Check
     """The first check of the ladder that must fail."""
     place: str
-    """Pattern (fnmatch) of the first tensor that differs: a unit for activations, a canonical parameter name else."""
+    """Pattern (fnmatch) of the first tensor that differs: a unit for activations, a canonical
+    parameter name else.
+    """
     default_of: str = ""
     """The framework whose default it is; otherwise a common mistake."""
     dtype: str = "float32"
@@ -45,7 +49,14 @@ class Drift:
 EVERYWHERE: tuple[Framework, ...] = ("torch", "tensorflow", "paddle")
 
 DRIFTS: tuple[Drift, ...] = (
-    Drift("tanh-gelu", "GELU by its tanh approximation", ("tensorflow",), "activation", "block.0", "keras.ops.gelu"),
+    Drift(
+        "tanh-gelu",
+        "GELU by its tanh approximation",
+        ("tensorflow",),
+        "activation",
+        "block.0",
+        "keras.ops.gelu",
+    ),
     Drift(
         "float32-gelu-constant",
         "GELU divided by a constant with 12 digits",
@@ -143,7 +154,8 @@ DRIFTS: tuple[Drift, ...] = (
         "optimizer_step",
         "*",
         "clip_grad_norm_ on a stage's parameters",
-        dtype="float64",  # Adam's first step does not change with the gradient's scale, but for epsilon
+        # Adam's first step does not change with the gradient's scale, but for epsilon
+        dtype="float64",
     ),
     Drift(
         "clip-epsilon",
@@ -179,7 +191,14 @@ DRIFTS: tuple[Drift, ...] = (
         "*weight",
         "Adam(weight_decay=...) of torch and Paddle",
     ),
-    Drift("default-betas", "beta2 = 0.999", EVERYWHERE, "loss_curve", "loss", "AdamW of each framework"),
+    Drift(
+        "default-betas",
+        "beta2 = 0.999",
+        EVERYWHERE,
+        "loss_curve",
+        "loss",
+        "AdamW of each framework",
+    ),
     Drift(
         "unrounded-hyperparameters",
         "hyperparameters in double precision",

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from common.spec.run import TransformerSpec
 
-Check = Literal["activation", "loss", "gradient", "optimizer_step", "trained_parameter", "loss_curve"]
+Check = Literal[
+    "activation", "loss", "gradient", "optimizer_step", "trained_parameter", "loss_curve"
+]
 
 
 class TensorKey(NamedTuple):
@@ -145,12 +147,16 @@ def initial_weights(model: TransformerSpec, seed: int, dtype: str) -> dict[str, 
             # 2 x num_layers of these outputs are summed; scaled so, their sum does not grow with
             # depth.
             residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
-            value = _normal(name, shape, seed) * (0.02 / math.sqrt(2 * model.num_layers) if residual else 0.02)
+            value = _normal(name, shape, seed) * (
+                0.02 / math.sqrt(2 * model.num_layers) if residual else 0.02
+            )
         weights[name] = value.astype(np.float32).astype(dtype)
     return weights
 
 
-def random_arrays(model: TransformerSpec, seed: int, dtype: str, scale: float) -> dict[str, NDArray[Any]]:
+def random_arrays(
+    model: TransformerSpec, seed: int, dtype: str, scale: float
+) -> dict[str, NDArray[Any]]:
     """Return a random array per parameter: noise for weights, or gradients to test an optimizer."""
     return {
         name: (scale * _normal(f"random/{name}", shape, seed)).astype(np.float32).astype(dtype)

@@ -101,9 +101,13 @@ def plan_partition(config: RunConfig) -> PartitionPlan:
             if config.chunks == 1:
                 inner = balanced_boundaries(costs, parts)
             else:
-                schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+                schedule = make_schedule(
+                    config.schedule, config.stages, config.train.micro_batches, config.chunks
+                )
                 devices = [device for device, _ in schedule.location]
-                inner = balanced_over_devices(costs[0], costs[1], costs[-1], config.model.num_layers, devices)
+                inner = balanced_over_devices(
+                    costs[0], costs[1], costs[-1], config.model.num_layers, devices
+                )
         case boundaries:  # the user's own, validated by `RunConfig`
             inner = list(boundaries)
     edges = [0, *inner, len(units)]
@@ -177,7 +181,9 @@ def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
     return boundaries[::-1]
 
 
-def balanced_over_devices(embedding: int, block: int, head: int, num_layers: int, devices: Sequence[int]) -> list[int]:
+def balanced_over_devices(
+    embedding: int, block: int, head: int, num_layers: int, devices: Sequence[int]
+) -> list[int]:
     """Return the boundaries with the smallest largest device and then the smallest largest part.
     [4]
 
@@ -205,7 +211,10 @@ def balanced_over_devices(embedding: int, block: int, head: int, num_layers: int
         counts, sizes = least.copy(), [embedding, *[block] * (last - 1), head]
         # Two heaps, since a sorted list is one: the devices by load, and each device's parts by
         # size.
-        parts = {d: sorted((sizes[k], k) for k in range(last + 1) if devices[k] == d) for d in set(devices)}
+        parts = {
+            d: sorted((sizes[k], k) for k in range(last + 1) if devices[k] == d)
+            for d in set(devices)
+        }
         loads = sorted((sum(size for size, _ in own), d) for d, own in parts.items())
         for _ in range(num_layers - sum(least)):
             while loads and parts[loads[0][1]][0][0] + block > bound:
@@ -221,7 +230,9 @@ def balanced_over_devices(embedding: int, block: int, head: int, num_layers: int
         return (math.inf if max(sizes) > bound else largest), counts
 
     # A largest part is an embedding, a head or neither, and some blocks: these are all its values.
-    bounds = sorted({own + n * block for own in (0, embedding, head) for n in range(num_layers + 1)})
+    bounds = sorted(
+        {own + n * block for own in (0, embedding, head) for n in range(num_layers + 1)}
+    )
     best, _ = fill(bounds[-1])
     bound = bounds[bisect_left(bounds, True, key=lambda bound: fill(bound)[0] <= best)]
     return [1 + blocks for blocks in itertools.accumulate(fill(bound)[1])][:-1]

@@ -1,7 +1,8 @@
-"""What no run can be: the combinations of valid options that a framework, or an executor, does not offer.
+"""What no run can be: the combinations of valid options that a framework, or an executor, does not
+offer.
 
-`why_impossible` is asked wherever a run is put together, before a child starts, so that whatever passes here runs.
-The rules within one specification (`common.spec.run`) are its own.
+`why_impossible` is asked wherever a run is put together, before a child starts, so that whatever
+passes here runs. The rules within one specification (`common.spec.run`) are its own.
 """
 
 from __future__ import annotations
@@ -41,29 +42,44 @@ class Impossible(NamedTuple):
 
 def why_impossible(config: RunConfig) -> Impossible | None:
     """Return the first rule that the run breaks, or None."""
-    return _schedule(config) or _device(config) or _precision(config) or _drift(config) or _executor(config)
+    return (
+        _schedule(config)
+        or _device(config)
+        or _precision(config)
+        or _drift(config)
+        or _executor(config)
+    )
 
 
 def has_cuda() -> bool:
     """Return whether the machine has an NVIDIA driver, without asking a framework."""
-    return shutil.which("nvidia-smi") is not None or any(map(Path.exists, map(Path, ("/dev/nvidiactl", "/dev/dxg"))))
+    return shutil.which("nvidia-smi") is not None or any(
+        map(Path.exists, map(Path, ("/dev/nvidiactl", "/dev/dxg")))
+    )
 
 
 def _schedule(config: RunConfig) -> Impossible | None:
     try:
-        schedule = make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+        schedule = make_schedule(
+            config.schedule, config.stages, config.train.micro_batches, config.chunks
+        )
     except ScheduleError as error:
         return Impossible("schedule", f": {' '.join(str(error).split())}")
     violations = validate(schedule)
     if not violations:
         return None
-    why = f"breaks {len(violations)} rules, the first: {violations[0]}; `triptych validate FILE` lists them all"
+    why = (
+        f"breaks {len(violations)} rules, the first: {violations[0]}; `triptych validate FILE` "
+        "lists them all"
+    )
     return Impossible("schedule", f" = {config.schedule}: {why}")
 
 
 def _device(config: RunConfig) -> Impossible | None:
     if config.device == "cuda" and not has_cuda():
-        return Impossible("device", " = cuda: this machine has no NVIDIA driver; expected cpu or auto")
+        return Impossible(
+            "device", " = cuda: this machine has no NVIDIA driver; expected cpu or auto"
+        )
     return None
 
 
@@ -71,7 +87,10 @@ def _precision(config: RunConfig) -> Impossible | None:
     if config.train.dtype != "bfloat16":
         return None
     if config.framework not in BFLOAT16:
-        why = f"{config.framework} cannot compute in it; expected {' or '.join(BFLOAT16)}, or float32 or float64"
+        why = (
+            f"{config.framework} cannot compute in it; expected {' or '.join(BFLOAT16)}, or "
+            "float32 or float64"
+        )
     elif config.executor != "table":
         why = f"executor = {config.executor} does not compute in it; expected float32 or float64"
     else:
@@ -103,10 +122,13 @@ def _executor(config: RunConfig) -> Impossible | None:
 
 
 def why_too_few_gpus(stages: int, gpus: int) -> str | None:
-    """Why a process per stage cannot run on so many GPUs; None if it can."""
+    """Return why a process per stage cannot run on so many GPUs; None if it can."""
     if gpus >= stages:
         return None
-    return f"NCCL takes one process per GPU, and {stages} stages have {gpus}; expected stages = {gpus}, or device = cpu"
+    return (
+        f"NCCL takes one process per GPU, and {stages} stages have {gpus}; expected stages = "
+        f"{gpus}, or device = cpu"
+    )
 
 
 def _why_not_native(config: RunConfig) -> str | None:
@@ -115,15 +137,24 @@ def _why_not_native(config: RunConfig) -> str | None:
     if cards and (why := why_too_few_gpus(p, cards)):
         return why
     if name not in NATIVE_SCHEDULES.get(config.framework, ()):
-        offered = "; ".join(f"{framework} with {', '.join(names)}" for framework, names in NATIVE_SCHEDULES.items())
-        return f"{config.framework} has no pipeline of its own with the schedule {name}; expected {offered}"
+        offered = "; ".join(
+            f"{framework} with {', '.join(names)}" for framework, names in NATIVE_SCHEDULES.items()
+        )
+        return (
+            f"{config.framework} has no pipeline of its own with the schedule {name}; expected "
+            f"{offered}"
+        )
     if not config.train.micro_batches_are_equal:
         return (
-            f"micro_batches = {m} does not divide batch_size = {config.train.batch_size}; expected equal micro-batches"
+            f"micro_batches = {m} does not divide batch_size = {config.train.batch_size}; "
+            "expected equal micro-batches"
         )
     if config.framework == "torch" and name == "1f1b" and m < p:
         return f"micro_batches = {m}; PyTorch's 1f1b takes at least as many as stages, {p}"
     rounds = max(1, m // p)  # what our `interleaved` calls groups; PyTorch's are all of one size
     if config.framework == "torch" and name in ("interleaved", "zb-h1") and m % rounds:
-        return f"micro_batches = {m}; PyTorch's {name} takes a multiple of {rounds} here (micro-batches // stages)"
+        return (
+            f"micro_batches = {m}; PyTorch's {name} takes a multiple of {rounds} here "
+            "(micro-batches // stages)"
+        )
     return None

@@ -1,10 +1,11 @@
 """What is trained and how: the one description that all three implementations read.
 
-`TransformerSpec` is the model, `TrainSpec` the optimization, `RunConfig` one run of one framework. All are frozen and
-validated on construction; a wrong value raises `pydantic.ValidationError`, which `explain` turns into one line per
-field that says what is wrong and what would be right.
+`TransformerSpec` is the model, `TrainSpec` the optimization, `RunConfig` one run of one framework.
+All are frozen and validated on construction; a wrong value raises `pydantic.ValidationError`, which
+`explain` turns into one line per field that says what is wrong and what would be right.
 
-Every floating-point hyperparameter is rounded to float32 once, here (see `common.spec.rounding.round_to_float32`).
+Every floating-point hyperparameter is rounded to float32 once, here (see
+`common.spec.rounding.round_to_float32`).
 """
 
 from __future__ import annotations
@@ -45,18 +46,23 @@ FRAMEWORKS: tuple[Framework, ...] = ("torch", "tensorflow", "paddle")
 class Frozen(BaseModel):
     """Base of all specifications: no unknown fields, no changes after construction."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
+    )
 
 
 class TransformerSpec(Frozen):
     """A decoder-only causal Transformer language model.
 
-    Pre-norm is GPT-2's (Radford et al. 2019): `x + f(norm(x))`, with a last norm in the head. Post-norm is the original
-    (Vaswani et al. 2017): `norm(x + f(x))`, with none in the head. The key projection has no bias: softmax cancels it,
-    its exact gradient is 0, and Adam would turn the rounding noise of that 0 into full steps.
+    Pre-norm is GPT-2's (Radford et al. 2019): `x + f(norm(x))`, with a last norm in the head.
+    Post-norm is the original (Vaswani et al. 2017): `norm(x + f(x))`, with none in the head. The
+    key projection has no bias: softmax cancels it, its exact gradient is 0, and Adam would turn the
+    rounding noise of that 0 into full steps.
     """
 
-    vocab_size: int = Field(256, ge=2, le=2**24, description="size of the vocabulary; 256 for bytes")
+    vocab_size: int = Field(
+        256, ge=2, le=2**24, description="size of the vocabulary; 256 for bytes"
+    )
     context_length: int = Field(64, ge=1, le=2**20, description="tokens in one sequence (S)")
     num_layers: int = Field(4, ge=1, le=10_000, description="Transformer blocks")
     d_model: int = Field(64, ge=1, le=2**20, description="width of the residual stream (D)")
@@ -64,12 +70,15 @@ class TransformerSpec(Frozen):
     d_ff: int = Field(256, ge=1, le=2**22, description="width of the feed-forward layer")
     norm: Literal["pre", "post"] = Field("pre", description="where LayerNorm stands")
     activation: Literal["gelu", "gelu_tanh", "relu"] = Field(
-        "gelu", description="gelu is the exact one, with erf; gelu_tanh its approximation, which GPT-2 has"
+        "gelu",
+        description="gelu is the exact one, with erf; gelu_tanh its approximation, which GPT-2 has",
     )
     tied_head: bool = Field(False, description="the head uses the token embedding, transposed")
     dropout: Float32 = Field(0.0, ge=0.0, lt=1.0, description="probability of dropping an element")
     dropout_masks: Literal["shared", "native"] = Field(
-        "shared", description="shared: the same bits in every framework; native: the framework's own, not comparable"
+        "shared",
+        description="shared: the same bits in every framework; native: the framework's own, not "
+        "comparable",
     )
     norm_epsilon: Float32 = Field(1e-5, gt=0.0, description="added to the variance in LayerNorm")
 
@@ -91,45 +100,64 @@ class TrainSpec(Frozen):
     """How the model is trained: mini-batches, optimizer, learning rate, clipping, precision."""
 
     steps: int = Field(20, ge=1, description="optimizer steps")
-    batch_size: int = Field(16, ge=1, le=2**20, description="sequences in one mini-batch (one optimizer step)")
-    micro_batches: int = Field(4, ge=1, description="pieces the mini-batch is cut into (m), equal ones or nearly so")
+    batch_size: int = Field(
+        16, ge=1, le=2**20, description="sequences in one mini-batch (one optimizer step)"
+    )
+    micro_batches: int = Field(
+        4, ge=1, description="pieces the mini-batch is cut into (m), equal ones or nearly so"
+    )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="update rule")
     learning_rate: Float32 = Field(1e-3, gt=0.0, description="peak learning rate")
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="after the warm-up: stay, fall linearly, or fall as a half cosine to 0"
+        "constant",
+        description="after the warm-up: stay, fall linearly, or fall as a half cosine to 0",
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up before the schedule")
     beta1: Float32 = Field(0.9, ge=0.0, lt=1.0, description="AdamW: decay of the first moment")
     beta2: Float32 = Field(0.95, ge=0.0, lt=1.0, description="AdamW: decay of the second moment")
     epsilon: Float32 = Field(1e-8, gt=0.0, description="AdamW: added to sqrt(v / (1 - beta2^t))")
     momentum: Float32 = Field(0.0, ge=0.0, lt=1.0, description="SGD: momentum")
-    weight_decay: Float32 = Field(0.1, ge=0.0, description="AdamW: decoupled; SGD: L2 added to the gradient")
+    weight_decay: Float32 = Field(
+        0.1, ge=0.0, description="AdamW: decoupled; SGD: L2 added to the gradient"
+    )
     no_decay: tuple[OsText, ...] = Field(
         ("*.bias", "*norm*"), description="patterns of parameter names that are not decayed"
     )
-    clip_norm: Float32 | None = Field(1.0, gt=0.0, description="largest global gradient norm over all stages")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of the initial values, the batches and the dropout masks")
+    clip_norm: Float32 | None = Field(
+        1.0, gt=0.0, description="largest global gradient norm over all stages"
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="seed of the initial values, the batches and the dropout masks",
+    )
     dtype: Literal["float32", "float64", "bfloat16"] = Field(
         "float32",
-        description="precision of the arithmetic; bfloat16 keeps weights, gradients and moments in float32",
+        description="precision of the arithmetic; bfloat16 keeps weights, gradients and moments "
+        "in float32",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSpec:
         if self.micro_batches > self.batch_size:
             raise ValueError(
-                f"micro_batches = {self.micro_batches} is more than batch_size = {self.batch_size}, and a micro-batch has "
+                f"micro_batches = {self.micro_batches} is more than batch_size = "
+                f"{self.batch_size}, and a micro-batch has "
                 f"at least one sequence; expected 1 to {self.batch_size}"
             )
         if self.warmup_steps > self.steps:
             raise ValueError(
-                f"warmup_steps = {self.warmup_steps} is more than steps = {self.steps}; expected 0 to {self.steps}"
+                f"warmup_steps = {self.warmup_steps} is more than steps = {self.steps}; expected 0 "
+                f"to {self.steps}"
             )
         return self
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences in the first micro-batch. Where m does not divide the mini-batch, later ones have one fewer."""
+        """Sequences in the first micro-batch. Where m does not divide the mini-batch, later ones
+        have one fewer.
+        """
         return -(-self.batch_size // self.micro_batches)
 
     @property
@@ -138,12 +166,16 @@ class TrainSpec(Frozen):
 
     @property
     def master_dtype(self) -> Literal["float32", "float64"]:
-        """Precision of the weights, the gradients' sums and the optimizer's moments (Micikevicius et al. 2018)."""
+        """Precision of the weights, the gradients' sums and the optimizer's moments (Micikevicius
+        et al. 2018).
+        """
         return "float64" if self.dtype == "float64" else "float32"
 
     def decays(self, name: str) -> bool:
         """Return whether weight decay applies to the parameter of this canonical name."""
-        return self.weight_decay > 0 and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.no_decay)
+        return self.weight_decay > 0 and not any(
+            fnmatch.fnmatchcase(name, pattern) for pattern in self.no_decay
+        )
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of `step` (from 0): linear warm-up, then down to 0."""
@@ -165,54 +197,80 @@ class RunConfig(Frozen):
     model: TransformerSpec = TransformerSpec()
     train: TrainSpec = TrainSpec()
     stages: int = Field(2, ge=1, description="devices in the pipeline (p)")
-    chunks: int = Field(1, ge=1, description="model chunks per device (v), for interleaved schedules")
-    schedule: OsText = Field("1f1b", min_length=1, description="name of the pipeline schedule, or file:PATH")
+    chunks: int = Field(
+        1, ge=1, description="model chunks per device (v), for interleaved schedules"
+    )
+    schedule: OsText = Field(
+        "1f1b", min_length=1, description="name of the pipeline schedule, or file:PATH"
+    )
     executor: Literal["table", "native", "plain"] = Field(
         "table",
-        description="table: our schedule tables; native: the framework's own pipeline (torch.distributed.pipelining, "
+        description="table: our schedule tables; native: the framework's own pipeline "
+        "(torch.distributed.pipelining, "
         "Paddle's fleet); plain: a simple loop on one device, as its users would write it",
     )
     track: Literal["matched", "best"] = Field(
         "matched",
-        description="matched: the same precision, threads and operations everywhere; best: what makes this framework "
+        description="matched: the same precision, threads and operations everywhere; best: what "
+        "makes this framework "
         "fastest within the limits of parity",
     )
     partition: Literal["even", "balanced"] | tuple[int, ...] = Field(
-        "even", description="even, balanced (by cost), or the first unit of every stage after the first"
+        "even",
+        description="even, balanced (by cost), or the first unit of every stage after the first",
     )
     recompute: str = Field(
         "none",
         pattern=recompute.PATTERN,
-        description="what the backward computes again instead of holding it: none; full: all between a chunk's ends; "
-        "except-last: the same, but not for the last micro-batch; every-N: pieces of N units, one after another",
+        description="what the backward computes again instead of holding it: none; full: all "
+        "between a chunk's ends; "
+        "except-last: the same, but not for the last micro-batch; every-N: pieces of N units, one "
+        "after another",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where the framework sees it")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes CUDA where the framework sees it"
+    )
     threads: int | None = Field(
         None,
         ge=1,
         le=1024,
-        description="CPU threads of the whole run, shared by the stages, one each at least; default: all usable CPUs",
+        description="CPU threads of the whole run, shared by the stages, one each at least; "
+        "default: all usable CPUs",
     )
     cuda_graphs: Literal["auto", "off"] = Field(
         "auto",
-        description="PyTorch on GPUs: auto records a training step once and replays it, where the run allows it; off "
+        description="PyTorch on GPUs: auto records a training step once and replays it, where the "
+        "run allows it; off "
         "launches every kernel anew and takes less memory",
     )
-    corpus: tuple[OsText, ...] = Field((), description="text files; default: the manual that CPython carries")
+    corpus: tuple[OsText, ...] = Field(
+        (), description="text files; default: the manual that CPython carries"
+    )
     tokenizer: Literal["bytes", "bpe", "file"] = Field(
-        "bytes", description="bytes; bpe: byte-pair encoding, trained on the corpus; file: that of tokenizer_file"
+        "bytes",
+        description="bytes; bpe: byte-pair encoding, trained on the corpus; file: that of "
+        "tokenizer_file",
     )
     tokenizer_file: OsText | None = Field(
-        None, min_length=1, description="a tokenizer.json of the tokenizers library, whatever its kind"
+        None,
+        min_length=1,
+        description="a tokenizer.json of the tokenizers library, whatever its kind",
     )
     sequence_lengths: Literal["full", "random"] = Field(
-        "full", description="random: every sequence ends somewhere, and the labels after its end are ignored"
+        "full",
+        description="random: every sequence ends somewhere, and the labels after its end "
+        "are ignored",
     )
     sequences_per_epoch: int | None = Field(
-        None, ge=1, description="the last mini-batch of an epoch has what is left of it; default: every one is full"
+        None,
+        ge=1,
+        description="the last mini-batch of an epoch has what is left of it; default: every one "
+        "is full",
     )
     drift: str | None = Field(
-        None, description="one numerical habit to put back to a framework's default; `triptych drift --list` names them"
+        None,
+        description="one numerical habit to put back to a framework's default; `triptych drift "
+        "--list` names them",
     )
 
     @property
@@ -225,7 +283,9 @@ class RunConfig(Frozen):
         """Units per recomputed piece; 0 for the whole chunk, None for no recomputation."""
         if self.recompute == "none":
             return None
-        return int(self.recompute.removeprefix("every-")) if self.recompute.startswith("every-") else 0
+        return (
+            int(self.recompute.removeprefix("every-")) if self.recompute.startswith("every-") else 0
+        )
 
     def recomputes(self, micro_batch: int) -> bool:
         """Return whether the backward of this micro-batch computes its forward again."""
@@ -238,34 +298,47 @@ class RunConfig(Frozen):
             try:
                 return tuple(int(part) for part in value.split(","))
             except ValueError:
-                raise ValueError(f"{value!r}; expected even, balanced, or boundaries such as 2,5") from None
+                raise ValueError(
+                    f"{value!r}; expected even, balanced, or boundaries such as 2,5"
+                ) from None
         return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.tokenizer == "bytes" and self.model.vocab_size != 256:
-            raise ValueError(f"vocab_size = {self.model.vocab_size}; the tokenizer 'bytes' has 256 tokens")
+            raise ValueError(
+                f"vocab_size = {self.model.vocab_size}; the tokenizer 'bytes' has 256 tokens"
+            )
         if self.tokenizer == "file" and self.tokenizer_file is None:
-            raise ValueError("tokenizer = file: which? expected tokenizer_file, the path of a tokenizer.json")
+            raise ValueError(
+                "tokenizer = file: which? expected tokenizer_file, the path of a tokenizer.json"
+            )
         if self.tokenizer == "bytes" and self.tokenizer_file is not None:
             raise ValueError("tokenizer = bytes: needs no tokenizer_file; expected one of the two")
         units, parts = self.model.num_layers + 2, self.stages * self.chunks
         if parts > units:
             raise ValueError(
-                f"stages x chunks = {parts} is more than the {units} units (embedding, {self.model.num_layers} blocks, "
+                f"stages x chunks = {parts} is more than the {units} units (embedding, "
+                f"{self.model.num_layers} blocks, "
                 f"head); expected at most {units}"
             )
         if parts * self.train.micro_batches > MAX_PLACES:
             raise ValueError(
-                f"stages x chunks x micro_batches = {parts * self.train.micro_batches}; expected at most {MAX_PLACES}"
+                f"stages x chunks x micro_batches = {parts * self.train.micro_batches}; expected "
+                f"at most {MAX_PLACES}"
             )
         if self.executor == "plain" and parts > 1:
-            raise ValueError(f"stages x chunks = {parts}; executor = plain has 1, with all the threads")
+            raise ValueError(
+                f"stages x chunks = {parts}; executor = plain has 1, with all the threads"
+            )
         if isinstance(self.partition, tuple):
             edges = (0, *self.partition, units)
-            if len(self.partition) != parts - 1 or any(a >= b for a, b in itertools.pairwise(edges)):
+            if len(self.partition) != parts - 1 or any(
+                a >= b for a, b in itertools.pairwise(edges)
+            ):
                 raise ValueError(
-                    f"partition = {self.partition} needs {parts - 1} increasing boundaries between 1 and {units - 1}"
+                    f"partition = {self.partition} needs {parts - 1} increasing boundaries between "
+                    f"1 and {units - 1}"
                 )
         return self
 
@@ -278,8 +351,20 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     # The default of the benchmark: large enough that arithmetic, not Python, takes the time.
     "small": {
-        "model": {"context_length": 128, "num_layers": 6, "d_model": 256, "num_heads": 8, "d_ff": 1024},
-        "train": {"steps": 8, "batch_size": 16, "micro_batches": 8, "learning_rate": 1e-3, "warmup_steps": 4},
+        "model": {
+            "context_length": 128,
+            "num_layers": 6,
+            "d_model": 256,
+            "num_heads": 8,
+            "d_ff": 1024,
+        },
+        "train": {
+            "steps": 8,
+            "batch_size": 16,
+            "micro_batches": 8,
+            "learning_rate": 1e-3,
+            "warmup_steps": 4,
+        },
     },
     # The shape of GPT-2 small (124 M parameters); the vocabulary needs the bpe tokenizer.
     "gpt2-small": {
@@ -303,15 +388,28 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "run": {"tokenizer": "bpe"},
     },
-    # The textbook case: 48 layers over 4 stages with 4 micro-batches, narrow enough to run on a laptop.
+    # The textbook case: 48 layers over 4 stages with 4 micro-batches, narrow enough to run on a
+    # laptop.
     "deep48": {
-        "model": {"context_length": 32, "num_layers": 48, "d_model": 64, "num_heads": 4, "d_ff": 256},
+        "model": {
+            "context_length": 32,
+            "num_layers": 48,
+            "d_model": 64,
+            "num_heads": 4,
+            "d_ff": 256,
+        },
         "train": {"steps": 10, "batch_size": 8, "micro_batches": 4},
         "run": {"stages": 4},
     },
     # One billion parameters, for GPUs: every action takes long enough that the host keeps ahead.
     "gpu-1b": {
-        "model": {"context_length": 1024, "num_layers": 20, "d_model": 2048, "num_heads": 16, "d_ff": 8192},
+        "model": {
+            "context_length": 1024,
+            "num_layers": 20,
+            "d_model": 2048,
+            "num_heads": 16,
+            "d_ff": 8192,
+        },
         "train": {
             "steps": 8,
             "batch_size": 16,
@@ -342,7 +440,8 @@ def explain(error: ValidationError) -> str:
         message = item["msg"].removeprefix("Value error, ")
         shown = (
             ""
-            if isinstance(item["input"], dict | BaseModel) or item["type"] in ("value_error", "json_invalid")
+            if isinstance(item["input"], dict | BaseModel)
+            or item["type"] in ("value_error", "json_invalid")
             else f" = {item['input']!r}"
         )
         lines.append(f"{field}{shown}: {message}")

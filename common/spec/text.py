@@ -48,7 +48,9 @@ def read_texts(paths: Sequence[str]) -> Text:
         files = tuple((path, _read(path)) for path in paths)
     else:
         topics: dict[str, str] = pydoc_data.topics.topics
-        files = (("the manual of CPython", "\n".join(topics[name] for name in sorted(topics)).encode()),)
+        files = (
+            ("the manual of CPython", "\n".join(topics[name] for name in sorted(topics)).encode()),
+        )
     data = b"\n".join(data for _, data in files)
     return Text(hashlib.sha256(data).hexdigest(), len(data), files)
 
@@ -77,5 +79,8 @@ def _decoded(name: str, data: bytes) -> str:
         wrong = start + error.start if wrong < 0 else min(wrong, start + error.start)
     if wrong >= 0:
         line = data.count(b"\n", 0, wrong) + 1
-        raise CorpusError(f"corpus {name}: not UTF-8 text at byte {wrong} (line {line}), 0x{data[wrong]:02x}; {utf8}")
+        raise CorpusError(
+            f"corpus {name}: not UTF-8 text at byte {wrong} (line {line}), "
+            f"0x{data[wrong]:02x}; {utf8}"
+        )
     return text

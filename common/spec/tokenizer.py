@@ -1,4 +1,6 @@
-"""Text to tokens and back: bytes as they are, byte pairs trained on the corpus, or any file of the tokenizers library."""
+"""Text to tokens and back: bytes as they are, byte pairs trained on the corpus, or any file of the
+tokenizers library.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json of the tokenizers library. `where` names it in errors. Raises TokenizerError."""
+    """A tokenizer.json of the tokenizers library. `where` names it in errors. Raises
+    TokenizerError.
+    """
 
     def __init__(self, content: bytes, where: str) -> None:
         from tokenizers import Tokenizer as Library
@@ -113,7 +117,9 @@ class FileTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         runs = itertools.groupby(tokens, self._known.__contains__)
         return "".join(
-            str(self._library.decode(list(run), skip_special_tokens=False)) if known else UNKNOWN_TOKEN * len(list(run))
+            str(self._library.decode(list(run), skip_special_tokens=False))
+            if known
+            else UNKNOWN_TOKEN * len(list(run))
             for known, run in runs
         )
 
@@ -126,7 +132,11 @@ class FileTokenizer:
             if token != self._unknown_token
             for place in range(start, end)
         }
-        lost = (letter for place, letter in enumerate(text) if place not in covered and not letter.isspace())
+        lost = (
+            letter
+            for place, letter in enumerate(text)
+            if place not in covered and not letter.isspace()
+        )
         return "".join(dict.fromkeys(lost))
 
     def _encoded(self, texts: list[str]) -> list[Any]:
@@ -139,7 +149,9 @@ class FileTokenizer:
             yield
         except TokenizerError:
             raise
-        except BaseException as error:  # the library raises plain Exceptions, and Rust's panics are none
+        except (
+            BaseException
+        ) as error:  # the library raises plain Exceptions, and Rust's panics are none
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(str(error).split())[:200]
@@ -158,7 +170,8 @@ def _no_tokenizer(where: str, found: Any) -> str:
 
 
 FROM_PAIR = (
-    "expected a tokenizer.json, which a pair of files becomes with `from tokenizers import ByteLevelBPETokenizer as T; "
+    "expected a tokenizer.json, which a pair of files becomes with `from tokenizers import "
+    "ByteLevelBPETokenizer as T; "
     'T("vocab.json", "merges.txt").save("tokenizer.json")`'
 )
 
@@ -173,7 +186,9 @@ def read_content(path: Path) -> bytes:
     where = f"tokenizer {path}"
     try:
         if path.is_dir():
-            raise TokenizerError(f"{where}: a folder; expected a tokenizer.json, such as {path / 'tokenizer.json'}")
+            raise TokenizerError(
+                f"{where}: a folder; expected a tokenizer.json, such as {path / 'tokenizer.json'}"
+            )
         if path.exists() and not path.is_file():  # a device or a pipe may never end
             raise TokenizerError(f"{where}: not a plain file; {EXPECTED}")
         text = read_text(path, MAX_TOKENIZER_BYTES)
@@ -195,7 +210,10 @@ def train_byte_pairs(text: str, vocab_size: int, digest: str) -> FileTokenizer:
     """
     from tokenizers import ByteLevelBPETokenizer, __version__
 
-    where, key = "tokenizer bpe", hashlib.sha256(f"{digest} {vocab_size} {__version__} {RECIPE}".encode()).hexdigest()
+    where, key = (
+        "tokenizer bpe",
+        hashlib.sha256(f"{digest} {vocab_size} {__version__} {RECIPE}".encode()).hexdigest(),
+    )
     kept = _kept(key)
     if kept is not None:
         return FileTokenizer(kept, where)
@@ -212,9 +230,11 @@ def lines(text: str) -> Iterator[str]:
 
 
 def blocks(text: str) -> Iterator[str]:
-    """How a text is cut for a tokenizer of others: up to a mebibyte not at all, so that its tokens are the library's.
+    """Return how a text is cut for a tokenizer of others: up to a mebibyte not at all, so that its
+    tokens are the library's.
 
-    A cut is after the end of a line that no white space follows, where every usual tokenizer has one too.
+    A cut is after the end of a line that no white space follows, where every usual tokenizer has
+    one too.
     """
     start = 0
     for end in re.finditer(r"\n(?=\S)", text):
@@ -238,12 +258,14 @@ def _groups(pieces: Iterator[str]) -> Iterator[list[str]]:
         yield group
 
 
-# ------------------------------------------------------------------------------------------------- what is kept
+# ------------------------------------------------------------------------------------- what is kept
 
 
 def kept_in() -> Path:
     """Return the user's cache folder. Raises RuntimeError if there is no home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych" / "tokenizers"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych" / "tokenizers"
+    )
 
 
 def _kept(key: str) -> bytes | None:

@@ -1,4 +1,6 @@
-"""`python -m tests.campaigns relay`, `... margins`: the campaigns that are built like subcommands of `triptych`."""
+"""`python -m tests.campaigns relay`, `... margins`: the campaigns that are built like subcommands
+of `triptych`.
+"""
 
 from __future__ import annotations
 

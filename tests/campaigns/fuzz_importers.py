@@ -1,7 +1,8 @@
 """`python -m tests.campaigns.fuzz_importers --inputs 4000`: hostile files for `triptych import`.
 
-As `tests.campaigns.fuzz_readers` for what needs no framework. Every framework's reader runs in a process of its own, as it does in
-the program. What ends that process is a finding too; the next input then goes to a new one.
+As `tests.campaigns.fuzz_readers` for what needs no framework. Every framework's reader runs in a
+process of its own, as it does in the program. What ends that process is a finding too; the next
+input then goes to a new one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from common.checkpoint.foreign.errors import ExchangeError
 from common.spec.parameters import initial_weights
 from tests.campaigns.fuzz_readers import MODEL, Random, Reader, bounded, mutated, try_one
 
-FILES = {"torch_impl": "weights.pt", "tf_impl": "model.weights.h5", "paddle_impl": "weights.pdparams"}
+FILES = {
+    "torch_impl": "weights.pt",
+    "tf_impl": "model.weights.h5",
+    "paddle_impl": "weights.pdparams",
+}
 INPUTS_PER_PROCESS = 500
 """The program has a process for each file; thousands of models in one would be another test."""
 MEMORY_BYTES = 2 * 2**30
@@ -34,7 +39,7 @@ MEMORY_BYTES = 2 * 2**30
 
 
 def importer(module: str) -> Reader:
-    """What `triptych import` does with a file, in the framework's own process."""
+    """Return what `triptych import` does with a file, in the framework's own process."""
     convert: ModuleType = importlib.import_module(f"{module}.convert")
     name = FILES[module]
 
@@ -46,7 +51,11 @@ def importer(module: str) -> Reader:
     def attack(folder: Path, rng: Random) -> Callable[[], object]:
         valid = (folder / rng.choice(["float32", "float64"]) / name).read_bytes()
         path = folder / name
-        path.write_bytes(_inside_zip(valid, rng) if valid[:2] == b"PK" and rng.random() < 0.7 else _near(valid, rng))
+        path.write_bytes(
+            _inside_zip(valid, rng)
+            if valid[:2] == b"PK" and rng.random() < 0.7
+            else _near(valid, rng)
+        )
 
         def read() -> object:
             check_size(path, MODEL)
@@ -73,12 +82,16 @@ def _inside_zip(data: bytes, rng: Random) -> bytes:
         chosen = pickled if rng.random() < 0.7 else rng.choice(names)
         for name in names:
             content = source.read(name)
-            made.writestr(name, mutated(content, rng, text=rng.random() < 0.5) if name == chosen else content)
+            made.writestr(
+                name, mutated(content, rng, text=rng.random() < 0.5) if name == chosen else content
+            )
     return target.getvalue()
 
 
 def run_some(module: str, seed: int, numbers: range) -> None:
-    """In the framework's process: a line before each input, so that its end tells which one it was, and one after it."""
+    """In the framework's process: a line before each input, so that its end tells which one it was,
+    and one after it.
+    """
     reader = importer(module)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder = Path(name)
@@ -86,20 +99,34 @@ def run_some(module: str, seed: int, numbers: range) -> None:
         with bounded(MEMORY_BYTES):
             for n in numbers:
                 print(json.dumps([n, None]), flush=True)
-                print(json.dumps([n, try_one(reader, folder, Random(f"{seed} {reader.name} {n}"))]), flush=True)
+                print(
+                    json.dumps([n, try_one(reader, folder, Random(f"{seed} {reader.name} {n}"))]),
+                    flush=True,
+                )
 
 
 def run_all(module: str, seed: int, inputs: int) -> tuple[Counter[str], list[str]]:
-    """Starts processes until all inputs are done: the counts and the findings."""
+    """Start processes until all inputs are done: the counts and the findings."""
     counts: Counter[str] = Counter()
     findings: list[str] = []
     first = 0
     while first < inputs:
         end = min(first + INPUTS_PER_PROCESS, inputs)
-        argv = ["--module", module, "--seed", str(seed), "--first", str(first), "--inputs", str(end)]
+        argv = [
+            "--module",
+            module,
+            "--seed",
+            str(seed),
+            "--first",
+            str(first),
+            "--inputs",
+            str(end),
+        ]
         command = [sys.executable, "-m", "tests.campaigns.fuzz_importers", *argv]
         reached = None
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as child:
             assert child.stdout is not None
             for line in child.stdout:
                 if not line.startswith("["):
@@ -115,15 +142,21 @@ def run_all(module: str, seed: int, inputs: int) -> tuple[Counter[str], list[str
             if reached is None:
                 raise RuntimeError(f"{module} does not start: {' '.join(command)}")
             counts["findings"] += 1
-            findings.append(f"{module}, input {reached}: the process ended with status {child.returncode}")
+            findings.append(
+                f"{module}, input {reached}: the process ended with status {child.returncode}"
+            )
             print(findings[-1], flush=True)
             first = reached + 1
     return counts, findings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.campaigns.fuzz_importers", description=__doc__)
-    parser.add_argument("--inputs", type=int, default=4000, help="for each framework (default: 4000)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.campaigns.fuzz_importers", description=__doc__
+    )
+    parser.add_argument(
+        "--inputs", type=int, default=4000, help="for each framework (default: 4000)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=tuple(FILES), action="append", help="default: all")
     parser.add_argument("--module", choices=tuple(FILES), help=argparse.SUPPRESS)
@@ -133,7 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_some(arguments.module, arguments.seed, range(arguments.first, arguments.inputs))
         return 0
     found_any = False
-    print("| reader | inputs | refused | taken | findings | seconds |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| reader | inputs | refused | taken | findings | seconds |\n| --- | ---: | ---: | ---: | "
+        "---: | ---: |"
+    )
     for module in arguments.only or FILES:
         began = time.monotonic()
         counts, findings = run_all(module, arguments.seed, arguments.inputs)

@@ -1,9 +1,11 @@
-"""`python -m tests.campaigns.fuzz_readers --inputs 225000`: hostile input for everything that reads a file.
+"""`python -m tests.campaigns.fuzz_readers --inputs 225000`: hostile input for everything that reads
+a file.
 
-Every reader gets random bytes and mutated valid input: flipped bits, cuts, repeated and swapped pieces, huge and negative
-numbers, deep nesting, paths that lead elsewhere, links and pipes in place of files. It may take it, or refuse it with its
-documented error, whose text is one line. Anything else is a finding: another exception, a process that ends, memory over
-the bound, time over the cap. Prints counts per reader; exits with 1 if there are findings.
+Every reader gets random bytes and mutated valid input: flipped bits, cuts, repeated and swapped
+pieces, huge and negative numbers, deep nesting, paths that lead elsewhere, links and pipes in place
+of files. It may take it, or refuse it with its documented error, whose text is one line. Anything
+else is a finding: another exception, a process that ends, memory over the bound, time over the cap.
+Prints counts per reader; exits with 1 if there are findings.
 """
 
 from __future__ import annotations
@@ -64,14 +66,37 @@ CAP_SECONDS = 20
 """Per input. Only against what never ends."""
 
 MODEL = TransformerSpec(context_length=4, num_layers=1, d_model=4, num_heads=2, d_ff=4)
-CONFIG = RunConfig(model=MODEL, train=TrainSpec(steps=3, batch_size=2, micro_batches=2, dtype="float64"))
+CONFIG = RunConfig(
+    model=MODEL, train=TrainSpec(steps=3, batch_size=2, micro_batches=2, dtype="float64")
+)
 Random = random.Random
 
 
-# ------------------------------------------------------------------------------------------------- mutations
+# ---------------------------------------------------------------------------------------- mutations
 
-HOSTILE_NUMBERS = ["-1", "0", "1", "2", "255", "4096", "65536", str(2**31), str(2**32), str(2**63 - 1), str(2**63)]
-HOSTILE_NUMBERS += [str(10**12), str(2**64), str(10**30), "9" * 5000, "-9223372036854775808", "1e308", "1e999", "0.5"]
+HOSTILE_NUMBERS = [
+    "-1",
+    "0",
+    "1",
+    "2",
+    "255",
+    "4096",
+    "65536",
+    str(2**31),
+    str(2**32),
+    str(2**63 - 1),
+    str(2**63),
+]
+HOSTILE_NUMBERS += [
+    str(10**12),
+    str(2**64),
+    str(10**30),
+    "9" * 5000,
+    "-9223372036854775808",
+    "1e308",
+    "1e999",
+    "0.5",
+]
 HOSTILE_NUMBERS += ["NaN", "nan", "inf", "-Infinity", "1e-320", "0x10", "1_000", "٣"]
 HOSTILE_WORDS = [
     "../../../../etc/passwd",
@@ -135,7 +160,11 @@ def _bytes(data: bytes, rng: Random) -> bytes:
         case 5:
             return data + data[i:j] * rng.choice([1, 10, 1000])
         case _:
-            return data[:i] + bytes([rng.choice([0, 10, 34, 91, 123, 255])]) * rng.choice([1, 3, 5000]) + data[i:]
+            return (
+                data[:i]
+                + bytes([rng.choice([0, 10, 34, 91, 123, 255])]) * rng.choice([1, 3, 5000])
+                + data[i:]
+            )
 
 
 def _token(data: bytes, rng: Random) -> bytes:
@@ -148,7 +177,9 @@ def _token(data: bytes, rng: Random) -> bytes:
     if old[:1].isdigit() or old[:1] == b"-":
         new = rng.choice(HOSTILE_NUMBERS)
     elif old[:1] == b'"':
-        new = rng.choice([f'"{rng.choice(HOSTILE_WORDS)}"', rng.choice(HOSTILE_NUMBERS), "null", "[]"])
+        new = rng.choice(
+            [f'"{rng.choice(HOSTILE_WORDS)}"', rng.choice(HOSTILE_NUMBERS), "null", "[]"]
+        )
     else:
         new = rng.choice(HOSTILE_WORDS)
     if rng.random() < 0.2:
@@ -156,7 +187,7 @@ def _token(data: bytes, rng: Random) -> bytes:
     return data[: token.start()] + new.encode(errors="replace") + data[token.end() :]
 
 
-# ------------------------------------------------------------------------------------------------- readers
+# ------------------------------------------------------------------------------------------ readers
 
 
 @dataclass(frozen=True)
@@ -173,12 +204,20 @@ class Reader:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and not path.is_symlink()
+    }
 
 
 def _write_valid_checkpoint(folder: Path) -> None:
     weights = initial_weights(MODEL, 0, "float64")
-    state = {f"{m}/{name}": np.zeros_like(v) for m in ("first_moment", "second_moment") for name, v in weights.items()}
+    state = {
+        f"{m}/{name}": np.zeros_like(v)
+        for m in ("first_moment", "second_moment")
+        for name, v in weights.items()
+    }
     writer = checkpoint.CheckpointWriter(folder / "made", 3, "0" * 32)
     made = writer.write(CONFIG, 2, "0" * 64, (0, 1), weights, state, {"framework": "torch"})
     assert made is not None
@@ -200,7 +239,10 @@ def _attack_checkpoint(folder: Path, rng: Random) -> Callable[[], object]:
         (target / shard).write_bytes(data)
         if rng.random() < 0.8:  # a hostile author computes the right digest
             manifest = json.loads(valid["manifest.json"])
-            manifest["files"][shard] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            manifest["files"][shard] = {
+                "bytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
             (target / "manifest.json").write_text(json.dumps(manifest))
     else:
         _replace(target / rng.choice([shard, "manifest.json"]), rng)
@@ -208,7 +250,9 @@ def _attack_checkpoint(folder: Path, rng: Random) -> Callable[[], object]:
 
 
 def _mutated_safetensors(data: bytes, rng: Random) -> bytes:
-    """Mutates the header alone (with the right length before it, or another one), or all of the file."""
+    """Mutates the header alone (with the right length before it, or another one), or all of the
+    file.
+    """
     (length,) = struct.unpack("<Q", data[:8])
     header, rest = data[8 : 8 + length], data[8 + length :]
     match rng.randrange(4):
@@ -217,11 +261,19 @@ def _mutated_safetensors(data: bytes, rng: Random) -> bytes:
         case 1:
             header = mutated(header, rng, text=True)
             return (
-                struct.pack("<Q", rng.choice([0, 1, len(header) - 1, 2**31, 2**63, 2**64 - 1]) % 2**64) + header + rest
+                struct.pack(
+                    "<Q", rng.choice([0, 1, len(header) - 1, 2**31, 2**63, 2**64 - 1]) % 2**64
+                )
+                + header
+                + rest
             )
         case _:
             header = mutated(header, rng, text=True)
-            return struct.pack("<Q", len(header)) + header + (rest if rng.random() < 0.8 else rest[:-1])
+            return (
+                struct.pack("<Q", len(header))
+                + header
+                + (rest if rng.random() < 0.8 else rest[:-1])
+            )
 
 
 def _replace(path: Path, rng: Random) -> None:
@@ -243,7 +295,10 @@ def _replace(path: Path, rng: Random) -> None:
 
 
 def _one_file(
-    name: str, valid: Callable[[], list[bytes]], read: Callable[[Path], object], *errors: type[Exception]
+    name: str,
+    valid: Callable[[], list[bytes]],
+    read: Callable[[Path], object],
+    *errors: type[Exception],
 ) -> Reader:
     def prepare(folder: Path) -> None:
         for n, data in enumerate(valid()):
@@ -281,9 +336,7 @@ def _prepare_dump(folder: Path) -> None:
         (folder / f"valid-{n}").write_bytes(data)
 
 
-GPT2_CONFIG = (
-    b'{"n_head": 2, "layer_norm_epsilon": 1e-05, "activation_function": "gelu_new", "scale_attn_weights": true}'
-)
+GPT2_CONFIG = b'{"n_head": 2, "layer_norm_epsilon": 1e-05, "activation_function": "gelu_new", "scale_attn_weights": true}'  # noqa: E501
 
 
 def _prepare_gpt2(folder: Path) -> None:
@@ -294,7 +347,9 @@ def _prepare_gpt2(folder: Path) -> None:
         if dtype is np.float16:
             end = 8 + int.from_bytes(data[:8], "little")
             header = data[8:end].replace(b'"F16"', b'"BF16"')
-            (folder / "valid-bfloat16").write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+            (folder / "valid-bfloat16").write_bytes(
+                len(header).to_bytes(8, "little") + header + data[end:]
+            )
 
 
 def _attack_gpt2(folder: Path, rng: Random) -> Callable[[], object]:
@@ -339,7 +394,12 @@ def _read_toml(path: Path) -> object:
 
 def _valid_toml() -> list[bytes]:
     good = TOML.replace(b"seed_corpus = 1\n", b"")
-    return [TOML, good, good.replace(b'partition = "1"\n', b""), good.replace(b'"1f1b"', b'["gpipe", "zb-v"]')]
+    return [
+        TOML,
+        good,
+        good.replace(b'partition = "1"\n', b""),
+        good.replace(b'"1f1b"', b'["gpipe", "zb-v"]'),
+    ]
 
 
 def _read_schedule_file(path: Path) -> object:
@@ -359,16 +419,25 @@ def _valid_schedules() -> list[bytes]:
     return [format_schedule(make_schedule(*each)).encode() for each in asked] + [
         b"F1 F2 B1 B2\nF1 B1 F2 B2\n",
         b"0: F0@0-1 BW0@4-6\n1: F0@1-2 BW0@2-4\n",
-        b"| t | GPU0 | GPU1 |\n| --- | --- | --- |\n| 0 | F1 | |\n| 1 | | F1 |\n| 2 | | B1 |\n| 3 | B1 | |\n",
+        b"| t | GPU0 | GPU1 |\n| --- | --- | --- |\n| 0 | F1 | |\n| 1 | | F1 |\n| 2 | | B1 |\n| 3 | B1 | |\n",  # noqa: E501
     ]
 
 
 def _valid_results() -> list[bytes]:
     step = Step(step=0, loss=5.5, gradient_norm=1.0, seconds=0.1)
     result = RunResult(
-        status="ok", preset="tiny", config=CONFIG, command="fuzz", machine=this_machine(), git_commit=None, started="now",
-        steps=(step,), environment={"version": "1"}, actions={0: "F0 BW0"}, parity=Parity(reason="none"),
-    )  # fmt: skip
+        status="ok",
+        preset="tiny",
+        config=CONFIG,
+        command="fuzz",
+        machine=this_machine(),
+        git_commit=None,
+        started="now",
+        steps=(step,),
+        environment={"version": "1"},
+        actions={0: "F0 BW0"},
+        parity=Parity(reason="none"),
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         result.write(path)
@@ -402,24 +471,41 @@ def _text(read: Callable[[str], object]) -> Callable[[Path], object]:
     return lambda path: read(path.read_bytes().decode(errors="replace"))
 
 
-KEYS = [str(TensorKey(3, "backward", 1, -1, "block.0", "block.0.norm_1.bias")).encode(), b"step=1/phase=x/stage=0"]
+KEYS = [
+    str(TensorKey(3, "backward", 1, -1, "block.0", "block.0.norm_1.bias")).encode(),
+    b"step=1/phase=x/stage=0",
+]
 FAULTS = [b"kill@device=1,step=3,action=BW2", b"disk-full@step=8", b"oom"]
 
 READERS: tuple[Reader, ...] = (
-    Reader("checkpoint (manifest, shards)", (CheckpointError,), _write_valid_checkpoint, _attack_checkpoint),
+    Reader(
+        "checkpoint (manifest, shards)",
+        (CheckpointError,),
+        _write_valid_checkpoint,
+        _attack_checkpoint,
+    ),
     Reader("dump", (DumpError,), _prepare_dump, _attack_dump),
-    Reader("GPT-2 file", (ExchangeError, CheckpointError, ValidationError), _prepare_gpt2, _attack_gpt2),
+    Reader(
+        "GPT-2 file", (ExchangeError, CheckpointError, ValidationError), _prepare_gpt2, _attack_gpt2
+    ),
     _one_file("TOML configuration", _valid_toml, _read_toml, UsageError),
-    _one_file("schedule file", _valid_schedules, _read_schedule_file, ScheduleError, UnicodeDecodeError),
+    _one_file(
+        "schedule file", _valid_schedules, _read_schedule_file, ScheduleError, UnicodeDecodeError
+    ),
     _one_file("result.json", _valid_results, RunResult.read, ResultError),
-    _one_file("tokenizer.json", _tokenizers, lambda path: read_tokenizer(path).encode("The class"), TokenizerError),
+    _one_file(
+        "tokenizer.json",
+        _tokenizers,
+        lambda path: read_tokenizer(path).encode("The class"),
+        TokenizerError,
+    ),
     _one_file("job file", _job_files, JobFile.read, ValueError),
     _one_file("tensor key", lambda: KEYS, _text(TensorKey.parse), ValueError),
     _one_file("fault", lambda: FAULTS, _text(Fault.parse), FaultError),
 )
 
 
-# ------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------ the run
 
 
 class TooSlow(BaseException):
@@ -428,7 +514,9 @@ class TooSlow(BaseException):
 
 @contextlib.contextmanager
 def bounded(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
-    """Within, this process gets no more memory than that on top of what it has; then MemoryError comes."""
+    """Within, this process gets no more memory than that on top of what it has; then MemoryError
+    comes.
+    """
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory_bytes, hard))
@@ -440,7 +528,7 @@ def bounded(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_corpora() -> Iterator[None]:
-    """Reading and tokenizing the text is most of a configuration's time and nothing of its file's."""
+    """Reading and tokenizing the text is most of a configuration's time and nothing of its file's."""  # noqa: E501
     before = configuration.check_corpora
     configuration.check_corpora = lambda points: None
     try:
@@ -462,10 +550,17 @@ def try_one(reader: Reader, folder: Path, rng: Random) -> str:
         read()
     except reader.errors as error:
         one_line = type(error).__module__.startswith("pydantic") or "\n" not in str(error)
-        return "refused" if one_line else f"{type(error).__name__} of several lines: {str(error)[:300]!r}"
+        return (
+            "refused"
+            if one_line
+            else f"{type(error).__name__} of several lines: {str(error)[:300]!r}"
+        )
     except (Exception, TooSlow) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {str(error)[:200]} at {Path(where.filename).name}:{where.lineno}"
+        return (
+            f"{type(error).__name__}: {str(error)[:200]} at "
+            f"{Path(where.filename).name}:{where.lineno}"
+        )
     else:
         return "taken"
     finally:
@@ -474,7 +569,9 @@ def try_one(reader: Reader, folder: Path, rng: Random) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.campaigns.fuzz_readers", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.campaigns.fuzz_readers", description=__doc__
+    )
     parser.add_argument("--inputs", type=int, default=225_000, help="in all (default: 225000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="readers whose name contains this")
@@ -503,14 +600,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         rows.append(row | {"seconds": round(time.monotonic() - began, 1)})
         print(rows[-1], flush=True)
-    lines = ["| reader | inputs | refused | taken | findings |", "| --- | ---: | ---: | ---: | ---: |"]
-    lines += [f"| {r['reader']} | {r['inputs']} | {r['refused']} | {r['taken']} | {r['findings']} |" for r in rows]
-    total = {key: sum(int(row[key]) for row in rows) for key in ("inputs", "refused", "taken", "findings")}
-    lines.append(f"| all | {total['inputs']} | {total['refused']} | {total['taken']} | {total['findings']} |")
+    lines = [
+        "| reader | inputs | refused | taken | findings |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {r['reader']} | {r['inputs']} | {r['refused']} | {r['taken']} | {r['findings']} |"
+        for r in rows
+    ]
+    total = {
+        key: sum(int(row[key]) for row in rows)
+        for key in ("inputs", "refused", "taken", "findings")
+    }
+    lines.append(
+        f"| all | {total['inputs']} | {total['refused']} | {total['taken']} | {total['findings']} |"
+    )
     print("\n".join(lines))
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "fuzz.json").write_text(json.dumps({"rows": rows, "findings": findings}, indent=1) + "\n")
+        (arguments.out / "fuzz.json").write_text(
+            json.dumps({"rows": rows, "findings": findings}, indent=1) + "\n"
+        )
         (arguments.out / "fuzz.md").write_text("\n".join(lines) + "\n")
     return 1 if findings else 0
 

@@ -1,10 +1,13 @@
-"""The first hour with a GPU in ten minutes: python -m tests.campaigns.gpu_day [FOLDER], or make gpu-day
+"""The first hour with a GPU in ten minutes: python -m tests.campaigns.gpu_day [FOLDER], or make
+gpu-day
 
-Runs with whatever Python has a framework and sees a GPU; installs nothing, needs no network. On one GPU all but NCCL is
-tried, on several everything, for every framework found. Each check is one line: pass, FAIL or not run, and why. FOLDER
-(gpu-day/ unless given) gets the lines, and the output and results of every check.
+Runs with whatever Python has a framework and sees a GPU; installs nothing, needs no network. On one
+GPU all but NCCL is tried, on several everything, for every framework found. Each check is one line:
+pass, FAIL or not run, and why. FOLDER (gpu-day/ unless given) gets the lines, and the output and
+results of every check.
 
-Exit status: 0 no line fails; 1 one does; 2 there is no GPU, or no framework that sees one; 130 interrupted.
+Exit status: 0 no line fails; 1 one does; 2 there is no GPU, or no framework that sees one; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -32,9 +35,12 @@ SLOWER = 0.98
 """The goal for two stages on one GPU: at most 2 % slower than unpartitioned."""
 
 PROBES = {
-    "torch": "import torch; print(torch.cuda.device_count(), torch.__version__, torch.version.cuda)",
-    "tensorflow": "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')), tf.__version__)",
-    "paddle": "import paddle; n = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0; "
+    "torch": "import torch; print(torch.cuda.device_count(), torch.__version__, "
+    "torch.version.cuda)",
+    "tensorflow": "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')), "
+    "tf.__version__)",
+    "paddle": "import paddle; n = paddle.device.cuda.device_count() if "
+    "paddle.is_compiled_with_cuda() else 0; "
     "print(n, paddle.__version__)",
 }
 """Prints how many GPUs a framework sees, and its versions."""
@@ -61,11 +67,11 @@ class Check:
     """Why, if it cannot be run here."""
 
 
-# ---------------------------------------------------------------------------------------------------- verdicts
+# ----------------------------------------------------------------------------------------- verdicts
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """The table of the benchmark in `folder`."""
+    """Return the table of the benchmark in `folder`."""
     found = sorted(folder.glob("*/summary.json"))
     if not found:
         raise Failed("no summary.json")
@@ -74,23 +80,32 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def all_agree(folder: Path, output: str) -> str:
-    """Every row ran and trains what the oracle trains; bfloat16 alone is held against its ceiling."""
+    """Return every row ran and trains what the oracle trains; bfloat16 alone is held against its
+    ceiling.
+    """
     table = [row for row in rows(folder) if row["status"] != "skipped"]
     wrong = [
         f"{row['name']}: {row['status']}, parity {row['parity']}"
         for row in table
-        if row["status"] != "ok" or row["parity"] != ("not checked" if row["dtype"] == "bfloat16" else "pass")
+        if row["status"] != "ok"
+        or row["parity"] != ("not checked" if row["dtype"] == "bfloat16" else "pass")
     ]
     if wrong or not table:
         raise Failed("; ".join(wrong) or "no row")
-    return next((line for line in output.splitlines() if line.startswith("Parity: ")), f"{len(table)} rows")
+    return next(
+        (line for line in output.splitlines() if line.startswith("Parity: ")), f"{len(table)} rows"
+    )
 
 
 def same_bits(folder: Path, output: str) -> str:
     found = json.loads((folder / "bits.json").read_text(encoding="utf-8"))["findings"]
     other = [finding for finding in found if finding["relative"] or finding["relative_as_run"]]
     if other or not found:
-        first = f"{other[0]['place']} {other[0]['tensor']} by {other[0]['relative']:.1e}" if other else "no tensor"
+        first = (
+            f"{other[0]['place']} {other[0]['tensor']} by {other[0]['relative']:.1e}"
+            if other
+            else "no tensor"
+        )
         raise Failed(f"{len(other)} of {len(found)} tensors differ: {first}")
     return f"all {len(found)} tensors are equal, bit by bit"
 
@@ -101,15 +116,19 @@ def agree(folder: Path, output: str) -> str:
 
 def same_tokens(folder: Path, output: str) -> str:
     """Two outputs of `generate --json` with the same tokens."""
-    first, second = (json.loads(line)["tokens"] for line in output.splitlines() if line.startswith('{"'))
+    first, second = (
+        json.loads(line)["tokens"] for line in output.splitlines() if line.startswith('{"')
+    )
     if first != second:
         raise Failed(f"{first} on the GPU, {second} on the CPU")
     return f"{sum(map(len, first))} tokens are the same"
 
 
 def same_weights(folder: Path, output: str) -> str:
-    """The last checkpoints in `one` and `other` hold the same bytes."""
-    one, other = (sorted((folder / name).glob("step-*/shard-*.safetensors")) for name in ("one", "other"))
+    """Return the last checkpoints in `one` and `other` hold the same bytes."""
+    one, other = (
+        sorted((folder / name).glob("step-*/shard-*.safetensors")) for name in ("one", "other")
+    )
     if not one or [path.read_bytes() for path in one] != [path.read_bytes() for path in other]:
         raise Failed(f"{len(one)} and {len(other)} shards that are not the same")
     return f"weights and moments of {len(one)} shards are equal, bit by bit"
@@ -127,7 +146,8 @@ def speeds(folder: Path, output: str) -> str:
     if not table:
         raise Failed("no row ran")
     return "; ".join(
-        f"{row['name']} {row['step_ms_median']:.4g} ms, {row['tokens_per_second']:,.0f} tokens/s" for row in table
+        f"{row['name']} {row['step_ms_median']:.4g} ms, {row['tokens_per_second']:,.0f} tokens/s"
+        for row in table
     )
 
 
@@ -137,18 +157,25 @@ def not_slower(folder: Path, output: str) -> str:
     for framework in dict.fromkeys(row["framework"] for row in table):
         one, two = (
             next(
-                (row["tokens_per_second"] for row in table if (row["framework"], row["stages"]) == (framework, p)), None
+                (
+                    row["tokens_per_second"]
+                    for row in table
+                    if (row["framework"], row["stages"]) == (framework, p)
+                ),
+                None,
             )
             for p in (1, 2)
         )
         if not one or not two:
             raise Failed(f"{framework} did not run on one stage and on two; {seen}")
         if two < SLOWER * one:
-            raise Failed(f"{framework}: two stages have {two / one:.3f} of the throughput of one; {seen}")
+            raise Failed(
+                f"{framework}: two stages have {two / one:.3f} of the throughput of one; {seen}"
+            )
     return seen
 
 
-# ---------------------------------------------------------------------------------------------------- what to run
+# -------------------------------------------------------------------------------------- what to run
 
 
 def cli(*arguments: str) -> tuple[str, ...]:
@@ -161,16 +188,27 @@ def bench(framework: str, *arguments: str) -> tuple[tuple[str, ...], ...]:
 
 
 def checks(framework: str, gpus: int) -> Iterator[Check]:
-    """What to try of one framework, which sees so many GPUs."""
+    """Return what to try of one framework, which sees so many GPUs."""
     # Paddle has a process per stage, and NCCL takes one process per GPU.
     counts = [p for p in (1, 2, 4, 8) if p <= (gpus if framework == "paddle" else max(gpus, 4))]
     stages, most = ",".join(map(str, counts)), counts[-1]
-    tiny = ("--preset", "tiny", "--num-layers", "6", "--repeats", "1")  # a unit for each of 8 stages
-    kinds = [("float32", schedule) for schedule in ("1f1b", "gpipe", "zb-h1", "zb-h2")] + [("float64", "zb-h1")]
+    tiny = (
+        "--preset",
+        "tiny",
+        "--num-layers",
+        "6",
+        "--repeats",
+        "1",
+    )  # a unit for each of 8 stages
+    kinds = [("float32", schedule) for schedule in ("1f1b", "gpipe", "zb-h1", "zb-h2")] + [
+        ("float64", "zb-h1")
+    ]
     if framework in BFLOAT16:
         kinds.append(("bfloat16", "1f1b"))
     for dtype, schedule in kinds:
-        command = bench(framework, *tiny, "--dtype", dtype, "--stages", stages, "--schedules", schedule)
+        command = bench(
+            framework, *tiny, "--dtype", dtype, "--stages", stages, "--schedules", schedule
+        )
         yield Check(f"{framework} parity {dtype} {schedule}", command, all_agree)
     best = bench(framework, *tiny, "--track", "best", "--stages", "1")
     yield Check(f"{framework} parity of the track best", best, all_agree)
@@ -181,16 +219,61 @@ def checks(framework: str, gpus: int) -> Iterator[Check]:
     yield Check(f"{framework} GPU against CPU", (cli("bisect", host, one),), agree)
     if most > 1:
         two = f"framework={framework},device=cuda,preset=tiny,stages=2,schedule=zb-h1"
-        yield Check(f"{framework} bits of two stages", (cli("bisect", one, two, "--json", "bits.json"),), same_bits)
+        yield Check(
+            f"{framework} bits of two stages",
+            (cli("bisect", one, two, "--json", "bits.json"),),
+            same_bits,
+        )
         vee = ("--stages", "2", "--chunks", "2", "--schedules", "interleaved,zb-v")
         harder = ("--dropout", "0.1", "--tied-head", "--recompute", "full")
-        yield Check(f"{framework} parity dropout, tied, recomputed", bench(framework, *tiny, *vee, *harder), all_agree)
-        hang = cli("train", "--framework", framework, "--device", "cuda", "--stages", "2", "--steps", "4", "--out", ".",
-                   "--hang-timeout", "30", "--fault", "hang@device=1,step=2,action=BW1")  # fmt: skip
-        yield Check(f"{framework} hang is found and named", (hang,), names_the_action, statuses=(1,))
-    train = ("train", "--framework", framework, "--preset", "tiny", "--save-dir", "saved", "--out", ".")
+        yield Check(
+            f"{framework} parity dropout, tied, recomputed",
+            bench(framework, *tiny, *vee, *harder),
+            all_agree,
+        )
+        hang = cli(
+            "train",
+            "--framework",
+            framework,
+            "--device",
+            "cuda",
+            "--stages",
+            "2",
+            "--steps",
+            "4",
+            "--out",
+            ".",
+            "--hang-timeout",
+            "30",
+            "--fault",
+            "hang@device=1,step=2,action=BW1",
+        )
+        yield Check(
+            f"{framework} hang is found and named", (hang,), names_the_action, statuses=(1,)
+        )
+    train = (
+        "train",
+        "--framework",
+        framework,
+        "--preset",
+        "tiny",
+        "--save-dir",
+        "saved",
+        "--out",
+        ".",
+    )
     p = str(min(2, most))
-    generate = ("generate", "--framework", framework, "--json", "--prompt", "The ", "--tokens", "8", "--checkpoint")
+    generate = (
+        "generate",
+        "--framework",
+        framework,
+        "--json",
+        "--prompt",
+        "The ",
+        "--tokens",
+        "8",
+        "--checkpoint",
+    )
     yield Check(
         f"{framework} trains on the GPU, goes on on the CPU, generates on both",
         (
@@ -202,20 +285,46 @@ def checks(framework: str, gpus: int) -> Iterator[Check]:
         same_tokens,
     )
     if framework == "torch":
-        five = ("train", "--device", "cuda", "--preset", "tiny", "--steps", "5", "--schedule", "zb-h1", "--out", ".")
+        five = (
+            "train",
+            "--device",
+            "cuda",
+            "--preset",
+            "tiny",
+            "--steps",
+            "5",
+            "--schedule",
+            "zb-h1",
+            "--out",
+            ".",
+        )
         graphs = tuple(
-            cli(*five, "--cuda-graphs", how, "--save-dir", to) for how, to in (("auto", "one"), ("off", "other"))
+            cli(*five, "--cuda-graphs", how, "--save-dir", to)
+            for how, to in (("auto", "one"), ("off", "other"))
         )
         yield Check("torch bits with CUDA graphs and without", graphs, same_weights)
     several = "" if gpus > 1 else "needs several GPUs"
     stages = ",".join(str(p) for p in (2, 4, 8) if p <= gpus)
-    native = ("--executor", "native", "--schedules", "1f1b", "--micro-batches", "8", "--stages", stages)
-    yield Check(f"{framework} parity of its own pipeline over NCCL", bench(framework, *tiny, *native), all_agree,
-                not_run="tensorflow has none" if framework == "tensorflow" else several)  # fmt: skip
+    native = (
+        "--executor",
+        "native",
+        "--schedules",
+        "1f1b",
+        "--micro-batches",
+        "8",
+        "--stages",
+        stages,
+    )
+    yield Check(
+        f"{framework} parity of its own pipeline over NCCL",
+        bench(framework, *tiny, *native),
+        all_agree,
+        not_run="tensorflow has none" if framework == "tensorflow" else several,
+    )
 
 
 def timed(frameworks: dict[str, int]) -> Iterator[Check]:
-    """What is measured, one check at a time."""
+    """Return what is measured, one check at a time."""
     for framework, count in frameworks.items():
         stages = ",".join(str(p) for p in (1, 2, 4, 8) if p <= max(count, 2))
         shared = ("--stages", stages, "--schedules", "1f1b", "--no-parity")
@@ -233,11 +342,13 @@ def timed(frameworks: dict[str, int]) -> Iterator[Check]:
         if framework in BFLOAT16:
             runs["large, bfloat16"] = not_slower, (*large, "--repeats", "1")
         for name, (judge, arguments) in runs.items():
-            yield Check(f"{framework} speed, {name}", bench(framework, *arguments), judge, 240, not_run=why)
+            yield Check(
+                f"{framework} speed, {name}", bench(framework, *arguments), judge, 240, not_run=why
+            )
     yield Check("doctor", (cli("doctor", "--frameworks", ",".join(frameworks)),), agree)
 
 
-# ---------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------ running
 
 
 class Day:
@@ -266,7 +377,9 @@ class Day:
                 verdict, why = "pass", self._seen(check, left + 20)
             except Failed as failure:
                 verdict, why = "FAIL", str(failure)
-            except Exception as error:  # a result that cannot be read is this check's failure, not the day's end
+            except (
+                Exception
+            ) as error:  # a result that cannot be read is this check's failure, not the day's end
                 verdict, why = "FAIL", f"{type(error).__name__}: {error}"
         if self._stopped:
             verdict, why = "not run", "interrupted"
@@ -287,7 +400,10 @@ class Day:
                 raise Failed(f"not done after {min(check.seconds, left):.0f} s, in command {i + 1}")
             if status not in check.statuses:
                 last = [line for line in said.splitlines() if line.strip()][-1:] or ["no output"]
-                reason = next((line for line in said.splitlines() if "failed:" in line or "Error" in line), last[0])
+                reason = next(
+                    (line for line in said.splitlines() if "failed:" in line or "Error" in line),
+                    last[0],
+                )
                 raise Failed(f"exit status {status} of command {i + 1}: {reason}")
         return check.judge(folder, output)
 
@@ -295,9 +411,15 @@ class Day:
         """Exit status, None if it was ended, and output."""
         environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
         child = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True,
-        )  # fmt: skip
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
         self._living.add(child)
         try:
             said = child.communicate(timeout=max(ends - time.monotonic(), 1))[0]
@@ -317,16 +439,18 @@ class Day:
             os.killpg(child.pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Ends what runs and begins nothing more."""
+        """End what runs and begins nothing more."""
         self._stopped = True
         for child in tuple(self._living):
             self._end(child)
 
 
 def probe(framework: str) -> tuple[int, str]:
-    """How many GPUs the framework sees here, and its versions or why it cannot be used."""
+    """Return how many GPUs the framework sees here, and its versions or why it cannot be used."""
     try:
-        done = subprocess.run((sys.executable, "-c", PROBES[framework]), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            (sys.executable, "-c", PROBES[framework]), capture_output=True, text=True, timeout=120
+        )
     except subprocess.TimeoutExpired:
         return 0, "does not start within 120 s"
     words = done.stdout.split()
@@ -338,7 +462,10 @@ def probe(framework: str) -> tuple[int, str]:
 def main(arguments: list[str]) -> int:
     cards = visible_gpus()
     if not cards:
-        print("no GPU: nvidia-smi names none (or CUDA_VISIBLE_DEVICES hides them); nothing was run", file=sys.stderr)
+        print(
+            "no GPU: nvidia-smi names none (or CUDA_VISIBLE_DEVICES hides them); nothing was run",
+            file=sys.stderr,
+        )
         return 2
     out = Path(arguments[0] if arguments else "gpu-day").resolve()
     if out.exists() and any(out.iterdir()):
@@ -348,7 +475,9 @@ def main(arguments: list[str]) -> int:
     day = Day(out)
     with ThreadPoolExecutor() as pool:
         seen = dict(zip(PROBES, pool.map(probe, PROBES), strict=True))
-    machine = f"{len(cards)} x {cards[0].name}, driver {cards[0].driver}, {os.cpu_count()} CPU cores"
+    machine = (
+        f"{len(cards)} x {cards[0].name}, driver {cards[0].driver}, {os.cpu_count()} CPU cores"
+    )
     day.write(f"# GPU day: {machine}, {time.strftime('%Y-%m-%d')}\n")
     versions = [f"{name} {text or 'not known'} sees {n} GPUs" for name, (n, text) in seen.items()]
     day.write(f"Python {sys.version.split()[0]}; {'; '.join(versions)}\n")
@@ -370,7 +499,9 @@ def main(arguments: list[str]) -> int:
         except KeyboardInterrupt:
             day.stop()
             return 130
-    counts = ", ".join(f"{day.verdicts.count(verdict)} {verdict}" for verdict in ("pass", "FAIL", "not run"))
+    counts = ", ".join(
+        f"{day.verdicts.count(verdict)} {verdict}" for verdict in ("pass", "FAIL", "not run")
+    )
     day.write(f"\n{counts} in {time.monotonic() - day.began:.0f} s; all output is in {out}")
     return int("FAIL" in day.verdicts)
 

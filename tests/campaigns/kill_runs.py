@@ -1,13 +1,17 @@
-"""`python -m tests.campaigns.kill_runs --kills 300`: kills training runs at random and checks that nothing is lost.
+"""`python -m tests.campaigns.kill_runs --kills 300`: kills training runs at random and checks that
+nothing is lost.
 
-A trial trains one small model with `triptych train --save-every 5 --max-restarts N`. Again and again a random process of it
-(the parent, the child, with Paddle also a stage's process) gets a random signal (SIGKILL, SIGTERM, SIGINT) at a random
-moment: while it starts, between steps, or while it saves. A dead child is started again by the parent; a dead parent by
-hand, with `--resume latest`. After every kill: a dead parent leaves no process behind, every checkpoint can be read. At the
-end of a trial: every loss that any child ever reported, the held-out loss, the weights and the moments are, to the bit,
-those of a run that nothing disturbed; nothing half-written is left, and no shared memory.
+A trial trains one small model with `triptych train --save-every 5 --max-restarts N`. Again and
+again a random process of it (the parent, the child, with Paddle also a stage's process) gets a
+random signal (SIGKILL, SIGTERM, SIGINT) at a random moment: while it starts, between steps, or
+while it saves. A dead child is started again by the parent; a dead parent by hand, with `--resume
+latest`. After every kill: a dead parent leaves no process behind, every checkpoint can be read. At
+the end of a trial: every loss that any child ever reported, the held-out loss, the weights and the
+moments are, to the bit, those of a run that nothing disturbed; nothing half-written is left, and no
+shared memory.
 
-Every kill is a line of OUT/kills.jsonl as it happens; at the end statistics go to OUT/kills.json and OUT/kills.md.
+Every kill is a line of OUT/kills.jsonl as it happens; at the end statistics go to OUT/kills.json
+and OUT/kills.md.
 """
 
 from __future__ import annotations
@@ -40,11 +44,15 @@ from common.spec.run import FRAMEWORKS
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 300
 COMMAND = (
-    f"train --stages 2 --schedule 1f1b --num-layers 2 --d-model 16 --d-ff 32 --num-heads 2 --context-length 16 "
-    f"--batch-size 8 --micro-batches 4 --dropout 0.1 --dtype float64 --threads 1 --steps {STEPS} --save-every 5"
+    "train --stages 2 --schedule 1f1b --num-layers 2 --d-model 16 --d-ff 32 --num-heads 2 "
+    "--context-length 16 "
+    f"--batch-size 8 --micro-batches 4 --dropout 0.1 --dtype float64 --threads 1 --steps {STEPS} "
+    "--save-every 5"
 )
 MARK = "TRIPTYCH_KILL_RUNS"
-"""An environment variable by which all processes of a trial are found again, whoever their parent is now."""
+"""An environment variable by which all processes of a trial are found again, whoever their parent
+is now.
+"""
 
 KILLS_PER_TRIAL = 10
 PATIENCE_SECONDS = 180.0
@@ -64,7 +72,9 @@ Note = Callable[[dict[str, Any]], None]
 class Trial:
     """One training, disturbed until it has had its kills, and then left to its end."""
 
-    def __init__(self, framework: str, number: int, seed: int, folder: Path, reference: Reference, note: Note) -> None:
+    def __init__(
+        self, framework: str, number: int, seed: int, folder: Path, reference: Reference, note: Note
+    ) -> None:
         self.framework, self.number, self.note, self.reference = framework, number, note, reference
         self.random = random.Random(f"{seed} {framework} {number}")
         self.folder = folder / f"{framework}-{number}"
@@ -86,14 +96,21 @@ class Trial:
         finally:
             self.end_all()
         for n, kill in enumerate(self.kills):
-            # What a trial has lost, its last kill has lost: the earlier ones had been checked and gone on from.
+            # What a trial has lost, its last kill has lost: the earlier ones had been checked and
+            # gone on from.
             self.note(kill | {"survived": not (lost and n == len(self.kills) - 1), "lost": lost})
         if lost and not self.kills:
             self.note(
-                {"framework": self.framework, "trial": self.number, "victim": "none", "survived": False, "lost": lost}
+                {
+                    "framework": self.framework,
+                    "trial": self.number,
+                    "victim": "none",
+                    "survived": False,
+                    "lost": lost,
+                }
             )
 
-    # --------------------------------------------------------------------------------------------- processes
+    # ------------------------------------------------------------------------------------ processes
 
     def start(self) -> None:
         resume = ["--resume", "latest"] if checkpoint.checkpoints_in(self.saves) else []
@@ -109,12 +126,16 @@ class Trial:
         with (self.folder / "parent.log").open("ab") as log:
             self.parent = subprocess.Popen(
                 [sys.executable, "-m", "common.cli", *command, "--max-restarts", "99", *resume],
-                cwd=ROOT, env=os.environ | {MARK: self.mark}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=ROOT,
+                env=os.environ | {MARK: self.mark},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
-            )  # fmt: skip
+            )
 
     def family(self) -> list[psutil.Process]:
-        """All living processes of this trial."""
+        """Return all living processes of this trial."""
         word = f"{MARK}={self.mark}".encode()
         found = []
         for process in psutil.process_iter():
@@ -139,7 +160,9 @@ class Trial:
         roles: dict[str, list[int]] = {"parent": [self.parent.pid]}
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.parent.pid).children():
-                if child.status() == psutil.STATUS_ZOMBIE or "_impl" not in " ".join(child.cmdline()):
+                if child.status() == psutil.STATUS_ZOMBIE or "_impl" not in " ".join(
+                    child.cmdline()
+                ):
                     continue
                 roles.setdefault("child", []).append(child.pid)
                 for rank in child.children():
@@ -147,12 +170,14 @@ class Trial:
                         roles.setdefault("rank", []).append(rank.pid)
         return roles
 
-    # --------------------------------------------------------------------------------------------- one kill
+    # ------------------------------------------------------------------------------------- one kill
 
     def disturb(self) -> bool:
         """One kill. False if the run was over before."""
         moment = self.random.choices(["start", "step", "save"], [2, 4, 3])[0]
-        role = self.random.choice(["parent", "child", "rank"] if self.framework == "paddle" else ["parent", "child"])
+        role = self.random.choice(
+            ["parent", "child", "rank"] if self.framework == "paddle" else ["parent", "child"]
+        )
         number = self.random.choice(SIGNALS)
         if not self.wait_for(moment, role):
             return False
@@ -161,10 +186,15 @@ class Trial:
             return not self.ended()
         step = self.steps_seen()
         kill = {
-            "framework": self.framework, "trial": self.number, "kill": len(self.kills), "victim": role,
-            "signal": signal.Signals(number).name, "moment": moment, "steps_seen": step,
+            "framework": self.framework,
+            "trial": self.number,
+            "kill": len(self.kills),
+            "victim": role,
+            "signal": signal.Signals(number).name,
+            "moment": moment,
+            "steps_seen": step,
             "saving": any(self.saves.glob(".step-*.partial")),
-        }  # fmt: skip
+        }
         self.kills.append(kill)
         began = time.monotonic()
         with contextlib.suppress(ProcessLookupError):
@@ -183,7 +213,9 @@ class Trial:
         began, wanted = self.position(), self.random.randint(1, 25)
         self.until(lambda: self.position() >= began + wanted, "no progress", poll_seconds=0.01)
         if moment == "save" and not self.ended():
-            self.until(lambda: any(self.saves.glob(".step-*.partial")), "no save", poll_seconds=0.0005)
+            self.until(
+                lambda: any(self.saves.glob(".step-*.partial")), "no save", poll_seconds=0.0005
+            )
             time.sleep(self.random.uniform(0, 0.02))
         elif not self.ended():
             time.sleep(self.random.uniform(0, 0.05))
@@ -205,7 +237,9 @@ class Trial:
         return list(self.out.glob("*/*/attempt-*/progress.jsonl"))
 
     def position(self) -> int:
-        """Lines of progress over all children: grows with every step, also with those that are done again."""
+        """Lines of progress over all children: grows with every step, also with those that are done
+        again.
+        """
         total = 0
         for path in self.progress_files():
             with contextlib.suppress(OSError):
@@ -225,11 +259,16 @@ class Trial:
         try:
             status = self.parent.wait(PARENT_ENDS_SECONDS)
         except subprocess.TimeoutExpired:
-            raise Lost(f"the parent lives {PARENT_ENDS_SECONDS:g} s after {signal.Signals(number).name}") from None
+            raise Lost(
+                f"the parent lives {PARENT_ENDS_SECONDS:g} s after {signal.Signals(number).name}"
+            ) from None
         deadline = time.monotonic() + FAMILY_ENDS_SECONDS
         while self.family():
             if time.monotonic() > deadline:
-                raise Lost(f"processes outlive the parent: {[process.cmdline() for process in self.family()]}")
+                raise Lost(
+                    "processes outlive the parent: "
+                    f"{[process.cmdline() for process in self.family()]}"
+                )
             time.sleep(0.05)
         self.check_checkpoints()
         if status != 0:
@@ -247,7 +286,7 @@ class Trial:
             except CheckpointError as error:
                 raise Lost(f"a checkpoint is damaged: {error}") from None
 
-    # --------------------------------------------------------------------------------------------- the end
+    # -------------------------------------------------------------------------------------- the end
 
     def finish(self) -> None:
         self.until(lambda: False, "the run did not end")
@@ -265,19 +304,23 @@ class Trial:
         for record in self.records():
             if record["loss"] != self.reference.losses[record["step"]]:
                 raise Lost(
-                    f"step {record['step']}: loss {record['loss']!r}, undisturbed {self.reference.losses[record['step']]!r}"
+                    f"step {record['step']}: loss {record['loss']!r}, undisturbed "
+                    f"{self.reference.losses[record['step']]!r}"
                 )
         results = [RunResult.read(path) for path in self.out.glob("*/*/result.json")]
         if not any(result.held_out_loss == self.reference.held_out_loss for result in results):
             raise Lost(
-                f"held-out loss {[r.held_out_loss for r in results]}, undisturbed {self.reference.held_out_loss}"
+                f"held-out loss {[r.held_out_loss for r in results]}, undisturbed "
+                f"{self.reference.held_out_loss}"
             )
-        if not same(checkpoint.load(checkpoint.checkpoints_in(self.saves)[-1]), self.reference.last):
+        if not same(
+            checkpoint.load(checkpoint.checkpoints_in(self.saves)[-1]), self.reference.last
+        ):
             raise Lost("weights or moments differ from those of the undisturbed run")
 
 
 def same(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether both hold the same bits."""
+    """Return whether both hold the same bits."""
     one, two = {**a.weights, **a.optimizer_state}, {**b.weights, **b.optimizer_state}
     return set(one) == set(two) and all(np.array_equal(one[name], two[name]) for name in one)
 
@@ -286,9 +329,25 @@ class Reference:
     """The run that nothing disturbs."""
 
     def __init__(self, framework: str, folder: Path) -> None:
-        out, saves = folder / f"{framework}-undisturbed", folder / f"{framework}-undisturbed" / "checkpoints"
-        command = [*COMMAND.split(), "--framework", framework, "--save-dir", str(saves), "--out", str(out)]
-        subprocess.run([sys.executable, "-m", "common.cli", *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        out, saves = (
+            folder / f"{framework}-undisturbed",
+            folder / f"{framework}-undisturbed" / "checkpoints",
+        )
+        command = [
+            *COMMAND.split(),
+            "--framework",
+            framework,
+            "--save-dir",
+            str(saves),
+            "--out",
+            str(out),
+        ]
+        subprocess.run(
+            [sys.executable, "-m", "common.cli", *command],
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         result = RunResult.read(next(out.glob("*/*/result.json")))
         self.losses = [step.loss for step in result.steps]
         self.held_out_loss = result.held_out_loss
@@ -296,10 +355,14 @@ class Reference:
 
 
 def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
+    return (
+        {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
+    )
 
 
-def _statistics(kills: Sequence[dict[str, Any]], trials: int, shared_memory_left: list[str]) -> dict[str, Any]:
+def _statistics(
+    kills: Sequence[dict[str, Any]], trials: int, shared_memory_left: list[str]
+) -> dict[str, Any]:
     """Survivors by framework, victim and signal."""
     counts: Counter[tuple[str, str, str]] = Counter()
     survived: Counter[tuple[str, str, str]] = Counter()
@@ -308,7 +371,13 @@ def _statistics(kills: Sequence[dict[str, Any]], trials: int, shared_memory_left
         counts[key] += 1
         survived[key] += kill["survived"]
     rows = [
-        {"framework": f, "victim": v, "signal": s, "kills": counts[f, v, s], "survived": survived[f, v, s]}
+        {
+            "framework": f,
+            "victim": v,
+            "signal": s,
+            "kills": counts[f, v, s],
+            "survived": survived[f, v, s],
+        }
         for f, v, s in sorted(counts)
     ]
     return {
@@ -325,21 +394,31 @@ def _statistics(kills: Sequence[dict[str, Any]], trials: int, shared_memory_left
 
 
 def markdown(found: dict[str, Any]) -> str:
-    lines = ["| framework | victim | signal | kills | survived |", "| --- | --- | --- | ---: | ---: |"]
+    lines = [
+        "| framework | victim | signal | kills | survived |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
     lines += [
-        f"| {row['framework']} | {row['victim']} | {row['signal']} | {row['kills']} | {row['survived']} |"
+        f"| {row['framework']} | {row['victim']} | {row['signal']} | {row['kills']} | "
+        f"{row['survived']} |"
         for row in found["rows"]
     ]
     return "\n".join([*lines, f"| all | | | {found['kills']} | {found['survived']} |"]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.campaigns.kill_runs", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.campaigns.kill_runs", description=__doc__
+    )
     parser.add_argument("--kills", type=int, default=300, help="how many in all (default: 300)")
     parser.add_argument("--frameworks", default=",".join(FRAMEWORKS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--at-once", type=int, default=2, help="trials that run side by side (default: 2)")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder for logs, runs and statistics")
+    parser.add_argument(
+        "--at-once", type=int, default=2, help="trials that run side by side (default: 2)"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a new folder for logs, runs and statistics"
+    )
     arguments = parser.parse_args(argv)
     # A shell starts what runs in the background with SIGINT ignored, and that is inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -356,7 +435,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     trials = []
     for n in range(-(-arguments.kills // KILLS_PER_TRIAL)):
         framework = frameworks[n % len(frameworks)]
-        trials.append(Trial(framework, n, arguments.seed, arguments.out, references[framework], note))
+        trials.append(
+            Trial(framework, n, arguments.seed, arguments.out, references[framework], note)
+        )
 
     def write_statistics() -> dict[str, Any]:
         with lock:

@@ -1,10 +1,12 @@
-"""Remakes the table of docs/numerics.md that says what dropout, recomputation and bfloat16 cost. Run it in the root.
+"""Remakes the table of docs/numerics.md that says what dropout, recomputation and bfloat16 cost.
+Run it in the root.
 
     python tests/campaigns/make_costs.py          about six minutes
 
-Each framework has one process, in which the variants take turns step by step: a machine that slows down slows all of
-them. Two stages (Paddle, whose stages are processes: one), 1f1b, preset small. The costs are of CPU time, which other work
-on the machine disturbs less than wall-clock time: medians of every variant's step over the plain one's of the same turn.
+Each framework has one process, in which the variants take turns step by step: a machine that slows
+down slows all of them. Two stages (Paddle, whose stages are processes: one), 1f1b, preset small.
+The costs are of CPU time, which other work on the machine disturbs less than wall-clock time:
+medians of every variant's step over the plain one's of the same turn.
 """
 
 from __future__ import annotations
@@ -41,12 +43,22 @@ def config_of(framework: str, changes: dict[str, Any]) -> RunConfig:
     base = preset("small").model_dump()
     sections = {name: base[name] | changes.get(name, {}) for name in ("model", "train")}
     stages = 1 if framework == "paddle" else 2
-    run = {"framework": framework, "stages": stages, "threads": stages, "device": "cpu", "schedule": "1f1b"}
-    return RunConfig.model_validate(base | run | {k: v for k, v in changes.items() if k not in sections} | sections)
+    run = {
+        "framework": framework,
+        "stages": stages,
+        "threads": stages,
+        "device": "cpu",
+        "schedule": "1f1b",
+    }
+    return RunConfig.model_validate(
+        base | run | {k: v for k, v in changes.items() if k not in sections} | sections
+    )
 
 
 def measure(framework: str) -> dict[str, Any]:
-    """In the framework's own process: by variant its cost and what it holds per stage, or why it was refused."""
+    """In the framework's own process: by variant its cost and what it holds per stage, or why it
+    was refused.
+    """
     if framework == "torch":
         from torch_impl.devices import configure as configure_torch
 
@@ -83,7 +95,10 @@ def measure(framework: str) -> dict[str, Any]:
     plain = seconds[PLAIN][UNTIMED:]
     for name, engine in engines.items():
         ratios = [one / other for one, other in zip(seconds[name][UNTIMED:], plain, strict=True)]
-        found[name] = {"cost": median(ratios), "held_bytes": list(engine.held_bytes_peak().values())}
+        found[name] = {
+            "cost": median(ratios),
+            "held_bytes": list(engine.held_bytes_peak().values()),
+        }
         engine.close()
     return found
 
@@ -101,7 +116,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             rows.append((name, *(cost(found[framework][name]) for framework in FRAMEWORKS)))
     for name, changes in VARIANTS.items():
         if "model" not in changes:
-            rows.append((f"held, {name}", *(held(found[framework][name]) for framework in FRAMEWORKS)))
+            rows.append(
+                (f"held, {name}", *(held(found[framework][name]) for framework in FRAMEWORKS))
+            )
     rows.insert(1, ("---",) * 4)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

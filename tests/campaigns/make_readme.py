@@ -1,4 +1,6 @@
-"""`python -m tests.campaigns.make_readme`: the picture and the table of README.md and README.zh-CN.md, from results/example."""
+"""`python -m tests.campaigns.make_readme`: the picture and the table of README.md and
+README.zh-CN.md, from results/example.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from common.spec.run import FRAMEWORKS
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "results" / "example"
 PAGES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
-LEFT_OUT = ("stages", "micro-batches", "status", "first step s", "verdict", "held-out loss", "sim. step")
+LEFT_OUT = (
+    "stages",
+    "micro-batches",
+    "status",
+    "first step s",
+    "verdict",
+    "held-out loss",
+    "sim. step",
+)
 """Columns that only the whole report has."""
 
 
@@ -28,14 +38,26 @@ def picture() -> None:
     schedule = measured[FRAMEWORKS[0]].schedule
     mean = sum(chart.makespan for chart in measured.values()) / len(measured)
     unit = mean / simulate(schedule, Costs.uniform(2)).makespan
-    charts = {"the schedule: 1f1b, 2 stages, 8 micro-batches": simulate(schedule, Costs.uniform(2, *[unit] * 3))}
-    charts |= {f"{name}, measured: {chart.makespan:,.0f} ms": chart for name, chart in measured.items()}
-    draw_pictures(charts, ROOT / "docs" / "images" / "overview.png", time_label="ms since the step's first action")
+    charts = {
+        "the schedule: 1f1b, 2 stages, 8 micro-batches": simulate(
+            schedule, Costs.uniform(2, *[unit] * 3)
+        )
+    }
+    charts |= {
+        f"{name}, measured: {chart.makespan:,.0f} ms": chart for name, chart in measured.items()
+    }
+    draw_pictures(
+        charts,
+        ROOT / "docs" / "images" / "overview.png",
+        time_label="ms since the step's first action",
+    )
 
 
 def table() -> str:
-    """The report's table without `LEFT_OUT`."""
-    rows = [line.strip("|").split("|") for line in markdown_table(collect([EXAMPLE]).rows).splitlines()]
+    """Return the report's table without `LEFT_OUT`."""
+    rows = [
+        line.strip("|").split("|") for line in markdown_table(collect([EXAMPLE]).rows).splitlines()
+    ]
     kept = [i for i, title in enumerate(rows[0]) if title.strip() not in LEFT_OUT]
     return "\n".join("|" + "|".join(row[i] for i in kept) + "|" for row in rows)
 
@@ -47,7 +69,10 @@ def main() -> None:
     for page in PAGES:
         marked = r"(<!-- made: table -->\n).*?(<!-- end -->)"
         text, found = re.subn(
-            marked, lambda match: match[1] + made + "\n" + match[2], page.read_text(encoding="utf-8"), flags=re.DOTALL
+            marked,
+            lambda match: match[1] + made + "\n" + match[2],
+            page.read_text(encoding="utf-8"),
+            flags=re.DOTALL,
         )
         if found != 1:
             raise SystemExit(f"{page}: {found} tables between marks; expected 1")

@@ -1,10 +1,11 @@
-"""Remakes what docs/schedules.md shows: its drawings, its tables and its curve. Run it in the repository's root.
+"""Remakes what docs/schedules.md shows: its drawings, its tables and its curve. Run it in the
+repository's root.
 
     python tests/campaigns/make_schedules.py            everything, about ten minutes (the benchmark and the searches take most of it)
     python tests/campaigns/make_schedules.py drawings published   only these parts
 
 Tables stand between `<!-- made: NAME -->` and `<!-- end -->`; pictures are files in docs/images/.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -42,11 +43,21 @@ PUBLISHED = ("1f1b", "interleaved", "zb-h1", "zb-h2")
 def drawings() -> None:
     """One picture per schedule, each by `triptych draw`, and the text chart of 1f1b."""
     for name in DRAWN:
-        size = ["--stages", str(STAGES), "--micro-batches", "2" if name == "naive" else str(MICRO_BATCHES)]
-        status = triptych(["draw", "--schedule", name, *size, "--output", str(IMAGES / f"schedule-{name}.png")])
+        size = [
+            "--stages",
+            str(STAGES),
+            "--micro-batches",
+            "2" if name == "naive" else str(MICRO_BATCHES),
+        ]
+        status = triptych(
+            ["draw", "--schedule", name, *size, "--output", str(IMAGES / f"schedule-{name}.png")]
+        )
         if status:
             raise SystemExit(status)
-    fill("text-chart", "```text\n" + draw_text(make_schedule("1f1b", STAGES, MICRO_BATCHES)) + "\n```")
+    fill(
+        "text-chart",
+        "```text\n" + draw_text(make_schedule("1f1b", STAGES, MICRO_BATCHES)) + "\n```",
+    )
 
 
 def published() -> None:
@@ -62,20 +73,32 @@ def published() -> None:
                 cells.append("-")
                 continue
             v = row["layers"] // row["stages"] if name == "interleaved" else 1
-            schedule, costs = make_schedule(name, row["stages"], row["micro_batches"], v), costs_of(row)
+            schedule, costs = (
+                make_schedule(name, row["stages"], row["micro_batches"], v),
+                costs_of(row),
+            )
             simulation = simulate(schedule, costs, wrap_around="first")
-            got = simulation.warm_start_bubble_fraction if name == "zb-h2" else simulation.bubble_fraction
+            got = (
+                simulation.warm_start_bubble_fraction
+                if name == "zb-h2"
+                else simulation.bubble_fraction
+            )
             cells.append(f"{row['bubble_fraction'][name]:.4f} / {got:.4f}")
             if name == "interleaved":
                 as_run = f"{simulate(schedule, costs).bubble_fraction:.4f}"
-        lines.append(f"| {row['stages']} | {row['micro_batches']} | {' | '.join(cells)} | {as_run} |")
+        lines.append(
+            f"| {row['stages']} | {row['micro_batches']} | {' | '.join(cells)} | {as_run} |"
+        )
     fill("published", "\n".join(lines))
 
 
 def searches() -> None:
-    """The search's bubbles, at twice 1f1b's memory and at once, against the published ones and the lower bound."""
+    """The search's bubbles, at twice 1f1b's memory and at once, against the published ones and the
+    lower bound.
+    """
     lines = [
-        "| p | m | zb-2p published | search, 2x | bound | zb-h1 published | search, 1x | bound | seconds, 2x |",
+        "| p | m | zb-2p published | search, 2x | bound | zb-h1 published | search, 1x | bound | "
+        "seconds, 2x |",
         "| ---: |" + " ---: |" * 8,
     ]
     for row in rows():
@@ -97,7 +120,13 @@ def searches() -> None:
 def curve() -> None:
     """Time to generate, validate and simulate against the number of actions."""
     steps: dict[str, list[float]] = {"generate": [], "validate": [], "simulate": []}
-    actions, table = [], ["| m | actions | generate | validate | simulate |", "| ---: | ---: | ---: | ---: | ---: |"]
+    actions, table = (
+        [],
+        [
+            "| m | actions | generate | validate | simulate |",
+            "| ---: | ---: | ---: | ---: | ---: |",
+        ],
+    )
     for m in (64, 128, 256, 512, 1024, 2048, 4096):
         began = time.perf_counter()
         schedule = make_schedule("interleaved", 64, m, 4)
@@ -111,7 +140,11 @@ def curve() -> None:
         seconds = (generated - began, validated - generated, simulated - validated)
         for name, spent in zip(steps, seconds, strict=True):
             steps[name].append(spent)
-        table.append(f"| {m} | {schedule.num_actions:,} | " + " | ".join(f"{s:.2f} s" for s in seconds) + " |")
+        table.append(
+            f"| {m} | {schedule.num_actions:,} | "
+            + " | ".join(f"{s:.2f} s" for s in seconds)
+            + " |"
+        )
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -130,7 +163,8 @@ def curve() -> None:
 def overview() -> None:
     """All schedules side by side at the size of the drawings."""
     lines = [
-        "| schedule | chunks | bubble fraction | with a warm start | peak in flight, stage 0 to 3 | peak memory |",
+        "| schedule | chunks | bubble fraction | with a warm start | peak in flight, stage 0 to 3 "
+        "| peak memory |",
         "| --- | ---: | ---: | ---: | --- | ---: |",
     ]
     for name in DRAWN:
@@ -138,13 +172,16 @@ def overview() -> None:
         peaks = ", ".join(f"{peak:g}" for peak in simulation.peak_in_flight_per_stage)
         lines.append(
             f"| {name} | {simulation.schedule.num_chunks} | {simulation.bubble_fraction:.4f} | "
-            f"{simulation.warm_start_bubble_fraction:.4f} | {peaks} | {max(simulation.peak_memory_per_stage):g} |"
+            f"{simulation.warm_start_bubble_fraction:.4f} | {peaks} | "
+            f"{max(simulation.peak_memory_per_stage):g} |"
         )
     fill("overview", "\n".join(lines))
 
 
 def measured() -> None:
-    """One training step of every schedule with PyTorch: how long, and how long by the simulator for the same durations."""
+    """One training step of every schedule with PyTorch: how long, and how long by the simulator for
+    the same durations.
+    """
     # Imported here: the other parts need no framework.
     from common.spec.data import load_corpus
     from common.spec.parameters import initial_weights
@@ -157,7 +194,14 @@ def measured() -> None:
     engines = {}
     for name in DRAWN:
         chunks = default_chunks(name)
-        config = RunConfig(model=model, train=train, stages=stages, schedule=name, chunks=chunks, partition="balanced")
+        config = RunConfig(
+            model=model,
+            train=train,
+            stages=stages,
+            schedule=name,
+            chunks=chunks,
+            partition="balanced",
+        )
         engines[name] = build_engine(config.model_copy(update={"device": "cpu"}))
         engines[name].reset(initial_weights(model, train.seed, train.dtype))
     corpus = load_corpus(config)
@@ -170,21 +214,29 @@ def measured() -> None:
             events = engine.events()
             took = max(e.end_seconds for row in events.values() for e in row)
             took -= min(e.ready_seconds for row in events.values() for e in row)
-            durations = [[e.end_seconds - e.start_seconds for e in events[d]] for d in range(stages)]
+            durations = [
+                [e.end_seconds - e.start_seconds for e in events[d]] for d in range(stages)
+            ]
             if turn > 0:  # the first one warms up
                 seconds[name].append(took)
                 overhead[name].append(took / replay_makespan(engine.schedule, durations))
     lines = [
-        "| schedule | step, to 1f1b | simulated, F = B = W, to 1f1b | step, to the simulator with its own durations |",
+        "| schedule | step, to 1f1b | simulated, F = B = W, to 1f1b | step, to the simulator with "
+        "its own durations |",
         "| --- | ---: | ---: | ---: |",
     ]
     plain = {
-        name: simulate(make_schedule(name, stages, train.micro_batches, default_chunks(name))).makespan
+        name: simulate(
+            make_schedule(name, stages, train.micro_batches, default_chunks(name))
+        ).makespan
         for name in DRAWN
     }
     for name in DRAWN:
         ratio = min(seconds[name]) / min(seconds["1f1b"])  # the least disturbed round of each
-        lines.append(f"| {name} | {ratio:.2f} | {plain[name] / plain['1f1b']:.2f} | {median(overhead[name]):.3f} |")
+        lines.append(
+            f"| {name} | {ratio:.2f} | {plain[name] / plain['1f1b']:.2f} | "
+            f"{median(overhead[name]):.3f} |"
+        )
         engines[name].close()
     fill("measured", "\n".join(lines))
 
@@ -192,7 +244,9 @@ def measured() -> None:
 def frameworks() -> None:
     """Every schedule in every framework, by a benchmark of its own (some minutes)."""
     with tempfile.TemporaryDirectory() as folder:
-        if status := triptych(["bench", "--schedules", ",".join(DRAWN), "--repeats", "1", "--out", folder]):
+        if status := triptych(
+            ["bench", "--schedules", ",".join(DRAWN), "--repeats", "1", "--out", folder]
+        ):
             raise SystemExit(status)
         fill_frameworks(next(Path(folder).glob("*/table.csv")))
 
@@ -202,16 +256,20 @@ def fill_frameworks(path: Path) -> None:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     steps = {(row["framework"], row["schedule"]): float(row["step_ms_median"]) for row in rows}
-    gaps = {(row["framework"], row["schedule"]): float(row["simulated_step_difference"]) for row in rows}
+    gaps = {
+        (row["framework"], row["schedule"]): float(row["simulated_step_difference"]) for row in rows
+    }
     names = list(dict.fromkeys(row["framework"] for row in rows))
     lines = [
-        f"| schedule | {' | '.join(names)} | {' | '.join(f'{name}, simulated' for name in names)} |",
+        f"| schedule | {' | '.join(names)} | "
+        f"{' | '.join(f'{name}, simulated' for name in names)} |",
         f"| --- |{' ---: |' * 2 * len(names)}",
     ]
     for schedule in DRAWN:
         ratios = [f"{steps[name, schedule] / steps[name, '1f1b']:.2f}" for name in names]
         lines.append(
-            f"| {schedule} | {' | '.join(ratios)} | {' | '.join(f'{gaps[n, schedule]:+.1%}' for n in names)} |"
+            f"| {schedule} | {' | '.join(ratios)} | "
+            f"{' | '.join(f'{gaps[n, schedule]:+.1%}' for n in names)} |"
         )
     fill("frameworks", "\n".join(lines))
 
@@ -226,16 +284,19 @@ def costs_of(row: dict[str, Any]) -> Costs:
 
 
 def fill(name: str, content: str, page: Path = PAGE) -> None:
-    """Replaces the part `name` of a page."""
+    """Replace the part `name` of a page."""
     part = re.compile(rf"(<!-- made: {name} -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL)
-    text, found = part.subn(lambda match: match[1] + content + "\n" + match[2], page.read_text(encoding="utf-8"))
+    text, found = part.subn(
+        lambda match: match[1] + content + "\n" + match[2], page.read_text(encoding="utf-8")
+    )
     if found != 1:
         raise SystemExit(f"{page}: {found} parts named {name}; expected 1")
     write_file(page, text)
 
 
 PARTS: dict[str, Callable[[], None]] = {
-    part.__name__: part for part in (drawings, overview, published, curve, measured, frameworks, searches)
+    part.__name__: part
+    for part in (drawings, overview, published, curve, measured, frameworks, searches)
 }
 
 if __name__ == "__main__":

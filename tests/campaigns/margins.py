@@ -1,6 +1,8 @@
-"""How much of each limit is used: every check of the parity ladder, over many seeds and models, in every framework.
+"""How much of each limit is used: every check of the parity ladder, over many seeds and models, in
+every framework.
 
-A limit with little room would fail one day for no reason, and one with too much would let something pass.
+A limit with little room would fail one day for no reason, and one with too much would let something
+pass.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ LONG_CHECKS = frozenset({"loss_curve", "trained_parameter"})
 """What the rounding of 100 steps adds up to."""
 
 REFUSED = "; expected "
-"""What a framework says to a precision that it does not have; every other problem is a failed run."""
+"""What a framework says to a precision that it does not have; every other problem is a failed run.
+"""
 
 Errors = Mapping[str, float]
 """By check."""
@@ -53,7 +56,7 @@ class Margin(BaseModel):
 
     @property
     def has_room(self) -> bool:
-        """In bfloat16: keeps to the rule, which the best framework cannot have five times room to."""
+        """In bfloat16: keeps to the rule, which the best framework cannot have five times room to."""  # noqa: E501
         return self.worst <= (1.0 if self.dtype == "bfloat16" else ROOM)
 
 
@@ -71,7 +74,8 @@ class Margins(BaseModel):
 
 
 def config_of(framework: str, dtype: str, seed: int) -> RunConfig:
-    """A model of the ladder: the seed chooses weights, data and masks, and walks through head, norm, activation, dropout.
+    """Return a model of the ladder: the seed chooses weights, data and masks, and walks through
+    head, norm, activation, dropout.
 
     p = 2, m = 4, one thread per stage, 100 steps with clipping, warm-up and cosine.
     """
@@ -96,7 +100,14 @@ def config_of(framework: str, dtype: str, seed: int) -> RunConfig:
         "learning_rate_schedule": "cosine",
         "warmup_steps": 10,
     }
-    run = {"framework": framework, "stages": 2, "threads": 2, "device": "cpu", "model": model, "train": train}
+    run = {
+        "framework": framework,
+        "stages": 2,
+        "threads": 2,
+        "device": "cpu",
+        "model": model,
+        "train": train,
+    }
     return RunConfig.model_validate(run)
 
 
@@ -116,16 +127,25 @@ def measure(
     on_step: Callable[[str, int], None] = lambda framework, done: None,
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
 ) -> tuple[list[Margin], list[str], dict[str, str]]:
-    """Runs everything below `folder`. Returns the margins, what failed, and the frameworks' versions."""
-    configs = [config_of(f, dtype, seed) for f in frameworks for dtype in dtypes for seed in range(repeats)]
+    """Run everything below `folder`. Returns the margins, what failed, and the frameworks'
+    versions.
+    """
+    configs = [
+        config_of(f, dtype, seed) for f in frameworks for dtype in dtypes for seed in range(repeats)
+    ]
     outcomes = run_all(configs, folder, timeout_seconds, on_step, implementations)
     failed = Counter(
         (config.framework, config.train.dtype, outcome)
         for config, outcome in outcomes.items()
         if isinstance(outcome, str)
     )
-    problems = [f"{f} {dtype}, {count} of {repeats} repeats: {why}" for (f, dtype, why), count in failed.items()]
-    judged = {config: _judge(config, run) for config, run in outcomes.items() if isinstance(run, Run)}
+    problems = [
+        f"{f} {dtype}, {count} of {repeats} repeats: {why}"
+        for (f, dtype, why), count in failed.items()
+    ]
+    judged = {
+        config: _judge(config, run) for config, run in outcomes.items() if isinstance(run, Run)
+    }
     compared = {config: comparison for config, (comparison, _) in judged.items()}
     undetermined = [config for config, (_, left_out) in judged.items() if left_out]
     margins = []
@@ -145,9 +165,9 @@ def measure(
 def _is_determined(config: RunConfig) -> bool:
     """Whether float32 can decide where 100 steps of this model end.
 
-    A hidden value beside the kink of a ReLU can be on the other side for no other reason than that weights are stored in
-    float32 (docs/numerics.md). Then the oracle itself ends elsewhere if its weights are rounded to float32 after each step,
-    and no float32 run can be held against it.
+    A hidden value beside the kink of a ReLU can be on the other side for no other reason than that
+    weights are stored in float32 (docs/numerics.md). Then the oracle itself ends elsewhere if its
+    weights are rounded to float32 after each step, and no float32 run can be held against it.
     """
     pure, stored = expected(config, NOISE), expected(config, NOISE, stores_float32=True)
     curves = losses_as_tensors(stored.losses), losses_as_tensors(pure.losses)
@@ -159,19 +179,29 @@ def _is_determined(config: RunConfig) -> bool:
 
 
 def _judge(config: RunConfig, run: Run) -> tuple[Comparison, bool]:
-    """The run against the oracle; where float32 does not determine the long checks, without them. Whether it did not."""
+    """The run against the oracle; where float32 does not determine the long checks, without them.
+    Whether it did not.
+    """
     comparison = compare_probe(run, expected(config, NOISE), config.train.dtype)
-    if config.train.dtype != "float32" or config.model.activation != "relu" or _is_determined(config):
+    if (
+        config.train.dtype != "float32"
+        or config.model.activation != "relu"
+        or _is_determined(config)
+    ):
         return comparison, False
     return Comparison(tuple(d for d in comparison.differences if d.check not in LONG_CHECKS)), True
 
 
 def _fixed(compared: Mapping[RunConfig, Comparison]) -> dict[RunConfig, Errors]:
-    return {config: {str(k): v for k, v in each.margins().items()} for config, each in compared.items()}
+    return {
+        config: {str(k): v for k, v in each.margins().items()} for config, each in compared.items()
+    }
 
 
 def _relative(compared: Mapping[RunConfig, Comparison]) -> dict[RunConfig, Errors]:
-    """In bfloat16: each run's errors over the limit that the other frameworks' runs of the same model set."""
+    """In bfloat16: each run's errors over the limit that the other frameworks' runs of the same
+    model set.
+    """
     alike: dict[int, list[RunConfig]] = {}
     for config in compared:
         if config.train.dtype == "bfloat16":
@@ -179,7 +209,9 @@ def _relative(compared: Mapping[RunConfig, Comparison]) -> dict[RunConfig, Error
     found: dict[RunConfig, Errors] = {}
     for configs in alike.values():
         if len(configs) > 1:
-            found |= zip(configs, relative_margins([compared[c].errors() for c in configs]), strict=True)
+            found |= zip(
+                configs, relative_margins([compared[c].errors() for c in configs]), strict=True
+            )
     return found
 
 
@@ -205,7 +237,9 @@ def _summarized(
                 repeats=len(by_run),
                 worst_run=describe(config),
                 worst_tensor=_tensor(compared[config], check),
-                left_out=sum(c.framework == framework and c.train.dtype == dtype for c in undetermined)
+                left_out=sum(
+                    c.framework == framework and c.train.dtype == dtype for c in undetermined
+                )
                 if check in LONG_CHECKS
                 else 0,
             )
@@ -222,4 +256,6 @@ def _tensor(comparison: Comparison, check: str) -> str:
     key = worst.key
     if key.tensor == "loss":
         return f"step {key.step}"
-    return f"{key.unit}, micro-batch {key.micro_batch}" if worst.check == "activation" else key.tensor
+    return (
+        f"{key.unit}, micro-batch {key.micro_batch}" if worst.check == "activation" else key.tensor
+    )

@@ -28,21 +28,39 @@ def register(subcommands: Any) -> None:
     """Add the campaign to argparse's subparsers."""
     parser = subcommands.add_parser(
         "margins",
-        description="Every check of the parity ladder over many seeds and models, in every framework and precision. "
-        "Exit status: 0 every fixed limit has five times room and bfloat16 keeps to its rule, 1 otherwise or if a run "
+        description="Every check of the parity ladder over many seeds and models, in every "
+        "framework and precision. "
+        "Exit status: 0 every fixed limit has five times room and bfloat16 keeps to its rule, 1 "
+        "otherwise or if a run "
         "failed, 2 wrong input.",
     )
-    parser.add_argument("--repeats", type=positive, default=20, metavar="N", help="seeds (default %(default)s)")
-    parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), metavar="F,..", help="default: %(default)s")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), metavar="T,..", help="default: %(default)s")
-    parser.add_argument("--out", metavar="FILE.md", help="write the table as Markdown; what is written by hand stays")
     parser.add_argument(
-        "--timeout", type=seconds, default=math.inf, metavar="SECONDS", help="end a child that takes longer"
+        "--repeats", type=positive, default=20, metavar="N", help="seeds (default %(default)s)"
+    )
+    parser.add_argument(
+        "--frameworks", default=",".join(FRAMEWORKS), metavar="F,..", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--dtypes", default=",".join(DTYPES), metavar="T,..", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE.md",
+        help="write the table as Markdown; what is written by hand stays",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=math.inf,
+        metavar="SECONDS",
+        help="end a child that takes longer",
     )
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:
+def run(
+    arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
+) -> int:
     frameworks = chosen(arguments.frameworks, FRAMEWORKS, "--frameworks")
     dtypes = chosen(arguments.dtypes, DTYPES, "--dtypes")
     out = file_to_write(arguments.out, "--out") if arguments.out else None
@@ -54,7 +72,13 @@ def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementat
 
     with tempfile.TemporaryDirectory() as folder:
         margins, problems, versions = measure(
-            Path(folder), frameworks, dtypes, arguments.repeats, arguments.timeout, stepped, implementations
+            Path(folder),
+            frameworks,
+            dtypes,
+            arguments.repeats,
+            arguments.timeout,
+            stepped,
+            implementations,
         )
     found = Margins(
         margins=margins,
@@ -68,4 +92,6 @@ def run(arguments: argparse.Namespace, implementations: Mapping[str, Implementat
         by_hand = explanation_in(out.read_text(encoding="utf-8")) if out.is_file() else ""
         write_file(out, page(found, by_hand))
     is_short = any(not margin.has_room for margin in margins)
-    return EXIT_SHORT if is_short or any(REFUSED not in problem for problem in problems) else EXIT_OK
+    return (
+        EXIT_SHORT if is_short or any(REFUSED not in problem for problem in problems) else EXIT_OK
+    )

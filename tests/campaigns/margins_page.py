@@ -18,20 +18,23 @@ INTRODUCTION = """\
 How much of each limit in [numerics.md](numerics.md) is used: the observed value over its limit, per check of the parity
 ladder. Every repeat has other weights, data and dropout masks, and the next model of head, norm, activation and dropout;
 2 stages, 4 micro-batches, 4 blocks, 100 steps. `make margins` (`python -m tests.campaigns margins --out docs/margins.md`) makes this page.
-"""
+"""  # noqa: E501
 UNDETERMINED = (
-    "The loss curve and the trained parameters leave out {} in float32: a hidden value stands so close to the kink of a "
-    "ReLU there that the float64 oracle itself ends elsewhere if its weights are rounded to float32 after every step, so "
+    "The loss curve and the trained parameters leave out {} in float32: a hidden value stands so "
+    "close to the kink of a "
+    "ReLU there that the float64 oracle itself ends elsewhere if its weights are rounded to "
+    "float32 after every step, so "
     "float32 does not determine where 100 steps end (numerics.md)."
 )
 BFLOAT16 = (
-    f"In bfloat16 the limit is {BFLOAT16_FACTOR:g} times the smallest error among the frameworks, so the best one stands "
+    f"In bfloat16 the limit is {BFLOAT16_FACTOR:g} times the smallest error among the frameworks, "
+    "so the best one stands "
     f"at {1 / BFLOAT16_FACTOR:.2f} by definition, and there is no fivefold room to ask for."
 )
 
 
 def verdict(margins: Sequence[Margin]) -> str:
-    """Whether every fixed limit has its room, and whether bfloat16 keeps to its rule."""
+    """Return whether every fixed limit has its room, and whether bfloat16 keeps to its rule."""
     fixed = [margin for margin in margins if margin.dtype != "bfloat16"]
     relative = [margin for margin in margins if margin.dtype == "bfloat16"]
     if not relative:
@@ -56,7 +59,10 @@ def _of_fixed(fixed: Sequence[Margin]) -> str:
     if not short:
         return f"Every check has at least {1 / ROOM:g} times room in every repeat: {largest}."
     names = ", ".join(f"{m.framework} {m.dtype} {m.check.replace('_', ' ')}" for m in short)
-    return f"{len(short)} of {len(fixed)} checks have less than {1 / ROOM:g} times room: {names}; {largest}."
+    return (
+        f"{len(short)} of {len(fixed)} checks have less than {1 / ROOM:g} times room: {names}; "
+        f"{largest}."
+    )
 
 
 def _cells(margin: Margin) -> tuple[str, ...]:
@@ -78,7 +84,9 @@ def print_margins(found: Margins, console: Console) -> None:
 
 
 def page(found: Margins, explanation: str = "") -> str:
-    """docs/margins.md. `explanation`: what stands between the markers of the page that is replaced, kept as it is."""
+    """docs/margins.md. `explanation`: what stands between the markers of the page that is replaced,
+    kept as it is.
+    """
     lines = [
         f"| {' | '.join(TITLES)} |",
         "| --- | --- | --- | ---: | ---: | ---: | --- | --- |",
@@ -87,10 +95,15 @@ def page(found: Margins, explanation: str = "") -> str:
     about = [
         f"- Command: `{found.command}`",
         f"- Machine: {found.machine}",
-        f"- Versions: {', '.join(f'{name} {version}' for name, version in sorted(found.versions.items()))}",
+        "- Versions: "
+        f"{', '.join(f'{name} {version}' for name, version in sorted(found.versions.items()))}",
         *(f"- Not measured: {problem}" for problem in found.problems),
     ]
-    parts = [INTRODUCTION.rstrip(), verdict(found.margins), f"{BEGIN}\n{explanation}\n{END}".replace("\n\n", "\n")]
+    parts = [
+        INTRODUCTION.rstrip(),
+        verdict(found.margins),
+        f"{BEGIN}\n{explanation}\n{END}".replace("\n\n", "\n"),
+    ]
     parts.append("\n".join(lines))
     left_out = max((margin.left_out for margin in found.margins), default=0)
     if left_out:
@@ -104,5 +117,5 @@ BEGIN, END = "<!-- by hand -->", "<!-- end -->"
 
 
 def explanation_in(text: str) -> str:
-    """What a person has written between the markers of an earlier page."""
+    """Return what a person has written between the markers of an earlier page."""
     return text.partition(BEGIN)[2].partition(END)[0].strip("\n")

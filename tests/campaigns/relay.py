@@ -1,4 +1,6 @@
-"""The campaign relay: training that changes framework, number of stages and schedule on the way, against the oracle."""
+"""The campaign relay: training that changes framework, number of stages and schedule on the way,
+against the oracle.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ from common.cli.options import PLACEMENT, add_run_options, read_run, reporting
 from common.cli.settings import Key
 from common.cli.train import drop_tensors, run_training
 from common.harness.bench import make_folder
-from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, Implementation, stop_on_signals, why_missing
+from common.harness.launch import (
+    IMPLEMENTATIONS,
+    ORACLE_MODULE,
+    Implementation,
+    stop_on_signals,
+    why_missing,
+)
 from common.harness.restarts import Trained, Training
 from common.io.console import make_console
 from common.io.edges import whole_number, write_file
@@ -53,12 +61,17 @@ DEFAULTS: Mapping[Key, Any] = {
     ("train", "learning_rate_schedule"): "cosine",
     ("train", "warmup_steps"): 20,
 }
-"""Small, with six units, so that three stages of two chunks can be cut; dropout, so that its masks have to go on too."""
+"""Small, with six units, so that three stages of two chunks can be cut; dropout, so that its masks
+have to go on too.
+"""
 
 DESCRIPTION = (
-    "Trains one model with several frameworks in turn, each on its own number of stages and with its own schedule, "
-    "handing over by checkpoints; compares losses and weights with the oracle, which does all steps alone. "
-    "Exit status: 0 within the limits of the parity ladder; 1 outside, or a leg failed; 2 wrong input."
+    "Trains one model with several frameworks in turn, each on its own number of stages and with "
+    "its own schedule, "
+    "handing over by checkpoints; compares losses and weights with the oracle, which does all "
+    "steps alone. "
+    "Exit status: 0 within the limits of the parity ladder; 1 outside, or a leg failed; 2 "
+    "wrong input."
 )
 
 
@@ -74,7 +87,9 @@ class _Plan:
     steps_done: int
 
 
-def register(subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> None:
+def register(
+    subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
+) -> None:
     """Add the campaign to argparse's subparsers."""
     parser = subcommands.add_parser(
         "relay",
@@ -85,14 +100,26 @@ def register(subcommands: Any, implementations: Mapping[str, Implementation] = I
         "--legs",
         metavar="LEG,..",
         default=DEFAULT_LEGS,
-        help="FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE, with :m=MICRO_BATCHES or :v=CHUNKS where they are not the default "
+        help="FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE, with :m=MICRO_BATCHES or :v=CHUNKS where "
+        "they are not the default "
         f"(default: {DEFAULT_LEGS})",
     )
-    parser.add_argument("--out", metavar="FOLDER", default="results", help="where its folder goes (default: results)")
     parser.add_argument(
-        "--timeout", metavar="SECONDS", type=seconds, default=math.inf, help="end a leg that takes longer"
+        "--out",
+        metavar="FOLDER",
+        default="results",
+        help="where its folder goes (default: results)",
     )
-    add_run_options(parser, without=[*PLACEMENT, "steps", "executor", "track", "drift"], defaults=DEFAULTS)
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=seconds,
+        default=math.inf,
+        help="end a leg that takes longer",
+    )
+    add_run_options(
+        parser, without=[*PLACEMENT, "steps", "executor", "track", "drift"], defaults=DEFAULTS
+    )
     parser.set_defaults(run=reporting(lambda arguments: _relay(arguments, implementations)))
 
 
@@ -103,12 +130,15 @@ def _read_legs(text: str) -> list[_Plan]:
         parts = word.strip().split(":")
         numbers = dict(part.split("=", 1) for part in parts if "=" in part)
         names = [part for part in parts if "=" not in part]
-        known = set(numbers) <= {"p", "m", "v"} and all(whole_number(value) for value in numbers.values())
+        known = set(numbers) <= {"p", "m", "v"} and all(
+            whole_number(value) for value in numbers.values()
+        )
         if len(names) == 3 and names[0] not in FRAMEWORKS:
             raise UsageError(f"--legs: {names[0]!r}: unknown{closest(names[0], FRAMEWORKS)}")
         if len(names) != 3 or not known or not whole_number(names[2]):
             raise UsageError(
-                f"--legs: {word!r}; expected FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE, such as torch:p=2:1f1b:100"
+                f"--legs: {word!r}; expected FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE, such as "
+                "torch:p=2:1f1b:100"
             )
         legs.append(
             _Plan(
@@ -127,8 +157,12 @@ def _read_legs(text: str) -> list[_Plan]:
 
 
 def _config(base: RunConfig, leg: _Plan) -> RunConfig:
-    """The leg's run, with one thread per stage, so that its bits do not depend on the machine. Raises UsageError."""
-    train = base.train.model_dump() | ({"micro_batches": leg.micro_batches} if leg.micro_batches else {})
+    """The leg's run, with one thread per stage, so that its bits do not depend on the machine.
+    Raises UsageError.
+    """
+    train = base.train.model_dump() | (
+        {"micro_batches": leg.micro_batches} if leg.micro_batches else {}
+    )
     placement = {
         "framework": leg.framework,
         "stages": leg.stages,
@@ -151,8 +185,12 @@ def _relay(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
     console = make_console()
     plans = _read_legs(arguments.legs)
     steps = plans[-1].steps_done
-    setattr(arguments, "train.steps", steps)  # as if it were an option: what is given has to fit it, the rest follows
-    base = read_run(arguments, defaults={**DEFAULTS, ("train", "warmup_steps"): min(20, steps // 2)})
+    setattr(
+        arguments, "train.steps", steps
+    )  # as if it were an option: what is given has to fit it, the rest follows
+    base = read_run(
+        arguments, defaults={**DEFAULTS, ("train", "warmup_steps"): min(20, steps // 2)}
+    )
     configs = [_config(base, leg) for leg in plans]
     for config in configs:
         missing = why_missing(implementations[config.framework], config.executor)
@@ -223,7 +261,12 @@ def _run(
 
 
 def _judged(
-    configs: list[RunConfig], plans: list[_Plan], oracle: Trained, trained: list[Trained], folder: Path, command: str
+    configs: list[RunConfig],
+    plans: list[_Plan],
+    oracle: Trained,
+    trained: list[Trained],
+    folder: Path,
+    command: str,
 ) -> Relay:
     expected = [record.loss for record in oracle.steps]
     loss_limit, weight_limit = report.limits(configs[0].train.dtype)
@@ -256,7 +299,10 @@ def _judged(
         oracle_losses=tuple(expected),
         loss_limit=loss_limit,
         weight_limit=weight_limit,
-        passed=all(leg.loss_difference <= loss_limit and leg.weight_difference <= weight_limit for leg in legs),
+        passed=all(
+            leg.loss_difference <= loss_limit and leg.weight_difference <= weight_limit
+            for leg in legs
+        ),
         command=command,
         machine=this_machine(),
         git_commit=git_commit(),
@@ -287,9 +333,12 @@ def _show(relay: Relay, folder: Path, console: Console) -> None:
     verdict = "pass" if relay.passed else "FAIL"
     _say(
         console,
-        f"{verdict}: losses differ from {len(relay.oracle_losses)} uninterrupted steps of the oracle by at most "
-        f"{worst.loss_difference:.1e} (step {worst.loss_difference_step}, {worst.config.framework}; limit "
-        f"{relay.loss_limit:g}), weights by at most {max(leg.weight_difference for leg in relay.legs):.1e} "
+        f"{verdict}: losses differ from {len(relay.oracle_losses)} uninterrupted steps of the "
+        "oracle by at most "
+        f"{worst.loss_difference:.1e} (step {worst.loss_difference_step}, "
+        f"{worst.config.framework}; limit "
+        f"{relay.loss_limit:g}), weights by at most "
+        f"{max(leg.weight_difference for leg in relay.legs):.1e} "
         f"(limit {relay.weight_limit:g})",
     )
     _say(console, f"curve: {folder / 'relay.png'}; numbers: {folder / 'relay.json'}")

@@ -1,4 +1,4 @@
-"""A relay: one training that several frameworks do in turn, against the oracle that does all of it."""
+"""A relay: one training that several frameworks do in turn, against the oracle that does all of it."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Leg(BaseModel):
     """The largest relative difference from the oracle's losses, and its step."""
     loss_difference_step: int
     weight_difference: float
-    """The largest relative difference of a weight at the leg's end from the oracle's, and its name."""
+    """The largest relative difference of a weight at the leg's end from the oracle's, and its name.
+    """
     weight_difference_name: str
     version: str
     seconds: float
@@ -59,8 +60,12 @@ def limits(dtype: str) -> tuple[float, float]:
     return LIMITS["loss_curve"][dtype], LIMITS["trained_parameter"][dtype]
 
 
-def largest_loss_difference(losses: Sequence[float], expected: Sequence[float]) -> tuple[float, int]:
-    """The largest relative difference and its index; infinite where a loss is lacking or not finite."""
+def largest_loss_difference(
+    losses: Sequence[float], expected: Sequence[float]
+) -> tuple[float, int]:
+    """Return the largest relative difference and its index; infinite where a loss is lacking or not
+    finite.
+    """
     if len(losses) != len(expected) or not losses:
         return float("inf"), 0
     relative = np.abs(np.array(losses) / np.array(expected) - 1)
@@ -69,11 +74,15 @@ def largest_loss_difference(losses: Sequence[float], expected: Sequence[float]) 
 
 
 def largest_weight_difference(weights: Arrays, expected: Arrays) -> tuple[float, str]:
-    """The largest relative difference of a tensor (Frobenius norm), and its name."""
+    """Return the largest relative difference of a tensor (Frobenius norm), and its name."""
     found = [
         (
             difference(
-                TensorKey(0, "trained", 0, -1, unit_of(n), n), "trained_parameter", weights[n], want, 0
+                TensorKey(0, "trained", 0, -1, unit_of(n), n),
+                "trained_parameter",
+                weights[n],
+                want,
+                0,
             ).relative,
             n,
         )
@@ -83,7 +92,9 @@ def largest_weight_difference(weights: Arrays, expected: Arrays) -> tuple[float,
 
 
 def draw_relay(relay: Relay, path: Path) -> None:
-    """Above: the joined loss curve over the oracle's. Below: their relative difference, with the limit."""
+    """Above: the joined loss curve over the oracle's. Below: their relative difference, with the
+    limit.
+    """
 
     from matplotlib.ticker import MaxNLocator
 
@@ -105,8 +116,11 @@ def draw_relay(relay: Relay, path: Path) -> None:
         above.plot(steps, leg.losses, color=color, linewidth=1.1, label=label)
         expected = oracle[leg.first_step : leg.first_step + len(leg.losses)]
         relative = np.abs(np.array(leg.losses) / expected - 1)
-        # The same double has no place on a logarithmic axis; it stands at half of the smallest possible difference.
-        below.plot(steps, np.maximum(relative, np.finfo(float).eps / 2), ".", markersize=3, color=color)
+        # The same double has no place on a logarithmic axis; it stands at half of the smallest
+        # possible difference.
+        below.plot(
+            steps, np.maximum(relative, np.finfo(float).eps / 2), ".", markersize=3, color=color
+        )
         for axes in (above, below) if leg is not relay.legs[-1] else ():
             axes.axvline(leg.steps_done, color="#30343b", linewidth=0.6, linestyle=":")
     log_y(below)

@@ -1,4 +1,6 @@
-"""The baselines and the track "best" against the oracle, and what stages hold in flight against the simulator."""
+"""The baselines and the track "best" against the oracle, and what stages hold in flight against the
+simulator.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from tests.parity.ladder import Run, config, expected, run_probes
 
 STAGES, MICRO_BATCHES, STEPS = 2, 4, 10
 
-HELD = {"1f1b": ("1f1b", 1), "gpipe": ("gpipe", 1), "zb-h1": ("zb-h1", 1), "interleaved": ("interleaved", 2)}
+HELD = {
+    "1f1b": ("1f1b", 1),
+    "gpipe": ("gpipe", 1),
+    "zb-h1": ("zb-h1", 1),
+    "interleaved": ("interleaved", 2),
+}
 """name: (schedule, chunks)"""
 
 BASELINES: dict[str, tuple[str, str, str, float, str, int]] = {
@@ -30,7 +37,11 @@ BASELINES: dict[str, tuple[str, str, str, float, str, int]] = {
 """name: (executor, head, dtype, dropout, schedule, chunks)"""
 
 BEST = ("best", "best-plain")
-OWN_SCHEDULES = {"torch": ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"), "paddle": ("1f1b",), "tensorflow": ()}
+OWN_SCHEDULES = {
+    "torch": ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v"),
+    "paddle": ("1f1b",),
+    "tensorflow": (),
+}
 
 
 def has(framework: str, name: str) -> bool:
@@ -50,13 +61,19 @@ def run_config(
 
 def configs(framework: str) -> dict[str, RunConfig]:
     """All runs of one framework on the track "matched"."""
-    held = {n: run_config(framework, "table", "untied", "float32", 0.0, *one) for n, one in HELD.items()}
-    return held | {n: run_config(framework, *one) for n, one in BASELINES.items() if has(framework, n)}
+    held = {
+        n: run_config(framework, "table", "untied", "float32", 0.0, *one) for n, one in HELD.items()
+    }
+    return held | {
+        n: run_config(framework, *one) for n, one in BASELINES.items() if has(framework, n)
+    }
 
 
 def best_configs(framework: str) -> dict[str, RunConfig]:
     executors = zip(BEST, ("table", "plain"), strict=True)
-    found = {name: run_config(framework, e, "untied", "float32", 0.0, "1f1b", 1) for name, e in executors}
+    found = {
+        name: run_config(framework, e, "untied", "float32", 0.0, "1f1b", 1) for name, e in executors
+    }
     return {name: one.model_copy(update={"track": "best"}) for name, one in found.items()}
 
 
@@ -71,7 +88,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     def of(framework: str) -> dict[str, Run]:
         if framework not in done:
             matched = run_probes(configs(framework), tmp_path_factory.mktemp(framework))
-            done[framework] = matched | run_probes(best_configs(framework), tmp_path_factory.mktemp("best"))
+            done[framework] = matched | run_probes(
+                best_configs(framework), tmp_path_factory.mktemp("best")
+            )
         return done[framework]
 
     return of
@@ -84,7 +103,8 @@ def assert_parity(one: RunConfig, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("framework", "name"), [(f, n) for f in FRAMEWORKS for n in (*BASELINES, *BEST) if n in BEST or has(f, n)]
+    ("framework", "name"),
+    [(f, n) for f in FRAMEWORKS for n in (*BASELINES, *BEST) if n in BEST or has(f, n)],
 )
 def test_baselines_and_best_track_train_the_same(framework: str, name: str, runs: Runs) -> None:
     one = (configs(framework) | best_configs(framework))[name]
@@ -99,9 +119,13 @@ def test_the_best_track_says_what_it_does(framework: str, runs: Runs) -> None:
         assert any(line.endswith(": used") for line in environment["best"]) == (name in BEST), name
 
 
-@pytest.mark.parametrize("name", [name for name in BASELINES if name.startswith("native") and name != "native-tied"])
+@pytest.mark.parametrize(
+    "name", [name for name in BASELINES if name.startswith("native") and name != "native-tied"]
+)
 def test_pytorchs_own_schedules_run_what_ours_of_that_name_do(name: str, runs: Runs) -> None:
-    """Every micro-batch once per chunk, and for gpipe, 1f1b the same order as ours; PyTorch's others differ in it."""
+    """Every micro-batch once per chunk, and for gpipe, 1f1b the same order as ours; PyTorch's
+    others differ in it.
+    """
     one, run = configs("torch")[name], runs("torch")[name]
     schedule = make_schedule(one.schedule, STAGES, MICRO_BATCHES, one.chunks)
     for part in run.parts:
@@ -119,15 +143,19 @@ def test_what_is_held_is_what_the_simulator_says(framework: str, runs: Runs) -> 
     counts, held = {}, {}
     for name, run in runs(framework).items():
         counts[name] = {d: n for part in run.parts for d, n in part.in_flight_peak.items()}
-        held[name] = {d: n for part in run.parts for d, n in part.held_activation_peak_bytes.items()}
+        held[name] = {
+            d: n for part in run.parts for d, n in part.held_activation_peak_bytes.items()
+        }
     for name, (schedule, chunks) in HELD.items():
         simulated = simulate(make_schedule(schedule, STAGES, MICRO_BATCHES, chunks))
         assert counts[name] == dict(enumerate(simulated.peak_chunks_in_flight_per_stage)), name
     for device in range(STAGES):
         one_micro_batch = held["1f1b"][device] / counts["1f1b"][device]
         assert one_micro_batch == held["gpipe"][device] / MICRO_BATCHES
-        # What B leaves for W comes on top, and is never more than what F left and the gradients of as much.
+        # What B leaves for W comes on top, and is never more than what F left and the gradients of
+        # as much.
         assert 1 <= held["zb-h1"][device] / held["1f1b"][device] <= 3
-        # Several chunks hold together what one would, and the activations at the cuts between them twice at most.
+        # Several chunks hold together what one would, and the activations at the cuts between them
+        # twice at most.
         chunks_in_flight = counts["interleaved"][device]
         assert 0.5 <= held["interleaved"][device] / (one_micro_batch * chunks_in_flight / 2) <= 2

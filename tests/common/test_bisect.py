@@ -1,4 +1,6 @@
-"""Dumps and bisect: the first place is named, whatever the cut; files from elsewhere are not trusted."""
+"""Dumps and bisect: the first place is named, whatever the cut; files from elsewhere are not
+trusted.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,27 @@ SQUARE = "block.1.attention.query.weight"
 
 
 def config(micro_batches: int = 4, **train: Any) -> RunConfig:
-    model = {"context_length": 8, "num_layers": 2, "d_model": 8, "num_heads": 2, "d_ff": 12, "dropout": 0.1}
-    settings = {"steps": 4, "batch_size": 8, "micro_batches": micro_batches, "dtype": "float64", "learning_rate": 2e-3}
+    model = {
+        "context_length": 8,
+        "num_layers": 2,
+        "d_model": 8,
+        "num_heads": 2,
+        "d_ff": 12,
+        "dropout": 0.1,
+    }
+    settings = {
+        "steps": 4,
+        "batch_size": 8,
+        "micro_batches": micro_batches,
+        "dtype": "float64",
+        "learning_rate": 2e-3,
+    }
     return RunConfig.model_validate({"model": model, "train": settings | train})
 
 
-def dumped(one: RunConfig, build: Callable[[RunConfig], OracleEngine] = OracleEngine, step: int = 0) -> Dump:
+def dumped(
+    one: RunConfig, build: Callable[[RunConfig], OracleEngine] = OracleEngine, step: int = 0
+) -> Dump:
     engine = build(one)
     job = Job(config=one, out="", kind="dump", stop_at=step, noise=0.1)
     corpus = load_corpus(one)
@@ -139,7 +156,10 @@ def test_another_number_of_micro_batches_is_joined(right: Dump) -> None:
 
 def test_pytorch_over_two_stages_agrees_with_the_oracle(capsys: pytest.CaptureFixture[str]) -> None:
     small = "num_layers=1,d_model=8,num_heads=1,d_ff=8,context_length=8,steps=3,dropout=0.1"
-    sides = [f"framework=oracle,{small}", f"framework=torch,{small},stages=2,schedule=zb-h1,micro_batches=2"]
+    sides = [
+        f"framework=oracle,{small}",
+        f"framework=torch,{small},stages=2,schedule=zb-h1,micro_batches=2",
+    ]
     status = main(["bisect", *sides, "--step", "2"])
     out = capsys.readouterr().out
     assert status == 0, out
@@ -150,7 +170,9 @@ def test_a_habit_of_pytorch_is_named(capsys: pytest.CaptureFixture[str]) -> None
     small = "num_layers=1,d_model=8,num_heads=1,d_ff=8,context_length=8,steps=3,clip_norm=0.1"
     habit = f"framework=torch,{small},drift=clip-epsilon"  # which brings float64, where it shows
     assert main(["bisect", f"framework=oracle,{small},dtype=float64", habit]) == 1
-    assert "first difference: embedding, optimizer, embedding.token.weight" in capsys.readouterr().out
+    assert (
+        "first difference: embedding, optimizer, embedding.token.weight" in capsys.readouterr().out
+    )
 
 
 def test_a_later_step_starts_from_the_reference(right: Dump) -> None:
@@ -192,7 +214,7 @@ def test_values_are_rounded_to_bfloat16_as_the_nearest_even() -> None:
     assert in_precision(values, "bfloat16").tolist() == [1.0, 1.0, 1 + 2**-7, 1 + 2**-6, -3.0]
 
 
-# ------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_a_dump_reads_back(right: Dump, tmp_path: Path) -> None:
@@ -216,9 +238,17 @@ def test_files_from_elsewhere_are_one_clear_line(
         "empty": (b"", None, "not a safetensors file"),
         "name": ({"weights": np.ones(2)}, None, "'weights' is no tensor key"),
         "dtype": ({key: np.ones(2, np.uint8)}, None, "has dtype U8; expected F64"),
-        "steps": ({key: np.ones(2), key.replace("step=0", "step=1"): np.ones(2)}, None, "of steps [0, 1]"),
+        "steps": (
+            {key: np.ones(2), key.replace("step=0", "step=1"): np.ones(2)},
+            None,
+            "of steps [0, 1]",
+        ),
         "none": ({}, None, "of steps []"),
-        "future": ({key: np.ones(2)}, {"schema_version": "9"}, "schema_version = '9'; this program reads 1"),
+        "future": (
+            {key: np.ones(2)},
+            {"schema_version": "9"},
+            "schema_version = '9'; this program reads 1",
+        ),
         "config": ({key: np.ones(2)}, {"config": '{"stages": 0}'}, "its configuration: stages"),
         "not-json": ({key: np.ones(2)}, {"config": "{"}, "its configuration"),
     }
@@ -242,9 +272,16 @@ def test_the_verb_prints_a_tree_and_writes_json(
     a, b, out = (str(tmp_path / name) for name in ("a.safetensors", "b.safetensors", "found.json"))
     assert main(["bisect", a, b, "--json", out]) == 1
     text = capsys.readouterr().out
-    assert "FIRST DIFFERENCE" in text and "first difference: block.1, forward, output, micro-batch 0" in text
+    assert (
+        "FIRST DIFFERENCE" in text
+        and "first difference: block.1, forward, output, micro-batch 0" in text
+    )
     found = json.loads(Path(out).read_text())
-    assert (found["agree"], found["first"]["unit"], found["first"]["place"]) == (False, "block.1", "forward")
+    assert (found["agree"], found["first"]["unit"], found["first"]["place"]) == (
+        False,
+        "block.1",
+        "forward",
+    )
     assert main(["bisect", a, a, "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["agree"] is True
 
@@ -265,7 +302,9 @@ def test_runs_in_words_are_dumped_first(tmp_path: Path, capsys: pytest.CaptureFi
     ]
     assert main(line) == 0
     assert "oracle, step 1:" in capsys.readouterr().out
-    assert main(["bisect", str(path), f"framework=oracle,{small},micro_batches=2", "--step", "1"]) == 0
+    assert (
+        main(["bisect", str(path), f"framework=oracle,{small},micro_batches=2", "--step", "1"]) == 0
+    )
     capsys.readouterr()
     for words, message in {
         "framework=oracle,d_modle=8": "--d-modle: unknown option; expected --d-model",
@@ -282,16 +321,32 @@ def test_the_documented_port_is_found_out_and_put_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (ROOT / "docs" / "numerics.md").read_text()
-    (example,) = re.findall(r"<!-- tests/common/test_bisect.py runs this -->\n```python\n(.*?)```", page, re.DOTALL)
+    (example,) = re.findall(
+        r"<!-- tests/common/test_bisect.py runs this -->\n```python\n(.*?)```", page, re.DOTALL
+    )
     for tool in (["check", "-"], ["format", "--check", "-"]):
         command = [sys.executable, "-m", "ruff", *tool, "--config", str(ROOT / "pyproject.toml")]
         subprocess.run(command, input=example, text=True, check=True, capture_output=True)
     monkeypatch.chdir(tmp_path)
-    dumped = ["dump", "--framework", "oracle", "--preset", "tiny", "--dtype", "float64", "--out", "oracle.safetensors"]
+    dumped = [
+        "dump",
+        "--framework",
+        "oracle",
+        "--preset",
+        "tiny",
+        "--dtype",
+        "float64",
+        "--out",
+        "oracle.safetensors",
+    ]
     assert main(dumped) == 0
     exact = example.replace(', approximate="tanh"', "")
     right = exact.replace("EPSILON = 1e-5", "EPSILON = 9.999999747378752e-06")
-    for code, status, words in ((example, 1, "1.15e-06"), (exact, 1, "3.01e-11"), (right, 0, "tensors agree")):
+    for code, status, words in (
+        (example, 1, "1.15e-06"),
+        (exact, 1, "3.01e-11"),
+        (right, 0, "tensors agree"),
+    ):
         subprocess.run([sys.executable, "-c", code], check=True)
         capsys.readouterr()
         assert main(["bisect", "oracle.safetensors", "port.safetensors"]) == status

@@ -1,4 +1,6 @@
-"""Checkpoints: written whole or not at all, independent of who wrote them, and refused in one line when anything is wrong."""
+"""Checkpoints: written whole or not at all, independent of who wrote them, and refused in one line
+when anything is wrong.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from common.spec.partition import plan_partition
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 
 CONFIG = RunConfig(
-    model=TransformerSpec(context_length=4, num_layers=2, d_model=8, num_heads=2, d_ff=8, tied_head=True),
+    model=TransformerSpec(
+        context_length=4, num_layers=2, d_model=8, num_heads=2, d_ff=8, tied_head=True
+    ),
     train=TrainSpec(steps=3, batch_size=4, micro_batches=2, dtype="float64", seed=7),
     stages=2,
 )
@@ -45,7 +49,9 @@ def state(config: RunConfig = CONFIG) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def write(directory: Path, steps_done: int = 1, keep: int = 3, config: RunConfig = CONFIG) -> Path:
     writer = CheckpointWriter(directory, keep, "a1")
-    folder = writer.write(config, steps_done, DIGEST, (0, 1), *state(config), {"framework": "oracle", "flags": [1]})
+    folder = writer.write(
+        config, steps_done, DIGEST, (0, 1), *state(config), {"framework": "oracle", "flags": [1]}
+    )
     assert folder is not None
     return folder
 
@@ -55,7 +61,10 @@ def test_what_is_written_comes_back_to_the_bit(tmp_path: Path) -> None:
     saved = checkpoint.load(folder)
     weights, moments = state()
     assert folder.name == "step-00000001"
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json",
+        "shard-00000.safetensors",
+    ]
     assert list(saved.weights) == list(weights) and set(saved.optimizer_state) == set(moments)
     for name, value in {**weights, **moments}.items():
         np.testing.assert_array_equal({**saved.weights, **saved.optimizer_state}[name], value)
@@ -74,7 +83,9 @@ def test_processes_write_one_checkpoint_together_and_a_tied_weight_once(tmp_path
         assert TOKEN_EMBEDDING in names  # both ends hold it
         own = {name: weights[name] for name in names}
         own_moments = {key: moments[key] for key in moments if key.split("/")[1] in names}
-        CheckpointWriter(tmp_path, 3, "a1").write(CONFIG, 2, DIGEST, (device,), own, own_moments, {})
+        CheckpointWriter(tmp_path, 3, "a1").write(
+            CONFIG, 2, DIGEST, (device,), own, own_moments, {}
+        )
 
     threads = [threading.Thread(target=save, args=(device,)) for device in (0, 1)]
     for thread in threads:
@@ -91,7 +102,10 @@ def test_processes_write_one_checkpoint_together_and_a_tied_weight_once(tmp_path
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step, keep=2)
-    assert [path.name for path in checkpoint.checkpoints_in(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert [path.name for path in checkpoint.checkpoints_in(tmp_path)] == [
+        "step-00000003",
+        "step-00000004",
+    ]
     checkpoint.prune(tmp_path, 0)
     assert [path.name for path in checkpoint.checkpoints_in(tmp_path)] == ["step-00000004"]
 
@@ -116,7 +130,7 @@ def test_the_newest_whole_one_is_found(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "none") is None
 
 
-# ------------------------------------------------------------------------------------------------- two runs
+# ----------------------------------------------------------------------------------------- two runs
 
 HOLD = """
 import sys
@@ -148,7 +162,9 @@ def test_one_run_at_a_time_and_a_dead_one_does_not_count(tmp_path: Path) -> None
 
 
 def test_a_lock_of_another_machine_is_respected(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text('{"pid": 1, "host": "elsewhere", "since": "2026-01-01T00:00:00Z"}')
+    (tmp_path / ".lock").write_text(
+        '{"pid": 1, "host": "elsewhere", "since": "2026-01-01T00:00:00Z"}'
+    )
     with (
         pytest.raises(CheckpointError, match=r"process 1 on elsewhere .* remove .*\.lock"),
         checkpoint.locked(tmp_path),
@@ -156,7 +172,7 @@ def test_a_lock_of_another_machine_is_respected(tmp_path: Path) -> None:
         pass
 
 
-# ------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def flip(path: Path, place: int) -> None:
@@ -197,7 +213,9 @@ def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
         with path.open("rb") as file:
             digest = header_module.digest_of(file)
-        put("files/shard-00000.safetensors", {"bytes": path.stat().st_size, "sha256": digest})(folder)
+        put("files/shard-00000.safetensors", {"bytes": path.stat().st_size, "sha256": digest})(
+            folder
+        )
 
     return damage
 
@@ -231,9 +249,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "absurd depth": (put("model/num_layers", 10**15), "model.num_layers"),
     "absurd width": (put("model/d_ff", 10**30), "model.d_ff|expected"),
     "lacking tensor": (lambda f: edit(f, lambda c: c["tensors"].pop(NAME)), f"{NAME} is missing"),
-    "foreign tensor": (put("tensors/x", {"file": "a", "dtype": "float64", "shape": [1]}), "x is not part of the model"),
-    "other dtype": (put(f"tensors/{NAME}/dtype", "float32"), f"{NAME} has dtype float32; expected float64"),
-    "no such file": (put(f"tensors/{NAME}/file", "../../secret"), r"is in ../../secret, which is no file"),
+    "foreign tensor": (
+        put("tensors/x", {"file": "a", "dtype": "float64", "shape": [1]}),
+        "x is not part of the model",
+    ),
+    "other dtype": (
+        put(f"tensors/{NAME}/dtype", "float32"),
+        f"{NAME} has dtype float32; expected float64",
+    ),
+    "no such file": (
+        put(f"tensors/{NAME}/file", "../../secret"),
+        r"is in ../../secret, which is no file",
+    ),
     "path outside": (
         put("files/..", {"bytes": 9, "sha256": DIGEST}),
         "expected shard-NNNNN",
@@ -249,11 +276,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "linked manifest": (lambda f: as_link(f / "manifest.json"), "a link; expected a file"),
     "pipe": (lambda f: (shard(f).unlink(), os.mkfifo(shard(f))), "not a plain file"),
     "folder": (lambda f: (shard(f).unlink(), shard(f).mkdir()), "shard-00000.safetensors: "),
-    "overlap": (header(lambda h: h[NAME].update(data_offsets=[0, 64])), "which its shape does not fill"),
+    "overlap": (
+        header(lambda h: h[NAME].update(data_offsets=[0, 64])),
+        "which its shape does not fill",
+    ),
     "header dtype": (header(lambda h: h[NAME].update(dtype="I64")), "manifest says"),
     "header type": (header(lambda h: h[NAME].update(dtype="OBJECT")), "has dtype OBJECT"),
     "header shape": (header(lambda h: h[NAME].update(shape=[2, 4])), "manifest says"),
-    "header size": (header(lambda h: h[NAME].update(shape=[10**18])), "which its shape does not fill"),
+    "header size": (
+        header(lambda h: h[NAME].update(shape=[10**18])),
+        "which its shape does not fill",
+    ),
     "header junk": (header(lambda h: h.update(x=3)), "header cannot be read"),
 }
 
@@ -266,10 +299,16 @@ def test_damage_is_refused_in_one_line_that_says_where(tmp_path: Path, kind: str
     with pytest.raises(CheckpointError) as error:
         checkpoint.load(folder)
     assert any(words in str(error.value) for words in expected.split("|"))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 600 and str(folder) in str(error.value)
+    assert (
+        "\n" not in str(error.value)
+        and len(str(error.value)) < 600
+        and str(folder) in str(error.value)
+    )
 
 
-def test_a_save_that_fails_leaves_nothing_and_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_leaves_nothing_and_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = write(tmp_path, 1)
 
     def full(path: Path) -> None:
@@ -282,13 +321,23 @@ def test_a_save_that_fails_leaves_nothing_and_the_one_before(tmp_path: Path, mon
     checkpoint.load(before)
 
 
-# ------------------------------------------------------------------------------------------------- going on
+# ----------------------------------------------------------------------------------------- going on
 
 
 def other(**changes: Any) -> RunConfig:
-    train = {key.removeprefix("train_"): value for key, value in changes.items() if key.startswith("train_")}
-    model = {key.removeprefix("model_"): value for key, value in changes.items() if key.startswith("model_")}
-    rest = {key: value for key, value in changes.items() if not key.startswith(("train_", "model_"))}
+    train = {
+        key.removeprefix("train_"): value
+        for key, value in changes.items()
+        if key.startswith("train_")
+    }
+    model = {
+        key.removeprefix("model_"): value
+        for key, value in changes.items()
+        if key.startswith("model_")
+    }
+    rest = {
+        key: value for key, value in changes.items() if not key.startswith(("train_", "model_"))
+    }
     fields = CONFIG.model_dump()
     return RunConfig.model_validate(
         fields | rest | {"train": fields["train"] | train, "model": fields["model"] | model}
@@ -307,7 +356,9 @@ def test_what_may_change_and_what_may_not(tmp_path: Path) -> None:
         recompute="full",
     )
     assert checkpoint.differences(manifest, free) == []
-    assert checkpoint.differences(manifest, other(train_seed=8)) == ["train.seed: the checkpoint has 7, the run 8"]
+    assert checkpoint.differences(manifest, other(train_seed=8)) == [
+        "train.seed: the checkpoint has 7, the run 8"
+    ]
     assert checkpoint.differences(manifest, other(model_norm="post"))[0].startswith(
         "model.norm: the checkpoint has pre"
     )
@@ -323,7 +374,11 @@ def test_weights_alone_are_a_checkpoint_too(tmp_path: Path) -> None:
     weights, _ = state()
     folder = checkpoint.write_weights(tmp_path / "imported", CONFIG.model, weights, "torch")
     saved = checkpoint.load(folder)
-    assert saved.manifest.train is None and saved.manifest.steps_done == 0 and not saved.optimizer_state
+    assert (
+        saved.manifest.train is None
+        and saved.manifest.steps_done == 0
+        and not saved.optimizer_state
+    )
     assert checkpoint.differences(saved.manifest, CONFIG) == []
     assert checkpoint.differences(saved.manifest, other(train_dtype="float32")) == []
     with pytest.raises(CheckpointError, match="exists"):

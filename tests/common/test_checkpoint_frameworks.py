@@ -1,4 +1,6 @@
-"""Every framework, from a checkpoint: on to the bit, and the same tokens as the oracle. One worker process for each."""
+"""Every framework, from a checkpoint: on to the bit, and the same tokens as the oracle. One worker
+process for each.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +21,39 @@ from common.spec.data import load_corpus
 from common.spec.parameters import initial_weights, random_arrays
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
 
-MODEL = TransformerSpec(context_length=24, num_layers=2, d_model=16, num_heads=2, d_ff=24, tied_head=True, dropout=0.1)
+MODEL = TransformerSpec(
+    context_length=24, num_layers=2, d_model=16, num_heads=2, d_ff=24, tied_head=True, dropout=0.1
+)
 TRAIN = TrainSpec(
-    steps=6, batch_size=4, micro_batches=2, learning_rate_schedule="cosine", warmup_steps=2, dtype="float32"
+    steps=6,
+    batch_size=4,
+    micro_batches=2,
+    learning_rate_schedule="cosine",
+    warmup_steps=2,
+    dtype="float32",
 )
 GREEDY = Generation(prompt=tuple(b"Hello, "), tokens=30, samples=1)
-SAMPLED = Generation(prompt=tuple(b"Hello, "), tokens=30, samples=3, temperature=0.9, top_k=40, seed=11)
+SAMPLED = Generation(
+    prompt=tuple(b"Hello, "), tokens=30, samples=3, temperature=0.9, top_k=40, seed=11
+)
 
 
 def config(framework: str, **changes: Any) -> RunConfig:
-    return RunConfig(framework=framework, model=MODEL, train=TRAIN, stages=2, threads=2).model_copy(update=changes)
+    return RunConfig(framework=framework, model=MODEL, train=TRAIN, stages=2, threads=2).model_copy(
+        update=changes
+    )
 
 
 @pytest.fixture(scope="session")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of weights with enough noise for every token to matter."""
     noise = random_arrays(MODEL, 5, "float32", 0.5)
-    weights = {name: value + noise[name] for name, value in initial_weights(MODEL, 0, "float32").items()}
-    return checkpoint.write_weights(tmp_path_factory.mktemp("noisy") / "saved", MODEL, weights, "a test")
+    weights = {
+        name: value + noise[name] for name, value in initial_weights(MODEL, 0, "float32").items()
+    }
+    return checkpoint.write_weights(
+        tmp_path_factory.mktemp("noisy") / "saved", MODEL, weights, "a test"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -50,21 +67,45 @@ def done(tmp_path_factory: pytest.TempPathFactory, noisy: Path) -> Any:
 
         def training(name: str, config: RunConfig, directory: str, **fields: Any) -> Job:
             saving = Saving(directory=str(folder / directory), every=None, keep=9, token="a1")
-            return Job(config=config, out=str(folder / name), saving=saving, must_be_finite=True, **fields)
+            return Job(
+                config=config, out=str(folder / name), saving=saving, must_be_finite=True, **fields
+            )
 
         # Differs: Paddle's processes are one pipeline, so all its jobs have two stages.
         elsewhere = {"stages": 4, "threads": 4} if framework != "paddle" else {}
         middle = str(folder / "parts" / "step-00000003")
         again = config(framework, schedule="gpipe", **elsewhere)
-        narrow = one.model_copy(update={"train": TRAIN.model_copy(update={"batch_size": 1, "micro_batches": 1})})
-        wide = one.model_copy(update={"train": TRAIN.model_copy(update={"batch_size": 4, "micro_batches": 2})})
+        narrow = one.model_copy(
+            update={"train": TRAIN.model_copy(update={"batch_size": 1, "micro_batches": 1})}
+        )
+        wide = one.model_copy(
+            update={"train": TRAIN.model_copy(update={"batch_size": 4, "micro_batches": 2})}
+        )
         jobs = [
             training("whole", one, "whole-checkpoints"),
             training("first", one, "parts", stop_at=3),
             training("second", again, "parts", resume=middle),
-            Job(config=narrow, out=str(folder / "greedy"), kind="generate", resume=str(noisy), generation=GREEDY),
-            Job(config=wide, out=str(folder / "sampled"), kind="generate", resume=str(noisy), generation=SAMPLED),
-            Job(config=one, out=str(folder / "evaluated"), kind="evaluate", resume=str(noisy), batches=3),
+            Job(
+                config=narrow,
+                out=str(folder / "greedy"),
+                kind="generate",
+                resume=str(noisy),
+                generation=GREEDY,
+            ),
+            Job(
+                config=wide,
+                out=str(folder / "sampled"),
+                kind="generate",
+                resume=str(noisy),
+                generation=SAMPLED,
+            ),
+            Job(
+                config=one,
+                out=str(folder / "evaluated"),
+                kind="evaluate",
+                resume=str(noisy),
+                batches=3,
+            ),
         ]
         return folder, run_jobs_in_worker(IMPLEMENTATIONS[framework].module, jobs, folder)
 
@@ -75,11 +116,17 @@ def done(tmp_path_factory: pytest.TempPathFactory, noisy: Path) -> Any:
 def test_a_run_goes_on_to_the_bit(framework: str, done: Any) -> None:
     folder, outcomes = done(framework)
     assert [outcome.reason for outcome in outcomes[:3]] == [""] * 3
-    whole, first, second = ([step.loss for step in outcome.parts[0].steps] for outcome in outcomes[:3])
+    whole, first, second = (
+        [step.loss for step in outcome.parts[0].steps] for outcome in outcomes[:3]
+    )
     assert len(first) == 3 and first + second == whole
-    saved = [checkpoint.load(folder / name / "step-00000006") for name in ("whole-checkpoints", "parts")]
+    saved = [
+        checkpoint.load(folder / name / "step-00000006") for name in ("whole-checkpoints", "parts")
+    ]
     for name, value in {**saved[0].weights, **saved[0].optimizer_state}.items():
-        np.testing.assert_array_equal({**saved[1].weights, **saved[1].optimizer_state}[name], value, name)
+        np.testing.assert_array_equal(
+            {**saved[1].weights, **saved[1].optimizer_state}[name], value, name
+        )
     assert saved[0].manifest.written_by["framework"]
 
 
@@ -95,9 +142,16 @@ def test_the_tokens_are_the_oracles(framework: str, done: Any, noisy: Path, tmp_
         found = Generated.model_validate_json((folder / name / "generation.json").read_text())
         assert found.tokens == want.tokens
         assert len({token for sample in found.tokens for token in sample}) > 5
-        # Far enough from every other choice for float32 to make the same: its logits differ by some 1e-5 here.
-        assert want.closest_call > 1e-5 and found.closest_call == pytest.approx(want.closest_call, rel=0.2)
+        # Far enough from every other choice for float32 to make the same: its logits differ by some
+        # 1e-5 here.
+        assert want.closest_call > 1e-5 and found.closest_call == pytest.approx(
+            want.closest_call, rel=0.2
+        )
         assert found.tokens_per_second > 0
-    want_loss = evaluate(oracle, Job(config=one, out=str(tmp_path), batches=3), load_corpus(one)).loss
-    found_loss = Evaluated.model_validate_json((folder / "evaluated" / "evaluation.json").read_text()).loss
+    want_loss = evaluate(
+        oracle, Job(config=one, out=str(tmp_path), batches=3), load_corpus(one)
+    ).loss
+    found_loss = Evaluated.model_validate_json(
+        (folder / "evaluated" / "evaluation.json").read_text()
+    ).loss
     assert found_loss == pytest.approx(want_loss, rel=1e-5)

@@ -45,35 +45,54 @@ def config_file(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-# ------------------------------------------------------------------------------------------------- right input
+# -------------------------------------------------------------------------------------- right input
 
 
 def test_the_default_compares_all_frameworks_over_two_stages() -> None:
     points = bench().points
     assert [(c.framework, c.schedule) for c in points] == [
-        (framework, schedule) for schedule in ("gpipe", "1f1b") for framework in ("torch", "tensorflow", "paddle")
+        (framework, schedule)
+        for schedule in ("gpipe", "1f1b")
+        for framework in ("torch", "tensorflow", "paddle")
     ]
     assert {c.stages for c in points} == {2}
 
 
 def test_lists_make_a_grid() -> None:
-    points = bench("--preset", "tiny", "--stages", "1,2,4", "--micro-batches", "4,8", "--dtype", "float64").points
+    points = bench(
+        "--preset", "tiny", "--stages", "1,2,4", "--micro-batches", "4,8", "--dtype", "float64"
+    ).points
     assert len(points) == len(set(points)) == 3 * 2 * 3 * 2
-    assert {(c.stages, c.train.micro_batches) for c in points} == {(p, m) for p in (1, 2, 4) for m in (4, 8)}
+    assert {(c.stages, c.train.micro_batches) for c in points} == {
+        (p, m) for p in (1, 2, 4) for m in (4, 8)
+    }
 
 
 def test_a_schedule_brings_its_own_number_of_chunks() -> None:
-    points = bench("--preset", "tiny", "--framework", "torch", "--schedules", "1f1b,interleaved,zb-v").points
+    points = bench(
+        "--preset", "tiny", "--framework", "torch", "--schedules", "1f1b,interleaved,zb-v"
+    ).points
     assert {c.schedule: c.chunks for c in points} == {"1f1b": 1, "interleaved": 2, "zb-v": 2}
 
 
 def test_precedence_is_preset_then_file_then_command_line(tmp_path: Path) -> None:
-    toml = 'preset = "tiny"\nstages = [1, 2]\nschedules = "gpipe"\nrepeats = 3\n[model]\nd_model = 48\nnum_heads = 3\n'
+    toml = (
+        'preset = "tiny"\nstages = [1, 2]\nschedules = "gpipe"\nrepeats = 3\n[model]\nd_model = '
+        "48\nnum_heads = 3\n"
+    )
     toml += "[train]\nsteps = 7\nclip_norm = 'none'\n"
     found = bench("--config", config_file(tmp_path, toml), "--steps", "5")
     config = found.points[0]
-    assert (config.model.num_layers, config.model.d_model, config.train.steps) == (2, 48, 5)  # preset, file, line
-    assert (config.train.clip_norm, found.options.repeats, {c.stages for c in found.points}) == (None, 3, {1, 2})
+    assert (config.model.num_layers, config.model.d_model, config.train.steps) == (
+        2,
+        48,
+        5,
+    )  # preset, file, line
+    assert (config.train.clip_norm, found.options.repeats, {c.stages for c in found.points}) == (
+        None,
+        3,
+        {1, 2},
+    )
 
 
 def one_run(tmp_path: Path, text: str, *argv: str) -> RunConfig:
@@ -91,9 +110,14 @@ def test_one_run_takes_its_preset_from_the_file_too(tmp_path: Path) -> None:
 
 
 def test_cuda_graphs_are_used_where_they_can_be_unless_they_are_off(tmp_path: Path) -> None:
-    assert [one_run(tmp_path, text).cuda_graphs for text in ("", 'cuda_graphs = "off"')] == ["auto", "off"]
+    assert [one_run(tmp_path, text).cuda_graphs for text in ("", 'cuda_graphs = "off"')] == [
+        "auto",
+        "off",
+    ]
     assert one_run(tmp_path, 'cuda_graphs = "off"', "--cuda-graphs", "auto").cuda_graphs == "auto"
-    with pytest.raises(UsageError, match=r"bench\.toml: cuda_graphs = 'of': unknown; expected .*off"):
+    with pytest.raises(
+        UsageError, match=r"bench\.toml: cuda_graphs = 'of': unknown; expected .*off"
+    ):
         one_run(tmp_path, 'cuda_graphs = "of"')
 
 
@@ -116,8 +140,14 @@ def test_every_field_of_the_specification_is_an_option() -> None:
         "--cuda-graphs auto|off",
     ):
         assert flag in text
-    point = bench("--framework", "torch", "--tied-head", "--no-decay", "*.bias", "--partition", "1").points[0]
-    assert (point.model.tied_head, point.train.no_decay, point.partition) == (True, ("*.bias",), (1,))
+    point = bench(
+        "--framework", "torch", "--tied-head", "--no-decay", "*.bias", "--partition", "1"
+    ).points[0]
+    assert (point.model.tied_head, point.train.no_decay, point.partition) == (
+        True,
+        ("*.bias",),
+        (1,),
+    )
 
 
 def test_baselines_are_the_frameworks_own_pipelines_and_a_plain_loop_each() -> None:
@@ -137,23 +167,49 @@ def test_a_sweep_keeps_the_mini_batch() -> None:
     assert {c.train.micro_batches for c in points} == {1, 3, 12}
 
 
-def test_a_framework_whose_own_pipeline_takes_equal_micro_batches_is_no_baseline_of_others() -> None:
-    points = bench("--baselines", "--framework", "torch", "--schedules", "1f1b", "--micro-batches", "4,5").points
+def test_a_framework_whose_own_pipeline_takes_equal_micro_batches_is_no_baseline_of_others() -> (
+    None
+):
+    points = bench(
+        "--baselines", "--framework", "torch", "--schedules", "1f1b", "--micro-batches", "4,5"
+    ).points
     assert {c.train.micro_batches for c in points if c.executor == "native"} == {4}
 
 
 def test_a_baseline_that_cannot_run_is_no_row() -> None:
     points = bench(
-        "--preset", "tiny", "--baselines", "--stages", "4", "--micro-batches", "2", "--framework", "torch"
+        "--preset",
+        "tiny",
+        "--baselines",
+        "--stages",
+        "4",
+        "--micro-batches",
+        "2",
+        "--framework",
+        "torch",
     ).points
-    assert [c.schedule for c in points if c.executor == "native"] == ["gpipe"]  # its 1f1b needs m >= p
-    assert {c.framework for c in bench("--dtype", "bfloat16", "--baselines").points} == {"torch", "tensorflow"}
+    assert [c.schedule for c in points if c.executor == "native"] == [
+        "gpipe"
+    ]  # its 1f1b needs m >= p
+    assert {c.framework for c in bench("--dtype", "bfloat16", "--baselines").points} == {
+        "torch",
+        "tensorflow",
+    }
 
 
 def test_a_schedule_file_brings_its_chunks(tmp_path: Path) -> None:
     file = tmp_path / "two.txt"
     file.write_text(format_schedule(make_schedule("interleaved", 2, 2, 2)))
-    argv = ["--preset", "tiny", "--framework", "torch", "--micro-batches", "2", "--schedules", f"file:{file}"]
+    argv = [
+        "--preset",
+        "tiny",
+        "--framework",
+        "torch",
+        "--micro-batches",
+        "2",
+        "--schedules",
+        f"file:{file}",
+    ]
     assert [point.chunks for point in bench(*argv).points] == [2]
     with pytest.raises(UsageError, match="has chunks = 2, the run has 1; expected --chunks 2"):
         bench(*argv, "--chunks", "1")
@@ -178,15 +234,30 @@ def test_native_dropout_takes_the_nearest_probability(tmp_path: Path) -> None:
     assert dropout("--preset", "tiny", "--dropout", "0.2") == ("shared", 0.2)
     file = config_file(tmp_path, "[model]\ndropout = 0.3\n")
     assert dropout("--config", file, "--dropout", "native") == ("native", 0.3)
-    assert dropout("--config", config_file(tmp_path, "[model]\ndropout = 'native:0.4'\n")) == ("native", 0.4)
+    assert dropout("--config", config_file(tmp_path, "[model]\ndropout = 'native:0.4'\n")) == (
+        "native",
+        0.4,
+    )
 
 
 def test_recomputation_makes_a_grid_whose_rows_have_names_of_their_own() -> None:
-    points = bench("--preset", "tiny", "--framework", "torch", "--recompute", "none,full,every-2", "--baselines").points
+    points = bench(
+        "--preset",
+        "tiny",
+        "--framework",
+        "torch",
+        "--recompute",
+        "none,full,every-2",
+        "--baselines",
+    ).points
     ours = [point for point in points if point.executor == "table"]
     assert {point.recompute for point in ours} == {"none", "full", "every-2"}
     assert {point.recompute for point in points if point.executor != "table"} == {"none"}
-    assert len({run_name(point) for point in points}) == len({describe(point) for point in points}) == len(points)
+    assert (
+        len({run_name(point) for point in points})
+        == len({describe(point) for point in points})
+        == len(points)
+    )
     assert run_name(ours[-1]) == "torch-1f1b-p2-m4-recompute-every-2"
 
 
@@ -199,14 +270,17 @@ def test_a_drift_brings_what_it_needs_to_show() -> None:
     )
     local = bench("--drift", "local-dropout-samples", "--framework", "torch").points[0]
     assert local.model.dropout > 0
-    assert bench("--drift", "local-dropout-samples", "--dropout", "0.3").points[0].model.dropout > 0.2
+    assert (
+        bench("--drift", "local-dropout-samples", "--dropout", "0.3").points[0].model.dropout > 0.2
+    )
 
 
-# ------------------------------------------------------------------------------------------------- wrong input
+# -------------------------------------------------------------------------------------- wrong input
 
 WRONG = {
     "--preset tinny": "--preset = 'tinny': unknown; expected tiny",
-    "--frameworks torch,jax": "--frameworks = 'jax': unknown; expected one of torch, tensorflow, paddle",
+    "--frameworks torch,jax": "--frameworks = 'jax': unknown; expected one of torch, "
+    "tensorflow, paddle",
     "--frameworks tensorfow": "expected tensorflow",
     "--schedules gpip": "did you mean gpipe?",
     "--schedules file:/no/such": "/no/such",
@@ -216,7 +290,8 @@ WRONG = {
     "--stages 1.5": "--stages = '1.5': expected a whole number, at least 1",
     "--stages 2 4": "'4': belongs to no option; a list takes commas",
     "--micro-batches 17": "micro_batches = 17 is more than batch_size = 16",
-    "--micro-batches 5 --executor native --frameworks torch": "micro_batches = 5 does not divide batch_size = 16",
+    "--micro-batches 5 --executor native --frameworks torch": "micro_batches = 5 does not divide "
+    "batch_size = 16",
     "--dtype float16": "expected bfloat16 (or float32, float64)",
     "--norm per": "--norm = 'per': unknown; expected pre (or post)",
     "--d-model 100": "num_heads = 8 does not divide d_model = 100",
@@ -225,11 +300,13 @@ WRONG = {
     "--learning-rate nan": "--learning-rate = 'nan': expected a number, more than 0.0",
     "--dropout 1": "expected a number, at least 0.0 and less than 1.0",
     "--dropout native:x": "--dropout = 'x': expected a number, at least 0.0 and less than 1.0",
-    "--dropout native --dropout-masks shared": "--dropout = native and --dropout-masks = shared disagree",
+    "--dropout native --dropout-masks shared": "--dropout = native and --dropout-masks = shared "
+    "disagree",
     "--recompute every-0": "expected none, full, except-last, every-N with N at least 1",
     "--drift tanh": "--drift = 'tanh': unknown; expected tanh-gelu",
     "--drift nothing-like-it": "expected one of tanh-gelu, float32-gelu-constant",
-    "--drift tanh-gelu --frameworks torch": "torch has no such habit; expected --frameworks tensorflow",
+    "--drift tanh-gelu --frameworks torch": "torch has no such habit; expected --frameworks "
+    "tensorflow",
     "--clip-norm 0": "expected a number, more than 0.0 or none",
     "--steps": "--steps: expected one argument",
     "--steps 3 --warmup-steps 4": "expected 0 to 3",
@@ -244,13 +321,20 @@ WRONG = {
     "--sweep --micro-batches 1,2,32": "micro_batches = 32 is more than batch_size = 16",
     "--untimed-steps 12": "leaves none of 8 steps; expected 0 to 7",
     "--executor native": "paddle with 1f1b",
-    "--executor native --frameworks torch --stages 4 --micro-batches 2 --schedules 1f1b": "takes at least as many as",
-    "--executor native --frameworks torch --stages 3 --micro-batches 7 --batch-size 7 --schedules interleaved": "of 2",
-    "--executor native --frameworks torch --schedules 1f1b --micro-batches 5": "expected equal micro-batches",
-    "--executor native --frameworks torch --recompute full": "--recompute = full: executor = native recomputes nothing",
-    "--executor plain --stages 1 --frameworks torch --dtype bfloat16": "executor = plain does not compute in it",
-    "--executor native --frameworks torch --drift default-betas": "executor = native has no such habit",
-    "--frameworks paddle --dtype bfloat16": "paddle cannot compute in it; expected torch or tensorflow",
+    "--executor native --frameworks torch --stages 4 --micro-batches 2 "
+    "--schedules 1f1b": "takes at least as many as",
+    "--executor native --frameworks torch --stages 3 --micro-batches 7 --batch-size 7 --schedules "
+    "interleaved": "of 2",
+    "--executor native --frameworks torch --schedules 1f1b "
+    "--micro-batches 5": "expected equal micro-batches",
+    "--executor native --frameworks torch --recompute full": "--recompute = full: executor = "
+    "native recomputes nothing",
+    "--executor plain --stages 1 --frameworks torch --dtype "
+    "bfloat16": "executor = plain does not compute in it",
+    "--executor native --frameworks torch --drift "
+    "default-betas": "executor = native has no such habit",
+    "--frameworks paddle --dtype bfloat16": "paddle cannot compute in it; expected torch or "
+    "tensorflow",
     "--device cuda": "--device = cuda: this machine has no NVIDIA driver; expected cpu or auto",
     "--corpus /no/such/text": "/no/such/text: No such file or directory",
     "--config /no/such.toml": "expected a readable TOML file",
@@ -264,7 +348,9 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_wrong_input_is_one_line_and_status_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_one_line_and_status_2(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main.bench_main(line.split()) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("bench_all.py: ") and captured.err.count("\n") == 1
@@ -283,7 +369,10 @@ def test_wrong_input_is_one_line_and_status_2(line: str, capsys: pytest.CaptureF
         ("[train]\nsteps = 'x'\n", "[train] steps = 'x': expected a whole number, at least 1"),
         ("stages = \n", "not TOML"),
         ("stages = true\n", "stages = true: expected a whole number, at least 1"),
-        ("[train]\nlearning_rate = true\n", "learning_rate = true: expected a number, more than 0.0"),
+        (
+            "[train]\nlearning_rate = true\n",
+            "learning_rate = true: expected a number, more than 0.0",
+        ),
         ('corpus = "a\\u0000b"\n', "expected text without a NUL character"),
     ],
 )
@@ -303,7 +392,14 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
 def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text("0: BW0 F0\n1: F0 BW0\n")
     with pytest.raises(UsageError, match=r"bad.txt: breaks"):
-        bench("--preset", "tiny", "--micro-batches", "1", "--schedules", f"file:{tmp_path / 'bad.txt'}")
+        bench(
+            "--preset",
+            "tiny",
+            "--micro-batches",
+            "1",
+            "--schedules",
+            f"file:{tmp_path / 'bad.txt'}",
+        )
 
 
 @pytest.mark.parametrize(
@@ -317,7 +413,10 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
         ("train --fault kill@device=2 --steps 1", "there is no device 2; expected 0 to 1"),
         ("train --fault kill@step=9 --steps 2", "there is no step 9; expected 0 to 1"),
         ("report results/example --sweep", "--sweep: no two ranked rows differ"),
-        ("report results/example --out /dev/null", "--out /dev/null: File exists; expected a folder"),
+        (
+            "report results/example --out /dev/null",
+            "--out /dev/null: File exists; expected a folder",
+        ),
         ("frobnicate", "unknown subcommand 'frobnicate'; expected one of bench, train, evaluate"),
         ("export x --to kears --out y", "--to: 'kears': unknown; expected keras"),
         ("simulate --schedule 1f1 --stages 2 --micro-batches 2", "did you mean 1f1b?"),
@@ -330,10 +429,15 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
             "train --threads 5000",
             "--threads = '5000': expected a whole number, at least 1 and at most 1024 or none",
         ),
-        ("dump --executor native --out x", "executor = native: runs no unit by itself; expected executor = table"),
+        (
+            "dump --executor native --out x",
+            "executor = native: runs no unit by itself; expected executor = table",
+        ),
     ],
 )
-def test_every_verb_names_what_is_wrong(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_names_what_is_wrong(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main.main(line.split()) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
@@ -343,24 +447,42 @@ HEAVY = ("jinja2", "matplotlib", "scipy", "tokenizers")
 
 
 @pytest.mark.parametrize(
-    "subcommand", ["", *{module: subcommand for subcommand, (module, _) in main.SUBCOMMANDS.items()}.values()]
+    "subcommand",
+    ["", *{module: subcommand for subcommand, (module, _) in main.SUBCOMMANDS.items()}.values()],
 )
 def test_help_imports_nothing_that_it_does_not_need(subcommand: str) -> None:
-    code = "import sys; from common.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules, file=sys.stderr)"
+    code = (
+        "import sys; from common.cli.main import main\ntry: main(sys.argv[1:])\nfinally: "
+        "print(*sys.modules, file=sys.stderr)"
+    )
     command = [sys.executable, "-c", code, *subcommand.split(), "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     unwanted = {*HEAVY, *(("numpy", "pydantic", "rich", "psutil") if not subcommand else ())}
     assert "--help" in done.stdout and not unwanted & set(done.stderr.split())
 
 
-# ------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
-def start(tmp_path: Path, *argv: str, shell: str = 'exec "$@"', **variables: str) -> subprocess.Popen[str]:
+def start(
+    tmp_path: Path, *argv: str, shell: str = 'exec "$@"', **variables: str
+) -> subprocess.Popen[str]:
     """The benchmark with fakes, started by a line of shell."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
-        ["sh", "-c", shell, "sh", sys.executable, "-m", "fakes.bench", *QUICK, "--out", str(tmp_path), *argv],
+        [
+            "sh",
+            "-c",
+            shell,
+            "sh",
+            sys.executable,
+            "-m",
+            "fakes.bench",
+            *QUICK,
+            "--out",
+            str(tmp_path),
+            *argv,
+        ],
         env=os.environ | {"PYTHONPATH": paths} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -376,18 +498,33 @@ def table(tmp_path: Path) -> list[dict[str, str]]:
 def test_a_dry_run_prints_plan_and_schedule_and_runs_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.bench_main([*QUICK, "--stages", "4", "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main.bench_main([*QUICK, "--stages", "4", "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    )
     text = capsys.readouterr().out
     assert "embedding" in text and "parameters" in text and "BW0" in text
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_shows_what_each_device_gets_from_every_schedule(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--preset", "small", "--framework", "torch", "--partition", "balanced", "--micro-batches", "3"]
+def test_a_dry_run_shows_what_each_device_gets_from_every_schedule(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [
+        "--preset",
+        "small",
+        "--framework",
+        "torch",
+        "--partition",
+        "balanced",
+        "--micro-batches",
+        "3",
+    ]
     assert main.bench_main([*words, "--schedules", "interleaved,zb-v", "--dry-run"]) == 0
     text = capsys.readouterr().out
     plan = "2 stages of 2 chunks, partition balanced, micro-batches of 6 or 5 sequences"
-    devices = [[line.split()[0] for line in part.splitlines()[2:6]] for part in text.split(plan)[1:]]
+    devices = [
+        [line.split()[0] for line in part.splitlines()[2:6]] for part in text.split(plan)[1:]
+    ]
     assert devices == [["0", "1", "0", "1"], ["0", "1", "1", "0"]]
     assert text.count("largest stage: 1.013 of the mean") == 2
 
@@ -397,7 +534,11 @@ def test_rows_that_fail_leave_the_others_intact(tmp_path: Path) -> None:
     output, errors = run.communicate()
     assert run.returncode == 1, errors
     rows = {row["framework"]: row for row in table(tmp_path)}
-    assert [rows[name]["status"] for name in ("torch", "tensorflow", "paddle")] == ["ok", "skipped", "failed"]
+    assert [rows[name]["status"] for name in ("torch", "tensorflow", "paddle")] == [
+        "ok",
+        "skipped",
+        "failed",
+    ]
     assert rows["torch"]["parity"] == "pass" and float(rows["torch"]["tokens_per_second"]) > 0
     assert "no_such_package is not installed; pip install tensorflow" in output
     assert "ValueError: a fault in step 1 (log: " in output
@@ -416,7 +557,9 @@ def test_a_reader_that_leaves_does_not_end_the_work(tmp_path: Path) -> None:
     run.stdout.close()
     errors = run.stderr.read()
     assert run.wait() == 0, errors
-    assert errors.startswith("bench_all.py: standard output: Broken pipe; the work goes on without it\n")
+    assert errors.startswith(
+        "bench_all.py: standard output: Broken pipe; the work goes on without it\n"
+    )
     assert [row["status"] for row in table(tmp_path)] == ["ok"]
 
 
@@ -481,7 +624,9 @@ def test_two_schedule_files_of_one_name_do_not_share_a_folder(tmp_path: Path) ->
     run = start(tmp_path / "out", *argv)
     output, errors = run.communicate()
     assert run.returncode == 0, output + errors
-    schedules = {RunResult.read(path).config.schedule for path in tmp_path.glob("out/*/*/result.json")}
+    schedules = {
+        RunResult.read(path).config.schedule for path in tmp_path.glob("out/*/*/result.json")
+    }
     assert schedules == set(files.split(","))
 
 
@@ -493,17 +638,29 @@ def test_an_oracle_that_does_not_fit_is_skipped_and_said_so(
     implementations = {"torch": Implementation("fakes.impl", "numpy", "")}
     argv = [*QUICK, "--frameworks", "torch", "--out", str(tmp_path)]
     assert main.bench_main(argv, implementations) == 0
-    assert "oracle (NumPy float64): skipped: needs about 1000000000 GB of memory" in capsys.readouterr().out
-    assert [(row["status"], row["parity"], row["ratio"]) for row in table(tmp_path)] == [("ok", "not checked", "1.0")]
+    assert (
+        "oracle (NumPy float64): skipped: needs about 1000000000 GB of memory"
+        in capsys.readouterr().out
+    )
+    assert [(row["status"], row["parity"], row["ratio"]) for row in table(tmp_path)] == [
+        ("ok", "not checked", "1.0")
+    ]
 
 
 def test_repeats_are_interleaved_and_a_difference_fails_the_run(tmp_path: Path) -> None:
-    run = start(tmp_path, "--repeats", "2", "--frameworks", "torch,paddle", FAKE_FAULTS="paddle=wrong-loss")
+    run = start(
+        tmp_path, "--repeats", "2", "--frameworks", "torch,paddle", FAKE_FAULTS="paddle=wrong-loss"
+    )
     output, _ = run.communicate()
     assert run.returncode == 1
-    started = [line.split("] ")[1].split()[0] for line in output.splitlines() if line.startswith("[")]
+    started = [
+        line.split("] ")[1].split()[0] for line in output.splitlines() if line.startswith("[")
+    ]
     assert started == ["oracle", "torch", "paddle", "paddle", "torch"]
-    assert "parity: FAIL loss_curve step=1/phase=forward/stage=1/micro_batch=all/unit=head/tensor=loss" in output
+    assert (
+        "parity: FAIL loss_curve step=1/phase=forward/stage=1/micro_batch=all/unit=head/tensor=loss"
+        in output
+    )
     assert [(row["status"], row["parity"], row["ratio"]) for row in table(tmp_path)] == [
         ("ok", "pass", "1.0"),
         ("ok", "FAIL", ""),

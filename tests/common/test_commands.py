@@ -1,4 +1,6 @@
-"""Every command that README and docs show is one that the program takes, and what ends in seconds is run."""
+"""Every command that README and docs show is one that the program takes, and what ends in seconds
+is run.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ from common.cli import main
 from tests.campaigns import __main__ as campaigns
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "README.zh-CN.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PAGES = (
+    "README.md",
+    "README.zh-CN.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+)
 QUICK = ("draw", "simulate")
 PROGRAMS = {
     "triptych": main.main,
@@ -23,7 +29,7 @@ PROGRAMS = {
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command), without what a comment or brackets say beside it; continued lines are one."""
+    """(page, command), without what a comment or brackets say beside it; continued lines are one."""  # noqa: E501
     found = []
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8") if (ROOT / page).exists() else ""
@@ -39,10 +45,14 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
-def test_it_is_understood(page: str, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_it_is_understood(
+    page: str, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     program = next(name for name in PROGRAMS if command.startswith(name + " "))
     argv = shlex.split(command.removeprefix(program))
     monkeypatch.chdir(tmp_path)
     if argv[0] not in QUICK and "--dry-run" not in argv:
-        monkeypatch.setattr(main, "_run", lambda parser, argv, is_long=False: parser.parse_args(argv) and 0)
+        monkeypatch.setattr(
+            main, "_run", lambda parser, argv, is_long=False: parser.parse_args(argv) and 0
+        )
     assert PROGRAMS[program](argv) == 0

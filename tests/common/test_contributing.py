@@ -10,7 +10,9 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_every_file_it_names_exists() -> None:
-    named = set(re.findall(r"`((?:common|torch_impl|tf_impl|paddle_impl|tests|docs)/[\w./-]*)`", TEXT))
+    named = set(
+        re.findall(r"`((?:common|torch_impl|tf_impl|paddle_impl|tests|docs)/[\w./-]*)`", TEXT)
+    )
     assert len(named) > 15
     assert not [name for name in named if not (ROOT / name).exists()]
 

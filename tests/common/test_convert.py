@@ -29,7 +29,9 @@ from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 from tests.campaigns import fuzz_importers
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = TransformerSpec(context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, tied_head=True, dropout=0.1)
+MODEL = TransformerSpec(
+    context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, tied_head=True, dropout=0.1
+)
 TRAIN = TrainSpec(batch_size=4, micro_batches=2, dtype="float64")
 
 
@@ -54,7 +56,9 @@ def logits_of(folder: Path, tokens: Any) -> Any:
 
 
 def test_the_verbs_start_the_framework(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    saved = checkpoint.write_weights(tmp_path / "saved", MODEL, random_arrays(MODEL, 1, "float32", 0.5), "a test")
+    saved = checkpoint.write_weights(
+        tmp_path / "saved", MODEL, random_arrays(MODEL, 1, "float32", 0.5), "a test"
+    )
     file = tmp_path / "model.pt"
     options = ["--tied-head", "--d-model", 12, "--d-ff", 20, "--context-length", 6]
     assert run("export", saved, "--to", "torch", "--out", file) == 0
@@ -62,7 +66,10 @@ def test_the_verbs_start_the_framework(tmp_path: Path, capfd: pytest.CaptureFixt
     for name, value in checkpoint.load(tmp_path / "back").weights.items():
         np.testing.assert_array_equal(value, checkpoint.load(saved).weights[name])
     capfd.readouterr()
-    assert run("import", file, "--from", "torch", "--out", tmp_path / "no", *options, "--norm", "post") == 2
+    assert (
+        run("import", file, "--from", "torch", "--out", tmp_path / "no", *options, "--norm", "post")
+        == 2
+    )
     error = capfd.readouterr().err
     assert "head.norm.bias is not part of this model" in error and error.count("\n") == 1
     assert run("export", saved, "--to", "torch", "--out", file) == 2
@@ -70,7 +77,7 @@ def test_the_verbs_start_the_framework(tmp_path: Path, capfd: pytest.CaptureFixt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "model.pt", "saved"]
 
 
-# ------------------------------------------------------------------------------------------------- GPT-2
+# -------------------------------------------------------------------------------------------- GPT-2
 
 
 @pytest.fixture(scope="session")
@@ -78,30 +85,57 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library's model, its logits and its greedy text, and our import of it."""
     folder = tmp_path_factory.mktemp("gpt2")
     gpt2_reference("make", folder)
-    assert run("import", folder / "gpt2" / "model.safetensors", "--from", "gpt2", "--out", folder / "imported") == 0
+    assert (
+        run(
+            "import",
+            folder / "gpt2" / "model.safetensors",
+            "--from",
+            "gpt2",
+            "--out",
+            folder / "imported",
+        )
+        == 0
+    )
     return folder
 
 
 def test_gpt2s_logits_are_the_librarys_own(gpt2: Path) -> None:
     expected = np.load(gpt2 / "expected.npz")
     spec = checkpoint.read_manifest(gpt2 / "imported").model
-    assert (spec.num_heads, spec.activation, spec.tied_head, spec.vocab_size) == (3, "gelu_tanh", True, 301)
+    assert (spec.num_heads, spec.activation, spec.tied_head, spec.vocab_size) == (
+        3,
+        "gelu_tanh",
+        True,
+        301,
+    )
     found = logits_of(gpt2 / "imported", expected["tokens"])
     assert np.linalg.norm(found - expected["logits"]) < 1e-8 * np.linalg.norm(expected["logits"])
     assert "relative difference" in gpt2_reference("check", gpt2)
 
 
-@pytest.mark.parametrize("framework", ["tensorflow", "paddle"])  # PyTorch's logits are compared above
+@pytest.mark.parametrize(
+    "framework", ["tensorflow", "paddle"]
+)  # PyTorch's logits are compared above
 def test_gpt2_continues_as_the_library_does(gpt2: Path, framework: str, tmp_path: Path) -> None:
     text = np.load(gpt2 / "expected.npz")["text"][0].tolist()
     config = RunConfig.model_validate(
         {
-            "framework": framework, "model": checkpoint.read_manifest(gpt2 / "imported").model, "stages": 2, "threads": 2,
-            "train": {"batch_size": 1, "micro_batches": 1, "dtype": "float64"}, "tokenizer": "bpe",
+            "framework": framework,
+            "model": checkpoint.read_manifest(gpt2 / "imported").model,
+            "stages": 2,
+            "threads": 2,
+            "train": {"batch_size": 1, "micro_batches": 1, "dtype": "float64"},
+            "tokenizer": "bpe",
         }
-    )  # fmt: skip
+    )
     wish = Generation(prompt=tuple(text[:4]), tokens=len(text) - 4)
-    job = Job(config=config, out=str(tmp_path), kind="generate", resume=str(gpt2 / "imported"), generation=wish)
+    job = Job(
+        config=config,
+        out=str(tmp_path),
+        kind="generate",
+        resume=str(gpt2 / "imported"),
+        generation=wish,
+    )
     outcome = run_jobs_in_worker(IMPLEMENTATIONS[framework].module, [job], tmp_path)[0]
     assert outcome.reason == ""
     found = json.loads((tmp_path / "generation.json").read_text())
@@ -119,13 +153,24 @@ def same_weights(a: Path, b: Path) -> None:
 def small(tmp_path: Path) -> Path:
     """A folder as the library saves it, of random weights."""
     spec = TransformerSpec(
-        vocab_size=11, context_length=5, num_layers=2, d_model=6, num_heads=3, d_ff=7, tied_head=True
+        vocab_size=11,
+        context_length=5,
+        num_layers=2,
+        d_model=6,
+        num_heads=3,
+        d_ff=7,
+        tied_head=True,
     )
     random = np.random.default_rng(0)
-    tensors = {f"transformer.{name}": random.standard_normal(shape) for name, shape in foreign_shapes(spec).items()}
+    tensors = {
+        f"transformer.{name}": random.standard_normal(shape)
+        for name, shape in foreign_shapes(spec).items()
+    }
     (tmp_path / "small").mkdir()
     save_file(tensors, tmp_path / "small" / "model.safetensors")
-    (tmp_path / "small" / "config.json").write_text('{"n_head": 3, "activation_function": "gelu_new"}')
+    (tmp_path / "small" / "config.json").write_text(
+        '{"n_head": 3, "activation_function": "gelu_new"}'
+    )
     return tmp_path / "small"
 
 
@@ -140,7 +185,9 @@ def in_the_cache(small: Path, cache: Path) -> Path:
     return revision
 
 
-def in_shards(small: Path, folder: Path, places: tuple[str, str] = ("a.safetensors", "b.safetensors")) -> Path:
+def in_shards(
+    small: Path, folder: Path, places: tuple[str, str] = ("a.safetensors", "b.safetensors")
+) -> Path:
     """The same in two files and an index."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(small / "config.json", folder)
@@ -148,7 +195,10 @@ def in_shards(small: Path, folder: Path, places: tuple[str, str] = ("a.safetenso
     for part, place in enumerate(places):
         (folder / place).parent.mkdir(exist_ok=True)
         save_file(dict(tensors[part::2]), folder / place)
-    index = {"metadata": {}, "weight_map": {name: places[n % 2] for n, (name, _) in enumerate(tensors)}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: places[n % 2] for n, (name, _) in enumerate(tensors)},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder / "model.safetensors.index.json"
 
@@ -172,20 +222,32 @@ def test_gpt2_is_found_wherever_its_users_have_it(
         cached,
     )
     for number, place in enumerate(places):
-        assert run("import", place, "--from", "gpt2", "--out", tmp_path / f"out-{number}") == 0, capsys.readouterr().err
+        assert run("import", place, "--from", "gpt2", "--out", tmp_path / f"out-{number}") == 0, (
+            capsys.readouterr().err
+        )
         same_weights(tmp_path / "out-0", tmp_path / f"out-{number}")
 
 
-def test_gpt2_as_pytorch_pickles_it(gpt2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("import", gpt2 / "bin", "--from", "gpt2", "--out", tmp_path / "bin") == 0, capfd.readouterr().err
+def test_gpt2_as_pytorch_pickles_it(
+    gpt2: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("import", gpt2 / "bin", "--from", "gpt2", "--out", tmp_path / "bin") == 0, (
+        capfd.readouterr().err
+    )
     same_weights(gpt2 / "imported", tmp_path / "bin")
     capfd.readouterr()
     argv = ("--from", "gpt2", "--num-heads", 3, "--dropout", 0.25, "--out", tmp_path / "wrapped")
     assert run("import", gpt2 / "checkpoint.pt", *argv) == 0
     said = capfd.readouterr().out
     assert "note: the weights are those under 'model'; not read: epoch, optimizer\n" in said
-    assert "note: 'module' (DistributedDataParallel) was taken off" in said and "'_orig_mod' (torch.compile)" in said
-    assert "note: no config.json says activation = gelu_tanh, norm_epsilon = 1e-05; taken as in GPT-2" in said
+    assert (
+        "note: 'module' (DistributedDataParallel) was taken off" in said
+        and "'_orig_mod' (torch.compile)" in said
+    )
+    assert (
+        "note: no config.json says activation = gelu_tanh, norm_epsilon = 1e-05; taken as in GPT-2"
+        in said
+    )
     wrapped, plain = (checkpoint.load(place) for place in (tmp_path / "wrapped", gpt2 / "imported"))
     assert wrapped.manifest.model == plain.manifest.model.model_copy(update={"dropout": 0.25})
     for name, value in plain.weights.items():
@@ -218,12 +280,17 @@ def test_an_index_names_files_of_its_own_folder(
     (index.parent / "out.safetensors").symlink_to("../a.safetensors")
     (index.parent / "circle.safetensors").symlink_to("circle.safetensors")
     index.write_text(index.read_text().replace('"a.safetensors"', json.dumps(shard)))
-    status, error = run("import", index, "--from", "gpt2", "--out", tmp_path / "out"), capsys.readouterr().err
+    status, error = (
+        run("import", index, "--from", "gpt2", "--out", tmp_path / "out"),
+        capsys.readouterr().err,
+    )
     assert (status, error.count("\n")) == ((2, 1) if message else (0, 0)), error
     assert message in error
 
 
-def test_what_gpt2s_file_decides_is_no_option(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_gpt2s_file_decides_is_no_option(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for option, message in {
         "--d-model banana": "--d-model: --from gpt2 reads the model from the file",
         "--tied-head": "--tied-head: --from gpt2 reads",
@@ -238,18 +305,32 @@ def test_what_gpt2s_file_decides_is_no_option(small: Path, tmp_path: Path, capsy
         assert status == 2 and message in error and error.count("\n") == 1, (option, error)
     (tmp_path / "alone.safetensors").symlink_to(small / "model.safetensors")
     shutil.copy(small / "model.safetensors", tmp_path / "copy.safetensors")
-    assert run("import", tmp_path / "copy.safetensors", "--from", "gpt2", "--out", tmp_path / "out") == 2
+    assert (
+        run("import", tmp_path / "copy.safetensors", "--from", "gpt2", "--out", tmp_path / "out")
+        == 2
+    )
     assert "how many heads? add --num-heads" in capsys.readouterr().err
     (tmp_path / "hub" / "snapshots" / "1").mkdir(parents=True)
     assert run("import", tmp_path / "hub", "--from", "gpt2", "--out", tmp_path / "out") == 2
-    assert f"no model in this folder; expected {tmp_path / 'hub' / 'snapshots' / '1'}" in capsys.readouterr().err
+    assert (
+        f"no model in this folder; expected {tmp_path / 'hub' / 'snapshots' / '1'}"
+        in capsys.readouterr().err
+    )
 
 
-def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpt2_variants_of_the_file(
+    gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tensors = load_file(gpt2 / "gpt2" / "model.safetensors")
     assert any(name.startswith("transformer.") for name in tensors)
-    short = {name.removeprefix("transformer."): array.astype(np.float32) for name, array in tensors.items()}
-    short |= {"h.0.attn.bias": np.ones((1, 1, 12, 12), np.uint8), "lm_head.weight": short["wte.weight"]}
+    short = {
+        name.removeprefix("transformer."): array.astype(np.float32)
+        for name, array in tensors.items()
+    }
+    short |= {
+        "h.0.attn.bias": np.ones((1, 1, 12, 12), np.uint8),
+        "lm_head.weight": short["wte.weight"],
+    }
     short |= {
         "transformer.h.1.attn.bias": np.ones((1, 1, 12, 12), np.bool_),
         "h.1.attn.masked_bias": np.ones((), np.int64),
@@ -258,7 +339,15 @@ def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.Ca
     def attempt(name: str, changes: dict[str, Any], *argv: Any) -> tuple[int, str]:
         content = {key: value for key, value in (short | changes).items() if value is not None}
         save_file(content, tmp_path / f"{name}.safetensors")
-        status = run("import", tmp_path / f"{name}.safetensors", "--from", "gpt2", "--out", tmp_path / name, *argv)
+        status = run(
+            "import",
+            tmp_path / f"{name}.safetensors",
+            "--from",
+            "gpt2",
+            "--out",
+            tmp_path / name,
+            *argv,
+        )
         return status, capsys.readouterr().err
 
     assert attempt("plain", {}, "--num-heads", 3)[0] == 0
@@ -266,13 +355,23 @@ def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.Ca
     assert saved.manifest.dtype == "float32" and saved.manifest.model.tied_head
     untied = short["wte.weight"] + np.float32(1)
     assert attempt("untied", {"lm_head.weight": untied}, "--num-heads", 3)[0] == 0
-    np.testing.assert_array_equal(checkpoint.load(tmp_path / "untied").weights["head.output.weight"], untied.T)
+    np.testing.assert_array_equal(
+        checkpoint.load(tmp_path / "untied").weights["head.output.weight"], untied.T
+    )
     # bfloat16, which NumPy lacks: the upper halves of float32
-    halves = {name: array.view(np.uint32) >> 16 for name, array in short.items() if array.dtype == np.float32}
+    halves = {
+        name: array.view(np.uint32) >> 16
+        for name, array in short.items()
+        if array.dtype == np.float32
+    }
     header, data = {}, b""
     for name, half in halves.items():
         raw = half.astype("<u2").tobytes()
-        header[name] = {"dtype": "BF16", "shape": half.shape, "data_offsets": (len(data), len(data) + len(raw))}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": half.shape,
+            "data_offsets": (len(data), len(data) + len(raw)),
+        }
         data += raw
     text = json.dumps(header).encode()
     (tmp_path / "low.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
@@ -299,7 +398,11 @@ def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.Ca
             ["--num-heads", 3],
             "head.norm.bias has values that are not",
         ),
-        "too large": ({"ln_f.bias": np.full(24, 1e300)}, ["--num-heads", 3], "are not finite in float32"),
+        "too large": (
+            {"ln_f.bias": np.full(24, 1e300)},
+            ["--num-heads", 3],
+            "are not finite in float32",
+        ),
         "no-gpt2": ({"wte.weight": None}, ["--num-heads", 3], "wte.weight is missing"),
         "odd": ({}, ["--num-heads", 5], "num_heads = 5 does not divide d_model = 24"),
     }
@@ -307,10 +410,12 @@ def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.Ca
         status, error = attempt(name, changes, *argv)
         assert status == 2 and message in error and error.count("\n") == 1, (name, error)
     for text, message in {
-        '{"activation_function": ["gelu"]}': "activation_function: Input should be 'gelu_new', 'gelu_pytorch_tanh', ",
+        '{"activation_function": ["gelu"]}': "activation_function: Input should be 'gelu_new', "
+        "'gelu_pytorch_tanh', ",
         '{"n_head": "many"}': "n_head: Input should be a valid integer",
         '{"scale_attn_weights": false}': "scale_attn_weights: Input should be True, not False",
-        '{"n_head": 3, "n_layer": 7}': "num_layers = 3 by its tensors; config.json says n_layer = 7; expected the same",
+        '{"n_head": 3, "n_layer": 7}': "num_layers = 3 by its tensors; config.json says n_layer = "
+        "7; expected the same",
         '{"n_head": 3, "model_type": "gptj"}': "model_type: Input should be 'gpt2', not 'gptj'",
         "[]": "config.json: Input should be an object, not []",
     }.items():
@@ -318,12 +423,17 @@ def test_gpt2_variants_of_the_file(gpt2: Path, tmp_path: Path, capsys: pytest.Ca
         status, error = attempt("configured", {})
         assert status == 2 and message in error and error.count("\n") == 1, error
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
-    assert run("import", tmp_path / "junk.safetensors", "--from", "gpt2", "--out", tmp_path / "junk") == 2
+    assert (
+        run("import", tmp_path / "junk.safetensors", "--from", "gpt2", "--out", tmp_path / "junk")
+        == 2
+    )
     assert "not a safetensors file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", list(fuzz_importers.FILES))
-def test_hostile_files_are_refused_in_one_line(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_files_are_refused_in_one_line(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fuzz_importers.main(["--only", module, "--inputs", "100"]) == 0, capsys.readouterr().out
 
 
@@ -332,7 +442,9 @@ def test_a_file_that_crashes_its_reader_is_refused_in_one_line(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "crashing").mkdir()
-    (tmp_path / "crashing" / "convert.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    (tmp_path / "crashing" / "convert.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
     (tmp_path / "model.pt").write_bytes(b"x")
     crashing = {"torch": Implementation("crashing", "numpy", "")}
     argv = ("import", tmp_path / "model.pt", "--from", "torch", "--out", tmp_path / "out")

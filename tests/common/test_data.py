@@ -27,19 +27,25 @@ def test_batches_depend_on_seed_and_step_only() -> None:
     np.testing.assert_array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(4, [2, 2, 2, 2]), (3, [3, 3, 2]), (5, [2, 2, 2, 1, 1]), (8, [1] * 8)])
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(4, [2, 2, 2, 2]), (3, [3, 3, 2]), (5, [2, 2, 2, 1, 1]), (8, [1] * 8)]
+)
 def test_micro_batches_are_the_mini_batch_in_order(count: int, sizes: list[int]) -> None:
     batch = load_corpus(RunConfig()).batch(0, 0, 8, 4)
     pieces = batch.micro_batches(count)
     assert [len(piece.inputs) for piece in pieces] == sizes
     np.testing.assert_array_equal(np.concatenate([piece.inputs for piece in pieces]), batch.inputs)
-    np.testing.assert_array_equal(np.concatenate([piece.targets for piece in pieces]), batch.targets)
+    np.testing.assert_array_equal(
+        np.concatenate([piece.targets for piece in pieces]), batch.targets
+    )
     np.testing.assert_array_equal(np.concatenate([piece.samples for piece in pieces]), np.arange(8))
 
 
 @pytest.mark.parametrize("count", [0, 9])
 def test_a_micro_batch_has_at_least_one_sequence(count: int) -> None:
-    with pytest.raises(ValueError, match=f"8 sequences cannot be cut into {count} micro-batches; expected 1 to 8"):
+    with pytest.raises(
+        ValueError, match=f"8 sequences cannot be cut into {count} micro-batches; expected 1 to 8"
+    ):
         load_corpus(RunConfig()).batch(0, 0, 8, 4).micro_batches(count)
 
 
@@ -67,12 +73,18 @@ def test_corpus_errors_say_what_is_wrong(tmp_path: Path) -> None:
 
 def test_sequences_end_early_and_epochs_end_with_what_is_left() -> None:
     train = {"batch_size": 8, "micro_batches": 2}
-    config = RunConfig.model_validate({"train": train, "sequence_lengths": "random", "sequences_per_epoch": 19})
+    config = RunConfig.model_validate(
+        {"train": train, "sequence_lengths": "random", "sequences_per_epoch": 19}
+    )
     corpus = load_corpus(config)
     batches = [corpus.training_batch(config, step) for step in range(6)]
     assert [sequences_in(step, 8, 19) for step in range(6)] == [8, 8, 3, 8, 8, 3]
     assert [int((batch.targets[:, 0] != IGNORED).sum()) for batch in batches] == [8, 8, 3, 8, 8, 3]
     lengths = (batches[0].targets != IGNORED).sum(1)
     assert len(set(lengths)) > 1 and batches[0].num_tokens == lengths.sum()
-    full = corpus.training_batch(config.model_copy(update={"sequence_lengths": "full", "sequences_per_epoch": None}), 0)
-    np.testing.assert_array_equal(batches[0].targets[0, : lengths[0]], full.targets[0, : lengths[0]])
+    full = corpus.training_batch(
+        config.model_copy(update={"sequence_lengths": "full", "sequences_per_epoch": None}), 0
+    )
+    np.testing.assert_array_equal(
+        batches[0].targets[0, : lengths[0]], full.targets[0, : lengths[0]]
+    )

@@ -21,7 +21,9 @@ MISSING = Implementation("tests.fakes", "no_such_package", "make install")
 
 def config(context_length: int) -> RunConfig:
     tiny = preset("tiny")
-    return tiny.model_copy(update={"model": tiny.model.model_copy(update={"context_length": context_length})})
+    return tiny.model_copy(
+        update={"model": tiny.model.model_copy(update={"context_length": context_length})}
+    )
 
 
 def test_the_work_of_a_step_is_what_its_formulas_say() -> None:
@@ -60,15 +62,23 @@ def test_below_half_of_the_fastest_is_marked() -> None:
 def test_the_table_and_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "measure", lambda *given: measure(*given[:3], {"torch": FAKE, "paddle": MISSING}))
-    monkeypatch.setattr(doctor, "visible_gpus", lambda: (Gpu("NVIDIA H200", 140 * 2**30, "580.95"),))
+    monkeypatch.setattr(
+        doctor, "measure", lambda *given: measure(*given[:3], {"torch": FAKE, "paddle": MISSING})
+    )
+    monkeypatch.setattr(
+        doctor, "visible_gpus", lambda: (Gpu("NVIDIA H200", 140 * 2**30, "580.95"),)
+    )
     line = ["doctor", "--frameworks", "torch,paddle", "--preset", "tiny", "--rounds", "1"]
     assert main([*line, "--json", str(tmp_path / "found.json")]) == 0
     printed = capsys.readouterr().out
     assert "feed-forward down, weight gradient" in printed
     assert "GPUs: NVIDIA H200 with 140 GiB; driver 580.95; " in printed
     assert "paddle: no_such_package is not installed; make install" in printed
-    assert set(json.loads((tmp_path / "found.json").read_text())["measured"]) == {"machine", "torch", "paddle"}
+    assert set(json.loads((tmp_path / "found.json").read_text())["measured"]) == {
+        "machine",
+        "torch",
+        "paddle",
+    }
     assert main([*line[:2], "paddle", *line[3:]]) == 1
 
 
@@ -83,7 +93,9 @@ def test_the_table_and_the_file(
         (["--json", "no/such/folder/x.json"], "--json"),
     ],
 )
-def test_wrong_input_is_one_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_one_line(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["doctor", *options]) == 2
     printed = capsys.readouterr()
     assert said in printed.err and printed.err.count("\n") == 1 and not printed.out

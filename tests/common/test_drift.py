@@ -1,4 +1,6 @@
-"""The drift zoo's harness, with the oracle in place of the frameworks; each framework's habits are tested with it."""
+"""The drift zoo's harness, with the oracle in place of the frameworks; each framework's habits are
+tested with it.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ def test_every_row_says_what_came_of_it(made: tuple[int, Path]) -> None:
         "tanh-gelu": "failed",
         "keras-momentum": "not seen",
     }
-    assert (rows["layer-norm-epsilon"].check, rows["layer-norm-epsilon"].place) == ("activation", "block.0")
+    assert (rows["layer-norm-epsilon"].check, rows["layer-norm-epsilon"].place) == (
+        "activation",
+        "block.0",
+    )
     assert (rows["unscaled-micro-batches"].check, rows["unscaled-micro-batches"].place) == (
         "gradient",
         "head.norm.bias",
@@ -107,7 +112,9 @@ def test_the_list_names_every_habit(capsys: pytest.CaptureFixture[str]) -> None:
         (f"--from {__file__}", "expected a file that --json has written"),
     ],
 )
-def test_wrong_input_is_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_one_line(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["drift", *line.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -118,4 +125,6 @@ def test_every_habit_has_a_run_that_can_show_it() -> None:
         for framework in FRAMEWORKS:
             on, off = (config_of(drift, framework, 30, switched) for switched in (True, False))
             assert (on.drift, off.drift) == (drift.name, None)
-            assert json.loads(on.model_dump_json()) | {"drift": None} == json.loads(off.model_dump_json())
+            assert json.loads(on.model_dump_json()) | {"drift": None} == json.loads(
+                off.model_dump_json()
+            )

@@ -25,7 +25,13 @@ def test_masks_do_not_depend_on_the_micro_batch() -> None:
 def test_masks_differ_by_step_seed_site_and_sample() -> None:
     masks = [
         keep_mask(step_key(seed, step), site, np.array([sample]), (1, 4000), 0.5).ravel()
-        for seed, step, site, sample in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+        for seed, step, site, sample in [
+            (0, 0, 0, 0),
+            (1, 0, 0, 0),
+            (0, 1, 0, 0),
+            (0, 0, 1, 0),
+            (0, 0, 0, 1),
+        ]
     ]
     for i, a in enumerate(masks):
         for b in masks[:i]:
@@ -35,10 +41,14 @@ def test_masks_differ_by_step_seed_site_and_sample() -> None:
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
 def test_the_share_of_dropped_elements(dropout: float) -> None:
     keep = keep_mask(step_key(0, 0), 2, np.arange(50), (50, 2000), dropout)
-    assert keep.mean() == pytest.approx(1 - dropout, abs=4 * (dropout * (1 - dropout) / keep.size) ** 0.5)
+    assert keep.mean() == pytest.approx(
+        1 - dropout, abs=4 * (dropout * (1 - dropout) / keep.size) ** 0.5
+    )
     assert threshold(dropout) == round(dropout * 2**32)
 
 
 def test_sites_are_distinct() -> None:
-    sites = [site_number("embedding", 0)] + [site_number(f"block.{i}", place) for i in range(5) for place in range(3)]
+    sites = [site_number("embedding", 0)] + [
+        site_number(f"block.{i}", place) for i in range(5) for place in range(3)
+    ]
     assert len(set(sites)) == len(sites)

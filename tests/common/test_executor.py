@@ -91,17 +91,27 @@ LOOP = """# schedule: loop micro_batches=2 chunks=2 placement=loop
 0: F0 F1 F0.1 F1.1 BW0.1 BW1.1 BW0 BW1
 1: F0 F1 F0.1 BW0.1 F1.1 BW1.1 BW0 BW1
 """
-ALL = [make_schedule(name, p, m) for name in ("naive", "gpipe", "1f1b") for p in (1, 2, 4) for m in (1, 5)]
+ALL = [
+    make_schedule(name, p, m)
+    for name in ("naive", "gpipe", "1f1b")
+    for p in (1, 2, 4)
+    for m in (1, 5)
+]
 
 
-@pytest.mark.parametrize("schedule", [*ALL, *map(parse_schedule, (SPLIT, VEE, LOOP))], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "schedule", [*ALL, *map(parse_schedule, (SPLIT, VEE, LOOP))], ids=lambda s: s.name
+)
 def test_every_schedule_computes_the_same(schedule: Schedule) -> None:
     assert set(GENERATORS) >= {"naive", "gpipe", "1f1b"}
     stages, events = run(schedule)
     total = schedule.num_virtual_stages
     losses = {i: loss for stage in stages for i, loss in stage.losses.items()}
     assert losses == {i: INPUT * i + sum(range(total)) for i in range(schedule.num_micro_batches)}
-    assert sum(stage.weight_gradient for stage in stages) == schedule.num_micro_batches * total * (total + 1) // 2
+    assert (
+        sum(stage.weight_gradient for stage in stages)
+        == schedule.num_micro_batches * total * (total + 1) // 2
+    )
     assert not any(stage.held or stage.late for stage in stages)
     for device, actions in enumerate(schedule.devices):
         assert [event.action for event in events[device]] == list(actions)
@@ -111,7 +121,9 @@ def test_every_schedule_computes_the_same(schedule: Schedule) -> None:
 
 def test_times_are_those_of_the_clock_and_are_read_after_the_last_action() -> None:
     class Queue:
-        """A device that has begun nothing before all is queued: its k-th mark lies k + 0.5 seconds later."""
+        """A device that has begun nothing before all is queued: its k-th mark lies k + 0.5 seconds
+        later.
+        """
 
         marks = 0
 

@@ -1,4 +1,6 @@
-"""Faults on purpose, in every kind of action, in every framework: one clear message, nothing lost, nothing left behind."""
+"""Faults on purpose, in every kind of action, in every framework: one clear message, nothing lost,
+nothing left behind.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FAULTY = {name: Implementation("tests.fakes.faulty", "numpy", "") for name in FRAMEWORKS}
 PROGRESS = "out/*/*/attempt-1/progress.jsonl"
 SMALL = (
-    "--num-layers 2 --d-model 8 --d-ff 8 --num-heads 2 --context-length 8 --batch-size 4 --micro-batches 4 --steps 8"
+    "--num-layers 2 --d-model 8 --d-ff 8 --num-heads 2 --context-length 8 --batch-size 4 "
+    "--micro-batches 4 --steps 8"
 )
 SMALL += " --dropout 0.1 --dtype float64 --threads 1 --stages 2 --schedule 1f1b"
 CONFIG = RunConfig(stages=2, schedule="1f1b", train=TrainSpec(batch_size=4, micro_batches=4))
@@ -39,7 +42,9 @@ CONFIG = RunConfig(stages=2, schedule="1f1b", train=TrainSpec(batch_size=4, micr
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # not its folder `tests`, in which `torch` is the tests' own
+    monkeypatch.setenv(
+        "PYTHONPATH", str(ROOT)
+    )  # not its folder `tests`, in which `torch` is the tests' own
 
 
 def run(tmp_path: Path, *argv: Any, implementations: Any = FAULTY) -> int:
@@ -78,19 +83,23 @@ def given(*faults: str) -> list[str]:
     return [word for fault in faults for word in ("--fault", fault)]
 
 
-# ------------------------------------------------------------------------------------------------- the oracle's child
+# ------------------------------------------------------------------------------- the oracle's child
 
 
 def test_every_fault_in_every_kind_of_action_loses_nothing(tmp_path: Path) -> None:
     assert run(tmp_path / "whole") == 0
     faults = {
-        "exception@step=1,action=F2": "InjectedFault: exception@device=0,step=1,action=F2; on from its beginning",
-        "kill@device=1,step=3,action=BW2": "killed by SIGKILL: most likely out of memory; on from step-00000002",
-        "hang@device=1,step=2,action=BW1": "no progress for 2 s (--hang-timeout): device 1 hangs in BW1, step 2",
+        "exception@step=1,action=F2": "InjectedFault: exception@device=0,step=1,action=F2; on from "
+        "its beginning",
+        "kill@device=1,step=3,action=BW2": "killed by SIGKILL: most likely out of memory; on from "
+        "step-00000002",
+        "hang@device=1,step=2,action=BW1": "no progress for 2 s (--hang-timeout): device 1 hangs "
+        "in BW1, step 2",
         "oom@step=4,action=F1": "MemoryError; on from step-00000004",
         "exception@step=5,action=optimizer": "action=optimizer; on from step-00000004",
         "disk-full@step=5": "cannot save step 6 in",
-        "kill@step=5,action=save": "killed by SIGKILL: most likely out of memory; on from step-00000004",
+        "kill@step=5,action=save": "killed by SIGKILL: most likely out of memory; on from "
+        "step-00000004",
     }
     options = ["--save-every", 2, "--max-restarts", len(faults), "--hang-timeout", 2]
     assert run(tmp_path / "hurt", *options, *given(*faults)) == 0
@@ -110,7 +119,9 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_was_saved(
     assert bits(tmp_path)
     assert checkpoint.newest(tmp_path / "saves") == tmp_path / "saves" / "step-00000004"
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed: ")]
-    assert len(failed) == 1 and "cannot save step 6 in" in failed[0] and "File too large" in failed[0]
+    assert (
+        len(failed) == 1 and "cannot save step 6 in" in failed[0] and "File too large" in failed[0]
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -118,8 +129,13 @@ def test_a_signal_given_twice_while_a_save_hangs(tmp_path: Path, number: int) ->
     code = "import sys, pathlib; import tests.common.test_faults as t; "
     code += "sys.exit(t.run(pathlib.Path(sys.argv[1]), *sys.argv[2:]))"
     argv = [str(tmp_path), "--save-every", "2", *given("hang@step=3,action=save")]
-    parent = subprocess.Popen([sys.executable, "-c", code, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    wait_until(lambda: [b.count(b"\n") for b in map(Path.read_bytes, tmp_path.glob(PROGRESS))] == [4], parent)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    wait_until(
+        lambda: [b.count(b"\n") for b in map(Path.read_bytes, tmp_path.glob(PROGRESS))] == [4],
+        parent,
+    )
     children = psutil.Process(parent.pid).children(recursive=True)
     assert children
     parent.send_signal(number)
@@ -128,12 +144,18 @@ def test_a_signal_given_twice_while_a_save_hangs(tmp_path: Path, number: int) ->
     output, _ = parent.communicate()
     assert parent.returncode == 130, output
     assert "interrupted" in output and "Traceback" not in output
-    assert not [process for process in children if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not [
+        process
+        for process in children
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    ]
     assert bits(tmp_path)
     assert checkpoint.newest(tmp_path / "saves") == tmp_path / "saves" / "step-00000002"
 
 
-def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_in_the_same_directory_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with checkpoint.locked(tmp_path / "saves"):
         assert run(tmp_path) == 2
     error = capsys.readouterr().err
@@ -153,16 +175,26 @@ def test_a_child_whose_parent_ended_before_it_began_ends_too() -> None:
     code = "from common.runtime.parent import end_with_parent; end_with_parent(); print('alive')"
     command = [sys.executable, "-c", code]
     orphan = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {PARENT: "1"}, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | {PARENT: "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (orphan.returncode, orphan.stdout) == (143, "")
     child = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {PARENT: str(os.getpid())}, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | {PARENT: str(os.getpid())},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (child.returncode, child.stdout) == (0, "alive\n")
 
 
-# ------------------------------------------------------------------------------------------------- the frameworks
+# ----------------------------------------------------------------------------------- the frameworks
 
 REAL = {
     "torch": {
@@ -181,7 +213,10 @@ REAL = {
         ),
     },
     "tensorflow": {
-        "hang@device=1,step=4,action=BW2": ("device 1 hangs in BW2, step 4; ", "device 0 waits for the gradient"),
+        "hang@device=1,step=4,action=BW2": (
+            "device 1 hangs in BW2, step 4; ",
+            "device 0 waits for the gradient",
+        ),
     },
 }
 
@@ -192,7 +227,15 @@ def test_a_framework_survives_faults_to_the_bit(tmp_path: Path, framework: str) 
     one = ["--framework", framework, "--steps", 6]
     assert run(tmp_path / "whole", *one, implementations=IMPLEMENTATIONS) == 0
     faults = REAL[framework]
-    options = ["--save-every", 2, "--max-restarts", len(faults), "--hang-timeout", 6, *given(*faults)]
+    options = [
+        "--save-every",
+        2,
+        "--max-restarts",
+        len(faults),
+        "--hang-timeout",
+        6,
+        *given(*faults),
+    ]
     assert run(tmp_path / "hurt", *one, *options, implementations=IMPLEMENTATIONS) == 0
     hurt, whole = result(tmp_path / "hurt"), result(tmp_path / "whole")
     assert len(hurt.restarts) == len(faults)
@@ -205,7 +248,7 @@ def test_a_framework_survives_faults_to_the_bit(tmp_path: Path, framework: str) 
     assert not left
 
 
-# ------------------------------------------------------------------------------------------------- the parts
+# ---------------------------------------------------------------------------------------- the parts
 
 
 @pytest.mark.parametrize(
@@ -223,7 +266,9 @@ def test_a_fault_reads_back(text: str, fault: Fault) -> None:
     assert Fault.parse(str(fault)) == fault
 
 
-@pytest.mark.parametrize("text", ["", "boom", "kill@", "kill@step=-1", "kill@step=x", "kill@action=X3", "kill@place=1"])
+@pytest.mark.parametrize(
+    "text", ["", "boom", "kill@", "kill@step=-1", "kill@step=x", "kill@action=X3", "kill@place=1"]
+)
 def test_what_is_no_fault_is_refused_in_one_line(text: str) -> None:
     if text == "kill@":
         assert Fault.parse(text) == Fault("kill")
@@ -243,7 +288,8 @@ def at(action: str | None, phase: Any = "schedule", step: int = 3) -> Place:
         (
             [at("BW0"), at("F0")],  # device 1 has F0's input, since device 0 is far beyond it
             [
-                "device 0 waits for the gradient of micro-batch 0 into virtual stage 0 from device 1, step 3",
+                "device 0 waits for the gradient of micro-batch 0 into virtual stage 0 from device "
+                "1, step 3",
                 "device 1 hangs in F0, step 3",
             ],
         ),
@@ -251,16 +297,24 @@ def at(action: str | None, phase: Any = "schedule", step: int = 3) -> Place:
             [at("F1"), at("F1")],
             [
                 "device 0 hangs in F1, step 3",
-                "device 1 waits for the activation of micro-batch 1 into virtual stage 1 from device 0, step 3",
+                "device 1 waits for the activation of micro-batch 1 into virtual stage 1 from "
+                "device 0, step 3",
             ],
         ),
-        ([at("BW3"), at(None)], ["device 0 hangs in BW3, step 3", "device 1 is done with its actions, step 3"]),
-        ([at(None, "optimizer"), None], ["device 0 is in optimizer, step 3", "device 1 has not begun"]),
+        (
+            [at("BW3"), at(None)],
+            ["device 0 hangs in BW3, step 3", "device 1 is done with its actions, step 3"],
+        ),
+        (
+            [at(None, "optimizer"), None],
+            ["device 0 is in optimizer, step 3", "device 1 has not begun"],
+        ),
         (
             [at(None, "save", 2), at("F0")],
             [
                 "device 0 is in save, step 2",
-                "device 1 waits for the activation of micro-batch 0 into virtual stage 1 from device 0, step 3",
+                "device 1 waits for the activation of micro-batch 0 into virtual stage 1 from "
+                "device 0, step 3",
             ],
         ),
     ],

@@ -1,4 +1,6 @@
-"""Hostile input for everything that reads a file; `python -m tests.campaigns.fuzz_readers` is the long form."""
+"""Hostile input for everything that reads a file; `python -m tests.campaigns.fuzz_readers` is the
+long form.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from tests.campaigns.fuzz_readers import READERS, Random, Reader, bounded, no_co
 
 
 @pytest.fixture(scope="module", params=READERS, ids=lambda reader: reader.name)
-def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Reader, Path]]:
+def prepared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Reader, Path]]:
     folder = tmp_path_factory.mktemp("fuzz")
     request.param.prepare(folder)
     with no_corpora(), bounded(2 * fuzz_readers.MEMORY_BYTES):
@@ -32,7 +36,9 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rng=st.randoms(use_true_random=True))
-def test_what_is_hostile_is_taken_or_refused_in_one_line(prepared: tuple[Reader, Path], rng: Random) -> None:
+def test_what_is_hostile_is_taken_or_refused_in_one_line(
+    prepared: tuple[Reader, Path], rng: Random
+) -> None:
     reader, folder = prepared
     assert try_one(reader, folder, rng) in ("taken", "refused")
 
@@ -46,8 +52,12 @@ def test_the_fuzzer_notices_what_is_not_documented(tmp_path: Path) -> None:
 
     rng = Random(0)
     assert try_one(attack(ScheduleError("no")), tmp_path, rng) == "refused"
-    assert try_one(attack(ScheduleError("no\nno")), tmp_path, rng).startswith("ScheduleError of several lines")
-    assert try_one(attack(KeyError("x")), tmp_path, rng).startswith("KeyError: 'x' at test_fuzz_readers.py:")
+    assert try_one(attack(ScheduleError("no\nno")), tmp_path, rng).startswith(
+        "ScheduleError of several lines"
+    )
+    assert try_one(attack(KeyError("x")), tmp_path, rng).startswith(
+        "KeyError: 'x' at test_fuzz_readers.py:"
+    )
 
 
 def test_memory_over_the_bound_is_an_error() -> None:
@@ -63,7 +73,10 @@ def test_memory_over_the_bound_is_an_error() -> None:
         ("stages = " + "[" * 3000 + "]" * 3000, "not TOML"),
         ("stages = " + "9" * 5000, "not TOML"),
         ("preset = ['tiny']", "preset = ['tiny']: unknown"),
-        ("[model]\nnum_layers = 1000000000000", "expected a whole number, at least 1 and at most 10000"),
+        (
+            "[model]\nnum_layers = 1000000000000",
+            "expected a whole number, at least 1 and at most 10000",
+        ),
         ("[train]\nlearning_rate = 1e300", "expected"),
         ("[train]\nbatch_size = 1048576\nmicro_batches = 1048576", "expected at most 1048576"),
     ],
@@ -86,7 +99,9 @@ def test_files_that_never_end_are_refused(tmp_path: Path) -> None:
             load_corpus(RunConfig(corpus=("/dev/zero",)))
 
 
-@pytest.mark.parametrize("header", ["chunks=1000000000", "micro_batches=999999999999", "micro_batches=-3", "chunks=0"])
+@pytest.mark.parametrize(
+    "header", ["chunks=1000000000", "micro_batches=999999999999", "micro_batches=-3", "chunks=0"]
+)
 def test_a_schedule_takes_no_memory_for_what_it_only_announces(header: str) -> None:
     with bounded(), pytest.raises(ScheduleError, match="expected at least 1 of each"):
         parse_schedule(f"# schedule: x {header}\nF0 BW0\n")

@@ -56,7 +56,8 @@ def test_without_a_gpu_it_says_so_and_runs_nothing(
 
 
 @pytest.mark.parametrize(
-    ("framework", "gpus"), [("torch", 1), ("torch", 8), ("tensorflow", 2), ("paddle", 1), ("paddle", 8)]
+    ("framework", "gpus"),
+    [("torch", 1), ("torch", 8), ("tensorflow", 2), ("paddle", 1), ("paddle", 8)],
 )
 def test_every_benchmark_is_one_that_can_be(
     framework: str, gpus: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -68,5 +69,8 @@ def test_every_benchmark_is_one_that_can_be(
     for check in every:
         for command in check.commands if not check.not_run else ():
             if command[1].endswith("bench_all.py"):
-                assert main(["bench", *command[2:], "--dry-run"]) == 0, (check.name, capsys.readouterr().err)
+                assert main(["bench", *command[2:], "--dry-run"]) == 0, (
+                    check.name,
+                    capsys.readouterr().err,
+                )
                 assert "impossible" not in capsys.readouterr().out

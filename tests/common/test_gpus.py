@@ -1,4 +1,6 @@
-"""The GPUs of the machine, from what the driver's program prints; and what needs one for every stage."""
+"""The GPUs of the machine, from what the driver's program prints; and what needs one for every
+stage.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ H200 = Gpu("NVIDIA H200", 143771 * 2**20, "580.95.05")
         ("", []),
     ],
 )
-def test_cuda_visible_devices_is_read_as_cuda_reads_it(variable: str | None, names: list[str]) -> None:
+def test_cuda_visible_devices_is_read_as_cuda_reads_it(
+    variable: str | None, names: list[str]
+) -> None:
     assert [gpu.name for gpu in _chosen(SAID, variable)] == names
 
 
@@ -53,21 +57,32 @@ def test_a_process_per_stage_needs_a_gpu_per_stage(
 ) -> None:
     monkeypatch.setattr(rules, "visible_gpus", lambda: (H200,) * gpus)
     monkeypatch.setattr(rules, "has_cuda", lambda: True)
-    config = RunConfig.model_validate({"stages": 2, "schedule": "1f1b", "executor": "native"} | options)
+    config = RunConfig.model_validate(
+        {"stages": 2, "schedule": "1f1b", "executor": "native"} | options
+    )
     expected = (
-        "executor = native: NCCL takes one process per GPU, and 2 stages have 1; expected stages = 1, or device = cpu"
+        "executor = native: NCCL takes one process per GPU, and 2 stages have 1; expected "
+        "stages = 1, or device = cpu"
     )
     assert str(rules.why_impossible(config)) == (expected if refused else "None")
 
 
 @pytest.mark.parametrize(
     ("gpus", "device", "kind", "says"),
-    [(1, "auto", "cpu", True), (1, "auto", "cuda", False), (1, "cpu", "cpu", False), (0, "auto", "cpu", False)],
+    [
+        (1, "auto", "cpu", True),
+        (1, "auto", "cuda", False),
+        (1, "cpu", "cpu", False),
+        (0, "auto", "cpu", False),
+    ],
 )
 def test_who_computes_on_the_cpu_beside_a_gpu_says_why(
     gpus: int, device: str, kind: str, says: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "visible_gpus", lambda: (H200,) * gpus)
     said = fell_back(device, {"framework": "torch", "version": "2.13.0+cpu", "device_kind": kind})
-    why = "torch 2.13.0+cpu sees no GPU though the driver 580.95.05 has 1; `triptych doctor` says more"
+    why = (
+        "torch 2.13.0+cpu sees no GPU though the driver 580.95.05 has 1; `triptych doctor` "
+        "says more"
+    )
     assert said == ({"fell_back": why} if says else {})

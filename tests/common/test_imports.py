@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FRAMEWORK_OF = {"torch_impl": {"torch"}, "tf_impl": {"tensorflow", "keras"}, "paddle_impl": {"paddle"}}
+FRAMEWORK_OF = {
+    "torch_impl": {"torch"},
+    "tf_impl": {"tensorflow", "keras"},
+    "paddle_impl": {"paddle"},
+}
 ALONE = ("children", "campaigns")
 """Folders whose files run in processes of their own."""
 
@@ -47,11 +51,15 @@ ROOMS = ("io", "schedule", "spec", "oracle", "checkpoint", "runtime", "report", 
 
 def test_no_room_of_common_imports_a_room_above_it() -> None:
     rooms = {path.name for path in (ROOT / "common").iterdir() if (path / "__init__.py").exists()}
-    assert rooms == set(ROOMS) and [path.name for path in (ROOT / "common").glob("*.py")] == ["__init__.py"]
+    assert rooms == set(ROOMS) and [path.name for path in (ROOT / "common").glob("*.py")] == [
+        "__init__.py"
+    ]
     for height, room in enumerate(ROOMS):
         for file in (ROOT / "common" / room).rglob("*.py"):
             used = {name.split(".")[1] for name in imported(file) if name.startswith("common.")}
-            assert used <= set(ROOMS[: height + 1]), f"{file} imports {used - set(ROOMS[: height + 1])}"
+            assert used <= set(ROOMS[: height + 1]), (
+                f"{file} imports {used - set(ROOMS[: height + 1])}"
+            )
 
 
 def test_only_the_command_line_knows_argparse_and_only_the_harness_starts_workers() -> None:
@@ -63,9 +71,15 @@ def test_only_the_command_line_knows_argparse_and_only_the_harness_starts_worker
 
 
 def test_cpus_are_counted_in_one_place() -> None:
-    """But for the physical cores of the report's machine, which are no measure of what a run may use."""
+    """But for the physical cores of the report's machine, which are no measure of what a run may
+    use.
+    """
     rooms = [path for room in ("common", *FRAMEWORK_OF) for path in (ROOT / room).rglob("*.py")]
-    counting = {str(path.relative_to(ROOT)) for path in rooms if re.search("cpu_count|affinity", path.read_text())}
+    counting = {
+        str(path.relative_to(ROOT))
+        for path in rooms
+        if re.search("cpu_count|affinity", path.read_text())
+    }
     assert counting == {"common/runtime/cpus.py", "common/report/machine.py"}
 
 
@@ -75,5 +89,7 @@ def test_only_tests_in_a_process_of_their_own_import_a_framework() -> None:
         folder = path.relative_to(ROOT / "tests").parts[0]
         own = home.get(folder, "")
         found = top(imported(path))
-        assert found & FRAMEWORKS <= FRAMEWORK_OF.get(own, {"torch"} if folder in ALONE else set()), path
+        assert found & FRAMEWORKS <= FRAMEWORK_OF.get(
+            own, {"torch"} if folder in ALONE else set()
+        ), path
         assert found & set(FRAMEWORK_OF) <= {own} or folder in ALONE, path

@@ -1,4 +1,6 @@
-"""Evaluating and generating: the choice of tokens, the subcommands, and the same tokens from every framework."""
+"""Evaluating and generating: the choice of tokens, the subcommands, and the same tokens from every
+framework.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def weights() -> dict[str, Any]:
     """Noisy enough for the next token to depend on all that was before it."""
     noise = random_arrays(MODEL, 5, "float64", 0.5)
-    return {name: value + noise[name] for name, value in initial_weights(MODEL, 0, "float64").items()}
+    return {
+        name: value + noise[name] for name, value in initial_weights(MODEL, 0, "float64").items()
+    }
 
 
 def run(*argv: Any) -> int:
@@ -50,7 +54,7 @@ def saved(tmp_path: Path) -> Path:
     return checkpoint.write_weights(tmp_path / "saved", MODEL, weights(), "a test", b"")
 
 
-# ------------------------------------------------------------------------------------------------- which token
+# -------------------------------------------------------------------------------------- which token
 
 
 def wish(**changes: Any) -> Generation:
@@ -64,12 +68,20 @@ def test_greedy_takes_the_lower_of_equals_and_says_how_close_it_was() -> None:
 
 def test_samples_follow_the_distribution() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.0001, 0.1999]))
-    tokens = [pick(logits, wish(temperature=1.0, seed=3), 0, position)[0] for position in range(4000)]
+    tokens = [
+        pick(logits, wish(temperature=1.0, seed=3), 0, position)[0] for position in range(4000)
+    ]
     shares = np.bincount(tokens, minlength=4) / len(tokens)
     np.testing.assert_allclose(shares, np.exp(logits), atol=0.02)
-    cold = [pick(logits, wish(temperature=0.25, seed=3), 0, position)[0] for position in range(4000)]
-    np.testing.assert_allclose(np.mean(np.array(cold) == 0), 0.5**4 / (0.5**4 + 0.3**4 + 0.2**4), atol=0.02)
-    assert {pick(logits, wish(temperature=1.0, top_k=2), 0, position)[0] for position in range(500)} == {0, 1}
+    cold = [
+        pick(logits, wish(temperature=0.25, seed=3), 0, position)[0] for position in range(4000)
+    ]
+    np.testing.assert_allclose(
+        np.mean(np.array(cold) == 0), 0.5**4 / (0.5**4 + 0.3**4 + 0.2**4), atol=0.02
+    )
+    assert {
+        pick(logits, wish(temperature=1.0, top_k=2), 0, position)[0] for position in range(500)
+    } == {0, 1}
 
 
 def test_a_choice_depends_on_seed_sample_and_position_only() -> None:
@@ -102,7 +114,9 @@ def test_held_out_batches_ask_for_every_token_once() -> None:
     count = len(corpus.held_out) - 1
     np.testing.assert_array_equal(targets[:count], corpus.held_out[1:])
     np.testing.assert_array_equal(inputs[:count], corpus.held_out[:-1])
-    assert (targets[count:] == IGNORED).all() and {batch.inputs.shape for batch in batches} == {(4, 24)}
+    assert (targets[count:] == IGNORED).all() and {batch.inputs.shape for batch in batches} == {
+        (4, 24)
+    }
     assert all(batch.num_tokens for batch in batches)
 
 
@@ -110,17 +124,22 @@ def test_held_out_batches_ask_for_every_token_once() -> None:
 def test_text_becomes_tokens_and_text_again(tokenizer: str) -> None:
     vocab_size = 256 if tokenizer == "bytes" else 400
     config = CONFIG.model_copy(
-        update={"tokenizer": tokenizer, "model": MODEL.model_copy(update={"vocab_size": vocab_size})}
+        update={
+            "tokenizer": tokenizer,
+            "model": MODEL.model_copy(update={"vocab_size": vocab_size}),
+        }
     )
     both = load_tokenizer(config)
     tokens = both.encode("Schrödinger's class")
     assert both.decode(tokens) == "Schrödinger's class" and max(tokens) < vocab_size
 
 
-# ------------------------------------------------------------------------------------------------- the subcommands
+# ---------------------------------------------------------------------------------- the subcommands
 
 
-def test_evaluate_prints_loss_and_perplexity(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_prints_loss_and_perplexity(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("evaluate", "--checkpoint", saved, "--batches", 3, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     engine = OracleEngine(CONFIG)
@@ -128,13 +147,44 @@ def test_evaluate_prints_loss_and_perplexity(saved: Path, capsys: pytest.Capture
     batches = list(load_corpus(CONFIG).held_out_batches(8, 24))[:3]
     losses = [engine.evaluate(batch) for batch in batches]
     assert found["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-12)
-    assert found["perplexity"] == pytest.approx(math.exp(found["loss"])) and found["tokens"] == 3 * 8 * 24
-    assert run("evaluate", "--checkpoint", saved, "--batches", 1, "--stages", 1, "--framework", "paddle") == 0
+    assert (
+        found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+        and found["tokens"] == 3 * 8 * 24
+    )
+    assert (
+        run(
+            "evaluate",
+            "--checkpoint",
+            saved,
+            "--batches",
+            1,
+            "--stages",
+            1,
+            "--framework",
+            "paddle",
+        )
+        == 0
+    )
     assert "perplexity" in (text := capsys.readouterr().out) and "paddle, 1 stages, 1f1b" in text
 
 
-def test_generate_slides_beyond_the_context_and_prints_text(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("generate", "--checkpoint", saved, "--prompt", "The ", "--tokens", 30, "--greedy", "--json") == 0
+def test_generate_slides_beyond_the_context_and_prints_text(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run(
+            "generate",
+            "--checkpoint",
+            saved,
+            "--prompt",
+            "The ",
+            "--tokens",
+            30,
+            "--greedy",
+            "--json",
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     engine = OracleEngine(CONFIG)
     engine.reset(weights())
@@ -143,9 +193,16 @@ def test_generate_slides_beyond_the_context_and_prints_text(saved: Path, capsys:
         text.append(int(engine.predict(np.array([text[-24:]]))[0, -1].argmax()))
     assert found["tokens"] == [text[4:]] and len(text) > 24 and len(set(text[4:])) > 5
     assert found["texts"][0].startswith("The ") and found["closest_call"] > 1e-9
-    assert run("generate", "--checkpoint", saved, "--prompt", "The ", "--tokens", 3, "--samples", 3) == 0
+    assert (
+        run("generate", "--checkpoint", saved, "--prompt", "The ", "--tokens", 3, "--samples", 3)
+        == 0
+    )
     text = capsys.readouterr().out
-    assert "--- sample 2" in text and "temperature 1, seed 0; closest call" in text and "2 micro-batches" in text
+    assert (
+        "--- sample 2" in text
+        and "temperature 1, seed 0; closest call" in text
+        and "2 micro-batches" in text
+    )
 
 
 def test_a_schedule_from_a_file_says_how_many_micro_batches_the_samples_make(
@@ -153,23 +210,31 @@ def test_a_schedule_from_a_file_says_how_many_micro_batches_the_samples_make(
 ) -> None:
     (tmp_path / "table.txt").write_text("0: F0 F1 F2 F3 BW0 BW1 BW2 BW3\n")
     words = ["--checkpoint", saved, "--prompt", "The ", "--tokens", 1, "--stages", 1]
-    assert run("generate", *words, "--samples", 2, "--schedule", f"file:{tmp_path / 'table.txt'}") == 0
+    assert (
+        run("generate", *words, "--samples", 2, "--schedule", f"file:{tmp_path / 'table.txt'}") == 0
+    )
     assert "1f1b" not in (text := capsys.readouterr().out) and "4 micro-batches" in text
 
 
-def test_fewer_mini_batches_than_asked_for_are_said(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fewer_mini_batches_than_asked_for_are_said(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("evaluate", "--checkpoint", saved, "--batches", 10**6) == 0
     assert "mini-batches, all there are; " in capsys.readouterr().out
 
 
-def test_wrong_input_is_one_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_one_line(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrong = {
         "generate --prompt x --checkpoint /no/such": "expected a file of a checkpoint",
         f"generate --checkpoint {saved}": "expected one of --prompt TEXT and --prompt-tokens",
         f"generate --checkpoint {saved} --prompt-tokens 1,x": "expected numbers, such as 1,2,3",
         f"generate --checkpoint {saved} --prompt-tokens 256": "token 256; the vocabulary has 256",
-        f"generate --checkpoint {saved} --prompt x --temperature 0": "expected a number, more than 0",
-        f"generate --checkpoint {saved} --prompt x --tokenizer-file {saved}/manifest.json": "expected a tokenizer.json",
+        f"generate --checkpoint {saved} --prompt x "
+        "--temperature 0": "expected a number, more than 0",
+        f"generate --checkpoint {saved} --prompt x --tokenizer-file "
+        f"{saved}/manifest.json": "expected a tokenizer.json",
         f"evaluate --checkpoint {saved} --batches 0": "expected a whole number, at least 1",
         f"evaluate --checkpoint {saved} --stages 9": "expected at most 4",
     }

@@ -47,7 +47,9 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "TERMINATE_SECONDS", 0.3)
 
 
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, timeout_seconds: float = math.inf) -> Outcome:
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, timeout_seconds: float = math.inf
+) -> Outcome:
     if fault:
         monkeypatch.setenv("FAKE_FAULTS", f"torch={fault}")
     jobs = [Job(config=CONFIG, out=str(tmp_path / "job"))]
@@ -69,7 +71,9 @@ def test_a_good_run_has_all_parts_and_reports_its_steps(tmp_path: Path) -> None:
     assert sorted(seen) == [(job, step) for job in (0, 1) for step in (0, 1, 2)]
 
 
-def test_a_schedule_in_a_file_is_the_one_that_the_parent_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schedule_in_a_file_is_the_one_that_the_parent_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever happens to the file while the children of a benchmark start one after another."""
     path = tmp_path / "mine.txt"
     path.write_text("0: F0 BW0\n1: F0 BW0\n")
@@ -117,14 +121,18 @@ def test_a_dying_child_is_a_failed_outcome(
 
 
 @pytest.mark.parametrize("fault", ["hang", "stubborn"])
-def test_a_hang_is_ended_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_a_hang_is_ended_with_all_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     time_jumps(monkeypatch, lambda: marked(MARK))
     outcome = run(tmp_path, monkeypatch, fault, LONG_SECONDS)
     assert (outcome.status, outcome.reason) == ("failed", "no result within 100000 s (--timeout)")
     assert no_child_left()
 
 
-def test_what_a_good_child_leaves_behind_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_good_child_leaves_behind_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run(tmp_path, monkeypatch, "orphan").status == "ok"
     assert no_child_left()
 
@@ -144,11 +152,15 @@ def test_a_stop_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     stop: list[bool] = []
     jobs = [Job(config=CONFIG, out=str(tmp_path / "job"))]
     with pytest.raises(Interrupted):
-        run_jobs_in_worker("fakes.impl", jobs, tmp_path, math.inf, lambda *_: stop.append(True), lambda: bool(stop))
+        run_jobs_in_worker(
+            "fakes.impl", jobs, tmp_path, math.inf, lambda *_: stop.append(True), lambda: bool(stop)
+        )
     assert no_child_left()
 
 
-def test_the_working_directory_is_not_on_a_childs_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_directory_is_not_on_a_childs_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("common/__init__.py", "fakes.py", "queue.py", "random.py", "numpy.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("raise RuntimeError('not this one')")
@@ -178,10 +190,14 @@ def test_what_changes_numbers_stays_behind_and_the_rest_is_reported(
         monkeypatch.setenv(name, value)
     environment = run(tmp_path, monkeypatch, "").parts[0].environment
     assert set(left) <= set(environment["ignored_variables"])
-    assert reported.items() <= environment["variables"].items() and not set(left) & set(environment["variables"])
+    assert reported.items() <= environment["variables"].items() and not set(left) & set(
+        environment["variables"]
+    )
 
 
-def test_cpus_are_those_of_the_affinity_or_of_a_cgroups_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpus_are_those_of_the_affinity_or_of_a_cgroups_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = tmp_path / "own"
     for path, text in {
         "v1/cpu/a/b/cpu.cfs_quota_us": "-1",
@@ -201,23 +217,34 @@ def test_cpus_are_those_of_the_affinity_or_of_a_cgroups_quota(tmp_path: Path, mo
     monkeypatch.setattr(cpus.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     for quotas, usable in (([], 8), ([2.5, 16.0], 3), ([0.5], 1)):
         monkeypatch.setattr(cpus, "cgroup_quotas", lambda quotas=quotas: iter(quotas))
-        assert (cpus.usable_cpus(), cpus.threads_per_stage(2, None)) == (usable, max(1, usable // 2))
+        assert (cpus.usable_cpus(), cpus.threads_per_stage(2, None)) == (
+            usable,
+            max(1, usable // 2),
+        )
     assert cpus.threads_per_stage(2, 6) == 3
 
 
-def test_no_loopback_interface_is_known_before_a_child_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_loopback_interface_is_known_before_a_child_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def unreachable(*_: object) -> NoReturn:
         raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
     monkeypatch.setattr(socket, "create_connection", unreachable)
-    paddle, torch = (Implementation("fakes.impl", "numpy", "", processes) for processes in (("table",), ("native",)))
-    assert str(why_missing(paddle, "table")).startswith("no loopback interface, over which its stages talk")
+    paddle, torch = (
+        Implementation("fakes.impl", "numpy", "", processes)
+        for processes in (("table",), ("native",))
+    )
+    assert str(why_missing(paddle, "table")).startswith(
+        "no loopback interface, over which its stages talk"
+    )
     assert why_missing(torch, "table") is None
 
 
 @pytest.mark.parametrize("module", [ORACLE_MODULE, "torch_impl", "tf_impl", "paddle_impl"])
 @pytest.mark.parametrize(
-    ("text", "said"), [('{"jobs": []}', "no job in it"), ('{"jobs": 3}', "jobs = 3"), (None, "readable")]
+    ("text", "said"),
+    [('{"jobs": []}', "no job in it"), ('{"jobs": 3}', "jobs = 3"), (None, "readable")],
 )
 def test_a_wrong_job_file_is_one_line_in_every_implementation(
     tmp_path: Path, module: str, text: str | None, said: str
@@ -226,7 +253,9 @@ def test_a_wrong_job_file_is_one_line_in_every_implementation(
     if text is not None:
         file.write_text(text)
     command = launch.worker_command(module, str(file))
-    done = subprocess.run(command, env=launch.worker_environment(module), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=launch.worker_environment(module), capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and said in done.stderr
 
 

@@ -16,20 +16,33 @@ from tests.campaigns.margins_page import explanation_in, verdict
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_page_is_made_and_keeps_what_is_written_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_made_and_keeps_what_is_written_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     parser = argparse.ArgumentParser()
     subcommand.register(parser.add_subparsers())
     out = tmp_path / "margins.md"
     out.write_text("# Old\n<!-- by hand -->\nWhy float32 has less.\n<!-- end -->\n| old |\n")
-    options = ["--repeats", "1", "--frameworks", "torch,paddle", "--dtypes", "float64,bfloat16", "--out", str(out)]
+    options = [
+        "--repeats",
+        "1",
+        "--frameworks",
+        "torch,paddle",
+        "--dtypes",
+        "float64,bfloat16",
+        "--out",
+        str(out),
+    ]
     arguments = parser.parse_args(["margins", *options])
     arguments.command = "python -m tests.campaigns margins"
     fakes = {name: Implementation("fakes.drifting", "numpy", "") for name in ("torch", "paddle")}
     assert subcommand.run(arguments, fakes) == 0
     page = out.read_text()
     assert "| torch | float64 | gradient | 0.0000 | 0.0000 | 1 |" in page and "| old |" not in page
-    assert "| paddle | bfloat16 | loss curve | 0.3333 | 0.3333 | 1 |" in page  # no error at all: the floor is the limit
+    assert (
+        "| paddle | bfloat16 | loss curve | 0.3333 | 0.3333 | 1 |" in page
+    )  # no error at all: the floor is the limit
     assert explanation_in(page) == "Why float32 has less."
     assert "Every check has at least 5 times room" in page
 
@@ -50,7 +63,10 @@ def test_a_check_without_room_is_named() -> None:
     relative = two[1].model_copy(update={"dtype": "bfloat16"})
     good = verdict([two[0], relative])
     assert good.startswith("Every check has at least 5 times room")
-    assert "The rule of bfloat16 holds in every repeat: at most 0.30 of what it allows is used (torch bfloat16" in good
+    assert (
+        "The rule of bfloat16 holds in every repeat: at most 0.30 of what it allows is used (torch "
+        "bfloat16" in good
+    )
     worse = relative.model_copy(update={"worst": 1.01})
     assert not worse.has_room and "does not hold in every repeat" in verdict([two[0], worse])
 
@@ -66,7 +82,8 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "--repeats 0": "expected a whole number, at least 1",
         "--dtypes float16": "--dtypes = 'float16': unknown",
         "--frameworks ,": "--frameworks: nothing named",
-        "--out /no/such/place.md": "--out /no/such/place.md: expected a path in a folder that exists",
+        "--out /no/such/place.md": "--out /no/such/place.md: expected a path in a folder "
+        "that exists",
         "--out /": "--out /: is a folder; expected a file",
     }.items():
         assert main(["margins", *line.split()]) == 2

@@ -18,7 +18,9 @@ subprocess.run([sys.executable, "-c", {CHILD!r}], check=True)
 
 
 def test_the_peak_is_that_of_this_process() -> None:
-    done = subprocess.run([sys.executable, "-c", PARENT], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT], check=True, capture_output=True, text=True
+    )
     parent, child = map(int, done.stdout.split())
     assert parent > 300 * MEGABYTE
     assert MEGABYTE < child < 100 * MEGABYTE

@@ -1,9 +1,10 @@
-"""Which layout of NCCL communicators a schedule's messages get through: the executor's own order, played by NCCL's rules.
+"""Which layout of NCCL communicators a schedule's messages get through: the executor's own order,
+played by NCCL's rules.
 
-On a GPU a communicator does its sends and receives one after another, in the order in which the host queued them, and a
-send ends only when its receive runs on the other side. So two devices that both send first wait for ever, if one
-communicator carries both directions. A receive is queued when the device asks for the message; a sender's earlier messages,
-which carry no address, come first.
+On a GPU a communicator does its sends and receives one after another, in the order in which the
+host queued them, and a send ends only when its receive runs on the other side. So two devices that
+both send first wait for ever, if one communicator carries both directions. A receive is queued when
+the device asks for the message; a sender's earlier messages, which carry no address, come first.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Call(NamedTuple):
 
 
 class Recorder:
-    """A channel that writes down what `run_stage` asks of it; with `coming`, receives are in the order of the sends."""
+    """A channel that writes down what `run_stage` asks of it; with `coming`, receives are in the
+    order of the sends.
+    """
 
     def __init__(self, device: int, coming: dict[int, list[Message]] | None = None) -> None:
         self.device, self.calls, self.actions = device, list[Call](), -1
@@ -80,7 +83,8 @@ def record(schedule: Schedule) -> list[Recorder]:
     everybody = range(schedule.num_devices)
     sent = [walk(device).calls for device in everybody]
     return [
-        walk(d, {s: [call.message for call in sent[s] if call.receiver == d] for s in everybody}) for d in everybody
+        walk(d, {s: [call.message for call in sent[s] if call.receiver == d] for s in everybody})
+        for d in everybody
     ]
 
 
@@ -90,7 +94,9 @@ def stuck(schedule: Schedule, layout: Layout) -> list[str]:
     streams: dict[tuple[int, Any], deque[Call]] = {}
     for recorder in recorders:
         for call in recorder.calls:
-            streams.setdefault((recorder.device, layout(call.sender, call.receiver)), deque()).append(call)
+            streams.setdefault(
+                (recorder.device, layout(call.sender, call.receiver)), deque()
+            ).append(call)
     done, arrived = [0] * schedule.num_devices, [set[Message]() for _ in recorders]
 
     def head(device: int, communicator: Any) -> Call | None:
@@ -101,7 +107,10 @@ def stuck(schedule: Schedule, layout: Layout) -> list[str]:
     while moved:
         moved = False
         for d, recorder in enumerate(recorders):
-            while done[d] <= recorder.actions and recorder.needs.get(done[d]) in (None, *arrived[d]):
+            while done[d] <= recorder.actions and recorder.needs.get(done[d]) in (
+                None,
+                *arrived[d],
+            ):
                 done[d], moved = done[d] + 1, True
         for device, communicator in streams:
             sent = head(device, communicator)
@@ -136,13 +145,17 @@ def test_no_schedule_hangs_with_a_communicator_per_direction(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_with_one_communicator_per_pair_only_those_pass_whose_neighbours_never_send_at_once(name: str) -> None:
+def test_with_one_communicator_per_pair_only_those_pass_whose_neighbours_never_send_at_once(
+    name: str,
+) -> None:
     """So Paddle's channel has one group for each direction."""
     hanging = [schedule for schedule in schedules(name) if stuck(schedule, per_pair)]
     assert bool(hanging) == (name not in ("naive", "gpipe")), name
 
 
 def test_two_devices_that_both_send_first_are_stuck_in_what_follows() -> None:
-    """The case by hand: in 1F1B device 0 sends F1 while device 1 sends the gradient of micro-batch 0."""
+    """The case by hand: in 1F1B device 0 sends F1 while device 1 sends the gradient of micro-batch
+    0.
+    """
     schedule = make_schedule("1f1b", 2, 2)
     assert stuck(schedule, per_pair) == ["0: BW0", "1: F1"]

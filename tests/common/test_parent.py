@@ -21,7 +21,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 child = subprocess.Popen([sys.executable, "-m", sys.argv[1], sys.argv[2]], start_new_session=True)
 print(child.pid, flush=True)
 sys.stdin.read()
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'")

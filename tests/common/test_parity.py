@@ -31,9 +31,22 @@ def test_the_first_tensor_that_differs_is_named_with_both_values() -> None:
     comparison = compare(observed, expected, "activation", "float64")
     assert not comparison.passed
     first = comparison.first_failure
-    assert first is not None and (first.key.unit, first.key.stage, first.where) == ("block.1", 1, (1, 2))
+    assert first is not None and (first.key.unit, first.key.stage, first.where) == (
+        "block.1",
+        1,
+        (1, 2),
+    )
     assert (first.observed, first.expected) == (5.5, 5.0)
-    for part in ("step=0", "phase=forward", "stage=1", "micro_batch=1", "unit=block.1", "5.5", "5.0", "2 of 3"):
+    for part in (
+        "step=0",
+        "phase=forward",
+        "stage=1",
+        "micro_batch=1",
+        "unit=block.1",
+        "5.5",
+        "5.0",
+        "2 of 3",
+    ):
         assert part in comparison.report()
 
 
@@ -53,7 +66,9 @@ def test_margins_are_over_the_limit() -> None:
 def test_errors_in_bfloat16_are_judged_by_the_smallest() -> None:
     errors = [{"loss": 0.0, "gradient": 0.01}, {"loss": 2 * LOSS_ERROR_FLOOR, "gradient": 0.02}]
     best, second = relative_margins([*errors, {"loss": 1e-9, "gradient": 0.031}])[:2]
-    assert best["loss"] == 1 / BFLOAT16_FACTOR  # a loss that is right by luck is no better than the floor
+    assert (
+        best["loss"] == 1 / BFLOAT16_FACTOR
+    )  # a loss that is right by luck is no better than the floor
     assert math.isclose(best["gradient"], 1 / BFLOAT16_FACTOR)
     assert math.isclose(second["loss"], 2 / 3) and math.isclose(second["gradient"], 2 / 3)
     assert relative_margins([*errors, {"loss": 1e-9, "gradient": 0.031}])[2]["gradient"] > 1
@@ -71,6 +86,8 @@ def test_what_rounded_weights_do_to_a_loss_curve_is_no_frameworks_error() -> Non
 
 def test_errors_are_the_worst_per_check_and_the_median_of_the_gradients() -> None:
     expected = {key: np.ones(4) for key in KEYS}
-    observed = {key: np.ones(4) * (1 + step) for key, step in zip(KEYS, (0.01, 0.03, 0.02), strict=True)}
+    observed = {
+        key: np.ones(4) * (1 + step) for key, step in zip(KEYS, (0.01, 0.03, 0.02), strict=True)
+    }
     errors = compare(observed, expected, "gradient", "bfloat16").errors()
     assert math.isclose(errors["gradient"], 0.03) and math.isclose(errors["gradient_median"], 0.02)

@@ -35,7 +35,9 @@ def test_every_even_plan_is_whole(num_layers: int, data: st.DataObject) -> None:
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 20), st.sampled_from(["loop", "vee"]))
-def test_chunks_load_the_devices_evenly(stages: int, chunks: int, more: int, placement: str) -> None:
+def test_chunks_load_the_devices_evenly(
+    stages: int, chunks: int, more: int, placement: str
+) -> None:
     parts = stages * chunks
     edges = [1, *even_boundaries(parts + more, stages, chunks), 1 + parts + more]
     blocks = [0] * stages
@@ -54,7 +56,10 @@ def loads(costs: Sequence[int], inner: Sequence[int], devices: Sequence[int]) ->
     edges = [0, *inner, len(costs)]
     assert all(a < b for a, b in itertools.pairwise(edges))
     parts = [sum(costs[a:b]) for a, b in itertools.pairwise(edges)]
-    of_device = [sum(part for part, d in zip(parts, devices, strict=True) if d == device) for device in devices]
+    of_device = [
+        sum(part for part, d in zip(parts, devices, strict=True) if d == device)
+        for device in devices
+    ]
     return max(of_device), max(parts)
 
 
@@ -65,17 +70,28 @@ def best_loads(costs: Sequence[int], devices: Sequence[int]) -> tuple[int, int]:
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.data())
-def test_balanced_is_the_smallest_largest_stage_with_the_latest_cuts(costs: list[int], data: st.DataObject) -> None:
+def test_balanced_is_the_smallest_largest_stage_with_the_latest_cuts(
+    costs: list[int], data: st.DataObject
+) -> None:
     inner = balanced_boundaries(costs, data.draw(st.integers(1, len(costs))))
     parts, devices = len(inner) + 1, range(len(inner) + 1)
     for k in range(parts - 1, 0, -1):
         units = costs[: inner[k]] if k < parts - 1 else costs
-        assert loads(units, inner[:k], devices[: k + 1]) == (best := best_loads(units, devices[: k + 1]))
+        assert loads(units, inner[:k], devices[: k + 1]) == (
+            best := best_loads(units, devices[: k + 1])
+        )
         for later in range(inner[k - 1] + 1, len(units)):
             assert max(best_loads(units[:later], devices[:k])[0], sum(units[later:])) > best[0]
 
 
-@given(st.integers(0, 9), st.integers(1, 9), st.integers(0, 30), st.integers(1, 3), st.integers(2, 3), st.data())
+@given(
+    st.integers(0, 9),
+    st.integers(1, 9),
+    st.integers(0, 30),
+    st.integers(1, 3),
+    st.integers(2, 3),
+    st.data(),
+)
 def test_balanced_over_devices_is_the_best_there_is(
     embedding: int, block: int, head: int, stages: int, chunks: int, data: st.DataObject
 ) -> None:
@@ -97,15 +113,24 @@ def test_balanced_is_never_above_even(name: str, schedule: str, tmp_path: Path) 
         model, train = preset(name).model, preset(name).train
         if stages * chunks > model.num_layers + 2 or (schedule == "zb-v" and chunks > 2):
             continue
-        made = make_schedule("zb-v" if chunks == 2 else "interleaved", stages, train.micro_batches, chunks)
+        made = make_schedule(
+            "zb-v" if chunks == 2 else "interleaved", stages, train.micro_batches, chunks
+        )
         (tmp_path / "table.txt").write_text(str(made))
-        run = {"schedule": schedule if schedule != "file" else f"file:{tmp_path / 'table.txt'}", "stages": stages}
+        run = {
+            "schedule": schedule if schedule != "file" else f"file:{tmp_path / 'table.txt'}",
+            "stages": stages,
+        }
         config = preset(name).model_copy(update=run | {"chunks": chunks})
         found = make_schedule(config.schedule, stages, train.micro_batches, chunks)
         devices = [device for device, _ in found.location]
         costs = [cost.forward_flops for cost in unit_costs(model, train)]
         even, balanced = (
-            loads(costs, plan_partition(config.model_copy(update={"partition": how})).boundaries[1:-1], devices)
+            loads(
+                costs,
+                plan_partition(config.model_copy(update={"partition": how})).boundaries[1:-1],
+                devices,
+            )
             for how in ("even", "balanced")
         )
         assert balanced <= even
@@ -113,15 +138,23 @@ def test_balanced_is_never_above_even(name: str, schedule: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "stages", "schedule", "largest"),
-    [("small", 2, "interleaved", 1.013), ("small", 2, "zb-v", 1.013), ("gpt2-small", 4, "zb-v", 1.084)],
+    [
+        ("small", 2, "interleaved", 1.013),
+        ("small", 2, "zb-v", 1.013),
+        ("gpt2-small", 4, "zb-v", 1.084),
+    ],
 )
-def test_the_largest_device_over_the_mean(name: str, stages: int, schedule: str, largest: float) -> None:
+def test_the_largest_device_over_the_mean(
+    name: str, stages: int, schedule: str, largest: float
+) -> None:
     config = preset(name).model_copy(
         update={"stages": stages, "chunks": 2, "schedule": schedule, "partition": "balanced"}
     )
     costs = [cost.forward_flops for cost in unit_costs(config.model, config.train)]
     location = make_schedule(schedule, stages, config.train.micro_batches, 2).location
-    of_device, _ = loads(costs, plan_partition(config).boundaries[1:-1], [device for device, _ in location])
+    of_device, _ = loads(
+        costs, plan_partition(config).boundaries[1:-1], [device for device, _ in location]
+    )
     assert of_device / (sum(costs) / stages) == pytest.approx(largest, abs=5e-4)
 
 
@@ -138,7 +171,9 @@ def test_explicit_boundaries() -> None:
 
 
 def test_costs_by_hand() -> None:
-    model = TransformerSpec(vocab_size=10, context_length=3, num_layers=1, d_model=4, num_heads=1, d_ff=8)
+    model = TransformerSpec(
+        vocab_size=10, context_length=3, num_layers=1, d_model=4, num_heads=1, d_ff=8
+    )
     train = preset("tiny").train.model_copy(update={"batch_size": 4, "micro_batches": 2})
     embedding, block, head = unit_costs(model, train)
     tokens = 2 * 3
@@ -149,5 +184,6 @@ def test_costs_by_hand() -> None:
     assert block.activation_bytes == 4 * tokens * 4
     costs = unit_costs(model, train)
     assert sum(cost.parameters for cost in costs) == sum(
-        shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in parameter_shapes(model).values()
+        shape[0] * (shape[1] if len(shape) == 2 else 1)
+        for shape in parameter_shapes(model).values()
     )

@@ -1,4 +1,4 @@
-"""README.md and README.zh-CN.md: the same commands and figures, and the table of results/example."""
+"""README.md and README.zh-CN.md: the same commands and figures, and the table of results/example."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def code(text: str) -> list[str]:
 def test_both_show_the_same_commands_figures_and_links() -> None:
     assert code(ENGLISH) == code(CHINESE) and len(code(ENGLISH)) > 25
     for pattern in (r"\d[\d.,]*", r"\]\(([^)]*)\)", r"(?<!`)`[^`\n]+`(?!`)"):
-        each = [sorted(re.findall(pattern, re.sub(r"README[\w.-]*", "", text))) for text in (ENGLISH, CHINESE)]
+        each = [
+            sorted(re.findall(pattern, re.sub(r"README[\w.-]*", "", text)))
+            for text in (ENGLISH, CHINESE)
+        ]
         assert each[0] == each[1], pattern
 
 

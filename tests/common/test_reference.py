@@ -1,4 +1,4 @@
-"""The oracle against finite differences: every parameter, every variant of the model, with dropout."""
+"""The oracle against finite differences: every parameter, every variant of the model, with dropout."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ VARIANTS = list(itertools.product(("pre", "post"), ("gelu", "gelu_tanh", "relu")
 def test_gradients_equal_finite_differences(norm: str, activation: str, tied: bool) -> None:
     model = TransformerSpec.model_validate(
         {
-            "norm": norm, "activation": activation, "tied_head": tied, "num_layers": 2, "d_model": 6, "num_heads": 2,
-            "d_ff": 10, "context_length": 5, "dropout": 0.2,
+            "norm": norm,
+            "activation": activation,
+            "tied_head": tied,
+            "num_layers": 2,
+            "d_model": 6,
+            "num_heads": 2,
+            "d_ff": 10,
+            "context_length": 5,
+            "dropout": 0.2,
         }
-    )  # fmt: skip
+    )
     weights, noise = initial_weights(model, 0, "float64"), random_arrays(model, 1, "float64", 0.3)
     oracle = Oracle(model, TrainSpec(), {name: weights[name] + noise[name] for name in weights})
     batch = load_corpus(RunConfig()).batch(0, 0, 4, model.context_length)
@@ -37,11 +44,15 @@ def test_gradients_equal_finite_differences(norm: str, activation: str, tied: bo
             losses.append(oracle.forward(batch)[0])
         oracle.weights[name] = weight
         slope = (losses[0] - losses[1]) / 2e-5
-        assert slope == pytest.approx(float((oracle.gradients[name] * direction).sum()), rel=2e-6, abs=1e-9), name
+        assert slope == pytest.approx(
+            float((oracle.gradients[name] * direction).sum()), rel=2e-6, abs=1e-9
+        ), name
 
 
 def test_training_learns_the_text() -> None:
-    config = RunConfig(model=TransformerSpec(num_layers=1, d_model=16, num_heads=2, d_ff=32, context_length=8))
+    config = RunConfig(
+        model=TransformerSpec(num_layers=1, d_model=16, num_heads=2, d_ff=32, context_length=8)
+    )
     corpus = load_corpus(config)
     oracle = Oracle(config.model, config.train, initial_weights(config.model, 0, "float64"))
     losses = [oracle.train_step(corpus.batch(step, 0, 16, 8)) for step in range(60)]
@@ -53,9 +64,17 @@ def test_training_learns_the_text() -> None:
 def test_optimizers_by_hand(optimizer: str) -> None:
     model = TransformerSpec(num_layers=1, d_model=2, num_heads=1, d_ff=2, context_length=2)
     train = TrainSpec.model_validate(
-        {"optimizer": optimizer, "learning_rate": 0.5, "weight_decay": 0.25, "momentum": 0.5, "clip_norm": None,
-         "beta1": 0.5, "beta2": 0.75, "epsilon": 2.0**-20}
-    )  # fmt: skip
+        {
+            "optimizer": optimizer,
+            "learning_rate": 0.5,
+            "weight_decay": 0.25,
+            "momentum": 0.5,
+            "clip_norm": None,
+            "beta1": 0.5,
+            "beta2": 0.75,
+            "epsilon": 2.0**-20,
+        }
+    )
     name = "block.0.attention.query.weight"
     oracle = Oracle(model, train, initial_weights(model, 0, "float64"))
     start = oracle.weights[name].copy()
@@ -70,7 +89,9 @@ def test_optimizers_by_hand(optimizer: str) -> None:
 
 def test_clipping() -> None:
     assert global_norm([9.0, 16.0]) == 5.0
-    assert clip_scale(5.0, 1.0) == 0.2 and clip_scale(0.5, 1.0) == 1.0 and clip_scale(5.0, None) == 1.0
+    assert (
+        clip_scale(5.0, 1.0) == 0.2 and clip_scale(0.5, 1.0) == 1.0 and clip_scale(5.0, None) == 1.0
+    )
     pieces = list(np.random.default_rng(0).lognormal(0, 9, 50))
     assert global_norm(pieces) == global_norm(pieces[::-1])
 
@@ -110,11 +131,18 @@ def test_units_alone_give_the_gradients_of_the_whole() -> None:
 
 
 def test_the_rounded_oracle_computes_at_rounded_weights_and_trains_their_masters() -> None:
-    config = RunConfig(model=TransformerSpec(num_layers=1, d_model=16, num_heads=2, d_ff=32, context_length=8))
-    weights, batch = initial_weights(config.model, 0, "float64"), load_corpus(config).batch(0, 0, 4, 8)
+    config = RunConfig(
+        model=TransformerSpec(num_layers=1, d_model=16, num_heads=2, d_ff=32, context_length=8)
+    )
+    weights, batch = (
+        initial_weights(config.model, 0, "float64"),
+        load_corpus(config).batch(0, 0, 4, 8),
+    )
     engine = RoundedOracleEngine(config)
     engine.reset(weights)
-    plain = Oracle(config.model, config.train, {k: in_precision(w, "bfloat16") for k, w in weights.items()})
+    plain = Oracle(
+        config.model, config.train, {k: in_precision(w, "bfloat16") for k, w in weights.items()}
+    )
     assert engine.forward_backward(batch) == plain.forward_backward(batch)
     assert engine.evaluate(batch) == plain.forward(batch, training=False)[0]
     assert all(np.array_equal(g, plain.gradients[name]) for name, g in engine.gradients().items())

@@ -34,12 +34,16 @@ def test_three_frameworks_in_turn_train_as_the_oracle_does(tmp_path: Path) -> No
     assert run(dict(IMPLEMENTATIONS), "--legs", LEGS, "--out", tmp_path / "out") == 0
     found = json.loads(next(tmp_path.glob("out/*/relay.json")).read_text())
     assert found["passed"] and len(found["oracle_losses"]) == 18
-    assert [(leg["config"]["framework"], leg["first_step"], len(leg["losses"])) for leg in found["legs"]] == [
+    assert [
+        (leg["config"]["framework"], leg["first_step"], len(leg["losses"])) for leg in found["legs"]
+    ] == [
         ("torch", 0, 6),
         ("paddle", 6, 6),
         ("tensorflow", 12, 6),
     ]
-    assert all(leg["loss_difference"] < 1e-11 and leg["weight_difference"] < 1e-10 for leg in found["legs"])
+    assert all(
+        leg["loss_difference"] < 1e-11 and leg["weight_difference"] < 1e-10 for leg in found["legs"]
+    )
     assert next(tmp_path.glob("out/*/relay.png")).stat().st_size > 10_000
 
 
@@ -56,11 +60,26 @@ def test_a_leg_that_trains_something_else_fails(
     assert "failed: ValueError: gave up" in capsys.readouterr().out
 
 
-def test_what_the_legs_say_is_said_there_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_legs_say_is_said_there_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.toml").write_text("stages = 2\n")
-    assert run(FAKES, "--legs", "torch:1f1b:2", "--config", tmp_path / "a.toml", "--out", tmp_path / "out") == 2
+    assert (
+        run(
+            FAKES,
+            "--legs",
+            "torch:1f1b:2",
+            "--config",
+            tmp_path / "a.toml",
+            "--out",
+            tmp_path / "out",
+        )
+        == 2
+    )
     assert "a.toml: stages: not a setting of this command" in capsys.readouterr().err
-    assert run(FAKES, "--legs", "torch:1f1b:2", "--warmup-steps", "3", "--out", tmp_path / "out") == 2
+    assert (
+        run(FAKES, "--legs", "torch:1f1b:2", "--warmup-steps", "3", "--out", tmp_path / "out") == 2
+    )
     assert "warmup_steps = 3 is more than steps = 2" in capsys.readouterr().err
 
 
@@ -75,7 +94,9 @@ def test_what_the_legs_say_is_said_there_alone(tmp_path: Path, capsys: pytest.Ca
         ("torch:nonsense:3", "schedule 'nonsense' is unknown"),
     ],
 )
-def test_wrong_legs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], legs: str, message: str) -> None:
+def test_wrong_legs_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], legs: str, message: str
+) -> None:
     assert run(FAKES, "--legs", legs, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -27,11 +27,14 @@ CONFIG = preset("tiny")  # 8 sequences of 16 tokens in a step
 
 
 def result(
-    framework: str = "torch", milliseconds: tuple[float, ...] = (900, 100, 120, 110, 100, 120, 110), **fields: object
+    framework: str = "torch",
+    milliseconds: tuple[float, ...] = (900, 100, 120, 110, 100, 120, 110),
+    **fields: object,
 ) -> RunResult:
     config = CONFIG.model_copy(update={"framework": framework})
     steps = tuple(
-        Step(step=i, loss=5 - 0.1 * i, gradient_norm=1.0, seconds=ms / 1e3) for i, ms in enumerate(milliseconds)
+        Step(step=i, loss=5 - 0.1 * i, gradient_norm=1.0, seconds=ms / 1e3)
+        for i, ms in enumerate(milliseconds)
     )
     known = {
         "status": "ok",
@@ -50,7 +53,15 @@ def result(
 
 
 def failed(framework: str) -> RunResult:
-    return result(framework, (), status="failed", reason="crashed", held_out_loss=None, environment={}, parity=Parity())
+    return result(
+        framework,
+        (),
+        status="failed",
+        reason="crashed",
+        held_out_loss=None,
+        environment={},
+        parity=Parity(),
+    )
 
 
 def test_a_result_reads_back(tmp_path: Path) -> None:
@@ -84,7 +95,9 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
 def test_parts_of_several_processes_become_one_result() -> None:
     def part(device: int, seconds: float, thread_count: int) -> Part:
         event = EventRecord(action="F0", ready_seconds=0, start_seconds=0, end_seconds=1)
-        step = StepRecord(step=0, loss=5.0, gradient_norm=1.0, seconds=seconds, events={device: [event]})
+        step = StepRecord(
+            step=0, loss=5.0, gradient_norm=1.0, seconds=seconds, events={device: [event]}
+        )
         return Part(
             devices=(device,),
             steps=[step],
@@ -106,7 +119,10 @@ def test_parts_of_several_processes_become_one_result() -> None:
 
 def test_the_results_readme_names_the_versions_that_are_read() -> None:
     text = (Path(__file__).parents[2] / "results" / "README.md").read_text()
-    assert f"`common.report.result.RunResult.read` reads 1 to {SCHEMA_VERSION} and refuses others" in text
+    assert (
+        f"`common.report.result.RunResult.read` reads 1 to {SCHEMA_VERSION} and refuses others"
+        in text
+    )
 
 
 def test_a_table_from_known_results() -> None:
@@ -131,8 +147,8 @@ def test_a_table_from_known_results() -> None:
     lines = markdown_table(rows).splitlines()
     assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
     assert (
-        "| tensorflow | 1.0 | 1f1b | 2 | 4 | ok | pass | 4.40000 | 4.50000 | 1,280 | 2.00 [1.05, 4.00] | faster |"
-        in lines[-1]
+        "| tensorflow | 1.0 | 1f1b | 2 | 4 | ok | pass | 4.40000 | 4.50000 | 1,280 | 2.00 [1.05, "
+        "4.00] | faster |" in lines[-1]
     )
     records = list(csv.DictReader(io.StringIO(csv_table(rows))))
     assert [record["framework"] for record in records] == ["paddle", "torch", "tensorflow"]
@@ -175,13 +191,16 @@ def test_cards_have_names_and_no_ratio_leaves_its_kind_of_device() -> None:
         assert device in line
     assert "| device |" in lines[0] and "| device |" not in markdown_table(rows[:1])
     shared = replace(rows[2], bubble_fraction=0.5, simulated_bubble_fraction=0.4)
-    assert "| shared GPU |" in markdown_table([shared]) and "50.0%" in markdown_table([replace(shared, gpus=2)])
+    assert "| shared GPU |" in markdown_table([shared]) and "50.0%" in markdown_table(
+        [replace(shared, gpus=2)]
+    )
 
 
 def test_facts_say_whether_graphs_were_used_and_who_fell_back() -> None:
     on_card = result("torch", environment=on_cards("A", "cuda:0") | {"cuda_graphs": "used"})
     on_cpu = result(
-        "paddle", environment={"version": "1.0", "device_kind": "cpu", "fell_back": "paddle 1.0 sees no GPU"}
+        "paddle",
+        environment={"version": "1.0", "device_kind": "cpu", "fell_back": "paddle 1.0 sees no GPU"},
     )
     assert facts._gpus([on_card, on_cpu, on_cpu]) == [
         ("GPUs", "A, driver 580, CUDA graphs used; on the CPU: paddle 1.0 sees no GPU")
@@ -219,10 +238,16 @@ def test_the_first_difference_is_named_in_the_order_of_computation() -> None:
         other[key] = other[key] * (1 + 1e-3)
     late = (*steps[:2], steps[2].model_copy(update={"loss": math.nan}))
     first = compare_runs(late, other, steps, gradients, CONFIG).first_failure
-    assert first is not None and first.key.tensor == "block.1.attention.query.weight"  # the backward comes there first
+    assert (
+        first is not None and first.key.tensor == "block.1.attention.query.weight"
+    )  # the backward comes there first
     assert (first.key.stage, first.key.unit, first.check) == (1, "block.1", "gradient")
     last = compare_runs(late, gradients, steps, gradients, CONFIG).first_failure
-    assert last is not None and (last.key.step, last.key.tensor) == (2, "loss") and np.isnan(last.observed)
+    assert (
+        last is not None
+        and (last.key.step, last.key.tensor) == (2, "loss")
+        and np.isnan(last.observed)
+    )
 
 
 def test_a_loss_curve_in_bfloat16_may_go_where_rounded_weights_alone_lead() -> None:
@@ -234,13 +259,19 @@ def test_a_loss_curve_in_bfloat16_may_go_where_rounded_weights_alone_lead() -> N
         assert compare_runs(off, {}, steps, {}, low, curve_floor=0.01).passed == passes
     assert oracle_config(low) == oracle_config(CONFIG)
     rounded = rounded_oracle_config(low)
-    assert rounded is not None and rounded.train.dtype == "bfloat16" and rounded_oracle_config(CONFIG) is None
+    assert (
+        rounded is not None
+        and rounded.train.dtype == "bfloat16"
+        and rounded_oracle_config(CONFIG) is None
+    )
 
 
 def test_a_missing_gradient_fails() -> None:
     gradients = {TensorKey(0, "backward", -1, -1, "head", "head.output.weight"): np.ones(3)}
     comparison = compare_runs((), {}, (), gradients, CONFIG)
-    assert comparison.first_failure is not None and "head.output.weight" in str(comparison.first_failure)
+    assert comparison.first_failure is not None and "head.output.weight" in str(
+        comparison.first_failure
+    )
 
 
 def test_one_oracle_serves_what_does_not_change_the_numbers() -> None:

@@ -1,4 +1,6 @@
-"""The report from result files: one page that opens anywhere, the subcommands that make and compare reports."""
+"""The report from result files: one page that opens anywhere, the subcommands that make and compare
+reports.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,18 @@ def config(framework: Framework, **fields: Any) -> RunConfig:
 
 
 def lane(simulation: Simulation, device: int, begin: float, unit: float) -> list[EventRecord]:
-    """A device's actions at their simulated times; it is ready for one when the one before has ended."""
+    """A device's actions at their simulated times; it is ready for one when the one before has
+    ended.
+    """
     events, ready = [], begin
     for row in range(*simulation.table.bounds[device : device + 2]):
-        start, end = (begin + unit * float(times[row]) for times in (simulation.start, simulation.end))
+        start, end = (
+            begin + unit * float(times[row]) for times in (simulation.start, simulation.end)
+        )
         action = str(simulation.table.action(row))
-        events.append(EventRecord(action=action, ready_seconds=ready, start_seconds=start, end_seconds=end))
+        events.append(
+            EventRecord(action=action, ready_seconds=ready, start_seconds=start, end_seconds=end)
+        )
         ready = end
     return events
 
@@ -56,7 +64,13 @@ def outcome(run: RunConfig, scale: float = 1.0, losses: float = 5.0) -> Outcome:
         events = {device: lane(simulation, device, step, unit) for device in range(run.stages)}
         seconds = unit * (simulation.makespan + 1)
         records.append(
-            StepRecord(step=step, loss=losses - 0.1 * step, gradient_norm=1.0, seconds=seconds, events=events)
+            StepRecord(
+                step=step,
+                loss=losses - 0.1 * step,
+                gradient_norm=1.0,
+                seconds=seconds,
+                events=events,
+            )
         )
     part = Part(
         devices=tuple(range(run.stages)),
@@ -73,27 +87,47 @@ def outcome(run: RunConfig, scale: float = 1.0, losses: float = 5.0) -> Outcome:
     return Outcome("ok", "", None, (part,), 1.0)
 
 
-def write(folder: Path, run: RunConfig, done: Outcome, row: int, repeat: int = 0, parity: Parity | None = None) -> None:
+def write(
+    folder: Path,
+    run: RunConfig,
+    done: Outcome,
+    row: int,
+    repeat: int = 0,
+    parity: Parity | None = None,
+) -> None:
     result = RunResult(
         **measured(done, run, 1),
         preset="tiny",
         row=row,
         repeat=repeat,
         config=run,
-        parity=parity or Parity(status="pass", tensors=42, margins={"loss": 0.01, "gradient": 0.25}),
+        parity=parity
+        or Parity(status="pass", tensors=42, margins={"loss": 0.01, "gradient": 0.25}),
         command="bench_all.py --preset tiny",
         machine=this_machine(),
         started="2030-01-01T00:00:00+00:00",
     )
-    home = folder / f"{run.framework}-{row}-r{repeat}" if parity is None or not result.is_oracle else folder / "oracle"
+    home = (
+        folder / f"{run.framework}-{row}-r{repeat}"
+        if parity is None or not result.is_oracle
+        else folder / "oracle"
+    )
     home.mkdir(parents=True)
     result.write(home / "result.json")
 
 
 def benchmark(folder: Path, torch_scale: float = 1.0) -> Path:
-    """Torch and Paddle twice, TensorFlow wrong, an interleaved row, one that failed, and the oracle."""
+    """Torch and Paddle twice, TensorFlow wrong, an interleaved row, one that failed, and the
+    oracle.
+    """
     torch = config("torch")
-    write(folder, oracle_config(torch), outcome(oracle_config(torch)), 0, parity=Parity(reason=IS_ORACLE))
+    write(
+        folder,
+        oracle_config(torch),
+        outcome(oracle_config(torch)),
+        0,
+        parity=Parity(reason=IS_ORACLE),
+    )
     near = LIMITS["loss_curve"]["float32"] * 0.3
     for repeat in range(2):
         write(folder, torch, outcome(torch, torch_scale), 0, repeat)
@@ -146,7 +180,10 @@ def test_the_page_is_one_well_formed_file_without_a_network(published: Path) -> 
     for address in page.addresses:
         assert address == "data:," or (published / address).is_file(), address
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text
-    order = [text.index(f'id="{name}"') for name in ("verdict", "throughput-matched", "parity", "timing", "timelines")]
+    order = [
+        text.index(f'id="{name}"')
+        for name in ("verdict", "throughput-matched", "parity", "timing", "timelines")
+    ]
     assert order == sorted(order)
     assert "Parity: 5 of 6 runs train what the float64 oracle trains" in text
     assert "crashed with SIGSEGV" in text and "bench_all.py --preset tiny" in text
@@ -157,8 +194,17 @@ def test_every_format_is_there_and_says_the_same(published: Path) -> None:
     assert "1 differs; 1 failed" in markdown and "not ranked" in markdown
     assert "| torch 1f1b p=2 m=4 |" in markdown
     rows = json.loads((published / "summary.json").read_text())["rows"]
-    assert [row["verdict"] for row in rows] == ["baseline", "not ranked", "slower", TOO_FEW, "not ranked"]
-    assert rows[2]["ratio"] == pytest.approx(0.5) and rows[2]["ratio_low"] <= 0.5 <= rows[2]["ratio_high"] < 1
+    assert [row["verdict"] for row in rows] == [
+        "baseline",
+        "not ranked",
+        "slower",
+        TOO_FEW,
+        "not ranked",
+    ]
+    assert (
+        rows[2]["ratio"] == pytest.approx(0.5)
+        and rows[2]["ratio_low"] <= 0.5 <= rows[2]["ratio_high"] < 1
+    )
     for name in ("loss.png", "throughput.png", "time_split.png", "torch-0-r0/timeline.png"):
         assert (published / name).read_bytes().startswith(b"\x89PNG"), name
     assert json.loads((published / "torch-0-r0/trace.json").read_text())["traceEvents"]
@@ -199,20 +245,38 @@ frame.addEventListener("load", () => {
 
 def look(browser: str, page: Path, tmp_path: Path, width: int, dark: bool) -> dict[str, Any]:
     """What a browser makes of the page in a window of this width."""
-    frame = f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{html.escape(page.read_text())}"></iframe>'
+    frame = (
+        f'<iframe style="width:{width}px;height:900px;border:0" '
+        f'srcdoc="{html.escape(page.read_text())}"></iframe>'
+    )
     (tmp_path / "look.html").write_text(f"<!doctype html><body>{frame}{LOOK}</body>")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    flags += f"--disable-component-update --disable-sync --blink-settings=preferredColorScheme={0 if dark else 1}"
-    command = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1500,1000"]
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking "
+    )
+    flags += (
+        "--disable-component-update --disable-sync "
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    )
+    command = [
+        browser,
+        *flags.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1500,1000",
+    ]
     address = (tmp_path / "look.html").as_uri()
-    output = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True).stdout
+    output = subprocess.run(
+        [*command, "--dump-dom", address], capture_output=True, text=True
+    ).stdout
     found = re.search("SEEN(.*)END", output)
     assert found is not None, output[-2000:]
     return dict(json.loads(html.unescape(found[1])))
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1366, False), (390, True)])
-def test_the_page_works_in_a_browser(browser: str, published: Path, tmp_path: Path, width: int, dark: bool) -> None:
+def test_the_page_works_in_a_browser(
+    browser: str, published: Path, tmp_path: Path, width: int, dark: bool
+) -> None:
     seen = look(browser, published / "report.html", tmp_path, width, dark)
     assert seen["overflow"] <= 0, "the page is wider than the window"
     red = int(re.findall(r"\d+", seen["background"])[0])
@@ -222,20 +286,25 @@ def test_the_page_works_in_a_browser(browser: str, published: Path, tmp_path: Pa
     assert re.match(r"F0 on device 0: 0\.00 to \d", seen["said"])
 
 
-# ------------------------------------------------------------------------------------------------- subcommands
+# -------------------------------------------------------------------------------------- subcommands
 
 
 def triptych(*argv: str) -> int:
     return main.main([str(word) for word in argv])
 
 
-def test_report_rebuilds_and_merges(tmp_path: Path, published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_rebuilds_and_merges(
+    tmp_path: Path, published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = benchmark(tmp_path / "other", torch_scale=1.2)
     assert triptych("report", str(other)) == 0
     assert (other / "report.html").is_file()
     assert triptych("report", str(published), str(other), "--out", str(tmp_path / "both")) == 0
     text = (tmp_path / "both" / "report.md").read_text()
-    assert f"torch 1f1b p=2 m=4 {other.name}" in text and f"torch 1f1b p=2 m=4 {published.name}" in text
+    assert (
+        f"torch 1f1b p=2 m=4 {other.name}" in text
+        and f"torch 1f1b p=2 m=4 {published.name}" in text
+    )
     capsys.readouterr()
 
 
@@ -253,17 +322,23 @@ def test_compare_says_what_moved_and_gates_on_it(
     assert "fails: torch 1f1b p=2 m=4: slower by more than 5.000%" in output
     assert re.search(r"torch interleaved .* \d\.\d+ \[unknown\] +too few samples", output)
     assert triptych("compare", str(published), str(slower), "--fail-on", "0.3") == 0
-    assert triptych("compare", str(slower), str(published), "--fail-on", "5%") == 0  # faster is no failure
+    assert (
+        triptych("compare", str(slower), str(published), "--fail-on", "5%") == 0
+    )  # faster is no failure
 
 
-def test_a_gate_that_can_judge_no_row_is_not_passed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gate_that_can_judge_no_row_is_not_passed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path, config("torch"), outcome(config("torch")), 0)
     assert triptych("compare", str(tmp_path), str(tmp_path), "--fail-on", "5%") == 2
     said = capsys.readouterr()
     assert "too few samples in every row; expected 6 timed steps in each of 2 repeats" in said.err
 
 
-def test_compare_fails_on_a_row_that_broke(tmp_path: Path, published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_fails_on_a_row_that_broke(
+    tmp_path: Path, published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(published, broken)
     path = broken / "torch-0-r0" / "result.json"
@@ -306,7 +381,9 @@ def test_a_result_of_version_1_is_read(tmp_path: Path, published: Path) -> None:
     for name in ("track",):
         del content["config"][name]
     (tmp_path / "old" / "torch").mkdir(parents=True)
-    (tmp_path / "old" / "torch" / "result.json").write_text(json.dumps(content | {"schema_version": 1}))
+    (tmp_path / "old" / "torch" / "result.json").write_text(
+        json.dumps(content | {"schema_version": 1})
+    )
     result = RunResult.read(tmp_path / "old" / "torch" / "result.json")
     assert (result.untimed_steps, result.timing) == (1, None) and result.median_step_events
     publish(collect([tmp_path / "old"]), tmp_path / "old")

@@ -1,4 +1,6 @@
-"""A checkpoint carries its tokenizer; no subcommand makes another one of what lies at a path. With the oracle for a framework."""
+"""A checkpoint carries its tokenizer; no subcommand makes another one of what lies at a path. With
+the oracle for a framework.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,18 @@ from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
 from common.spec.text import read_texts
 
 ORACLES = {name: Implementation("fakes.mortal", "numpy", "") for name in FRAMEWORKS}
-SMALL = ["--d-model", "8", "--d-ff", "8", "--context-length", "8", "--batch-size", "4", "--micro-batches", "2"]
+SMALL = [
+    "--d-model",
+    "8",
+    "--d-ff",
+    "8",
+    "--context-length",
+    "8",
+    "--batch-size",
+    "4",
+    "--micro-batches",
+    "2",
+]
 SMALL += ["--dtype", "float64"]
 BYTE_PAIRS = [*SMALL, "--tokenizer", "bpe", "--vocab-size", "300"]
 
@@ -54,9 +67,16 @@ def run(*argv: Any) -> int:
 
 def trained(folder: str, steps: int, *argv: Any) -> tuple[Path, list[float]]:
     """The last checkpoint and the losses of a run into `folder`."""
-    assert run("train", "--out", f"{folder}-results", "--save-dir", folder, "--steps", steps, *argv) == 0
-    results = sorted(Path(f"{folder}-results").glob("*/*/result.json"), key=lambda path: path.stat().st_mtime_ns)
-    return checkpoint.checkpoints_in(Path(folder))[-1], [step.loss for step in RunResult.read(results[-1]).steps]
+    assert (
+        run("train", "--out", f"{folder}-results", "--save-dir", folder, "--steps", steps, *argv)
+        == 0
+    )
+    results = sorted(
+        Path(f"{folder}-results").glob("*/*/result.json"), key=lambda path: path.stat().st_mtime_ns
+    )
+    return checkpoint.checkpoints_in(Path(folder))[-1], [
+        step.loss for step in RunResult.read(results[-1]).steps
+    ]
 
 
 def refused(capsys: pytest.CaptureFixture[str], message: str, *argv: Any) -> None:
@@ -66,11 +86,15 @@ def refused(capsys: pytest.CaptureFixture[str], message: str, *argv: Any) -> Non
     assert message in error and error.count("\n") == 1, error
 
 
-def test_a_run_goes_on_with_the_tokenizer_of_its_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_goes_on_with_the_tokenizer_of_its_checkpoint(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     corpus = ["--corpus", "text"]
     _, whole = trained("whole", 4, *BYTE_PAIRS, *corpus)
     saved, first = trained("parts", 2, *BYTE_PAIRS, *corpus)
-    config = RunConfig.model_validate({"corpus": ["text"], "tokenizer": "bpe", "model": {"vocab_size": 300}})
+    config = RunConfig.model_validate(
+        {"corpus": ["text"], "tokenizer": "bpe", "model": {"vocab_size": 300}}
+    )
     assert (saved / "tokenizer.json").read_bytes() == load_corpus(config).tokenizer
     assert Tokenizer.from_file(str(saved / "tokenizer.json")).get_vocab_size() == 300
     shutil.move("text", "moved")
@@ -116,7 +140,17 @@ def test_evaluate_wants_the_text_or_another_one_by_name(capsys: pytest.CaptureFi
 def test_generate_needs_no_text(tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
     argv = SMALL if tokenizer == "bytes" else BYTE_PAIRS
     saved, _ = trained("run", 2, *argv, "--corpus", "text")
-    wish = ("generate", "--checkpoint", saved, "--prompt", "The class", "--tokens", 9, "--greedy", "--json")
+    wish = (
+        "generate",
+        "--checkpoint",
+        saved,
+        "--prompt",
+        "The class",
+        "--tokens",
+        9,
+        "--greedy",
+        "--json",
+    )
     capsys.readouterr()
     assert run(*wish) == 0
     before = json.loads(capsys.readouterr().out)
@@ -126,11 +160,16 @@ def test_generate_needs_no_text(tokenizer: str, capsys: pytest.CaptureFixture[st
     Path("text").unlink()
     assert run(*wish) == 0
     after = json.loads(capsys.readouterr().out)
-    assert before["texts"] == changed_text["texts"] == after["texts"] and before["tokens"] == after["tokens"]
+    assert (
+        before["texts"] == changed_text["texts"] == after["texts"]
+        and before["tokens"] == after["tokens"]
+    )
     assert before["texts"][0].startswith("The class")
 
 
-def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     saved, _ = trained("run", 2, *BYTE_PAIRS, "--corpus", "text")
     other, _ = trained("other-run", 1, *BYTE_PAIRS, "--corpus", "other")
     subcommands: list[tuple[Any, ...]] = [
@@ -140,14 +179,27 @@ def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(capsys: pytest.Captu
     ]
     for subcommand in subcommands:
         refused(capsys, "has its own tokenizer (bpe)", *subcommand, saved, "--tokenizer", "bytes")
-        refused(capsys, "has its own tokenizer (bpe)", *subcommand, saved, "--tokenizer-file", other / "tokenizer.json")
+        refused(
+            capsys,
+            "has its own tokenizer (bpe)",
+            *subcommand,
+            saved,
+            "--tokenizer-file",
+            other / "tokenizer.json",
+        )
     own = ["--tokenizer-file", str(saved / "tokenizer.json")]
     assert run("generate", "--checkpoint", saved, "--prompt", "x", "--tokens", 2, *own) == 0
     subcommands.append(("export", "--to", "torch", "--out", "model.pt"))
     content = (saved / "tokenizer.json").read_bytes()
     for damage, message in (
-        (lambda path: path.write_bytes(content.replace(b'"!"', b'"?"', 1)), "tokenizer.json: SHA-256 differs"),
-        (lambda path: path.write_bytes(content[:-5]), f"has {len(content) - 5} bytes; expected {len(content)}"),
+        (
+            lambda path: path.write_bytes(content.replace(b'"!"', b'"?"', 1)),
+            "tokenizer.json: SHA-256 differs",
+        ),
+        (
+            lambda path: path.write_bytes(content[:-5]),
+            f"has {len(content) - 5} bytes; expected {len(content)}",
+        ),
         (lambda path: path.unlink(), "tokenizer.json: No such file"),
         (lambda path: path.symlink_to("/etc/passwd"), "tokenizer.json: a link"),
     ):
@@ -157,7 +209,9 @@ def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(capsys: pytest.Captu
     assert not Path("none").exists()
 
 
-def test_older_checkpoints_are_trained_anew_from_their_text_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_older_checkpoints_are_trained_anew_from_their_text_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     saved, first = trained("run", 2, *BYTE_PAIRS, "--corpus", "text")
     _, whole = trained("whole", 4, *BYTE_PAIRS, "--corpus", "text")
     content = json.loads((saved / "manifest.json").read_text())
@@ -168,8 +222,14 @@ def test_older_checkpoints_are_trained_anew_from_their_text_alone(capsys: pytest
     assert run(*wish) == 0
     shutil.move("text", "moved")
     shutil.copy("other", "text")
-    for argv in (wish, (*wish, "--corpus", "other"), ("evaluate", "--checkpoint", saved, "--corpus", "other")):
-        refused(capsys, "it has no tokenizer but by that text; expected --corpus FILE with it", *argv)
+    for argv in (
+        wish,
+        (*wish, "--corpus", "other"),
+        ("evaluate", "--checkpoint", saved, "--corpus", "other"),
+    ):
+        refused(
+            capsys, "it has no tokenizer but by that text; expected --corpus FILE with it", *argv
+        )
     assert run(*wish, "--corpus", "moved") == 0
     last, second = trained("run", 4, "--resume", "latest", "--corpus", "moved")
     assert first + second == whole and (last / "tokenizer.json").exists()
@@ -181,12 +241,15 @@ def test_the_manual_of_another_python_is_another_text(
     saved, _ = trained("run", 1, *SMALL)
     topics: dict[str, str] = pydoc_data.topics.topics
     monkeypatch.setitem(topics, "class", topics["class"] + "More in Python 3.99.")
-    for subcommand in (("train", "--steps", 4, "--resume", saved), ("evaluate", "--checkpoint", saved)):
+    for subcommand in (
+        ("train", "--steps", 4, "--resume", saved),
+        ("evaluate", "--checkpoint", saved),
+    ):
         refused(capsys, "the manual of Python 3.", *subcommand)
     assert run("generate", "--checkpoint", saved, "--prompt", "x", "--tokens", 1) == 0
 
 
-# ------------------------------------------------------------------------------------------------- imported weights
+# --------------------------------------------------------------------------------- imported weights
 
 MODEL = TransformerSpec(
     vocab_size=320,
@@ -205,19 +268,32 @@ def gpt2(folder: Path, vocab_size: int = MODEL.vocab_size) -> Any:
     folder.mkdir()
     rng = np.random.default_rng(0)
     shapes = foreign_shapes(MODEL.model_copy(update={"vocab_size": vocab_size}))
-    save_file({name: rng.normal(0, 0.5, shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+    save_file(
+        {name: rng.normal(0, 0.5, shape) for name, shape in shapes.items()},
+        folder / "model.safetensors",
+    )
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=310, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=310,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     made.train_from_iterator([Path("other").read_text()], trainer)
     return made
 
 
-def test_imported_weights_keep_the_meaning_of_their_tokens(capsys: pytest.CaptureFixture[str]) -> None:
-    """Fine-tuned on a text that is not the tokenizer's: the first loss is that of the library's tokens."""
+def test_imported_weights_keep_the_meaning_of_their_tokens(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fine-tuned on a text that is not the tokenizer's: the first loss is that of the library's
+    tokens.
+    """
     made = gpt2(Path("gpt2"))
     made.save("gpt2/tokenizer.json")
     importing = ("import", "gpt2/model.safetensors", "--from", "gpt2", "--num-heads", 2, "--out")
@@ -226,7 +302,17 @@ def test_imported_weights_keep_the_meaning_of_their_tokens(capsys: pytest.Captur
     shutil.move("gpt2/tokenizer.json", "tokenizer.json")
     assert run(*importing, "unknown") == 0
     assert "tokenizer: not known" in capsys.readouterr().out
-    fine_tuning = ["--batch-size", 4, "--micro-batches", 2, "--corpus", "text", "--seed", 3, "--resume"]
+    fine_tuning = [
+        "--batch-size",
+        4,
+        "--micro-batches",
+        2,
+        "--corpus",
+        "text",
+        "--seed",
+        3,
+        "--resume",
+    ]
     saved, (loss, *_) = trained("a", 2, *fine_tuning, "known")
     _, given = trained("b", 2, *fine_tuning, "unknown", "--tokenizer-file", "tokenizer.json")
     tokens = np.array(made.encode(Path("text").read_text()).ids)
@@ -240,7 +326,18 @@ def test_imported_weights_keep_the_meaning_of_their_tokens(capsys: pytest.Captur
     Path("text").unlink()
     capsys.readouterr()
     assert (
-        run("generate", "--checkpoint", saved, "--prompt", "Ein Schrödinger", "--tokens", 5, "--greedy", "--json") == 0
+        run(
+            "generate",
+            "--checkpoint",
+            saved,
+            "--prompt",
+            "Ein Schrödinger",
+            "--tokens",
+            5,
+            "--greedy",
+            "--json",
+        )
+        == 0
     )
     found = json.loads(capsys.readouterr().out)
     assert found["prompt"] == made.encode("Ein Schrödinger").ids
@@ -251,15 +348,31 @@ def test_what_imported_tokens_mean_is_never_guessed(capsys: pytest.CaptureFixtur
     importing = ("import", "gpt2/model.safetensors", "--from", "gpt2", "--num-heads", 2, "--out")
     assert run(*importing, "saved") == 0
     training = ("train", "--steps", 2, "--out", "results", "--batch-size", 4, "--resume", "saved")
-    evaluating, writing = ("evaluate", "--batches", 1, "--checkpoint", "saved"), ("generate", "--checkpoint", "saved")
+    evaluating, writing = (
+        ("evaluate", "--batches", 1, "--checkpoint", "saved"),
+        ("generate", "--checkpoint", "saved"),
+    )
     writing = (*writing, "--tokens", 2)
     for subcommand in (training, evaluating, (*writing, "--prompt", "x")):
-        refused(capsys, "imported weights without a tokenizer; expected --tokenizer-file FILE", *subcommand)
-        refused(capsys, "weights for a vocabulary that exists already", *subcommand, "--tokenizer", "bpe")
+        refused(
+            capsys,
+            "imported weights without a tokenizer; expected --tokenizer-file FILE",
+            *subcommand,
+        )
+        refused(
+            capsys,
+            "weights for a vocabulary that exists already",
+            *subcommand,
+            "--tokenizer",
+            "bpe",
+        )
         assert run(*subcommand, "--tokenizer", "bytes") == 0
     assert run(*writing, "--prompt-tokens", "1,2") == 0
     made.save("tokenizer.json")
-    too_large = "tokenizer.json: has 310 tokens, added and special ones included; the model has vocab_size = 256"
+    too_large = (
+        "tokenizer.json: has 310 tokens, added and special ones included; the model has "
+        "vocab_size = 256"
+    )
     for subcommand in (training, evaluating, (*writing, "--prompt", "x"), (*importing, "none")):
         refused(capsys, too_large, *subcommand, "--tokenizer-file", "tokenizer.json")
     assert run(*importing, "as-bytes", "--tokenizer", "bytes") == 0
@@ -267,15 +380,22 @@ def test_what_imported_tokens_mean_is_never_guessed(capsys: pytest.CaptureFixtur
     shutil.move("tokenizer.json", "gpt2/tokenizer.json")
     capsys.readouterr()
     assert run(*importing, "misfit") == 0
-    assert "tokenizer: not known: tokenizer gpt2/tokenizer.json: has 310 tokens" in capsys.readouterr().out
+    assert (
+        "tokenizer: not known: tokenizer gpt2/tokenizer.json: has 310 tokens"
+        in capsys.readouterr().out
+    )
 
 
-# ------------------------------------------------------------------------------------------------- children
+# ----------------------------------------------------------------------------------------- children
 
 
 def test_children_read_no_text_and_train_no_tokenizer(tmp_path: Path) -> None:
     config = RunConfig.model_validate(
-        {"corpus": ["text"], "tokenizer": "bpe", "model": {"vocab_size": 300, "context_length": 8, "d_model": 8}}
+        {
+            "corpus": ["text"],
+            "tokenizer": "bpe",
+            "model": {"vocab_size": 300, "context_length": 8, "d_model": 8},
+        }
         | {"train": {"steps": 2, "batch_size": 4, "micro_batches": 2}}
     )
     text = write_text(load_corpus(config), tmp_path / "kept")
@@ -287,12 +407,18 @@ def test_children_read_no_text_and_train_no_tokenizer(tmp_path: Path) -> None:
     assert part.corpus_digest == text.digest and len(part.tokenizer_digest) == 64
 
 
-def test_a_run_is_dumped_again_with_its_own_text_or_not_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_dumped_again_with_its_own_text_or_not_at_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     argv = [*BYTE_PAIRS, "--corpus", "text", "--framework", "oracle"]
     for name, corpus in (("a", "text"), ("b", "other")):
         assert run("dump", *argv, "--corpus", corpus, "--out", f"{name}.safetensors") == 0
     refused(
-        capsys, "are other tokens in A and B; expected runs of one text", "bisect", "a.safetensors", "b.safetensors"
+        capsys,
+        "are other tokens in A and B; expected runs of one text",
+        "bisect",
+        "a.safetensors",
+        "b.safetensors",
     )
     trained("run", 1, *BYTE_PAIRS, "--corpus", "text")
     (result,) = Path("run-results").glob("*/*/result.json")

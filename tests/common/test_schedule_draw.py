@@ -1,4 +1,6 @@
-"""Charts: the text says what the simulator says, colours cover the actions, pictures and traces are well-formed."""
+"""Charts: the text says what the simulator says, colours cover the actions, pictures and traces are
+well-formed.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,13 @@ def test_the_chart_of_zb_h1() -> None:
 
 @pytest.mark.parametrize(
     ("name", "p", "m", "v"),
-    [("naive", 2, 2, 1), ("gpipe", 2, 4, 1), ("1f1b", 2, 4, 1), ("zb-h1", 3, 4, 1), ("zb-h2", 3, 6, 1)],
+    [
+        ("naive", 2, 2, 1),
+        ("gpipe", 2, 4, 1),
+        ("1f1b", 2, 4, 1),
+        ("zb-h1", 3, 4, 1),
+        ("zb-h2", 3, 6, 1),
+    ],
 )
 def test_docstrings_show_what_is_drawn(name: str, p: int, m: int, v: int) -> None:
     generators = importlib.import_module("common.schedule.generators")
@@ -52,7 +60,9 @@ def test_docstrings_with_chunks_show_the_beginning_of_what_is_drawn(name: str) -
     schedule = make_schedule(name, 2, 4, 2)
     doc = getattr(generators, "zb_v" if name == "zb-v" else name).__doc__
     shown = [
-        line.strip().removesuffix("...").rstrip() for line in doc.splitlines() if line.strip().startswith("device")
+        line.strip().removesuffix("...").rstrip()
+        for line in doc.splitlines()
+        if line.strip().startswith("device")
     ]
     drawn = draw_text(schedule).splitlines()[1:]
     assert len(shown) == 2
@@ -72,7 +82,9 @@ def test_cells_stand_where_the_simulator_says() -> None:
     schedule = make_schedule("interleaved", 3, 5, 2)
     simulation = simulate(schedule)
     lines = draw_text(schedule).splitlines()
-    width = lines[0].index("0.5") - lines[0].index("0")  # half a unit: the shortest action, a chunk's forward
+    width = lines[0].index("0.5") - lines[0].index(
+        "0"
+    )  # half a unit: the shortest action, a chunk's forward
     head = lines[0].index("0")
     for row in range(simulation.table.num_rows):
         line = lines[1 + simulation.table.device[row]]
@@ -91,7 +103,10 @@ def test_folded_charts_keep_every_action() -> None:
 def test_colour_covers_every_action() -> None:
     schedule = make_schedule("zb-v", 2, 4, 2)
     text = draw_color(schedule)
-    assert text.plain.rstrip("\n").splitlines()[1].rstrip() == draw_text(schedule).splitlines()[1].rstrip()
+    assert (
+        text.plain.rstrip("\n").splitlines()[1].rstrip()
+        == draw_text(schedule).splitlines()[1].rstrip()
+    )
     assert len(text.spans) == schedule.num_actions
 
 
@@ -103,26 +118,50 @@ def test_a_chart_too_wide_is_refused() -> None:
 def test_odd_costs_still_fit_the_labels() -> None:
     chart = draw_text(make_schedule("1f1b", 3, 12), Costs.uniform(3, 18.5, 18.1, 9.3, 0.6))
     for i in range(12):
-        assert chart.count(f"BW{i}─") + chart.count(f"BW{i} ") + chart.count(f"BW{i}\n") + chart.endswith(f"BW{i}") >= 3
+        assert (
+            chart.count(f"BW{i}─")
+            + chart.count(f"BW{i} ")
+            + chart.count(f"BW{i}\n")
+            + chart.endswith(f"BW{i}")
+            >= 3
+        )
 
 
 def test_trace_is_as_perfetto_reads_it() -> None:
-    """Opened in Perfetto itself once; what it refused then is held here: overlaps, ids that are no numbers, a thread 0."""
+    """Opened in Perfetto itself once; what it refused then is held here: overlaps, ids that are no
+    numbers, a thread 0.
+    """
     schedule = make_schedule("zb-h1", 3, 4)
     simulation = simulate(schedule, Costs.uniform(3, 1 / 7, 1 / 3, 1 / 11))
-    events = json.loads(json.dumps(chrome_traces({"measured": simulation, "simulated": simulation})))["traceEvents"]
+    events = json.loads(
+        json.dumps(chrome_traces({"measured": simulation, "simulated": simulation}))
+    )["traceEvents"]
     complete = [event for event in events if event["ph"] == "X"]
-    lanes = {(event["pid"], event["tid"]): event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    lanes = {
+        (event["pid"], event["tid"]): event["args"]["name"]
+        for event in events
+        if event["name"] == "thread_name"
+    }
     assert len({tid for _, tid in lanes}) == 6 and all(pid and tid for pid, tid in lanes)
     for lane, name in lanes.items():
         mine = [event for event in complete if (event["pid"], event["tid"]) == lane]
-        assert [event["name"] for event in mine] == [str(a) for a in schedule.devices[int(name.split()[1])]]
+        assert [event["name"] for event in mine] == [
+            str(a) for a in schedule.devices[int(name.split()[1])]
+        ]
         ends = [event["ts"] + event["dur"] for event in mine]
         assert all(end < event["ts"] for end, event in zip(ends, mine[1:], strict=False))
-    assert max(event["ts"] + event["dur"] for event in complete) == pytest.approx(simulation.makespan * 1000, abs=0.01)
+    assert max(event["ts"] + event["dur"] for event in complete) == pytest.approx(
+        simulation.makespan * 1000, abs=0.01
+    )
     starts, ends = ({e["id"]: e for e in events if e["ph"] == phase} for phase in "sf")
-    assert starts.keys() == ends.keys() and len(starts) == 2 * (2 * 2 * 4) and all(isinstance(i, int) for i in starts)
-    assert all(starts[i]["ts"] <= ends[i]["ts"] and starts[i]["tid"] != ends[i]["tid"] for i in starts)
+    assert (
+        starts.keys() == ends.keys()
+        and len(starts) == 2 * (2 * 2 * 4)
+        and all(isinstance(i, int) for i in starts)
+    )
+    assert all(
+        starts[i]["ts"] <= ends[i]["ts"] and starts[i]["tid"] != ends[i]["tid"] for i in starts
+    )
 
 
 @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml")])

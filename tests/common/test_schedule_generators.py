@@ -101,7 +101,12 @@ def test_make_schedule_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_default_chunks() -> None:
-    assert [default_chunks(name) for name in ("1f1b", "interleaved", "zb-v", "file:x")] == [1, 2, 2, 1]
+    assert [default_chunks(name) for name in ("1f1b", "interleaved", "zb-v", "file:x")] == [
+        1,
+        2,
+        2,
+        1,
+    ]
 
 
 def test_the_header_is_optional_and_b_alone_means_bw() -> None:
@@ -110,7 +115,9 @@ def test_the_header_is_optional_and_b_alone_means_bw() -> None:
     assert schedule.first_micro_batch == 1
 
 
-@pytest.mark.parametrize("text", ["", "# nothing", "F0 X1", "1: F0", "# schedule: x chunks=two\nF0"])
+@pytest.mark.parametrize(
+    "text", ["", "# nothing", "F0 X1", "1: F0", "# schedule: x chunks=two\nF0"]
+)
 def test_text_that_is_no_schedule(text: str) -> None:
     with pytest.raises(ScheduleError):
         parse_schedule(text)

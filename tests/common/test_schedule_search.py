@@ -1,4 +1,6 @@
-"""The search: within the memory limit, no worse than the published searches, never below the lower bound."""
+"""The search: within the memory limit, no worse than the published searches, never below the lower
+bound.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ from common.schedule.search import limits, lower_bound, search
 from common.schedule.simulate import Costs, simulate
 from common.schedule.validate import validate
 
-ROWS: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "golden" / "zero_bubble_tables.json").read_text())[
-    "rows"
-]
+ROWS: list[dict[str, Any]] = json.loads(
+    (Path(__file__).parents[1] / "golden" / "zero_bubble_tables.json").read_text()
+)["rows"]
 IDS = [f"{row['model']}-m{row['micro_batches']}" for row in ROWS]
 FEW = 600_000
 """Actions to try: enough for the grid and some changes, a tenth of the default."""
@@ -62,9 +64,33 @@ def test_1f1b_memory_is_no_worse_than_zb_h1_which_meets_the_bound(row: dict[str,
 def test_the_worked_example() -> None:
     """The numbers at the top of common/schedule/search.py."""
     costs = Costs.uniform(2)
-    two, three = ((search(2, 3, costs, [limit] * 2), lower_bound(3, costs, [limit] * 2)) for limit in (2, 3))
-    assert str(two[0]).splitlines()[1:] == ["0: F0 F1 B0 W0 F2 B1 W1 B2 W2", "1: F0 B0 F1 B1 W0 F2 B2 W1 W2"]
-    assert simulate(two[0], costs).start.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    two, three = (
+        (search(2, 3, costs, [limit] * 2), lower_bound(3, costs, [limit] * 2)) for limit in (2, 3)
+    )
+    assert str(two[0]).splitlines()[1:] == [
+        "0: F0 F1 B0 W0 F2 B1 W1 B2 W2",
+        "1: F0 B0 F1 B1 W0 F2 B2 W1 W2",
+    ]
+    assert simulate(two[0], costs).start.tolist() == [
+        0,
+        1,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+    ]
     assert simulate(two[0], costs).warm_makespan == two[1] == 10
     assert simulate(three[0], costs).warm_makespan == three[1] == 9
 
@@ -89,12 +115,16 @@ def test_any_costs_and_limits(data: st.DataObject, p: int, m: int, kept: float) 
 
 @settings(max_examples=30, deadline=None)
 @given(st.data(), st.integers(1, 5), st.integers(1, 12), st.floats(0, 1))
-def test_no_schedule_beats_the_lower_bound(data: st.DataObject, p: int, m: int, kept: float) -> None:
+def test_no_schedule_beats_the_lower_bound(
+    data: st.DataObject, p: int, m: int, kept: float
+) -> None:
     each = [tuple(data.draw(st.lists(times, min_size=p, max_size=p))) for _ in range(4)]
     costs = Costs(*each, kept_by_backward_input=kept)
     for name in ("gpipe", "1f1b", "zb-h1", "zb-h2"):
         simulation = simulate(make_schedule(name, p, m), costs)
-        assert simulation.warm_makespan >= lower_bound(m, costs, simulation.peak_memory_per_stage) * (1 - 1e-9), name
+        assert simulation.warm_makespan >= lower_bound(
+            m, costs, simulation.peak_memory_per_stage
+        ) * (1 - 1e-9), name
 
 
 def test_the_same_search_gives_the_same_schedule() -> None:

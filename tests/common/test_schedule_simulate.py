@@ -1,4 +1,6 @@
-"""The simulator against the published tables, closed forms, and a second simulator written the slow way."""
+"""The simulator against the published tables, closed forms, and a second simulator written the slow
+way.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from common.schedule.action import Action, Op, Schedule, ScheduleError
 from common.schedule.dependencies import Step, dependencies
 from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_schedule
 from common.schedule.recompute import recomputes
-from common.schedule.simulate import Costs, Simulation, peak_held_bytes, per_stage, replay_makespan, simulate
+from common.schedule.simulate import (
+    Costs,
+    Simulation,
+    peak_held_bytes,
+    per_stage,
+    replay_makespan,
+    simulate,
+)
 from common.schedule.validate import validate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -37,7 +46,9 @@ def costs_of(row: dict[str, Any]) -> Costs:
     return Costs.uniform(row["stages"], **row["milliseconds"])
 
 
-@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: f"p{row['stages']}-m{row['micro_batches']}")
+@pytest.mark.parametrize(
+    "row", PUBLISHED, ids=lambda row: f"p{row['stages']}-m{row['micro_batches']}"
+)
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-h1", "zb-h2"])
 def test_published_bubbles_to_four_decimals(row: dict[str, Any], name: str) -> None:
     if name not in row["bubble_fraction"]:
@@ -49,15 +60,21 @@ def test_published_bubbles_to_four_decimals(row: dict[str, Any], name: str) -> N
     assert abs(got - row["bubble_fraction"][name]) <= HALF_OF_THE_LAST_DIGIT
 
 
-@pytest.mark.parametrize("row", PUBLISHED[:6], ids=lambda row: f"p{row['stages']}-m{row['micro_batches']}")
+@pytest.mark.parametrize(
+    "row", PUBLISHED[:6], ids=lambda row: f"p{row['stages']}-m{row['micro_batches']}"
+)
 def test_the_published_interleaved_rule_breaks_dependencies(row: dict[str, Any]) -> None:
-    """Why the rule is not the default of `simulate`: it starts backwards before their message is there."""
+    """Why the rule is not the default of `simulate`: it starts backwards before their message is
+    there.
+    """
     p, m, v = row["stages"], row["micro_batches"], row["layers"] // row["stages"]
     schedule, costs = make_schedule("interleaved", p, m, v), costs_of(row)
     every, first = simulate(schedule, costs), simulate(schedule, costs, wrap_around="first")
     assert not broken_dependencies(every)
     assert broken_dependencies(first)
-    assert every.makespan - first.makespan == pytest.approx(p * row["milliseconds"]["communication"])
+    assert every.makespan - first.makespan == pytest.approx(
+        p * row["milliseconds"]["communication"]
+    )
 
 
 def broken_dependencies(simulation: Simulation) -> list[Step]:
@@ -89,7 +106,10 @@ def slow_starts(schedule: Schedule, costs: Costs) -> list[float]:
     for d, row in enumerate(schedule.devices):
         for n, action in enumerate(row):
             for op in (Op.B, Op.BW) if action.op is Op.BW else (action.op,):
-                place[Step(op, action.micro_batch, schedule.virtual_stage(d, action.chunk))] = (d, n)
+                place[Step(op, action.micro_batch, schedule.virtual_stage(d, action.chunk))] = (
+                    d,
+                    n,
+                )
 
     def end(d: int, n: int) -> float:
         return start[d, n] + costs.of(schedule.devices[d][n].op)[d] / v
@@ -103,7 +123,10 @@ def slow_starts(schedule: Schedule, costs: Costs) -> list[float]:
             step = Step(action.op, action.micro_batch, schedule.virtual_stage(d, action.chunk))
             for needed in dependencies(step, total):
                 other = place[needed]
-                earliest = max(earliest, end(*other) + (costs.communication[other[0]] if other[0] != d else 0.0))
+                earliest = max(
+                    earliest,
+                    end(*other) + (costs.communication[other[0]] if other[0] != d else 0.0),
+                )
             if earliest > before:
                 start[d, n] = earliest
                 changed = True
@@ -141,7 +164,9 @@ def test_closed_forms_of_equal_stages(p: int, m: int, f: float, b: float, w: flo
         assert 1 - simulation.bubble_fraction == pytest.approx(m / (m + p - 1))
         idle = p * simulation.makespan - simulation.busy.sum()
         assert idle == pytest.approx(p * (p - 1) * whole, abs=1e-9 * p * m * whole)
-        assert simulation.bubble_fraction_per_stage == pytest.approx([simulation.bubble_fraction] * p)
+        assert simulation.bubble_fraction_per_stage == pytest.approx(
+            [simulation.bubble_fraction] * p
+        )
     assert simulated("naive").makespan == pytest.approx(m * p * whole)
     if m >= p:
         for v in (1, 2, 3):
@@ -151,8 +176,12 @@ def test_closed_forms_of_equal_stages(p: int, m: int, f: float, b: float, w: flo
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.integers(0, 20), st.floats(0.5, 3), st.floats(0, 1), st.floats(0, 1))
-def test_closed_forms_of_zero_bubble(p: int, more: int, f: float, b_share: float, w_share: float) -> None:
-    """(p-1)(F+B-W) and (p-1)(F+B-2W), for W up to F and B, and B up to F (larger ones make other waits the longest)."""
+def test_closed_forms_of_zero_bubble(
+    p: int, more: int, f: float, b_share: float, w_share: float
+) -> None:
+    """(p-1)(F+B-W) and (p-1)(F+B-2W), for W up to F and B, and B up to F (larger ones make other
+    waits the longest).
+    """
     b = f * (0.5 + 0.5 * b_share)
     w = b * (0.1 + 0.4 * w_share)
     m = 2 * p + more
@@ -172,8 +201,12 @@ def largest_stage_time(costs: Costs, m: int) -> float:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(times, min_size=1, max_size=8), st.integers(1, 20), st.floats(0.2, 3))
 def test_unequal_stages_of_gpipe(stages: list[float], m: int, ratio: float) -> None:
-    """T, exactly, when all stages have the same ratio of backward to forward: each half is a flow shop."""
-    costs = Costs(tuple(stages), tuple(ratio * t for t in stages), (0.0,) * len(stages), (0.0,) * len(stages))
+    """T, exactly, when all stages have the same ratio of backward to forward: each half is a flow
+    shop.
+    """
+    costs = Costs(
+        tuple(stages), tuple(ratio * t for t in stages), (0.0,) * len(stages), (0.0,) * len(stages)
+    )
     makespan = simulate(make_schedule("gpipe", len(stages), m), costs).makespan
     assert makespan == pytest.approx(largest_stage_time(costs, m))
 
@@ -186,7 +219,9 @@ def test_unequal_stages_of_1f1b(stages: list[float], m: int, ratio: float) -> No
 
     def makespan(order: list[float]) -> tuple[float, float]:
         costs = Costs(tuple(order), tuple(ratio * t for t in order), zeros, zeros)
-        return simulate(make_schedule("1f1b", len(order), m), costs).makespan, largest_stage_time(costs, m)
+        return simulate(make_schedule("1f1b", len(order), m), costs).makespan, largest_stage_time(
+            costs, m
+        )
 
     found, bound = makespan(stages)
     assert found <= bound * (1 + 1e-9)
@@ -213,14 +248,18 @@ def test_activations_in_flight(p: int, m: int) -> None:
 
 @pytest.mark.parametrize("kept", [0.0, 0.37, 1.0])
 def test_memory_counts_what_is_kept_for_the_weights(kept: float) -> None:
-    schedule = Schedule("x", (tuple(Action(op, i) for op in (Op.F, Op.B, Op.W) for i in range(4)),), 4)
+    schedule = Schedule(
+        "x", (tuple(Action(op, i) for op in (Op.F, Op.B, Op.W) for i in range(4)),), 4
+    )
     costs = Costs((1,), (1,), (1,), (0,), activation_bytes=(1000,), kept_by_backward_input=kept)
     simulation = simulate(schedule, costs)
     assert simulation.peak_memory_per_stage == [4]
     assert simulation.peak_bytes_per_stage == [4000]
     late = Schedule("y", (tuple(Action(op, i) for i in range(4) for op in (Op.F, Op.B)),), 4)
     late = Schedule("y", ((*late.devices[0], *(Action(Op.W, i) for i in range(4))),), 4)
-    assert simulate(late, costs).peak_memory_per_stage == pytest.approx([max(1 + 3 * kept, 4 * kept)])
+    assert simulate(late, costs).peak_memory_per_stage == pytest.approx(
+        [max(1 + 3 * kept, 4 * kept)]
+    )
 
 
 def test_recomputation_takes_a_forward_more_and_holds_inputs() -> None:
@@ -234,22 +273,34 @@ def test_recomputation_takes_a_forward_more_and_holds_inputs() -> None:
     last = simulate(schedule, replace(costs, recompute="except-last", kept_by_forward=0.1))
     assert (full.busy - last.busy).tolist() == [2, 2, 2, 2]  # one micro-batch's forward
     assert last.peak_memory_per_stage == pytest.approx([1.3, 1.2, 1.1, 1])
-    split = simulate(make_schedule("zb-h1", 4, 8), replace(costs, recompute="every-2", kept_by_forward=0.1))
+    split = simulate(
+        make_schedule("zb-h1", 4, 8), replace(costs, recompute="every-2", kept_by_forward=0.1)
+    )
     assert split.busy.tolist() == [8 * 8] * 4
 
 
-RECOMPUTE = st.one_of(st.sampled_from(["none", "full", "except-last"]), st.integers(1, 3).map(lambda n: f"every-{n}"))
+RECOMPUTE = st.one_of(
+    st.sampled_from(["none", "full", "except-last"]), st.integers(1, 3).map(lambda n: f"every-{n}")
+)
 
 
 @given(
-    st.sampled_from(sorted(GENERATORS.keys() - {SEARCH})), st.integers(1, 4), st.integers(1, 3), RECOMPUTE, st.data()
+    st.sampled_from(sorted(GENERATORS.keys() - {SEARCH})),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    RECOMPUTE,
+    st.data(),
 )
-def test_held_bytes_are_those_that_a_run_counts(name: str, p: int, rounds: int, how: str, data: st.DataObject) -> None:
+def test_held_bytes_are_those_that_a_run_counts(
+    name: str, p: int, rounds: int, how: str, data: st.DataObject
+) -> None:
     """`peak_held_bytes` against `HeldActivations`, fed with every action as a stage feeds it."""
     m, chunks = p * rounds, default_chunks(name)
     schedule = make_schedule(name, p, m, chunks)
     per_chunk = st.lists(st.integers(0, 10**9), min_size=chunks, max_size=chunks)
-    forward, recomputed, waiting = (data.draw(st.lists(per_chunk, min_size=p, max_size=p)) for _ in range(3))
+    forward, recomputed, waiting = (
+        data.draw(st.lists(per_chunk, min_size=p, max_size=p)) for _ in range(3)
+    )
     counted = []
     for device, actions in enumerate(schedule.devices):
         held = HeldActivations(chunks, lambda i: recomputes(how, i, m))
@@ -278,7 +329,9 @@ def test_held_bytes_are_those_that_a_run_counts(name: str, p: int, rounds: int, 
 @given(st.integers(2, 6), st.integers(1, 12))
 def test_zb_v_has_no_bubble_for_equal_costs(p: int, m: int) -> None:
     assume(m >= 2 * p)
-    assert simulate(make_schedule("zb-v", p, m, 2)).warm_start_bubble_fraction == pytest.approx(0, abs=1e-12)
+    assert simulate(make_schedule("zb-v", p, m, 2)).warm_start_bubble_fraction == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 def test_replay_takes_each_actions_own_duration() -> None:

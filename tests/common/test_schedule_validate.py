@@ -1,4 +1,6 @@
-"""The validator: one broken schedule per rule, all violations at once, circles shown, charts with times."""
+"""The validator: one broken schedule per rule, all violations at once, circles shown, charts with
+times.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ import pytest
 from common.schedule.action import ScheduleError, parse_schedule
 from common.schedule.generators import make_schedule
 from common.schedule.timetable import Timetable, read_table
-from common.schedule.validate import MAX_MISSING_LISTED, Rule, Violation, require_valid, validate, validate_timetable
+from common.schedule.validate import (
+    MAX_MISSING_LISTED,
+    Rule,
+    Violation,
+    require_valid,
+    validate,
+    validate_timetable,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -23,15 +32,31 @@ def places(violations: list[Violation], rule: Rule) -> set[tuple[int, str]]:
 
 
 BROKEN = [
-    # (rule, schedule, the places where this rule is broken, the other rules that break along with it)
-    (Rule.UNKNOWN_ACTION, "# schedule: x micro_batches=1\nF0 BW0 F7", {(0, "F7")}, {Rule.ACTION_COUNT}),
-    (Rule.UNKNOWN_ACTION, "# schedule: x micro_batches=1 chunks=1\nF0 BW0 BW0.3", {(0, "BW0.3")}, {Rule.ACTION_COUNT}),
+    # (rule, schedule, the places where this rule is broken, the other rules that break along with
+    # it)
+    (
+        Rule.UNKNOWN_ACTION,
+        "# schedule: x micro_batches=1\nF0 BW0 F7",
+        {(0, "F7")},
+        {Rule.ACTION_COUNT},
+    ),
+    (
+        Rule.UNKNOWN_ACTION,
+        "# schedule: x micro_batches=1 chunks=1\nF0 BW0 BW0.3",
+        {(0, "BW0.3")},
+        {Rule.ACTION_COUNT},
+    ),
     (Rule.MISSING_ACTION, "F0 B0 W0\nF0 B0", {(1, "W0")}, {Rule.ACTION_COUNT}),
     (Rule.REPEATED_ACTION, "F0 F0 BW0", {(0, "F0")}, {Rule.ACTION_COUNT}),
     (Rule.REPEATED_ACTION, "F0 B0 W0 BW0", {(0, "BW0")}, {Rule.ACTION_COUNT}),
     (Rule.REPEATED_ACTION, "F0 BW0 W0", {(0, "W0")}, {Rule.ACTION_COUNT}),
     (Rule.ACTION_COUNT, "F0 F1 BW0 BW1\nF0 BW0 F1 BW1 F1", {(1, "")}, {Rule.REPEATED_ACTION}),
-    (Rule.FORWARD_BEFORE_INPUT, "# schedule: x micro_batches=1 chunks=2\nF0.1 F0 BW0.1 BW0", {(0, "F0.1")}, set()),
+    (
+        Rule.FORWARD_BEFORE_INPUT,
+        "# schedule: x micro_batches=1 chunks=2\nF0.1 F0 BW0.1 BW0",
+        {(0, "F0.1")},
+        set(),
+    ),
     (Rule.BACKWARD_BEFORE_FORWARD, "BW0 F0", {(0, "BW0")}, set()),
     (
         Rule.BACKWARD_BEFORE_NEXT_STAGE,
@@ -50,7 +75,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "text", "where", "others"), BROKEN, ids=[f"{b[0]}-{n}" for n, b in enumerate(BROKEN)])
+@pytest.mark.parametrize(
+    ("rule", "text", "where", "others"), BROKEN, ids=[f"{b[0]}-{n}" for n, b in enumerate(BROKEN)]
+)
 def test_every_rule_is_reported_by_name_and_place(
     rule: Rule, text: str, where: set[tuple[int, str]], others: set[Rule]
 ) -> None:
@@ -74,7 +101,8 @@ def test_overlap_needs_times() -> None:
 def test_a_deadlock_is_shown_as_a_circle() -> None:
     (violation,) = validate(parse_schedule("F0 BW0 F1 BW1\nF0 F1 BW0 BW1"))
     assert str(violation) == (
-        "[deadlock] device 0, action 1 (BW0): a circle of 2: device 0 at action 1 (BW0) waits for BW0 of device 1; "
+        "[deadlock] device 0, action 1 (BW0): a circle of 2: device 0 at action 1 (BW0) waits for "
+        "BW0 of device 1; "
         "device 1 at action 1 (F1) waits for F1 of device 0"
     )
 
@@ -82,11 +110,16 @@ def test_a_deadlock_is_shown_as_a_circle() -> None:
 def test_two_circles_are_two_violations() -> None:
     # Devices 0 and 1 wait for one another, and so do devices 2 and 3.
     text = "F0 BW0 F1 BW1\nF0 F1 BW0 BW1\nF0 BW0 F1 BW1\nF0 F1 BW0 BW1"
-    assert [(v.rule, v.device) for v in validate(parse_schedule(text))] == [(Rule.DEADLOCK, 0), (Rule.DEADLOCK, 2)]
+    assert [(v.rule, v.device) for v in validate(parse_schedule(text))] == [
+        (Rule.DEADLOCK, 0),
+        (Rule.DEADLOCK, 2),
+    ]
 
 
 def test_all_violations_are_reported_at_once() -> None:
-    violations = validate(parse_schedule("# schedule: x micro_batches=2\nBW0 F0 F9\nF0 F0 W1 B1 F1"))
+    violations = validate(
+        parse_schedule("# schedule: x micro_batches=2\nBW0 F0 F9\nF0 F0 W1 B1 F1")
+    )
     assert rules(violations) >= {
         Rule.BACKWARD_BEFORE_FORWARD,
         Rule.UNKNOWN_ACTION,
@@ -102,10 +135,16 @@ def test_all_violations_are_reported_at_once() -> None:
 
 def test_what_a_file_announces_and_lacks_is_counted_not_listed() -> None:
     violations = validate(parse_schedule("# schedule: x micro_batches=100 chunks=10000\nF0 BW0"))
-    missing = [violation.message for violation in violations if violation.rule is Rule.MISSING_ACTION]
+    missing = [
+        violation.message for violation in violations if violation.rule is Rule.MISSING_ACTION
+    ]
     assert len(missing) == MAX_MISSING_LISTED + 1
     assert (
-        sum(message.endswith(f" and {3 * 10**6 - 4 - MAX_MISSING_LISTED} more are missing") for message in missing) == 1
+        sum(
+            message.endswith(f" and {3 * 10**6 - 4 - MAX_MISSING_LISTED} more are missing")
+            for message in missing
+        )
+        == 1
     )
 
 
@@ -117,7 +156,8 @@ def test_swapping_any_dependent_neighbours_is_noticed() -> None:
             a, b = row[n], row[n + 1]
             if a.micro_batch == b.micro_batch:
                 text = "\n".join(
-                    " ".join(map(str, [*r[:n], b, a, *r[n + 2 :]] if d == device else r)) for d, r in enumerate(rows)
+                    " ".join(map(str, [*r[:n], b, a, *r[n + 2 :]] if d == device else r))
+                    for d, r in enumerate(rows)
                 )
                 assert validate(parse_schedule(text)), f"device {device}: {a} and {b} swapped"
 

@@ -22,12 +22,30 @@ TIMES = [f"--{key.replace('_', '-')}={value}" for key, value in ROW["millisecond
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("draw --schedule 1f1b --stages 2 --micro-batches 2 --memory-limit 3", "only schedule search keeps to one"),
-        ("simulate --stages 2 --micro-batches 2 --schedule 1f1b --memory-limit 3", "only schedule search"),
-        ("simulate --schedule 1f1b --stages 2 --micro-batches 2 --kept-for-recompute 0.3", "expected with --recompute"),
-        ("draw --schedule 1f1b --stages 2 --micro-batches 2 --activation-bytes 3", "unknown option"),
-        ("simulate --schedule 1f1b --stages 2 --micro-batches 2 --wrap-around first", "1f1b sends nothing"),
-        ("simulate --stages 2 --micro-batches 2 --schedule zb-v --wrap-around every", "zb-v sends nothing"),
+        (
+            "draw --schedule 1f1b --stages 2 --micro-batches 2 --memory-limit 3",
+            "only schedule search keeps to one",
+        ),
+        (
+            "simulate --stages 2 --micro-batches 2 --schedule 1f1b --memory-limit 3",
+            "only schedule search",
+        ),
+        (
+            "simulate --schedule 1f1b --stages 2 --micro-batches 2 --kept-for-recompute 0.3",
+            "expected with --recompute",
+        ),
+        (
+            "draw --schedule 1f1b --stages 2 --micro-batches 2 --activation-bytes 3",
+            "unknown option",
+        ),
+        (
+            "simulate --schedule 1f1b --stages 2 --micro-batches 2 --wrap-around first",
+            "1f1b sends nothing",
+        ),
+        (
+            "simulate --stages 2 --micro-batches 2 --schedule zb-v --wrap-around every",
+            "zb-v sends nothing",
+        ),
         ("simulate --stages 2 --micro-batches 2 --schedule gpipe,zb-v --chunks 2", "cannot choose"),
         ("draw --schedule file:PATH --chunks 2", "--chunks 2; the schedule in the file has 1"),
     ],
@@ -52,10 +70,16 @@ def test_draw_prints_the_chart(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("suffix", ["png", "svg", "txt", "json"])
 def test_draw_writes_files(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"chart.{suffix}"
-    assert main(["draw", "--schedule", "interleaved", *SIZE, "--chunks", "2", "--output", str(path)]) == 0
+    assert (
+        main(["draw", "--schedule", "interleaved", *SIZE, "--chunks", "2", "--output", str(path)])
+        == 0
+    )
     assert path.stat().st_size > 500
     if suffix == "json":
-        assert len([e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]) == 4 * 8 * 2 * 2
+        assert (
+            len([e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"])
+            == 4 * 8 * 2 * 2
+        )
 
 
 def simulated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -66,7 +90,12 @@ def simulated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
 
 def test_simulate_gives_the_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--stages", str(ROW["stages"]), "--micro-batches", str(ROW["micro_batches"])]
-    for name, chunks in (("1f1b", 1), ("interleaved", ROW["layers"] // ROW["stages"]), ("zb-h1", 1), ("zb-h2", 1)):
+    for name, chunks in (
+        ("1f1b", 1),
+        ("interleaved", ROW["layers"] // ROW["stages"]),
+        ("zb-h1", 1),
+        ("zb-h2", 1),
+    ):
         result = simulated(capsys, "--schedule", name, *size, "--chunks", str(chunks), *TIMES)
         key = "warm_start_bubble_fraction" if name == "zb-h2" else "bubble_fraction"
         assert result[key] == pytest.approx(ROW["bubble_fraction"][name], abs=0.5e-4)
@@ -75,7 +104,15 @@ def test_simulate_gives_the_published_figures(capsys: pytest.CaptureFixture[str]
         if name == "interleaved":
             assert result["bubble_fraction_every_wrap_around"] > result["bubble_fraction"]
             every = simulated(
-                capsys, "--schedule", name, *size, "--chunks", str(chunks), *TIMES, "--wrap-around", "every"
+                capsys,
+                "--schedule",
+                name,
+                *size,
+                "--chunks",
+                str(chunks),
+                *TIMES,
+                "--wrap-around",
+                "every",
             )
             assert every["bubble_fraction"] == result["bubble_fraction_every_wrap_around"]
         else:
@@ -83,7 +120,10 @@ def test_simulate_gives_the_published_figures(capsys: pytest.CaptureFixture[str]
 
 
 def test_an_empty_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["validate", ""]) == 2 and capsys.readouterr().err == "triptych: FILE: empty; expected FILE\n"
+    assert (
+        main(["validate", ""]) == 2
+        and capsys.readouterr().err == "triptych: FILE: empty; expected FILE\n"
+    )
 
 
 def test_standard_input_that_does_not_end_is_refused(
@@ -97,9 +137,22 @@ def test_standard_input_that_does_not_end_is_refused(
 
 def test_simulate_takes_one_number_per_stage(capsys: pytest.CaptureFixture[str]) -> None:
     result = simulated(
-        capsys, "--schedule", "gpipe", "--stages", "2", "--micro-batches", "3",
-        "--forward", "1,2", "--backward-input", "1,2", "--backward-weight", "0", "--activation-bytes", "100",
-    )  # fmt: skip
+        capsys,
+        "--schedule",
+        "gpipe",
+        "--stages",
+        "2",
+        "--micro-batches",
+        "3",
+        "--forward",
+        "1,2",
+        "--backward-input",
+        "1,2",
+        "--backward-weight",
+        "0",
+        "--activation-bytes",
+        "100",
+    )
     assert result["makespan"] == 2 * (1 + 2 + 2 * 2)
     assert result["bubble_fraction_per_stage"] == pytest.approx([1 - 6 / 14, 1 - 12 / 14])
     assert result["peak_in_flight_per_stage"] == [3, 3]
@@ -110,11 +163,30 @@ def test_simulate_writes_a_searched_schedule_that_reads_back(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "found.txt"
-    costs = ["--forward", "1", "--backward-input", "0.9", "--backward-weight", "0.5", "--communication", "0.02"]
+    costs = [
+        "--forward",
+        "1",
+        "--backward-input",
+        "0.9",
+        "--backward-weight",
+        "0.5",
+        "--communication",
+        "0.02",
+    ]
     found = simulated(
-        capsys, "--schedule", "search", "--memory-limit", "1.5", "--stages", "3", "--micro-batches", "6", *costs,
-        "--output", str(path),
-    )  # fmt: skip
+        capsys,
+        "--schedule",
+        "search",
+        "--memory-limit",
+        "1.5",
+        "--stages",
+        "3",
+        "--micro-batches",
+        "6",
+        *costs,
+        "--output",
+        str(path),
+    )
     assert validate(parse_schedule(path.read_text())) == []
     assert max(found["peak_memory_per_stage"]) <= 4.5
     assert found["warm_start_bubble_fraction"] >= found["warm_start_bubble_fraction_bound"] - 1e-12
@@ -139,7 +211,16 @@ def test_validate_lists_violations(capsys: pytest.CaptureFixture[str], tmp_path:
 def test_compare_schedules(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *SIZE, "--schedule", "all", "--chunks", "3", "--json"]) == 0
     results = {result["schedule"]: result for result in json.loads(capsys.readouterr().out)}
-    assert list(results) == ["naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "search"]
+    assert list(results) == [
+        "naive",
+        "gpipe",
+        "1f1b",
+        "interleaved",
+        "zb-h1",
+        "zb-h2",
+        "zb-v",
+        "search",
+    ]
     assert results["interleaved"]["chunks"] == 3
     assert results["zb-h1"]["bubble_fraction"] < results["1f1b"]["bubble_fraction"]
     assert main(["simulate", *SIZE, "--schedule", "gpipe,zb-v"]) == 0
@@ -149,14 +230,20 @@ def test_compare_schedules(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1f1b" not in out
 
 
-def test_recomputation_is_timed_for_schedules_in_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recomputation_is_timed_for_schedules_in_files_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "mine.txt"
     assert main(["simulate", "--schedule", "1f1b", *SIZE, "--output", str(path)]) == 0
     capsys.readouterr()
     options = ["--recompute", "full", "--kept-for-recompute", "0.25", "--json"]
     assert main(["simulate", "--schedule", f"file:{path}", *options]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["recompute"], result["makespan"], result["peak_memory_per_stage"][0]) == ("full", 44, 1)
+    assert (result["recompute"], result["makespan"], result["peak_memory_per_stage"][0]) == (
+        "full",
+        44,
+        1,
+    )
     assert main(["simulate", *SIZE, "--schedule", "all", *options]) == 0
     assert "search" not in [each["schedule"] for each in json.loads(capsys.readouterr().out)]
 
@@ -178,7 +265,16 @@ def test_recomputation_is_timed_for_schedules_in_files_too(tmp_path: Path, capsy
         ["simulate", "--schedule", "search", *SIZE, "--memory-limit", "0.1"],
         ["simulate", "--schedule", "search", *SIZE, "--chunks", "2"],
         ["simulate", "--schedule", "1f1b", *SIZE, "--recompute", "every"],
-        ["simulate", "--schedule", "1f1b", *SIZE, "--recompute", "full", "--kept-for-recompute", "2"],
+        [
+            "simulate",
+            "--schedule",
+            "1f1b",
+            *SIZE,
+            "--recompute",
+            "full",
+            "--kept-for-recompute",
+            "2",
+        ],
         ["simulate", "--schedule", "search", *SIZE, "--recompute", "full"],
         ["simulate", "--schedule", "file:/nowhere"],
         ["validate", "/nowhere"],

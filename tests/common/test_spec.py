@@ -1,4 +1,4 @@
-"""The specification: every wrong value is refused with its name, the value and what would be right."""
+"""The specification: every wrong value is refused with its name, the value and what would be right."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -12,24 +12,41 @@ from common.spec.run import PRESETS, RunConfig, TrainSpec, TransformerSpec, expl
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"model": {"num_heads": 3}}, ["num_heads = 3", "d_model = 64", "[1, 2, 4, 8, 16, 32, 64]"]),
+        (
+            {"model": {"num_heads": 3}},
+            ["num_heads = 3", "d_model = 64", "[1, 2, 4, 8, 16, 32, 64]"],
+        ),
         ({"model": {"norm": "middle"}}, ["model.norm = 'middle'", "'pre' or 'post'"]),
         ({"model": {"dropout": 1.0}}, ["model.dropout = 1.0", "less than 1"]),
         ({"model": {"d_modle": 8}}, ["model.d_modle = 8", "not permitted"]),
-        ({"train": {"micro_batches": 17}}, ["micro_batches = 17 is more than batch_size = 16", "expected 1 to 16"]),
+        (
+            {"train": {"micro_batches": 17}},
+            ["micro_batches = 17 is more than batch_size = 16", "expected 1 to 16"],
+        ),
         ({"train": {"warmup_steps": 99}}, ["warmup_steps = 99", "0 to 20"]),
         ({"train": {"learning_rate": float("nan")}}, ["train.learning_rate = nan", "finite"]),
-        ({"train": {"learning_rate": 1e-320}}, ["train.learning_rate = 0.0", "greater than 0"]),  # 0 in float32
+        (
+            {"train": {"learning_rate": 1e-320}},
+            ["train.learning_rate = 0.0", "greater than 0"],
+        ),  # 0 in float32
         ({"train": {"beta1": 0.99999999999}}, ["train.beta1 = 1.0", "less than 1"]),
-        ({"train": {"dtype": "float16"}}, ["train.dtype = 'float16'", "'float32', 'float64' or 'bfloat16'"]),
+        (
+            {"train": {"dtype": "float16"}},
+            ["train.dtype = 'float16'", "'float32', 'float64' or 'bfloat16'"],
+        ),
         ({"stages": 7}, ["stages x chunks = 7", "6 units", "at most 6"]),
-        ({"partition": "2,2", "stages": 3}, ["partition = (2, 2)", "2 increasing boundaries between 1 and 5"]),
+        (
+            {"partition": "2,2", "stages": 3},
+            ["partition = (2, 2)", "2 increasing boundaries between 1 and 5"],
+        ),
         ({"partition": "fair"}, ["partition", "even, balanced, or boundaries"]),
         ({"model": {"vocab_size": 500}}, ["vocab_size = 500", "256"]),
         ({"framework": "jax"}, ["framework = 'jax'", "'torch', 'tensorflow' or 'paddle'"]),
     ],
 )
-def test_a_wrong_value_is_named_with_what_would_be_right(wrong: dict[str, object], said: list[str]) -> None:
+def test_a_wrong_value_is_named_with_what_would_be_right(
+    wrong: dict[str, object], said: list[str]
+) -> None:
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate(wrong)
     text = explain(caught.value)
@@ -49,8 +66,19 @@ def test_presets_are_valid_and_survive_json(name: str) -> None:
 
 
 def test_hyperparameters_are_exact_in_float32() -> None:
-    train = TrainSpec(learning_rate=0.1, weight_decay=0.1, beta1=0.9, warmup_steps=3, learning_rate_schedule="cosine")
-    values = [train.learning_rate, train.weight_decay, train.beta1, *(train.learning_rate_at(s) for s in range(20))]
+    train = TrainSpec(
+        learning_rate=0.1,
+        weight_decay=0.1,
+        beta1=0.9,
+        warmup_steps=3,
+        learning_rate_schedule="cosine",
+    )
+    values = [
+        train.learning_rate,
+        train.weight_decay,
+        train.beta1,
+        *(train.learning_rate_at(s) for s in range(20)),
+    ]
     assert values == [float(np.float32(value)) for value in values]
 
 

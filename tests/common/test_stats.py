@@ -1,4 +1,6 @@
-"""Statistics with known answers, and the split of a step's time and its simulation from events that are made up."""
+"""Statistics with known answers, and the split of a step's time and its simulation from events that
+are made up.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from common.schedule.action import Schedule
 from common.schedule.generators import make_schedule
 from common.schedule.simulate import Costs, simulate
 
-# ------------------------------------------------------------------------------------------------- intervals
+# ---------------------------------------------------------------------------------------- intervals
 
 
 def test_percentiles_of_known_numbers() -> None:
@@ -31,7 +33,11 @@ def test_percentiles_of_known_numbers() -> None:
 
 def test_a_ratio_without_noise_is_exact() -> None:
     ratio = speed_ratio({0: [2.0] * 6, 1: [2.0] * 6}, {0: [3.0] * 6, 1: [3.0] * 6})
-    assert ratio is not None and (ratio.value, ratio.low, ratio.high) == (1.5, 1.5, 1.5) and ratio.verdict == "faster"
+    assert (
+        ratio is not None
+        and (ratio.value, ratio.low, ratio.high) == (1.5, 1.5, 1.5)
+        and ratio.verdict == "faster"
+    )
     assert speed_ratio({}, {0: [1.0]}) is None and speed_ratio({0: []}, {0: [1.0]}) is None
 
 
@@ -40,15 +46,25 @@ def test_pairing_by_repeat_cancels_a_drift_that_both_share() -> None:
     row = {repeat: [1.00 * slow] * 8 for repeat, slow in drift.items()}
     baseline = {repeat: [1.10 * slow] * 8 for repeat, slow in drift.items()}
     paired, unpaired = speed_ratio(row, baseline), speed_ratio(row, baseline, same_session=False)
-    assert paired is not None and (paired.low, paired.high) == pytest.approx((1.1, 1.1)) and paired.verdict == "faster"
+    assert (
+        paired is not None
+        and (paired.low, paired.high) == pytest.approx((1.1, 1.1))
+        and paired.verdict == "faster"
+    )
     assert unpaired is not None and unpaired.verdict == "no difference shown"
 
 
 @pytest.mark.parametrize("samples", [{0: [2.0]}, {0: [2.0] * 99}, {0: [2.0] * 6, 1: [2.0] * 5}])
-def test_few_samples_give_a_ratio_without_an_interval_or_a_verdict(samples: dict[int, list[float]]) -> None:
+def test_few_samples_give_a_ratio_without_an_interval_or_a_verdict(
+    samples: dict[int, list[float]],
+) -> None:
     many = {0: [3.0] * 6, 1: [3.0] * 6}
     for ratio in (speed_ratio(samples, many), speed_ratio(many, samples)):
-        assert ratio is not None and (ratio.low, ratio.high, ratio.verdict) == (None, None, "too few samples")
+        assert ratio is not None and (ratio.low, ratio.high, ratio.verdict) == (
+            None,
+            None,
+            "too few samples",
+        )
         assert ratio.text().endswith(" [unknown]")
 
 
@@ -72,17 +88,23 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(truth: float) -
     assert covered >= 34  # 95 % of 40 are 38; fewer than 34 have a chance of 0.3 %
 
 
-# ------------------------------------------------------------------------------------------------- timing
+# ------------------------------------------------------------------------------------------- timing
 
 
-def played(schedule: Schedule, costs: Costs, scale: float = 1.0, begin: float = 100.0) -> dict[int, list[EventRecord]]:
-    """The events of a step that goes exactly as the simulator says; a stage is ready when its last action ended."""
+def played(
+    schedule: Schedule, costs: Costs, scale: float = 1.0, begin: float = 100.0
+) -> dict[int, list[EventRecord]]:
+    """The events of a step that goes exactly as the simulator says; a stage is ready when its last
+    action ended.
+    """
     simulation = simulate(schedule, costs)
     events: dict[int, list[EventRecord]] = {}
     for device, actions in enumerate(schedule.devices):
         ready = 0.0
         events[device] = []
-        for action, row in zip(actions, range(*simulation.table.bounds[device : device + 2]), strict=True):
+        for action, row in zip(
+            actions, range(*simulation.table.bounds[device : device + 2]), strict=True
+        ):
             start, end = float(simulation.start[row]), float(simulation.end[row])
             times = (begin + scale * time for time in (ready, start, end))
             ready_seconds, start_seconds, end_seconds = times
@@ -98,7 +120,9 @@ def played(schedule: Schedule, costs: Costs, scale: float = 1.0, begin: float = 
     return events
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2)])
+@pytest.mark.parametrize(
+    ("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2)]
+)
 def test_a_step_that_goes_as_simulated_is_simulated_exactly(name: str, chunks: int) -> None:
     schedule = make_schedule(name, 3, 6, chunks)
     costs = Costs((1.0, 2.0, 1.5), (1.0, 1.0, 2.0), (0.5, 1.0, 0.5), (0.25, 0.25, 0.25))
@@ -109,7 +133,9 @@ def test_a_step_that_goes_as_simulated_is_simulated_exactly(name: str, chunks: i
     assert timing.measured_pipeline_seconds == pytest.approx(makespan)
     assert timing.simulated_pipeline_seconds == pytest.approx(makespan)
     assert timing.simulated_step_seconds == pytest.approx(makespan + 2)
-    assert timing.measured_bubble_fraction == pytest.approx(simulate(schedule, costs).bubble_fraction)
+    assert timing.measured_bubble_fraction == pytest.approx(
+        simulate(schedule, costs).bubble_fraction
+    )
     assert timing.simulated_bubble_fraction == pytest.approx(timing.measured_bubble_fraction)
     assert timing.hop_seconds == pytest.approx(0.25)
     assert timing.replayed_pipeline_seconds == pytest.approx(makespan)
@@ -123,8 +149,9 @@ def test_a_step_that_goes_as_simulated_is_simulated_exactly(name: str, chunks: i
 
 
 def test_the_parts_of_a_step_by_hand() -> None:
-    """gpipe, p=2, m=1. The message takes 0.5 to stage 1, which is late but in time; stage 0 waits 3 for stage 1 and 0.25
-    for its message."""
+    """gpipe, p=2, m=1. The message takes 0.5 to stage 1, which is late but in time; stage 0 waits 3
+    for stage 1 and 0.25 for its message.
+    """
 
     def event(action: str, ready: float, start: float, end: float) -> EventRecord:
         return EventRecord(action=action, ready_seconds=ready, start_seconds=start, end_seconds=end)
@@ -137,7 +164,13 @@ def test_the_parts_of_a_step_by_hand() -> None:
     timing = measure([events], [7.0], schedule, untimed_steps=0)
     assert timing is not None
     first, second = timing.stages[0], timing.stages[1]
-    assert (first.compute, first.schedule_wait, first.communication_wait, first.host, first.rest) == (
+    assert (
+        first.compute,
+        first.schedule_wait,
+        first.communication_wait,
+        first.host,
+        first.rest,
+    ) == (
         2.25,
         3.0,
         0.25,
@@ -169,10 +202,14 @@ def test_a_timeline_has_both_charts_and_an_arrow_per_message(tmp_path: Path) -> 
     trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     actions = [event for event in trace if event["ph"] == "X"]
     pids = {action["pid"] for action in actions}
-    assert [len([a for a in actions if a["pid"] == pid]) for pid in pids] == [schedule.num_actions] * 2
+    assert [len([a for a in actions if a["pid"] == pid]) for pid in pids] == [
+        schedule.num_actions
+    ] * 2
     arrows = {event["id"]: event for event in trace if event["ph"] == "s"}
     ends = {event["id"]: event for event in trace if event["ph"] == "f"}
-    assert arrows.keys() == ends.keys() and len(arrows) == 2 * 2 * 3  # charts x directions x micro-batches
+    assert (
+        arrows.keys() == ends.keys() and len(arrows) == 2 * 2 * 3
+    )  # charts x directions x micro-batches
     for key, arrow in arrows.items():
         assert arrow["ts"] < ends[key]["ts"] and arrow["tid"] != ends[key]["tid"]
         for event in (arrow, ends[key]):  # a viewer drops an arrow that touches no action
@@ -182,7 +219,7 @@ def test_a_timeline_has_both_charts_and_an_arrow_per_message(tmp_path: Path) -> 
     assert b"<svg" in (tmp_path / "timeline.svg").read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------- sweeps
+# ------------------------------------------------------------------------------------------- sweeps
 
 
 def row(**fields: object) -> Row:
@@ -214,7 +251,9 @@ def row(**fields: object) -> Row:
 def test_a_sweep_names_its_knee() -> None:
     throughput = {1: 100.0, 2: 130.0, 4: 150.0, 8: 155.0, 16: 140.0}
     rows = [row(micro_batches=m, tokens_per_second=t) for m, t in reversed(throughput.items())]
-    rows += [row(micro_batches=4, framework="paddle", tokens_per_second=9.0)]  # one point is no curve
+    rows += [
+        row(micro_batches=4, framework="paddle", tokens_per_second=9.0)
+    ]  # one point is no curve
     rows += [row(micro_batches=32, tokens_per_second=999.0, parity="FAIL")]
     (curve,) = curves(rows, "micro_batches")
     assert curve.x == (1, 2, 4, 8, 16) and curve.name == "torch 1f1b p=2"
@@ -222,12 +261,19 @@ def test_a_sweep_names_its_knee() -> None:
     assert curve.ideal == pytest.approx([100 * 2 * m / (m + 1) for m in curve.x])
     assert (curve.low[0], curve.high[0]) == pytest.approx((50.0, 125.0))
     assert "knee at micro-batches = 4" in curve.sentence
-    (curve,) = curves([*rows[1:4], row(micro_batches=1, tokens_per_second=100.0, repeats=1)], "micro_batches")
-    assert curve.knee is None and "too few samples to name a knee over micro-batches" in curve.sentence
+    (curve,) = curves(
+        [*rows[1:4], row(micro_batches=1, tokens_per_second=100.0, repeats=1)], "micro_batches"
+    )
+    assert (
+        curve.knee is None and "too few samples to name a knee over micro-batches" in curve.sentence
+    )
 
 
 def test_a_sweep_over_stages_may_have_no_knee() -> None:
-    rows = [row(stages=p, micro_batches=8, tokens_per_second=t) for p, t in ((1, 100.0), (2, 170.0), (4, 290.0))]
+    rows = [
+        row(stages=p, micro_batches=8, tokens_per_second=t)
+        for p, t in ((1, 100.0), (2, 170.0), (4, 290.0))
+    ]
     (curve,) = curves(rows, "stages")
     assert curve.knee is None and "no knee up to stages = 4" in curve.sentence
     assert curve.ideal == pytest.approx([100.0, 100 * 2 * 8 / 9, 100 * 4 * 8 / 11])
@@ -235,5 +281,5 @@ def test_a_sweep_over_stages_may_have_no_knee() -> None:
 
 
 def test_unequal_micro_batches_fill_the_pipeline_as_slowly_as_the_largest() -> None:
-    """10 sequences as 3, 3, 2, 2 over 4 stages: the last stage starts after 3 x 3 and computes 10."""
+    """10 sequences as 3, 3, 2, 2 over 4 stages: the last stage starts after 3 x 3 and computes 10."""  # noqa: E501
     assert ideal_efficiency("micro_batches", 4, 4, 10) == pytest.approx(10 / 19)

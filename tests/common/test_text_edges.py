@@ -1,4 +1,6 @@
-"""Text at the edges: names that are no UTF-8, streams that lack letters, markup, byte-order marks, odd digits and homes."""
+"""Text at the edges: names that are no UTF-8, streams that lack letters, markup, byte-order marks,
+odd digits and homes.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,14 @@ SCHEDULE = b"\xef\xbb\xbf0: F0 BW0\r\n1: F0 BW0\r\n"
 TINY = TransformerSpec(context_length=4, num_layers=1, d_model=4, num_heads=2, d_ff=4)
 
 
-def program(*argv: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[bytes]:
+def program(
+    *argv: str, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[bytes]:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONUTF8"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("LC_", "LANG", "PYTHONUTF8"))
     }
     return subprocess.run(
         [sys.executable, *argv],
@@ -37,11 +43,13 @@ def program(*argv: str, cwd: Path | None = None, **variables: str) -> subprocess
     )
 
 
-# ------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
 def test_a_job_holds_names_that_are_no_utf8(tmp_path: Path) -> None:
-    config = RunConfig(model=TINY, schedule=f"file:{NASTY}", corpus=(NASTY,), train=TrainSpec(no_decay=(NASTY,)))
+    config = RunConfig(
+        model=TINY, schedule=f"file:{NASTY}", corpus=(NASTY,), train=TrainSpec(no_decay=(NASTY,))
+    )
     jobs = JobFile(jobs=(Job(config=config, out=NASTY, resume=NASTY),))
     jobs.write(tmp_path / NASTY)
     assert JobFile.read(tmp_path / NASTY) == jobs
@@ -53,7 +61,9 @@ def test_a_job_holds_names_that_are_no_utf8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["half \ud800", "a\0b"])
 def test_what_is_no_name_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"; expected text (of whole characters|without a NUL character)"):
+    with pytest.raises(
+        ValueError, match=r"; expected text (of whole characters|without a NUL character)"
+    ):
         RunConfig(corpus=(text,))
 
 
@@ -62,8 +72,28 @@ def test_a_whole_benchmark_under_nasty_names(tmp_path: Path) -> None:
     place.mkdir()
     (place / NASTY).write_bytes(SCHEDULE)
     (place / "text").write_text("The text of a corpus. " * 100)
-    argv = ["-m", "fakes.bench", "--preset", "tiny", "--steps", "3", "--repeats", "1", "--frameworks", "torch,paddle"]
-    argv += ["--micro-batches", "1", "--schedules", f"file:{NASTY}", "--corpus", "text", "--out", "out [b]"]
+    argv = [
+        "-m",
+        "fakes.bench",
+        "--preset",
+        "tiny",
+        "--steps",
+        "3",
+        "--repeats",
+        "1",
+        "--frameworks",
+        "torch,paddle",
+    ]
+    argv += [
+        "--micro-batches",
+        "1",
+        "--schedules",
+        f"file:{NASTY}",
+        "--corpus",
+        "text",
+        "--out",
+        "out [b]",
+    ]
     done = program(*argv, cwd=place)
     assert done.returncode == 0 and not done.stderr, done.stdout[-2000:] + done.stderr
     assert b"results in out [b]/" in done.stdout and b"report: out [b]/" in done.stdout
@@ -71,7 +101,10 @@ def test_a_whole_benchmark_under_nasty_names(tmp_path: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert {"report.html", "report.md", "summary.json", "table.csv", "loss.png"} <= names
     assert "| torch | " in (folder / "report.md").read_text(encoding="utf-8")
-    for subcommand in (["report", str(folder), "--out", "again"], ["compare", str(folder), str(folder)]):
+    for subcommand in (
+        ["report", str(folder), "--out", "again"],
+        ["compare", str(folder), str(folder)],
+    ):
         done = program("-m", "common.cli", *subcommand, cwd=place)
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert b"caf" in done.stdout and b"[red]$x^$ :smile: {0} %s" in done.stdout
@@ -79,7 +112,9 @@ def test_a_whole_benchmark_under_nasty_names(tmp_path: Path) -> None:
 
 def test_a_prompt_is_utf8_in_every_locale() -> None:
     assert from_command_line("plain é", "--prompt") == "plain é"
-    assert from_command_line("é".encode().decode("ascii", "surrogateescape"), "--prompt") == "é"  # as LC_ALL=C has it
+    assert (
+        from_command_line("é".encode().decode("ascii", "surrogateescape"), "--prompt") == "é"
+    )  # as LC_ALL=C has it
     with pytest.raises(ValueError, match=r"--prompt: not UTF-8 \(byte 1\)"):
         from_command_line("a\udce9", "--prompt")
 
@@ -89,7 +124,7 @@ def test_names_in_messages_are_short_and_in_one_line() -> None:
     assert printable("x" * 100) == "x" * 77 + "..."
 
 
-# ------------------------------------------------------------------------------------------------- streams
+# ------------------------------------------------------------------------------------------ streams
 
 CHART = ["-m", "common.cli", "draw", "--schedule", "1f1b", "--stages", "2", "--micro-batches", "2"]
 
@@ -98,30 +133,47 @@ CHART = ["-m", "common.cli", "draw", "--schedule", "1f1b", "--stages", "2", "--m
     ("variables", "expected"),
     [
         ({"PYTHONIOENCODING": "ascii"}, b"device 1 .  F0 BW0-- F1 BW1-- .  ."),
-        ({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}, b"device 1 .  F0 BW0-- F1 BW1-- .  ."),
-        ({"PYTHONIOENCODING": "gbk"}, b"device 1 .  F0 BW0-- F1 BW1-- .  ."),  # it has · and ─, two columns wide
+        (
+            {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
+            b"device 1 .  F0 BW0-- F1 BW1-- .  .",
+        ),
+        (
+            {"PYTHONIOENCODING": "gbk"},
+            b"device 1 .  F0 BW0-- F1 BW1-- .  .",
+        ),  # it has · and ─, two columns wide
     ],
 )
-def test_a_stream_that_lacks_letters_shows_others(variables: dict[str, str], expected: bytes) -> None:
+def test_a_stream_that_lacks_letters_shows_others(
+    variables: dict[str, str], expected: bytes
+) -> None:
     done = program(*CHART, **variables)
     assert done.returncode == 0 and not done.stderr
     assert expected in done.stdout
 
 
 @pytest.mark.parametrize("columns", ["0", "10", "²", "-5", "x"])
-def test_a_terminal_of_no_width_is_not_believed(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_of_no_width_is_not_believed(
+    columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     assert make_console().width >= 20
-    assert main.main(["simulate", "--schedule", "all", "--stages", "2", "--micro-batches", "2"]) == 0
+    assert (
+        main.main(["simulate", "--schedule", "all", "--stages", "2", "--micro-batches", "2"]) == 0
+    )
 
 
 def test_a_picture_needs_no_home(tmp_path: Path) -> None:
     argv = [*CHART, "--output", str(tmp_path / "a.png")]
-    done = program(*argv, HOME="/dev/null/home", MPLCONFIGDIR="/dev/null/matplotlib", XDG_CACHE_HOME="/dev/null/cache")
+    done = program(
+        *argv,
+        HOME="/dev/null/home",
+        MPLCONFIGDIR="/dev/null/matplotlib",
+        XDG_CACHE_HOME="/dev/null/cache",
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-# ------------------------------------------------------------------------------------------------- files and numbers
+# -------------------------------------------------------------------------------- files and numbers
 
 
 def test_a_byte_order_mark_and_returns_are_no_part_of_a_file(
@@ -149,7 +201,13 @@ def test_what_is_no_whole_number(text: str) -> None:
 
 def test_numbers_are_read_alike_everywhere() -> None:
     assert [whole_number(text) for text in ("5", "+5", " 5", "1_000", "5.0")] == [5, 5, 5, 1000, 5]
-    assert [number(text) for text in ("nan", "inf", "1e3", "²", "x")] == [None, None, 1000.0, None, None]
+    assert [number(text) for text in ("nan", "inf", "1e3", "²", "x")] == [
+        None,
+        None,
+        1000.0,
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +244,9 @@ def test_numbers_are_read_alike_everywhere() -> None:
         "train --save-dir /proc/a",
     ],
 )
-def test_wrong_input_is_one_line_whatever_its_letters(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_one_line_whatever_its_letters(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main.main(line.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("triptych: ") and error.count("\n") == 1

@@ -1,4 +1,6 @@
-"""TensorFlow's habits through its own command line; most of them share a process in `tests/tensorflow/test_habits.py`."""
+"""TensorFlow's habits through its own command line; most of them share a process in
+`tests/tensorflow/test_habits.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,17 @@ from common.spec.habits import by_name
 ROOT = Path(__file__).parents[2]
 STEPS = 10
 
-pytestmark = pytest.mark.skipif(bool(why_missing(IMPLEMENTATIONS["tensorflow"])), reason="no TensorFlow")
+pytestmark = pytest.mark.skipif(
+    bool(why_missing(IMPLEMENTATIONS["tensorflow"])), reason="no TensorFlow"
+)
 
 
 def test_a_habit_of_the_whole_process_gets_one_of_its_own(tmp_path: Path) -> None:
     """oneDNN changes bits, on some machines by more than the limits; TF32 needs a GPU."""
     names = ["tanh-gelu", "onednn", "tf32"]
-    rows = run_zoo(tmp_path, ["tensorflow"], names, [STEPS], seeds=1, timeout_seconds=float("inf"))[0]
+    rows = run_zoo(tmp_path, ["tensorflow"], names, [STEPS], seeds=1, timeout_seconds=float("inf"))[
+        0
+    ]
     verdicts = {row.name: row.verdict for row in rows}
     assert list(verdicts) == names
     assert verdicts["tanh-gelu"] == "as expected"
@@ -37,5 +43,7 @@ def test_a_process_has_onednn_or_not(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "tf_impl", str(file)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("tf_impl: drift = onednn is for a whole process; expected a file of jobs")
+    assert done.stderr.startswith(
+        "tf_impl: drift = onednn is for a whole process; expected a file of jobs"
+    )
     assert done.stderr.count("\n") == 1

@@ -1,4 +1,6 @@
-"""Tokenizers: bytes, byte pairs, and the tokenizers library's files of every kind; what is wrong with one is one line."""
+"""Tokenizers: bytes, byte pairs, and the tokenizers library's files of every kind; what is wrong
+with one is one line.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from common.spec import tokenizer as module
 from common.spec.data import load_corpus
 from common.spec.run import RunConfig, TransformerSpec
 from common.spec.text import CorpusError
-from common.spec.tokenizer import BYTES, FileTokenizer, TokenizerError, read_tokenizer, train_byte_pairs
+from common.spec.tokenizer import (
+    BYTES,
+    FileTokenizer,
+    TokenizerError,
+    read_tokenizer,
+    train_byte_pairs,
+)
 
 TEXT = "The class statement\n\n    defines  a class.\n  \nSchrödinger's  \n\tcat\n" * 40
 
@@ -25,7 +42,10 @@ def gpt2() -> Any:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     made.train_from_iterator([TEXT], trainer)
     return made
@@ -38,9 +58,13 @@ def word_piece() -> Any:
     made.decoder = decoders.WordPiece()
     made.train_from_iterator(
         [TEXT.replace("ö", "")],
-        trainers.WordPieceTrainer(vocab_size=60, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False),
+        trainers.WordPieceTrainer(
+            vocab_size=60, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False
+        ),
     )
-    made.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    made.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
     made.enable_truncation(4)
     made.enable_padding(length=9)
     return made
@@ -49,7 +73,9 @@ def word_piece() -> Any:
 def unigram() -> Any:
     made = Tokenizer(models.Unigram())
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+    )
     made.train_from_iterator([TEXT], trainer)
     return made
 
@@ -71,7 +97,10 @@ def test_a_texts_tokens_are_the_librarys(make: Any, tmp_path: Path) -> None:
     path.write_text(TEXT)
     model = TransformerSpec(vocab_size=made.get_vocab_size(), context_length=8)
     config = RunConfig(
-        tokenizer="file", tokenizer_file=str(tmp_path / "tokenizer.json"), corpus=(str(path),), model=model
+        tokenizer="file",
+        tokenizer_file=str(tmp_path / "tokenizer.json"),
+        corpus=(str(path),),
+        model=model,
     )
     corpus = load_corpus(config)
     assert corpus.tokens.tolist() == expected
@@ -79,7 +108,9 @@ def test_a_texts_tokens_are_the_librarys(make: Any, tmp_path: Path) -> None:
     assert ours.decode(expected) == made.decode(expected, skip_special_tokens=False)
 
 
-def test_a_long_text_is_cut_where_its_tokens_do_not_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_is_cut_where_its_tokens_do_not_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = save(gpt2(), tmp_path / "tokenizer.json")
     whole = ours.encode_all(iter([TEXT]))
     monkeypatch.setattr(module, "BLOCK_CHARACTERS", 100)
@@ -89,15 +120,23 @@ def test_a_long_text_is_cut_where_its_tokens_do_not_notice(tmp_path: Path, monke
     np.testing.assert_array_equal(ours.encode_all(iter(pieces)), whole)
 
 
-def test_tokens_that_nobody_has_are_shown_and_characters_without_a_token_named(tmp_path: Path) -> None:
+def test_tokens_that_nobody_has_are_shown_and_characters_without_a_token_named(
+    tmp_path: Path,
+) -> None:
     ours = save(word_piece(), tmp_path / "a.json")
-    assert ours.unknown("the κλάσ class") == "κλάσ" and "[UNK]" in ours.decode(ours.encode("the κλάσ class"))
+    assert ours.unknown("the κλάσ class") == "κλάσ" and "[UNK]" in ours.decode(
+        ours.encode("the κλάσ class")
+    )
     tokens = ours.encode("the class")
     beyond = ours.vocab_size + 5
     assert ours.decode([*tokens, beyond, *tokens]) == "the class\N{REPLACEMENT CHARACTER}the class"
     assert BYTES.decode([72, 105, 300, 33]) == "Hi\N{REPLACEMENT CHARACTER}!"
-    assert BYTES.encode("caf\udce9") == list(b"caf\xe9")  # what a command line has of bytes that are no text
-    letters = Tokenizer(models.BPE({"a": 0, "b": 1}, []))  # without a token for the unknown, it drops what it lacks
+    assert BYTES.encode("caf\udce9") == list(
+        b"caf\xe9"
+    )  # what a command line has of bytes that are no text
+    letters = Tokenizer(
+        models.BPE({"a": 0, "b": 1}, [])
+    )  # without a token for the unknown, it drops what it lacks
     assert save(letters, tmp_path / "b.json").unknown("abc") == "c"
 
 
@@ -116,10 +155,16 @@ def test_added_tokens_count(tmp_path: Path) -> None:
     save(made, path := tmp_path / "tokenizer.json")
     config = {"tokenizer": "file", "tokenizer_file": str(path), "model": {"vocab_size": size}}
     with pytest.raises(
-        TokenizerError, match=rf"has {size + 1} tokens, added .* vocab_size = {size}, expected at least"
+        TokenizerError,
+        match=rf"has {size + 1} tokens, added .* vocab_size = {size}, expected at least",
     ):
         load_corpus(RunConfig.model_validate(config))
-    assert load_corpus(RunConfig.model_validate(config | {"model": {"vocab_size": size + 7}})).tokens.max() < size
+    assert (
+        load_corpus(
+            RunConfig.model_validate(config | {"model": {"vocab_size": size + 7}})
+        ).tokens.max()
+        < size
+    )
 
 
 def test_what_is_no_tokenizer_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
@@ -129,8 +174,14 @@ def test_what_is_no_tokenizer_is_one_line_that_says_what_to_do(tmp_path: Path) -
             json.dumps(good["model"]["vocab"]).encode(),
             'T("vocab.json", "merges.txt").save("tokenizer.json")',
         ),
-        "merges.txt": (b"#version: 0.2\na b\n", "merges without their vocabulary; expected a tokenizer.json"),
-        "tokenizer_config.json": (b'{"do_lower_case": true}', "JSON without a model; expected a tokenizer.json"),
+        "merges.txt": (
+            b"#version: 0.2\na b\n",
+            "merges without their vocabulary; expected a tokenizer.json",
+        ),
+        "tokenizer_config.json": (
+            b'{"do_lower_case": true}',
+            "JSON without a model; expected a tokenizer.json",
+        ),
         "spiece.model": (b"\n\x0e\xff\x00", "not UTF-8; expected a tokenizer.json"),
         "list.json": (b"[]", "JSON without a model"),
         "text": (b"text", "expected a tokenizer.json"),
@@ -142,7 +193,10 @@ def test_what_is_no_tokenizer_is_one_line_that_says_what_to_do(tmp_path: Path) -
         (tmp_path / name).write_bytes(content)
         with pytest.raises(TokenizerError) as error:
             read_tokenizer(tmp_path / name)
-        assert message in str(error.value) and str(tmp_path / name) in str(error.value), (name, error.value)
+        assert message in str(error.value) and str(tmp_path / name) in str(error.value), (
+            name,
+            error.value,
+        )
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
     for path, message in {
         tmp_path: "a folder; expected",
@@ -155,13 +209,15 @@ def test_what_is_no_tokenizer_is_one_line_that_says_what_to_do(tmp_path: Path) -
             read_tokenizer(path)
 
 
-# ------------------------------------------------------------------------------------------------- byte pairs
+# --------------------------------------------------------------------------------------- byte pairs
 
 
 KEPT_IN = module.kept_in
 
 
-def test_byte_pairs_are_kept_and_a_damaged_copy_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_byte_pairs_are_kept_and_a_damaged_copy_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "kept_in", lambda: tmp_path / "triptych")
     first = train_byte_pairs(TEXT, 280, "digest")
     (kept,) = tmp_path.glob("triptych/*")
@@ -186,7 +242,7 @@ def test_byte_pairs_do_without_a_home(home: str, monkeypatch: pytest.MonkeyPatch
     assert train_byte_pairs(TEXT, 280, "digest").vocab_size == 280
 
 
-# ------------------------------------------------------------------------------------------------- what is no text
+# ---------------------------------------------------------------------------------- what is no text
 
 
 @pytest.mark.parametrize(
@@ -204,11 +260,15 @@ def test_byte_pairs_do_without_a_home(home: str, monkeypatch: pytest.MonkeyPatch
     ],
     ids=["latin-1", "marked", "utf-16", "utf-32", "utf-16 without a mark", "cut"],
 )
-def test_what_is_not_utf8_is_refused_with_its_place(content: bytes, message: str, tmp_path: Path) -> None:
+def test_what_is_not_utf8_is_refused_with_its_place(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
     path, good = tmp_path / "text", tmp_path / "good"
     path.write_bytes(content)
     good.write_text(TEXT)
-    config = RunConfig(tokenizer="bpe", model=TransformerSpec(vocab_size=300), corpus=(str(good), str(path)))
+    config = RunConfig(
+        tokenizer="bpe", model=TransformerSpec(vocab_size=300), corpus=(str(good), str(path))
+    )
     with pytest.raises(CorpusError, match=f"{path}: .*{message}") as error:
         load_corpus(config)
     assert "\n" not in str(error.value)
@@ -221,5 +281,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     plain.write_text(TEXT)
     marked.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
     config = {"tokenizer": "bpe", "model": {"vocab_size": 300, "context_length": 8}}
-    a, b = (load_corpus(RunConfig.model_validate(config | {"corpus": [str(path)]})) for path in (plain, marked))
+    a, b = (
+        load_corpus(RunConfig.model_validate(config | {"corpus": [str(path)]}))
+        for path in (plain, marked)
+    )
     np.testing.assert_array_equal(a.tokens, b.tokens)

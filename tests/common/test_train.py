@@ -1,4 +1,6 @@
-"""The subcommand train: checkpoints as it goes, on from them to the bit, restarts, and a stop at what is not finite."""
+"""The subcommand train: checkpoints as it goes, on from them to the bit, restarts, and a stop at
+what is not finite.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,18 @@ from tests.waiting import LONG_SECONDS, time_jumps, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 MORTAL = {name: Implementation("fakes.mortal", "numpy", "") for name in FRAMEWORKS}
-SMALL = ["--d-model", "8", "--d-ff", "8", "--context-length", "8", "--batch-size", "4", "--micro-batches", "2"]
+SMALL = [
+    "--d-model",
+    "8",
+    "--d-ff",
+    "8",
+    "--context-length",
+    "8",
+    "--batch-size",
+    "4",
+    "--micro-batches",
+    "2",
+]
 SMALL += ["--steps", "8", "--dropout", "0.1", "--dtype", "float64"]
 
 
@@ -68,31 +81,74 @@ def test_resume_continues_data_learning_rate_and_dropout_to_the_bit(
 ) -> None:
     saves = tmp_path / "checkpoints"
     cosine = ["--learning-rate-schedule", "constant"]
-    assert run(*cosine, "--out", tmp_path / "a", "--save-dir", saves, "--steps", 5, "--save-every", 2, "--keep", 2) == 0
-    assert [path.name for path in checkpoint.checkpoints_in(saves)] == ["step-00000004", "step-00000005"]
-    assert run("--out", tmp_path / "b", "--save-dir", saves, "--resume", "latest", "--framework", "paddle") == 0
+    assert (
+        run(
+            *cosine,
+            "--out",
+            tmp_path / "a",
+            "--save-dir",
+            saves,
+            "--steps",
+            5,
+            "--save-every",
+            2,
+            "--keep",
+            2,
+        )
+        == 0
+    )
+    assert [path.name for path in checkpoint.checkpoints_in(saves)] == [
+        "step-00000004",
+        "step-00000005",
+    ]
+    assert (
+        run(
+            "--out",
+            tmp_path / "b",
+            "--save-dir",
+            saves,
+            "--resume",
+            "latest",
+            "--framework",
+            "paddle",
+        )
+        == 0
+    )
     joined = [step.loss for part in "ab" for step in result(tmp_path / part).steps]
     assert joined == whole[0]
     assert same(weights(saves), whole[1])
     later = result(tmp_path / "b")
     assert (later.steps[0].step, later.resumed_from) == (5, str(saves / "step-00000005"))
     text = capsys.readouterr().out
-    assert "step      8  loss " in text and "held-out loss" in text and f"checkpoint: {saves / 'step-00000008'}" in text
+    assert (
+        "step      8  loss " in text
+        and "held-out loss" in text
+        and f"checkpoint: {saves / 'step-00000008'}" in text
+    )
 
 
 @pytest.mark.parametrize("deaths", ["kill@3", "raise@0", "kill@2,raise@5,kill@7"])
 def test_restarts_lose_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[list[float], dict[str, Any]], deaths: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: tuple[list[float], dict[str, Any]],
+    deaths: str,
 ) -> None:
     monkeypatch.setenv("FAKE_DEATHS", deaths)
     saves = tmp_path / "checkpoints"
-    assert run("--out", tmp_path / "a", "--save-dir", saves, "--save-every", 2, "--max-restarts", 3) == 0
+    assert (
+        run("--out", tmp_path / "a", "--save-dir", saves, "--save-every", 2, "--max-restarts", 3)
+        == 0
+    )
     found = result(tmp_path / "a")
     assert [step.step for step in found.steps] == list(range(8))
     assert [step.loss for step in found.steps] == whole[0]
     assert same(weights(saves), whole[1])
     assert len(found.restarts) == len(deaths.split(","))
-    assert "SIGKILL" in found.restarts[0] or "ValueError: gave up; on from its beginning" in found.restarts[0]
+    assert (
+        "SIGKILL" in found.restarts[0]
+        or "ValueError: gave up; on from its beginning" in found.restarts[0]
+    )
 
 
 def test_without_restarts_a_death_is_a_failure_that_keeps_its_checkpoints(
@@ -107,10 +163,24 @@ def test_without_restarts_a_death_is_a_failure_that_keeps_its_checkpoints(
     assert f"checkpoint: {saves / 'step-00000002'}" in capsys.readouterr().out
 
 
-def test_a_hang_ends_by_the_timeout_and_a_restart_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_ends_by_the_timeout_and_a_restart_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FAKE_DEATHS", "hang@3")
     time_jumps(monkeypatch, (tmp_path / "marks" / "hang@3").exists)
-    assert run("--out", tmp_path / "a", "--save-every", 2, "--max-restarts", 1, "--timeout", LONG_SECONDS) == 0
+    assert (
+        run(
+            "--out",
+            tmp_path / "a",
+            "--save-every",
+            2,
+            "--max-restarts",
+            1,
+            "--timeout",
+            LONG_SECONDS,
+        )
+        == 0
+    )
     assert "no result within 100000 s (--timeout)" in result(tmp_path / "a").restarts[0]
 
 
@@ -119,13 +189,18 @@ def test_a_hang_ends_by_the_timeout_and_a_restart_goes_on(tmp_path: Path, monkey
     [
         (
             "nan-weight@3",
-            "step 4: the loss is nan; the first tensor that is not finite: weight block.0.feed_forward.up",
+            "step 4: the loss is nan; the first tensor that is not finite: weight "
+            "block.0.feed_forward.up",
         ),
         (
             "nan-moment@3",
-            "step 4: the weights after it are not finite; the first tensor that is not finite: weight block.0",
+            "step 4: the weights after it are not finite; the first tensor that is not finite: "
+            "weight block.0",
         ),
-        ("nan-activation@3", "the first tensor that is not finite: output of block.1 for micro-batch 0"),
+        (
+            "nan-activation@3",
+            "the first tensor that is not finite: output of block.1 for micro-batch 0",
+        ),
         (
             "nan-gradient@3",
             "norm is nan; the first tensor that is not finite: gradient of block.1.norm_2.bias",
@@ -145,7 +220,9 @@ def test_what_is_not_finite_stops_the_run_and_is_named(
     assert checkpoint.newest(saves) == saves / "step-00000003"
 
 
-def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saves = tmp_path / "checkpoints"
     assert run("--out", tmp_path / "a", "--save-dir", saves, "--steps", 4, "--save-every", 2) == 0
     os.truncate(saves / "step-00000004" / "shard-00000.safetensors", 100)
@@ -156,7 +233,9 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, capsys: pytest.Captur
     assert checkpoint.newest(saves) == saves / "step-00000008"
 
 
-def test_weights_alone_start_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_alone_start_another_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saves = tmp_path / "checkpoints"
     assert run("--out", tmp_path / "a", "--save-dir", saves, "--steps", 2) == 0
     other = ["--weights", saves / "step-00000002", "--dropout", 0.3, "--seed", 1, "--steps", 4]
@@ -173,11 +252,15 @@ def test_weights_alone_start_another_training(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("FAKE_DEATHS", "kill@2")
     argv = [*other, "--save-every", 1, "--max-restarts", 1]
     assert run("--out", tmp_path / "d", "--save-dir", tmp_path / "joined", *argv) == 0
-    assert len(result(tmp_path / "d").restarts) == 1  # on from its own checkpoint, not from the weights again
+    assert (
+        len(result(tmp_path / "d").restarts) == 1
+    )  # on from its own checkpoint, not from the weights again
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "joined"))
 
 
-def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saves = tmp_path / "checkpoints"
     assert run("--out", tmp_path / "a", "--save-dir", saves, "--steps", 2) == 0
     last = saves / "step-00000002"
@@ -190,21 +273,30 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Cap
         f"--resume latest --save-dir {tmp_path / 'none'}": "no whole checkpoint in",
         f"--resume {tmp_path / 'none'}": "expected a file of a checkpoint",
         f"--resume {saves}": f"expected one of them, such as {last}",
-        f"--resume {last} --seed 1": "train.seed: the checkpoint has 0, the run 1; what may change: framework",
-        f"--resume {last} --norm post --seed 1": "model.norm: the checkpoint has pre, the run post (and 1 more)",
+        f"--resume {last} --seed 1": "train.seed: the checkpoint has 0, the run 1; what may "
+        "change: framework",
+        f"--resume {last} --norm post --seed 1": "model.norm: the checkpoint has pre, the run post "
+        "(and 1 more)",
         f"--resume {last} --steps 2": "all 2 of 2 steps are done; use more --steps",
-        f"--resume {last} --dtype float32": "train.dtype: the checkpoint has float64, the run float32",
-        f"--resume {last} --weights {last}": "--resume goes on with a training and --weights starts another",
-        f"--weights {last} --norm post": "model.norm: the checkpoint has pre, the run post; what may change",
+        f"--resume {last} --dtype float32": "train.dtype: the checkpoint has float64, the "
+        "run float32",
+        f"--resume {last} --weights {last}": "--resume goes on with a training and --weights "
+        "starts another",
+        f"--weights {last} --norm post": "model.norm: the checkpoint has pre, the run post; what "
+        "may change",
         f"--weights {saves}": f"expected one of them, such as {last}",
         "--momentum 0.9": "--momentum = 0.9: adamw has none; expected with --optimizer sgd",
-        "--optimizer sgd --beta1 0.5": "--beta1 = 0.5: sgd has none; expected with --optimizer adamw",
+        "--optimizer sgd --beta1 0.5": "--beta1 = 0.5: sgd has none; expected with "
+        "--optimizer adamw",
         "--dropout 0 --dropout-masks native": "--dropout-masks = native: nothing is dropped",
-        "--fault kill@step=1 --fault kill@step=2": "--fault: 2 of them for 1 children; expected --max-restarts 1",
+        "--fault kill@step=1 --fault kill@step=2": "--fault: 2 of them for 1 children; expected "
+        "--max-restarts 1",
         f"--config {tmp_path / 'bench.toml'}": "bench.toml: repeats: not a setting of this command",
-        f"--config {tmp_path / 'preset.toml'}": "preset.toml: preset = 'tinny': unknown; expected tiny",
+        f"--config {tmp_path / 'preset.toml'}": "preset.toml: preset = 'tinny': unknown; "
+        "expected tiny",
         "--save-every 0": "--save-every: '0'; expected a whole number, at least 1",
-        "--framework jax": "--framework = 'jax': unknown; expected one of torch, tensorflow, paddle",
+        "--framework jax": "--framework = 'jax': unknown; expected one of torch, "
+        "tensorflow, paddle",
         "--preset tinny": "--preset = 'tinny': unknown; expected tiny",
         "--stages 9": "expected at most 4",
     }
@@ -216,12 +308,28 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_an_interruption_leaves_a_checkpoint_and_no_process(tmp_path: Path) -> None:
-    code = "import sys; from tests.common import test_train; sys.exit(test_train.run(*sys.argv[1:]))"
-    argv = ["--out", str(tmp_path / "a"), "--save-dir", str(tmp_path / "saves"), "--save-every", "1"]
+    code = (
+        "import sys; from tests.common import test_train; sys.exit(test_train.run(*sys.argv[1:]))"
+    )
+    argv = [
+        "--out",
+        str(tmp_path / "a"),
+        "--save-dir",
+        str(tmp_path / "saves"),
+        "--save-every",
+        "1",
+    ]
     child = subprocess.Popen(
-        [sys.executable, "-c", code, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"FAKE_DEATHS": "hang@3", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-    )  # fmt: skip
+        [sys.executable, "-c", code, *argv],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ
+        | {
+            "FAKE_DEATHS": "hang@3",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        },
+    )
     wait_until((tmp_path / "saves" / "step-00000003").exists, child)
     child.send_signal(signal.SIGTERM)
     output, _ = child.communicate()

@@ -1,4 +1,6 @@
-"""The watchdog: a hang is ended, in the test's process and in one that it has started; what is merely long is not."""
+"""The watchdog: a hang is ended, in the test's process and in one that it has started; what is
+merely long is not.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ def test_computes():
 
 def test_lets_a_child_compute():
     subprocess.run([sys.executable, "-c", "import time\\nwhile time.process_time() < 5: pass"], check=True)
-"""
+"""  # noqa: E501
 
 
 def test_a_hang_is_told_from_work(tmp_path: Path) -> None:
@@ -34,7 +36,13 @@ def test_a_hang_is_told_from_work(tmp_path: Path) -> None:
     options = ["-p", "tests.watchdog", "-o", "hang_seconds=4", "-rA", "--rootdir", str(tmp_path)]
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_it.py")]
     runs = [
-        subprocess.Popen([*command, *workers], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, *workers],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for workers in ([], ["--numprocesses", "1"])
     ]
     for run in runs:
@@ -46,5 +54,8 @@ def test_a_hang_is_told_from_work(tmp_path: Path) -> None:
             ("FAILED", "test_looks_again_and_again_for_what_never_comes"),
         ], said
         assert said.count("the test hangs: nothing was computed for 4 s") >= 2
-        stacks = ("in test_waits_for_a_child", 'File "<string>", line 1 in <module>')  # the test's, and its child's
+        stacks = (
+            "in test_waits_for_a_child",
+            'File "<string>", line 1 in <module>',
+        )  # the test's, and its child's
         assert all(stack in said for stack in stacks), said

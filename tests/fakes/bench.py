@@ -15,7 +15,9 @@ from common.spec.run import FRAMEWORKS
 
 MISSING = os.environ.get("FAKE_MISSING")
 IMPLEMENTATIONS = {
-    name: Implementation("fakes.impl", "no_such_package" if name == MISSING else "numpy", f"pip install {name}")
+    name: Implementation(
+        "fakes.impl", "no_such_package" if name == MISSING else "numpy", f"pip install {name}"
+    )
     for name in FRAMEWORKS
 }
 

@@ -1,4 +1,6 @@
-"""`python -m fakes.drifting JOBS.json`: the oracle in place of a framework, with some of the drift zoo's habits."""
+"""`python -m fakes.drifting JOBS.json`: the oracle in place of a framework, with some of the drift
+zoo's habits.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from common.spec.data import Batch
 
 
 class DriftingEngine(OracleEngine):
-    """Two habits as they should be, one in the wrong place, and one that fails; the others do nothing."""
+    """Two habits as they should be, one in the wrong place, and one that fails; the others do
+    nothing.
+    """
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         model, train, drift = self.config.model, self.config.train, self.config.drift

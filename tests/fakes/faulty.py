@@ -1,4 +1,6 @@
-"""`python -m tests.fakes.faulty JOBS.json`: the oracle, which tells of its actions, so that `Job.fault` strikes it."""
+"""`python -m tests.fakes.faulty JOBS.json`: the oracle, which tells of its actions, so that
+`Job.fault` strikes it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """`python -m fakes.impl JOBS.json`: the oracle in place of a framework, with faults on request.
 
-The variable FAKE_FAULTS, such as `paddle=hang,tensorflow=crash`, gives a framework a fault; it happens in step 1.
+The variable FAKE_FAULTS, such as `paddle=hang,tensorflow=crash`, gives a framework a fault; it
+happens in step 1.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class FakeEngine(OracleEngine):
 
     @property
     def fault(self) -> str:
-        faults = dict(pair.split("=") for pair in os.environ.get("FAKE_FAULTS", "").split(",") if pair)
+        faults = dict(
+            pair.split("=") for pair in os.environ.get("FAKE_FAULTS", "").split(",") if pair
+        )
         return faults.get(self.config.framework, "")
 
     def forward_backward(self, batch: Batch) -> float:
@@ -70,12 +73,19 @@ class FakeEngine(OracleEngine):
         schedule = make_schedule(c.schedule, c.stages, c.train.micro_batches, c.chunks)
         now = time.perf_counter()
         return {
-            device: [Event(action, now + i, now + i, now + i + 1) for i, action in enumerate(actions)]
+            device: [
+                Event(action, now + i, now + i, now + i + 1) for i, action in enumerate(actions)
+            ]
             for device, actions in enumerate(schedule.devices)
         }
 
     def environment(self) -> dict[str, object]:
-        return {"framework": self.config.framework, "version": "0.0", "device": "cpu", "numpy": np.__version__}
+        return {
+            "framework": self.config.framework,
+            "version": "0.0",
+            "device": "cpu",
+            "numpy": np.__version__,
+        }
 
     def peak_memory_bytes(self) -> dict[int, int]:
         return dict.fromkeys(self.devices, 100_000_000)

@@ -1,7 +1,7 @@
 """`python -m tests.fakes.mortal JOBS.json`: the oracle, which dies on request, once at each place.
 
-The variable FAKE_DEATHS, such as `kill@3,raise@5`, says how and in which step; FAKE_MARK names a folder that remembers
-which of them have happened.
+The variable FAKE_DEATHS, such as `kill@3,raise@5`, says how and in which step; FAKE_MARK names a
+folder that remembers which of them have happened.
 """
 
 from __future__ import annotations

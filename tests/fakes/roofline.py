@@ -1,4 +1,6 @@
-"""A framework whose kernels take no time; with a context length of 13 it refuses, with 14 it dies while it measures."""
+"""A framework whose kernels take no time; with a context length of 13 it refuses, with 14 it dies
+while it measures.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
             os._exit(3)
         return None
 
-    return {name: lambda name=name: operation(name) for name in calls}, {"framework": "fake", "version": "1.0"}
+    return {name: lambda name=name: operation(name) for name in calls}, {
+        "framework": "fake",
+        "version": "1.0",
+    }
 
 
 if __name__ == "__main__":

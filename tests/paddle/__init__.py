@@ -1,1 +1,3 @@
-"""What Paddle's implementation promises, with Paddle in the test's own process: `pytest tests/paddle`."""
+"""What Paddle's implementation promises, with Paddle in the test's own process: `pytest
+tests/paddle`.
+"""

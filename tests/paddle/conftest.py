@@ -1,4 +1,6 @@
-"""Skips this folder where Paddle is not installed, and makes engines whose stages are processes look like one engine."""
+"""Skips this folder where Paddle is not installed, and makes engines whose stages are processes
+look like one engine.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from tests.engines import Make, maker
 from tests.paddle.ranks import Pipeline, Ranks
 
 devices.configure(1, 1, "cpu")
-devices.join_pipeline(0, ["127.0.0.1:0"], "cpu")  # this process is a pipeline of one stage, for all tests
+devices.join_pipeline(
+    0, ["127.0.0.1:0"], "cpu"
+)  # this process is a pipeline of one stage, for all tests
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +43,8 @@ def make(ranks: Callable[[int], Ranks]) -> Iterator[Make]:
     from paddle_impl.engine import build_engine  # after `configure`, since it imports Paddle
 
     def build(config: RunConfig) -> object:
-        return build_engine(config) if config.stages == 1 else Pipeline(ranks(config.stages), config)
+        return (
+            build_engine(config) if config.stages == 1 else Pipeline(ranks(config.stages), config)
+        )
 
     yield from maker("paddle", build)

@@ -1,4 +1,6 @@
-"""Paddle's stages are processes: here they are kept for many tests, and asked as if all of them were one engine."""
+"""Paddle's stages are processes: here they are kept for many tests, and asked as if all of them
+were one engine.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from common.spec.run import RunConfig
 
 
 class Ranks:
-    """Processes that have joined one pipeline. They are forked from one that has imported Paddle and done nothing else."""
+    """Processes that have joined one pipeline. They are forked from one that has imported Paddle
+    and done nothing else.
+    """
 
     def __init__(self, stages: int) -> None:
         start = multiprocessing.get_context("forkserver")
@@ -37,7 +41,9 @@ class Ranks:
         return all(process.is_alive() for process in self._processes)
 
     def ask(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What `work(*arguments)` returns on every rank. Where one fails, all are ended: the others would wait for it."""
+        """What `work(*arguments)` returns on every rank. Where one fails, all are ended: the others
+        would wait for it.
+        """
         for end in self._ends:
             end.send((work, arguments))
         answers: dict[int, Any] = {}
@@ -60,7 +66,7 @@ class Ranks:
 
 
 class Pipeline:
-    """An engine in every rank: a call is made on all of them, and what they answer is put together."""
+    """An engine in every rank: a call is made on all of them, and what they answer is put together."""  # noqa: E501
 
     def __init__(self, ranks: Ranks, config: RunConfig) -> None:
         self.config, self._ranks = config, ranks
@@ -70,7 +76,9 @@ class Pipeline:
         return partial(self.on_all, _call, name)
 
     def on_all(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """`work(engine, *arguments)`, a function of a module, on every rank. Raises AssertionError where answers differ."""
+        """`work(engine, *arguments)`, a function of a module, on every rank. Raises AssertionError
+        where answers differ.
+        """
         return reduce(_joined, self._ranks.ask(_with_engine, id(self), work, *arguments))
 
     def close(self) -> None:
@@ -79,7 +87,9 @@ class Pipeline:
 
 
 def _joined(a: Any, b: Any) -> Any:
-    """Dictionaries of what each rank holds become one; anything else, and what two ranks hold, has to be the same."""
+    """Dictionaries of what each rank holds become one; anything else, and what two ranks hold, has
+    to be the same.
+    """
     if not isinstance(a, dict):
         np.testing.assert_array_equal(a, b)
         return a
@@ -88,7 +98,7 @@ def _joined(a: Any, b: Any) -> Any:
     return a | b
 
 
-# ------------------------------------------------------------------------------------------------- in a rank
+# ---------------------------------------------------------------------------------------- in a rank
 
 ENGINES: dict[int, Any] = {}
 

@@ -14,7 +14,9 @@ NATIVE = {"dropout": 0.1, "dropout_masks": "native"}
 
 @every_mask
 def test_masks_are_numpys_to_the_bit(site: int, shape: tuple[int, ...], probability: float) -> None:
-    found = keep_mask(DropoutContext(step_key=STEP_KEY, samples=SAMPLES), site, shape, probability).numpy()
+    found = keep_mask(
+        DropoutContext(step_key=STEP_KEY, samples=SAMPLES), site, shape, probability
+    ).numpy()
     np.testing.assert_array_equal(found, numpy_mask(site, shape, probability))
 
 

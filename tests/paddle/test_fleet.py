@@ -1,4 +1,6 @@
-"""Our executor beside fleet's own, over the processes that `python -m paddle_impl` starts; and how these end."""
+"""Our executor beside fleet's own, over the processes that `python -m paddle_impl` starts; and how
+these end.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,14 @@ def start(folder: Path, *configs: RunConfig) -> subprocess.Popen[str]:
     outs = [folder / str(index) for index in range(len(configs))]
     for out in outs:
         out.mkdir(exist_ok=True)
-    jobs = tuple(Job(config=config, out=str(out)) for config, out in zip(configs, outs, strict=True))
+    jobs = tuple(
+        Job(config=config, out=str(out)) for config, out in zip(configs, outs, strict=True)
+    )
     JobFile(jobs=jobs).write(folder / "jobs.json")
     command = [sys.executable, "-m", "paddle_impl", str(folder / "jobs.json")]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def start_training(folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
@@ -52,13 +58,20 @@ def start_training(folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Pro
 
 def test_fleets_own_pipeline_and_our_executor_give_the_same_bits(tmp_path: Path) -> None:
     options = {"dtype": "float64", "tied_head": True, "dropout": 0.1}
-    child = start(tmp_path, *(small("paddle", 2, run={"executor": e}, **options) for e in ("table", "native")))
+    child = start(
+        tmp_path, *(small("paddle", 2, run={"executor": e}, **options) for e in ("table", "native"))
+    )
     log, _ = child.communicate()
     assert child.returncode == 0, log
     planned = [list(map(str, row)) for row in make_schedule("1f1b", 2, 4).devices]
     for rank in range(2):
-        table, native = (Part.model_validate_json((tmp_path / f"{i}/part-{rank}.json").read_text()) for i in (0, 1))
-        assert [(s.loss, s.gradient_norm) for s in table.steps] == [(s.loss, s.gradient_norm) for s in native.steps]
+        table, native = (
+            Part.model_validate_json((tmp_path / f"{i}/part-{rank}.json").read_text())
+            for i in (0, 1)
+        )
+        assert [(s.loss, s.gradient_norm) for s in table.steps] == [
+            (s.loss, s.gradient_norm) for s in native.steps
+        ]
         for part in (table, native):
             assert [event.action for event in part.steps[-1].events[rank]] == planned[rank]
         ours, theirs = (load_file(tmp_path / f"{i}/part-{rank}.safetensors") for i in (0, 1))
@@ -93,4 +106,7 @@ def test_a_job_that_fails_on_one_rank_ends_on_all_and_the_next_one_runs(tmp_path
     assert child.returncode == 1
     reason = (tmp_path / "0" / "failed-1.txt").read_text().splitlines()[-1]
     assert reason.startswith("IsADirectoryError")
-    assert sorted(path.name for path in tmp_path.glob("1/part-*.json")) == ["part-0.json", "part-1.json"]
+    assert sorted(path.name for path in tmp_path.glob("1/part-*.json")) == [
+        "part-0.json",
+        "part-1.json",
+    ]

@@ -12,7 +12,14 @@ NAMES = [drift.name for drift in DRIFTS if "paddle" in drift.frameworks]
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    rows = run_zoo(tmp_path_factory.mktemp("zoo"), ["paddle"], NAMES, [10], seeds=1, timeout_seconds=float("inf"))[0]
+    rows = run_zoo(
+        tmp_path_factory.mktemp("zoo"),
+        ["paddle"],
+        NAMES,
+        [10],
+        seeds=1,
+        timeout_seconds=float("inf"),
+    )[0]
     return {row.name: row.verdict if row.verdict == "as expected" else str(row) for row in rows}
 
 

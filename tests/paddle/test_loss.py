@@ -1,4 +1,6 @@
-"""Extreme values: the loss against NumPy where Paddle's own kernels clip, and a model under FLAGS_check_nan_inf."""
+"""Extreme values: the loss against NumPy where Paddle's own kernels clip, and a model under
+FLAGS_check_nan_inf.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.extreme import EXTREME_LOGITS, check_loss
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", EXTREME_LOGITS)
 def test_the_loss_of_extreme_logits_is_right(name: str, dtype: str) -> None:
-    def loss(logits: NDArray[np.floating], targets: NDArray[np.int64]) -> tuple[float, NDArray[np.floating]]:
+    def loss(
+        logits: NDArray[np.floating], targets: NDArray[np.int64]
+    ) -> tuple[float, NDArray[np.floating]]:
         x = paddle.to_tensor(logits, stop_gradient=False)
         found = summed_loss(x, paddle.to_tensor(targets), 3)
         found.backward()
@@ -29,7 +33,9 @@ def test_the_loss_of_extreme_logits_is_right(name: str, dtype: str) -> None:
 
 
 def test_paddles_own_kernels_clip() -> None:
-    """Why the loss is written out. When this fails, Paddle has changed and `functional.cross_entropy` may come back."""
+    """Why the loss is written out. When this fails, Paddle has changed and
+    `functional.cross_entropy` may come back.
+    """
     logits = paddle.to_tensor([[0.0, 100.0]], "float64")
     assert functional.cross_entropy(logits, paddle.to_tensor([0])).item() == 64
     assert functional.softmax(logits)[0, 0].item() == pytest.approx(np.exp(-64))
@@ -44,7 +50,9 @@ def test_a_loss_of_ignored_labels_alone_is_nothing() -> None:
 
 
 def test_the_finite_mask_gives_the_bits_of_an_infinite_one() -> None:
-    attention = Attention(TransformerSpec(context_length=8, d_model=16, num_heads=2, d_ff=16), 0, DropoutContext())
+    attention = Attention(
+        TransformerSpec(context_length=8, d_model=16, num_heads=2, d_ff=16), 0, DropoutContext()
+    )
     x = 30 * paddle.randn([2, 8, 16])
     finite = attention(x).numpy()
     attention.causal = paddle.full([8, 8], -np.inf).triu(1)

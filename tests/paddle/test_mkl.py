@@ -64,7 +64,9 @@ paddle.matmul(paddle.ones([8, 8]), paddle.ones([8, 8]))
 print(json.dumps(devices.environment()["kernels"]))
 """
     own = {name: value for name, value in os.environ.items() if name not in mkl.USERS}
-    done = subprocess.run([sys.executable, "-c", code], env=own | environ, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=own | environ, capture_output=True, text=True, check=True
+    )
     return str(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -79,10 +81,12 @@ def test_what_ran_is_read_back_and_the_users_choice_stays() -> None:
 @needs_mkl
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_a_processor_of_another_vendor_gets_an_intel_ones_kernels(tmp_path: Path) -> None:
-    """MKL's own question for the vendor is answered with no, as an AMD processor would answer it."""
+    """MKL's own question for the vendor is answered with no, as an AMD processor would answer it."""  # noqa: E501
     (tmp_path / "vendor.c").write_text("int mkl_serv_intel_cpu_true(void) { return 0; }\n")
     library = tmp_path / "vendor.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "vendor.c"], check=True)
     assert kernels("AuthenticAMD", LD_PRELOAD=str(library), MKL_DEBUG_CPU_TYPE="") == "MKL SSE2"
-    best = {"7": "AVX-512", "5": "AVX2", None: "SSE2"}[mkl.cpu_type("AuthenticAMD", mkl.processor()[1], {})]
+    best = {"7": "AVX-512", "5": "AVX2", None: "SSE2"}[
+        mkl.cpu_type("AuthenticAMD", mkl.processor()[1], {})
+    ]
     assert kernels("AuthenticAMD", LD_PRELOAD=str(library)) == f"MKL {best}"

@@ -19,5 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_going_on_from_exported_state_gives_the_bits_of_a_run_without_interruption(make: Make, case: str) -> None:
+def test_going_on_from_exported_state_gives_the_bits_of_a_run_without_interruption(
+    make: Make, case: str
+) -> None:
     check_resumes(make, ELSEWHERE, **CASES[case])

@@ -21,7 +21,9 @@ every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 @every_dtype
 @pytest.mark.parametrize("micro_batches", [1, 3, 4, 8])
-def test_ignored_labels_and_missing_sequences_count_for_nothing(make: Make, dtype: str, micro_batches: int) -> None:
+def test_ignored_labels_and_missing_sequences_count_for_nothing(
+    make: Make, dtype: str, micro_batches: int
+) -> None:
     check_short_batch(make, dtype, micro_batches)
 
 
@@ -35,19 +37,25 @@ def test_the_best_track_has_the_oracles_gradients(make: Make, batch_size: int) -
         assert_within(engine.gradients(), oracle.gradients(), "gradient", "float32")
 
 
-@pytest.mark.parametrize(("dtype", "norm", "tied_head"), [("float32", "pre", True), ("float64", "post", False)])
+@pytest.mark.parametrize(
+    ("dtype", "norm", "tied_head"), [("float32", "pre", True), ("float64", "post", False)]
+)
 def test_units_alone_are_the_oracles_and_leave_the_engine_as_it_was(
     make: Make, dtype: str, norm: str, tied_head: bool
 ) -> None:
     check_units_alone(make, dtype, norm, tied_head)
 
 
-@pytest.mark.parametrize(("dtype", "norm", "tied_head"), [("float32", "pre", True), ("float64", "post", False)])
+@pytest.mark.parametrize(
+    ("dtype", "norm", "tied_head"), [("float32", "pre", True), ("float64", "post", False)]
+)
 def test_predictions_are_the_oracles_and_those_of_fleets_own_pipeline(
     make: Make, dtype: str, norm: str, tied_head: bool
 ) -> None:
     options = {"dtype": dtype, "norm": norm, "tied_head": tied_head, "dropout": 0.1}
-    table, native = (make(2, run={"executor": executor}, **options) for executor in ("table", "native"))
+    table, native = (
+        make(2, run={"executor": executor}, **options) for executor in ("table", "native")
+    )
     train(table, [0])
     native.reset(table.weights())
     check_predictions(table, (8, 16), (4, 16), (12, 5))
@@ -56,4 +64,6 @@ def test_predictions_are_the_oracles_and_those_of_fleets_own_pipeline(
 
 
 def test_predictions_of_the_plain_loop_are_the_oracles(make: Make) -> None:
-    check_predictions(make(1, "gpipe", dtype="float64", dropout=0.1, run={"executor": "plain"}), (4, 16), (8, 3))
+    check_predictions(
+        make(1, "gpipe", dtype="float64", dropout=0.1, run={"executor": "plain"}), (4, 16), (8, 3)
+    )

@@ -13,10 +13,13 @@ RECOMPUTE = ("none", "full", "except-last", "every-1", "every-2")
 
 
 @pytest.mark.parametrize(
-    ("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("interleaved", 2), ("zb-v", 2)]
+    ("schedule", "chunks"),
+    [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("interleaved", 2), ("zb-v", 2)],
 )
 def test_recomputation_gives_the_same_bits(make: Make, schedule: str, chunks: int) -> None:
-    check_same_bits(make, [(2, schedule, {"chunks": chunks, "recompute": r}) for r in RECOMPUTE], 2, **MODEL)
+    check_same_bits(
+        make, [(2, schedule, {"chunks": chunks, "recompute": r}) for r in RECOMPUTE], 2, **MODEL
+    )
 
 
 def test_recomputation_holds_the_input_of_each_piece_and_nothing_else(make: Make) -> None:
@@ -27,9 +30,13 @@ def test_recomputation_holds_the_input_of_each_piece_and_nothing_else(make: Make
     engine = make(2, run={"recompute": "except-last"}, **MODEL)
     engine.forward_backward(batch(engine))
     held = engine.held_bytes_peak()[1]
-    assert held == engine.on_all(_forward_bytes)[1] == held_bytes(make, "none", **MODEL)[1] > 30 * one
+    assert (
+        held == engine.on_all(_forward_bytes)[1] == held_bytes(make, "none", **MODEL)[1] > 30 * one
+    )
 
 
 def _forward_bytes(engine: Any) -> dict[int, int]:
-    """What the forward of the rank's one chunk holds for the last micro-batch, which alone is not recomputed."""
+    """What the forward of the rank's one chunk holds for the last micro-batch, which alone is not
+    recomputed.
+    """
     return {engine.devices[0]: engine.stage.held.bytes_of(3)[0]}

@@ -26,7 +26,9 @@ def test_split_backward_gives_the_bits_of_the_merged_one_and_runs_no_second_forw
         for name, unit in engine.stage.chunks[0]:
             unit.register_forward_post_hook(lambda *_, name=name, calls=calls: calls.append(name))
         found.append(train(engine, range(3)))
-        assert sorted(calls) == sorted(name for name, _ in engine.stage.chunks[0] for _ in range(3 * 4))
+        assert sorted(calls) == sorted(
+            name for name, _ in engine.stage.chunks[0] for _ in range(3 * 4)
+        )
     assert different(*found) == []
 
 
@@ -42,7 +44,10 @@ def test_split_backward_gives_the_bits_of_the_merged_one_and_runs_no_second_forw
             {"run": {"executor": "plain", "recompute": "full"}},
             r"^recompute = full; executor = plain takes none$",
         ),
-        ({"run": {"drift": "tf32"}}, r"^drift = tf32; expected for paddle: one of mean-over-all-labels, [^\n]*$"),
+        (
+            {"run": {"drift": "tf32"}},
+            r"^drift = tf32; expected for paddle: one of mean-over-all-labels, [^\n]*$",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:

@@ -21,7 +21,9 @@ def framework(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def ladder(framework: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Probed]:
-    """All runs of the framework, by name. Where they fail, all its tests do, and nothing runs again."""
+    """All runs of the framework, by name. Where they fail, all its tests do, and nothing runs
+    again.
+    """
     return run_ladder(framework, tmp_path_factory.mktemp(framework))
 
 
@@ -39,7 +41,9 @@ def judge() -> Callable[[str, str, Comparison], None]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: the summary is printed elsewhere
+    if hasattr(
+        session.config, "workeroutput"
+    ):  # a worker of pytest-xdist: the summary is printed elsewhere
         session.config.workeroutput["margins"] = [(*key, worst) for key, worst in MARGINS.items()]
 
 

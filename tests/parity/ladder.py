@@ -1,9 +1,11 @@
-"""The parity ladder: which runs are compared with the oracle and with each other, and how they are started.
+"""The parity ladder: which runs are compared with the oracle and with each other, and how they are
+started.
 
-The cases cover every value of p, m and dtype, every combination of head, norm and activation, all kinds of partition,
-micro-batches with different numbers of tokens, or none, and of different sizes (8 sequences in 3 or 5). All train for 100
-AdamW steps with clipping, warm-up and cosine: four blocks over four stages, else two blocks. The variants are runs of three
-steps whose bits must be equal. All runs of a framework share as few worker processes as the framework allows, since
+The cases cover every value of p, m and dtype, every combination of head, norm and activation, all
+kinds of partition, micro-batches with different numbers of tokens, or none, and of different sizes
+(8 sequences in 3 or 5). All train for 100 AdamW steps with clipping, warm-up and cosine: four
+blocks over four stages, else two blocks. The variants are runs of three steps whose bits must be
+equal. All runs of a framework share as few worker processes as the framework allows, since
 frameworks start slowly.
 """
 
@@ -28,30 +30,68 @@ NOISE = 0.1
 EXTREME_NOISE = 2.0
 """Makes weights so large that logits and attention scores lie hundreds apart."""
 
-# Sequences end anywhere; of 13 per epoch the second mini-batch has 5: micro-batches of 2, 2, 1 and 0 sequences.
+# Sequences end anywhere; of 13 per epoch the second mini-batch has 5: micro-batches of 2, 2, 1 and
+# 0 sequences.
 UNEVEN: dict[str, Any] = {"sequence_lengths": "random", "sequences_per_epoch": 13}
 
 
 def config(
-    framework: str, p: int, m: int, dtype: str, head: str, norm: str, activation: str, partition: str, dropout: float,
-    schedule: str = "1f1b", steps: int = 100, chunks: int = 1, executor: str = "table", num_layers: int = 4,
-    recompute: str = "none", uneven: bool = False, batch_size: int = 8,
-) -> RunConfig:  # fmt: skip
-    """One run, with one CPU thread per stage: a kernel splits its sums by the number of threads, so bits depend on it."""
+    framework: str,
+    p: int,
+    m: int,
+    dtype: str,
+    head: str,
+    norm: str,
+    activation: str,
+    partition: str,
+    dropout: float,
+    schedule: str = "1f1b",
+    steps: int = 100,
+    chunks: int = 1,
+    executor: str = "table",
+    num_layers: int = 4,
+    recompute: str = "none",
+    uneven: bool = False,
+    batch_size: int = 8,
+) -> RunConfig:
+    """One run, with one CPU thread per stage: a kernel splits its sums by the number of threads, so
+    bits depend on it.
+    """
     return RunConfig.model_validate(
         {
-            "framework": framework, "stages": p, "chunks": chunks, "schedule": schedule, "partition": partition,
-            "device": "cpu", "threads": p, "executor": executor, "recompute": recompute, **(UNEVEN if uneven else {}),
+            "framework": framework,
+            "stages": p,
+            "chunks": chunks,
+            "schedule": schedule,
+            "partition": partition,
+            "device": "cpu",
+            "threads": p,
+            "executor": executor,
+            "recompute": recompute,
+            **(UNEVEN if uneven else {}),
             "model": {
-                "context_length": 12, "num_layers": num_layers, "d_model": 24, "num_heads": 2, "d_ff": 40, "norm": norm,
-                "activation": activation, "tied_head": head == "tied", "dropout": dropout,
+                "context_length": 12,
+                "num_layers": num_layers,
+                "d_model": 24,
+                "num_heads": 2,
+                "d_ff": 40,
+                "norm": norm,
+                "activation": activation,
+                "tied_head": head == "tied",
+                "dropout": dropout,
             },
             "train": {
-                "steps": steps, "batch_size": batch_size, "micro_batches": m, "dtype": dtype, "clip_norm": 1.0,
-                "learning_rate": 2e-3, "learning_rate_schedule": "cosine", "warmup_steps": min(10, steps),
+                "steps": steps,
+                "batch_size": batch_size,
+                "micro_batches": m,
+                "dtype": dtype,
+                "clip_norm": 1.0,
+                "learning_rate": 2e-3,
+                "learning_rate_schedule": "cosine",
+                "warmup_steps": min(10, steps),
             },
         }
-    )  # fmt: skip
+    )
 
 
 # p, m, dtype, head, norm, activation, partition, dropout, schedule
@@ -78,15 +118,20 @@ CASES: dict[str, tuple[Any, ...]] = {
 def case_config(framework: str, case: str) -> RunConfig:
     """The run of a ladder case."""
     p, *_ = CASES[case]
-    return config(framework, *CASES[case], uneven=case.endswith("uneven"), num_layers=4 if p == 4 else 2)
+    return config(
+        framework, *CASES[case], uneven=case.endswith("uneven"), num_layers=4 if p == 4 else 2
+    )
 
 
 def extreme_config(framework: str) -> RunConfig:
     """A run whose weights begin with `EXTREME_NOISE`."""
-    return config(framework, 2, 4, "float64", "untied", "pre", "gelu", "even", 0.0, steps=3, num_layers=2)
+    return config(
+        framework, 2, 4, "float64", "untied", "pre", "gelu", "even", 0.0, steps=3, num_layers=2
+    )
 
 
-# name: p, partition, schedule, chunks, recompute; all with m = 4, over 4 units, and equal to the first to the bit.
+# name: p, partition, schedule, chunks, recompute; all with m = 4, over 4 units, and equal to the
+# first to the bit.
 VARIANTS: dict[str, tuple[int, str, str, int, str]] = {
     "one-stage": (1, "even", "gpipe", 1, "none"),
     "one-stage-1f1b": (1, "even", "1f1b", 1, "none"),
@@ -115,27 +160,52 @@ MODELS: dict[str, tuple[str, str, str, int, tuple[str, ...]]] = {
     "float32": ("float32", "tied", "pre", 10, tuple(VARIANTS)),
     "float64": (
         *("float64", "untied", "post", 8),
-        ("one-stage", "rerun", "uneven", "four", "interleaved", "zb-h1", "zb-v", "recompute-full-split"),
+        (
+            "one-stage",
+            "rerun",
+            "uneven",
+            "four",
+            "interleaved",
+            "zb-h1",
+            "zb-v",
+            "recompute-full-split",
+        ),
     ),
 }
-"""dtype, head, norm, batch size, and the variants: 8 sequences make micro-batches of 2; 10 make such of 3, 3, 2 and 2.
+"""dtype, head, norm, batch size, and the variants: 8 sequences make micro-batches of 2; 10 make
+such of 3, 3, 2 and 2.
 
-The order of the actions is the schedule's business and not the model's, so one of the models has every kind of variant
-(one stage, more, cut unevenly, chunks, a split backward, recomputation) but not every variant.
+The order of the actions is the schedule's business and not the model's, so one of the models has
+every kind of variant (one stage, more, cut unevenly, chunks, a split backward, recomputation) but
+not every variant.
 """
 
 
 def variant_configs(framework: str, model: str, folder: Path) -> dict[str, RunConfig]:
-    """The variants of one of the `MODELS`, and "few": one micro-batch for two stages, which makes other bits."""
+    """The variants of one of the `MODELS`, and "few": one micro-batch for two stages, which makes
+    other bits.
+    """
     dtype, head, norm, batch_size, names = MODELS[model]
     (folder / "split.txt").write_text(SPLIT)
 
     def of(p: int, m: int, partition: str, schedule: str, chunks: int, recompute: str) -> RunConfig:
         return config(
-            framework, p, m, dtype, head, norm, "gelu", partition, 0.1,
-            schedule.replace("SPLIT", str(folder / "split.txt")), steps=3, chunks=chunks, num_layers=2,
-            recompute=recompute, batch_size=batch_size,
-        )  # fmt: skip
+            framework,
+            p,
+            m,
+            dtype,
+            head,
+            norm,
+            "gelu",
+            partition,
+            0.1,
+            schedule.replace("SPLIT", str(folder / "split.txt")),
+            steps=3,
+            chunks=chunks,
+            num_layers=2,
+            recompute=recompute,
+            batch_size=batch_size,
+        )
 
     found = {name: of(VARIANTS[name][0], 4, *VARIANTS[name][1:]) for name in names}
     return found | {"few": of(2, 1, "even", "zb-v", 2, "none")}
@@ -147,10 +217,15 @@ class Probed(NamedTuple):
 
 
 def run_ladder(framework: str, folder: Path) -> dict[str, Probed]:
-    """All runs of a framework: the cases by name, the variants as "model/variant", and "extreme"."""
-    configs = {name: case_config(framework, name) for name in CASES} | {"extreme": extreme_config(framework)}
+    """All runs of a framework: the cases by name, the variants as "model/variant", and "extreme"."""  # noqa: E501
+    configs = {name: case_config(framework, name) for name in CASES} | {
+        "extreme": extreme_config(framework)
+    }
     for model in MODELS:
-        configs |= {f"{model}/{name}": one for name, one in variant_configs(framework, model, folder).items()}
+        configs |= {
+            f"{model}/{name}": one
+            for name, one in variant_configs(framework, model, folder).items()
+        }
     runs = run_probes(configs, folder, {"extreme": EXTREME_NOISE})
     return {name: Probed(one, runs[name]) for name, one in configs.items()}
 
@@ -158,12 +233,14 @@ def run_ladder(framework: str, folder: Path) -> dict[str, Probed]:
 def run_probes(
     configs: dict[str, RunConfig], folder: Path, noises: Mapping[str, float] | None = None
 ) -> dict[str, Run]:
-    """Runs all configurations of one framework in as few worker processes as it allows. Raises RuntimeError.
+    """Runs all configurations of one framework in as few worker processes as it allows. Raises
+    RuntimeError.
 
     `noises` are added to all initial weights, else `NOISE`.
     """
     framework = next(iter(configs.values())).framework
-    # Differs: a Paddle rank is a process and fleet starts once, so only runs of one p share processes.
+    # Differs: a Paddle rank is a process and fleet starts once, so only runs of one p share
+    # processes.
     groups = {config.stages if framework == "paddle" else 0 for config in configs.values()}
     for group in sorted(groups):
         chosen = {n: c for n, c in configs.items() if framework != "paddle" or c.stages == group}
@@ -172,12 +249,18 @@ def run_probes(
 
 
 def _run_child(
-    module: str, configs: dict[str, RunConfig], folder: Path, group: int, noises: Mapping[str, float]
+    module: str,
+    configs: dict[str, RunConfig],
+    folder: Path,
+    group: int,
+    noises: Mapping[str, float],
 ) -> None:
     jobs = []
     for name, one in configs.items():
         (folder / name).mkdir(parents=True)
-        jobs.append(Job(config=one, out=str(folder / name), kind="probe", noise=noises.get(name, NOISE)))
+        jobs.append(
+            Job(config=one, out=str(folder / name), kind="probe", noise=noises.get(name, NOISE))
+        )
     path = folder / f"jobs-{group}.json"
     JobFile(jobs=tuple(jobs)).write(path)
     log = folder / f"log-{group}.txt"
@@ -195,7 +278,9 @@ def expected(one: RunConfig, noise: float = NOISE) -> Expected:
     return common.harness.probes.expected(one, noise)
 
 
-def first_different_bits(a: Run, b: Run, phases: Iterable[str] = ("forward", "backward", "trained")) -> str | None:
+def first_different_bits(
+    a: Run, b: Run, phases: Iterable[str] = ("forward", "backward", "trained")
+) -> str | None:
     """The first tensor or loss of which two runs do not hold the same bits, in words."""
     for phase in phases:
         theirs = {key._replace(stage=0): value for key, value in b.phase(phase).items()}

@@ -19,7 +19,10 @@ Judge = Callable[[str, str, Comparison], None]
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run | str]:
     """By framework: its run, or why there is none."""
-    configs = {f: config(f, 2, 4, "bfloat16", "tied", "pre", "gelu", "even", 0.1, steps=20) for f in FRAMEWORKS}
+    configs = {
+        f: config(f, 2, 4, "bfloat16", "tied", "pre", "gelu", "even", 0.1, steps=20)
+        for f in FRAMEWORKS
+    }
     folder = tmp_path_factory.mktemp("bfloat16")
     found = run_all(list(configs.values()), folder, math.inf, noise=NOISE)
     return {framework: found[one] for framework, one in configs.items()}
@@ -33,12 +36,18 @@ def comparison(framework: str, run: Run) -> Comparison:
 @pytest.mark.parametrize(
     "mine", FRAMEWORKS
 )  # not "framework": each is judged beside the others, so all run in one worker
-def test_below_the_ceiling_and_near_the_best(mine: str, outcomes: dict[str, Run | str], judge: Judge) -> None:
+def test_below_the_ceiling_and_near_the_best(
+    mine: str, outcomes: dict[str, Run | str], judge: Judge
+) -> None:
     outcome = outcomes[mine]
     if isinstance(outcome, str):
-        assert outcome.startswith("failed: ValueError: "), outcome  # a refusal in one clear line, and nothing else
+        assert outcome.startswith("failed: ValueError: "), (
+            outcome
+        )  # a refusal in one clear line, and nothing else
         pytest.skip(outcome)
-    compared = {name: comparison(name, run) for name, run in outcomes.items() if isinstance(run, Run)}
+    compared = {
+        name: comparison(name, run) for name, run in outcomes.items() if isinstance(run, Run)
+    }
     judge(mine, "bfloat16", compared[mine])
     if len(compared) < 2:
         pytest.skip(f"{mine} alone: nothing to be judged beside")

@@ -10,7 +10,15 @@ from common.harness.probes import compare_probe
 from common.oracle.limits import Comparison, compare
 from common.schedule.generators import make_schedule
 from common.spec.run import RunConfig
-from tests.parity.ladder import CASES, EXTREME_NOISE, MODELS, Probed, Run, expected, first_different_bits
+from tests.parity.ladder import (
+    CASES,
+    EXTREME_NOISE,
+    MODELS,
+    Probed,
+    Run,
+    expected,
+    first_different_bits,
+)
 
 Ladder = dict[str, Probed]
 Judge = Callable[[str, str, Comparison], None]
@@ -39,12 +47,16 @@ def assert_executed_equals_planned(one: RunConfig, run: Run) -> None:
             for part in run.parts
             for device, events in part.steps[step].events.items()
         }
-        assert done == {device: list(map(str, actions)) for device, actions in enumerate(schedule.devices)}
+        assert done == {
+            device: list(map(str, actions)) for device, actions in enumerate(schedule.devices)
+        }
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_schedule_and_partition_gives_the_same_bits(model: str, ladder: Ladder) -> None:
-    variants = {name.split("/")[1]: each for name, each in ladder.items() if name.startswith(f"{model}/")}
+    variants = {
+        name.split("/")[1]: each for name, each in ladder.items() if name.startswith(f"{model}/")
+    }
     few = variants.pop("few")
     comparison = compare_probe(few.run, expected(few.config), few.config.train.dtype)
     assert comparison.passed, comparison.first_failure
@@ -56,10 +68,12 @@ def test_every_schedule_and_partition_gives_the_same_bits(model: str, ladder: La
 
 
 def test_logits_far_apart(framework: str, ladder: Ladder, judge: Judge) -> None:
-    """Weights so large that logits and attention scores lie hundreds apart, at the limits of every other run.
+    """Weights so large that logits and attention scores lie hundreds apart, at the limits of every
+    other run.
 
-    Where a kernel clips `x - max`, as Paddle's softmax does at -64, a loss above that shows it. In attention, where
-    Paddle's kernel is used, nothing shows: beside a weight of 1 one of exp(-64) changes no bit.
+    Where a kernel clips `x - max`, as Paddle's softmax does at -64, a loss above that shows it. In
+    attention, where Paddle's kernel is used, nothing shows: beside a weight of 1 one of exp(-64)
+    changes no bit.
     """
     one, run = ladder["extreme"]
     want = expected(one, EXTREME_NOISE)
@@ -72,6 +86,8 @@ def test_a_wrong_model_fails_and_the_first_place_is_named(ladder: Ladder) -> Non
     """An epsilon of 1e-3 (Keras' default) instead of 1e-5: the first norm is in block 0."""
     one, run = ladder["2-4-float64"]
     wrong = one.model_copy(update={"model": one.model.model_copy(update={"norm_epsilon": 1e-3})})
-    comparison = compare(run.phase("forward"), expected(wrong).unit_outputs, "activation", "float64")
+    comparison = compare(
+        run.phase("forward"), expected(wrong).unit_outputs, "activation", "float64"
+    )
     first = comparison.first_failure
     assert first is not None and first.key.unit == "block.0" and first.key.micro_batch == 0

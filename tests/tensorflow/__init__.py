@@ -1,1 +1,3 @@
-"""What TensorFlow's implementation promises, with TensorFlow in the test's own process: `pytest tests/tensorflow`."""
+"""What TensorFlow's implementation promises, with TensorFlow in the test's own process: `pytest
+tests/tensorflow`.
+"""

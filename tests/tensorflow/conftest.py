@@ -1,4 +1,6 @@
-"""TensorFlow's devices are set before it starts, for all tests of this folder: three stages on the CPU."""
+"""TensorFlow's devices are set before it starts, for all tests of this folder: three stages on the
+CPU.
+"""
 
 from __future__ import annotations
 

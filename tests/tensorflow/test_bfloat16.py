@@ -28,7 +28,11 @@ from tf_impl.layers import build_unit
 from tf_impl.precision import products_are_rounded
 
 OPTIONS: dict[str, Any] = {"dtype": "bfloat16", "dropout": 0.1, "tied_head": True}
-ELSEWHERE = ((1, "gpipe", {}), (2, "zb-v", {"chunks": 2}), (3, "zb-h1", {"partition": (1, 3), "recompute": "full"}))
+ELSEWHERE = (
+    (1, "gpipe", {}),
+    (2, "zb-v", {"chunks": 2}),
+    (3, "zb-h1", {"partition": (1, 3), "recompute": "full"}),
+)
 
 
 def test_bfloat16_computes_low_and_adds_up_high(make: Make, tmp_path: Path) -> None:
@@ -38,7 +42,10 @@ def test_bfloat16_computes_low_and_adds_up_high(make: Make, tmp_path: Path) -> N
     train(engine, range(3))
     check_all_float32(engine)
     chunk = engine.model.chunks[0]
-    pairs = [(own.numpy(), master.numpy()) for own, master in zip(chunk.variables, chunk.masters, strict=True)]
+    pairs = [
+        (own.numpy(), master.numpy())
+        for own, master in zip(chunk.variables, chunk.masters, strict=True)
+    ]
     assert {own.dtype.name for own, _ in pairs} == {"bfloat16"}
     assert all(np.array_equal(own, master.astype(own.dtype)) for own, master in pairs)
     assert any(not np.array_equal(own.astype(np.float32), master) for own, master in pairs)
@@ -59,7 +66,9 @@ def test_the_plain_loop_has_no_bfloat16() -> None:
 
 
 def test_errors_of_bfloat16_have_no_sign() -> None:
-    """A block's output and gradients beside the same block in float64: by how much rounding stretches them all."""
+    """A block's output and gradients beside the same block in float64: by how much rounding
+    stretches them all.
+    """
     generator = np.random.default_rng(0)
 
     def numbers(*shape: int) -> tf.Tensor:
@@ -85,13 +94,21 @@ def test_errors_of_bfloat16_have_no_sign() -> None:
         return [tf.cast(tensor, tf.float64) for tensor in found]
 
     names = ["output", "input", *(low.path for low, _ in pairs)]
-    roundoffs = {name: stretch(*each) for name, *each in zip(names, run("bfloat16"), run("float64"), strict=True)}
+    roundoffs = {
+        name: stretch(*each)
+        for name, *each in zip(names, run("bfloat16"), run("float64"), strict=True)
+    }
     # 1.7, 3.3 and a median of 3.2 with the operations that tf_impl.precision stands in for
     assert roundoffs["output"] < 0.2 and roundoffs["input"] < 0.2, roundoffs
     assert statistics.median(roundoffs.values()) < 0.4, roundoffs
     a, b = numbers(64, 32), numbers(32, 48)
-    own = stretch(tf.cast(tf.matmul(a, b), tf.float64), tf.matmul(tf.cast(a, tf.float64), tf.cast(b, tf.float64)))
-    assert products_are_rounded() == (own < 0.2), own  # TensorFlow's own product, -0.7 without oneDNN
+    own = stretch(
+        tf.cast(tf.matmul(a, b), tf.float64),
+        tf.matmul(tf.cast(a, tf.float64), tf.cast(b, tf.float64)),
+    )
+    assert products_are_rounded() == (own < 0.2), (
+        own
+    )  # TensorFlow's own product, -0.7 without oneDNN
 
 
 @pytest.mark.parametrize("compiled_first", [False, True])

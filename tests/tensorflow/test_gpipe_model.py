@@ -1,4 +1,6 @@
-"""`GPipeModel` as a Keras user has it: beside `keras.Sequential` with the same layers, and what it refuses."""
+"""`GPipeModel` as a Keras user has it: beside `keras.Sequential` with the same layers, and what it
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,11 @@ def test_a_keras_user_gets_what_plain_keras_gives(schedule: str, tmp_path: Path)
     model.set_weights(plain.get_weights())
     epochs: list[int] = []
     callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append(epoch))
-    options: dict[str, Any] = {"epochs": 3, "verbose": 0, "validation_data": data(20)}  # 20: not 48, nor 4 pieces
+    options: dict[str, Any] = {
+        "epochs": 3,
+        "verbose": 0,
+        "validation_data": data(20),
+    }  # 20: not 48, nor 4 pieces
     history = model.fit(data(16), callbacks=[callback], **options).history
     expected = plain.fit(data(16), **options).history
     assert set(history) == set(expected) == {"loss", "accuracy", "val_loss", "val_accuracy"}
@@ -71,20 +77,30 @@ def test_a_keras_user_gets_what_plain_keras_gives(schedule: str, tmp_path: Path)
     np.testing.assert_allclose(*scores, rtol=0, atol=2e-6)
     prediction = model.predict(data(20), verbose=0)
     np.testing.assert_allclose(prediction, plain.predict(data(20), verbose=0), rtol=0, atol=1e-5)
-    assert [chunk.variables[0].value.device[-5:] for chunk in model.chunks] == ["CPU:0", "CPU:1", "CPU:2"]
+    assert [chunk.variables[0].value.device[-5:] for chunk in model.chunks] == [
+        "CPU:0",
+        "CPU:1",
+        "CPU:2",
+    ]
 
     model.save_weights(tmp_path / "model.weights.h5")
-    other = GPipeModel(layers(), num_stages=2, num_micro_batches=4)  # as many: predictions go through in micro-batches
+    other = GPipeModel(
+        layers(), num_stages=2, num_micro_batches=4
+    )  # as many: predictions go through in micro-batches
     other.build((None, FEATURES))
     other.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(prediction, other.predict(data(20), verbose=0))
 
 
 def test_a_seed_on_another_device_neither_hangs_nor_stands_still(make: Make) -> None:
-    """A Keras Dropout on the second device has its seed on the first one; the engine's stages are alone."""
+    """A Keras Dropout on the second device has its seed on the first one; the engine's stages are
+    alone.
+    """
     with_seed = [keras.layers.Dense(8), keras.layers.Dropout(0.5), keras.layers.Dense(CLASSES)]
     model = compiled(GPipeModel(with_seed, 2, 2, partition=[1]))
-    assert model.forward_backward(ONES[:4], ZEROS[:4]) != model.forward_backward(ONES[:4], ZEROS[:4])
+    assert model.forward_backward(ONES[:4], ZEROS[:4]) != model.forward_backward(
+        ONES[:4], ZEROS[:4]
+    )
     engine = make(2, dropout=0.1, tied_head=True)
     engine.forward_backward(batch(engine))
     alone = [[chunk.only_own_device for chunk in m.chunks] for m in (model, engine.model)]
@@ -106,12 +122,22 @@ def test_a_seed_on_another_device_neither_hangs_nor_stands_still(make: Make) -> 
         ),
         (lambda: GPipeModel(layers(), 6, 4), ValueError, "6 virtual stages for 5 layers"),
         (lambda: GPipeModel(layers(), 4, 4), ValueError, r"tf_impl.devices.configure\(stages=4\)"),
-        (lambda: GPipeModel(layers(), 3, 4, partition=[3, 3]), ValueError, "2 increasing boundaries"),
-        (lambda: GPipeModel(TransformerSpec(num_layers=1), 4, 4), ValueError, "4 virtual stages for 3 layers"),
+        (
+            lambda: GPipeModel(layers(), 3, 4, partition=[3, 3]),
+            ValueError,
+            "2 increasing boundaries",
+        ),
+        (
+            lambda: GPipeModel(TransformerSpec(num_layers=1), 4, 4),
+            ValueError,
+            "4 virtual stages for 3 layers",
+        ),
     ],
     ids=["not compiled", "batch", "stages", "devices", "partition", "Transformer"],
 )
-def test_errors_say_what_is_wrong(work: Callable[[], Any], kind: type[Exception], message: str) -> None:
+def test_errors_say_what_is_wrong(
+    work: Callable[[], Any], kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind, match=message):
         work()
 

@@ -1,4 +1,6 @@
-"""TensorFlow's habits in the drift zoo; one that is a setting of the whole process is in `tests/common/test_tf_zoo.py`."""
+"""TensorFlow's habits in the drift zoo; one that is a setting of the whole process is in
+`tests/common/test_tf_zoo.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ from tests.engines import habits_here, small
 from tf_impl.drift import HABITS, switch
 from tf_impl.engine import build_engine
 
-NAMES = [drift.name for drift in DRIFTS if "tensorflow" in drift.frameworks and drift.name not in PROCESS_WIDE]
+NAMES = [
+    drift.name
+    for drift in DRIFTS
+    if "tensorflow" in drift.frameworks and drift.name not in PROCESS_WIDE
+]
 
 
 def test_the_zoo_has_all_habits() -> None:
@@ -34,7 +40,10 @@ def test_a_habit_fails_the_ladder_where_the_zoo_says_and_its_baseline_passes(
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ({"drift": "coupled-decay"}, "drift = coupled-decay; expected for tensorflow: one of tanh-gelu"),
+        (
+            {"drift": "coupled-decay"},
+            "drift = coupled-decay; expected for tensorflow: one of tanh-gelu",
+        ),
         ({"drift": "tanh-gelu", "executor": "plain"}, "expected table"),
         ({"drift": "onednn"}, r"configure\(onednn=True\)"),
     ],

@@ -1,4 +1,6 @@
-"""The files that users of Keras have: weights alone, the whole model in either format, and one that leads elsewhere."""
+"""The files that users of Keras have: weights alone, the whole model in either format, and one that
+leads elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from common.spec.parameters import random_arrays
 from common.spec.run import TransformerSpec
 from tf_impl.convert import plain_model, read_weights, write_weights
 
-MODEL = TransformerSpec(context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, tied_head=True)
+MODEL = TransformerSpec(
+    context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, tied_head=True
+)
 WEIGHTS = random_arrays(MODEL, 1, "float32", 0.5)
 
 
@@ -47,7 +51,10 @@ def test_a_file_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
                 file[path] = h5py.ExternalLink("elsewhere.weights.h5", path)
             elif kind == "storage":
                 file.create_dataset(
-                    path, shape, "f4", external=[(str(tmp_path / "elsewhere.weights.h5"), 0, 4 * 10**4)]
+                    path,
+                    shape,
+                    "f4",
+                    external=[(str(tmp_path / "elsewhere.weights.h5"), 0, 4 * 10**4)],
                 )
             else:
                 layout = h5py.VirtualLayout(shape, "f4")
@@ -63,5 +70,7 @@ def test_a_file_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
 
 def _datasets(file: h5py.File) -> list[str]:
     found: list[str] = []
-    file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+    file.visititems(
+        lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None
+    )
     return found

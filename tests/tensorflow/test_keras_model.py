@@ -1,4 +1,5 @@
-"""A `GPipeModel` beside the `keras.Sequential` of the same layers, weights and data: trained and saved alike.
+"""A `GPipeModel` beside the `keras.Sequential` of the same layers, weights and data: trained and
+saved alike.
 
 Eight samples in three micro-batches, so that the pieces differ: 3, 3, 2.
 """
@@ -24,7 +25,9 @@ SEQUENCES = GENERATOR.normal(size=(B, S, 5)).astype("float32")
 COLUMN = GENERATOR.normal(size=(B, 1)).astype("float32")
 LABELS = GENERATOR.integers(0, CLASSES, B)
 WEIGHT = GENERATOR.uniform(0.2, 2.0, B)
-TOKENS = GENERATOR.integers(1, 9, (B, S)) * (np.arange(S) < GENERATOR.integers(1, S + 1, (B, 1)))  # 0 behind the end
+TOKENS = GENERATOR.integers(1, 9, (B, S)) * (
+    np.arange(S) < GENERATOR.integers(1, S + 1, (B, 1))
+)  # 0 behind the end
 OF_TOKENS = GENERATOR.integers(0, CLASSES, (B, S))
 PER_TOKEN = GENERATOR.uniform(0.2, 2.0, (B, S))
 
@@ -47,7 +50,9 @@ def masked() -> list[Any]:
     return [L.Embedding(9, 4, mask_zero=True), L.Dense(CLASSES)]
 
 
-def pair(layers: Layers, x: Any, micro_batches: int = 3, **options: Any) -> tuple[keras.Model, GPipeModel]:
+def pair(
+    layers: Layers, x: Any, micro_batches: int = 3, **options: Any
+) -> tuple[keras.Model, GPipeModel]:
     keras.utils.set_random_seed(0)
     plain, model = keras.Sequential(layers()), GPipeModel(layers(), 2, micro_batches, **options)
     plain(x[:1])
@@ -62,7 +67,9 @@ def fit(model: keras.Model, x: Any, y: Any, **options: Any) -> dict[str, list[fl
 
 
 def difference(a: Any, b: Any) -> float:
-    return max(float(np.abs(np.subtract(p, q, dtype=np.float64)).max()) for p, q in zip(a, b, strict=True))
+    return max(
+        float(np.abs(np.subtract(p, q, dtype=np.float64)).max()) for p, q in zip(a, b, strict=True)
+    )
 
 
 def assert_twins(plain: keras.Model, model: keras.Model) -> None:
@@ -71,10 +78,14 @@ def assert_twins(plain: keras.Model, model: keras.Model) -> None:
     assert difference(*slots) < 1e-5
 
 
-def train_twins(layers: Layers, x: Any, y: Any, compiled: Callable[[], dict[str, Any]], **options: Any) -> Any:
+def train_twins(
+    layers: Layers, x: Any, y: Any, compiled: Callable[[], dict[str, Any]], **options: Any
+) -> Any:
     twins, histories = pair(layers, x), []
     for one in twins:
-        one.compile(**{"optimizer": optimizers.SGD(0.1), "run_eagerly": True} | compiled())  # faster for a few steps
+        one.compile(
+            **{"optimizer": optimizers.SGD(0.1), "run_eagerly": True} | compiled()
+        )  # faster for a few steps
         histories.append(fit(one, x, y, **options))
     assert list(histories[0]) == list(histories[1])
     assert difference(histories[0].values(), histories[1].values()) < 1e-5
@@ -109,18 +120,35 @@ def test_a_loss_is_that_of_the_whole_batch(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("reduction", "rank"),
-    [("sum", 1), ("mean_with_sample_weight", 1), ("sum_over_batch_size", 2), ("mean_with_sample_weight", 3)],
+    [
+        ("sum", 1),
+        ("mean_with_sample_weight", 1),
+        ("sum_over_batch_size", 2),
+        ("mean_with_sample_weight", 3),
+    ],
 )
 def test_sample_weights_of_every_rank(reduction: str, rank: int) -> None:
     weight = WEIGHT if rank == 1 else PER_TOKEN if rank == 2 else PER_TOKEN[..., None]
     x, y = (X, LABELS) if rank == 1 else (SEQUENCES, OF_TOKENS)
-    train_twins(classes, x, y, lambda: {"loss": SPARSE(True, reduction=reduction)}, sample_weight=weight)
+    train_twins(
+        classes, x, y, lambda: {"loss": SPARSE(True, reduction=reduction)}, sample_weight=weight
+    )
 
 
 def test_class_weights_metrics_and_the_weight_of_the_loss() -> None:
     compiled = {"loss": SPARSE(True), "loss_weights": 2.5, "weighted_metrics": ["accuracy"]}
-    compiled["metrics"] = ["accuracy", keras.metrics.SparseTopKCategoricalAccuracy(2)]  # one object for both twins
-    train_twins(classes, X, LABELS, lambda: compiled, class_weight={0: 1.0, 1: 3.0, 2: 0.5}, validation_split=0.25)
+    compiled["metrics"] = [
+        "accuracy",
+        keras.metrics.SparseTopKCategoricalAccuracy(2),
+    ]  # one object for both twins
+    train_twins(
+        classes,
+        X,
+        LABELS,
+        lambda: compiled,
+        class_weight={0: 1.0, 1: 3.0, 2: 0.5},
+        validation_split=0.25,
+    )
 
 
 def test_batches_may_be_of_any_size() -> None:
@@ -143,11 +171,16 @@ def test_uneven_pieces_are_traced_twice_at_most() -> None:
     model.evaluate(X, COLUMN, batch_size=B, verbose=0)
     model.predict(X, batch_size=B, verbose=0)
     assert {len(set(map(id, chunk.functions))) for chunk in model.chunks} == {2}
-    assert [chunk.evaluate.experimental_get_tracing_count() for chunk in model.chunks] == [3, 3]  # one for model(x[:1])
+    assert [chunk.evaluate.experimental_get_tracing_count() for chunk in model.chunks] == [
+        3,
+        3,
+    ]  # one for model(x[:1])
 
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
-    "adamw, clipped over all stages": lambda: optimizers.AdamW(0.01, weight_decay=0.1, global_clipnorm=0.05),
+    "adamw, clipped over all stages": lambda: optimizers.AdamW(
+        0.01, weight_decay=0.1, global_clipnorm=0.05
+    ),
     "nadam": lambda: optimizers.Nadam(0.01),
     "adafactor": lambda: optimizers.Adafactor(0.01),
     "schedule": lambda: optimizers.Adam(optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)),
@@ -202,7 +235,9 @@ def test_training_goes_on_from_a_file_bit_by_bit(how: str, tmp_path: Path) -> No
     assert difference(model.get_weights(), other.get_weights()) == 0
     slots = [[variable.numpy() for variable in one.optimizer.variables] for one in (model, other)]
     assert difference(*slots) == 0
-    assert len(slots[0]) == 3 + 2 * len(model.weights)  # iterations, rate, Nadam's product; two moments
+    assert len(slots[0]) == 3 + 2 * len(
+        model.weights
+    )  # iterations, rate, Nadam's product; two moments
 
 
 def test_backup_and_restore_loses_nothing(tmp_path: Path) -> None:
@@ -214,8 +249,20 @@ def test_backup_and_restore_loses_nothing(tmp_path: Path) -> None:
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
     fit(whole, X, COLUMN, epochs=4)
     with pytest.raises(KeyboardInterrupt):
-        fit(first, X, COLUMN, epochs=4, callbacks=[backup, keras.callbacks.LambdaCallback(on_epoch_begin=interrupt)])
-    history = fit(second, X, COLUMN, epochs=4, callbacks=[keras.callbacks.BackupAndRestore(tmp_path / "backup")])
+        fit(
+            first,
+            X,
+            COLUMN,
+            epochs=4,
+            callbacks=[backup, keras.callbacks.LambdaCallback(on_epoch_begin=interrupt)],
+        )
+    history = fit(
+        second,
+        X,
+        COLUMN,
+        epochs=4,
+        callbacks=[keras.callbacks.BackupAndRestore(tmp_path / "backup")],
+    )
     assert len(history["loss"]) == 2
     assert difference(whole.get_weights(), second.get_weights()) == 0
 
@@ -226,7 +273,9 @@ def test_a_model_can_be_made_again_and_looked_at() -> None:
     model.summary(print_fn=lines.append)
     assert "Total params" in "".join(lines)
     for again in (keras.models.clone_model(model), GPipeModel.from_config(model.get_config())):
-        assert [weight.shape for weight in again.get_weights()] == [weight.shape for weight in model.get_weights()]
+        assert [weight.shape for weight in again.get_weights()] == [
+            weight.shape for weight in model.get_weights()
+        ]
         assert (again.count_params(), len(again.layers)) == (model.count_params(), 3)
         assert again.get_layer(index=2).name == model.layers[2].name
 
@@ -264,11 +313,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "loss by output": (lambda: compiled({"dense": "mse"}), "expected the loss itself"),
     "no reduction": (lambda: compiled(losses.MeanSquaredError(None)), "expected sum"),
     "pairs of samples": (lambda: compiled(losses.Circle()), "expected one value per sample"),
-    "accumulation": (lambda: compiled(optimizer=optimizers.SGD(gradient_accumulation_steps=2)), "more micro-batches"),
+    "accumulation": (
+        lambda: compiled(optimizer=optimizers.SGD(gradient_accumulation_steps=2)),
+        "more micro-batches",
+    ),
     "moving average": (lambda: compiled(optimizer=optimizers.Adam(use_ema=True)), "use_ema=False"),
-    "loss scaling": (lambda: compiled(optimizer=optimizers.LossScaleOptimizer(optimizers.SGD())), "bfloat16"),
+    "loss scaling": (
+        lambda: compiled(optimizer=optimizers.LossScaleOptimizer(optimizers.SGD())),
+        "bfloat16",
+    ),
     "XLA": (lambda: compiled(jit_compile=True), "expected 'auto' or False"),
-    "spread of a batch": (lambda: fit(compiled(lambda y, p: tf.math.reduce_std(y - p)), X, COLUMN), "neither the sum"),
+    "spread of a batch": (
+        lambda: fit(compiled(lambda y, p: tf.math.reduce_std(y - p)), X, COLUMN),
+        "neither the sum",
+    ),
     "weight of a sequence": (
         lambda: fit(compiled(), SEQUENCES, SEQUENCES[..., :1], sample_weight=WEIGHT),
         "expected a weight for every value",
@@ -281,20 +339,38 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no labels": (lambda: fit(compiled(), X, None), "no labels"),
     "two inputs": (lambda: fit(compiled(), [X, X], COLUMN), "x has 2 arrays; expected one"),
     "rows": (lambda: compiled().train_on_batch(X, COLUMN[:5]), "[8, 5] rows"),
-    "two outputs": (lambda: GPipeModel([L.Dense(1), L.Lambda(lambda t: [t, t])], 2, 3)(X), "expected one tensor"),
+    "two outputs": (
+        lambda: GPipeModel([L.Dense(1), L.Lambda(lambda t: [t, t])], 2, 3)(X),
+        "expected one tensor",
+    ),
     "not a layer": (lambda: GPipeModel([L.Dense(1), "relu"], 2, 3), "layer 1 is a str"),
-    "late input": (lambda: GPipeModel([L.Dense(1), keras.Input((5,))], 2, 3), "ahead of all layers"),
-    "no whole number": (lambda: GPipeModel(regression(), 2, 3.0), "num_micro_batches = 3.0; expected a whole number"),
-    "a boundary": (lambda: GPipeModel(regression(), 2, 3, partition=["1"]), "partition[0] = '1'; expected a whole"),
+    "late input": (
+        lambda: GPipeModel([L.Dense(1), keras.Input((5,))], 2, 3),
+        "ahead of all layers",
+    ),
+    "no whole number": (
+        lambda: GPipeModel(regression(), 2, 3.0),
+        "num_micro_batches = 3.0; expected a whole number",
+    ),
+    "a boundary": (
+        lambda: GPipeModel(regression(), 2, 3, partition=["1"]),
+        "partition[0] = '1'; expected a whole",
+    ),
     "no schedule": (lambda: GPipeModel(regression(), 2, 3, None), "schedule None; expected a name"),
-    "not a device": (lambda: GPipeModel(regression(), 2, 3, device="tpu"), "device = 'tpu'; expected"),
+    "not a device": (
+        lambda: GPipeModel(regression(), 2, 3, device="tpu"),
+        "device = 'tpu'; expected",
+    ),
     "not a list": (lambda: GPipeModel(L.Dense(1), 2, 3), "layers is a Dense; expected a list"),
     "another's layer": (
         lambda: GPipeModel(keras.Sequential([keras.Input((5,)), L.Dense(1)]).layers, 1, 3),
         "is part of another model",
     ),
     "export": (lambda: compiled().export("folder"), "expected a keras.Sequential of new layers"),
-    "one name": (lambda: GPipeModel([L.Dense(1, name="a"), L.Dense(1, name="a")], 2, 3), "called 'a'"),
+    "one name": (
+        lambda: GPipeModel([L.Dense(1, name="a"), L.Dense(1, name="a")], 2, 3),
+        "called 'a'",
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""A `keras.Sequential` and a `GPipeModel` with the same weights, trained on the same data: they must not part."""
+"""A `keras.Sequential` and a `GPipeModel` with the same weights, trained on the same data: they
+must not part.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,12 @@ def residual(width: int) -> keras.Model:
 
 def one_weight_twice() -> list[L.Layer]:
     shared = L.Dense(4, "tanh")
-    return [L.Dense(4), *(keras.Sequential([shared, L.Activation("tanh")]) for _ in range(2)), residual(4), L.Dense(1)]
+    return [
+        L.Dense(4),
+        *(keras.Sequential([shared, L.Activation("tanh")]) for _ in range(2)),
+        residual(4),
+        L.Dense(1),
+    ]
 
 
 def nested_loops(x: tf.Tensor) -> tf.Tensor:
@@ -138,16 +145,26 @@ def embedded(*layers: L.Layer, **options: Any) -> list[L.Layer]:
     return [L.Embedding(20, 4, mask_zero=True, **options), *layers]
 
 
-def fitted(model: keras.Model, x: Any, y: Any, loss: Any, options: dict[str, Any], sizes: Sequence[int]) -> list[Any]:
-    """Losses and metrics of a step with each batch size, of an evaluation, a prediction and the weights."""
-    eager = {"run_eagerly": True} if isinstance(model, keras.Sequential) else {}  # many small models: faster so
+def fitted(
+    model: keras.Model, x: Any, y: Any, loss: Any, options: dict[str, Any], sizes: Sequence[int]
+) -> list[Any]:
+    """Losses and metrics of a step with each batch size, of an evaluation, a prediction and the
+    weights.
+    """
+    eager = (
+        {"run_eagerly": True} if isinstance(model, keras.Sequential) else {}
+    )  # many small models: faster so
     metrics = {name: given for name, given in options.items() if name != "sample_weight"}
     model.compile(keras.optimizers.SGD(0.05), loss, **metrics, **eager)
     weight = options.get("sample_weight")
     found: list[Any] = []
     for rows in sizes:
         gc.collect()
-        given = {"sample_weight": None if weight is None else weight[:rows], "batch_size": rows, "verbose": 0}
+        given = {
+            "sample_weight": None if weight is None else weight[:rows],
+            "batch_size": rows,
+            "verbose": 0,
+        }
         history = model.fit(x[:rows], y[:rows], shuffle=False, **given).history
         found += [np.array(values) for values in history.values()]
     gc.collect()
@@ -161,10 +178,21 @@ def cross_entropy(**options: Any) -> keras.losses.Loss:
 
 CASES: dict[str, tuple[Callable[[], list[L.Layer]], Any, Any, Any, dict[str, Any]]] = {
     "recurrent": (
-        lambda: [L.Dense(4), L.Bidirectional(L.GRU(3, return_sequences=True)), L.LSTM(4), L.Dense(1)],
+        lambda: [
+            L.Dense(4),
+            L.Bidirectional(L.GRU(3, return_sequences=True)),
+            L.LSTM(4),
+            L.Dense(1),
+        ],
         *(SEQUENCES, COLUMN, "mse", {}),
     ),
-    "loops": (lambda: [L.Dense(5), Apply(nested_loops), L.Dense(4), L.Dense(1)], VECTORS, np.sign(COLUMN), "hinge", {}),
+    "loops": (
+        lambda: [L.Dense(5), Apply(nested_loops), L.Dense(4), L.Dense(1)],
+        VECTORS,
+        np.sign(COLUMN),
+        "hinge",
+        {},
+    ),
     "inner functions": (
         lambda: [
             Inner(5, tf.function),
@@ -176,15 +204,24 @@ CASES: dict[str, tuple[Callable[[], list[L.Layer]], Any, Any, Any, dict[str, Any
         *(VECTORS, COLUMN, "mse", {}),
     ),
     "masked": (
-        lambda: embedded(L.LSTM(4, return_sequences=True), L.TimeDistributed(L.Dense(3)), L.Dense(1)),
+        lambda: embedded(
+            L.LSTM(4, return_sequences=True), L.TimeDistributed(L.Dense(3)), L.Dense(1)
+        ),
         *(TOKENS, STEPS, "mse", {"metrics": ["mae"], "sample_weight": WEIGHTS}),
     ),
     "masked attention": (
-        lambda: embedded(Attention(), L.LayerNormalization(), L.GlobalAveragePooling1D(), L.Dense(1)),
+        lambda: embedded(
+            Attention(), L.LayerNormalization(), L.GlobalAveragePooling1D(), L.Dense(1)
+        ),
         *(TOKENS, COLUMN, "mse", {}),
     ),
     "masked by values": (
-        lambda: [L.Dense(4, "relu", use_bias=False), L.Masking(), L.LSTM(4, return_sequences=True), L.Dense(1)],
+        lambda: [
+            L.Dense(4, "relu", use_bias=False),
+            L.Masking(),
+            L.LSTM(4, return_sequences=True),
+            L.Dense(1),
+        ],
         *(SEQUENCES, STEPS, "mse", {}),
     ),
     "masked in a nested model": (
@@ -209,13 +246,17 @@ CASES: dict[str, tuple[Callable[[], list[L.Layer]], Any, Any, Any, dict[str, Any
         *(VECTORS, COLUMN, "mse", {"metrics": ["mae"]}),
     ),
     "masked, with layers' own losses": (
-        lambda: embedded(L.LSTM(4, return_sequences=True, activity_regularizer="l2"), Says(3), L.Dense(1)),
+        lambda: embedded(
+            L.LSTM(4, return_sequences=True, activity_regularizer="l2"), Says(3), L.Dense(1)
+        ),
         *(TOKENS, STEPS, keras.losses.MeanSquaredError(reduction="sum"), {}),
     ),
     "losses that are sums over samples": (
         lambda: [
             L.Dense(4, kernel_regularizer="l2"),
-            keras.Sequential([L.Dropout(0.0), Adds(lambda x: [0.1 * tf.reduce_sum(x**2), tf.reduce_mean(x**2)])]),
+            keras.Sequential(
+                [L.Dropout(0.0), Adds(lambda x: [0.1 * tf.reduce_sum(x**2), tf.reduce_mean(x**2)])]
+            ),
             Adds(lambda x: 0.1 * tf.reduce_mean(x**2, axis=1)),
             L.Dense(1, activity_regularizer="l2"),
         ],
@@ -228,7 +269,9 @@ CASES: dict[str, tuple[Callable[[], list[L.Layer]], Any, Any, Any, dict[str, Any
     ),
 }
 
-SIZES = {name: (B, B, B // 2) if name in ("recurrent", "masked attention") else (B, B) for name in CASES}
+SIZES = {
+    name: (B, B, B // 2) if name in ("recurrent", "masked attention") else (B, B) for name in CASES
+}
 """Batch sizes of the steps: with some, one that was not traced yet."""
 
 RUNS: list[tuple[str, int, dict[str, Any]]] = [
@@ -296,18 +339,30 @@ def test_a_dropped_model_leaves_no_function_behind() -> None:
 
 
 def stateful_layers() -> list[L.Layer]:
-    return [L.Dense(4), L.BatchNormalization(name="norm"), L.Dropout(0.5), Counter(name="counter"), L.Dense(1)]
+    return [
+        L.Dense(4),
+        L.BatchNormalization(name="norm"),
+        L.Dropout(0.5),
+        Counter(name="counter"),
+        L.Dense(1),
+    ]
 
 
 def test_states_are_updated_once_per_micro_batch_and_named() -> None:
     """Recomputation begins with the same seeds and averages, and leaves them alone."""
     trained = []
-    for stages, cut in ((1, {}), (3, {"schedule": "zb-h1", "recompute": "full"}), (2, {"recompute": "every-1"})):
+    for stages, cut in (
+        (1, {}),
+        (3, {"schedule": "zb-h1", "recompute": "full"}),
+        (2, {"recompute": "every-1"}),
+    ):
         keras.utils.set_random_seed(0)
         model = GPipeModel(stateful_layers(), stages, 4, **cut)
         model.build(VECTORS.shape)
         start = model.get_weights()
-        with pytest.warns(UserWarning, match="norm, counter: updated with every micro-batch, so 4 times a step"):
+        with pytest.warns(
+            UserWarning, match="norm, counter: updated with every micro-batch, so 4 times a step"
+        ):
             model.compile(keras.optimizers.SGD(0.05), "mse")
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # once is enough
@@ -340,13 +395,37 @@ def noisy(x: tf.Tensor) -> tf.Tensor:
 @pytest.mark.parametrize(
     ("layers", "options", "text"),
     [
-        (lambda: [L.Dense(4), L.LSTM(4, stateful=True)], {}, "is stateful, so a micro-batch would begin where"),
-        (lambda: [L.Dense(4), Apply(python), L.Dense(1)], {}, "tf.py_function needs of one call only"),
-        (lambda: [L.Dense(4), Apply(noisy)], {"recompute": "full"}, "a second forward would do so again"),
-        (lambda: [L.Dense(4), L.SpectralNormalization(L.Dense(4))], {"recompute": "full"}, "assigns what is trained"),
-        (lambda: [L.Lambda(lambda x: [x, x]), L.Add()], {}, "its output is a list; expected one tensor"),
+        (
+            lambda: [L.Dense(4), L.LSTM(4, stateful=True)],
+            {},
+            "is stateful, so a micro-batch would begin where",
+        ),
+        (
+            lambda: [L.Dense(4), Apply(python), L.Dense(1)],
+            {},
+            "tf.py_function needs of one call only",
+        ),
+        (
+            lambda: [L.Dense(4), Apply(noisy)],
+            {"recompute": "full"},
+            "a second forward would do so again",
+        ),
+        (
+            lambda: [L.Dense(4), L.SpectralNormalization(L.Dense(4))],
+            {"recompute": "full"},
+            "assigns what is trained",
+        ),
+        (
+            lambda: [L.Lambda(lambda x: [x, x]), L.Add()],
+            {},
+            "its output is a list; expected one tensor",
+        ),
         (lambda: [L.Dense(4), Adds(tf.math.reduce_std)], {}, "not known to be the sum or the mean"),
-        (one_weight_twice, {"partition": [2]}, "layers of two virtual stages share the variable .*kernel"),
+        (
+            one_weight_twice,
+            {"partition": [2]},
+            "layers of two virtual stages share the variable .*kernel",
+        ),
     ],
 )
 def test_layers_that_cannot_be_right_are_refused(

@@ -17,10 +17,15 @@ from tf_impl.gpipe_model import GPipeModel
 @pytest.mark.parametrize("name", EXTREME_LOGITS)
 def test_the_loss_of_extreme_logits_is_right(name: str, dtype: str) -> None:
     model = GPipeModel([keras.layers.Identity()], num_stages=1, num_micro_batches=1)
-    # With its dtype, as the engine's: Keras' losses cast to theirs, which is float32 unless it is said.
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True, ignore_class=IGNORED, dtype=dtype))
+    # With its dtype, as the engine's: Keras' losses cast to theirs, which is float32 unless it is
+    # said.
+    model.compile(
+        "sgd", keras.losses.SparseCategoricalCrossentropy(True, ignore_class=IGNORED, dtype=dtype)
+    )
 
-    def loss(logits: NDArray[np.floating], targets: NDArray[np.int64]) -> tuple[float, NDArray[np.floating]]:
+    def loss(
+        logits: NDArray[np.floating], targets: NDArray[np.int64]
+    ) -> tuple[float, NDArray[np.floating]]:
         x = tf.constant(logits)
         with tf.GradientTape() as tape:
             tape.watch(x)

@@ -17,8 +17,12 @@ def test_split_backward_gives_the_bits_of_the_merged_one(make: Make, tmp_path: P
     found = []
     for backward in ("BW{0}", "B{0} W{0}"):
         line = " ".join(f"F{i} {backward.format(i)}" for i in range(4))
-        (tmp_path / "table.txt").write_text(f"# schedule: one micro_batches=4\n0: {line}\n1: {line}\n")
-        engine = make(2, f"file:{tmp_path / 'table.txt'}", num_layers=1, dropout=0.1, tied_head=True)
+        (tmp_path / "table.txt").write_text(
+            f"# schedule: one micro_batches=4\n0: {line}\n1: {line}\n"
+        )
+        engine = make(
+            2, f"file:{tmp_path / 'table.txt'}", num_layers=1, dropout=0.1, tied_head=True
+        )
         engine.forward_backward(batch(engine, 3))
         found.append(engine.gradients())
     assert all(np.any(gradient) for gradient in found[0].values())
@@ -26,7 +30,11 @@ def test_split_backward_gives_the_bits_of_the_merged_one(make: Make, tmp_path: P
 
 
 def test_no_operation_on_data_is_in_two_of_f_b_and_w() -> None:
-    dense = [keras.layers.Dense(8, activation="gelu"), keras.layers.LayerNormalization(), keras.layers.Dense(3)]
+    dense = [
+        keras.layers.Dense(8, activation="gelu"),
+        keras.layers.LayerNormalization(),
+        keras.layers.Dense(3),
+    ]
     for layer, width in zip(dense, (5, 8, 8), strict=True):
         layer.build((None, width))
     variables = [variable.value for layer in dense for variable in layer.trainable_variables]
@@ -37,9 +45,17 @@ def test_no_operation_on_data_is_in_two_of_f_b_and_w() -> None:
 
     trace, _ = trace_stage(dense[0], [rest], variables, sums, [tf.TensorSpec((4, 5))], False)
     scissors = Scissors(trace)
-    dy, f, b, w = trace.output_gradient, scissors.forward, scissors.backward_input, scissors.backward_weight
+    dy, f, b, w = (
+        trace.output_gradient,
+        scissors.forward,
+        scissors.backward_input,
+        scissors.backward_weight,
+    )
     saved = scissors.crossing(b - {dy[0].op}, f, [])
-    for_weight = [*scissors.crossing(w, f, trace.weight_gradients), *scissors.crossing(w, b, trace.weight_gradients)]
+    for_weight = [
+        *scissors.crossing(w, f, trace.weight_gradients),
+        *scissors.crossing(w, b, trace.weight_gradients),
+    ]
     parts = []
     for arguments, results in (
         (trace.inputs, [trace.output, *saved]),

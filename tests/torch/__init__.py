@@ -1,1 +1,3 @@
-"""What PyTorch's implementation promises, with PyTorch in the test's own process: `pytest tests/torch`."""
+"""What PyTorch's implementation promises, with PyTorch in the test's own process: `pytest
+tests/torch`.
+"""

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from common.spec.run import TransformerSpec
-from tests.engines import Make, bfloat16_errors, check_all_float32, check_same_bits, small, stretch, train
+from tests.engines import (
+    Make,
+    bfloat16_errors,
+    check_all_float32,
+    check_same_bits,
+    small,
+    stretch,
+    train,
+)
 from tests.torch.test_recompute import RECOMPUTED
 from torch_impl.dropout import DropoutContext, ElementHashes
 from torch_impl.engine import build_engine
@@ -28,7 +36,9 @@ def test_bfloat16_computes_low_and_adds_up_high(make: Make) -> None:
     stage = engine.stages[0]
     layer = stage.chunks[0].units[0].token
     assert layer.weight.dtype is torch.bfloat16 and layer.weight.grad.dtype is torch.float32
-    assert any(not torch.equal(item.parameter, item.parameter.bfloat16().float()) for item in stage.named)
+    assert any(
+        not torch.equal(item.parameter, item.parameter.bfloat16().float()) for item in stage.named
+    )
 
 
 def test_bfloat16_has_the_same_bits_in_every_schedule(make: Make) -> None:
@@ -36,12 +46,16 @@ def test_bfloat16_has_the_same_bits_in_every_schedule(make: Make) -> None:
 
 
 def test_the_plain_loop_has_no_bfloat16() -> None:
-    with pytest.raises(ValueError, match=r"^dtype = bfloat16; executor = plain takes float32 or float64$"):
+    with pytest.raises(
+        ValueError, match=r"^dtype = bfloat16; executor = plain takes float32 or float64$"
+    ):
         build_engine(small("torch", 1, dtype="bfloat16", run={"executor": "plain"}))
 
 
 def test_errors_of_bfloat16_have_no_sign() -> None:
-    """A block's output and gradients beside the same block in float64: by how much rounding stretches them all."""
+    """A block's output and gradients beside the same block in float64: by how much rounding
+    stretches them all.
+    """
     torch.manual_seed(0)
     spec = TransformerSpec(context_length=16, d_model=32, num_heads=4, d_ff=64, dropout=0.1)
     context = DropoutContext(5, torch.arange(64), 0, ElementHashes())
@@ -61,5 +75,9 @@ def test_errors_of_bfloat16_have_no_sign() -> None:
     names = ["output", "input", *(name for name, _ in low.named_parameters())]
     runs = zip(names, run(low, torch.bfloat16), run(high, torch.float64), strict=True)
     roundoffs = {name: stretch(found, right) for name, found, right in runs}
-    assert roundoffs["output"] < 0.2 and roundoffs["input"] < 0.2, roundoffs  # 0.44, 0.49 with 1 / 0.9 in bfloat16
-    assert statistics.median(roundoffs.values()) < 0.4, roundoffs  # measured: 0.12; 4.3 at worst with nn.LayerNorm
+    assert roundoffs["output"] < 0.2 and roundoffs["input"] < 0.2, (
+        roundoffs
+    )  # 0.44, 0.49 with 1 / 0.9 in bfloat16
+    assert statistics.median(roundoffs.values()) < 0.4, (
+        roundoffs
+    )  # measured: 0.12; 4.3 at worst with nn.LayerNorm

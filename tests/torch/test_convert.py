@@ -20,5 +20,7 @@ def logits(spec: TransformerSpec, file: Path, tokens: Any) -> Any:
 
 
 @every_model
-def test_the_file_works_in_a_plain_model_and_comes_back(spec: TransformerSpec, tmp_path: Path) -> None:
+def test_the_file_works_in_a_plain_model_and_comes_back(
+    spec: TransformerSpec, tmp_path: Path
+) -> None:
     check_file(convert, "model.pt", spec, tmp_path, logits)

@@ -19,13 +19,22 @@ def test_masks_are_numpys_to_the_bit(site: int, shape: tuple[int, ...], probabil
 
 
 def test_native_masks_are_the_same_in_every_run_and_schedule(make: Make) -> None:
-    runs = [(1, "gpipe", "none"), (2, "1f1b", "none"), (2, "zb-h1", "full"), (2, "gpipe", "every-1")]
+    runs = [
+        (1, "gpipe", "none"),
+        (2, "1f1b", "none"),
+        (2, "zb-h1", "full"),
+        (2, "gpipe", "every-1"),
+    ]
     options = {"dropout": 0.5, "dropout_masks": "native"}
-    check_same_bits(make, [(p, schedule, {"recompute": kind}) for p, schedule, kind in runs], 2, **options)
+    check_same_bits(
+        make, [(p, schedule, {"recompute": kind}) for p, schedule, kind in runs], 2, **options
+    )
 
 
 def test_native_masks_are_not_ours_and_absent_from_evaluation(make: Make) -> None:
-    native, shared = (make(2, "gpipe", dropout=0.5, dropout_masks=masks) for masks in ("native", "shared"))
+    native, shared = (
+        make(2, "gpipe", dropout=0.5, dropout_masks=masks) for masks in ("native", "shared")
+    )
     evaluated = native.evaluate(batch(native))
     assert evaluated == native.evaluate(batch(native)) == shared.evaluate(batch(shared))
     assert native.forward_backward(batch(native)) != shared.forward_backward(batch(shared))

@@ -1,4 +1,6 @@
-"""Recording a training pass and replaying it. In the place of CUDA graphs stands a recorder of operators on the CPU."""
+"""Recording a training pass and replaying it. In the place of CUDA graphs stands a recorder of
+operators on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 class Graph(TorchDispatchMode):
     """`torch.cuda.CUDAGraph` as far as it is used, of operators on a CPU.
 
-    These give their shapes only by computing; what they overwrote is put back at the end, so that recording, as on a GPU,
-    changes nothing. As there, what is read back to the host is an error.
+    These give their shapes only by computing; what they overwrote is put back at the end, so that
+    recording, as on a GPU, changes nothing. As there, what is read back to the host is an error.
     """
 
     made: ClassVar[list[Graph]] = []
@@ -149,7 +151,9 @@ def start_over_with_a_shape(engine: Any) -> None:
 
 
 def start_over_after_a_failure(engine: Any) -> None:
-    engine.on_action = lambda device, action: 1 / 0 if device == 1 and str(action) == "BW1" else None
+    engine.on_action = lambda device, action: (
+        1 / 0 if device == 1 and str(action) == "BW1" else None
+    )
     with pytest.raises(StageFailure, match="ZeroDivisionError"):
         engine.forward_backward(batch(engine))
     engine.on_action = lambda device, action: None
@@ -161,7 +165,8 @@ def start_over_without_workspaces(engine: Any) -> None:
 
 @pytest.mark.parametrize("done", [1, 2, 3])
 @pytest.mark.parametrize(
-    "interrupt", [start_over_with_a_shape, start_over_after_a_failure, start_over_without_workspaces]
+    "interrupt",
+    [start_over_with_a_shape, start_over_after_a_failure, start_over_without_workspaces],
 )
 def test_it_starts_over(make: Make, done: int, interrupt: Any) -> None:
     """Whether the pass that is interrupted would have warmed up, recorded or replayed."""
@@ -169,7 +174,9 @@ def test_it_starts_over(make: Make, done: int, interrupt: Any) -> None:
     train(eager, range(done)), train(engine, range(done))
     interrupt(engine)
     made = len(Graph.made)
-    assert different(train(eager, range(done, done + 4)), train(engine, range(done, done + 4))) == []
+    assert (
+        different(train(eager, range(done, done + 4)), train(engine, range(done, done + 4))) == []
+    )
     assert len(Graph.made) == made + sum(map(len, engine.schedule.devices))
 
 
@@ -178,7 +185,9 @@ def test_what_cannot_be_recorded_names_the_option_and_leaves_nothing(make: Make)
     norm = engine.stages[-1].chunks[-1].units[-1].norm
     norm.register_forward_hook(lambda layer, inputs, output: float(output.sum()) and None)
     train(engine, range(1)), train(eager, range(1))
-    with pytest.raises(StageFailure, match=r"^device 1, action F0: RuntimeError: .*capturing; .*--cuda-graphs off"):
+    with pytest.raises(
+        StageFailure, match=r"^device 1, action F0: RuntimeError: .*capturing; .*--cuda-graphs off"
+    ):
         engine.forward_backward(batch(engine))
     norm._forward_hooks.clear()
     assert different(train(engine, range(1, 5)), train(eager, range(1, 5))) == []
@@ -202,12 +211,26 @@ def test_a_closed_engine_keeps_no_recording(make: Make) -> None:
         ({"executor": "native"}, {}, CUDA, "not used: executor = native"),
         ({"drift": "tf32"}, {}, CUDA, "not used: drift = tf32"),
         ({}, {"dropout": 0.1}, CUDA, "not used: dropout draws other masks in every step"),
-        ({"sequence_lengths": "random"}, {}, CUDA, "not used: not every step has the same number of tokens that count"),
-        ({"sequences_per_epoch": 12}, {}, CUDA, "not used: not every step has the same number of tokens that count"),
+        (
+            {"sequence_lengths": "random"},
+            {},
+            CUDA,
+            "not used: not every step has the same number of tokens that count",
+        ),
+        (
+            {"sequences_per_epoch": 12},
+            {},
+            CUDA,
+            "not used: not every step has the same number of tokens that count",
+        ),
     ],
 )
 def test_when_it_is_used(
-    run: dict[str, Any], options: dict[str, Any], device: torch.device, said: str, monkeypatch: pytest.MonkeyPatch
+    run: dict[str, Any],
+    options: dict[str, Any],
+    device: torch.device,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
     config: RunConfig = small("torch", 2, run=run, **options)
@@ -216,7 +239,12 @@ def test_when_it_is_used(
 
 def test_a_recordings_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def segment(pool: int, device: int, allocated: int) -> dict[str, Any]:
-        return {"segment_pool_id": (0, pool), "device": device, "total_size": 100, "allocated_size": allocated}
+        return {
+            "segment_pool_id": (0, pool),
+            "device": device,
+            "total_size": 100,
+            "allocated_size": allocated,
+        }
 
     segments = [segment(0, 0, 10), segment(1, 0, 70), segment(2, 0, 95), segment(1, 1, 1)]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)

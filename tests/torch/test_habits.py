@@ -35,7 +35,10 @@ def test_a_habit_fails_the_ladder_where_the_zoo_says_and_its_baseline_passes(
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ({"drift": "onednn"}, r"^drift = onednn; expected for torch: one of mean-per-micro-batch, "),
+        (
+            {"drift": "onednn"},
+            r"^drift = onednn; expected for torch: one of mean-per-micro-batch, ",
+        ),
         (
             {"drift": "clip-epsilon", "executor": "native"},
             r"^drift = clip-epsilon; executor = native has none, expected table$",

@@ -17,7 +17,9 @@ from common.spec.parameters import random_arrays
 from common.spec.run import TransformerSpec
 from torch_impl.convert import plain_model, read_weights, write_weights
 
-MODEL = TransformerSpec(context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, tied_head=True)
+MODEL = TransformerSpec(
+    context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, tied_head=True
+)
 WEIGHTS = random_arrays(MODEL, 1, "float32", 0.5)
 HEAD = "head.output.weight"
 
@@ -42,9 +44,15 @@ def test_every_form_of_a_state_dict_is_the_same_weights(
             {f"module.{name}": value for name, value in state.items()},
             "'module' (DistributedDataParallel)",
         ),
-        "compiled": ({f"_orig_mod.{name}": value for name, value in state.items()}, "'_orig_mod' (torch.compile)"),
+        "compiled": (
+            {f"_orig_mod.{name}": value for name, value in state.items()},
+            "'_orig_mod' (torch.compile)",
+        ),
         "sharded": (
-            {f"_fsdp_wrapped_module.{name.replace('.0.', '.0._fsdp_wrapped_module.')}": v for name, v in state.items()},
+            {
+                f"_fsdp_wrapped_module.{name.replace('.0.', '.0._fsdp_wrapped_module.')}": v
+                for name, v in state.items()
+            },
             "(FullyShardedDataParallel)",
         ),
         "lightning": (
@@ -63,12 +71,17 @@ def test_every_form_of_a_state_dict_is_the_same_weights(
         for key, value in read(tmp_path / f"{name}.pt").items():
             np.testing.assert_array_equal(value, WEIGHTS[key], err_msg=name)
         assert message in capsys.readouterr().out
-    save_file({name: value.contiguous() for name, value in untied.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in untied.items()}, tmp_path / "model.safetensors"
+    )
     for n, part in enumerate((list(untied)[::2], list(untied)[1::2])):
         torch.save({name: untied[name] for name in part}, tmp_path / f"part-{n}.bin")
     index = {"weight_map": {name: f"part-{n % 2}.bin" for n, name in enumerate(untied)}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    for place in (tmp_path, tmp_path / "pytorch_model.bin.index.json"):  # the folder: its safetensors file comes first
+    for place in (
+        tmp_path,
+        tmp_path / "pytorch_model.bin.index.json",
+    ):  # the folder: its safetensors file comes first
         for key, value in read(place).items():
             np.testing.assert_array_equal(value, WEIGHTS[key])
 
@@ -81,19 +94,28 @@ def test_sixteen_bits_and_mixes_become_float32(
         found = read(tmp_path / "low.pt")
         assert {str(value.dtype) for value in found.values()} == {"float32"}
         np.testing.assert_array_equal(
-            found["embedding.token.weight"], state["embedding.token.weight"].to(dtype).float().numpy()
+            found["embedding.token.weight"],
+            state["embedding.token.weight"].to(dtype).float().numpy(),
         )
-        assert f"note: {str(dtype).removeprefix('torch.')} becomes float32" in capsys.readouterr().out
+        assert (
+            f"note: {str(dtype).removeprefix('torch.')} becomes float32" in capsys.readouterr().out
+        )
     first, *rest = state
-    torch.save({first: state[first].double(), **{name: state[name] for name in rest}}, tmp_path / "mixed.pt")
+    torch.save(
+        {first: state[first].double(), **{name: state[name] for name in rest}},
+        tmp_path / "mixed.pt",
+    )
     assert read(tmp_path / "mixed.pt")["block.0.norm_1.bias"].dtype == np.float32
     assert "float32, float64 becomes float32" in capsys.readouterr().out
 
 
-def test_what_is_no_state_dict_of_the_model_is_refused(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_what_is_no_state_dict_of_the_model_is_refused(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     name = "block.0.norm_1.bias"
     wrong = {
-        "are both embedding.token.weight": state | {"module.embedding.token.weight": state["embedding.token.weight"]},
+        "are both embedding.token.weight": state
+        | {"module.embedding.token.weight": state["embedding.token.weight"]},
         f"{name} has dtype torch.int64": state | {name: state[name].long()},
         f"{name} has shape [1000000000000]": state | {name: torch.zeros(1).expand(10**12)},
         "the head differs from the token embedding": state | {HEAD: state[HEAD] + 1},

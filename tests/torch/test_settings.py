@@ -51,7 +51,9 @@ def test_what_it_makes_of_the_gpus(
 def test_ranks_that_would_share_a_gpu_are_refused_before_they_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "stage_devices", lambda stages, device: [torch.device("cuda", 0)] * stages)
+    monkeypatch.setattr(
+        devices, "stage_devices", lambda stages, device: [torch.device("cuda", 0)] * stages
+    )
     monkeypatch.setattr(ranks, "run", None)
     config = small("torch", 2, run={"executor": "native", "device": "cuda"})
     assert ranks.run_on_ranks([Job(config=config, out=str(tmp_path))], no_drift) == 1
@@ -64,11 +66,18 @@ def test_ranks_that_would_share_a_gpu_are_refused_before_they_start(
 @pytest.mark.parametrize(("kind", "method"), [("cuda", "spawn"), ("cpu", "fork")])
 def test_ranks_on_gpus_are_spawned(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    monkeypatch.setattr(devices, "stage_devices", lambda stages, device: [torch.device(kind, 0), torch.device(kind, 1)])
+    monkeypatch.setattr(
+        devices,
+        "stage_devices",
+        lambda stages, device: [torch.device(kind, 0), torch.device(kind, 1)],
+    )
     monkeypatch.setattr(ranks, "run", lambda how, jobs, switch: started.append(how) or 0)
     assert ranks.run_on_ranks([Job(config=small("torch", 2), out="")], switch) == 0
     assert [how.start_method for how in started] == [method]
-    assert pickle.loads(pickle.dumps((started[0], switch))) == (started[0], switch)  # what a spawned rank is given
+    assert pickle.loads(pickle.dumps((started[0], switch))) == (
+        started[0],
+        switch,
+    )  # what a spawned rank is given
 
 
 @pytest.mark.parametrize(("threads", "per_stage"), [(2, 1), (4, 2)])
@@ -79,7 +88,9 @@ def test_the_threads_are_shared_by_the_stages(make: Make, threads: int, per_stag
 def test_what_ran_is_the_schedule(make: Make) -> None:
     engine = make(2, "gpipe")
     engine.forward_backward(batch(engine))
-    assert [[event.action for event in engine.events()[d]] for d in (0, 1)] == list(map(list, engine.schedule.devices))
+    assert [[event.action for event in engine.events()[d]] for d in (0, 1)] == list(
+        map(list, engine.schedule.devices)
+    )
 
 
 def test_the_peak_is_the_systems(make: Make) -> None:

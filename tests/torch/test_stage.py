@@ -1,4 +1,6 @@
-"""Forward, B and W of a stage: what they compute, what they keep, and how a step ends when one fails."""
+"""Forward, B and W of a stage: what they compute, what they keep, and how a step ends when one
+fails.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from torch_impl.stage import Mode
 SPLIT = "0: F0 F1 B0 F2 B1 W0 F3 B2 W1 B3 W2 W3\n1: F0 B0 F1 B1 W0 F2 B2 W1 F3 W2 B3 W3\n"
 
 
-def test_split_backward_gives_the_bits_of_the_merged_one_and_runs_no_second_forward(make: Make, tmp_path: Path) -> None:
+def test_split_backward_gives_the_bits_of_the_merged_one_and_runs_no_second_forward(
+    make: Make, tmp_path: Path
+) -> None:
     (tmp_path / "split.txt").write_text(SPLIT)
     found = []
     for stages, schedule in ((1, "gpipe"), (2, f"file:{tmp_path / 'split.txt'}")):
@@ -36,21 +40,29 @@ def test_tapped_gradients_are_those_of_plain_autograd(make: Make) -> None:
     given, stage = batch(engine), engine.stages[0]
     engine.forward_backward(given)
     logits = torch.from_numpy(given.inputs)
-    context = DropoutContext(dropout_masks.step_key(0, 0), torch.arange(len(logits)), 0, ElementHashes())
+    context = DropoutContext(
+        dropout_masks.step_key(0, 0), torch.arange(len(logits)), 0, ElementHashes()
+    )
     for unit in stage.chunks[0].units:
         logits = unit(logits, context)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(given.targets).flatten())
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(given.targets).flatten()
+    )
     theirs: dict[str, torch.Tensor] = {}
     found = torch.autograd.grad(loss, [item.parameter for item in stage.named])
     for item, gradient in zip(stage.named, found, strict=True):  # the uses of a tied weight add up
         theirs[item.name] = theirs.get(item.name, 0) + gradient
     for item in stage.named:
-        assert (item.parameter.grad - theirs[item.name]).norm() < 1e-13 * theirs[item.name].norm(), item.name
+        assert (item.parameter.grad - theirs[item.name]).norm() < 1e-13 * theirs[
+            item.name
+        ].norm(), item.name
 
 
 def test_b_frees_the_graph_and_w_frees_the_rest(make: Make) -> None:
     engine = make(2)
-    engine.forward_backward(batch(engine))  # in its first forward a stage looks at the saved tensors itself
+    engine.forward_backward(
+        batch(engine)
+    )  # in its first forward a stage looks at the saved tensors itself
     stage = engine.stages[0]
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -70,12 +82,16 @@ def test_b_frees_the_graph_and_w_frees_the_rest(make: Make) -> None:
 
 
 @pytest.mark.parametrize(("schedule", "peaks"), [("gpipe", [4, 4]), ("1f1b", [2, 1])])
-def test_micro_batches_in_flight_are_as_many_as_the_schedule_says(make: Make, schedule: str, peaks: list[int]) -> None:
+def test_micro_batches_in_flight_are_as_many_as_the_schedule_says(
+    make: Make, schedule: str, peaks: list[int]
+) -> None:
     engine = make(2, schedule)
     seen: list[list[int]] = [[], []]
     for stage, counts in zip(engine.stages, seen, strict=True):
 
-        def forward(*arguments: Any, stage: Any = stage, counts: Any = counts, original: Any = stage.forward) -> Any:
+        def forward(
+            *arguments: Any, stage: Any = stage, counts: Any = counts, original: Any = stage.forward
+        ) -> Any:
             result = original(*arguments)
             counts.append(len(stage.in_flight))
             return result
@@ -97,7 +113,9 @@ def test_tied_copies_stay_equal_and_do_not_depend_on_the_partition(make: Make) -
 
 
 def test_a_failing_stage_ends_the_step_with_its_own_error(make: Make) -> None:
-    """The head fails, after its stage's block, while the other stages wait; then the engine is used again."""
+    """The head fails, after its stage's block, while the other stages wait; then the engine is used
+    again.
+    """
     engine = make(4, num_layers=4)
     expected = engine.forward_backward(batch(engine))
     head = engine.stages[-1].chunks[-1].units[-1]
@@ -106,7 +124,9 @@ def test_a_failing_stage_ends_the_step_with_its_own_error(make: Make) -> None:
         raise ZeroDivisionError("injected")
 
     head.forward, original = fail, head.forward
-    with pytest.raises(StageFailure, match=r"^device 3, action F0: ZeroDivisionError: injected$") as failure:
+    with pytest.raises(
+        StageFailure, match=r"^device 3, action F0: ZeroDivisionError: injected$"
+    ) as failure:
         engine.forward_backward(batch(engine))
     assert isinstance(failure.value.__cause__, ZeroDivisionError)
     head.forward = original

@@ -1,12 +1,13 @@
-"""The child side of import and export: `python -m <implementation>.convert`, which alone may import its framework.
+"""The child side of import and export: `python -m <implementation>.convert`, which alone may import
+its framework.
 
     export CHECKPOINT FILE          writes the framework's own file
     import FILE CHECKPOINT SPEC [TOKENIZER]   reads one; SPEC is the model as JSON, TOKENIZER a file, empty for bytes
     tensors OUT FILE..            PyTorch: all tensors of the files, by their own names, as one safetensors file
 
-What was done to a file's content is said in lines with "note: " on stdout. A wrong file is one line on stderr and exit
-status 2.
-"""
+What was done to a file's content is said in lines with "note: " on stdout. A wrong file is one line
+on stderr and exit status 2.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def main(
                 save_file(dict(read_tensors([Path(file) for file in files])), out)
             case _:
                 raise ExchangeError(
-                    "usage: export CHECKPOINT FILE | import FILE CHECKPOINT SPEC [TOKENIZER] | tensors OUT FILE.."
+                    "usage: export CHECKPOINT FILE | import FILE CHECKPOINT SPEC [TOKENIZER] | "
+                    "tensors OUT FILE.."
                 )
         return 0
     except (ExchangeError, CheckpointError, OSError) as error:
@@ -74,7 +76,9 @@ def in_one_line(error: Exception) -> str:
 def check_size(path: Path, model: TransformerSpec) -> None:
     """Check a file's size before reading it. Raises ExchangeError if it is beyond all reason."""
     shapes = parameter_shapes(model)
-    elements = sum(math.prod(shape) for shape in shapes.values()) + math.prod(shapes[TOKEN_EMBEDDING])
+    elements = sum(math.prod(shape) for shape in shapes.values()) + math.prod(
+        shapes[TOKEN_EMBEDDING]
+    )
     limit = CHECKPOINT_BYTES_PER_WEIGHT * elements + OVERHEAD_BYTES
     size = sum(file.stat().st_size for file in find(path).files)
     if size > limit:
@@ -90,9 +94,13 @@ def checked(found: Mapping[str, NDArray[Any]], model: TransformerSpec) -> Arrays
     check_names(set(found), set(expected))
     for name, shape in expected.items():
         if found[name].shape != shape:
-            raise ExchangeError(f"{name} has shape {list(found[name].shape)}; expected {list(shape)}")
+            raise ExchangeError(
+                f"{name} has shape {list(found[name].shape)}; expected {list(shape)}"
+            )
         if not np.issubdtype(found[name].dtype, np.floating):
-            raise ExchangeError(f"{name} has dtype {found[name].dtype}; expected float32 or float64")
+            raise ExchangeError(
+                f"{name} has dtype {found[name].dtype}; expected float32 or float64"
+            )
     dtypes = sorted({str(array.dtype) for array in found.values()})
     dtype = "float64" if dtypes == ["float64"] else "float32"
     note_dtypes(dtypes)
@@ -100,7 +108,9 @@ def checked(found: Mapping[str, NDArray[Any]], model: TransformerSpec) -> Arrays
         weights = {name: np.ascontiguousarray(found[name].astype(dtype)) for name in expected}
     for name, array in weights.items():
         if not np.isfinite(array).all():
-            raise ExchangeError(f"{name} has values that are not finite in {dtype}; expected weights that compute")
+            raise ExchangeError(
+                f"{name} has values that are not finite in {dtype}; expected weights that compute"
+            )
     return weights
 
 
@@ -114,7 +124,9 @@ def check_names(found: set[str], expected: set[str]) -> None:
     """Raise ExchangeError with the first missing or unexpected name."""
     if found != expected:
         name = min(found ^ expected)
-        raise ExchangeError(f"{printable(name)} is {'not part of this model' if name in found else 'missing'}")
+        raise ExchangeError(
+            f"{printable(name)} is {'not part of this model' if name in found else 'missing'}"
+        )
 
 
 def check_tied(own: NDArray[Any], copy: NDArray[Any]) -> None:

@@ -1,8 +1,9 @@
 """A GPT-2 of the transformers library (Radford et al. 2019) from local safetensors files, in
 canonical names.
 
-    wte.weight (V, D), wpe.weight (S, D), h.N.ln_1, h.N.attn.c_attn (D, 3 D), h.N.attn.c_proj, h.N.ln_2,
-    h.N.mlp.c_fc (D, F), h.N.mlp.c_proj (F, D), ln_f; with or without "transformer.", or a wrapper's word, before them
+    wte.weight (V, D), wpe.weight (S, D), h.N.ln_1, h.N.attn.c_attn (D, 3 D), h.N.attn.c_proj,
+    h.N.ln_2, h.N.mlp.c_fc (D, F), h.N.mlp.c_proj (F, D), ln_f; with or without "transformer.", or a
+    wrapper's word, before them
 
 Its linear layers ("Conv1D") are (in, out), as the canonical ones. Query, key and value are one
 matrix there. The key's bias is dropped: it adds the same number to all scores of a query, and
@@ -60,7 +61,8 @@ IN_THE_WEIGHTS: Mapping[str, str] = {
     "vocab_size": "vocab_size",
     "n_positions": "context_length",
 }
-"""What config.json says and the shapes show: they have to agree, or a part of the model is missing."""
+"""What config.json says and the shapes show: they have to agree, or a part of the model is missing.
+"""
 
 
 class _Config(BaseModel):
@@ -82,19 +84,24 @@ class _Config(BaseModel):
 
 
 def read_gpt2(
-    source: Source, said: Mapping[str, Any] = MappingProxyType({}), tensors_from: Sequence[Path] | None = None
+    source: Source,
+    said: Mapping[str, Any] = MappingProxyType({}),
+    tensors_from: Sequence[Path] | None = None,
 ) -> tuple[TransformerSpec, Arrays]:
     """Return the model and its weights.
 
-    `said` are fields of the specification that the shapes do not show. `tensors_from` has the tensors as safetensors where
-    the source's own files have not. Raises ExchangeError, CheckpointError and pydantic.ValidationError.
+    `said` are fields of the specification that the shapes do not show. `tensors_from` has the
+    tensors as safetensors where the source's own files have not. Raises ExchangeError,
+    CheckpointError and pydantic.ValidationError.
     """
     headers: dict[str, tuple[Path, HeaderEntry]] = {}
     for path in tensors_from or source.files:
         with opened(path, follow_links=True) as file:
             for name, entry in read_header(file, path).items():
                 if name in headers:
-                    raise ExchangeError(f"{printable(name)} is in both {headers[name][0].name} and {path.name}")
+                    raise ExchangeError(
+                        f"{printable(name)} is in both {headers[name][0].name} and {path.name}"
+                    )
                 headers[name] = path, entry
     names = unwrapped(headers, ("transformer", "model"))
     names = {short: name for short, name in names.items() if not BUFFER.fullmatch(short)}
@@ -102,7 +109,9 @@ def read_gpt2(
     for name in names.values():
         entry = headers[name][1]
         if entry.dtype not in ("float32", "float64", "F16", "BF16"):
-            raise ExchangeError(f"{path}: {printable(name)} has dtype {entry.dtype}; expected float32")
+            raise ExchangeError(
+                f"{path}: {printable(name)} has dtype {entry.dtype}; expected float32"
+            )
     shapes = {short: headers[name][1].shape for short, name in names.items()}
     config = _config(source.beside("config.json"))
     spec = _spec(path, shapes, config, said)
@@ -110,15 +119,20 @@ def read_gpt2(
         if getattr(config, field) not in (None, getattr(spec, name)):
             said_there = f"config.json says {field} = {getattr(config, field)}"
             raise ExchangeError(
-                f"{path}: {name} = {getattr(spec, name)} by its tensors; {said_there}; expected the same"
+                f"{path}: {name} = {getattr(spec, name)} by its tensors; {said_there}; expected "
+                "the same"
             )
     wanted = foreign_shapes(spec)
     check_names({*names} - {HEAD}, set(wanted))
     for name, shape in wanted.items():
         if shapes[name] != shape:
-            raise ExchangeError(f"{path}: {name} has shape {list(shapes[name])}; expected {list(shape)}")
+            raise ExchangeError(
+                f"{path}: {name} has shape {list(shapes[name])}; expected {list(shape)}"
+            )
     if HEAD not in names and not config.tie_word_embeddings:
-        raise ExchangeError(f"{path}: {HEAD} is missing, and config.json says tie_word_embeddings = false")
+        raise ExchangeError(
+            f"{path}: {HEAD} is missing, and config.json says tie_word_embeddings = false"
+        )
     arrays = {name: _tensor(*headers[names[name]], names[name]) for name in wanted}
     if HEAD in names:
         head = _tensor(*headers[names[HEAD]], names[HEAD])
@@ -141,7 +155,9 @@ def _spec(
 ) -> TransformerSpec:
     for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
         if len(shapes.get(name, ())) != 2:
-            raise ExchangeError(f"{path}: {name} is missing; expected a GPT-2 of the transformers library")
+            raise ExchangeError(
+                f"{path}: {name} is missing; expected a GPT-2 of the transformers library"
+            )
     given: dict[str, Any] = {
         "num_heads": config.n_head,
         "activation": ACTIVATIONS[config.activation_function],
@@ -150,8 +166,13 @@ def _spec(
     if "norm_epsilon" in said:  # which is rounded
         given["norm_epsilon"] = round_to_float32(config.layer_norm_epsilon)
     for name, field in NOT_IN_THE_WEIGHTS.items():
-        if field in config.model_fields_set and given[name] not in (None, said.get(name, given[name])):
-            raise ExchangeError(f"{name} = {said[name]}: config.json has {field} = {given[name]}; expected the same")
+        if field in config.model_fields_set and given[name] not in (
+            None,
+            said.get(name, given[name]),
+        ):
+            raise ExchangeError(
+                f"{name} = {said[name]}: config.json has {field} = {given[name]}; expected the same"
+            )
     vocab_size, d_model = shapes["wte.weight"]
     fields = given | dict(said)
     if fields["num_heads"] is None:
@@ -159,16 +180,22 @@ def _spec(
             f"{path}: how many heads? add --num-heads, or a config.json beside it (the published "
             f"GPT-2s have d_model / 64, here {d_model / 64:g})"
         )
-    known = {*said, *(name for name, field in NOT_IN_THE_WEIGHTS.items() if field in config.model_fields_set)}
+    known = {
+        *said,
+        *(name for name, field in NOT_IN_THE_WEIGHTS.items() if field in config.model_fields_set),
+    }
     if unsaid := [name for name in NOT_IN_THE_WEIGHTS if name not in known]:
         note(
-            f"no config.json says {', '.join(f'{name} = {_shown(fields[name])}' for name in unsaid)}; taken as in GPT-2"
+            "no config.json says "
+            f"{', '.join(f'{name} = {_shown(fields[name])}' for name in unsaid)}; taken as in GPT-2"
         )
     return TransformerSpec.model_validate(
         {
             "vocab_size": vocab_size,
             "context_length": shapes["wpe.weight"][0],
-            "num_layers": sum(bool(re.fullmatch(r"h\.[0-9]+\.ln_1\.weight", name)) for name in shapes),
+            "num_layers": sum(
+                bool(re.fullmatch(r"h\.[0-9]+\.ln_1\.weight", name)) for name in shapes
+            ),
             "d_model": d_model,
             "d_ff": shapes["h.0.mlp.c_fc.weight"][1],
             "norm": "pre",
@@ -179,7 +206,9 @@ def _spec(
 
 
 def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)  # float32's 1e-05 has more digits
+    return (
+        f"{value:g}" if isinstance(value, float) else str(value)
+    )  # float32's 1e-05 has more digits
 
 
 def _config(path: Path | None) -> _Config:
@@ -196,9 +225,17 @@ def _config(path: Path | None) -> _Config:
 def foreign_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
     """Return what a file of this model holds, by the library's names; a tied head is not stored."""
     d, f = spec.d_model, spec.d_ff
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (spec.vocab_size, d), "wpe.weight": (spec.context_length, d)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (spec.vocab_size, d),
+        "wpe.weight": (spec.context_length, d),
+    }
     for i in range(spec.num_layers):
-        parts = {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, f), "mlp.c_proj": (f, d)}
+        parts = {
+            "attn.c_attn": (d, 3 * d),
+            "attn.c_proj": (d, d),
+            "mlp.c_fc": (d, f),
+            "mlp.c_proj": (f, d),
+        }
         for name, shape in parts.items():
             shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
         for name in ("ln_1", "ln_2"):

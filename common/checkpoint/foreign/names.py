@@ -38,7 +38,8 @@ def unwrapped(names: Iterable[str], prefixes: tuple[str, ...]) -> dict[str, str]
         short = ".".join(kept)
         if short in found:
             raise ExchangeError(
-                f"{printable(found[short])} and {printable(name)} are both {printable(short)} without what wraps them"
+                f"{printable(found[short])} and {printable(name)} are both {printable(short)} "
+                "without what wraps them"
             )
         found[short] = name
     for word, count in removed.items():
@@ -64,4 +65,6 @@ def weights_in(loaded: Any, is_tensor: Callable[[Any], bool], besides: str = "")
         others = ", ".join(printable(str(other), 30) for other in list(state)[:9] if other != key)
         note(f"the weights are those under {key!r}" + (f"; not read: {others}" if others else ""))
         loaded = loaded[key]
-    raise ExchangeError("expected a dictionary of tensors, or a checkpoint with one under 'state_dict' or 'model'")
+    raise ExchangeError(
+        "expected a dictionary of tensors, or a checkpoint with one under 'state_dict' or 'model'"
+    )

@@ -1,9 +1,10 @@
 """Where a model's tensors are: one file, a folder of the transformers library, or indexed shards.
 
-Who names a file decides what it may be. What the user names may be a link, and so may what lies in a folder that they name:
-the Hugging Face cache is made of links (snapshots/HASH/model.safetensors -> ../../blobs/...). What an index names is the
-word of whoever wrote it: normalised, and with its links followed, it has to lie in the model's folder, which in that cache
-is the one above `snapshots` and `blobs`.
+Who names a file decides what it may be. What the user names may be a link, and so may what lies in
+a folder that they name: the Hugging Face cache is made of links (snapshots/HASH/model.safetensors
+-> ../../blobs/...). What an index names is the word of whoever wrote it: normalised, and with its
+links followed, it has to lie in the model's folder, which in that cache is the one above
+`snapshots` and `blobs`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ def find(path: Path) -> Source:
         named = next((path / name for name in IN_A_FOLDER if (path / name).exists()), None)
         if named is None:
             revisions = sorted(path.glob("snapshots/*/"))
-            hint = str(revisions[0]) if revisions else f"a folder with one of {', '.join(IN_A_FOLDER)}, or a file"
+            hint = (
+                str(revisions[0])
+                if revisions
+                else f"a folder with one of {', '.join(IN_A_FOLDER)}, or a file"
+            )
             raise ExchangeError(f"{path}: no model in this folder; expected {hint}")
         path = named
     check_plain(path)
@@ -84,9 +89,13 @@ def check_plain(path: Path) -> None:
 
 def _shards(index: Path) -> tuple[Path, ...]:
     try:
-        names = set(_Index.model_validate_json(read_bounded(index, MAX_INDEX_BYTES)).weight_map.values())
+        names = set(
+            _Index.model_validate_json(read_bounded(index, MAX_INDEX_BYTES)).weight_map.values()
+        )
     except ValidationError as error:
-        raise ExchangeError(f"{index}: {one_line(error)}; expected an index with its weight_map") from None
+        raise ExchangeError(
+            f"{index}: {one_line(error)}; expected an index with its weight_map"
+        ) from None
     if not names:
         raise ExchangeError(f"{index}: its weight_map is empty")
     folder = index.parent.resolve()
@@ -95,9 +104,16 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def _shard(index: Path, name: str, folder: Path, home: Path) -> Path:
-    inside = os.path.normpath(name.replace("\\", "/"))  # written on Windows, a name may have the other slash
+    inside = os.path.normpath(
+        name.replace("\\", "/")
+    )  # written on Windows, a name may have the other slash
     where = f"{index}: shard {printable(name)!r}"
-    if "\0" in name or Path(inside).is_absolute() or ":" in inside or inside.split("/")[0] in ("", ".", ".."):
+    if (
+        "\0" in name
+        or Path(inside).is_absolute()
+        or ":" in inside
+        or inside.split("/")[0] in ("", ".", "..")
+    ):
         raise ExchangeError(f"{where} leads out of the model's folder; expected a file in it")
     path = folder / inside
     try:

@@ -1,6 +1,8 @@
-"""Builds the fake GPUs and starts pytest on them: python -m tests.campaigns.fake_gpu [options of pytest]
+"""Builds the fake GPUs and starts pytest on them: python -m tests.campaigns.fake_gpu [options of
+pytest]
 
-The interpreter needs PyTorch's CUDA build, which brings the headers of CUDA; the machine needs gcc. Exit status 2: missing.
+The interpreter needs PyTorch's CUDA build, which brings the headers of CUDA; the machine needs gcc.
+Exit status 2: missing.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ BUILD = ROOT / "build"
 
 
 def headers() -> Path | None:
-    """The folder of CUDA's headers: that of the toolkit, or one that came with PyTorch."""
+    """Return the folder of CUDA's headers: that of the toolkit, or one that came with PyTorch."""
     folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
     for package in ("nvidia-cuda-runtime", "nvidia-cuda-crt", "triton"):
         try:
@@ -31,21 +33,36 @@ def headers() -> Path | None:
 
 
 def build() -> Path:
-    """Compiles the runtime, which is the driver too. Raises SystemExit where something is missing."""
+    """Compiles the runtime, which is the driver too. Raises SystemExit where something is missing."""  # noqa: E501
     include, torch = headers(), find_spec("torch")
-    cuda_build = Path(torch.origin or "").with_name("lib") / "libtorch_cuda.so" if torch else Path("none")
+    cuda_build = (
+        Path(torch.origin or "").with_name("lib") / "libtorch_cuda.so" if torch else Path("none")
+    )
     wanted = {
         "gcc": shutil.which("gcc"),
         "PyTorch's CUDA build": cuda_build.exists(),
         "CUDA's headers (cuda_runtime_api.h and crt/; CUDA_HOME may say where)": include,
     }
     if not all(wanted.values()):
-        print(f"missing: {', '.join(what for what, is_there in wanted.items() if not is_there)}", file=sys.stderr)
+        print(
+            f"missing: {', '.join(what for what, is_there in wanted.items() if not is_there)}",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     library = BUILD / "libcuda.so.1"
     library.parent.mkdir(exist_ok=True)
-    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror", f"-I{include}", "-Wl,-soname,libcuda.so.1"]
-    subprocess.run(["gcc", *flags, "-o", library, HERE / "fake_cuda.c", "-ldl", "-lpthread"], check=True)
+    flags = [
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-Wall",
+        "-Werror",
+        f"-I{include}",
+        "-Wl,-soname,libcuda.so.1",
+    ]
+    subprocess.run(
+        ["gcc", *flags, "-o", library, HERE / "fake_cuda.c", "-ldl", "-lpthread"], check=True
+    )
     return library
 
 

@@ -1,6 +1,7 @@
 """The engine on GPUs gives the CPU's bits, however late the GPUs are.
 
-Without bfloat16: PyTorch's CPU kernels keep other statistics of a LayerNorm there than its CUDA kernels.
+Without bfloat16: PyTorch's CPU kernels keep other statistics of a LayerNorm there than its CUDA
+kernels.
 """
 
 from __future__ import annotations
@@ -42,36 +43,54 @@ CASES: dict[str, tuple[int, int, str, dict[str, Any]]] = {
     "dropout": (2, 2, "zb-h1", {"dropout": 0.1}),
     "tied": (2, 2, "1f1b", {"tied_head": True}),
     "recomputation": (2, 2, "zb-h1", {"dropout": 0.1, "run": {"recompute": "every-1"}}),
-    "uneven": (2, 2, "1f1b", {"train": {"micro_batches": 3}, "run": {"sequence_lengths": "random"}}),
+    "uneven": (
+        2,
+        2,
+        "1f1b",
+        {"train": {"micro_batches": 3}, "run": {"sequence_lengths": "random"}},
+    ),
     "float64": (2, 2, "1f1b", {"dtype": "float64"}),
     "SGD": (2, 2, "1f1b", {"train": {"optimizer": "sgd", "momentum": 0.9}}),
-}  # fmt: skip
+}
 
 
-def everything(folder: Path, make: Make, stages: int, schedule: str, options: dict[str, Any]) -> Arrays:
-    """What an engine gives: of two steps of training, then of every other pass."""
+def everything(
+    folder: Path, make: Make, stages: int, schedule: str, options: dict[str, Any]
+) -> Arrays:
+    """Return what an engine gives: of two steps of training, then of every other pass."""
     engine = make(stages, schedule, **options)
     given = batch(engine)
     seen = train(engine, range(2)) | {"held-out loss": np.array(engine.evaluate(given))}
     seen |= {str(key): array for key, array in engine.unit_outputs(given).items()}
     wish = Generation(prompt=(1, 2, 3), tokens=3, samples=2)
-    tokens = np.array(generate(engine, Job(config=engine.config, out=str(folder), generation=wish)).tokens)
+    tokens = np.array(
+        generate(engine, Job(config=engine.config, out=str(folder), generation=wish)).tokens
+    )
     held = {f"held {d}": np.array(n) for d, n in engine.held_bytes_peak().items()}
     return seen | held | {"logits": engine.predict(given.inputs), "generated": tokens}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gpus_give_the_bits_of_the_cpu(case: str, make: Make, on_gpus: Callable[[int], Make], tmp_path: Path) -> None:
+def test_gpus_give_the_bits_of_the_cpu(
+    case: str, make: Make, on_gpus: Callable[[int], Make], tmp_path: Path
+) -> None:
     gpus, *rest = CASES[case]
-    assert different(everything(tmp_path, make, *rest), everything(tmp_path, on_gpus(gpus), *rest)) == []
+    assert (
+        different(everything(tmp_path, make, *rest), everything(tmp_path, on_gpus(gpus), *rest))
+        == []
+    )
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
-def test_training_goes_on_from_weights_and_moments(gpus: int, on_gpus: Callable[[int], Make]) -> None:
+def test_training_goes_on_from_weights_and_moments(
+    gpus: int, on_gpus: Callable[[int], Make]
+) -> None:
     check_resumes(on_gpus(gpus), ELSEWHERE[-1:], num_layers=4)
 
 
-def test_the_watch_is_told_which_action_hangs_although_the_host_is_ahead(on_gpus: Callable[[int], Make]) -> None:
+def test_the_watch_is_told_which_action_hangs_although_the_host_is_ahead(
+    on_gpus: Callable[[int], Make],
+) -> None:
     engine, goes_on, noted = on_gpus(2)(2), threading.Event(), list[str]()
     stage, backward = engine.stages[1], engine.stages[1].backward
 
@@ -91,9 +110,15 @@ def test_the_watch_is_told_which_action_hangs_although_the_host_is_ahead(on_gpus
     assert goes_on.is_set()
 
 
-def test_pytorchs_own_sanitizer_finds_no_race(on_gpus: Callable[[int], Make], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It calls a race what no event orders; on one GPU only, since it misses the events inside a copy between two."""
-    from torch.cuda._sanitizer import CUDASanitizerDispatchMode  # traces all CUDA calls from here on: last in this file
+def test_pytorchs_own_sanitizer_finds_no_race(
+    on_gpus: Callable[[int], Make], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It calls a race what no event orders; on one GPU only, since it misses the events inside a
+    copy between two.
+    """
+    from torch.cuda._sanitizer import (
+        CUDASanitizerDispatchMode,
+    )  # traces all CUDA calls from here on: last in this file
 
     sanitizer = CUDASanitizerDispatchMode()
     prepare = devices.prepare_thread

@@ -1,4 +1,5 @@
-"""Every event and every `record_stream` of `torch_impl` is needed: without it, the fake GPUs give other bits.
+"""Every event and every `record_stream` of `torch_impl` is needed: without it, the fake GPUs give
+other bits.
 
 Each mutant is a copy of `torch_impl` with one replacement, on which `test_bits.py` must fail.
 """
@@ -23,20 +24,56 @@ ORDERS = re.compile(r"\b(record_stream|record_event|wait_event|wait_stream|synch
 
 MUTANTS = {
     # file, line, what stands there instead, and the cases of `test_bits.py` that catch it
-    "a copy does not wait for the sender": ("stage.py", "leaving.wait_stream(here)", "pass", "1f1b"),
-    "the sender's memory is free before the copy": ("stage.py", "tensor.record_stream(leaving)", "pass", "1f1b"),
+    "a copy does not wait for the sender": (
+        "stage.py",
+        "leaving.wait_stream(here)",
+        "pass",
+        "1f1b",
+    ),
+    "the sender's memory is free before the copy": (
+        "stage.py",
+        "tensor.record_stream(leaving)",
+        "pass",
+        "1f1b",
+    ),
     "the receiver does not wait for the copy": (
-        "stage.py", "return moved, arriving.record_event()", "return moved, torch.cuda.Event()", "1f1b"),
-    "the receiver does not wait": ("stage.py", "torch.cuda.current_stream().wait_event(arrived)", "pass", "1f1b"),
+        "stage.py",
+        "return moved, arriving.record_event()",
+        "return moved, torch.cuda.Event()",
+        "1f1b",
+    ),
+    "the receiver does not wait": (
+        "stage.py",
+        "torch.cuda.current_stream().wait_event(arrived)",
+        "pass",
+        "1f1b",
+    ),
     "what was received is free before it is used": (
-        "stage.py", "tensor.record_stream(torch.cuda.current_stream())  # its memory came from another stream", "pass",
-        "vee or gpipe"),
+        "stage.py",
+        "tensor.record_stream(torch.cuda.current_stream())  # its memory came from another stream",
+        "pass",
+        "vee or gpipe",
+    ),
     "stages that share a GPU do not wait": (
-        "stage.py", "return tensor, here.record_event()", "return tensor, torch.cuda.Event()", "shared"),
-    "work ends before the GPU": ("engine.py", "torch.cuda.current_stream().synchronize()", "pass", "tied"),
-    "times are read before they are there": ("clock.py", "self._last.synchronize()", "pass", "1f1b"),
+        "stage.py",
+        "return tensor, here.record_event()",
+        "return tensor, torch.cuda.Event()",
+        "shared",
+    ),
+    "work ends before the GPU": (
+        "engine.py",
+        "torch.cuda.current_stream().synchronize()",
+        "pass",
+        "tied",
+    ),
+    "times are read before they are there": (
+        "clock.py",
+        "self._last.synchronize()",
+        "pass",
+        "1f1b",
+    ),
     "marks are not recorded": ("clock.py", "self._last.record(self._stream)", "pass", "1f1b"),
-}  # fmt: skip
+}
 
 HARMLESS = {"self._stream.synchronize()"}
 """Of the clock: without it only its zero would be wrong, by as long as the stream was busy."""
@@ -44,7 +81,10 @@ HARMLESS = {"self._stream.synchronize()"}
 
 def test_the_list_names_every_call_that_orders_anything() -> None:
     found = {
-        line.strip() for path in SOURCE.glob("*.py") for line in path.read_text().splitlines() if ORDERS.search(line)
+        line.strip()
+        for path in SOURCE.glob("*.py")
+        for line in path.read_text().splitlines()
+        if ORDERS.search(line)
     }
     assert found == {line for _, line, *_ in MUTANTS.values()} | HARMLESS
 
@@ -59,6 +99,11 @@ def test_a_mutant_is_caught(name: str, tmp_path: Path) -> None:
     early = ("-p", "torch_impl")  # before pytest puts the root with the real one ahead
     bits = str(Path(__file__).with_name("test_bits.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-x", *early, bits, "-k", cases]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "FAKE_LATE_US": "200"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
+        "FAKE_LATE_US": "200",
+    }
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1, done.stdout[-3000:]
