@@ -1,0 +1,90 @@
+"""`python -m tests.campaigns.measure_code`: the shape of the code in numbers, as a table."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+IMPLEMENTATIONS = ("torch_impl", "tf_impl", "paddle_impl")
+FOLDERS = ("common", *IMPLEMENTATIONS)
+LONG_LINE = 100
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+OF_A_PACKAGE = ("__init__", "__main__")
+
+
+def files(folder: str) -> list[Path]:
+    """Return the Python files of a folder, at any depth."""
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def lines(folder: str) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files(folder))
+
+
+def per_100_lines(folder: str, count: int) -> str:
+    return f"{100 * count / lines(folder):.1f}"
+
+
+def comments(path: Path) -> int:
+    """Return how many comments a file has."""
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+    return sum(token.type == tokenize.COMMENT for token in tokens)
+
+
+def comprehensions(path: Path) -> int:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return sum(isinstance(node, COMPREHENSIONS) for node in ast.walk(tree))
+
+
+def long_lines(path: Path) -> int:
+    return sum(len(line) > LONG_LINE for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def public_names(path: Path) -> Iterator[str]:
+    """Yield a module's public names: functions, constants, classes and their methods."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name
+            for inner in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_"):
+                    yield f"{node.name}.{inner.name}"
+
+
+def shared_names() -> tuple[int, int]:
+    """Return how many public names of the modules in all three are in all three, and of how many."""
+    modules = [{path.stem: set(public_names(path)) for path in files(i)} for i in IMPLEMENTATIONS]
+    in_all = set.intersection(*(set(module) for module in modules))
+    each = [[module[name] for module in modules] for name in in_all]
+    return sum(len(set.intersection(*of)) for of in each), sum(len(set.union(*of)) for of in each)
+
+
+def main() -> None:
+    """Print the table."""
+    rows: list[tuple[str, list[str]]] = []
+    for title, count in (
+        ("comments per 100 lines", comments),
+        ("comprehensions per 100 lines", comprehensions),
+        (f"lines over {LONG_LINE} characters, %", long_lines),
+    ):
+        rows.append((title, [per_100_lines(f, sum(map(count, files(f)))) for f in FOLDERS]))
+    rows.append(("lines", [f"{lines(folder):,}" for folder in FOLDERS]))
+    print(f"| | {' | '.join(FOLDERS)} |\n| --- |{' ---: |' * len(FOLDERS)}")
+    for title, cells in rows:
+        print(f"| {title} | {' | '.join(cells)} |")
+    same, all_names = shared_names()
+    print(f"\npublic names that all three implementations share, in the modules that all three have: "
+          f"{same} of {all_names}, {100 * same / all_names:.0f} %")  # fmt: skip
+    stems = [path.stem for folder in FOLDERS for path in files(folder)]
+    often = {name: n for name, n in Counter(stems).items() if n > 3 and name not in OF_A_PACKAGE}
+    print(f"modules of one name in more than three places: {often or 'none'}")
+    print(f"files at the top of common/: {len(list((ROOT / 'common').glob('*.py')))}, "
+          f"folders: {sum((path / '__init__.py').exists() for path in (ROOT / 'common').iterdir())}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
