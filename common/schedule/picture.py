@@ -56,6 +56,8 @@ def draw_pictures(
         if any((sim.table.op == code).any() for sim in simulations)
     ]
     keys = [Patch(color=COLORS[op], label=f"{op.value}  {MEANINGS[op]}") for op in used]
+    if any(simulation.schedule.num_chunks > 1 for simulation in simulations):
+        keys.append(Patch(color=_tone(COLORS[Op.F], 1, 2), label="paler: a later chunk"))
     figure.legend(
         handles=keys, loc="outside lower right", ncols=len(keys), frameon=False, fontsize=8
     )

@@ -56,7 +56,7 @@ def public_names(path: Path) -> Iterator[str]:
 
 
 def shared_names() -> tuple[int, int]:
-    """Return how many public names of the modules in all three are in all three, and of how many."""
+    """Return how many public names all three have, and of how many, in the modules of all three."""
     modules = [{path.stem: set(public_names(path)) for path in files(i)} for i in IMPLEMENTATIONS]
     in_all = set.intersection(*(set(module) for module in modules))
     each = [[module[name] for module in modules] for name in in_all]
@@ -77,13 +77,14 @@ def main() -> None:
     for title, cells in rows:
         print(f"| {title} | {' | '.join(cells)} |")
     same, all_names = shared_names()
-    print(f"\npublic names that all three implementations share, in the modules that all three have: "
-          f"{same} of {all_names}, {100 * same / all_names:.0f} %")  # fmt: skip
+    share = f"{same} of {all_names}, {100 * same / all_names:.0f} %"
+    print(f"\npublic names that all three implementations share, in their common modules: {share}")
     stems = [path.stem for folder in FOLDERS for path in files(folder)]
     often = {name: n for name, n in Counter(stems).items() if n > 3 and name not in OF_A_PACKAGE}
     print(f"modules of one name in more than three places: {often or 'none'}")
-    print(f"files at the top of common/: {len(list((ROOT / 'common').glob('*.py')))}, "
-          f"folders: {sum((path / '__init__.py').exists() for path in (ROOT / 'common').iterdir())}")  # fmt: skip
+    top = list((ROOT / "common").glob("*.py"))
+    rooms = [path for path in (ROOT / "common").iterdir() if (path / "__init__.py").exists()]
+    print(f"files at the top of common/: {len(top)}, folders: {len(rooms)}")
 
 
 if __name__ == "__main__":
