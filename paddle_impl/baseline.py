@@ -17,17 +17,18 @@ from numpy.typing import NDArray
 from paddle import Tensor, nn
 
 from common.oracle.reference import clip_scale, global_norm
+from common.runtime.baseline import BaselineEngine
 from common.runtime.engine import Arrays, Engine
-from common.runtime.executor import Event
 from common.spec.data import Batch
 from common.spec.dropout_masks import step_key
 from common.spec.parameters import TensorKey, parameter_shapes, unit_names
 from common.spec.run import RunConfig
-from paddle_impl import devices
+from paddle_impl import devices, process
 from paddle_impl.dropout import DropoutContext
-from paddle_impl.layers import build_unit, make_static, summed_loss
-from paddle_impl.optimizer import Optimizer
-from paddle_impl.split import merge_backward
+from paddle_impl.layers import build_unit, summed_loss
+from paddle_impl.optimizer import StageOptimizer
+from paddle_impl.programs import make_static, static_units
+from paddle_impl.split_linear import merge_backward
 from paddle_impl.weights import (
     export_gradients,
     export_weights,
@@ -37,27 +38,25 @@ from paddle_impl.weights import (
 )
 
 
-class PlainEngine:
+class PlainEngine(BaselineEngine):
     """The loop of every tutorial: the whole model, the whole mini-batch at once, `loss.backward()`.
 
     It answers what the harness asks (`common.runtime.engine.Engine`).
     """
-
-    devices = (0,)
 
     def __init__(self, config: RunConfig) -> None:
         if config.recompute != "none":
             raise ValueError(f"recompute = {config.recompute}; executor = plain takes none")
         devices.check_dtype(config.train.dtype)
         self.config = config
-        devices.set_threads(devices.threads_per_stage(1, config.threads))
-        devices.forget_peak_memory()
+        process.set_threads(devices.threads_per_stage(1, config.threads))
+        process.forget_peak_memory()
         paddle.set_default_dtype(config.train.dtype)
         self._context = DropoutContext(config.model.dropout_masks == "native")
         part = unit_names(config.model)
         self.units = nn.LayerList([build_unit(config.model, name, self._context) for name in part])
         merge_backward(self.units)
-        if devices.static_units(config):
+        if static_units(config):
             make_static(self.units)
         self._named = named_parameters(part, list(self.units), config.model.tied_head)
         if config.model.tied_head:  # as its users tie it: one parameter, used twice
@@ -65,11 +64,11 @@ class PlainEngine:
             head = self.units[-1]
             head.forward = lambda x: paddle.matmul(head.norm(x), token, transpose_y=True)
             self._named = [item for item in self._named if not item.is_copy]
-        self._optimizer = Optimizer(config.train, self._named)
+        self._optimizer = StageOptimizer(config.train, self._named)
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         load_weights(self._named, weights)
-        self._optimizer = Optimizer(self.config.train, self._named)
+        self._optimizer = StageOptimizer(self.config.train, self._named)
 
     def forward_backward(self, batch: Batch) -> float:
         for item in self._named:
@@ -97,16 +96,6 @@ class PlainEngine:
             for i, piece in enumerate(output.tensor_split(self.config.train.micro_batches))
         }
 
-    def probe_units(
-        self,
-        batch: Batch,
-        inputs: Mapping[str, NDArray[Any]],
-        output_gradients: Mapping[str, NDArray[Any]],
-    ) -> dict[TensorKey, NDArray[Any]]:
-        raise ValueError(
-            "executor = plain has no stage whose units could be probed; expected table"
-        )
-
     @paddle.no_grad()
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         nothing = Batch(0, inputs, np.zeros_like(inputs))
@@ -128,22 +117,11 @@ class PlainEngine:
     def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
         load_gradients(self._named, gradients)
 
-    def events(self) -> dict[int, list[Event]]:
-        return {0: []}
-
     def environment(self) -> dict[str, Any]:
         return devices.environment() | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
-        return {0: devices.peak_memory_bytes()}
-
-    def held_bytes_peak(self) -> dict[int, int]:
-        return {}
-
-    def in_flight_peak(self) -> dict[int, int]:
-        return {}
-
-    def close(self) -> None: ...
+        return {0: process.peak_memory_bytes()}
 
     def _loss(self, batch: Batch, training: bool) -> tuple[Tensor, list[Tensor]]:
         """The mean loss per token, and every unit's output."""

@@ -34,12 +34,12 @@ from common.spec.parameters import TOKEN_EMBEDDING, unit_names
 from common.spec.run import TransformerSpec
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.layers import build_unit
-from paddle_impl.split import merge_backward
+from paddle_impl.split_linear import merge_backward
 from paddle_impl.weights import load_weights, named_parameters
 
-NAME_TABLE = "StructuredToParameterName@@"
+_NAME_TABLE = "StructuredToParameterName@@"
 """What `paddle.save` adds to a state dict: Paddle's own names of the parameters."""
-TIED = "head.tied_weight"
+_TIED = "head.tied_weight"
 """The same tensor as the token embedding, where the head is tied; a file need not have it twice."""
 
 
@@ -89,19 +89,19 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
         raise ExchangeError(f"{path}: no state dict: {in_one_line(error)}") from None
     try:
         found = weights_in(
-            loaded, lambda value: isinstance(_array_in(value), np.ndarray), besides=NAME_TABLE
+            loaded, lambda value: isinstance(_array_in(value), np.ndarray), besides=_NAME_TABLE
         )
     except ExchangeError as error:
         raise ExchangeError(f"{path}: {error}") from None
     state = {
         short: _wide(_array_in(found[name])) for short, name in unwrapped(found, ("model",)).items()
     }
-    if spec.tied_head and TIED not in state and TOKEN_EMBEDDING in state:
-        state[TIED] = state[TOKEN_EMBEDDING]
+    if spec.tied_head and _TIED not in state and TOKEN_EMBEDDING in state:
+        state[_TIED] = state[TOKEN_EMBEDDING]
     model = plain_model(spec)
     check_names(set(state), set(model.state_dict()))
     if spec.tied_head:
-        check_tied(state[TOKEN_EMBEDDING], state.pop(TIED))
+        check_tied(state[TOKEN_EMBEDDING], state.pop(_TIED))
     # Differs: (in, out) and the canonical names already; nothing is left to do in Paddle's tensors
     return state
 

@@ -1,23 +1,16 @@
-"""Where the stages run, and every setting of Paddle that changes numbers or speed.
-
-Differs: a stage is a process, so there is also `join_pipeline`, which makes a process one stage of
-fleet's pipeline.
-"""
+"""Where the stages run, and every setting of Paddle that changes numbers or speed."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import platform
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common.runtime.cpus import threads_per_stage
-from common.runtime.memory import peak_resident_bytes
-from common.schedule.generators import make_schedule
 from common.spec.run import RunConfig
 from paddle_impl import mkl
 
@@ -69,53 +62,6 @@ def stage_devices(stages: int, device: str) -> list[str]:
     return [f"gpu:{i}" for i in range(stages)]
 
 
-def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
-    """Make this process stage `rank` of a pipeline whose processes listen at `endpoints`
-    (host:port).
-
-    Waits until all have joined. Raises ConnectionError if one of them does not.
-    """
-    import paddle
-    from paddle.distributed import fleet
-    from paddle.distributed.fleet.utils.log_util import set_log_level
-
-    from paddle_impl import cpu_pipeline
-
-    set_log_level("ERROR")
-    warnings.filterwarnings(
-        "ignore", message="No shared comm will be constructed"
-    )  # any model without a tied head
-    if len(endpoints) == 1:
-        warnings.filterwarnings(
-            "ignore", message="Current(ly not a parallel execution| global rank 0 is not in group)"
-        )
-
-    name = stage_devices(len(endpoints), device)[rank]
-    os.environ.update(
-        PADDLE_TRAINER_ID=str(rank),
-        PADDLE_TRAINERS_NUM=str(len(endpoints)),
-        PADDLE_TRAINER_ENDPOINTS=",".join(endpoints),
-        PADDLE_CURRENT_ENDPOINT=endpoints[rank],
-        PADDLE_MASTER=endpoints[0],
-    )
-    if name == "cpu":
-        os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
-        cpu_pipeline.enable()
-    else:
-        os.environ.update(FLAGS_selected_gpus=name.removeprefix("gpu:"))
-    paddle.set_device(name)
-    strategy = fleet.DistributedStrategy()
-    strategy.hybrid_configs = {
-        "dp_degree": 1,
-        "mp_degree": 1,
-        "pp_degree": len(endpoints),
-        # Fleet would divide every micro-batch's loss by their number; ours is divided by the tokens
-        # already.
-        "pp_configs": {"delay_scale_loss": True},
-    }
-    fleet.init(is_collective=True, strategy=strategy, log_level="ERROR")
-
-
 def check_dtype(dtype: str) -> None:
     """Raises ValueError for a precision in which the model cannot run on this device, after having
     tried.
@@ -151,55 +97,12 @@ def _runs(operation: Callable[[], Any]) -> bool:
     return True
 
 
-def set_threads(threads: int) -> None:
-    """CPU threads of this process from now on."""
-    from paddle.base import core
-
-    core.set_num_threads(threads)
-
-
-def forget_peak_memory() -> None:
-    """Make `peak_memory_bytes` start anew (CPU: proc(5), clear_refs)."""
-    import paddle
-
-    if paddle.device.get_device().startswith("gpu"):
-        paddle.device.cuda.reset_max_memory_allocated()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
-def peak_memory_bytes() -> int:
-    """CUDA: the allocator's peak. CPU: the peak resident size of this process."""
-    import paddle
-
-    if paddle.device.get_device().startswith("gpu"):
-        return int(paddle.device.cuda.max_memory_allocated())
-    return peak_resident_bytes()
-
-
-def static_units(config: RunConfig) -> bool:
-    """Return whether units run as traced programs: on the track "best", where they do the same in
-    every forward and backward.
-
-    Not with micro-batches of two sizes: once both are traced and another one follows (1f1b, sizes
-    3, 2, 2), Paddle 3.3.1 gives wrong gradients for all that lies below the last program.
-    """
-    differs = (
-        bool(config.model.dropout) or config.recompute != "none" or config.executor == "native"
-    )
-    changes = config.executor == "table" and (
-        not config.train.micro_batches_are_equal
-        or make_schedule(
-            config.schedule, config.stages, config.train.micro_batches, config.chunks
-        ).splits_backward
-    )
-    return config.track == "best" and not differs and not changes
-
-
 def best_track(config: RunConfig) -> dict[str, Any]:
     """Return the part of `environment` that says what the track "best" does, and what it leaves
     out.
     """
+    from paddle_impl.programs import static_units  # which imports Paddle
+
     used = (
         "used"
         if static_units(config)

@@ -1,5 +1,7 @@
 """Dropout: `common.spec.dropout_masks` in Paddle's integers, bit for bit, or Paddle's own
-generator; on the stage's own device.
+generator.
+
+Both are drawn on the stage's own device.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from paddle.nn import functional
 
 from common.spec.dropout_masks import MULTIPLIERS, mix, threshold
 
-SIGN = 2**31
+_SIGN = 2**31
 """The sign bit of a 32-bit integer."""
 
 
@@ -40,8 +42,8 @@ class DropoutContext:
     elements: dict[int, Tensor] = field(default_factory=dict)
     """The part of the masks that only the position decides, kept by the number of elements."""
 
-    def first_elements(self, count: int) -> Tensor:
-        """Return the hashes of `count` elements, after the mixer's first shift: (count,) int32."""
+    def _first_elements(self, count: int) -> Tensor:
+        """The hashes of `count` elements, after the mixer's first shift: (count,) int32."""
         if count not in self.elements:
             hashes = _multiply_and_shift_(_shift_(paddle.arange(count, dtype="int32"), 16))
             self.elements[count] = _shift_(hashes, 16)
@@ -75,14 +77,14 @@ def keep_mask(
     as long as the arithmetic.
     """
     assert context.step_key is not None
-    elements = context.first_elements(math.prod(shape[1:]))  # (n,)
+    elements = context._first_elements(math.prod(shape[1:]))  # (n,)
     rows = mix(mix(context.step_key ^ mix(site)) ^ mix(context.samples))  # (b,)
-    least = paddle.full_like(elements, threshold(probability) - SIGN)
+    least = paddle.full_like(elements, threshold(probability) - _SIGN)
     keep = []
     for row in _signed(rows ^ (rows >> 16)):
         bits = _multiply_and_shift_(paddle.full_like(elements, row).bitwise_xor_(elements))  # (n,)
         keep.append(
-            bits.bitwise_xor_(paddle.full_like(bits, -SIGN)) >= least
+            bits.bitwise_xor_(paddle.full_like(bits, -_SIGN)) >= least
         )  # a comparison without sign
     return paddle.stack(keep).reshape(shape)
 

@@ -16,19 +16,20 @@ from paddle.distributed import fleet
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, unwatched
+from common.runtime.mode import Mode
 from common.schedule.action import Action
 from common.schedule.generators import make_schedule
 from common.spec.data import Batch
 from common.spec.parameters import TOKEN_EMBEDDING, TensorKey, parameter_shapes
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
-from paddle_impl import devices
+from paddle_impl import devices, process
 from paddle_impl.dropout import DropoutContext
-from paddle_impl.layers import make_static
-from paddle_impl.optimizer import Optimizer
-from paddle_impl.pipeline import StageLayers, build_pipeline
+from paddle_impl.fleet import StageLayers, build_pipeline
+from paddle_impl.optimizer import StageOptimizer
 from paddle_impl.probe import probe_units
-from paddle_impl.stage import Mode, Stage
+from paddle_impl.programs import make_static, static_units
+from paddle_impl.stage import Stage
 from paddle_impl.weights import (
     export_gradients,
     export_weights,
@@ -39,17 +40,17 @@ from paddle_impl.weights import (
 
 
 def build_engine(config: RunConfig) -> Engine:
-    """Return the engine of `config`, after `devices.join_pipeline`. Raises ScheduleError or
+    """Return the engine of `config`, after `ranks.join_pipeline`. Raises ScheduleError or
     ValueError.
     """
     if config.executor == "plain":
         from paddle_impl.baseline import build_baseline
 
         return build_baseline(config)
-    return PaddleEngine(config)
+    return PipelineEngine(config)
 
 
-class PaddleEngine:
+class PipelineEngine:
     """One stage, in a process of its own (`common.runtime.engine.Engine`)."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -72,9 +73,9 @@ class PaddleEngine:
         self._rank = group.get_stage_id()
         self.devices = (self._rank,)
         self.on_action: Callable[[int, Action | None], None] = unwatched
-        devices.set_threads(devices.threads_per_stage(config.stages, config.threads))
+        process.set_threads(devices.threads_per_stage(config.stages, config.threads))
         gc.collect()  # an earlier engine of this process: fleet's objects refer to each other
-        devices.forget_peak_memory()
+        process.forget_peak_memory()
         paddle.set_default_dtype(config.train.dtype)
         plan, context = (
             plan_partition(config),
@@ -91,16 +92,16 @@ class PaddleEngine:
             for part, units in zip(parts, chunks, strict=True)
             for item in named_parameters(part, units, config.model.tied_head)
         ]
-        if devices.static_units(config):
+        if static_units(config):
             make_static(unit for units in chunks for unit in units)
         self.stage = Stage(config, parts, chunks, self._named, context)
         self.pipeline = build_pipeline(config, layers, self.schedule)
         self._events: list[Event] = []
-        self._optimizer = Optimizer(config.train, self._named)
+        self._optimizer = StageOptimizer(config.train, self._named)
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         load_weights(self._named, weights)
-        self._optimizer = Optimizer(self.config.train, self._named)
+        self._optimizer = StageOptimizer(self.config.train, self._named)
 
     def forward_backward(self, batch: Batch) -> float:
         self._begin(batch, Mode.TRAIN)
@@ -177,10 +178,10 @@ class PaddleEngine:
         """As the protocol says. CPU: since this engine was built, where Linux lets the peak be
         reset.
         """
-        return {self._rank: devices.peak_memory_bytes()}
+        return {self._rank: process.peak_memory_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
-        if self.config.executor == "native" or devices.static_units(
+        if self.config.executor == "native" or static_units(
             self.config
         ):  # a program's tensors are its own
             return {}

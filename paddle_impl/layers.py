@@ -8,7 +8,7 @@ feed-forward width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import paddle
@@ -20,9 +20,9 @@ from common.spec.data import IGNORED
 from common.spec.dropout_masks import site_number
 from common.spec.run import TransformerSpec
 from paddle_impl.dropout import DropoutContext, dropout
-from paddle_impl.split import Linear, merge_backward, tied_projection
+from paddle_impl.split_linear import Linear, tied_projection
 
-MASKED = -1e30
+_MASKED = -1e30
 """Added to the score of a later position: beside it every score vanishes, in float32 too."""
 
 
@@ -71,13 +71,18 @@ class Embedding(nn.Layer):
         return self.token.weight
 
 
+def causal_mask(size: int) -> Tensor:
+    """(size, size), added to the scores: no token attends to a later one.
+
+    Differs: finite, since FLAGS_check_nan_inf stops at any infinity. The weights are the same bits.
+    """
+    return paddle.full((size, size), _MASKED).triu(1)
+
+
 class Attention(nn.Layer):
     """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
 
     The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`).
-
-    Differs: the mask is finite, since FLAGS_check_nan_inf stops at any infinity. The weights are
-    the same bits.
     """
 
     def __init__(self, spec: TransformerSpec, site: int, context: DropoutContext) -> None:
@@ -88,9 +93,8 @@ class Attention(nn.Layer):
         self.output = Linear(spec.d_model, spec.d_model)
         self.num_heads, self.d_head = spec.num_heads, spec.d_head
         self.dropout, self.site, self.context = spec.dropout, site, context
-        size = (spec.context_length, spec.context_length)
         self.register_buffer(
-            "causal", paddle.full(size, MASKED).triu(1), persistable=False
+            "causal", causal_mask(spec.context_length), persistable=False
         )  # (S, S)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,15 +184,6 @@ def build_unit(spec: TransformerSpec, name: str, context: DropoutContext) -> nn.
     if name == "embedding":
         return Embedding(spec, context)
     return Head(spec) if name == "head" else Block(spec, name, context)
-
-
-def make_static(units: Iterable[nn.Layer]) -> None:
-    """Turn the forwards of `units` into traced programs, backward included; they must not depend on
-    a dropout mask.
-    """
-    for unit in units:
-        merge_backward(unit)
-        paddle.jit.to_static(unit)
 
 
 def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:

@@ -15,7 +15,12 @@ from common.spec.run import TrainSpec
 from paddle_impl.weights import NamedParameter
 
 
-class Optimizer:
+def learning_rate(train: TrainSpec, step: int) -> float:
+    """That of `step` (from 0)."""
+    return train.learning_rate_at(step)
+
+
+class StageOptimizer:
     """AdamW (Loshchilov and Hutter 2019: decay first, epsilon after the bias correction) or SGD
     over `named`.
 
@@ -36,7 +41,7 @@ class Optimizer:
     def _build(self) -> paddle.optimizer.Optimizer:
         train = self._train
         if train.optimizer == "sgd":
-            groups = decay_groups(train, self._named)
+            groups = _decay_groups(train, self._named)
             return paddle.optimizer.Momentum(train.learning_rate, train.momentum, groups)
         decayed = {item.parameter.name for item in self._named if train.decays(item.name)}
         return paddle.optimizer.AdamW(
@@ -62,6 +67,15 @@ class Optimizer:
             if own
             else {}
         )
+
+    @paddle.no_grad()
+    def step(self, step: int, scale: float) -> None:
+        """Multiply the gradients by `scale`, then updates the weights for `step` (from 0)."""
+        if scale != 1:
+            for item in self._named:
+                item.parameter.grad.scale_(scale)
+        self._optimizer.set_lr(learning_rate(self._train, step))
+        self._optimizer.step()
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the moments as `common.runtime.engine.Engine.optimizer_state` names them."""
@@ -99,17 +113,8 @@ class Optimizer:
             for i in self._named
         ]
 
-    @paddle.no_grad()
-    def step(self, step: int, scale: float) -> None:
-        """Multiply the gradients by `scale`, then updates the weights for `step` (from 0)."""
-        if scale != 1:
-            for item in self._named:
-                item.parameter.grad.scale_(scale)
-        self._optimizer.set_lr(self._train.learning_rate_at(step))
-        self._optimizer.step()
 
-
-def decay_groups(train: TrainSpec, named: Sequence[NamedParameter]) -> list[dict[str, Any]]:
+def _decay_groups(train: TrainSpec, named: Sequence[NamedParameter]) -> list[dict[str, Any]]:
     """Parameters by their weight decay. Differs: Paddle's Momentum takes no function of the name,
     as its AdamW does.
     """

@@ -10,9 +10,10 @@ import paddle
 from numpy.typing import NDArray
 from paddle import Tensor
 
+from common.runtime.mode import Mode
 from common.spec.data import Batch
 from common.spec.parameters import TensorKey
-from paddle_impl.stage import Mode, Stage
+from paddle_impl.stage import Stage
 from paddle_impl.weights import NamedParameter, export_gradients, named_parameters
 
 
@@ -32,7 +33,7 @@ def probe_units(
         named = named_parameters([name], [unit], stage.config.model.tied_head)
         forward = TensorKey(batch.step, "unit_forward", device, -1, name, "output")
         backward = forward._replace(phase="unit_backward", tensor="input_gradient")
-        with no_gradients(named):
+        with _no_gradients(named):
             for i, tokens in enumerate(stage.tokens):
                 stage.prepare(i)
                 x = _piece(stage, inputs[name], i) if name in inputs else tokens
@@ -50,8 +51,8 @@ def probe_units(
 
 
 @contextmanager
-def no_gradients(named: Sequence[NamedParameter]) -> Iterator[None]:
-    """Set the parameters' gradients aside.
+def _no_gradients(named: Sequence[NamedParameter]) -> Iterator[None]:
+    """Sets the parameters' gradients aside.
 
     Differs: our linear layers add to their weights' gradients themselves, so there is no asking for
     them apart.

@@ -15,6 +15,7 @@ from paddle_impl import devices
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
     """Return the operations by the names of `common.runtime.roofline.kernels`, and the environment.
+
     Raises ValueError, ImportError.
     """
     devices.configure(1, 1, "cpu")

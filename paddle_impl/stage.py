@@ -2,19 +2,17 @@
 processes of the stages.
 
 F runs the chunk and keeps input and output for the backward, B and BW run Paddle's autograd from
-the output, and what B leaves of the weight gradients (`paddle_impl.split`) W adds later. A product
-is added to its weight's gradient when its W or BW runs, so schedules that keep the micro-batches'
-order give the same bits. Where a micro-batch is recomputed (`paddle_impl.recomputation`), autograd
-runs each piece's forward again inside B or BW.
+the output, and what B leaves of the weight gradients (`paddle_impl.backward`) W adds later. A
+product is added to its weight's gradient when its W or BW runs, so schedules that keep the
+micro-batches' order give the same bits. Where a micro-batch is recomputed
+(`paddle_impl.recompute`), autograd runs each piece's forward again inside B or BW.
 """
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import paddle
@@ -22,47 +20,18 @@ from paddle import Tensor, nn
 
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
+from common.runtime.mode import Mode
 from common.schedule.action import Op, Schedule
 from common.schedule.dependencies import Step, sends_to
 from common.spec.data import Batch
 from common.spec.dropout_masks import step_key
 from common.spec.run import RunConfig
+from paddle_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.held import memory_bytes, saved_tensors
 from paddle_impl.layers import Head, summed_loss
-from paddle_impl.recomputation import recompute
-from paddle_impl.split import Product, defer_weight_gradients, tensors_of
+from paddle_impl.recompute import recompute
 from paddle_impl.weights import NamedParameter
-
-
-class Mode(enum.Enum):
-    """What a pass over a mini-batch is for."""
-
-    TRAIN = "train"
-    EVALUATE = "evaluate"
-    """Only forward, without dropout."""
-    RECORD = "record"
-    """Only forward, with the dropout of a training step, keeping every unit's output."""
-    PREDICT = "predict"
-    """Only forward, without dropout or loss, keeping the head's output."""
-
-    @property
-    def has_dropout(self) -> bool:
-        return self in (Mode.TRAIN, Mode.RECORD)
-
-    def keeps(self, unit: str) -> bool:
-        """Return whether the output of this unit is kept."""
-        return self is Mode.RECORD or (self is Mode.PREDICT and unit == "head")
-
-
-@dataclass(slots=True)
-class Forward:
-    """What B needs of a micro-batch in flight."""
-
-    x: Tensor | None
-    output: (
-        Tensor  # the loss, or a tensor that is left without memory: the next stage has the values
-    )
 
 
 class Stage:
@@ -91,8 +60,8 @@ class Stage:
         self.named = named
         self.in_flight: dict[tuple[int, int], Forward] = {}
         """By (micro-batch, chunk): forward done, B not yet."""
-        self.waiting: dict[tuple[int, int], list[Product]] = {}
-        """By (micro-batch, chunk): B done, W not yet; the products for the weight gradients."""
+        self.waiting: dict[tuple[int, int], Waiting] = {}
+        """By (micro-batch, chunk): B done, W not yet."""
         self.held = HeldActivations(len(chunks), self._kind)
         self._measured: set[tuple[int, bool, int]] = set()
         """(chunk, kind of micro-batch) whose bytes `held` knows."""
@@ -137,7 +106,7 @@ class Stage:
         self._losses.append(loss.detach())
         return loss
 
-    def run(self, micro_batch: int, units: Sequence[tuple[str, nn.Layer]], x: Tensor) -> Tensor:
+    def _run(self, micro_batch: int, units: Sequence[tuple[str, nn.Layer]], x: Tensor) -> Tensor:
         """Some of a chunk's units, one after another; after the head the micro-batch's share of the
         mean loss.
         """
@@ -163,7 +132,7 @@ class Stage:
                 x.stop_gradient = not training
             y = self.tokens[micro_batch] if x is None else x
             for units in self._pieces(chunk, recomputes):
-                run = partial(self.run, micro_batch, units)
+                run = partial(self._run, micro_batch, units)
                 y = recompute(run, y) if recomputes else run(y)
         has_loss = isinstance(self.chunks[chunk][-1][1], Head)
         if has_loss:
@@ -190,9 +159,7 @@ class Stage:
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
         """B and W at once."""
-        saved = self.in_flight.pop((micro_batch, chunk))
-        paddle.autograd.backward([saved.output], [gradient])
-        return None if saved.x is None else saved.x.grad
+        return backward(self.in_flight.pop((micro_batch, chunk)), gradient)
 
     def backward_input(
         self, micro_batch: int, chunk: int, gradient: Tensor | None
@@ -201,24 +168,20 @@ class Stage:
         for tokens.
         """
         saved = self.in_flight.pop((micro_batch, chunk))
-        self.waiting[micro_batch, chunk] = defer_weight_gradients(
-            lambda: paddle.autograd.backward([saved.output], [gradient])
-        )
+        result, self.waiting[micro_batch, chunk] = backward_input(saved, gradient)
         sizes = self.held.waiting_bytes_of(micro_batch)
         if not sizes[chunk]:
+            # Each product holds the layer's input, its weight, its output's gradient.
             kept = [
-                tensor
-                for product in self.waiting[micro_batch, chunk]
-                for tensor in tensors_of(product)
+                tensor for product in self.waiting[micro_batch, chunk] for tensor in product.args
             ]
             sizes[chunk] = memory_bytes(kept, [item.parameter for item in self.named])
         self.held.note(self.in_flight, self.waiting)
-        return None if saved.x is None else saved.x.grad
+        return result
 
     def backward_weight(self, micro_batch: int, chunk: int) -> None:
         """W: adds the products that B left over to the weight gradients."""
-        for add_product in self.waiting.pop((micro_batch, chunk)):
-            add_product()
+        backward_weight(self.waiting.pop((micro_batch, chunk)))
 
 
 class Channel:
@@ -240,7 +203,7 @@ class Channel:
     ) -> None:
         self._device, self._shapes, self._dtype, self._group = device, shapes, dtype, group
         self._coming = {
-            sender: deque(message for message, to in sent_by(schedule, sender) if to == device)
+            sender: deque(message for message, to in _sent_by(schedule, sender) if to == device)
             for sender in range(schedule.num_devices)
             if sender != device
         }
@@ -267,8 +230,8 @@ class Channel:
         return self._arrived.pop(message)
 
 
-def sent_by(schedule: Schedule, device: int) -> list[tuple[Message, int]]:
-    """Return what `device` sends, in its order, each with the receiving device."""
+def _sent_by(schedule: Schedule, device: int) -> list[tuple[Message, int]]:
+    """What `device` sends, in its order, each with the receiving device."""
     sent = []
     for action in schedule.devices[device]:
         step = Step(action.op, action.micro_batch, schedule.virtual_stage(device, action.chunk))

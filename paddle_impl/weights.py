@@ -28,7 +28,10 @@ class NamedParameter(NamedTuple):
 def named_parameters(
     part: Sequence[str], units: Sequence[nn.Layer], tied_head: bool
 ) -> list[NamedParameter]:
-    """Return every parameter of `units`, whose names are `part`, in canonical order."""
+    """Return every parameter of `units`, whose names are `part`, in canonical order.
+
+    Raises ValueError for one that has no canonical name.
+    """
     named: list[NamedParameter] = []
     for name, unit in zip(part, units, strict=True):
         match unit:
@@ -40,23 +43,26 @@ def named_parameters(
             case Block():
                 named += _block_parameters(name, unit)
             case Head():
-                if isinstance(unit.norm, nn.LayerNorm):
-                    named += [
-                        NamedParameter("head.norm.weight", unit.norm.weight),
-                        NamedParameter("head.norm.bias", unit.norm.bias),
-                    ]
+                named += _norm_parameters("head.norm", unit.norm)
                 if tied_head:
                     named.append(NamedParameter(TOKEN_EMBEDDING, unit.tied_weight, is_copy=True))
                 else:
                     named.append(NamedParameter("head.output.weight", unit.output.weight))
+    _check_all_are_named(part, units, named)
     return named
+
+
+def _norm_parameters(name: str, norm: nn.Layer) -> list[NamedParameter]:
+    """Those of any norm, by its own names; none of the identity where there is no norm."""
+    return [
+        NamedParameter(f"{name}.{own}", parameter) for own, parameter in norm.named_parameters()
+    ]
 
 
 def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
     attention, feed_forward = block.attention, block.feed_forward
     return [
-        NamedParameter(f"{name}.norm_1.weight", block.norm_1.weight),
-        NamedParameter(f"{name}.norm_1.bias", block.norm_1.bias),
+        *_norm_parameters(f"{name}.norm_1", block.norm_1),
         NamedParameter(f"{name}.attention.query.weight", attention.query.weight),
         NamedParameter(f"{name}.attention.query.bias", attention.query.bias),
         NamedParameter(f"{name}.attention.key.weight", attention.key.weight),
@@ -64,13 +70,25 @@ def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
         NamedParameter(f"{name}.attention.value.bias", attention.value.bias),
         NamedParameter(f"{name}.attention.output.weight", attention.output.weight),
         NamedParameter(f"{name}.attention.output.bias", attention.output.bias),
-        NamedParameter(f"{name}.norm_2.weight", block.norm_2.weight),
-        NamedParameter(f"{name}.norm_2.bias", block.norm_2.bias),
+        *_norm_parameters(f"{name}.norm_2", block.norm_2),
         NamedParameter(f"{name}.feed_forward.up.weight", feed_forward.up.weight),
         NamedParameter(f"{name}.feed_forward.up.bias", feed_forward.up.bias),
         NamedParameter(f"{name}.feed_forward.down.weight", feed_forward.down.weight),
         NamedParameter(f"{name}.feed_forward.down.bias", feed_forward.down.bias),
     ]
+
+
+def _check_all_are_named(
+    part: Sequence[str], units: Sequence[nn.Layer], named: Sequence[NamedParameter]
+) -> None:
+    """A parameter without a name would be neither loaded nor saved, and nobody would see it."""
+    known = {id(item.parameter) for item in named}
+    for name, unit in zip(part, units, strict=True):
+        for own, parameter in unit.named_parameters():
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"{own} of {name} has no canonical name; expected one in paddle_impl/weights.py"
+                )
 
 
 @paddle.no_grad()
@@ -88,12 +106,12 @@ def load_gradients(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray
 
 def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
     """Return the weights as canonical arrays of their own memory."""
-    return {item.name: item.parameter.numpy().copy() for item in named}
+    return {item.name: to_array(item.parameter) for item in named}
 
 
 def export_gradients(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
     """Return the gradients as canonical arrays of their own memory."""
-    return {item.name: item.parameter.grad.numpy().copy() for item in named}
+    return {item.name: to_array(item.parameter.grad) for item in named}
 
 
 def _checked(array: NDArray[Any], item: NamedParameter) -> NDArray[Any]:
@@ -101,4 +119,10 @@ def _checked(array: NDArray[Any], item: NamedParameter) -> NDArray[Any]:
         raise ValueError(
             f"{item.name} has shape {list(item.parameter.shape)}, the array {list(array.shape)}"
         )
+    return array
+
+
+def to_array(tensor: Tensor) -> NDArray[Any]:
+    """`tensor` in NumPy, with memory of its own."""
+    array: NDArray[Any] = tensor.numpy().copy()
     return array

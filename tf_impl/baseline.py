@@ -15,17 +15,16 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from common.runtime.baseline import BaselineEngine
 from common.runtime.engine import Arrays, Engine
-from common.runtime.executor import Event
 from common.runtime.memory import peak_resident_bytes
 from common.spec.data import IGNORED, Batch, MicroBatch
 from common.spec.dropout_masks import step_key
 from common.spec.parameters import TensorKey, parameter_shapes, unit_names
-from common.spec.run import RunConfig, TransformerSpec
+from common.spec.run import RunConfig
 from tf_impl import devices
-from tf_impl.dropout import DropoutContext
-from tf_impl.layers import Embedding, Head, build_unit
-from tf_impl.optimizer import make_optimizer, moments_of
+from tf_impl.keras_optimizers import make_optimizer, moments_of
+from tf_impl.language_model import LanguageModel
 from tf_impl.weights import (
     export_gradients,
     export_weights,
@@ -34,56 +33,8 @@ from tf_impl.weights import (
     named_parameters,
 )
 
-Inputs = tuple[tf.Tensor, ...]
-"""Tokens (B, S); with dropout also the step's key (B,) and the sample indices (B,)."""
 
-
-class TiedHead(Head):
-    """A head tied as its users tie it: one variable, used twice."""
-
-    def __init__(self, spec: TransformerSpec, dtype: str, embedding: Embedding) -> None:
-        super().__init__(spec, "head", dtype)
-        self.embedding = embedding
-
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.norm = self.layer_norm("norm") if self.spec.norm == "pre" else None
-        if self.norm is not None:
-            self.norm.build(input_shape)
-
-    @property
-    def token(self) -> keras.Variable:
-        return self.embedding.token
-
-
-class LanguageModel(keras.Model):
-    """The Transformer as an ordinary Keras model."""
-
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__()
-        spec = config.model
-        units = [build_unit(spec, name, config.train.dtype) for name in unit_names(spec)]
-        if spec.tied_head:
-            units[-1] = TiedHead(spec, config.train.dtype, units[0])
-        self.units = units
-        shape: tuple[int | None, ...] = (None, spec.context_length)
-        for unit in self.units:
-            unit.build(shape)
-            shape = unit.compute_output_shape(shape)
-        self.built = True
-
-    def call(self, inputs: Inputs, training: bool = False) -> tf.Tensor:
-        return self.outputs_of_units(inputs, training)[-1]
-
-    def outputs_of_units(self, inputs: Inputs, training: bool) -> list[tf.Tensor]:
-        tokens, *dropout = inputs
-        context = DropoutContext(dropout[0][0], dropout[1]) if dropout and training else None
-        outputs = [tokens]
-        for unit in self.units:
-            outputs.append(unit(outputs[-1], context=context))
-        return outputs[1:]
-
-
-class PlainEngine:
+class PlainEngine(BaselineEngine):
     """`keras.Model.fit`, a step at a time: `train_on_batch` calls the function that `fit` calls for
     every batch.
 
@@ -91,8 +42,6 @@ class PlainEngine:
     does, and `apply_gradients` only reports; it answers all else that the harness asks
     (`common.runtime.engine.Engine`).
     """
-
-    devices = (0,)
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -156,14 +105,6 @@ class PlainEngine:
                 found[TensorKey(batch.step, "forward", 0, i, unit, "output")] = piece.numpy()
         return found
 
-    def probe_units(
-        self,
-        batch: Batch,
-        inputs: Mapping[str, NDArray[Any]],
-        output_gradients: Mapping[str, NDArray[Any]],
-    ) -> dict[TensorKey, NDArray[Any]]:
-        raise ValueError("executor = plain: no units alone; expected executor = table")
-
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         logits: NDArray[Any] = self.model((tf.constant(inputs),)).numpy()
         return logits
@@ -211,22 +152,13 @@ class PlainEngine:
     def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
         self._given = {name: tf.constant(value) for name, value in gradients.items()}
 
-    def events(self) -> dict[int, list[Event]]:
-        return {0: []}
-
     def environment(self) -> dict[str, Any]:
         return devices.environment() | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
-        if devices.kind(self.config.device) == "GPU":
+        if "GPU" in devices.stage_devices(1, self.config.device)[0]:
             return {0: tf.config.experimental.get_memory_info("GPU:0")["peak"]}
         return {0: peak_resident_bytes()}
-
-    def held_bytes_peak(self) -> dict[int, int]:
-        return {}
-
-    def in_flight_peak(self) -> dict[int, int]:
-        return {}
 
     def close(self) -> None:
         keras.config.set_floatx("float32")

@@ -36,10 +36,10 @@ from common.spec.run import TransformerSpec
 from tf_impl.layers import build_unit
 from tf_impl.weights import export_weights, load_weights, named_parameters
 
-SUFFIXES = (".weights.h5", ".keras", ".h5")
-WEIGHTS = "model.weights.h5"
+_SUFFIXES = (".weights.h5", ".keras", ".h5")
+_WEIGHTS = "model.weights.h5"
 """The file in a .keras archive that has the weights."""
-MAX_UNPACKED = 20
+_MAX_UNPACKED = 20
 """Times the archive's own size: Keras does not compress; weights would not become smaller than
 this.
 """
@@ -72,7 +72,7 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
 
     HDF5 holds no code. A .keras archive may, in its configuration, so its weights alone are read.
     """
-    if not path.name.endswith(SUFFIXES):
+    if not path.name.endswith(_SUFFIXES):
         raise ExchangeError(f"{path}: Keras wants a name that ends in .weights.h5, .keras or .h5")
     with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
         file = _unpacked(path, Path(folder)) if path.suffix == ".keras" else path
@@ -94,10 +94,12 @@ def _unpacked(path: Path, folder: Path) -> Path:
     """The weights of a .keras archive, as a file of their own. Raises ExchangeError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            size, packed = archive.getinfo(WEIGHTS).file_size, path.stat().st_size
-            if size > MAX_UNPACKED * packed + OVERHEAD_BYTES:
-                raise ExchangeError(f"{path}: {WEIGHTS} in it has {size} bytes, packed in {packed}")
-            return Path(archive.extract(WEIGHTS, folder))
+            size, packed = archive.getinfo(_WEIGHTS).file_size, path.stat().st_size
+            if size > _MAX_UNPACKED * packed + OVERHEAD_BYTES:
+                raise ExchangeError(
+                    f"{path}: {_WEIGHTS} in it has {size} bytes, packed in {packed}"
+                )
+            return Path(archive.extract(_WEIGHTS, folder))
     except ExchangeError:
         raise
     except Exception as error:  # an archive can be wrong in every way

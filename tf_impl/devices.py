@@ -6,16 +6,16 @@ operation, so `configure` runs first and imports TensorFlow itself.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 from typing import TYPE_CHECKING, Any
 
 from common.runtime.cpus import threads_per_stage
 from common.spec.run import RunConfig
+from tf_impl.executors import one_core_per_stage
 
 if TYPE_CHECKING:
-    import tensorflow as tf
+    pass
 
 
 def configure(
@@ -52,7 +52,7 @@ def configure(
     tf.config.threading.set_inter_op_parallelism_threads(
         2 * stages if own_threads == 1 else own_threads
     )
-    if kind(device) == "GPU":
+    if _kind(device) == "GPU":
         for gpu in tf.config.list_physical_devices("GPU"):
             tf.config.experimental.set_memory_growth(gpu, True)
     cpu = tf.config.list_physical_devices("CPU")[0]
@@ -61,7 +61,7 @@ def configure(
     )
 
 
-def kind(device: str) -> str:
+def _kind(device: str) -> str:
     """ "CPU" or "GPU" for the request "auto", "cpu" or "cuda". Raises ValueError."""
     import tensorflow as tf
 
@@ -81,74 +81,13 @@ def stage_devices(stages: int, device: str = "auto") -> list[str]:
     """
     import tensorflow as tf
 
-    found = [logical.name for logical in tf.config.list_logical_devices(kind(device))]
-    if kind(device) == "CPU" and len(found) < stages:
+    found = [logical.name for logical in tf.config.list_logical_devices(_kind(device))]
+    if _kind(device) == "CPU" and len(found) < stages:
         raise ValueError(
             f"{stages} stages need {stages} logical devices, TensorFlow has {len(found)}; expected "
             f"tf_impl.devices.configure(stages={stages}) before the first TensorFlow operation"
         )
     return [found[s % len(found)] for s in range(stages)]
-
-
-def stage_strategies(devices: list[str]) -> list[tf.distribute.Strategy]:
-    """One strategy per stage, over that stage's device of every replica (here: one replica).
-
-    Reducing to one device keeps the strategies of different stages apart; collectives would share
-    one group key.
-    """
-    import tensorflow as tf
-
-    reduction = tf.distribute.ReductionToOneDevice
-    return [
-        tf.distribute.MirroredStrategy([device], cross_device_ops=reduction()) for device in devices
-    ]
-
-
-def one_core_per_stage() -> bool:
-    """Return whether each stage is to compute on one core, as if it were a device of its own."""
-    import tensorflow as tf
-
-    options = tf.config.optimizer.get_experimental_options()
-    return tf.config.threading.get_intra_op_parallelism_threads() == 1 and options.get(
-        "disable_meta_optimizer", False
-    )
-
-
-def on_one_thread(device: str, only_own_device: bool) -> bool:
-    """Return whether the functions of a stage on `device` run on TensorFlow's executor on one
-    thread.
-
-    The normal executor spreads independent operations over all cores, so that a lone stage would
-    borrow those of the idle ones, and the bubble would hardly show. The one on one thread cannot
-    wait for another device, so a stage whose functions read a variable that lies elsewhere
-    (`only_own_device` is False) keeps the normal executor.
-    """
-    return only_own_device and "CPU" in device and one_core_per_stage()
-
-
-def stage_thread(
-    device: str, only_own_device: bool = True
-) -> contextlib.AbstractContextManager[Any]:
-    """Return what the thread of a stage runs in: its device and, where `on_one_thread`,
-    TensorFlow's executor on one thread.
-    """
-    import tensorflow as tf
-    from tensorflow.python.eager import context  # no public name for the executor
-
-    stack = contextlib.ExitStack()
-    stack.enter_context(tf.device(device))
-    if on_one_thread(device, only_own_device):
-        stack.enter_context(context.function_executor_type("SINGLE_THREADED_EXECUTOR"))
-    return stack
-
-
-def any_executor() -> contextlib.AbstractContextManager[Any]:
-    """Within `stage_thread`: the normal executor, for a function that reads a variable of another
-    device.
-    """
-    from tensorflow.python.eager import context
-
-    return context.function_executor_type("DEFAULT")
 
 
 def best_track(config: RunConfig) -> dict[str, Any]:

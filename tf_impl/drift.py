@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
-from unittest import mock
 
 import keras
 import numpy as np
@@ -19,61 +18,47 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from common.oracle.reference import clip_scale, global_norm
+from common.runtime.habits import Habit, patch, switched
 from common.spec.data import IGNORED
 from common.spec.run import RunConfig
-from tf_impl import engine, layers, optimizer
+from tf_impl import engine, keras_optimizers, layers
 from tf_impl.dropout import native_dropout
 from tf_impl.gpipe_model import GPipeModel
+from tf_impl.keras_optimizers import SGD, make_optimizer
 from tf_impl.layers import Unit
-from tf_impl.optimizer import SGD, make_optimizer
 from tf_impl.weights import NamedParameter, load_weights
 
-Habit = Callable[[RunConfig], list[AbstractContextManager[Any]]]
-"""What to enter for as long as the habit lasts; mostly patches."""
+_Patches = list[AbstractContextManager[None]]
 
-SQUARE_WEIGHT = "block.0.attention.query.weight"
-
-patch = mock.patch.object
+_SQUARE_WEIGHT = "block.0.attention.query.weight"
 
 
-@contextmanager
-def switch(config: RunConfig) -> Iterator[None]:
+def switch(config: RunConfig) -> AbstractContextManager[None]:
     """Return the habit that `config.drift` names, for as long as the context lives. Raises
     ValueError for one not known here.
     """
-    if config.drift is not None and config.drift not in HABITS:
-        raise ValueError(
-            f"drift = {config.drift}; expected for tensorflow: one of {', '.join(HABITS)}"
-        )
-    if config.drift is not None and config.executor != "table":
-        raise ValueError(
-            f"drift = {config.drift}; executor = {config.executor} has none, expected table"
-        )
-    with ExitStack() as stack:
-        for context in HABITS[config.drift](config) if config.drift else ():
-            stack.enter_context(context)
-        yield
+    return switched(config, "tensorflow", HABITS, ("table",))
 
 
 # ------------------------------------------------------------------------------------------- layers
 
 
-def tanh_gelu(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _tanh_gelu(config: RunConfig) -> _Patches:
     return [patch(layers, "gelu", keras.ops.gelu)]
 
 
-def float32_gelu_constant(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _float32_gelu_constant(config: RunConfig) -> _Patches:
     return [patch(layers, "gelu", lambda x: tf.nn.gelu(x, approximate=False))]
 
 
-def layer_norm_epsilon(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _layer_norm_epsilon(config: RunConfig) -> _Patches:
     def layer_norm(self: Unit, name: str) -> keras.layers.LayerNormalization:
         return keras.layers.LayerNormalization(name=name, dtype=self.dtype)
 
     return [patch(Unit, "layer_norm", layer_norm)]
 
 
-def onednn(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _onednn(config: RunConfig) -> _Patches:
     """TensorFlow reads this once, when it is imported: `configure` has set it."""
     if os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "1":
         raise ValueError(
@@ -83,7 +68,7 @@ def onednn(config: RunConfig) -> list[AbstractContextManager[Any]]:
 
 
 @contextmanager
-def _tf32() -> Iterator[None]:
+def _tf32_execution() -> Iterator[None]:
     tf.config.experimental.enable_tensor_float_32_execution(True)
     try:
         yield
@@ -91,23 +76,23 @@ def _tf32() -> Iterator[None]:
         tf.config.experimental.enable_tensor_float_32_execution(False)
 
 
-def tf32(config: RunConfig) -> list[AbstractContextManager[Any]]:
-    return [_tf32()]
+def _tf32(config: RunConfig) -> _Patches:
+    return [_tf32_execution()]
 
 
 # --------------------------------------------------------------------------------------------- loss
 
 
-def mean_over_all_labels(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _mean_over_all_labels(config: RunConfig) -> _Patches:
     """Keras' mean with sample weights 0 for what is ignored."""
     return [patch(GPipeModel, "_divisor", lambda self, traced, x, labels: np.size(labels[0]))]
 
 
-def mean_per_micro_batch(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _mean_per_micro_batch(config: RunConfig) -> _Patches:
     return [patch(GPipeModel, "_micro_batch_loss", _own_mean(config.train.micro_batches))]
 
 
-def unscaled_micro_batches(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _unscaled_micro_batches(config: RunConfig) -> _Patches:
     return [patch(GPipeModel, "_micro_batch_loss", _own_mean(1))]
 
 
@@ -126,33 +111,31 @@ def _own_mean(divisor: int) -> Callable[..., tf.Tensor]:
 # ---------------------------------------------------------------------------------------- optimizer
 
 
-class AdamWWithEpsilonHat(keras.optimizers.AdamW):
-    """Keras' own, with its own epsilon."""
+def _adam_epsilon_hat(config: RunConfig) -> _Patches:
+    class AdamWWithEpsilonHat(keras.optimizers.AdamW):
+        """Keras' own, with its own epsilon."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options | {"epsilon": 1e-7})
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options | {"epsilon": 1e-7})
 
-
-def adam_epsilon_hat(config: RunConfig) -> list[AbstractContextManager[Any]]:
-    return [patch(optimizer, "AdamW", AdamWWithEpsilonHat)]
-
-
-class KerasMomentum(SGD):
-    """m = momentum x m - rate x g; w += m."""
-
-    def update_step(
-        self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
-    ) -> None:
-        if self.l2 and self._use_weight_decay(variable):
-            gradient = gradient + self.l2 * variable
-        keras.optimizers.SGD.update_step(self, gradient, variable, learning_rate)
+    return [patch(keras_optimizers, "AdamW", AdamWWithEpsilonHat)]
 
 
-def keras_momentum(config: RunConfig) -> list[AbstractContextManager[Any]]:
-    return [patch(optimizer, "SGD", KerasMomentum)]
+def _keras_momentum(config: RunConfig) -> _Patches:
+    class KerasMomentum(SGD):
+        """m = momentum x m - rate x g; w += m."""
+
+        def update_step(
+            self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
+        ) -> None:
+            if self.l2 and self._use_weight_decay(variable):
+                gradient = gradient + self.l2 * variable
+            keras.optimizers.SGD.update_step(self, gradient, variable, learning_rate)
+
+    return [patch(keras_optimizers, "SGD", KerasMomentum)]
 
 
-def per_stage_clipping(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _per_stage_clipping(config: RunConfig) -> _Patches:
     def clip(self: GPipeModel, squares: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
         scales = [
             clip_scale(global_norm(list(own)), self.optimizer.global_clipnorm) for own in squares
@@ -162,10 +145,10 @@ def per_stage_clipping(config: RunConfig) -> list[AbstractContextManager[Any]]:
     return [patch(GPipeModel, "_clip", clip)]
 
 
-def with_train(**changes: Any) -> Habit:
-    """Return an optimizer that reads these fields of `TrainSpec` otherwise."""
+def _with_train(**changes: Any) -> Habit:
+    """An optimizer that reads these fields of `TrainSpec` otherwise."""
 
-    def habit(config: RunConfig) -> list[AbstractContextManager[Any]]:
+    def habit(config: RunConfig) -> _Patches:
         def make(train: Any, not_decayed: Sequence[keras.Variable]) -> keras.optimizers.Optimizer:
             return make_optimizer(train.model_copy(update=changes), not_decayed)
 
@@ -174,11 +157,11 @@ def with_train(**changes: Any) -> Habit:
     return habit
 
 
-def decay_everything(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _decay_everything(config: RunConfig) -> _Patches:
     return [patch(engine, "make_optimizer", lambda train, not_decayed: make_optimizer(train, []))]
 
 
-def late_learning_rate(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _late_learning_rate(config: RunConfig) -> _Patches:
     return [
         patch(engine, "learning_rate", lambda train, step: train.learning_rate_at(max(0, step - 1)))
     ]
@@ -187,9 +170,9 @@ def late_learning_rate(config: RunConfig) -> list[AbstractContextManager[Any]]:
 # ---------------------------------------------------------------------------- weights and gradients
 
 
-def sparse_embedding_gradient(config: RunConfig) -> list[AbstractContextManager[Any]]:
-    """Return the token embedding's gradient as `tf.gather` gives it: a row for every token of the
-    text, so one token has many.
+def _sparse_embedding_gradient(config: RunConfig) -> _Patches:
+    """The token embedding's gradient as `tf.gather` gives it: a row for every token of the text, so
+    one token has many.
 
     Keras squares the rows of `tf.IndexedSlices` one by one, in the norm and in Adam's second
     moment.
@@ -217,7 +200,7 @@ def sparse_embedding_gradient(config: RunConfig) -> list[AbstractContextManager[
         squares.assign(squares * scales[0] ** 2)
         return norm, scales
 
-    class AdamWByRows(optimizer.AdamW):
+    class AdamWByRows(keras_optimizers.AdamW):
         def update_step(
             self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
         ) -> None:
@@ -239,7 +222,7 @@ def sparse_embedding_gradient(config: RunConfig) -> list[AbstractContextManager[
     return [
         patch(GPipeModel, "forward_backward", with_rows),
         patch(GPipeModel, "_clip", clip_by_rows),
-        patch(optimizer, "AdamW", AdamWByRows),
+        patch(keras_optimizers, "AdamW", AdamWByRows),
     ]
 
 
@@ -261,21 +244,21 @@ def _squared_rows(model: GPipeModel, x: Any, y: Any, step: int) -> tf.Tensor:
     return total
 
 
-def transposed_square_weight(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _transposed_square_weight(config: RunConfig) -> _Patches:
     def load(named: Sequence[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-        load_weights(named, {**arrays, SQUARE_WEIGHT: arrays[SQUARE_WEIGHT].T})
+        load_weights(named, {**arrays, _SQUARE_WEIGHT: arrays[_SQUARE_WEIGHT].T})
 
     return [patch(engine, "load_weights", load)]
 
 
-def untied_gradients(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _untied_gradients(config: RunConfig) -> _Patches:
     return [patch(GPipeModel, "_add_tied_gradients", lambda self: None)]
 
 
 # ------------------------------------------------------------------------------------------ dropout
 
 
-def local_dropout_samples(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _local_dropout_samples(config: RunConfig) -> _Patches:
     shared = GPipeModel.dropout_context
 
     def context(self: GPipeModel, batch_size: int, step: int) -> list[tuple[int, NDArray[Any]]]:
@@ -284,30 +267,30 @@ def local_dropout_samples(config: RunConfig) -> list[AbstractContextManager[Any]
     return [patch(GPipeModel, "dropout_context", context)]
 
 
-def natively_drawn_dropout(config: RunConfig) -> list[AbstractContextManager[Any]]:
+def _native_dropout(config: RunConfig) -> _Patches:
     return [patch(layers, "dropout", native_dropout)]
 
 
 HABITS: dict[str, Habit] = {
-    "tanh-gelu": tanh_gelu,
-    "float32-gelu-constant": float32_gelu_constant,
-    "layer-norm-epsilon": layer_norm_epsilon,
-    "adam-epsilon-hat": adam_epsilon_hat,
-    "sparse-embedding-gradient": sparse_embedding_gradient,
-    "keras-momentum": keras_momentum,
-    "onednn": onednn,
-    "mean-over-all-labels": mean_over_all_labels,
-    "mean-per-micro-batch": mean_per_micro_batch,
-    "unscaled-micro-batches": unscaled_micro_batches,
-    "per-stage-clipping": per_stage_clipping,
-    "default-weight-decay": with_train(weight_decay=0.004),
-    "decay-everything": decay_everything,
-    "default-betas": with_train(beta2=0.999),
-    "late-learning-rate": late_learning_rate,
-    "transposed-square-weight": transposed_square_weight,
-    "local-dropout-samples": local_dropout_samples,
-    "native-dropout": natively_drawn_dropout,
-    "untied-gradients": untied_gradients,
-    "tf32": tf32,
+    "tanh-gelu": _tanh_gelu,
+    "float32-gelu-constant": _float32_gelu_constant,
+    "layer-norm-epsilon": _layer_norm_epsilon,
+    "adam-epsilon-hat": _adam_epsilon_hat,
+    "sparse-embedding-gradient": _sparse_embedding_gradient,
+    "keras-momentum": _keras_momentum,
+    "onednn": _onednn,
+    "mean-over-all-labels": _mean_over_all_labels,
+    "mean-per-micro-batch": _mean_per_micro_batch,
+    "unscaled-micro-batches": _unscaled_micro_batches,
+    "per-stage-clipping": _per_stage_clipping,
+    "default-weight-decay": _with_train(weight_decay=0.004),
+    "decay-everything": _decay_everything,
+    "default-betas": _with_train(beta2=0.999),
+    "late-learning-rate": _late_learning_rate,
+    "transposed-square-weight": _transposed_square_weight,
+    "local-dropout-samples": _local_dropout_samples,
+    "native-dropout": _native_dropout,
+    "untied-gradients": _untied_gradients,
+    "tf32": _tf32,
 }
 """In the order of `common.spec.habits.DRIFTS`."""

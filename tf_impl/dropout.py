@@ -1,5 +1,7 @@
 """Dropout: `common.spec.dropout_masks` in TensorFlow's 64-bit integers, bit for bit, or
-TensorFlow's own; on the stage's device.
+TensorFlow's own.
+
+Both are drawn on the stage's own device.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ class DropoutContext(NamedTuple):
     samples: tf.Tensor  # (b,) int64, indices in the mini-batch
 
 
-def mix_tensor(x: tf.Tensor) -> tf.Tensor:
+def _mix_tensor(x: tf.Tensor) -> tf.Tensor:
     """`common.spec.dropout_masks.mix` of int64 values in [0, 2^32)."""
     x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _int64(16)))
     x = tf.bitwise.bitwise_and(x * MULTIPLIERS[0], _int64(MASK32))
@@ -41,9 +43,9 @@ def keep_mask(
     products wrap at 2^32; not in int32, for which there is no product on GPUs. The comparison is in
     int64: GPUs have none in uint32.
     """
-    site_key = mix_tensor(tf.bitwise.bitwise_xor(context.step_key, _int64(mix(site))))  # ()
-    row = mix_tensor(tf.bitwise.bitwise_xor(site_key, mix_tensor(context.samples)))  # (b,)
-    elements = mix_tensor(tf.range(math.prod(shape[1:]), dtype=tf.int64))  # (n,)
+    site_key = _mix_tensor(tf.bitwise.bitwise_xor(context.step_key, _int64(mix(site))))  # ()
+    row = _mix_tensor(tf.bitwise.bitwise_xor(site_key, _mix_tensor(context.samples)))  # (b,)
+    elements = _mix_tensor(tf.range(math.prod(shape[1:]), dtype=tf.int64))  # (n,)
     bits = tf.bitwise.bitwise_xor(
         _first_shift(row)[:, None], _first_shift(elements)[None, :]
     )  # (b, n) uint32

@@ -4,6 +4,8 @@ micro-batches ask.
 TensorFlow calls an operation stateful as soon as it reads a variable, and so the loop of every
 LSTM. What counts here is whether it, or any function that it calls, changes a state, draws a random
 number, or calls Python.
+
+Differs: only a cut graph moves operations, so only TensorFlow has to ask.
 """
 
 from __future__ import annotations

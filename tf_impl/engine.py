@@ -21,7 +21,8 @@ from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
 from tf_impl import devices
 from tf_impl.gpipe_model import GPipeModel
-from tf_impl.optimizer import learning_rate, make_optimizer
+from tf_impl.keras_optimizers import make_optimizer
+from tf_impl.optimizer import learning_rate
 from tf_impl.probe import probe_units
 from tf_impl.weights import (
     export_gradients,
@@ -39,10 +40,10 @@ def build_engine(config: RunConfig) -> Engine:
         from tf_impl.baseline import build_baseline
 
         return build_baseline(config)
-    return TensorFlowEngine(config)
+    return PipelineEngine(config)
 
 
-class TensorFlowEngine:
+class PipelineEngine:
     """All stages in this process, each with a thread of its own (`common.runtime.engine.Engine`).
 
     Differs: the stages, threads and optimizers are those of the Keras model, so that the harness

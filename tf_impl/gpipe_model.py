@@ -8,6 +8,9 @@
 It is the synchronous pipeline of GPipe (Huang et al. 2019), with any schedule: the same weights as
 training the layers on one device, because a mini-batch's gradients are added up over its
 micro-batches before the optimizer sees them.
+
+Differs: only Keras lets its users compile and fit a pipeline; `tf_impl.engine` is the harness' view
+of this model.
 """
 
 from __future__ import annotations
@@ -32,18 +35,21 @@ from common.schedule.recompute import WORDS, is_known
 from common.spec.dropout_masks import step_key
 from common.spec.parameters import unit_names
 from common.spec.run import TransformerSpec
-from tf_impl import devices
-from tf_impl.batch import one_tensor, piece_sizes, unpacked
-from tf_impl.cut import RECOMPUTED_EFFECT
+from tf_impl import devices, executors
+from tf_impl.cut_graphs import RECOMPUTED_EFFECT
 from tf_impl.effects import mask_of, with_mask
+from tf_impl.keras_optimizers import check_optimizer, moments_of
+from tf_impl.keras_pipeline.batch import one_tensor, piece_sizes, unpacked
+from tf_impl.keras_pipeline.chunk import Chunk, apply_layer
+from tf_impl.keras_pipeline.forward_only import ForwardOnly, concatenated
+from tf_impl.keras_pipeline.loss import BatchLoss, check_loss
+from tf_impl.keras_pipeline.row import check_numbers, cut_row, row_of
+from tf_impl.keras_pipeline.saving import SavedRow, schedule_text
+from tf_impl.keras_pipeline.tracing import Traced, TracedRow
 from tf_impl.layers import Embedding, build_unit
-from tf_impl.loss import BatchLoss, check_loss
-from tf_impl.optimizer import StageOptimizer, check_optimizer, moments_of
-from tf_impl.row import check_numbers, cut_row, row_of
-from tf_impl.saving import SavedRow, schedule_text
-from tf_impl.stage import Chunk, ForwardOnly, Stage, apply_layer, concatenated
+from tf_impl.optimizer import StageOptimizer
+from tf_impl.stage import Stage
 from tf_impl.threads import StageThreads
-from tf_impl.tracing import Traced, TracedRow
 
 Result = TypeVar("Result")
 
@@ -116,7 +122,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         self.recompute = recompute
         edges = cut_row(self.spec, len(self.units), num_stages, made.num_chunks, partition)
         names = devices.stage_devices(num_stages, device)
-        strategies = devices.stage_strategies(names)
+        strategies = executors.stage_strategies(names)
         self.chunks = [
             Chunk(
                 self.units[edges[k] : edges[k + 1]],
@@ -321,10 +327,9 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
 
         self.events = self._run(self.schedule, begin)
         self._add_tied_gradients()
-        losses = [*self.stages[self.schedule.location[-1][0]].losses.values()]
+        losses = self.stages[self.schedule.location[-1][0]].losses()
         return math.fsum(
-            float(loss)
-            for loss in (*losses, *(loss for s in self.stages for loss in s.layer_losses))
+            [*losses, *(float(loss) for stage in self.stages for loss in stage.layer_losses)]
         )
 
     def apply_gradients(self, step: int | None = None) -> float:

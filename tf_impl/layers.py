@@ -17,7 +17,7 @@ import tensorflow as tf
 from common.spec.dropout_masks import site_number
 from common.spec.run import TransformerSpec
 from tf_impl.dropout import DropoutContext, dropout, native_dropout
-from tf_impl.precision import at_least_float32, product
+from tf_impl.precision import Linear, at_least_float32, product, softmax
 
 
 @tf.custom_gradient
@@ -53,51 +53,11 @@ def gelu_tanh(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(0.5 * wide * (1.0 + tf.math.tanh(inner)), x.dtype)
 
 
-def softmax(scores: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """`tf.nn.softmax` over the last axis of float32 `scores`, rounded to `dtype`; it holds that
-    result alone.
-
-    Differs: PyTorch's softmax in bfloat16 is so already.
-    """
-
-    @tf.custom_gradient
-    def rounded(scores: tf.Tensor) -> Any:
-        weights = tf.cast(tf.nn.softmax(scores), dtype)
-
-        def gradient(dy: tf.Tensor) -> tf.Tensor:
-            y, dy = at_least_float32(weights), at_least_float32(dy)
-            return (dy - tf.reduce_sum(dy * y, -1, keepdims=True)) * y
-
-        return weights, gradient
-
-    return tf.nn.softmax(scores) if scores.dtype == dtype else rounded(scores)
-
-
 def activation(name: str) -> Callable[[tf.Tensor], tf.Tensor]:
     """Return what stands between the two linear layers of a feed-forward
     (`TransformerSpec.activation`).
     """
     return {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": tf.nn.relu}[name]
-
-
-class Linear(keras.layers.Dense):
-    """`keras.layers.Dense` with the products of `tf_impl.precision`, and a bias whose gradient is
-    summed in float32.
-
-    Differs: PyTorch's linear layer is so already, and it is its LayerNorm that is not
-    (`torch_impl.precision`).
-    """
-
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        rows = tf.reshape(
-            inputs, (-1, inputs.shape[-1])
-        )  # (B S, in): the kernel's gradient is then one product
-        y = tf.reshape(product(rows, self.kernel), (-1, *inputs.shape[1:-1], self.units))
-        return (
-            y
-            if self.bias is None
-            else tf.cast(at_least_float32(y) + at_least_float32(self.bias), y.dtype)
-        )
 
 
 class Unit(keras.layers.Layer):
@@ -161,8 +121,17 @@ class Embedding(Unit):
         return (*input_shape, self.spec.d_model)
 
 
+def causal_mask(size: int, dtype: tf.DType) -> tf.Tensor:
+    """(size, size), added to the scores: no token attends to a later one."""
+    return tf.constant(np.triu(np.full((size, size), -np.inf), 1), dtype)
+
+
 class Attention(Unit):
-    """Causal self-attention (Vaswani et al. 2017, section 3.2) with dropout on its weights."""
+    """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
+
+    Differs: the last layer is `projection` and not `output`, a name that every Keras layer has for
+    its result.
+    """
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         d = self.spec.d_model
@@ -183,8 +152,9 @@ class Attention(Unit):
 
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))  # (B, H, S, E)
         products = at_least_float32(product(q, k, transpose_b=True))  # (B, H, S, S)
-        causal = tf.constant(np.triu(np.full((s, s), -np.inf), 1), products.dtype)  # (S, S), added
-        scores = products / math.sqrt(d // h) + causal  # (B, H, S, S)
+        # Differs: the product is scaled and not the queries, which in bfloat16 would be rounded
+        # once more.
+        scores = products / math.sqrt(d // h) + causal_mask(s, products.dtype)  # (B, H, S, S)
         weights = self.dropout(softmax(scores, q.dtype), 0, context)
         mixed = tf.reshape(tf.transpose(product(weights, v), (0, 2, 1, 3)), (-1, s, d))  # (B, S, D)
         return self.projection(mixed)

@@ -9,13 +9,16 @@ Differs: PyTorch's kernels do so themselves. TensorFlow 2.21 on CPU
 - sums over rows in bfloat16, as for the gradient of a bias: 10 roundoffs off after 768 rows;
 - rounds after every operation that GELU consists of, and Python's numbers too: 1 / 0.9 becomes 1.109.
 
-`tests/common/test_tf_impl.py` measures these; docs/numerics.md says what they did to a loss curve.
+`tests/tensorflow/test_bfloat16.py` measures these; docs/numerics.md says what they did to a loss
+curve.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import keras
 import tensorflow as tf
 
 
@@ -46,3 +49,43 @@ def products_are_rounded() -> bool:
         )  # 1.7637 lies 3/4 up between two bfloat16 numbers
         found = tf.matmul(tf.cast(a, tf.bfloat16), tf.cast(b, tf.bfloat16))
         return bool(tf.reduce_all(tf.cast(found, tf.float32) == 1.765625))
+
+
+def softmax(scores: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """`tf.nn.softmax` over the last axis of float32 `scores`, rounded to `dtype`; it holds that
+    result alone.
+
+    Differs: PyTorch's softmax in bfloat16 is so already.
+    """
+
+    @tf.custom_gradient
+    def rounded(scores: tf.Tensor) -> Any:
+        weights = tf.cast(tf.nn.softmax(scores), dtype)
+
+        def gradient(dy: tf.Tensor) -> tf.Tensor:
+            y, dy = at_least_float32(weights), at_least_float32(dy)
+            return (dy - tf.reduce_sum(dy * y, -1, keepdims=True)) * y
+
+        return weights, gradient
+
+    return tf.nn.softmax(scores) if scores.dtype == dtype else rounded(scores)
+
+
+class Linear(keras.layers.Dense):
+    """`keras.layers.Dense` with the products of `tf_impl.precision`, and a bias whose gradient is
+    summed in float32.
+
+    Differs: PyTorch's linear layer is so already, and it is its LayerNorm that is not
+    (`torch_impl.precision`).
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        rows = tf.reshape(
+            inputs, (-1, inputs.shape[-1])
+        )  # (B S, in): the kernel's gradient is then one product
+        y = tf.reshape(product(rows, self.kernel), (-1, *inputs.shape[1:-1], self.units))
+        return (
+            y
+            if self.bias is None
+            else tf.cast(at_least_float32(y) + at_least_float32(self.bias), y.dtype)
+        )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from common.spec.data import Batch
 from common.spec.parameters import TensorKey
-from tf_impl.cut import dense
+from tf_impl.cut_graphs import dense
 from tf_impl.dropout import DropoutContext
 from tf_impl.gpipe_model import GPipeModel
 from tf_impl.weights import named_parameters, to_array

@@ -2,7 +2,7 @@
 (`common.harness.roofline`).
 
 Differs: all copies are operations of one traced function, called as those of a stage are
-(`cut.OnCallingThread`).
+(`executors.OnCallingThread`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from tf_impl import devices
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
     """Return the operations by the names of `common.runtime.roofline.kernels`, and the environment.
+
     Raises ValueError, ImportError.
     """
     devices.configure(1, 1, "cpu")
     import keras
     import tensorflow as tf
 
-    from tf_impl.cut import OnCallingThread
-    from tf_impl.layers import activation, softmax
-    from tf_impl.precision import product
+    from tf_impl.executors import OnCallingThread
+    from tf_impl.layers import activation
+    from tf_impl.precision import product, softmax
 
     model, dtype = config.model, tf.as_dtype(config.train.dtype)
     wide = tf.float64 if dtype == tf.float64 else tf.float32

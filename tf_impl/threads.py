@@ -1,4 +1,7 @@
-"""The threads of a model's stages, and a walk through a schedule on all of them."""
+"""The threads of a model's stages, and a walk through a schedule on all of them.
+
+Differs: PyTorch's engine has its threads itself, Paddle's stages are processes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import keras
 
 from common.runtime.executor import Event, run_stage
 from common.schedule.action import Action, Schedule
-from tf_impl import devices
+from tf_impl import executors
 from tf_impl.stage import Channel
 
 Result = TypeVar("Result")
@@ -72,4 +75,4 @@ class StageThreads(keras.Model):
     def _executor(self, d: int) -> contextlib.AbstractContextManager[Any]:
         """The device of a stage, and what runs its functions."""
         only_own_device = all(chunk.only_own_device for chunk in self.stages[d].chunks)
-        return devices.stage_thread(self.stage_devices[d], only_own_device)
+        return executors.stage_thread(self.stage_devices[d], only_own_device)

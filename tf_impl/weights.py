@@ -30,7 +30,10 @@ class NamedParameter(NamedTuple):
 def named_parameters(
     part: Sequence[str], units: Sequence[Unit], tied_head: bool
 ) -> list[NamedParameter]:
-    """Return every parameter of `units`, whose names are `part`, in canonical order."""
+    """Return every parameter of `units`, whose names are `part`, in canonical order.
+
+    Raises ValueError for one that has no canonical name.
+    """
     named: list[NamedParameter] = []
     for name, unit in zip(part, units, strict=True):
         match unit:
@@ -42,23 +45,26 @@ def named_parameters(
             case Block():
                 named += _block_parameters(name, unit)
             case Head():
-                if unit.norm is not None:
-                    named += [
-                        NamedParameter("head.norm.weight", unit.norm.gamma),
-                        NamedParameter("head.norm.bias", unit.norm.beta),
-                    ]
+                named += _norm_parameters("head.norm", unit.norm)
                 if tied_head:
                     named.append(NamedParameter(TOKEN_EMBEDDING, unit.token, is_copy=True))
                 else:
                     named.append(NamedParameter("head.output.weight", unit.projection.kernel))
+    _check_all_are_named(part, units, named)
     return named
+
+
+def _norm_parameters(name: str, norm: keras.layers.Layer | None) -> list[NamedParameter]:
+    """Those of any norm, by Keras' names; none where there is no norm."""
+    names = {"gamma": "weight", "scale": "weight", "beta": "bias"}
+    variables = [] if norm is None else norm.trainable_variables
+    return [NamedParameter(f"{name}.{names.get(own.name, own.name)}", own) for own in variables]
 
 
 def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
     attention, feed_forward = block.attention, block.feed_forward
     return [
-        NamedParameter(f"{name}.norm_1.weight", block.norm_1.gamma),
-        NamedParameter(f"{name}.norm_1.bias", block.norm_1.beta),
+        *_norm_parameters(f"{name}.norm_1", block.norm_1),
         NamedParameter(f"{name}.attention.query.weight", attention.query.kernel),
         NamedParameter(f"{name}.attention.query.bias", attention.query.bias),
         NamedParameter(f"{name}.attention.key.weight", attention.key.kernel),
@@ -66,8 +72,7 @@ def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
         NamedParameter(f"{name}.attention.value.bias", attention.value.bias),
         NamedParameter(f"{name}.attention.output.weight", attention.projection.kernel),
         NamedParameter(f"{name}.attention.output.bias", attention.projection.bias),
-        NamedParameter(f"{name}.norm_2.weight", block.norm_2.gamma),
-        NamedParameter(f"{name}.norm_2.bias", block.norm_2.beta),
+        *_norm_parameters(f"{name}.norm_2", block.norm_2),
         NamedParameter(f"{name}.feed_forward.up.weight", feed_forward.up.kernel),
         NamedParameter(f"{name}.feed_forward.up.bias", feed_forward.up.bias),
         NamedParameter(f"{name}.feed_forward.down.weight", feed_forward.down.kernel),
@@ -75,9 +80,22 @@ def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
     ]
 
 
+def _check_all_are_named(
+    part: Sequence[str], units: Sequence[Unit], named: Sequence[NamedParameter]
+) -> None:
+    """A parameter without a name would be neither loaded nor saved, and nobody would see it."""
+    known = {id(item.parameter) for item in named}
+    for name, unit in zip(part, units, strict=True):
+        for own, parameter in ((variable.path, variable) for variable in unit.trainable_variables):
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"{own} of {name} has no canonical name; expected one in tf_impl/weights.py"
+                )
+
+
 # Differs: a Keras variable has no gradient attribute, so the caller says where the gradient of a
 # parameter is.
-GradientOf = Callable[[keras.Variable], tf.Variable]
+_GradientOf = Callable[[keras.Variable], tf.Variable]
 
 
 def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -89,19 +107,11 @@ def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[A
 
 
 def load_gradients(
-    named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]], gradient_of: GradientOf
+    named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]], gradient_of: _GradientOf
 ) -> None:
     """Copy canonical arrays into the parameters' gradients. Raises as `load_weights`."""
     for item in named:
         gradient_of(item.parameter).assign(arrays[item.name])
-
-
-def to_array(tensor: tf.Tensor) -> NDArray[Any]:
-    """`tensor` in NumPy; bfloat16, which NumPy lacks, as float32."""
-    array: NDArray[Any] = (
-        tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor
-    ).numpy()
-    return array
 
 
 def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
@@ -110,7 +120,15 @@ def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
 
 
 def export_gradients(
-    named: Iterable[NamedParameter], gradient_of: GradientOf
+    named: Iterable[NamedParameter], gradient_of: _GradientOf
 ) -> dict[str, NDArray[Any]]:
     """Return the gradients as canonical arrays of their own memory."""
     return {item.name: np.array(gradient_of(item.parameter).numpy()) for item in named}
+
+
+def to_array(tensor: tf.Tensor) -> NDArray[Any]:
+    """`tensor` in NumPy; bfloat16, which NumPy lacks, as float32."""
+    array: NDArray[Any] = (
+        tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor
+    ).numpy()
+    return array

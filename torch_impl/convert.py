@@ -35,7 +35,7 @@ from common.spec.run import TransformerSpec
 from torch_impl.layers import build_unit
 from torch_impl.weights import export_weights, load_weights, named_parameters
 
-TIED = "head.output.weight"
+_TIED = "head.output.weight"
 """The same tensor as the token embedding, where the head is tied; a file need not have it twice."""
 
 
@@ -74,8 +74,8 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
     """Read a state dict, with `weights_only`: no code in it is run. Raises ExchangeError."""
     found = _tensors(find(path).files)
     state = {short: found[name] for short, name in unwrapped(found, ("model",)).items()}
-    if spec.tied_head and TIED not in state and TOKEN_EMBEDDING in state:
-        state[TIED] = state[TOKEN_EMBEDDING]
+    if spec.tied_head and _TIED not in state and TOKEN_EMBEDDING in state:
+        state[_TIED] = state[TOKEN_EMBEDDING]
     model = plain_model(spec)
     wanted = model.state_dict()
     check_names(set(state), set(wanted))
@@ -87,7 +87,7 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
         if not value.is_floating_point():
             raise ExchangeError(f"{name} has dtype {value.dtype}; expected float32 or float64")
     if spec.tied_head:
-        check_tied(state[TOKEN_EMBEDDING].double().numpy(), state[TIED].double().numpy())
+        check_tied(state[TOKEN_EMBEDDING].double().numpy(), state[_TIED].double().numpy())
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
     note_dtypes(dtypes)
     if dtypes == ["float64"]:
@@ -99,8 +99,8 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
     return export_weights(_named(spec, model))
 
 
-def read_tensors(paths: Sequence[Path]) -> dict[str, NDArray[Any]]:
-    """Return all tensors of state dicts, by their own names. Raises ExchangeError."""
+def _read_tensors(paths: Sequence[Path]) -> dict[str, NDArray[Any]]:
+    """All tensors of state dicts, by their own names. Raises ExchangeError."""
     found = _tensors(paths)
     for name, value in found.items():
         if (
@@ -161,4 +161,4 @@ def _named(spec: TransformerSpec, model: Transformer) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], write_weights, read_weights, read_tensors))
+    sys.exit(main(sys.argv[1:], write_weights, read_weights, _read_tensors))

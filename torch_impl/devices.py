@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.runtime.cpus import threads_per_stage
@@ -51,41 +51,6 @@ def stage_devices(stages: int, device: str) -> list[torch.device]:
         return [torch.device("cpu")] * stages
     used = min(count, stages)
     return [torch.device("cuda", i * used // stages) for i in range(stages)]
-
-
-def prepare_thread(device: torch.device, threads: int) -> None:
-    """Give the calling thread its share of the cores and, on CUDA, a stream of its own.
-
-    Both settings belong to the thread. The GPU's default stream stays idle: a copy between GPUs
-    waits for the current stream of its destination, and must not wait for that stage's computing.
-    """
-    import torch
-
-    torch.set_num_threads(threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.cuda.set_stream(torch.cuda.Stream(device))
-
-
-workspaces_freed = 0
-"""How often, in this process. What was recorded before the last time must not be replayed: the
-memory is not its own.
-"""
-
-
-def free_workspaces(used: Iterable[torch.device]) -> None:
-    """Give back what cuBLAS holds for every thread's stream that has used it (32 MiB each, set by
-    `configure`).
-
-    For all of the process: others get theirs anew with their next product.
-    """
-    import torch
-
-    if any(device.type == "cuda" for device in used):
-        global workspaces_freed
-        workspaces_freed += 1
-        torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
 
 
 def fused_attention(config: RunConfig) -> bool:
@@ -136,6 +101,8 @@ def _gpu_environment(used: Sequence[torch.device]) -> dict[str, Any]:
     """What only a run on GPUs has."""
     import torch
 
+    from torch_impl.gpus import nccl_version
+
     return {
         "stage_devices": [str(device) for device in used],
         "driver": next((gpu.driver for gpu in visible_gpus()), "unknown"),
@@ -143,36 +110,3 @@ def _gpu_environment(used: Sequence[torch.device]) -> dict[str, Any]:
         "nccl": nccl_version(),
         "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
     }
-
-
-def nccl_version() -> str:
-    """Of the library that this PyTorch brings; "none" where it was built without."""
-    import torch
-
-    has_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
-    return ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "none"
-
-
-def gpus() -> str:
-    """Return what this PyTorch makes of the machine's GPUs, in a line, with what to do where it
-    sees none.
-    """
-    import torch
-
-    wheel, found = torch.version.cuda, visible_gpus()
-    if torch.cuda.is_available():
-        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        names = ", ".join(f"{card.name} with {card.total_memory / 2**30:.0f} GiB" for card in cards)
-        return f"sees {names}; CUDA {wheel}, NCCL {nccl_version()}"
-    if not found:
-        return f"computes on the CPU: no NVIDIA driver answers; CUDA {wheel or 'not built in'}"
-    if wheel is None:
-        return (
-            "computes on the CPU: it is a CPU build; expected a CUDA build, from "
-            "https://pytorch.org/get-started/locally"
-        )
-    return (
-        f"computes on the CPU: it sees no GPU though the driver {found[0].driver} has "
-        f"{len(found)}; expected a driver for "
-        f"CUDA {wheel} or newer, or a PyTorch that was built for an older CUDA"
-    )

@@ -1,5 +1,7 @@
 """Dropout: `common.spec.dropout_masks` in PyTorch's integers, bit for bit, or PyTorch's own
-generator; on the stage's own device.
+generator.
+
+Both are drawn on the stage's own device.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from common.spec.dropout_masks import MASK32, MULTIPLIERS, mix, threshold
 
-SIGN = -(2**31)
+_SIGN = -(2**31)
 """The sign bit of a 32-bit integer."""
 
 
@@ -28,7 +30,7 @@ class ElementHashes:
     def first(self, count: int, device: torch.device) -> Tensor:
         """Return those of `count` elements, after the mixer's first shift: (count,) int32."""
         if count not in self._kept:
-            hashes = mix_(torch.arange(count, device=device))
+            hashes = _mix_(torch.arange(count, device=device))
             self._kept[count] = _first_shift(hashes)
         return self._kept[count]
 
@@ -44,7 +46,7 @@ class DropoutContext(NamedTuple):
     """Where the masks are PyTorch's own."""
 
 
-def mix_(x: Tensor) -> Tensor:
+def _mix_(x: Tensor) -> Tensor:
     """`common.spec.dropout_masks.mix` of int64 values in [0, 2^32), in place."""
     x ^= x >> 16
     x *= MULTIPLIERS[0]
@@ -69,31 +71,15 @@ def keep_mask(context: DropoutContext, site: int, shape: torch.Size, probability
     and the comparison is of unsigned numbers.
     """
     samples = context.samples
-    row = mix_(mix_(samples.clone()) ^ mix(context.step_key ^ mix(site)))  # (b,)
+    row = _mix_(_mix_(samples.clone()) ^ mix(context.step_key ^ mix(site)))  # (b,)
     bits = _first_shift(row)[:, None] ^ context.elements.first(
         math.prod(shape[1:]), samples.device
     )  # (b, n)
     for multiplier in MULTIPLIERS:
         bits *= multiplier
         bits ^= (bits >> 15).bitwise_and_(MASK32 >> 15)
-    bits ^= SIGN
-    return (bits >= threshold(probability) + SIGN).view(shape)
-
-
-def native_mask(
-    context: DropoutContext, site: int, shape: torch.Size, probability: float
-) -> Tensor:
-    """PyTorch's own draw: 1 where the element is kept, else 0; float32 of `shape`.
-
-    Differs: not `functional.dropout`, which takes no generator and uses one that all threads share;
-    this is what it does on a CPU. Seeded anew for every mask, so that a recomputation draws the
-    same one and no schedule changes it.
-    """
-    seed = mix(mix(context.step_key ^ mix(site)) ^ mix(context.first_sample))
-    generator = context.generator.manual_seed(seed)
-    return torch.empty(shape, device=context.samples.device).bernoulli_(
-        1 - probability, generator=generator
-    )
+    bits ^= _SIGN
+    return (bits >= threshold(probability) + _SIGN).view(shape)
 
 
 def dropout(x: Tensor, probability: float, site: int, context: DropoutContext | None) -> Tensor:
@@ -102,6 +88,26 @@ def dropout(x: Tensor, probability: float, site: int, context: DropoutContext | 
     """
     if context is None or probability == 0:
         return x
-    mask = keep_mask if context.generator is None else native_mask
-    kept = x * mask(context, site, x.shape, probability).to(x.dtype)
+    if context.generator is not None:
+        return native_dropout(x, probability, site, context)
+    return _masked(x, keep_mask(context, site, x.shape, probability), probability)
+
+
+def native_dropout(x: Tensor, probability: float, site: int, context: DropoutContext) -> Tensor:
+    """Return the same with PyTorch's own draw.
+
+    Differs: not `functional.dropout`, which takes no generator and uses one that all threads share;
+    this is what it does on a CPU. Seeded anew for every mask, so that a recomputation draws the
+    same one and no schedule changes it.
+    """
+    seed = mix(mix(context.step_key ^ mix(site)) ^ mix(context.first_sample))
+    generator = context.generator.manual_seed(seed)
+    kept = torch.empty(x.shape, device=context.samples.device).bernoulli_(
+        1 - probability, generator=generator
+    )
+    return _masked(x, kept, probability)
+
+
+def _masked(x: Tensor, mask: Tensor, probability: float) -> Tensor:
+    kept = x * mask.to(x.dtype)
     return kept.div_(1 - probability)  # not the mask, where bfloat16 would make 1.109 of 1 / 0.9

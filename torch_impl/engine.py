@@ -16,18 +16,19 @@ from common.oracle.reference import clip_scale, global_norm
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, run_stage, unwatched
 from common.runtime.memory import peak_resident_bytes
+from common.runtime.mode import Mode
 from common.schedule.action import Action, Schedule
 from common.schedule.generators import make_schedule
 from common.spec.data import Batch
 from common.spec.parameters import TOKEN_EMBEDDING, TensorKey, parameter_shapes, unit_names
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
-from torch_impl import devices, graphs
+from torch_impl import devices, graphs, streams, workspaces
 from torch_impl.clock import StreamClock
 from torch_impl.graphs import GraphedStage
 from torch_impl.optimizer import StageOptimizer
 from torch_impl.probe import probe_units
-from torch_impl.stage import Channel, Mode, Stage, copy_streams
+from torch_impl.stage import Channel, Stage
 from torch_impl.weights import (
     export_gradients,
     export_weights,
@@ -36,9 +37,9 @@ from torch_impl.weights import (
     to_array,
 )
 
-Result = TypeVar("Result")
+_Result = TypeVar("Result")
 
-POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 """How often a pass on GPUs is asked where they are, for `Engine.on_action`."""
 
 
@@ -48,10 +49,10 @@ def build_engine(config: RunConfig) -> Engine:
         from torch_impl.baseline import build_baseline  # imports much that a table does not need
 
         return build_baseline(config)
-    return TorchEngine(config)
+    return PipelineEngine(config)
 
 
-class TorchEngine:
+class PipelineEngine:
     """All stages in this process, each with a thread of its own (`common.runtime.engine.Engine`).
 
     PyTorch's operators release Python's lock, so the threads compute at the same time.
@@ -65,12 +66,12 @@ class TorchEngine:
         self.devices = tuple(range(config.stages))
         self.on_action: Callable[[int, Action | None], None] = unwatched
         self._torch_devices = devices.stage_devices(config.stages, config.device)
-        self._copy_streams = copy_streams(self._torch_devices)
+        self._copy_streams = streams.copy_streams(self._torch_devices)
         parts = plan_partition(config).parts
         threads = devices.threads_per_stage(config.stages, config.threads)
         self._threads = [
             ThreadPoolExecutor(
-                1, f"stage-{d}", devices.prepare_thread, (self._torch_devices[d], threads)
+                1, f"stage-{d}", streams.prepare_thread, (self._torch_devices[d], threads)
             )
             for d in self.devices
         ]
@@ -207,7 +208,7 @@ class TorchEngine:
         for thread in self._threads:
             thread.shutdown()
         self._drop_recordings()
-        devices.free_workspaces(self._torch_devices)
+        workspaces.free_workspaces(self._torch_devices)
 
     def _run(self, schedule: Schedule, batch: Batch, mode: Mode) -> float:
         """Every stage walks its line of the schedule. Returns the mean loss; raises the first
@@ -239,7 +240,7 @@ class TorchEngine:
                 return [], []
 
         walks = [self._submit(d, partial(walk, d)) for d in self.devices]
-        while wait(walks, POLL_SECONDS).not_done:
+        while wait(walks, _POLL_SECONDS).not_done:
             for clock in tuple(clocks):
                 clock.note_again()
         results = [one.result() for one in walks]
@@ -295,10 +296,10 @@ class TorchEngine:
         for stage in self.stages:
             stage.outputs = {}
 
-    def _submit(self, device: int, work: Callable[[], Result]) -> Future[Result]:
+    def _submit(self, device: int, work: Callable[[], _Result]) -> Future[_Result]:
         """Starts `work` in the thread of a device; it ends when the GPU has ended too."""
 
-        def run() -> Result:
+        def run() -> _Result:
             result = work()
             if self._torch_devices[device].type == "cuda":
                 torch.cuda.current_stream().synchronize()
@@ -306,10 +307,10 @@ class TorchEngine:
 
         return self._threads[device].submit(run)
 
-    def _on(self, device: int, work: Callable[[], Result]) -> Result:
+    def _on(self, device: int, work: Callable[[], _Result]) -> _Result:
         return self._submit(device, work).result()
 
-    def _on_all(self, work: Callable[[int], Result]) -> list[Result]:
+    def _on_all(self, work: Callable[[int], _Result]) -> list[_Result]:
         """Runs `work(device)` for all devices at once, each in its own thread."""
         futures = [self._submit(d, partial(work, d)) for d in self.devices]
         return [future.result() for future in futures]

@@ -37,10 +37,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from common.runtime.mode import Mode
 from common.spec.data import Batch
 from common.spec.run import RunConfig
-from torch_impl import devices
-from torch_impl.stage import Mode, Pass, Stage
+from torch_impl import workspaces
+from torch_impl.stage import Pass, Stage
 
 ONE_AT_A_TIME = threading.Lock()
 """A process records one graph at a time: they share the state of the device's random generator."""
@@ -108,7 +109,7 @@ class GraphedStage:
         self._run = self._eager
         if mode is not Mode.TRAIN:
             return
-        shape = (batch.num_tokens, batch.inputs.shape, devices.workspaces_freed)
+        shape = (batch.num_tokens, batch.inputs.shape, workspaces.workspaces_freed)
         if shape != self._shape:
             self.drop()
             self._shape = shape

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch.optim import SGD, AdamW
 
 from common.spec.run import TrainSpec
-from torch_impl.weights import NamedParameter, export_tensor, load_tensor
+from torch_impl.weights import NamedParameter, export_weights, load_weights
 
 
-def weight_decay(train: TrainSpec, name: str) -> float:
-    """Return what decays the parameter of this canonical name."""
+def _weight_decay(train: TrainSpec, name: str) -> float:
+    """What decays the parameter of this canonical name."""
     return train.weight_decay if train.decays(name) else 0.0
 
 
@@ -37,7 +37,7 @@ class StageOptimizer:
         self._train = train
         self._named = named
         self._gradients = [item.parameter.grad for item in named]
-        decays = [weight_decay(train, item.name) for item in named]
+        decays = [_weight_decay(train, item.name) for item in named]
         groups = [
             {
                 "params": [
@@ -84,7 +84,9 @@ class StageOptimizer:
             for item in self._named:
                 tensor = self._optimizer.state.get(item.parameter, {}).get(key)
                 tensor = torch.zeros_like(item.parameter) if tensor is None else tensor
-                found[f"{moment}/{item.name}"] = export_tensor(tensor, item.transposed)
+                found[f"{moment}/{item.name}"] = export_weights([item._replace(parameter=tensor)])[
+                    item.name
+                ]
         return found
 
     @torch.no_grad()
@@ -95,7 +97,8 @@ class StageOptimizer:
         for item in self._named:
             state = {key: torch.empty_like(item.parameter) for key in self._moments.values()}
             for moment, key in self._moments.items():
-                load_tensor(arrays[f"{moment}/{item.name}"], state[key], item.transposed)
+                given = {item.name: arrays[f"{moment}/{item.name}"]}
+                load_weights([item._replace(parameter=state[key])], given)
             if self._train.optimizer == "adamw":
                 state["step"] = torch.tensor(float(steps_done), device=item.parameter.device)
             self._optimizer.state[item.parameter] = state

@@ -9,10 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.runtime.mode import Mode
 from common.spec.data import Batch
 from common.spec.parameters import TensorKey
-from torch_impl.stage import Mode, Stage
-from torch_impl.weights import export_tensor, named_parameters, to_array
+from torch_impl.dropout import DropoutContext
+from torch_impl.stage import Stage
+from torch_impl.weights import export_weights, named_parameters, to_array
 
 
 def probe_units(
@@ -34,7 +36,7 @@ def probe_units(
             sums = [torch.zeros_like(item.parameter.grad) for item in named]
             forward = TensorKey(batch.step, "unit_forward", device, -1, name, "output")
             backward = forward._replace(phase="unit_backward", tensor="input_gradient")
-            for i, (tokens, context) in enumerate(stage.micro_batches()):
+            for i, (tokens, context) in enumerate(_micro_batches(stage)):
                 x = _piece(stage, inputs[name], i).requires_grad_() if name in inputs else tokens
                 output = unit(x, context)  # (b, S, D), or (b, S, V)
                 wanted = [x] if x.requires_grad else []
@@ -49,9 +51,16 @@ def probe_units(
                 for total, gradient in zip(sums, gradients[len(wanted) :], strict=True):
                     total += gradient
             for item, total in zip(named, sums, strict=True):
-                found[backward._replace(tensor=item.name)] = export_tensor(total, item.transposed)
+                array = export_weights([item._replace(parameter=total)])[item.name]
+                found[backward._replace(tensor=item.name)] = array
         chunk.take_taps()
     return found
+
+
+def _micro_batches(stage: Stage) -> list[tuple[Tensor | None, DropoutContext | None]]:
+    """Tokens (b, S), where the embedding is here, and dropout of each micro-batch of the pass."""
+    now = stage.now
+    return list(zip(now.tokens or [None] * len(now.contexts), now.contexts, strict=True))
 
 
 def _piece(stage: Stage, array: NDArray[Any], micro_batch: int) -> Tensor:

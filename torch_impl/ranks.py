@@ -1,5 +1,8 @@
-"""One process per stage (`common.runtime.ranks`), as PyTorch joins them. Only its own pipeline
-(`baseline.py`) needs it.
+"""One process per stage (`common.runtime.ranks`), as PyTorch joins them.
+
+Only its own pipeline (`torch_pipelining.py`) needs it.
+
+Differs: TensorFlow runs stages as threads only, and so does our own executor with PyTorch.
 """
 
 from __future__ import annotations
@@ -40,10 +43,11 @@ def _join(rank: int, endpoints: Sequence[str], config: RunConfig) -> Callable[[R
     )  # a spawned rank knows nothing of its parent's
     from torch import distributed
 
+    from torch_impl import streams
     from torch_impl.engine import build_engine
 
     device = devices.stage_devices(config.stages, config.device)[rank]
-    devices.prepare_thread(device, devices.threads_per_stage(config.stages, config.threads))
+    streams.prepare_thread(device, devices.threads_per_stage(config.stages, config.threads))
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(
         backend, init_method=f"tcp://{endpoints[0]}", rank=rank, world_size=len(endpoints)

@@ -15,12 +15,14 @@ from torch_impl import devices
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
     """Return the operations by the names of `common.runtime.roofline.kernels`, and the environment.
+
     Raises ValueError, ImportError.
     """
     devices.configure(1, 1, "cpu")
     import torch
     from torch import Tensor
 
+    from torch_impl.gpus import gpus
     from torch_impl.layers import LayerNorm, activation, summed_loss
 
     model, dtype = config.model, getattr(torch, config.train.dtype)
@@ -75,7 +77,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         "layer norm and gradient": with_gradient(norm, made(n, d)),
         "loss and gradient": with_gradient(lambda x: summed_loss(x, targets, n), made(b, s, v)),
     }
-    return operations, devices.environment([torch.device("cpu")]) | {"gpus": devices.gpus()}
+    return operations, devices.environment([torch.device("cpu")]) | {"gpus": gpus()}
 
 
 if __name__ == "__main__":

@@ -4,61 +4,31 @@ device.
 
 from __future__ import annotations
 
-import enum
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, permutations
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
+from common.runtime.mailbox import Mailbox
+from common.runtime.mode import Mode
 from common.spec.data import Batch
 from common.spec.dropout_masks import step_key
 from common.spec.run import RunConfig
-from torch_impl.chunk import Chunk, Tap, add_weight_gradient
+from torch_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
 from torch_impl.dropout import DropoutContext, ElementHashes
 from torch_impl.held import memory_bytes, saved_tensors
 from torch_impl.layers import summed_loss
-
-
-class Mode(enum.Enum):
-    """What a pass over a mini-batch is for."""
-
-    TRAIN = "train"
-    EVALUATE = "evaluate"
-    """Only forward, without dropout."""
-    RECORD = "record"
-    """Only forward, with the dropout of a training step, keeping every unit's output."""
-    PREDICT = "predict"
-    """Only forward, without dropout or loss, keeping the head's output."""
-
-    @property
-    def has_dropout(self) -> bool:
-        return self in (Mode.TRAIN, Mode.RECORD)
-
-    def keeps(self, unit: str) -> bool:
-        """Return whether the output of this unit is kept."""
-        return self is Mode.RECORD or (self is Mode.PREDICT and unit == "head")
-
-
-@dataclass(slots=True)
-class Forward:
-    """What B needs of a micro-batch in flight."""
-
-    x: Tensor | None
-    output: GradientEdge  # not the tensor: the next stage owns that
-    taps: list[Tap]
-    again: list[list[Tensor]]
-    """By recomputed piece: what goes into its linear layers, from when B has run it."""
+from torch_impl.streams import CopyStreams
+from torch_impl.taps import Chunk
 
 
 @dataclass(slots=True)
@@ -91,12 +61,8 @@ class Stage:
         self._gradients = [item.parameter.grad for item in self.named]
         self.in_flight: dict[tuple[int, int], Forward] = {}
         """By (micro-batch, chunk): forward done, B not yet."""
-        self.waiting: dict[
-            tuple[int, int], list[tuple[nn.Linear | nn.Embedding, Tensor, Tensor]]
-        ] = {}
-        """By (micro-batch, chunk): B done, W not yet; each layer with its input and its output's
-        gradient.
-        """
+        self.waiting: dict[tuple[int, int], Waiting] = {}
+        """By (micro-batch, chunk): B done, W not yet."""
         self.held = HeldActivations(len(self.chunks), self._kind)
         self._elements = ElementHashes()
         self._generator = (
@@ -155,11 +121,6 @@ class Stage:
         """What decides how much a micro-batch holds: whether it is recomputed, and its sequences."""  # noqa: E501
         return self.config.recomputes(micro_batch), self.now.sequences[micro_batch]
 
-    def micro_batches(self) -> list[tuple[Tensor | None, DropoutContext | None]]:
-        """Tokens (b, S), where the embedding is here, and dropout of each micro-batch of the pass."""  # noqa: E501
-        now = self.now
-        return list(zip(now.tokens or [None] * len(now.contexts), now.contexts, strict=True))
-
     def losses(self) -> list[float]:
         """Return each micro-batch's share of the mean loss; empty without the head."""
         return torch.stack(self.now.losses).tolist() if self.now.losses else []
@@ -186,7 +147,7 @@ class Stage:
             now.losses.append(y.detach())
         if training:
             self.in_flight[micro_batch, chunk] = Forward(
-                x, get_gradient_edge(y), module.take_taps(), again
+                x, get_gradient_edge(y), module.take_taps(), again, module.direct
             )
             if measures:
                 others = [*module.parameters(), *module.buffers(), *now.tokens, *now.targets]
@@ -207,9 +168,7 @@ class Stage:
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
         """B and W in a row."""
-        result = self._input_gradient(micro_batch, chunk, gradient)
-        self.backward_weight(micro_batch, chunk)
-        return result
+        return backward(self.in_flight.pop((micro_batch, chunk)), gradient)
 
     def backward_input(
         self, micro_batch: int, chunk: int, gradient: Tensor | None
@@ -217,57 +176,21 @@ class Stage:
         """B: from the output's gradient (b, S, D), None for the loss, to that of the input, None
         for tokens.
         """
-        result = self._input_gradient(micro_batch, chunk, gradient)
+        saved = self.in_flight.pop((micro_batch, chunk))
+        result, self.waiting[micro_batch, chunk] = backward_input(saved, gradient)
         sizes = self.held.waiting_bytes_of(micro_batch)
         if not sizes[chunk]:
-            waiting = [tensor for _, *pair in self.waiting[micro_batch, chunk] for tensor in pair]
-            sizes[chunk] = memory_bytes(waiting, self.now.tokens)
+            kept = [tensor for _, *pair in self.waiting[micro_batch, chunk] for tensor in pair]
+            sizes[chunk] = memory_bytes(kept, self.now.tokens)
         self.held.note(self.in_flight, self.waiting)
         return result
 
-    def _input_gradient(
-        self, micro_batch: int, chunk: int, gradient: Tensor | None
-    ) -> Tensor | None:
-        saved = self.in_flight.pop((micro_batch, chunk))
-        taps, direct = saved.taps, self.chunks[chunk].direct
-        inputs = [] if saved.x is None else [saved.x]
-        wanted = [*inputs, *direct, *(tap.output for tap in taps)]
-        found = torch.autograd.grad(saved.output, wanted, gradient)
-        first_direct, first_tap = len(inputs), len(inputs) + len(direct)
-        for parameter, piece in zip(direct, found[first_direct:first_tap], strict=True):
-            parameter.grad += piece
-        again = chain.from_iterable(saved.again)
-        self.waiting[micro_batch, chunk] = [
-            (tap.layer, next(again) if tap.x is None else tap.x, piece)
-            for tap, piece in zip(taps, found[first_tap:], strict=True)
-        ]
-        return found[0] if inputs else None
-
-    @torch.no_grad()
     def backward_weight(self, micro_batch: int, chunk: int) -> None:
         """W: adds the products that B left over to the weight gradients."""
-        for layer, x, gradient in self.waiting.pop((micro_batch, chunk)):
-            add_weight_gradient(layer, x, gradient)
+        backward_weight(self.waiting.pop((micro_batch, chunk)))
 
 
-class PipelineStopped(RuntimeError):
-    """Another stage has failed, so what this one waits for will never come."""
-
-
-CopyStreams = Mapping[
-    tuple[torch.device, torch.device], tuple[torch.cuda.Stream, torch.cuda.Stream]
-]
-
-
-def copy_streams(devices: Sequence[torch.device]) -> CopyStreams:
-    """By sender and receiver, a stream on each of two GPUs: a copy waits for no computing and for
-    no other copy.
-    """
-    gpus = {device for device in devices if device.type == "cuda"}
-    return {(a, b): (torch.cuda.Stream(a), torch.cuda.Stream(b)) for a, b in permutations(gpus, 2)}
-
-
-class Channel:
+class Channel(Mailbox):
     """Hands tensors between the threads of one process; made anew for every pass.
 
     A tensor moves to its receiver's device in `send`, in plain sight. Sends never wait. On GPUs
@@ -275,19 +198,14 @@ class Channel:
     """
 
     def __init__(self, devices: Sequence[torch.device], streams: CopyStreams) -> None:
+        super().__init__()
         self._devices, self._streams = devices, streams
-        self._mail: dict[Message, tuple[Tensor, torch.cuda.Event | None]] = {}
-        self._changed = threading.Condition()
-        self.failure: BaseException | None = None
-        """Why the pass was stopped: the first error of any stage."""
 
     def send(self, message: Message, tensor: Tensor, device: int) -> None:
         moved, arrived = (
             self._move(tensor, self._devices[device]) if tensor.is_cuda else (tensor, None)
         )
-        with self._changed:
-            self._mail[message] = moved, arrived
-            self._changed.notify_all()
+        self.put(message, (moved, arrived))
 
     def _move(self, tensor: Tensor, to: torch.device) -> tuple[Tensor, torch.cuda.Event]:
         """Queues the copy; the event says when it is done."""
@@ -303,22 +221,8 @@ class Channel:
 
     def receive(self, message: Message, device: int) -> Tensor:
         """Raises PipelineStopped if a stage fails before the tensor is there."""
-        with self._changed:
-            self._changed.wait_for(lambda: message in self._mail or self.failure)
-            self.check()
-            tensor, arrived = self._mail.pop(message)
+        tensor, arrived = self.take(message)
         if arrived is not None:
             torch.cuda.current_stream().wait_event(arrived)
             tensor.record_stream(torch.cuda.current_stream())  # its memory came from another stream
         return tensor
-
-    def check(self) -> None:
-        """Raises PipelineStopped once a stage has failed."""
-        if self.failure is not None:
-            raise PipelineStopped("another stage failed")
-
-    def stop(self, failure: BaseException) -> None:
-        """End the pass for all stages; the first failure is kept."""
-        with self._changed:
-            self.failure = self.failure or failure
-            self._changed.notify_all()

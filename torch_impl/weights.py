@@ -27,7 +27,10 @@ class NamedParameter(NamedTuple):
 def named_parameters(
     part: Sequence[str], units: Sequence[nn.Module], tied_head: bool
 ) -> list[NamedParameter]:
-    """Return every parameter of `units`, whose names are `part`, in canonical order."""
+    """Return every parameter of `units`, whose names are `part`, in canonical order.
+
+    Raises ValueError for one that has no canonical name.
+    """
     named: list[NamedParameter] = []
     for name, unit in zip(part, units, strict=True):
         match unit:
@@ -39,25 +42,28 @@ def named_parameters(
             case Block():
                 named += _block_parameters(name, unit)
             case Head():
-                if isinstance(unit.norm, nn.LayerNorm):
-                    named += [
-                        NamedParameter("head.norm.weight", unit.norm.weight),
-                        NamedParameter("head.norm.bias", unit.norm.bias),
-                    ]
+                named += _norm_parameters("head.norm", unit.norm)
                 if tied_head:
                     named.append(NamedParameter(TOKEN_EMBEDDING, unit.output.weight, is_copy=True))
                 else:
                     named.append(
                         NamedParameter("head.output.weight", unit.output.weight, transposed=True)
                     )
+    _check_all_are_named(part, units, named)
     return named
+
+
+def _norm_parameters(name: str, norm: nn.Module) -> list[NamedParameter]:
+    """Those of any norm, by its own names; none of the identity where there is no norm."""
+    return [
+        NamedParameter(f"{name}.{own}", parameter) for own, parameter in norm.named_parameters()
+    ]
 
 
 def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
     attention, feed_forward = block.attention, block.feed_forward
     return [
-        NamedParameter(f"{name}.norm_1.weight", block.norm_1.weight),
-        NamedParameter(f"{name}.norm_1.bias", block.norm_1.bias),
+        *_norm_parameters(f"{name}.norm_1", block.norm_1),
         NamedParameter(f"{name}.attention.query.weight", attention.query.weight, transposed=True),
         NamedParameter(f"{name}.attention.query.bias", attention.query.bias),
         NamedParameter(f"{name}.attention.key.weight", attention.key.weight, transposed=True),
@@ -65,8 +71,7 @@ def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
         NamedParameter(f"{name}.attention.value.bias", attention.value.bias),
         NamedParameter(f"{name}.attention.output.weight", attention.output.weight, transposed=True),
         NamedParameter(f"{name}.attention.output.bias", attention.output.bias),
-        NamedParameter(f"{name}.norm_2.weight", block.norm_2.weight),
-        NamedParameter(f"{name}.norm_2.bias", block.norm_2.bias),
+        *_norm_parameters(f"{name}.norm_2", block.norm_2),
         NamedParameter(f"{name}.feed_forward.up.weight", feed_forward.up.weight, transposed=True),
         NamedParameter(f"{name}.feed_forward.up.bias", feed_forward.up.bias),
         NamedParameter(
@@ -76,52 +81,45 @@ def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
     ]
 
 
-def masters(compute: Iterable[NamedParameter], dtype: torch.dtype) -> list[NamedParameter]:
-    """Return the parameters that the optimizer updates, in `dtype`, with zero gradients: the given
-    ones if they have it.
-
-    Else each is a float32 master of a parameter in lower precision (Micikevicius et al. 2018), and
-    its gradient is also the other's, so that what the backward adds to a layer's gradient is added
-    in float32.
-    """
-    result = []
-    for item in compute:
-        weight = item.parameter
-        if weight.dtype is not dtype:
-            item = item._replace(parameter=nn.Parameter(weight.detach().to(dtype)))
-            weight.grad_dtype = dtype
-        item.parameter.grad = torch.zeros_like(item.parameter)
-        weight.grad = item.parameter.grad
-        result.append(item)
-    return result
+def _check_all_are_named(
+    part: Sequence[str], units: Sequence[nn.Module], named: Sequence[NamedParameter]
+) -> None:
+    """A parameter without a name would be neither loaded nor saved, and nobody would see it."""
+    known = {id(item.parameter) for item in named}
+    for name, unit in zip(part, units, strict=True):
+        for own, parameter in unit.named_parameters():
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"{own} of {name} has no canonical name; expected one in torch_impl/weights.py"
+                )
 
 
 @torch.no_grad()
 def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Copy canonical arrays into the parameters. Raises KeyError for a missing one."""
     for item in named:
-        load_tensor(arrays[item.name], item.parameter, item.transposed)
+        _load_tensor(arrays[item.name], item.parameter, item.transposed)
 
 
 @torch.no_grad()
 def load_gradients(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Copy canonical arrays into the parameters' gradients. Raises KeyError for a missing one."""
     for item in named:
-        load_tensor(arrays[item.name], item.parameter.grad, item.transposed)
+        _load_tensor(arrays[item.name], item.parameter.grad, item.transposed)
 
 
 def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
     """Return the weights as canonical arrays of their own memory."""
-    return {item.name: export_tensor(item.parameter, item.transposed) for item in named}
+    return {item.name: _export_tensor(item.parameter, item.transposed) for item in named}
 
 
 def export_gradients(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
     """Return the gradients as canonical arrays of their own memory."""
-    return {item.name: export_tensor(item.parameter.grad, item.transposed) for item in named}
+    return {item.name: _export_tensor(item.parameter.grad, item.transposed) for item in named}
 
 
-def load_tensor(array: NDArray[Any], tensor: Tensor, transposed: bool) -> None:
-    """Copy an array of canonical shape into `tensor`. Raises ValueError for another shape."""
+def _load_tensor(array: NDArray[Any], tensor: Tensor, transposed: bool) -> None:
+    """Copies an array of canonical shape into `tensor`. Raises ValueError for another shape."""
     source = torch.from_numpy(array.T if transposed else array)
     if source.shape != tensor.shape:  # `copy_` would broadcast
         raise ValueError(
@@ -130,7 +128,7 @@ def load_tensor(array: NDArray[Any], tensor: Tensor, transposed: bool) -> None:
     tensor.copy_(source)
 
 
-def export_tensor(tensor: Tensor, transposed: bool) -> NDArray[Any]:
+def _export_tensor(tensor: Tensor, transposed: bool) -> NDArray[Any]:
     """`tensor` as an array of canonical shape, with memory of its own."""
     array = to_array(tensor)
     return array.T.copy() if transposed else array.copy()

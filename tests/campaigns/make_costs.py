@@ -70,9 +70,9 @@ def measure(framework: str) -> dict[str, Any]:
         configure_tensorflow(2, 2, "cpu")
         from tf_impl.engine import build_engine
     else:
-        from paddle_impl import devices
+        from paddle_impl.ranks import join_pipeline
 
-        devices.join_pipeline(0, ["127.0.0.1:0"], "cpu")
+        join_pipeline(0, ["127.0.0.1:0"], "cpu")
         from paddle_impl.engine import build_engine
     engines, found = {}, {}
     for name, changes in VARIANTS.items():

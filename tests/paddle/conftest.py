@@ -13,13 +13,12 @@ from paddle_impl import devices  # before Paddle: its package chooses the kernel
 pytest.importorskip("paddle")
 
 from common.spec.run import RunConfig
+from paddle_impl.ranks import join_pipeline
 from tests.engines import Make, maker
 from tests.paddle.ranks import Pipeline, Ranks
 
 devices.configure(1, 1, "cpu")
-devices.join_pipeline(
-    0, ["127.0.0.1:0"], "cpu"
-)  # this process is a pipeline of one stage, for all tests
+join_pipeline(0, ["127.0.0.1:0"], "cpu")  # this process is a pipeline of one stage, for all tests
 
 
 @pytest.fixture(scope="session")

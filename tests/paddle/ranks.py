@@ -104,9 +104,9 @@ ENGINES: dict[int, Any] = {}
 
 
 def _serve(rank: int, endpoints: Sequence[str], end: Connection) -> None:
-    from paddle_impl import devices
+    from paddle_impl.ranks import join_pipeline
 
-    devices.join_pipeline(rank, endpoints, "cpu")
+    join_pipeline(rank, endpoints, "cpu")
     while True:
         try:
             work, arguments = end.recv()

@@ -14,7 +14,7 @@ import pytest
 from common.checkpoint.foreign.child import checked
 from common.spec.parameters import random_arrays
 from common.spec.run import TransformerSpec
-from paddle_impl.convert import TIED, plain_model, read_weights
+from paddle_impl.convert import _TIED, plain_model, read_weights
 
 MODEL = TransformerSpec(
     context_length=6, num_layers=2, d_model=12, num_heads=2, d_ff=20, tied_head=True
@@ -48,7 +48,7 @@ def test_every_form_of_a_state_dict_is_the_same_weights(
             {"epoch": 1, "model": state, "opt": optimizer.state_dict()},
             "'model'; not read: epoch, opt",
         ),
-        "tied": ({name: value for name, value in state.items() if name != TIED}, ""),
+        "tied": ({name: value for name, value in state.items() if name != _TIED}, ""),
     }
     for name, (content, message) in forms.items():
         paddle.save(content, str(tmp_path / f"{name}.pdparams"))

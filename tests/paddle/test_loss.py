@@ -14,7 +14,7 @@ from common.spec.data import IGNORED
 from common.spec.run import TransformerSpec
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.layers import Attention, build_unit, summed_loss
-from paddle_impl.split import Linear
+from paddle_impl.split_linear import Linear
 from tests.extreme import EXTREME_LOGITS, check_loss
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tests.engines import Make, batch, different
-from tf_impl.cut import Scissors, trace_stage
+from tf_impl.cut_graphs import Scissors, trace_stage
 from tf_impl.effects import REPEATED
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from common.runtime.executor import StageFailure
 from common.spec.run import RunConfig
 from tests.engines import Make, batch, different, small, train
-from torch_impl import devices, graphs
+from torch_impl import graphs, workspaces
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -160,7 +160,7 @@ def start_over_after_a_failure(engine: Any) -> None:
 
 
 def start_over_without_workspaces(engine: Any) -> None:
-    devices.workspaces_freed += 1
+    workspaces.workspaces_freed += 1
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])

@@ -7,7 +7,7 @@ import pytest
 from common.spec.data import load_corpus
 from common.spec.parameters import initial_weights
 from common.spec.run import PRESETS, RunConfig, TrainSpec, TransformerSpec
-from torch_impl.engine import TorchEngine
+from torch_impl.engine import PipelineEngine
 
 
 def held_bytes(batch_size: int, schedule: str, recompute: str) -> int:
@@ -21,7 +21,7 @@ def held_bytes(batch_size: int, schedule: str, recompute: str) -> int:
         model=TransformerSpec(**PRESETS["tiny"]["model"]),
         train=TrainSpec(batch_size=batch_size, micro_batches=3),
     )
-    engine = TorchEngine(config)
+    engine = PipelineEngine(config)
     engine.reset(initial_weights(config.model, 0, "float32"))
     engine.forward_backward(load_corpus(config).training_batch(config, 0))
     engine.close()

@@ -14,7 +14,7 @@ from common.runtime.job import Job
 from common.runtime.worker import no_drift
 from common.spec.gpus import Gpu
 from tests.engines import Make, batch, small
-from torch_impl import devices, ranks
+from torch_impl import devices, gpus, ranks
 from torch_impl.drift import switch
 
 
@@ -44,8 +44,8 @@ def test_what_it_makes_of_the_gpus(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
-    monkeypatch.setattr(devices, "visible_gpus", lambda: (Gpu("NVIDIA H200", 0, "580.95"),) * cards)
-    assert said in devices.gpus()
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: (Gpu("NVIDIA H200", 0, "580.95"),) * cards)
+    assert said in gpus.gpus()
 
 
 def test_ranks_that_would_share_a_gpu_are_refused_before_they_start(

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from common.runtime.executor import StageFailure
+from common.runtime.mode import Mode
 from common.spec import dropout_masks
 from tests.engines import Make, batch, different, train
 from torch_impl.dropout import DropoutContext, ElementHashes
-from torch_impl.stage import Mode
 
 SPLIT = "0: F0 F1 B0 F2 B1 W0 F3 B2 W1 B3 W2 W3\n1: F0 B0 F1 B1 W0 F2 B2 W1 F3 W2 B3 W3\n"
 

@@ -19,7 +19,7 @@ from common.runtime.job import Generation, Job
 from common.schedule.action import Action
 from tests.campaigns.fake_gpu.late_kernels import queue
 from tests.engines import ELSEWHERE, Arrays, Make, batch, check_resumes, different, train
-from torch_impl import devices
+from torch_impl import streams
 
 DEEP: dict[str, Any] = {"num_layers": 6}
 VEE: dict[str, Any] = {"run": {"chunks": 2}, **DEEP}
@@ -121,13 +121,13 @@ def test_pytorchs_own_sanitizer_finds_no_race(
     )  # traces all CUDA calls from here on: last in this file
 
     sanitizer = CUDASanitizerDispatchMode()
-    prepare = devices.prepare_thread
+    prepare = streams.prepare_thread
 
     def watched(*arguments: Any) -> None:
         prepare(*arguments)
         sanitizer.__enter__()
 
-    monkeypatch.setattr(devices, "prepare_thread", watched)
+    monkeypatch.setattr(streams, "prepare_thread", watched)
     engine = on_gpus(1)(3, "zb-h1", tied_head=True, num_layers=4)
     train(engine, range(2))
     assert engine.evaluate(batch(engine)) > 0

@@ -5,6 +5,9 @@
                         ◄── TablePipeline    the same layers, walking a schedule table
 
 Both pipelines are what `fleet.distributed_model` returns, so fleet's `train_batch` runs them too.
+
+Differs: TensorFlow has no pipeline, and PyTorch's (`torch_impl/torch_pipelining.py`) shares no
+layers with ours.
 """  # noqa: E501
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ A peer that dies closes its sockets, so whoever waits for it gets a ConnectionEr
 that lives the ranks wait as long as it takes; that it hangs is for their parent to find
 (`common.harness.launch`). Sockets listen at the address of PADDLE_CURRENT_ENDPOINT (the loopback
 device, unless a launcher for several hosts says otherwise).
+
+Differs: PyTorch and TensorFlow hand tensors from thread to thread.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ import tensorflow as tf
 from keras.src.losses.loss import apply_mask, squeeze_or_expand_to_same_rank  # without public names
 
 from tf_impl.effects import mask_of
-from tf_impl.keras_copy import shallow_copy
+from tf_impl.keras_pipeline.keras_copy import shallow_copy
 
 COUPLED = (keras.losses.Dice, keras.losses.Tversky)
 """Keras' own losses that return a scalar, unless they are told which axes to sum over."""

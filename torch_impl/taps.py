@@ -1,16 +1,8 @@
-"""A chunk of the model whose backward comes in two halves, and whose forward B can run again.
+"""Taps: the places in autograd's graph where a chunk's weight gradients are taken apart from the
+rest.
 
-B asks autograd for the gradients of the chunk's input *and of the output of every linear and
-embedding layer* (autograd takes a place in its graph, a `GradientEdge`, wherever it takes a
-tensor):
-
-    input ◄── linear ◄── gelu ◄── linear ◄── output's gradient
-                 └─ tap              └─ tap
-
-W needs no graph any more: a layer's weight gradient is a product of what went in and what its tap
-gave. So the split repeats no forward and does no work twice, the graph is freed in B, and products
-add straight into the gradients. Both halves in a row are the whole backward, so every schedule
-gives the same bits.
+Differs: only PyTorch's autograd takes a place in its graph (`GradientEdge`) wherever it takes a
+tensor.
 
 With recomputation (Chen et al. 2016; GPipe, Huang et al. 2019, section 2.3) the first forward
 leaves the taps' places in the graph, and the forward that `torch.utils.checkpoint` runs inside B
@@ -31,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from common.spec.run import RunConfig
 from torch_impl import devices
 from torch_impl.layers import build_unit
-from torch_impl.weights import masters, named_parameters
+from torch_impl.masters import masters
+from torch_impl.weights import named_parameters
 
 
 class Tap(NamedTuple):
@@ -129,22 +122,3 @@ class Chunk(nn.Module):
         """Return the taps since the last call."""
         taps, self.taps = self.taps, []
         return taps
-
-
-def add_weight_gradient(layer: nn.Linear | nn.Embedding, x: Tensor, gradient: Tensor) -> None:
-    """Add to the layer's gradients what `x` (..., I) and the gradient of its output (..., O) give.
-
-    The sums may have a higher precision than the product, which is then rounded before it is added.
-    """
-    rows = gradient.flatten(0, -2)  # (N, O)
-    match layer:
-        case nn.Linear():
-            total = layer.weight.grad
-            if total.dtype is rows.dtype:
-                total.addmm_(rows.T, x.flatten(0, -2))  # (O, I) += (O, N) (N, I)
-            else:
-                total += rows.T @ x.flatten(0, -2)
-            if layer.bias is not None:
-                layer.bias.grad += rows.sum(0, dtype=total.dtype)
-        case nn.Embedding():
-            layer.weight.grad.index_add_(0, x.flatten(), rows.to(layer.weight.grad.dtype))

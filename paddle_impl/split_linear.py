@@ -1,16 +1,12 @@
-"""The backward in two halves, by fleet's own means: `WeightGradStore`, the store of its zero-bubble
-pipelines.
+"""Linear layers whose backward leaves the product for the weight in fleet's `WeightGradStore`,
+while that is enabled.
 
-While the store is enabled, a linear layer's backward gives the gradients of its input and bias at
-once and leaves the product for its weight in the store. B runs with the store enabled and takes
-what is left; W runs the products later. Embeddings, norms and biases get their gradients in B: they
-are cheap, and B runs in micro-batch order as W does. Source: Zero Bubble Pipeline Parallelism (Qi
-et al. 2024, section 2).
+Differs: fleet has such a layer (`SplitBWLinear`); PyTorch's ordinary ones are tapped, TensorFlow's
+graph is cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,26 +16,7 @@ from paddle.autograd import PyLayer
 from paddle.distributed.fleet.meta_parallel.zero_bubble_utils import SplitBWLinear as Linear
 from paddle.distributed.fleet.meta_parallel.zero_bubble_utils import WeightGradStore
 
-__all__ = ["Linear", "defer_weight_gradients", "merge_backward", "tensors_of", "tied_projection"]
-
-Product = partial[None]
-
-
-def defer_weight_gradients(backward: Callable[[], None]) -> list[Product]:
-    """Run `backward` without the products for the linear layers' weights and return these."""
-    WeightGradStore.enabled = True
-    try:
-        backward()
-        return WeightGradStore.cache
-    finally:
-        WeightGradStore.enabled, WeightGradStore.cache = False, []
-
-
-def tensors_of(product: Product) -> list[Tensor]:
-    """Return what a product that waits for W holds: the layer's input, its weight, its output's
-    gradient.
-    """
-    return list(product.args)
+__all__ = ["Linear", "merge_backward", "tied_projection"]
 
 
 def merge_backward(layer: nn.Layer) -> None:

@@ -1,18 +1,7 @@
-"""The heart of this implementation: one stage, traced once, cut into the functions F, B and W.
+"""Traces a stage once and cuts its graph into the functions F, B and W; `tf_impl.backward` shows
+the idea.
 
-TensorFlow has no backward that could stop halfway. A tape differentiates in one go; keeping it for
-a second call runs the shared part twice. But a traced function is a graph, that is data, and a
-graph can be cut:
-
-    x ──► F F F F ──► y              F   ancestors of the output
-          │ │   │ saved              B   ancestors of the input's gradient that are not in F
-     dx ◄── B B ◄── dy               W   ancestors of the weights' gradients that are in neither
-            │ │ handed on
-            W W ──► dw               Every operation belongs to one of the three, so none runs twice.
-
-What crosses a border is passed explicitly: F returns what B or W will read ("saved"), B returns
-what W will read ("handed on"). Those tensors are the stage's whole memory of a micro-batch, and
-dropping the last reference frees them.
+Differs: only TensorFlow gives a graph as data that can be cut.
 
 Four kinds of operations need care:
 - What depends on no data (variable reads, constants, a transposed weight) is cheap and does not cross a border: every
@@ -43,6 +32,7 @@ import tensorflow as tf
 
 from common.schedule.action import Op
 from tf_impl.effects import REPEATED, is_repeatable
+from tf_impl.executors import OnCallingThread
 
 RECOMPUTED_EFFECT = (
     "a layer calls Python, draws numbers without a Keras seed, or assigns what is trained or is no "
@@ -70,6 +60,8 @@ class StageFunctions:
     """(*dy, *(saved[i] for i in saved_for_input)) -> [*dx, *handed_on]"""
     backward_weight: Any
     """(*(saved[i] for i in saved_for_weight), *handed_on) -> []; adds to the weight gradients"""
+    has_input_gradient: bool
+    """Not where the input is tokens."""
     handed_on: tuple[tf.TensorSpec, ...]
     """The output and, where it has one, its mask."""
     reported: tuple[str, ...]
@@ -90,36 +82,6 @@ class StageFunctions:
         names = ("forward", "backward", "backward_input", "backward_weight")
         made = {name: function for name in names if (function := getattr(self, name)) is not None}
         return replace(self, **{name: OnCallingThread(function) for name, function in made.items()})
-
-
-class OnCallingThread:
-    """A concrete function, called as an operation: TensorFlow's own call hands it to a thread of
-    its pool.
-
-    There it would start anew on some core, with that core's caches. Its Python also checks every
-    argument against the signature, for 0.9 ms at the 71 arguments of a W of 18 ms, with the lock
-    that the other stages need.
-    """
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        self.captured_inputs, self._types = (
-            list(function.captured_inputs),
-            [output.dtype for output in function.outputs],
-        )
-        config = tf.compat.v1.ConfigProto()  # an operation does not look at `tf.config`
-        config.graph_options.rewrite_options.disable_meta_optimizer = True
-        self._config = config.SerializeToString()
-
-    def __call__(self, *arguments: tf.Tensor) -> list[tf.Tensor]:
-        found = tf.raw_ops.StatefulPartitionedCall(
-            args=[*arguments, *self.captured_inputs],
-            Tout=self._types,
-            f=self.function,
-            config_proto=self._config,
-            executor_type="SINGLE_THREADED_EXECUTOR",
-        )
-        return found if self._types else []
 
 
 @dataclass(frozen=True)
@@ -212,6 +174,7 @@ def cut_stage(
             backward_weight=function([*for_weight, *for_later], [], (), additions)
             if Op.W in ops
             else None,
+            has_input_gradient=first is None,
             handed_on=tuple(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in handed_on),
             reported=tuple(trace.reported),
             forward_part=functools.partial(scissors.forward_part, trace.inputs[:num_received]),

@@ -13,10 +13,10 @@ import numpy as np
 import tensorflow as tf
 
 from common.schedule.recompute import recomputes
-from tf_impl.batch import piece_sizes
-from tf_impl.cut import StageFunctions
+from tf_impl.cut_graphs import StageFunctions
 from tf_impl.effects import with_mask
-from tf_impl.loss import batch_loss
+from tf_impl.keras_pipeline.batch import piece_sizes
+from tf_impl.keras_pipeline.loss import batch_loss
 
 
 class Traced(NamedTuple):

@@ -1,5 +1,8 @@
 """Holding a piece's input alone between F and B: fleet's `recompute` (Chen et al. 2016; Huang et
 al. 2019, section 2.3).
+
+Differs: PyTorch's is a method of its chunks (`torch_impl/taps.py`), TensorFlow's is cut from a
+graph.
 """
 
 from __future__ import annotations

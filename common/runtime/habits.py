@@ -1,0 +1,50 @@
+"""How a habit of `common.spec.habits` is put back: names are replaced for as long as a context
+lives.
+
+The implementations' `drift.py` list the replacements; no other file of theirs knows of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from common.spec.run import RunConfig
+
+Habit = Callable[[RunConfig], Sequence[AbstractContextManager[Any]]]
+"""What to enter for as long as the habit lasts; mostly patches."""
+
+
+@contextmanager
+def patch(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let `value` stand for the attribute `name` of `owner`."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def switched(
+    config: RunConfig, framework: str, habits: Mapping[str, Habit], executors: Sequence[str]
+) -> Iterator[None]:
+    """Put back the habit that `config.drift` names, one of `habits`.
+
+    Raises ValueError for one that the framework does not have, and for an executor that has none.
+    """
+    if config.drift is not None and config.drift not in habits:
+        raise ValueError(
+            f"drift = {config.drift}; expected for {framework}: one of {', '.join(habits)}"
+        )
+    if config.drift is not None and config.executor not in executors:
+        expected = " or ".join(executors)
+        raise ValueError(
+            f"drift = {config.drift}; executor = {config.executor} has none, expected {expected}"
+        )
+    with ExitStack() as stack:
+        for context in habits[config.drift](config) if config.drift else ():
+            stack.enter_context(context)
+        yield

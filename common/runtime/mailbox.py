@@ -1,0 +1,49 @@
+"""Messages between the threads of one process: the part of a `Channel` that knows no framework."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from common.runtime.executor import Message
+
+
+class PipelineStopped(RuntimeError):
+    """Another stage has failed, so what this one waits for will never come."""
+
+
+class Mailbox:
+    """Hands objects from thread to thread; made anew for every pass. Puts never wait."""
+
+    def __init__(self) -> None:
+        self._mail: dict[Message, Any] = {}
+        self._changed = threading.Condition()
+        self.failure: BaseException | None = None
+        """Why the pass was stopped: the first error of any stage."""
+
+    def put(self, message: Message, content: Any) -> None:
+        """Leave `content` for whoever takes `message`."""
+        with self._changed:
+            self._mail[message] = content
+            self._changed.notify_all()
+
+    def take(self, message: Message) -> Any:
+        """Wait for a message and return its content.
+
+        Raises PipelineStopped if a stage fails before it is there.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: message in self._mail or self.failure)
+            self.check()
+            return self._mail.pop(message)
+
+    def check(self) -> None:
+        """Raise PipelineStopped once a stage has failed."""
+        if self.failure is not None:
+            raise PipelineStopped("another stage failed")
+
+    def stop(self, failure: BaseException) -> None:
+        """End the pass for all stages; the first failure is kept."""
+        with self._changed:
+            self.failure = self.failure or failure
+            self._changed.notify_all()

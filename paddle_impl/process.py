@@ -1,0 +1,38 @@
+"""What belongs to the process of a stage as a whole: its threads and its peak memory.
+
+Differs: the others' stages share a process. PyTorch's threads are set one by one (`streams.py`),
+TensorFlow's before it starts, and their engines say which stages a peak is of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from common.runtime.memory import peak_resident_bytes
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of this process from now on."""
+    from paddle.base import core
+
+    core.set_num_threads(threads)
+
+
+def forget_peak_memory() -> None:
+    """Make `peak_memory_bytes` start anew (CPU: proc(5), clear_refs)."""
+    import paddle
+
+    if paddle.device.get_device().startswith("gpu"):
+        paddle.device.cuda.reset_max_memory_allocated()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def peak_memory_bytes() -> int:
+    """CUDA: the allocator's peak. CPU: the peak resident size of this process."""
+    import paddle
+
+    if paddle.device.get_device().startswith("gpu"):
+        return int(paddle.device.cuda.max_memory_allocated())
+    return peak_resident_bytes()

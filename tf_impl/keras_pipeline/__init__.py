@@ -1,0 +1,5 @@
+"""What `tf_impl.gpipe_model.GPipeModel` needs to be a Keras model of any layers, with any loss.
+
+Differs: only Keras lets its users compile, fit, save and load a pipeline, so the others have none
+of this.
+"""

@@ -1,0 +1,350 @@
+"""A virtual stage of any Keras layers: weights and gradients on one device, and the functions cut
+from their graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from common.schedule.action import Op
+from tf_impl.cut_graphs import StageFunctions, cut_stage
+from tf_impl.dropout import DropoutContext
+from tf_impl.effects import Effects, effects_of, mask_of, with_mask
+from tf_impl.executors import on_one_thread
+from tf_impl.keras_pipeline.layer_losses import (
+    Kind,
+    kinds_of_losses,
+    losses_of,
+    num_regularized,
+    shared,
+    total,
+)
+from tf_impl.layers import Unit
+
+SummedLoss = Callable[..., tf.Tensor]
+"""(prediction, *labels) -> what a micro-batch adds to the mini-batch's loss."""
+
+
+def apply_layer(
+    layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext | None, training: bool
+) -> tf.Tensor:
+    """Call a unit of the Transformer with its dropout context, any other Keras layer with
+    `training`.
+    """
+    return layer(x, context=context) if isinstance(layer, Unit) else layer(x, training=training)
+
+
+def master_of(variable: keras.Variable) -> keras.Variable:
+    """Return a float32 variable of the same values for one in bfloat16, else the variable itself."""  # noqa: E501
+    if variable.dtype != "bfloat16":
+        return variable
+    return keras.Variable(tf.cast(variable.value, tf.float32), dtype="float32", name=variable.name)
+
+
+def _move_here(layer: keras.layers.Layer) -> None:
+    """Puts the weights that the layer already has on the device of the strategy whose scope this
+    is.
+    """
+    for variable in layer.weights:
+        variable._initialize(variable.numpy())
+    for inner in layer._flatten_layers():
+        if isinstance(inner, keras.Model):  # traced with the weights where they were
+            inner.train_function = inner.test_function = inner.predict_function = None
+
+
+class Chunk:
+    """Consecutive layers of the model on one device, with the sums of their gradients: a virtual
+    stage.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[keras.layers.Layer],
+        strategy: tf.distribute.Strategy,
+        is_first: bool,
+        is_last: bool,
+        ops: Collection[Op],
+    ) -> None:
+        """`ops` are those that its device's schedule has."""
+        self.layers, self.strategy, self.is_first, self.is_last = (
+            list(layers),
+            strategy,
+            is_first,
+            is_last,
+        )
+        self.ops = ops
+        self.device: str = strategy.extended.worker_devices[0]
+        self.variables: list[keras.Variable] = []
+        """What the layers compute with."""
+        self.masters: list[keras.Variable] = []
+        """What the optimizer updates: the same, or where units compute in bfloat16, float32
+        (Micikevicius et al. 2018).
+        """
+        self.gradients: list[tf.Variable] = []
+        self.functions: Sequence[StageFunctions] = ()
+        """By micro-batch; those of one size share theirs, but for one whose B computes the forward
+        again.
+        """
+        self.num_first = 1
+        """Layers up to the first floating output: a token or a category has no gradient."""
+        self.effects: list[tuple[keras.layers.Layer, Effects]] = []
+        """What the layers do besides computing their output; filled by `build`."""
+        self.kinds: dict[int, Mapping[bool, list[Kind]]] = {}
+        """How the losses that a layer adds go over micro-batches: by its identity and `training`.
+        """
+        self.only_own_device = True
+        """Whether all variables lie here. The seed of a Keras Dropout does not: it is made along
+        with the layer.
+        """
+        self.evaluate = tf.function(self._evaluate, autograph=False)
+
+    def build(self, x: keras.KerasTensor) -> keras.KerasTensor:
+        """Make the weights, on the chunk's device, for an input like `x`. Returns what the output
+        is like.
+
+        Raises ValueError for an output that cannot be handed on: several tensors, or integers,
+        which have no gradient.
+        """
+        self.effects, self.kinds, floating = [], {}, []
+        with self.strategy.scope():
+            for layer in self.layers:
+                _move_here(layer)
+                given, x = x, layer(x)
+                floating.append(
+                    isinstance(x, keras.KerasTensor) and tf.as_dtype(x.dtype).is_floating
+                )
+                if not isinstance(layer, Unit):
+                    call = functools.partial(apply_layer, layer, context=None, training=True)
+                    found = effects_of(layer, given, call)
+                    if found is not None:
+                        self.effects.append((layer, found))
+                    if len(layer.losses) > num_regularized(layer):
+                        self.kinds[id(layer)] = kinds_of_losses(layer, given, layer)
+                    if found is not None and isinstance(x, keras.KerasTensor):
+                        x._keras_mask = found.mask
+        if not isinstance(x, keras.KerasTensor):
+            raise ValueError(
+                f"layer {self.layers[-1].name} is the last on its device and its output is a "
+                f"{type(x).__name__}; expected "
+                "one tensor"
+            )
+        if not self.is_last and not floating[-1]:
+            raise ValueError(
+                f"layer {self.layers[-1].name} is the last on its device and its output is "
+                f"{x.dtype}, which has no "
+                "gradient; expected a partition that puts the first layer with a floating output "
+                "on the first device"
+            )
+        self.num_first = floating.index(True) + 1 if True in floating else len(floating)
+        self.collect_variables()
+        return x
+
+    def collect_variables(self) -> None:
+        """Take the weights that are trainable now. Those that were before keep their masters and
+        their gradients.
+        """
+        known = {
+            id(v): (v, m, g)
+            for v, m, g in zip(self.variables, self.masters, self.gradients, strict=True)
+        }
+        units = {
+            id(v)
+            for layer in self.layers
+            if isinstance(layer, Unit)
+            for v in layer.trainable_variables
+        }
+        found = []
+        # One that several layers share counts once.
+        for variable in {
+            id(v): v for layer in self.layers for v in layer.trainable_variables
+        }.values():
+            if id(variable) not in known:
+                with self.strategy.scope():
+                    master = master_of(variable) if id(variable) in units else variable
+                with tf.device(self.device):
+                    zero = tf.zeros(master.shape, master.dtype)
+                    known[id(variable)] = (
+                        variable,
+                        master,
+                        tf.Variable(zero, trainable=False, name="gradient"),
+                    )
+            found.append(known[id(variable)])
+        self.variables, self.masters, self.gradients = (
+            [entry[k] for entry in found] for k in range(3)
+        )
+        # One call instead of two operations a weight: at the start of a step all stages do this at
+        # once, and operations called one by one make their threads pass Python's lock to and fro (4
+        # ms alone, 10 to 20 ms for two stages).
+        self._clear = tf.function(self._clear_gradients, autograph=False)
+        self._cast = tf.function(self._cast_masters, autograph=False)
+
+    def trace(
+        self,
+        received: Sequence[tf.TensorSpec],
+        extra: Sequence[tf.TensorSpec],
+        loss: SummedLoss,
+        reports: bool,
+        share: float,
+        recomputed: int | None = None,
+    ) -> StageFunctions:
+        """Return the chunk's functions for (x or x and its mask, *labels, *dropout context).
+
+        `reports`: the last one also gives its prediction. `share`: the micro-batch's part of the
+        mini-batch, by which the layers' own losses count. `recomputed`: layers in each piece that B
+        computes again, 0 for all of them, None for no recomputation.
+        """
+        first = self.layers[: self.num_first] if self.is_first else []
+        edges = [0, len(self.layers)]
+        if recomputed:
+            edges[1:1] = range(max(recomputed, len(first)), len(self.layers), recomputed)
+        pieces = [self.layers[a:b] for a, b in itertools.pairwise(edges)]
+        states: dict[int, list[tuple[keras.Variable, tf.Tensor]]] = {}
+        losses: list[tf.Tensor] = []
+
+        def call(
+            layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext | None
+        ) -> tf.Tensor:
+            """Return the second time, in a recomputation, with the state that the first time began
+            with, and changing none.
+            """
+            scope: Any = contextlib.nullcontext()
+            if id(layer) in states:
+                read = [
+                    (v, v.value) for v in layer.trainable_variables if v.regularizer is not None
+                ]
+                scope = keras.StatelessScope([*states[id(layer)], *read], True, False)
+            elif recomputed is not None and layer.non_trainable_variables:
+                states[id(layer)] = [
+                    (v, tf.identity(v.value)) for v in layer.non_trainable_variables
+                ]
+            with scope:
+                y = apply_layer(layer, x, context, training=True)
+                losses.extend(self._losses(layer, True, share))
+            return y
+
+        def run_first(x: tf.Tensor, *extra: tf.Tensor) -> tf.Tensor:
+            for layer in first:
+                x = call(layer, x, self._split(extra)[1])
+            return x
+
+        def run_piece(
+            piece: Sequence[keras.layers.Layer], x: tf.Tensor, *extra: tf.Tensor
+        ) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+            mask, extra = extra[: len(received) - 1], extra[len(received) - 1 :]
+            labels, context = self._split(extra)
+            if piece is pieces[0] and mask:
+                x = with_mask(x, mask[0])
+            for layer in piece[len(first) if piece is pieces[0] else 0 :]:
+                x = call(layer, x, context)
+            reported = {}
+            if piece is pieces[-1] and mask_of(x) is not None:
+                reported["mask"] = mask_of(x)
+            if losses:
+                reported["layer_losses"] = total(losses)
+                losses.clear()
+            if piece is pieces[-1] and self.is_last:
+                reported |= {"prediction": x} if reports else {}
+                x = loss(x, *labels)
+            return x, reported
+
+        def cut() -> StageFunctions:
+            variables = [self.local(variable) for variable in self.variables]
+            return cut_stage(
+                run_first if self.is_first else None,
+                [functools.partial(run_piece, piece) for piece in pieces],
+                variables,
+                self.gradients,
+                [*received, *extra],
+                self.device,
+                self.is_last,
+                self.ops,
+                recomputed is not None,
+                len(received),
+            )
+
+        with self.strategy.scope():
+            functions = cut()
+        captured = [
+            outer.device.split("device:")[-1] for outer, _ in functions.forward.graph.captures
+        ]
+        self.only_own_device = all(
+            device == self.device.split("device:")[-1] for device in captured
+        )
+        return (
+            functions.on_calling_thread()
+            if on_one_thread(self.device, self.only_own_device)
+            else functions
+        )
+
+    def updated(self) -> list[tuple[keras.Variable, tf.Variable]]:
+        """(master, gradient) of the weights that have a gradient: Keras leaves others alone, their
+        weight decay too.
+        """
+        adding = [functions.backward or functions.backward_weight for functions in self.functions]
+        added = {id(tensor) for function in adding for tensor in function.captured_inputs}
+        pairs = zip(self.masters, self.gradients, strict=True)
+        return [(master, g) for master, g in pairs if not self.functions or id(g.handle) in added]
+
+    def local(self, variable: keras.Variable) -> tf.Variable:
+        """Return the variable on this chunk's device."""
+        return self.strategy.experimental_local_results(variable.value)[0]
+
+    def clear_gradients(self) -> None:
+        with tf.device(self.device):
+            self._clear()
+
+    def cast_masters(self) -> None:
+        """Make what the layers compute with from the masters, once for all micro-batches of a step."""  # noqa: E501
+        if self._copies:
+            with tf.device(self.device):
+                self._cast()
+
+    @property
+    def _copies(self) -> list[tuple[tf.Variable, tf.Variable]]:
+        pairs = zip(self.variables, self.masters, strict=True)
+        return [(self.local(own), self.local(master)) for own, master in pairs if own is not master]
+
+    def _cast_masters(self) -> None:
+        for own, master in self._copies:
+            own.assign(tf.cast(master, own.dtype), read_value=False)
+
+    def _split(
+        self, extra: Sequence[tf.Tensor]
+    ) -> tuple[Sequence[tf.Tensor], DropoutContext | None]:
+        """Labels and dropout context."""
+        with_dropout = any(
+            isinstance(layer, Unit) and layer.spec.dropout > 0 for layer in self.layers
+        )
+        return (extra[:-2], DropoutContext(*extra[-2:])) if with_dropout else (extra, None)
+
+    def _clear_gradients(self) -> None:
+        for gradient in self.gradients:
+            gradient.assign(tf.zeros(gradient.shape, gradient.dtype), read_value=False)
+
+    def _losses(self, layer: keras.layers.Layer, training: bool, share: Any) -> list[tf.Tensor]:
+        """What the layer's last call, of a part of a mini-batch, adds to the mini-batch's loss."""
+        kinds = self.kinds.get(id(layer), {}).get(training, ())
+        return [] if isinstance(layer, Unit) else shared(losses_of(layer), kinds, share)
+
+    def _evaluate(
+        self, x: tf.Tensor, mask: tf.Tensor | None, share: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor | None]:
+        """The chunk without dropout, for any batch size: its output, that one's mask, and the
+        layers' losses.
+
+        `share`: the part of a mini-batch that `x` is, as in `trace`.
+        """
+        losses = []
+        with tf.device(self.device):
+            x = with_mask(x, mask)
+            for layer in self.layers:
+                x = apply_layer(layer, x, None, training=False)
+                losses += self._losses(layer, False, share)
+        return x, mask_of(x), total(losses)
