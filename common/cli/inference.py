@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from common import checkpoint
-from common.cli.numbers import natural, positive, seconds
+from common.cli.numbers import add_timeout, natural, positive
 from common.cli.options import add_run_options, read_run, reporting
 from common.cli.saved import Saved, load_text
 from common.harness.launch import (
@@ -96,13 +95,7 @@ def register(
             "--checkpoint", metavar="PATH", required=True, help="a folder such as step-00000100"
         )
         parser.add_argument("--json", action="store_true", help="print JSON")
-        parser.add_argument(
-            "--timeout",
-            metavar="SECONDS",
-            type=seconds,
-            default=math.inf,
-            help="end a child that takes longer",
-        )
+        add_timeout(parser)
         add_run_options(parser, only_placement=True, also=("corpus", "tokenizer", "tokenizer_file"))
         parser.set_defaults(run=reporting(_bound(run, implementations)))
 

@@ -1,8 +1,9 @@
-"""Types of options for argparse: numbers with a lower bound."""
+"""Types of options for argparse: numbers with a lower bound; and the option that all runs have."""
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
+import math
+from argparse import ArgumentParser, ArgumentTypeError
 
 from common.io.edges import number, whole_number
 
@@ -29,3 +30,11 @@ def seconds(text: str) -> float:
     if found is None or found <= 0:
         raise ArgumentTypeError(f"{text!r}; expected a number of seconds, more than 0")
     return found
+
+
+def add_timeout(parser: ArgumentParser, what: str = "worker process") -> None:
+    """Add --timeout; without it nothing is ended for the time that it takes."""
+    help_text = f"end a {what} that takes longer"
+    parser.add_argument(
+        "--timeout", metavar="SECONDS", type=seconds, default=math.inf, help=help_text
+    )

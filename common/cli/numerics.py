@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.tree import Tree
 from safetensors.numpy import load_file
 
 from common.checkpoint.dump import Dump, DumpError, read_dump, write_dump
-from common.cli.numbers import natural, seconds
+from common.cli.numbers import add_timeout, natural
 from common.cli.options import add_run_options, file_to_write, read_run
 from common.cli.parser import Parser
 from common.harness.bisect import Bisection, Finding, bisect
@@ -57,13 +56,7 @@ def register(subcommands: Any) -> None:
     dump.add_argument(
         "--out", required=True, metavar="FILE", help="the file to write, such as a.safetensors"
     )
-    dump.add_argument(
-        "--timeout",
-        type=seconds,
-        default=math.inf,
-        metavar="SECONDS",
-        help="end a child that takes longer",
-    )
+    add_timeout(dump)
     dump.set_defaults(run=_reporting(_dump))
 
     walk = subcommands.add_parser(
@@ -89,13 +82,7 @@ def register(subcommands: Any) -> None:
         metavar="OUT",
         help="write all findings to OUT; - is standard output, without the tree",
     )
-    walk.add_argument(
-        "--timeout",
-        type=seconds,
-        default=math.inf,
-        metavar="SECONDS",
-        help="end a child that takes longer",
-    )
+    add_timeout(walk)
     walk.set_defaults(run=_reporting(_bisect))
 
 

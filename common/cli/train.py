@@ -13,7 +13,7 @@ from rich.console import Console
 
 from common import checkpoint
 from common.checkpoint import Manifest
-from common.cli.numbers import natural, positive, seconds
+from common.cli.numbers import add_timeout, natural, positive, seconds
 from common.cli.options import add_run_options, read_run, reporting
 from common.cli.saved import Saved, load_text
 from common.harness import restarts
@@ -80,13 +80,7 @@ def register(
         default=0,
         help="start again from the last checkpoint up to N times, if the child dies (default: 0)",
     )
-    parser.add_argument(
-        "--timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=float("inf"),
-        help="end a child that takes longer",
-    )
+    add_timeout(parser)
     parser.add_argument(
         "--hang-timeout",
         metavar="SECONDS",

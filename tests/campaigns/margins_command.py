@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.cli.drift import PROGRESS_STEPS, chosen
-from common.cli.numbers import positive, seconds
+from common.cli.numbers import add_timeout, positive
 from common.cli.options import file_to_write
 from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.io.console import make_console
@@ -48,13 +47,7 @@ def register(subcommands: Any) -> None:
         metavar="FILE.md",
         help="write the table as Markdown; what is written by hand stays",
     )
-    parser.add_argument(
-        "--timeout",
-        type=seconds,
-        default=math.inf,
-        metavar="SECONDS",
-        help="end a child that takes longer",
-    )
+    add_timeout(parser)
     parser.set_defaults(run=run)
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import checkpoint
-from common.cli.numbers import seconds
+from common.cli.numbers import add_timeout
 from common.cli.options import PLACEMENT, add_run_options, read_run, reporting
 from common.cli.settings import Key
 from common.cli.train import drop_tensors, run_training
@@ -110,13 +110,7 @@ def register(
         default="results",
         help="where its folder goes (default: results)",
     )
-    parser.add_argument(
-        "--timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=math.inf,
-        help="end a leg that takes longer",
-    )
+    add_timeout(parser, "leg")
     add_run_options(
         parser, without=[*PLACEMENT, "steps", "executor", "track", "drift"], defaults=DEFAULTS
     )
