@@ -21,13 +21,24 @@ from common.schedule.draw import draw_color, draw_text
 from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_schedule
 from common.schedule.recompute import WORDS
 from common.schedule.search import limits, lower_bound, search
-from common.schedule.simulate import Costs, Simulation, WrapAround, per_stage, simulate
+from common.schedule.simulate import (
+    Costs,
+    Simulation,
+    WrapAround,
+    per_stage,
+    per_virtual_stage,
+    simulate,
+)
 from common.schedule.table import OP_CODE, tabulate
 from common.schedule.timetable import Timetable, read_table
 from common.schedule.validate import validate, validate_timetable
 
 EXIT_VIOLATIONS = 1
 MEMORY_LIMIT = (2.0,)
+COST_OPTIONS = (
+    *("forward", "backward_input", "backward_weight", "communication"),
+    *("activation_bytes", "overlap"),
+)
 PUBLISHED_WRAP_AROUND: WrapAround = "first"
 """The default of `simulate`, so that its figures are comparable with the published ones."""
 
@@ -95,7 +106,7 @@ def _add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
     costs = parser.add_argument_group(
         "costs",
         "of one micro-batch on a whole stage, in any one unit; one number, or a comma list with "
-        "one per stage",
+        "one per stage, or one per virtual stage in the order of the model",
     )
     costs.add_argument("--forward", type=_numbers, default=(1.0,), metavar="X")
     costs.add_argument("--backward-input", type=_numbers, default=(1.0,), metavar="X")
@@ -106,6 +117,13 @@ def _add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
         default=(0.0,),
         metavar="X",
         help="of every hop (default 0)",
+    )
+    costs.add_argument(
+        "--overlap",
+        type=_numbers,
+        metavar="X",
+        help="of a forward and a backward that overlap (default: what they take one after the "
+        "other)",
     )
     if memory:
         costs.add_argument(
@@ -175,31 +193,33 @@ def _reporting(run: _Run) -> _Run:
     return wrapped
 
 
-def _costs(arguments: argparse.Namespace, stages: int) -> Costs:
+def _costs(arguments: argparse.Namespace, stages: int, schedule: Schedule | None = None) -> Costs:
+    """The costs of so many stages, or of the schedule's virtual stages if some are given for
+    these."""
     if arguments.kept_for_recompute is not None and arguments.recompute == "none":
         raise ScheduleError(
             "--kept-for-recompute: nothing is computed again; expected with --recompute"
         )
-
-    def each(option: str) -> _Numbers:
-        return per_stage(getattr(arguments, option), stages, "--" + option.replace("_", "-"))
-
-    sizes = (
-        None
-        if getattr(arguments, "activation_bytes", None) is None
-        else tuple(round(size) for size in each("activation_bytes"))
+    virtual_stages = (
+        schedule.num_virtual_stages if schedule is not None and schedule.num_chunks > 1 else None
     )
+    found = {
+        option: per_stage(values, stages, "--" + option.replace("_", "-"), virtual_stages)
+        for option in COST_OPTIONS
+        if (values := getattr(arguments, option, None)) is not None
+    }
+    if schedule is not None and any(len(values) > stages for values in found.values()):
+        found = {
+            option: per_virtual_stage(values, schedule, shared=option != "communication")
+            for option, values in found.items()
+        }
+    sizes = found.pop("activation_bytes", None)
     return Costs(
-        each("forward"),
-        each("backward_input"),
-        each("backward_weight"),
-        each("communication"),
-        sizes,
-        arguments.kept_for_weight,
-        arguments.recompute,
-        Costs.kept_by_forward
-        if arguments.kept_for_recompute is None
-        else arguments.kept_for_recompute,
+        **found,
+        activation_bytes=None if sizes is None else tuple(map(round, sizes)),
+        kept_by_backward_input=arguments.kept_for_weight,
+        recompute=arguments.recompute,
+        kept_by_forward=arguments.kept_for_recompute or Costs.kept_by_forward,
     )
 
 
@@ -226,7 +246,7 @@ def _planned(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]
                 raise ScheduleError(
                     f"--{option.replace('_', '-')} {asked}; the schedule in the file has {has}"
                 )
-        return schedule, _costs(arguments, schedule.num_devices)
+        return schedule, _costs(arguments, schedule.num_devices, schedule)
     stages, micro_batches = _size(arguments)
     if name == SEARCH and min(stages, micro_batches) > 0:
         if arguments.recompute != Costs.recompute:
@@ -241,7 +261,7 @@ def _planned(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]
         return search(stages, micro_batches, costs, most), costs
     chunks = default_chunks(name) if arguments.chunks is None else arguments.chunks
     schedule = make_schedule(name, stages, micro_batches, chunks)
-    return schedule, _costs(arguments, stages)
+    return schedule, _costs(arguments, stages, schedule)
 
 
 def _read_schedule(path: str) -> Schedule:
@@ -263,6 +283,7 @@ def _read(path: str) -> str:
 
 def _draw(arguments: argparse.Namespace) -> int:
     schedule, costs = _planned(arguments.schedule, arguments)
+    _check_overlap([schedule], arguments)
     if arguments.output is None:
         console = make_console()
         if console.is_terminal:
@@ -297,6 +318,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         return _side_by_side(arguments, names)
     schedule, costs = _planned(arguments.schedule, arguments)
     _check_wrap_around([schedule], arguments)
+    _check_overlap([schedule], arguments)
     result = _result(_simulated(schedule, costs, arguments), arguments)
     if arguments.output is not None:
         write_file(Path(arguments.output), format_schedule(schedule))
@@ -331,6 +353,14 @@ def _check_wrap_around(schedules: Sequence[Schedule], arguments: argparse.Namesp
         f"--wrap-around: {names} sends nothing from the last device to the first; expected "
         "interleaved"
     )
+
+
+def _check_overlap(schedules: Sequence[Schedule], arguments: argparse.Namespace) -> None:
+    if arguments.overlap is not None and not any(tabulate(s).overlaps.any() for s in schedules):
+        raise ScheduleError(
+            f"--overlap: nothing overlaps in {', '.join(s.name for s in schedules)}; expected a "
+            "schedule with pairs such as (F1&BW0)"
+        )
 
 
 def _simulated(schedule: Schedule, costs: Costs, arguments: argparse.Namespace) -> Simulation:
@@ -438,6 +468,7 @@ def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
             alone.memory_limit = None
         planned.append((*_planned(name, alone), alone))
     _check_wrap_around([schedule for schedule, _, _ in planned], arguments)
+    _check_overlap([schedule for schedule, _, _ in planned], arguments)
     results = [
         _result(_simulated(schedule, costs, alone), alone) for schedule, costs, alone in planned
     ]

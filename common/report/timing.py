@@ -126,7 +126,7 @@ class _Step:
 def executed_schedule(
     events: Events, name: str, micro_batches: int, chunks: int, placement: Placement
 ) -> Schedule:
-    """Return the schedule that the events amount to."""
+    """Return the schedule that the events amount to: two that overlap ran one after the other."""
     rows = tuple(
         tuple(parse_action(event.action) for event in events[device]) for device in sorted(events)
     )
@@ -263,11 +263,8 @@ def _simulate(
     schedule = table.schedule
 
     def of_device(op: Op) -> tuple[float, ...]:
-        chunks = range(schedule.num_chunks)
         return tuple(
-            unit
-            * sum(cost.get((schedule.virtual_stage(d, chunk), op.value), 0.0) for chunk in chunks)
-            for d in range(schedule.num_devices)
+            unit * sum(cost.get((k, op.value), 0.0) for k in parts) for parts in schedule.parts
         )
 
     whole = tuple(map(sum, zip(of_device(Op.B), of_device(Op.BW), strict=True)))

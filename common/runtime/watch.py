@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -194,7 +194,7 @@ def _missing_input(
         return message  # the sender has not begun this step's list
     if place.action is None:  # has ended its list
         return None
-    row = schedule.devices[sender]
+    row = [replace(each, overlaps=False) for each in schedule.devices[sender]]
     # Where the sender's list has the action that makes the message: its F, or its B or BW.
     sends = [
         n

@@ -15,17 +15,22 @@ them F, I, W and B:
     B    the backward for the input gradient, which the stage before waits for
     W    the backward for the weight gradients, which nobody waits for
     BW   both as one operation
+
+A forward and a backward that run at the same time are one word, `(F7&BW3.1)`.
 """
 
 from __future__ import annotations
 
 import enum
+import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-Placement = Literal["loop", "vee"]
+Placement = Literal["loop", "vee"] | tuple[tuple[int, ...], ...]
+"""A name (`named_placement`), or for every device the virtual stages of its chunks."""
 
 
 class Op(enum.Enum):
@@ -47,13 +52,17 @@ class Action:
     op: Op
     micro_batch: int
     chunk: int = 0
+    overlaps: bool = False
+    """Whether it runs together with the action before it in the list: a BW after an F."""
 
     def __str__(self) -> str:
         return f"{self.op.value}{self.micro_batch}" + (f".{self.chunk}" if self.chunk else "")
 
 
-def virtual_stage(device: int, chunk: int, num_devices: int, placement: Placement) -> int:
-    """Return which consecutive part of the model `chunk` of `device` is, from 0.
+def named_placement(
+    name: Literal["loop", "vee"], num_devices: int, num_chunks: int
+) -> tuple[tuple[int, ...], ...]:
+    """Return, for every device, which consecutive parts of the model its chunks are, from 0.
 
     For 3 devices with 2 chunks each, the parts of the model in order:
 
@@ -63,8 +72,14 @@ def virtual_stage(device: int, chunk: int, num_devices: int, placement: Placemen
     In a vee the first and the last part share device 0, and no message is needed where it turns.
     """
     # Odd chunks of a vee count the devices from the last one.
-    backwards = placement == "vee" and chunk % 2 == 1
-    return chunk * num_devices + (num_devices - 1 - device if backwards else device)
+    return tuple(
+        tuple(
+            chunk * num_devices
+            + (num_devices - 1 - device if name == "vee" and chunk % 2 else device)
+            for chunk in range(num_chunks)
+        )
+        for device in range(num_devices)
+    )
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class Schedule:
 
     @property
     def num_virtual_stages(self) -> int:
-        return self.num_devices * self.num_chunks
+        return sum(map(len, self.parts))
 
     @property
     def num_actions(self) -> int:
@@ -97,18 +112,20 @@ class Schedule:
         return any(action.op is Op.W for actions in self.devices for action in actions)
 
     @cached_property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """The virtual stages of every device's chunks: `parts[d][c]` is chunk c of device d."""
+        if isinstance(self.placement, str):
+            return named_placement(self.placement, self.num_devices, self.num_chunks)
+        return self.placement
+
+    @cached_property
     def location(self) -> tuple[tuple[int, int], ...]:
-        """(device, chunk) of every virtual stage, in the order of the model: `virtual_stage`
-        inverted."""
-        where = {
-            virtual_stage(device, chunk, self.num_devices, self.placement): (device, chunk)
-            for device in range(self.num_devices)
-            for chunk in range(self.num_chunks)
-        }
-        return tuple(where[k] for k in range(self.num_virtual_stages))
+        """(device, chunk) of every virtual stage, in the order of the model: `parts` inverted."""
+        where = {k: (d, c) for d, row in enumerate(self.parts) for c, k in enumerate(row)}
+        return tuple(where[k] for k in range(len(where)))
 
     def virtual_stage(self, device: int, chunk: int) -> int:
-        return virtual_stage(device, chunk, self.num_devices, self.placement)
+        return self.parts[device][chunk]
 
     def only_forward(self) -> Schedule:
         """Return the schedule of its forwards alone, in the same order: an evaluation pass."""
@@ -133,12 +150,23 @@ _ACTION = re.compile(r"(?P<op>BW|F|B|W)(?P<micro_batch>[0-9]{1,9})(?:\.(?P<chunk
 
 def format_schedule(schedule: Schedule) -> str:
     """Return the text form: a header line, then one line of actions per device."""
-    header = f"# schedule: {schedule.name} micro_batches={schedule.num_micro_batches}"
-    if schedule.num_chunks > 1:
+    lines = [f"# schedule: {schedule.name} micro_batches={schedule.num_micro_batches}"]
+    if not isinstance(schedule.placement, str):
+        devices = (" ".join(map(str, row)) for row in schedule.placement)
+        lines.append(f"placement: {' | '.join(devices)}")
+    elif schedule.num_chunks > 1:
         # Left out with one chunk per device: the placement means nothing there.
-        header += f" chunks={schedule.num_chunks} placement={schedule.placement}"
-    rows = (f"{d}: {' '.join(map(str, actions))}" for d, actions in enumerate(schedule.devices))
-    return "\n".join([header, *rows]) + "\n"
+        lines[0] += f" chunks={schedule.num_chunks} placement={schedule.placement}"
+    rows = (f"{d}: {' '.join(words(actions))}" for d, actions in enumerate(schedule.devices))
+    return "\n".join([*lines, *rows]) + "\n"
+
+
+def words(actions: Iterable[Action]) -> list[str]:
+    """Return the actions as the text form has them: two that overlap are one word."""
+    found: list[str] = []
+    for action in actions:
+        found.append(f"({found.pop()}&{action})" if action.overlaps else str(action))
+    return found
 
 
 def parse_action(text: str) -> Action:
@@ -146,16 +174,28 @@ def parse_action(text: str) -> Action:
     match = _ACTION.fullmatch(text)
     if match is None:
         raise ScheduleError(
-            f"{text!r} is not an action; expected F, B, W or BW and a micro-batch: F0, BW12, W3.1"
+            f"{text!r} is not an action; expected F, B, W or BW and a micro-batch: F0, BW12, W3.1, "
+            "or two that overlap: (F1&BW0)"
         )
     return Action(Op(match["op"]), int(match["micro_batch"]), int(match["chunk"] or 0))
+
+
+def parse_word(text: str) -> tuple[Action, ...]:
+    """Read an action, or two that overlap: `(F7&BW3.1)`. Raises ScheduleError."""
+    if not (text.startswith("(") and text.endswith(")") and text.count("&") == 1):
+        return (parse_action(text),)
+    first, second = map(parse_action, text[1:-1].split("&"))
+    if first.op is not Op.F or second.op not in (Op.B, Op.BW):
+        raise ScheduleError(f"{text}; expected a forward and a whole backward, as in (F1&BW0)")
+    return first, replace(second, overlaps=True)
 
 
 def parse_schedule(text: str, name: str = "file") -> Schedule:
     """Read the text form: one line per device, `0: F0 F1 ...` (the number is optional).
 
     `#` starts a comment. The header line is optional: without it micro-batches and chunks are
-    counted, and the placement is "loop". Micro-batches may count from 0 or from 1. In a table
+    counted, and the placement is "loop". A line `placement: 0 1 4 | 2 3 5` says for every device
+    which virtual stages its chunks are. Micro-batches may count from 0 or from 1. In a table
     without any W, B means the whole backward and is read as BW.
 
     Raises ScheduleError with the line number for text that is no schedule. Whether the schedule can
@@ -166,7 +206,7 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
     for number, line in enumerate(text.splitlines(), start=1):
         if header := _HEADER.match(line.strip()):
             name = header["name"]
-            options = dict(word.split("=", 1) for word in header["rest"].split() if "=" in word)
+            options |= dict(word.split("=", 1) for word in header["rest"].split() if "=" in word)
             continue
         # An empty line is no device: one without actions still has its number, `2:`.
         content = line.split("#", 1)[0].strip()
@@ -174,12 +214,18 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
             continue
         # A device number must be the line's own: rows in another order would be another schedule.
         label, colon, actions = content.partition(":")
+        if label.strip() == "placement":
+            if "placement" in options:
+                raise ScheduleError(f"line {number}: a second placement; expected one")
+            options["placement"] = actions
+            continue
         if colon and label.strip() != str(len(rows)):
             raise ScheduleError(
                 f"line {number}: device {label.strip()!r}; expected {len(rows)}, in order"
             )
         try:
-            rows.append([parse_action(word) for word in (actions if colon else content).split()])
+            text_of_row = actions if colon else content
+            rows.append([a for word in text_of_row.split() for a in parse_word(word)])
         except ScheduleError as error:
             raise ScheduleError(f"line {number}: {error}") from None
     return build_schedule(rows, name, options)
@@ -199,16 +245,19 @@ def build_schedule(
         raise ScheduleError(
             "no action in it; expected one line per device, such as: 0: F0 F1 BW0 BW1"
         )
+    placement = _read_placement(options.get("placement", "loop"))
+    counted = (
+        1 + max(action.chunk for action in actions)
+        if isinstance(placement, str)
+        else max(map(len, placement))
+    )
     try:
-        num_chunks = int(options.get("chunks", 1 + max(action.chunk for action in actions)))
+        num_chunks = int(options.get("chunks", counted))
         stated = int(options["micro_batches"]) if "micro_batches" in options else None
     except ValueError:
         raise ScheduleError(
             f"header: {options}; micro_batches and chunks are whole numbers"
         ) from None
-    placement = options.get("placement", "loop")
-    if placement not in ("loop", "vee"):
-        raise ScheduleError(f"header: placement={placement}; expected loop or vee")
     first, last = min(a.micro_batch for a in actions), max(a.micro_batch for a in actions)
     # Counted from 1 only if no micro-batch 0 occurs and the header's number, if any, agrees.
     base = 1 if first == 1 and (stated is None or last == stated) else 0
@@ -216,11 +265,20 @@ def build_schedule(
     merged = not any(action.op is Op.W for action in actions)
     devices = tuple(
         tuple(
-            Action(Op.BW if merged and a.op is Op.B else a.op, a.micro_batch - base, a.chunk)
+            replace(
+                a,
+                op=Op.BW if merged and a.op is Op.B else a.op,
+                micro_batch=a.micro_batch - base,
+            )
             for a in row
         )
         for row in rows
     )
+    for action in itertools.chain.from_iterable(devices):
+        if action.overlaps and action.op is not Op.BW:
+            raise ScheduleError(
+                f"{action} runs together with a forward; expected a whole backward, as in (F1&BW0)"
+            )
     num_micro_batches = last + 1 - base if stated is None else stated
     # Before any array is made: a header may announce whatever it likes.
     if (
@@ -232,6 +290,42 @@ def build_schedule(
             "expected at least 1 of "
             f"each, and a product of at most {MAX_PLACES}"
         )
-    return Schedule(
-        name, devices, num_micro_batches, num_chunks, "vee" if placement == "vee" else "loop", base
-    )
+    if not isinstance(placement, str):
+        if (len(placement), counted) != (len(rows), num_chunks):
+            raise ScheduleError(
+                f"placement of {len(placement)} devices and {counted} chunks; the schedule has "
+                f"{len(rows)} devices and {num_chunks} chunks"
+            )
+        placement = canonical(placement)
+    return Schedule(name, devices, num_micro_batches, num_chunks, placement, base)
+
+
+def canonical(placement: tuple[tuple[int, ...], ...]) -> Placement:
+    """Return the placement by its name where it has one. With one chunk per device that is "loop".
+
+    Raises ScheduleError unless every virtual stage from 0 on occurs exactly once, and every device
+    holds at least one.
+    """
+    numbers = sorted(itertools.chain.from_iterable(placement))
+    if numbers != list(range(len(numbers))) or not all(placement):
+        shown = " | ".join(" ".join(map(str, row)) for row in placement)
+        raise ScheduleError(
+            f"placement {shown}: expected every virtual stage once, counted from 0, and at least "
+            "one on each device, as in 0 3 | 1 2"
+        )
+    for name in ("loop", "vee"):
+        if placement == named_placement(name, len(placement), len(placement[0])):
+            return name
+    return placement
+
+
+def _read_placement(text: str) -> Placement:
+    if text in ("loop", "vee"):
+        return "vee" if text == "vee" else "loop"
+    try:
+        return tuple(tuple(map(int, row.split())) for row in text.split("|"))
+    except ValueError:
+        raise ScheduleError(
+            f"placement {text.strip()}; expected loop, vee or the virtual stages of every device, "
+            "as in 0 3 | 1 2"
+        ) from None

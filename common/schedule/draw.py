@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from common.schedule.action import Action, Op, Schedule, ScheduleError
+from common.schedule.action import Op, Schedule, ScheduleError
 from common.schedule.simulate import Costs, Simulation, simulate
 
 MAX_COLUMNS = 20_000
@@ -66,20 +66,13 @@ def draw_color(
     return picture
 
 
-def label(action: Action) -> str:
-    """Return the action as a chart shows it (the same as in the text form)."""
-    return str(action)
-
-
 def _lines(simulation: Simulation, ascii_only: bool) -> list[_Line]:
     dot, dash = (".", "-") if ascii_only else ("·", "─")
     table, schedule = simulation.table, simulation.schedule
     spent = simulation.end - simulation.start
     shortest = float(spent[spent > 0].min()) if (spent > 0).any() else 1.0
     names = (
-        [label(table.action(row)) for row in range(table.num_rows)]
-        if table.num_rows <= MAX_COLUMNS
-        else []
+        [table.label(row) for row in range(table.num_rows)] if table.num_rows <= MAX_COLUMNS else []
     )
     # The narrowest cell in which every label fits with a space after it, whatever its action's
     # duration.

@@ -67,15 +67,18 @@ def draw_pictures(
 
 def _draw(axes: Axes, simulation: Simulation, points_per_unit: float) -> None:
     schedule, table = simulation.schedule, simulation.table
-    spent = simulation.end - simulation.start
     axes.set_facecolor("#f2f2f2")
     top, bottom = table.device - 0.46, table.device + 0.46
+    # Two that overlap are one box in two halves: the first above, the second below.
+    start, end = simulation.start, simulation.end.copy()
+    bottom[table.leads] = top[table.leads + 1] = table.device[table.leads]
+    end[table.leads] = end[table.leads + 1]
     corners = np.stack(
         [
-            np.stack([simulation.start, top], 1),
-            np.stack([simulation.end, top], 1),
-            np.stack([simulation.end, bottom], 1),
-            np.stack([simulation.start, bottom], 1),
+            np.stack([start, top], 1),
+            np.stack([end, top], 1),
+            np.stack([end, bottom], 1),
+            np.stack([start, bottom], 1),
         ],
         axis=1,
     )  # (n, 4, 2)
@@ -96,11 +99,10 @@ def _draw(axes: Axes, simulation: Simulation, points_per_unit: float) -> None:
         for row in range(table.num_rows):
             # The colour says the operation, so the micro-batch is all that a label has to say.
             text = str(int(table.micro_batch[row]) + schedule.first_micro_batch)
-            if len(text) * POINTS_PER_CHARACTER < spent[row] * points_per_unit:
-                middle = (simulation.start[row] + simulation.end[row]) / 2
+            if len(text) * POINTS_PER_CHARACTER < (end[row] - start[row]) * points_per_unit:
                 axes.text(
-                    middle,
-                    float(table.device[row]),
+                    (start[row] + end[row]) / 2,
+                    (top[row] + bottom[row]) / 2,
                     text,
                     ha="center",
                     va="center",

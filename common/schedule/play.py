@@ -42,9 +42,9 @@ def play(
     """Run the table.
 
     `durations` (n,) are of the rows, `delays` (n,) of the messages that rows wait for; both in one
-    unit. Sending takes the sender no time. `source` (n,) replaces `Table.source`.
+    unit. Sending takes the sender no time. `source` (n,) replaces `Table.awaited`.
     """
-    sources = (table.source if source is None else source).tolist()
+    sources = (table.awaited if source is None else source).tolist()
     bounds = table.bounds.tolist()
     start, end = [-1.0] * table.num_rows, [-1.0] * table.num_rows
     reached = bounds[:-1]

@@ -8,7 +8,8 @@
 The model is that of the Zero Bubble paper's tables: the order on every device is fixed; an action
 starts when the previous one has ended and its message has arrived, `communication` after the
 sender's action ended; sending costs the sender nothing. Costs are for a device's whole share of the
-model: with v chunks each chunk takes 1/v of them, but every message its full time.
+model: with v chunks each chunk takes 1/v of them, but every message its full time. Where chunks are
+unlike (the head of a V lies on device 0) there may be a cost for every virtual stage instead.
 
 Example: 1F1B, 2 stages, 2 micro-batches, F = B = W = 1, so BW = 2:
 
@@ -25,7 +26,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from common.schedule.action import Op, Schedule, ScheduleError
 from common.schedule.play import play
@@ -45,8 +46,8 @@ are below a run's by up to one trip around, p x communication."""
 
 @dataclass(frozen=True)
 class Costs:
-    """What one micro-batch costs, one entry per stage. All times are in one unit, of your choice.
-    [1]"""
+    """What one micro-batch costs, one entry per stage, or one per virtual stage in the order of the
+    model. All times are in one unit, of your choice. [1]"""
 
     forward: tuple[float, ...]
     backward_input: tuple[float, ...]
@@ -54,7 +55,7 @@ class Costs:
     communication: tuple[float, ...]
     """Of a message that leaves this stage, whatever device it goes to."""
     activation_bytes: tuple[int, ...] | None = None
-    """Of one micro-batch on the whole stage."""
+    """Of one micro-batch."""
     kept_by_backward_input: float = 0.5
     """The share of an activation that B leaves held for W: 0 if W needs nothing, 1 if B frees
     nothing.
@@ -68,6 +69,9 @@ class Costs:
     kept_by_forward: float = 0.0
     """With recomputation: the share of an activation that F leaves held, the input of the chunk (or
     of every piece)."""
+    overlap: tuple[float, ...] | None = None
+    """Of a forward and a backward at the same time, on the backward's stage; by default what they
+    take one after the other."""
 
     @classmethod
     def uniform(
@@ -94,13 +98,15 @@ class Costs:
             len(self.backward_weight),
             len(self.communication),
         }
-        if self.activation_bytes is not None:
-            lengths.add(len(self.activation_bytes))
+        lengths |= {len(each) for each in (self.activation_bytes, self.overlap) if each is not None}
         if len(lengths) > 1:
             raise ScheduleError(
                 f"costs for {sorted(lengths)} stages; expected the same number for every cost"
             )
-        times = (*self.forward, *self.backward_input, *self.backward_weight, *self.communication)
+        times = (
+            *(*self.forward, *self.backward_input, *self.backward_weight),
+            *(*self.communication, *(self.overlap or ())),
+        )
         if any(not 0 <= time < float("inf") for time in times):
             raise ScheduleError(
                 f"costs {self}: a time is negative or not a number; expected 0 or more"
@@ -196,14 +202,14 @@ class Simulation:
     @cached_property
     def peak_chunks_in_flight_per_stage(self) -> list[int]:
         """The most forwards that wait for their B (or BW). Depends on the order alone."""
-        return [round(peak) for peak in self._peak(1.0, 1.0, 0.0)]
+        one = np.ones((self.schedule.num_devices, self.schedule.num_chunks))
+        return [round(float(peak)) for peak in _peak_held(self.table, "none", one, one, 0 * one)]
 
     @property
     def peak_in_flight_per_stage(self) -> list[float]:
         """The same in micro-batches on the whole stage: a chunk counts 1/v."""
-        return [
-            chunks / self.schedule.num_chunks for chunks in self.peak_chunks_in_flight_per_stage
-        ]
+        peaks = zip(self.peak_chunks_in_flight_per_stage, self.table.chunk_counts, strict=True)
+        return [float(chunks / count) for chunks, count in peaks]
 
     @property
     def peak_memory_per_stage(self) -> list[float]:
@@ -213,23 +219,21 @@ class Simulation:
         (`Costs.kept_by_backward_input`), W or BW frees the rest. What B computes again lives within
         B alone and is not counted, as in a run (`common.runtime.held`).
         """
-        peaks = self._peak(1.0, self.costs.kept_by_forward, self.costs.kept_by_backward_input)
-        return [peak / self.schedule.num_chunks for peak in peaks]
+        return self._peak(np.ones(self.schedule.num_devices))
 
     @property
     def peak_bytes_per_stage(self) -> list[int] | None:
         """The same in bytes, if the costs include an activation's size."""
         if self.costs.activation_bytes is None:
             return None
-        sizes = zip(self.peak_memory_per_stage, self.costs.activation_bytes, strict=True)
-        return [round(peak * size) for peak, size in sizes]
+        return [round(peak) for peak in self._peak(np.array(self.costs.activation_bytes))]
 
-    def _peak(self, forward: float, recomputed: float, waiting: float) -> list[float]:
-        """Return the most that each device holds, with these sizes for every chunk."""
-        sizes = [
-            np.full((self.schedule.num_devices, self.schedule.num_chunks), x)
-            for x in (forward, recomputed, waiting)
-        ]
+    def _peak(self, size: FloatArray) -> list[float]:
+        """Return the most that each device holds, if an activation of each stage has this size."""
+        of_chunk = np.zeros((self.schedule.num_devices, self.schedule.num_chunks))
+        of_chunk[self.table.device, self.table.chunk] = _per_row(self.table, size, shared=True)
+        kept = self.costs.kept_by_forward, self.costs.kept_by_backward_input
+        sizes = of_chunk, kept[0] * of_chunk, kept[1] * of_chunk
         return [float(peak) for peak in _peak_held(self.table, self.costs.recompute, *sizes)]
 
 
@@ -245,30 +249,47 @@ def simulate(
     and for costs of another number of stages.
     """
     costs = costs or Costs.uniform(schedule.num_devices)
-    if costs.num_stages != schedule.num_devices:
+    if costs.num_stages not in (schedule.num_devices, schedule.num_virtual_stages):
         raise ScheduleError(
             f"costs for {costs.num_stages} stages; the schedule has {schedule.num_devices}"
         )
     if check:
         require_valid(schedule)
     table = tabulate(schedule)
-    # [2] A (4, p) matrix of costs, looked up for every row; a B that recomputes takes F's time too.
-    cost = np.array([costs.of(op) for op in OPS])[table.op, table.device]  # (n,)
+    # [2] A B that recomputes takes F's time too.
+    forward = _per_row(table, costs.forward, shared=True)
+    cost = np.choose(table.op, [_per_row(table, costs.of(op), shared=True) for op in OPS])  # (n,)
     # Which rows recompute: B and BW, of the micro-batches that `recompute` names.
     again = _recomputed(table, costs.recompute) & np.isin(table.op, (OP_CODE[Op.B], OP_CODE[Op.BW]))
-    cost = (
-        cost + np.where(again, np.array(costs.forward)[table.device], 0.0)
-    ) / schedule.num_chunks
+    # Of two that overlap the second takes the time of both, and the first none.
+    if costs.overlap is not None:
+        both = _per_row(table, costs.overlap, shared=True)
+        cost = np.where(table.overlaps, both, cost)
+    else:
+        cost[table.leads + 1] += cost[table.leads]
+    cost[table.leads] = 0.0
+    cost += np.where(again, forward, 0.0)
     source = (
-        np.where(table.trusted_wrap_arounds, -1, table.source)
+        np.where(table.trusted_wrap_arounds, -1, table.awaited)
         if wrap_around == "first"
-        else table.source
+        else table.awaited
     )
     # The sender's stage decides. Where source is -1 this looks up the last row, which play ignores.
-    delay = np.array(costs.communication, np.float64)[table.device[source]]
+    delay = _per_row(table, costs.communication)[source]
     # [3]
     played = play(table, cost.tolist(), delay.tolist(), source)
-    return Simulation(table, costs, np.array(played.start), np.array(played.end))
+    start, end = np.array(played.start), np.array(played.end)
+    start[table.leads] = end[table.leads] = start[table.leads + 1]
+    return Simulation(table, costs, start, end)
+
+
+def _per_row(table: Table, values: ArrayLike, shared: bool = False) -> FloatArray:
+    """Return (n,): the entry of each row's stage, `shared` evenly by its chunks, or that of its
+    virtual stage."""
+    array = np.array(values, np.float64)
+    if len(array) == table.schedule.num_devices:
+        return (array / table.chunk_counts if shared else array)[table.device]
+    return array[table.virtual_stage]
 
 
 def peak_held_bytes(
@@ -331,19 +352,32 @@ def replay_makespan(schedule: Schedule, durations: Sequence[Sequence[float]]) ->
         raise ScheduleError(
             "durations for another schedule; expected one per action, device by device"
         )
-    return max(play(table, flat, [0.0] * table.num_rows).end)
+    # A run does one thing at a time: `source`, not `awaited`.
+    return max(play(table, flat, [0.0] * table.num_rows, table.source).end)
 
 
-def per_stage(values: Sequence[float], stages: int, what: str) -> tuple[float, ...]:
-    """Return one number per stage from one for all or one for each. Raises ScheduleError
-    otherwise."""
+def per_stage(
+    values: Sequence[float], stages: int, what: str, virtual_stages: int | None = None
+) -> tuple[float, ...]:
+    """Return one number per stage from one for all or one for each, or the numbers of all virtual
+    stages. Raises ScheduleError for any other number of them."""
     if len(values) == 1:
         return (values[0],) * stages
-    if len(values) != stages:
-        raise ScheduleError(
-            f"{what}: {len(values)} numbers for {stages} stages; expected 1 or {stages}"
-        )
+    if len(values) not in (stages, virtual_stages):
+        counts = f"1 or {stages}" if virtual_stages is None else f"1, {stages} or {virtual_stages}"
+        raise ScheduleError(f"{what}: {len(values)} numbers for {stages} stages; expected {counts}")
     return tuple(values)
+
+
+def per_virtual_stage(
+    values: tuple[float, ...], schedule: Schedule, shared: bool = True
+) -> tuple[float, ...]:
+    """Return one number per virtual stage from as many, or from one per stage: its chunks' share of
+    it, or (not `shared`) the whole."""
+    if len(values) == schedule.num_virtual_stages:
+        return values
+    share = [len(parts) if shared else 1 for parts in schedule.parts]
+    return tuple(values[device] / share[device] for device, _ in schedule.location)
 
 
 def _idle_share(busy: float, time: float) -> float:

@@ -22,6 +22,9 @@
 
 [5] `source[row]` is the one row on another device that a row waits for: source[3] = 7. The
     simulator and the validator need no more than this to play a schedule.
+
+[6] Two actions that overlap are two rows, of which the second takes the time of both: the first is
+    over in no time, and whoever needs its result waits for the second (`awaited`).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from common.schedule.action import Action, Op, Schedule
+from common.schedule.action import Action, Op, Schedule, words
 from common.schedule.dependencies import GIVES, NEEDS
 
 IntArray = NDArray[np.int64]
@@ -58,6 +61,7 @@ class Table:
     op: IntArray  # (n,) index into OPS
     micro_batch: IntArray  # (n,)
     chunk: IntArray  # (n,)
+    overlaps: NDArray[np.bool_]  # (n,): runs together with the row before it
 
     @property
     def num_rows(self) -> int:
@@ -66,21 +70,21 @@ class Table:
     @cached_property
     def in_range(self) -> NDArray[np.bool_]:
         """(n,): whether the schedule has this micro-batch and this chunk."""
-        return (self.micro_batch < self.schedule.num_micro_batches) & (
-            self.chunk < self.schedule.num_chunks
-        )
+        return (self.micro_batch < self.schedule.num_micro_batches) & (self.virtual_stage >= 0)
+
+    @cached_property
+    def chunk_counts(self) -> IntArray:
+        """(p,)"""
+        return np.array([len(row) for row in self.schedule.parts])
 
     @cached_property
     def virtual_stage(self) -> IntArray:
         """(n,); -1 for a chunk that is out of range."""
-        schedule = self.schedule
-        of = np.array(
-            [
-                [schedule.virtual_stage(d, c) for c in range(schedule.num_chunks)]
-                for d in range(schedule.num_devices)
-            ]
-        )
-        known = self.chunk < schedule.num_chunks
+        # Devices may have different numbers of chunks: what a short row lacks stays -1.
+        of = np.full((self.schedule.num_devices, self.schedule.num_chunks), -1)
+        for device, row in enumerate(self.schedule.parts):
+            of[device, : len(row)] = row
+        known = self.chunk < self.schedule.num_chunks
         return np.where(known, of[self.device, np.where(known, self.chunk, 0)], -1)
 
     def slots(self, result: Op, rows: IntArray, offset: int = 0) -> IntArray:
@@ -156,6 +160,18 @@ class Table:
         return source
 
     @cached_property
+    def leads(self) -> IntArray:
+        """The rows whose next row overlaps with them."""
+        return np.flatnonzero(self.overlaps) - 1
+
+    @cached_property
+    def awaited(self) -> IntArray:
+        """(n,): the row whose end each row waits for, -1 for none. [6]"""
+        ends = np.arange(self.num_rows)
+        ends[self.leads] += 1
+        return np.where(self.source >= 0, ends[self.source], -1)
+
+    @cached_property
     def trusted_wrap_arounds(self) -> NDArray[np.bool_]:
         """(n,): rows that receive from the other end of the devices and are not the first of their
         group.
@@ -175,7 +191,9 @@ class Table:
         # From device p - 1 to device 0, or back. Next to each other (distance 1) is no way around.
         distance = np.abs(self.device[self.source] - self.device)
         wraps = (self.source >= 0) & (distance == self.schedule.num_devices - 1) & (distance > 1)
-        if self.schedule.num_devices == 2 and self.schedule.placement == "loop":
+        if self.schedule.placement != "loop":
+            return np.zeros(self.num_rows, np.bool_)
+        if self.schedule.num_devices == 2:
             # With 2 devices the way around is as short as the way on; only the direction tells them
             # apart: an F that device 0 receives has gone around, and so has a B on device 1.
             forward = self.op == OP_CODE[Op.F]
@@ -183,11 +201,25 @@ class Table:
         return np.array(follows & wraps, np.bool_)
 
     def action(self, row: int) -> Action:
-        return Action(OPS[self.op[row]], int(self.micro_batch[row]), int(self.chunk[row]))
+        return Action(
+            OPS[self.op[row]],
+            int(self.micro_batch[row]),
+            int(self.chunk[row]),
+            bool(self.overlaps[row]),
+        )
+
+    def label(self, row: int) -> str:
+        """Return the row's word in the text form; the first of two that overlap has none."""
+        first = row - int(self.overlaps[row])
+        return words(self.action(each) for each in range(first, row + 1))[0]
+
+    @cached_property
+    def _words_before(self) -> IntArray:
+        return np.arange(self.num_rows) - np.cumsum(self.overlaps)
 
     def position(self, row: int) -> int:
-        """Return the row's place in its device's list, from 0."""
-        return int(row - self.bounds[self.device[row]])
+        """Return the place of the row's word in its device's list, from 0."""
+        return int(self._words_before[row] - self._words_before[self.bounds[self.device[row]]])
 
 
 def tabulate(schedule: Schedule) -> Table:
@@ -209,9 +241,8 @@ def tabulate(schedule: Schedule) -> Table:
         for d, row in zip(device_of_first.tolist(), first.tolist(), strict=True)
     ]
     columns = np.array(
-        [(OP_CODE[a.op], a.micro_batch, a.chunk) for a in distinct], np.int64
-    ).reshape(-1, 3)
-    op, micro_batch, chunk = columns[inverse].T
-    return Table(
-        schedule, bounds, np.repeat(np.arange(len(lengths)), lengths), op, micro_batch, chunk
-    )
+        [(OP_CODE[a.op], a.micro_batch, a.chunk, a.overlaps) for a in distinct], np.int64
+    ).reshape(-1, 4)
+    op, micro_batch, chunk, overlaps = columns[inverse].T
+    device = np.repeat(np.arange(len(lengths)), lengths)
+    return Table(schedule, bounds, device, op, micro_batch, chunk, overlaps.astype(np.bool_))

@@ -17,6 +17,7 @@ And the text form of schedules with start and end after every action:
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, replace
 
@@ -28,13 +29,14 @@ from common.schedule.action import (
     Schedule,
     ScheduleError,
     build_schedule,
-    parse_action,
     parse_schedule,
+    parse_word,
 )
 
 # Bounded, and only from a word's beginning, so that a long word does not take quadratic time.
 _TIMED = re.compile(
-    r"(?<!\w)(?P<action>\w{1,16}(?:\.\d{1,9})?)@(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)",
+    r"(?<!\w)(?P<action>\w{1,16}(?:\.\d{1,9})?|\([\w.]{1,26}&[\w.]{1,26}\))"
+    r"@(?P<start>\d+(?:\.\d+)?)-(?P<end>\d+(?:\.\d+)?)",
     re.ASCII,
 )
 
@@ -56,7 +58,9 @@ class Timetable:
         return flat[:, 0], flat[:, 1]
 
 
-_TimedRow = list[tuple[float, float, Action]]
+_Word = tuple[Action, ...]
+"""An action, or two that overlap."""
+_TimedRow = list[tuple[float, float, _Word]]
 
 
 def read_table(text: str, name: str = "file") -> Schedule | Timetable:
@@ -69,43 +73,39 @@ def read_table(text: str, name: str = "file") -> Schedule | Timetable:
     return parse_schedule(text, name)
 
 
-def _build(rows: list[_TimedRow], schedule_of_order: Schedule | None, name: str) -> Timetable:
+def _build(rows: list[_TimedRow], name: str, untimed: Schedule | None = None) -> Timetable:
+    """Put the rows in order of their start; all but their order is `untimed`'s, if given."""
     rows = [sorted(row, key=lambda timed: timed[:2]) for row in rows]
-    spans = tuple(tuple((start, end) for start, end, _ in row) for row in rows)
-    schedule = schedule_of_order or build_schedule(
-        [[action for _, _, action in row] for row in rows], name
-    )
-    return Timetable(schedule, spans)
+    spans = tuple(tuple((start, end) for start, end, word in row for _ in word) for row in rows)
+    actions = [[action for _, _, word in row for action in word] for row in rows]
+    if untimed is None:
+        return Timetable(build_schedule(actions, name), spans)
+    return Timetable(replace(untimed, devices=tuple(map(tuple, actions))), spans)
 
 
 def _parse_timed(text: str, name: str) -> Timetable:
     # The order and the header are read as the untimed form is; only the times are taken out before.
     without = parse_schedule(_TIMED.sub(lambda match: match["action"], text), name)
+    lines = (line.split("#", 1)[0].strip() for line in text.splitlines())
+    lines = (line for line in lines if line and not line.startswith("placement"))
     rows: list[_TimedRow] = []
-    for device, line in enumerate(
-        line for line in text.splitlines() if line.split("#", 1)[0].strip()
-    ):
-        words = (
-            line.split("#", 1)[0].partition(":")[2].split()
-            if ":" in line
-            else line.split("#", 1)[0].split()
-        )
-        matches = [_TIMED.fullmatch(word) for word in words]
+    for device, line in enumerate(lines):
+        actions = iter(without.devices[device])
         row: _TimedRow = []
-        for word, match, action in zip(words, matches, without.devices[device], strict=True):
+        for text_of_word in line.rpartition(":")[2].split():
+            match = _TIMED.fullmatch(text_of_word)
             if match is None:
                 raise ScheduleError(
-                    f"device {device}: {word!r} has no times; expected F0@0-1 for every action"
+                    f"device {device}: {text_of_word!r} has no times; expected F0@0-1 for every "
+                    "action"
                 )
             start, end = float(match["start"]), float(match["end"])
             if end < start:
-                raise ScheduleError(f"device {device}: {word} ends before it starts")
-            row.append((start, end, action))
-        rows.append(sorted(row, key=lambda timed: timed[:2]))
-    schedule = replace(
-        without, devices=tuple(tuple(action for _, _, action in row) for row in rows)
-    )
-    return _build(rows, schedule, name)
+                raise ScheduleError(f"device {device}: {text_of_word} ends before it starts")
+            word = tuple(itertools.islice(actions, 2 if "&" in match["action"] else 1))
+            row.append((start, end, word))
+        rows.append(row)
+    return _build(rows, name, without)
 
 
 def _parse_chart(lines: list[str], name: str) -> Timetable:
@@ -128,26 +128,26 @@ def _parse_chart(lines: list[str], name: str) -> Timetable:
     ends = [*times[1:], times[-1] + last]
     rows: list[_TimedRow] = [[] for _ in cells[0][1:]]
     for device, timed in enumerate(rows):
-        running: dict[Action, int] = {}
+        running: dict[_Word, int] = {}
         for line, start, end in zip(cells[1:], times, ends, strict=True):
-            now: dict[Action, int] = {}
-            for word in re.split(r"[\s,;]+", line[1 + device]):
-                if word in ("", "-", "·", "."):
+            now: dict[_Word, int] = {}
+            for text in re.split(r"[\s,;]+", line[1 + device]):
+                if text in ("", "-", "·", "."):
                     continue
-                action = _parse_cell(word, line[0])
-                if action in running and action not in now:
-                    timed[running[action]] = (timed[running[action]][0], end, action)
-                    now[action] = running[action]
+                word = _parse_cell(text, line[0])
+                if word in running and word not in now:
+                    timed[running[word]] = (timed[running[word]][0], end, word)
+                    now[word] = running[word]
                 else:
-                    now[action] = len(timed)
-                    timed.append((start, end, action))
+                    now[word] = len(timed)
+                    timed.append((start, end, word))
             running = now
-    return _build(rows, None, name)
+    return _build(rows, name)
 
 
-def _parse_cell(word: str, time: str) -> Action:
+def _parse_cell(text: str, time: str) -> _Word:
     try:
-        return parse_action(word)
+        return parse_word(text)
     except ScheduleError as error:
         raise ScheduleError(f"chart, time {time}: {error}") from None
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from common.schedule.action import Op
 from common.schedule.simulate import Simulation
 
@@ -61,11 +63,11 @@ def _events(simulation: Simulation, name: str, pid: int) -> list[dict[str, Any]]
         lane = {"ph": "M", "pid": pid, "tid": thread[d]}
         events.append(lane | {"name": "thread_name", "args": {"name": f"device {d}"}})
         events.append(lane | {"name": "thread_sort_index", "args": {"sort_index": d}})
-    for row in range(table.num_rows):
+    for row in np.delete(np.arange(table.num_rows), table.leads).tolist():
         action = table.action(row)
         events.append(
             {
-                "name": str(action),
+                "name": table.label(row),
                 "cat": action.op.value,
                 "ph": "X",
                 "pid": pid,
@@ -80,7 +82,7 @@ def _events(simulation: Simulation, name: str, pid: int) -> list[dict[str, Any]]
                 },
             }
         )
-    for row, sender in enumerate(table.source.tolist()):
+    for row, sender in enumerate(table.awaited.tolist()):
         if sender < 0:
             continue
         kind = "activation" if table.action(row).op is Op.F else "gradient"

@@ -138,11 +138,8 @@ class _Report:
         table, schedule = self.table, self.schedule
         for row in np.flatnonzero(~table.in_range).tolist():
             right = f"micro-batches {self.label(0)} to {self.label(schedule.num_micro_batches - 1)}"
-            self.add(
-                Rule.UNKNOWN_ACTION,
-                row,
-                f"the schedule has {right} and chunks 0 to {schedule.num_chunks - 1}",
-            )
+            chunks = f"chunks 0 to {table.chunk_counts[table.device[row]] - 1}"
+            self.add(Rule.UNKNOWN_ACTION, row, f"the schedule has {right} and {chunks}")
         # Two rows that fill one slot repeat an action; a slot that no row fills misses one.
         slots, rows = table.results
         for slot, row in sorted(zip(*_repeats(slots, rows), strict=True), key=lambda pair: pair[1]):
@@ -165,14 +162,14 @@ class _Report:
 
     def check_counts(self) -> None:
         """Check every device's totals: F, B (with BW) and W (with BW) each m x v times."""
-        table, right = self.table, self.schedule.num_micro_batches * self.schedule.num_chunks
+        table, each = self.table, self.schedule.num_micro_batches * self.table.chunk_counts  # (p,)
         count = np.zeros((self.schedule.num_devices, len(OP_CODE)), np.int64)
         np.add.at(count, (table.device, table.op), 1)
         for result, (op, merged) in _PART_OF.items():
             found = count[:, OP_CODE[op]] + (0 if op is Op.F else count[:, OP_CODE[merged]])
-            for device in np.flatnonzero(found != right).tolist():
+            for device in np.flatnonzero(found != each).tolist():
                 has = f"{found[device]} {result.value}" + ("" if op is Op.F else " (BW included)")
-                message = f"{has}; expected {right}, one per micro-batch and chunk"
+                message = f"{has}; expected {each[device]}, one per micro-batch and chunk"
                 self.violations.append(Violation(Rule.ACTION_COUNT, device, None, "", message))
 
     def check_order(self) -> None:
@@ -183,6 +180,10 @@ class _Report:
             producer = table.producer[slots]
             # Rows are in list order, so a larger row on the same device comes later in its list.
             late = (producer > rows) & (table.device[producer] == table.device[rows])
+            together = table.overlaps[rows] & (producer == rows - 1)
+            for row in rows[together].tolist():
+                message = f"needs {self.name(row - 1)}, with which it overlaps"
+                self.add(_RULE_OF_NEED[result, offset], row, message)
             for row, needed in zip(rows[late].tolist(), producer[late].tolist(), strict=True):
                 comes = f"which comes later, at action {table.position(needed)}"
                 self.add(
@@ -249,9 +250,8 @@ class _Report:
             # Against the latest end so far, not the previous one's: a long action may cover
             # several.
             latest = np.maximum.accumulate(end[rows])
-            for at in (
-                1 + np.flatnonzero(latest[:-1] > start[rows][1:] + timetable.tolerance)
-            ).tolist():
+            early = latest[:-1] > start[rows][1:] + timetable.tolerance
+            for at in (1 + np.flatnonzero(early & ~table.overlaps[rows][1:])).tolist():
                 row, other = rows[at], rows[int(np.argmax(end[rows[:at]]))]
                 message = (
                     f"starts at {start[row]:g}, while {self.name(other)} runs until {end[other]:g}"

@@ -91,6 +91,15 @@ LOOP = """# schedule: loop micro_batches=2 chunks=2 placement=loop
 0: F0 F1 F0.1 F1.1 BW0.1 BW1.1 BW0 BW1
 1: F0 F1 F0.1 BW0.1 F1.1 BW1.1 BW0 BW1
 """
+PAIRS = """# schedule: pairs micro_batches=3
+0: F0 F1 (F2&BW0) BW1 BW2
+1: F0 (F1&BW0) (F2&BW1) BW2
+"""
+OWN = """# schedule: own micro_batches=2
+placement: 0 1 4 | 2 3 5
+0: F0 F0.1 F1 F1.1 F0.2 F1.2 BW0.2 BW1.2 BW0.1 BW0 BW1.1 BW1
+1: F0 F0.1 F1 F1.1 F0.2 BW0.2 F1.2 BW1.2 BW0.1 BW0 BW1.1 BW1
+"""
 ALL = [
     make_schedule(name, p, m)
     for name in ("naive", "gpipe", "1f1b")
@@ -100,7 +109,7 @@ ALL = [
 
 
 @pytest.mark.parametrize(
-    "schedule", [*ALL, *map(parse_schedule, (SPLIT, VEE, LOOP))], ids=lambda s: s.name
+    "schedule", [*ALL, *map(parse_schedule, (SPLIT, VEE, LOOP, PAIRS, OWN))], ids=lambda s: s.name
 )
 def test_every_schedule_computes_the_same(schedule: Schedule) -> None:
     assert set(GENERATORS) >= {"naive", "gpipe", "1f1b"}

@@ -48,6 +48,12 @@ TIMES = [f"--{key.replace('_', '-')}={value}" for key, value in ROW["millisecond
         ),
         ("simulate --stages 2 --micro-batches 2 --schedule gpipe,zb-v --chunks 2", "cannot choose"),
         ("draw --schedule file:PATH --chunks 2", "--chunks 2; the schedule in the file has 1"),
+        ("draw --schedule file:PATH --overlap 2", "nothing overlaps in mine"),
+        ("simulate --schedule gpipe,1f1b --stages 2 --micro-batches 2 --overlap 2", "gpipe, 1f1b"),
+        (
+            "simulate --schedule zb-v --stages 2 --micro-batches 2 --forward 1,2,3",
+            "expected 1, 2 or 4",
+        ),
     ],
 )
 def test_options_that_nothing_reads_are_refused(
