@@ -19,6 +19,7 @@ from common.io.usage import UsageError
 from common.schedule.action import Op, Schedule, ScheduleError, format_schedule
 from common.schedule.draw import draw_color, draw_text
 from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_schedule
+from common.schedule.pytorch_csv import format_csv
 from common.schedule.recompute import WORDS
 from common.schedule.search import limits, lower_bound, search
 from common.schedule.simulate import (
@@ -30,7 +31,7 @@ from common.schedule.simulate import (
     simulate,
 )
 from common.schedule.table import OP_CODE, tabulate
-from common.schedule.timetable import Timetable, read_table
+from common.schedule.timetable import Timetable, read_schedule, read_table
 from common.schedule.validate import validate, validate_timetable
 
 EXIT_VIOLATIONS = 1
@@ -52,7 +53,10 @@ def register(subcommands: Any) -> None:
     _add_schedule(draw, "{} or file:PATH")
     _add_costs(draw, memory=False)
     draw.add_argument(
-        "--output", metavar="FILE", help="write to FILE: .png, .svg, .txt or .json (a Chrome trace)"
+        "--output",
+        metavar="FILE",
+        help="write to FILE: .png, .svg, .txt, .json (a Chrome trace) or .csv "
+        "(the schedule for torch.distributed.pipelining)",
     )
     draw.set_defaults(run=_reporting(_draw))
 
@@ -61,7 +65,9 @@ def register(subcommands: Any) -> None:
     _add_costs(simulator)
     _add_wrap_around(simulator)
     simulator.add_argument(
-        "--output", metavar="FILE", help="write the schedule to FILE in text form, for file:FILE"
+        "--output",
+        metavar="FILE",
+        help="write the schedule to FILE: .csv for torch.distributed.pipelining, else in text form",
     )
     simulator.add_argument("--json", action="store_true", help="print JSON")
     simulator.set_defaults(run=_reporting(_simulate))
@@ -72,8 +78,15 @@ def register(subcommands: Any) -> None:
 
 
 def _add_schedule(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument(
-        "--schedule", metavar="S", required=True, help=what.format(", ".join(GENERATORS))
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--schedule", metavar="S", help=what.format(", ".join(GENERATORS)))
+    either.add_argument(
+        "word",
+        metavar="S",
+        nargs="?",
+        type=_word,
+        help="the same without --schedule; a file needs no file: before it, and - is standard "
+        "input",
     )
     parser.add_argument(
         "--stages",
@@ -174,6 +187,13 @@ def _numbers(text: str) -> _Numbers:
     return tuple(each or 0.0 for each in found)
 
 
+def _word(text: str) -> str:
+    """Return `file:PATH` for what looks like a path or is one; what is left is a name, or wrong."""
+    is_path = text == "-" or "/" in text or "." in text or (text != "" and Path(text).exists())
+    is_known = text.startswith("file:") or set(text.split(",")) <= {*GENERATORS, "all"}
+    return f"file:{text}" if is_path and not is_known else text
+
+
 def _share(text: str) -> float:
     found = number(text)
     if found is None or not 0 <= found <= 1:
@@ -185,6 +205,9 @@ def _reporting(run: _Run) -> _Run:
     """Run `run` and turn errors of the input into one line and exit status 2."""
 
     def wrapped(arguments: argparse.Namespace) -> int:
+        arguments.schedule = getattr(arguments, "word", None) or getattr(
+            arguments, "schedule", None
+        )
         try:
             return run(arguments)
         except (ScheduleError, OSError) as error:
@@ -265,8 +288,7 @@ def _planned(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]
 
 
 def _read_schedule(path: str) -> Schedule:
-    table = read_table(_read(path), printable(Path(path).stem))
-    return table.schedule if isinstance(table, Timetable) else table
+    return read_schedule(_read(path), printable(Path(path).stem))
 
 
 def _read(path: str) -> str:
@@ -297,6 +319,8 @@ def _draw(arguments: argparse.Namespace) -> int:
     match path.suffix.lower():
         case ".txt":
             write_file(path, draw_text(schedule, costs) + "\n")
+        case ".csv":
+            write_file(path, format_csv(schedule))
         case ".json":
             from common.schedule.trace import chrome_trace
 
@@ -308,7 +332,8 @@ def _draw(arguments: argparse.Namespace) -> int:
             draw_picture(simulate(schedule, costs), path)
         case suffix:
             raise ScheduleError(
-                f"--output {path}: {suffix or 'no suffix'}; expected .png, .svg, .txt or .json"
+                f"--output {path}: {suffix or 'no suffix'}; expected .png, .svg, .txt, .json or "
+                ".csv"
             )
     return 0
 
@@ -321,7 +346,9 @@ def _simulate(arguments: argparse.Namespace) -> int:
     _check_overlap([schedule], arguments)
     result = _result(_simulated(schedule, costs, arguments), arguments)
     if arguments.output is not None:
-        write_file(Path(arguments.output), format_schedule(schedule))
+        path = Path(arguments.output)
+        is_csv = path.suffix.lower() == ".csv"
+        write_file(path, format_csv(schedule) if is_csv else format_schedule(schedule))
     if arguments.json:
         print(json.dumps(result, indent=1))
         return 0

@@ -231,6 +231,15 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
     return build_schedule(rows, name, options)
 
 
+def require_size(devices: int, micro_batches: int, chunks: int) -> None:
+    """Raise ScheduleError for sizes that no array should be made for: a file says what it likes."""
+    if min(micro_batches, chunks) < 1 or devices * micro_batches * chunks > MAX_PLACES:
+        raise ScheduleError(
+            f"{devices} devices, {micro_batches} micro-batches, {chunks} chunks; expected at least "
+            f"1 of each, and a product of at most {MAX_PLACES}"
+        )
+
+
 def build_schedule(
     rows: list[list[Action]], name: str, options: dict[str, str] | None = None
 ) -> Schedule:
@@ -280,16 +289,7 @@ def build_schedule(
                 f"{action} runs together with a forward; expected a whole backward, as in (F1&BW0)"
             )
     num_micro_batches = last + 1 - base if stated is None else stated
-    # Before any array is made: a header may announce whatever it likes.
-    if (
-        min(num_micro_batches, num_chunks) < 1
-        or len(rows) * num_micro_batches * num_chunks > MAX_PLACES
-    ):
-        raise ScheduleError(
-            f"{len(rows)} devices, {num_micro_batches} micro-batches, {num_chunks} chunks; "
-            "expected at least 1 of "
-            f"each, and a product of at most {MAX_PLACES}"
-        )
+    require_size(len(rows), num_micro_batches, num_chunks)
     if not isinstance(placement, str):
         if (len(placement), counted) != (len(rows), num_chunks):
             raise ScheduleError(

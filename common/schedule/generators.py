@@ -19,9 +19,10 @@ from pathlib import Path
 
 from common.io.bounded import read_text
 from common.io.edges import printable
-from common.schedule.action import MAX_PLACES, Action, Op, Schedule, ScheduleError, parse_schedule
+from common.schedule.action import MAX_PLACES, Action, Op, Schedule, ScheduleError
 from common.schedule.search import limits, search
 from common.schedule.simulate import Costs
+from common.schedule.timetable import read_schedule
 from common.schedule.zero_bubble import zb_h1, zb_h2, zb_v
 
 
@@ -235,9 +236,9 @@ def keep_schedule(name: str) -> None:
 def _read(path: Path) -> Schedule:
     try:
         text = kept[str(path)] if str(path) in kept else read_text(path)
-        return parse_schedule(text, printable(path.stem))
+        return read_schedule(text, printable(path.stem))
     except (OSError, UnicodeDecodeError, ScheduleError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ScheduleError(
-            f"schedule {path}: {why}; expected a readable schedule in text form"
+            f"schedule {path}: {why}; expected a readable schedule, as text or CSV"
         ) from None

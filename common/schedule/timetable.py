@@ -32,6 +32,7 @@ from common.schedule.action import (
     parse_schedule,
     parse_word,
 )
+from common.schedule.pytorch_csv import is_csv, parse_csv
 
 # Bounded, and only from a word's beginning, so that a long word does not take quadratic time.
 _TIMED = re.compile(
@@ -64,13 +65,22 @@ _TimedRow = list[tuple[float, float, _Word]]
 
 
 def read_table(text: str, name: str = "file") -> Schedule | Timetable:
-    """Read any text form: a schedule, one with times, or a Markdown chart. Raises ScheduleError."""
+    """Read any form: a schedule's text or CSV, a schedule with times, or a Markdown chart.
+
+    Raises ScheduleError.
+    """
     lines = [line.strip() for line in text.splitlines()]
     if any(line.startswith("|") for line in lines):
         return _parse_chart([line for line in lines if line.startswith("|")], name)
     if any("@" in line.split("#", 1)[0] for line in lines):
         return _parse_timed(text, name)
-    return parse_schedule(text, name)
+    return parse_csv(text, name) if is_csv(text) else parse_schedule(text, name)
+
+
+def read_schedule(text: str, name: str = "file") -> Schedule:
+    """Read the order alone, whatever form it is in. Raises ScheduleError."""
+    table = read_table(text, name)
+    return table.schedule if isinstance(table, Timetable) else table
 
 
 def _build(rows: list[_TimedRow], name: str, untimed: Schedule | None = None) -> Timetable:
