@@ -8,7 +8,9 @@ TensorFlow has none.
 from __future__ import annotations
 
 import math
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,14 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
+from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
+from common.io.edges import write_file
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.executor import Event
-from common.schedule.action import Action, Op
+from common.schedule.action import Action, Op, Schedule
 from common.schedule.generators import make_schedule
+from common.schedule.pytorch_csv import format_csv
 from common.spec.data import Batch
 from common.spec.parameters import TOKEN_EMBEDDING, TensorKey, parameter_shapes
 from common.spec.partition import plan_partition
@@ -94,10 +99,11 @@ class PipeliningEngine(PlainEngine):
     """`torch.distributed.pipelining`: one process per stage, messages over gloo (CPU) or NCCL."""
 
     def __init__(self, config: RunConfig) -> None:
-        if config.schedule not in SCHEDULES:
+        kind = SCHEDULES.get(config.schedule)
+        if kind is None and not config.schedule.startswith("file:"):
             raise ValueError(
                 f"schedule = {config.schedule}; torch.distributed.pipelining takes "
-                f"{', '.join(SCHEDULES)}"
+                f"{', '.join(SCHEDULES)} or file:PATH"
             )
         m = config.train.micro_batches
         ours = make_schedule(config.schedule, config.stages, m, config.chunks)
@@ -117,11 +123,12 @@ class PipeliningEngine(PlainEngine):
             RecordingStage(part, k, ours.num_virtual_stages, device, chunk, self._events)
             for chunk, (k, part) in enumerate(zip(indices, units, strict=True))
         ]
-        kind = SCHEDULES[config.schedule]
         takes_one = kind in (ScheduleGPipe, Schedule1F1B)
-        self._schedule = kind(
+        self._schedule = (kind or _PipelineScheduleRuntime)(
             stages[0] if takes_one else stages, m, loss_fn=self._micro_batch_loss, scale_grads=False
         )
+        if kind is None:
+            _load(self._schedule, ours)
         self._location = ours.location
         self._is_first, self._is_last = 0 in indices, ours.num_virtual_stages - 1 in indices
         ends = sorted({ours.location[0][0], ours.location[-1][0]})
@@ -224,3 +231,11 @@ class PipeliningEngine(PlainEngine):
             distributed.all_reduce(both[0], group=self._tied_group)
         elif len(both) == 2:
             both[1].copy_(both[0].add_(both[1]))
+
+
+def _load(runtime: Any, schedule: Schedule) -> None:
+    """Give PyTorch's interpreter of tables our table, as the file that it reads."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "schedule.csv"
+        write_file(path, format_csv(schedule))
+        runtime._load_csv(str(path))

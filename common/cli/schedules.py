@@ -78,16 +78,14 @@ def register(subcommands: Any) -> None:
 
 
 def _add_schedule(parser: argparse.ArgumentParser, what: str) -> None:
-    either = parser.add_mutually_exclusive_group(required=True)
-    either.add_argument("--schedule", metavar="S", help=what.format(", ".join(GENERATORS)))
-    either.add_argument(
+    parser.add_argument(
         "word",
         metavar="S",
         nargs="?",
         type=_word,
-        help="the same without --schedule; a file needs no file: before it, and - is standard "
-        "input",
+        help="a schedule's name or file; - reads standard input",
     )
+    parser.add_argument("--schedule", metavar="S", help=what.format(", ".join(GENERATORS)))
     parser.add_argument(
         "--stages",
         type=positive,
@@ -205,9 +203,11 @@ def _reporting(run: _Run) -> _Run:
     """Run `run` and turn errors of the input into one line and exit status 2."""
 
     def wrapped(arguments: argparse.Namespace) -> int:
-        arguments.schedule = getattr(arguments, "word", None) or getattr(
-            arguments, "schedule", None
-        )
+        if hasattr(arguments, "word"):
+            # argparse's own group of the two would hide which option is unknown.
+            if (arguments.word is None) == (arguments.schedule is None):
+                raise UsageError("expected one schedule: a name, a file, or --schedule S")
+            arguments.schedule = arguments.word or arguments.schedule
         try:
             return run(arguments)
         except (ScheduleError, OSError) as error:

@@ -25,7 +25,7 @@ _LETTERS = {Op.F: "F", Op.B: "I", Op.W: "W", Op.BW: "B"}
 _OPS = {letter: op for op, letter in _LETTERS.items()}
 # Digits are bounded as in our own text form.
 _STEP = re.compile(r"(?P<stage>[0-9]{1,4})(?P<op>[FIWB])(?P<micro_batch>[0-9]{1,9})")
-_IMPLIED = re.compile(r"[0-9]{1,4}((SEND|RECV)_[FB]|UNSHARD|RESHARD|REDUCE_GRAD)[0-9]{0,9}")
+_IMPLIED = re.compile(r"[0-9]{1,4}((SEND|RECV)_[FB][0-9]{1,9}|UNSHARD|RESHARD|REDUCE_GRAD)")
 _FIRST_CELL = re.compile(r"[\s\"(]*[0-9]+[A-Z]")
 
 _Cell = tuple[int, Op, int]

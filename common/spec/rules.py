@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from common.schedule.action import ScheduleError
+from common.schedule.action import Op, ScheduleError
 from common.schedule.generators import make_schedule
 from common.schedule.validate import validate
 from common.spec import habits
@@ -20,7 +20,7 @@ from common.spec.gpus import visible_gpus
 from common.spec.run import FRAMEWORKS, RunConfig
 
 NATIVE_SCHEDULES: Mapping[str, tuple[str, ...]] = {
-    "torch": ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
+    "torch": ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "file:PATH"),
     "paddle": ("1f1b",),
 }
 """What `executor = native` offers, by framework."""
@@ -136,7 +136,8 @@ def _why_not_native(config: RunConfig) -> str | None:
     cards = len(visible_gpus()) if config.framework == "torch" and config.device != "cpu" else 0
     if cards and (why := why_too_few_gpus(p, cards)):
         return why
-    if name not in NATIVE_SCHEDULES.get(config.framework, ()):
+    from_file = name.startswith("file:")
+    if ("file:PATH" if from_file else name) not in NATIVE_SCHEDULES.get(config.framework, ()):
         offered = "; ".join(
             f"{framework} with {', '.join(names)}" for framework, names in NATIVE_SCHEDULES.items()
         )
@@ -149,6 +150,12 @@ def _why_not_native(config: RunConfig) -> str | None:
             f"micro_batches = {m} does not divide batch_size = {config.train.batch_size}; "
             "expected equal micro-batches"
         )
+    if from_file:
+        schedule = make_schedule(name, p, m, config.chunks)
+        last, chunk = schedule.location[-1]
+        ends = [a.micro_batch for a in schedule.devices[last] if a.op is Op.F and a.chunk == chunk]
+        if ends != sorted(ends):
+            return "PyTorch's runtime takes the last stage's forwards only in micro-batch order"
     if config.framework == "torch" and name == "1f1b" and m < p:
         return f"micro_batches = {m}; PyTorch's 1f1b takes at least as many as stages, {p}"
     rounds = max(1, m // p)  # what our `interleaved` calls groups; PyTorch's are all of one size
