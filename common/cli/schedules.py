@@ -33,6 +33,7 @@ from common.schedule.simulate import (
 from common.schedule.table import OP_CODE, tabulate
 from common.schedule.timetable import Timetable, read_schedule, read_table
 from common.schedule.validate import validate, validate_timetable
+from common.schedule.why import explain_gaps
 
 EXIT_VIOLATIONS = 1
 MEMORY_LIMIT = (2.0,)
@@ -57,6 +58,11 @@ def register(subcommands: Any) -> None:
         metavar="FILE",
         help="write to FILE: .png, .svg, .txt, .json (a Chrome trace) or .csv "
         "(the schedule for torch.distributed.pipelining)",
+    )
+    draw.add_argument(
+        "--why",
+        action="store_true",
+        help="mark the critical path and say what every idle gap waits for",
     )
     draw.set_defaults(run=_reporting(_draw))
 
@@ -306,19 +312,33 @@ def _read(path: str) -> str:
 def _draw(arguments: argparse.Namespace) -> int:
     schedule, costs = _planned(arguments.schedule, arguments)
     _check_overlap([schedule], arguments)
+    why = arguments.why
     if arguments.output is None:
-        console = make_console()
-        if console.is_terminal:
-            console.print(
-                draw_color(schedule, costs, console.width, console.options.ascii_only), end=""
-            )
-        else:
-            print(draw_text(schedule, costs, ascii_only=console.options.ascii_only))
-        return 0
-    path = Path(arguments.output)
-    match path.suffix.lower():
+        show_chart(schedule, costs, why)
+    else:
+        _write_chart(schedule, costs, Path(arguments.output), why)
+    if why:
+        print(explain_gaps(simulate(schedule, costs)))
+    return 0
+
+
+def show_chart(schedule: Schedule, costs: Costs, why: bool = False) -> None:
+    """Print the chart, in colour on a terminal."""
+    console = make_console()
+    ascii_only = console.options.ascii_only
+    if console.is_terminal:
+        console.print(draw_color(schedule, costs, console.width, ascii_only, why), end="")
+    else:
+        print(draw_text(schedule, costs, ascii_only=ascii_only, why=why))
+
+
+def _write_chart(schedule: Schedule, costs: Costs, path: Path, why: bool) -> None:
+    suffix = path.suffix.lower()
+    if why and suffix in (".csv", ".json"):
+        raise ScheduleError(f"--why: {suffix} marks no path; expected .png, .svg or .txt")
+    match suffix:
         case ".txt":
-            write_file(path, draw_text(schedule, costs) + "\n")
+            write_file(path, draw_text(schedule, costs, why=why) + "\n")
         case ".csv":
             write_file(path, format_csv(schedule))
         case ".json":
@@ -329,13 +349,12 @@ def _draw(arguments: argparse.Namespace) -> int:
             # Imported late: the other subcommands should not wait for matplotlib.
             from common.schedule.picture import draw_picture
 
-            draw_picture(simulate(schedule, costs), path)
-        case suffix:
+            draw_picture(simulate(schedule, costs), path, why)
+        case _:
             raise ScheduleError(
                 f"--output {path}: {suffix or 'no suffix'}; expected .png, .svg, .txt, .json or "
                 ".csv"
             )
-    return 0
 
 
 def _simulate(arguments: argparse.Namespace) -> int:

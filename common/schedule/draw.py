@@ -17,6 +17,7 @@ from rich.text import Text
 
 from common.schedule.action import Op, Schedule, ScheduleError
 from common.schedule.simulate import Costs, Simulation, simulate
+from common.schedule.why import critical_path
 
 MAX_COLUMNS = 20_000
 STYLES = {Op.F: "black on bright_blue", Op.B: "black on bright_cyan", Op.W: "black on bright_green"}
@@ -37,16 +38,20 @@ def draw_text(
     costs: Costs | None = None,
     width: int | None = None,
     ascii_only: bool = False,
+    why: bool = False,
 ) -> str:
     """Return the chart as plain text; `width` folds it into blocks of at most that many columns.
 
     `ascii_only` is for terminals that are not UTF-8: those of East Asia draw `·` and `─` two columns wide.
 
+    With `why`, `*` marks the critical path (`common.schedule.why`).
+
     The times are those of the simulator, by default with F = B = W = 1; `·` is idle. Raises ScheduleError for a schedule
     that cannot run or whose chart would be too wide.
     """  # noqa: E501
     return "\n".join(
-        line.text.rstrip() for line in _fold(_lines(simulate(schedule, costs), ascii_only), width)
+        line.text.rstrip()
+        for line in _fold(_lines(simulate(schedule, costs), ascii_only, why), width)
     )
 
 
@@ -55,10 +60,11 @@ def draw_color(
     costs: Costs | None = None,
     width: int | None = None,
     ascii_only: bool = False,
+    why: bool = False,
 ) -> Text:
     """Return the same chart in colour, for `rich.print`."""
     picture = Text(no_wrap=True)
-    for line in _fold(_lines(simulate(schedule, costs), ascii_only), width):
+    for line in _fold(_lines(simulate(schedule, costs), ascii_only, why), width):
         text = Text(line.text + "\n")
         for first, last, style in line.styles:
             text.stylize(style, first, last)
@@ -66,7 +72,8 @@ def draw_color(
     return picture
 
 
-def _lines(simulation: Simulation, ascii_only: bool) -> list[_Line]:
+def _lines(simulation: Simulation, ascii_only: bool, why: bool) -> list[_Line]:
+    marked = set(critical_path(simulation)) if why else set()
     dot, dash = (".", "-") if ascii_only else ("·", "─")
     table, schedule = simulation.table, simulation.schedule
     spent = simulation.end - simulation.start
@@ -100,9 +107,8 @@ def _lines(simulation: Simulation, ascii_only: bool) -> list[_Line]:
             last = len(prefix) + round(simulation.end[row] * scale)
             action = table.action(row)
             room = last - first - 1
-            text[first:last] = list(names[row][:room].ljust(max(room, 0), dash) + " ")[
-                : last - first
-            ]
+            word = names[row][:room].ljust(max(room, 0), dash) + ("*" if row in marked else " ")
+            text[first:last] = list(word)[: last - first]
             styles.append(
                 (first, last - 1, STYLES[action.op] + (" dim" if action.chunk % 2 else ""))
             )

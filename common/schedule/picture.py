@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,9 +16,11 @@ from common.io.figure import new_figure
 from common.schedule.action import Op, Schedule
 from common.schedule.simulate import Simulation
 from common.schedule.table import OPS
+from common.schedule.why import critical_path
 
 COLORS = {Op.F: "#7eb0d5", Op.B: "#ffb55a", Op.W: "#8bd3a0", Op.BW: "#fd8f6a"}
 MEANINGS = {Op.F: "forward", Op.B: "backward, input", Op.W: "backward, weights", Op.BW: "backward"}
+FRAME: dict[str, Any] = {"facecolor": "none", "edgecolor": "#202020", "linewidth": 1.6}
 MAX_LABELS = 1500
 INCHES_PER_ACTION = 0.32
 """Width of the shortest action, unless the whole would exceed MAX_WIDTH_INCHES."""
@@ -26,16 +29,22 @@ POINTS_PER_CHARACTER = 4.6
 LABEL_POINTS = 7.5
 
 
-def draw_picture(simulation: Simulation, path: str | Path) -> None:
-    """Write the chart to `path`, which ends in .png or .svg. Later chunks are paler."""
+def draw_picture(simulation: Simulation, path: str | Path, why: bool = False) -> None:
+    """Write the chart to `path`, which ends in .png or .svg. Later chunks are paler.
+
+    With `why`, the critical path has a dark frame.
+    """
     schedule = simulation.schedule
     peak = max(simulation.peak_in_flight_per_stage)
     title = f"{_size(schedule)}, bubble {simulation.bubble_fraction:.1%}, {peak:g} in flight"
-    draw_pictures({title: simulation}, path)
+    draw_pictures({title: simulation}, path, why=why)
 
 
 def draw_pictures(
-    charts: Mapping[str, Simulation], *paths: str | Path, time_label: str = "time"
+    charts: Mapping[str, Simulation],
+    *paths: str | Path,
+    time_label: str = "time",
+    why: bool = False,
 ) -> None:
     """Write charts to every path, one below the other with titles and one common time axis."""
     simulations = list(charts.values())
@@ -46,7 +55,7 @@ def draw_pictures(
     figure = new_figure(width + 1, sum(heights) + 0.8)
     rows = figure.subplots(len(charts), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, simulation) in zip(rows, charts.items(), strict=True):
-        _draw(axes, simulation, width * 72 / makespan)
+        _draw(axes, simulation, width * 72 / makespan, why)
         axes.set_title(title, fontsize=10)
     rows[-1].set_xlim(0, makespan)
     rows[-1].set_xlabel(time_label)
@@ -58,6 +67,8 @@ def draw_pictures(
     keys = [Patch(color=COLORS[op], label=f"{op.value}  {MEANINGS[op]}") for op in used]
     if any(simulation.schedule.num_chunks > 1 for simulation in simulations):
         keys.append(Patch(color=_tone(COLORS[Op.F], 1, 2), label="paler: a later chunk"))
+    if why:
+        keys.append(Patch(label="critical path", **FRAME))
     figure.legend(
         handles=keys, loc="outside lower right", ncols=len(keys), frameon=False, fontsize=8
     )
@@ -65,7 +76,7 @@ def draw_pictures(
         figure.savefig(path, dpi=130)
 
 
-def _draw(axes: Axes, simulation: Simulation, points_per_unit: float) -> None:
+def _draw(axes: Axes, simulation: Simulation, points_per_unit: float, why: bool) -> None:
     schedule, table = simulation.schedule, simulation.table
     axes.set_facecolor("#f2f2f2")
     top, bottom = table.device - 0.46, table.device + 0.46
@@ -95,6 +106,8 @@ def _draw(axes: Axes, simulation: Simulation, points_per_unit: float) -> None:
             list(corners), facecolors=tones[table.op, table.chunk], edgecolors=edge, linewidths=0.8
         )
     )
+    if why:
+        axes.add_collection(PolyCollection(list(corners[critical_path(simulation)]), **FRAME))
     if few:
         for row in range(table.num_rows):
             # The colour says the operation, so the micro-batch is all that a label has to say.

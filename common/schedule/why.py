@@ -1,0 +1,94 @@
+"""Why a step takes as long as it does: what every idle gap waits for, and the critical path.
+
+    device 0 F0*F1 ·  ·  BW0──*F2 BW1──        gap of device 0 from 2 to 4: BW0 waits for BW0 of
+    device 1 ·  F0*BW0──*...                   device 1; `*` marks the critical path
+
+An action starts late for one reason only: the message that it waits for (`Table.source`). So a gap
+has one cause, and one chain of such causes leads from the end of the step back to its beginning:
+shorten an action on it, and the step may be shorter; shorten another, and it is not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from common.schedule.simulate import Simulation
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Time in which a device does nothing."""
+
+    device: int
+    start: float
+    end: float
+    cause: str
+
+    def __str__(self) -> str:
+        return f"device {self.device} is idle from {self.start:g} to {self.end:g}: {self.cause}"
+
+
+def gaps(simulation: Simulation) -> list[Gap]:
+    """Return every idle gap, by device and time, up to the makespan."""
+    return [
+        gap
+        for device in range(simulation.schedule.num_devices)
+        for gap in _gaps_of(simulation, device)
+    ]
+
+
+def _gaps_of(simulation: Simulation, device: int) -> Iterator[Gap]:
+    table, start, end = simulation.table, simulation.start, simulation.end
+    done = 0.0
+    for row in range(int(table.bounds[device]), int(table.bounds[device + 1])):
+        if start[row] > done + _rounding(simulation):
+            sender = int(table.source[row])
+            sent = f"{table.action(sender)} of device {table.device[sender]}"
+            cause = f"{table.action(row)} waits for {sent}, which ends at {end[sender]:g}"
+            if start[row] > end[sender] + _rounding(simulation):
+                cause += f"; its message takes {start[row] - end[sender]:g}"
+            yield Gap(device, done, float(start[row]), cause)
+        done = float(end[row])
+    if simulation.makespan > done + _rounding(simulation):
+        last = int(end.argmax())
+        cause = f"nothing is left to do; the last is {table.action(last)} of device "
+        yield Gap(device, done, simulation.makespan, cause + str(table.device[last]))
+
+
+def critical_path(simulation: Simulation) -> list[int]:
+    """Return the rows, from the first in time to the last, that leave one another no slack.
+
+    Each begins when the one before it ends or when its message arrives. Where both happen at once,
+    the action before it on the same device is taken.
+    """
+    table, start, end = simulation.table, simulation.start, simulation.end
+    row = int(end.argmax())
+    path = [row]
+    while start[row] > _rounding(simulation):
+        follows = row > table.bounds[table.device[row]]
+        if follows and end[row - 1] >= start[row] - _rounding(simulation):
+            row -= 1
+        else:
+            row = int(table.source[row])
+        path.append(row)
+    return path[::-1]
+
+
+def explain_gaps(simulation: Simulation) -> str:
+    """Return the critical path in one line and every gap in another."""
+    table, runs = simulation.table, []
+    for device, rows in itertools.groupby(
+        critical_path(simulation), lambda row: int(table.device[row])
+    ):
+        names = [str(table.action(row)) for row in rows]
+        between = " ... " if len(names) > 2 else " "
+        runs.append(f"{between.join(dict.fromkeys((names[0], names[-1])))} on device {device}")
+    path = f"critical path (*), {simulation.makespan:g} long: {', '.join(runs)}"
+    return "\n".join([path, *map(str, gaps(simulation))])
+
+
+def _rounding(simulation: Simulation) -> float:
+    """How far apart two times may be that are the same but for rounding."""
+    return 1e-9 * simulation.makespan
