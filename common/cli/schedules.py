@@ -17,8 +17,10 @@ from common.io.console import make_console
 from common.io.edges import number, printable, write_file
 from common.io.usage import UsageError
 from common.schedule.action import Op, Schedule, ScheduleError, format_schedule
+from common.schedule.controllable import why_not_v_min
 from common.schedule.draw import draw_color, draw_text
 from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_schedule
+from common.schedule.interleaved import interleaved
 from common.schedule.pytorch_csv import format_csv
 from common.schedule.recompute import WORDS
 from common.schedule.search import limits, lower_bound, search
@@ -36,6 +38,7 @@ from common.schedule.validate import validate, validate_timetable
 from common.schedule.why import explain_gaps
 
 EXIT_VIOLATIONS = 1
+INTERLEAVED = "interleaved"
 MEMORY_LIMIT = (2.0,)
 COST_OPTIONS = (
     *("forward", "backward_input", "backward_weight", "communication"),
@@ -108,7 +111,21 @@ def _add_schedule(parser: argparse.ArgumentParser, what: str) -> None:
         "--chunks",
         type=positive,
         metavar="V",
-        help="model chunks per device (interleaved; default 2)",
+        help="model chunks per device (the interleaved ones; default 2)",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=positive,
+        metavar="N",
+        help="interleaved: micro-batches that go through one chunk before the next one's turn "
+        "(Megatron-LM's microbatch-group-size-per-vp-stage; default: stages, or a few more)",
+    )
+    parser.add_argument(
+        "--warm-up",
+        choices=("full", "short", "auto"),
+        help="interleaved: full is Megatron-LM's; short runs stages - 1 - d forwards less on "
+        "device d and holds less, but waits for every message; auto is short where that takes no "
+        "longer with these costs (default full)",
     )
     parser.add_argument(
         "--memory-limit",
@@ -266,6 +283,11 @@ def _planned(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]
         raise ScheduleError(
             f"--memory-limit: only schedule {SEARCH} keeps to one; expected without it, or {SEARCH}"
         )
+    for option in ("group_size", "warm_up"):
+        if getattr(arguments, option) is not None and name != INTERLEAVED:
+            raise ScheduleError(
+                f"--{option.replace('_', '-')}: only schedule {INTERLEAVED} has it, not {name}"
+            )
     if name.startswith("file:"):
         schedule = _read_schedule(name.removeprefix("file:"))
         sizes = {"stages": schedule.num_devices, "micro_batches": schedule.num_micro_batches}
@@ -290,7 +312,20 @@ def _planned(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]
         return search(stages, micro_batches, costs, most), costs
     chunks = default_chunks(name) if arguments.chunks is None else arguments.chunks
     schedule = make_schedule(name, stages, micro_batches, chunks)
-    return schedule, _costs(arguments, stages, schedule)
+    costs = _costs(arguments, stages, schedule)
+    if name == INTERLEAVED:
+        schedule = _interleaved(stages, micro_batches, chunks, costs, arguments)
+    return schedule, costs
+
+
+def _interleaved(p: int, m: int, v: int, costs: Costs, arguments: argparse.Namespace) -> Schedule:
+    """The schedule with the groups and the warm-up that the options ask for."""
+    warm_up = arguments.warm_up or "full"
+    full, short = (interleaved(p, m, v, arguments.group_size, each) for each in (False, True))
+    if warm_up == "auto":
+        takes = [_simulated(each, costs, arguments).makespan for each in (full, short)]
+        warm_up = "short" if takes[1] <= takes[0] * (1 + 1e-9) else "full"
+    return short if warm_up == "short" else full
 
 
 def _read_schedule(path: str) -> Schedule:
@@ -311,6 +346,7 @@ def _read(path: str) -> str:
 
 def _draw(arguments: argparse.Namespace) -> int:
     schedule, costs = _planned(arguments.schedule, arguments)
+    _note_v_min(schedule, costs)
     _check_overlap([schedule], arguments)
     why = arguments.why
     if arguments.output is None:
@@ -409,7 +445,13 @@ def _check_overlap(schedules: Sequence[Schedule], arguments: argparse.Namespace)
         )
 
 
+def _note_v_min(schedule: Schedule, costs: Costs) -> None:
+    if schedule.name == "v-min" and (why := why_not_v_min(schedule, costs)) is not None:
+        print(f"note: {why}", file=sys.stderr)
+
+
 def _simulated(schedule: Schedule, costs: Costs, arguments: argparse.Namespace) -> Simulation:
+    _note_v_min(schedule, costs)
     return simulate(schedule, costs, wrap_around=arguments.wrap_around or PUBLISHED_WRAP_AROUND)
 
 
@@ -505,6 +547,7 @@ def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
             "interleaved"
         )
     planned = []
+    left_out: dict[str, ScheduleError] = {}
     for name in names:
         alone = argparse.Namespace(**vars(arguments) | {"schedule": name})
         fixed = GENERATORS[name].chunks if name in GENERATORS else None
@@ -512,7 +555,19 @@ def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
         alone.chunks = fixed if fixed is not None else arguments.chunks
         if SEARCH in names and name != SEARCH:  # so is --memory-limit
             alone.memory_limit = None
-        planned.append((*_planned(name, alone), alone))
+        if INTERLEAVED in names and name != INTERLEAVED:
+            alone.group_size = alone.warm_up = None
+        try:
+            planned.append((*_planned(name, alone), alone))
+        except ScheduleError as error:
+            if arguments.schedule != "all":
+                raise
+            left_out[name] = error
+    if not planned:
+        raise next(iter(left_out.values()))
+    if left_out:
+        reasons = "; ".join(f"{name} ({error})" for name, error in left_out.items())
+        print(f"left out: {reasons}", file=sys.stderr)
     _check_wrap_around([schedule for schedule, _, _ in planned], arguments)
     _check_overlap([schedule for schedule, _, _ in planned], arguments)
     results = [

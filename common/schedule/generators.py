@@ -12,14 +12,22 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.io.bounded import read_text
 from common.io.edges import printable
-from common.schedule.action import MAX_PLACES, Action, Op, Schedule, ScheduleError
+from common.schedule.action import MAX_PLACES, Schedule, ScheduleError
+from common.schedule.controllable import v_half, v_min
+from common.schedule.dualpipe import dualpipev
+from common.schedule.interleaved import (
+    interleaved,
+    interleaved_overlap,
+    interleaved_zb,
+    one_f_one_b,
+    rows,
+)
 from common.schedule.search import limits, search
 from common.schedule.simulate import Costs
 from common.schedule.timetable import read_schedule
@@ -35,12 +43,7 @@ def naive(p: int, m: int) -> Schedule:
         device 1 ·  F0 BW0── ·  ·  ·  F1 BW1──
     """
     # F0 BW0 F1 BW1 ... on every device: nothing overlaps, because F1 waits for BW0 in every list.
-    row = tuple(
-        action
-        for pair in zip(_actions(Op.F, m), _actions(Op.BW, m), strict=True)
-        for action in pair
-    )
-    return Schedule("naive", (row,) * p, m)
+    return Schedule("naive", rows(p, [range(m)], 1, lambda d: 0), m)
 
 
 def gpipe(p: int, m: int) -> Schedule:
@@ -53,75 +56,7 @@ def gpipe(p: int, m: int) -> Schedule:
         device 0 F0 F1 F2 F3 ·  ·  ·  BW0── BW1── BW2── BW3──
         device 1 ·  F0 F1 F2 F3 BW0── BW1── BW2── BW3──
     """
-    return Schedule("gpipe", ((*_actions(Op.F, m), *_actions(Op.BW, m)),) * p, m)
-
-
-def one_f_one_b(p: int, m: int) -> Schedule:
-    """Run warm-up forwards, then a forward and a backward in turn (PipeDream-Flush).
-
-    Narayanan et al. 2019.
-
-    GPipe's bubble, but only min(p - i, m) activations in flight on device i.
-
-        device 0 F0 F1 ·  ·  BW0── F2 BW1── F3 BW2── ·  BW3──
-        device 1 ·  F0 BW0── F1 BW1── F2 BW2── F3 BW3──
-    """
-    forwards, backwards = _actions(Op.F, m), _actions(Op.BW, m)
-    # Warm-up: a forward for each of the p - 1 - d devices below, all of which F0 passes before BW0
-    # comes back.
-    return Schedule(
-        "1f1b",
-        tuple(_one_forward_one_backward(forwards, backwards, p - 1 - d) for d in range(p)),
-        m,
-    )
-
-
-def interleaved(p: int, m: int, v: int) -> Schedule:
-    """Run 1F1B with v chunks per device (Narayanan et al. 2021): its bubble time divided by v.
-
-    The micro-batches go through the chunks in groups: one group through chunk 0, the same through
-    chunk 1, and so on. Megatron-LM's groups have p micro-batches, so that its m is a multiple of p.
-    Here m is cut into m // p groups that differ by one at most, which is Megatron's schedule where
-    it exists, and keeps the bubble of (p-1)(F+B+W)/v for every m from p upwards; for m < p there is
-    one group. Warm-up on device i: 2(p-i-1) + (v-1)(largest group) chunks, so 2(p-i-1) + (v-1)p + 1
-    chunks in flight where p divides m.
-
-        device 0 F0── F1── F0.1 F1.1 F2── ·    BW0.1──── F3── BW1.1──── F2.1 BW0────── F3.1 BW1────── · ...
-        device 1 ·    F0── F1── F0.1 BW0.1──── F1.1 BW1.1──── F2── BW0────── F3── BW1────── F2.1 BW2.1──── F3.1 ...
-    """  # noqa: E501
-    groups = _groups(m, max(1, m // p))
-    # Forwards: each group through chunk 0, then 1, ...; backwards: from the last chunk to chunk 0.
-    forwards = [Action(Op.F, i, c) for group in groups for c in range(v) for i in group]
-    backwards = [Action(Op.BW, i, c) for group in groups for c in reversed(range(v)) for i in group]
-    # Warm-up: a whole group through all chunks but the last; and 2 for each device below, which the
-    # first micro-batch of the last chunk passes on its way down and again on its way back.
-    first_chunks = (v - 1) * max(len(group) for group in groups)
-    rows = (
-        _one_forward_one_backward(forwards, backwards, 2 * (p - 1 - d) + first_chunks)
-        for d in range(p)
-    )
-    return Schedule("interleaved", tuple(rows), m, v)
-
-
-def _actions(op: Op, m: int) -> list[Action]:
-    return [Action(op, i) for i in range(m)]
-
-
-def _one_forward_one_backward(
-    forwards: list[Action], backwards: list[Action], warmup: int
-) -> tuple[Action, ...]:
-    """Return `warmup` forwards, then one of each in turn, then the backwards that are left."""
-    warmup = min(warmup, len(forwards))
-    # zip stops with the forwards; the slice after it takes exactly the backwards that are left.
-    steady = (action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair)
-    return (*forwards[:warmup], *steady, *backwards[len(forwards) - warmup :])
-
-
-def _groups(m: int, count: int) -> list[range]:
-    """Cut 0 to m - 1 into `count` runs, the longer ones first."""
-    size, longer = divmod(m, count)
-    starts = [g * size + min(g, longer) for g in range(count + 1)]
-    return [range(a, b) for a, b in itertools.pairwise(starts)]
+    return Schedule("gpipe", rows(p, [range(m)], 1, lambda d: m), m)
 
 
 def _searched(p: int, m: int) -> Schedule:
@@ -148,9 +83,14 @@ GENERATORS: dict[str, Generator] = {
     "gpipe": Generator(lambda p, m, v: gpipe(p, m)),
     "1f1b": Generator(lambda p, m, v: one_f_one_b(p, m)),
     "interleaved": Generator(interleaved, chunks=None),
+    "interleaved-overlap": Generator(interleaved_overlap, chunks=None),
+    "interleaved-zb": Generator(interleaved_zb, chunks=None),
     "zb-h1": Generator(lambda p, m, v: zb_h1(p, m)),
     "zb-h2": Generator(lambda p, m, v: zb_h2(p, m)),
     "zb-v": Generator(lambda p, m, v: zb_v(p, m), chunks=2),
+    "v-half": Generator(lambda p, m, v: v_half(p, m), chunks=2),
+    "v-min": Generator(lambda p, m, v: v_min(p, m), chunks=2),
+    "dualpipev": Generator(lambda p, m, v: dualpipev(p, m), chunks=2),
     SEARCH: Generator(lambda p, m, v: _searched(p, m)),
 }
 

@@ -40,28 +40,19 @@ def test_the_chart_of_zb_h1() -> None:
     ],
 )
 def test_docstrings_show_what_is_drawn(name: str, p: int, m: int, v: int) -> None:
-    generators = importlib.import_module("common.schedule.generators")
-    zero_bubble = importlib.import_module("common.schedule.zero_bubble")
-    function = {
-        "naive": generators.naive,
-        "gpipe": generators.gpipe,
-        "1f1b": generators.one_f_one_b,
-        "zb-h1": zero_bubble.zb_h1,
-        "zb-h2": zero_bubble.zb_h2,
-    }[name]
     for line in draw_text(make_schedule(name, p, m, v)).splitlines()[1:]:
         # Docstrings leave out the idle ends of lines.
-        assert line.rstrip("· ") in function.__doc__, line
+        assert line.rstrip("· ") in docstring(name), line
 
 
-@pytest.mark.parametrize("name", ["interleaved", "zb-v"])
+@pytest.mark.parametrize(
+    "name", ["interleaved", "interleaved-overlap", "interleaved-zb", "zb-v", "dualpipev"]
+)
 def test_docstrings_with_chunks_show_the_beginning_of_what_is_drawn(name: str) -> None:
-    generators = importlib.import_module("common.schedule.generators")
     schedule = make_schedule(name, 2, 4, 2)
-    doc = getattr(generators, "zb_v" if name == "zb-v" else name).__doc__
     shown = [
         line.strip().removesuffix("...").rstrip()
-        for line in doc.splitlines()
+        for line in docstring(name).splitlines()
         if line.strip().startswith("device")
     ]
     drawn = draw_text(schedule).splitlines()[1:]
@@ -69,6 +60,16 @@ def test_docstrings_with_chunks_show_the_beginning_of_what_is_drawn(name: str) -
     for line, whole in zip(shown, drawn, strict=True):
         assert len(line) > 60
         assert whole.startswith(line)
+
+
+def docstring(name: str) -> str:
+    """That of the function that makes the schedule."""
+    function = "one_f_one_b" if name == "1f1b" else name.replace("-", "_")
+    for module in ("generators", "zero_bubble", "controllable", "dualpipe"):
+        found = getattr(importlib.import_module(f"common.schedule.{module}"), function, None)
+        if found is not None:
+            return str(found.__doc__)
+    raise AssertionError(name)
 
 
 def test_doctests() -> None:

@@ -81,11 +81,13 @@ def broken_dependencies(simulation: Simulation) -> list[Step]:
     """Steps that start before something that they need has ended and arrived."""
     schedule, table = simulation.schedule, simulation.table
     end: dict[Step, tuple[float, int]] = {}
+    ends = simulation.end.copy()
+    ends[table.leads] = ends[table.leads + 1]  # two that overlap end together
     for row in range(table.num_rows):
         action, device = table.action(row), int(table.device[row])
         k = schedule.virtual_stage(device, action.chunk)
         for op in (action.op, Op.B) if action.op is Op.BW else (action.op,):
-            end[Step(op, action.micro_batch, k)] = (float(simulation.end[row]), device)
+            end[Step(op, action.micro_batch, k)] = (float(ends[row]), device)
     broken = []
     for row in range(table.num_rows):
         action, device = table.action(row), int(table.device[row])
@@ -112,21 +114,27 @@ def slow_starts(schedule: Schedule, costs: Costs) -> list[float]:
                 )
 
     def end(d: int, n: int) -> float:
-        return start[d, n] + costs.of(schedule.devices[d][n].op)[d] / v
+        row = schedule.devices[d]
+        if n + 1 < len(row) and row[n + 1].overlaps:
+            return end(d, n + 1)
+        first = n - 1 if row[n].overlaps else n
+        return start[d, n] + sum(costs.of(a.op)[d] for a in row[first : n + 1]) / v
 
     changed = True
     while changed:
         changed = False
         for (d, n), before in start.items():
-            action = schedule.devices[d][n]
-            earliest = end(d, n - 1) if n else 0.0
-            step = Step(action.op, action.micro_batch, schedule.virtual_stage(d, action.chunk))
-            for needed in dependencies(step, total):
-                other = place[needed]
-                earliest = max(
-                    earliest,
-                    end(*other) + (costs.communication[other[0]] if other[0] != d else 0.0),
-                )
+            row = schedule.devices[d]
+            # Two that overlap start together, when all that either needs is there.
+            first = n - 1 if row[n].overlaps else n
+            together = range(first, n + 2 if n + 1 < len(row) and row[n + 1].overlaps else n + 1)
+            earliest = end(d, first - 1) if first else 0.0
+            for action in (row[each] for each in together):
+                step = Step(action.op, action.micro_batch, schedule.virtual_stage(d, action.chunk))
+                for needed in dependencies(step, total):
+                    other = place[needed]
+                    arrives = end(*other) + (costs.communication[other[0]] if other[0] != d else 0)
+                    earliest = max(earliest, arrives)
             if earliest > before:
                 start[d, n] = earliest
                 changed = True
@@ -138,6 +146,7 @@ def priced(draw: st.DrawFn, names: list[str] = FIXED) -> tuple[Schedule, Costs]:
     name = draw(st.sampled_from(names))
     p, m = draw(st.integers(1, 5)), draw(st.integers(1, 7))
     v = GENERATORS[name].chunks or draw(st.integers(1, 3))
+    m = max(m, 2 * p) if name == "dualpipev" else m
     lists = [tuple(draw(st.lists(times, min_size=p, max_size=p))) for _ in range(4)]
     return make_schedule(name, p, m, v), Costs(*lists)
 
@@ -295,7 +304,7 @@ def test_held_bytes_are_those_that_a_run_counts(
     name: str, p: int, rounds: int, how: str, data: st.DataObject
 ) -> None:
     """`peak_held_bytes` against `HeldActivations`, fed with every action as a stage feeds it."""
-    m, chunks = p * rounds, default_chunks(name)
+    m, chunks = p * (rounds + 1), default_chunks(name)
     schedule = make_schedule(name, p, m, chunks)
     per_chunk = st.lists(st.integers(0, 10**9), min_size=chunks, max_size=chunks)
     forward, recomputed, waiting = (

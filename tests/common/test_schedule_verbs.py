@@ -16,6 +16,7 @@ from common.schedule.validate import validate
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE = ["--stages", "4", "--micro-batches", "8"]
 ROW: dict[str, Any] = json.loads((GOLDEN / "zero_bubble_tables.json").read_text())["rows"][0]
+V_SHAPED = ["zb-v", "v-half", "v-min"]
 TIMES = [f"--{key.replace('_', '-')}={value}" for key, value in ROW["milliseconds"].items()]
 
 
@@ -49,6 +50,11 @@ TIMES = [f"--{key.replace('_', '-')}={value}" for key, value in ROW["millisecond
         ("simulate --stages 2 --micro-batches 2 --schedule gpipe,zb-v --chunks 2", "cannot choose"),
         ("draw --schedule file:PATH --chunks 2", "--chunks 2; the schedule in the file has 1"),
         ("draw --schedule file:PATH --overlap 2", "nothing overlaps in mine"),
+        ("draw --schedule file:PATH --group-size 2", "only schedule interleaved has it"),
+        (
+            "draw --stages 2 --micro-batches 2 --schedule 1f1b --warm-up short",
+            "--warm-up: only schedule interleaved has it, not 1f1b",
+        ),
         ("simulate --schedule gpipe,1f1b --stages 2 --micro-batches 2 --overlap 2", "gpipe, 1f1b"),
         (
             "simulate --schedule zb-v --stages 2 --micro-batches 2 --forward 1,2,3",
@@ -222,18 +228,55 @@ def test_compare_schedules(capsys: pytest.CaptureFixture[str]) -> None:
         "gpipe",
         "1f1b",
         "interleaved",
+        "interleaved-overlap",
+        "interleaved-zb",
         "zb-h1",
         "zb-h2",
         "zb-v",
+        "v-half",
+        "v-min",
+        "dualpipev",
         "search",
     ]
-    assert results["interleaved"]["chunks"] == 3
+    assert results["interleaved"]["chunks"] == results["interleaved-zb"]["chunks"] == 3
     assert results["zb-h1"]["bubble_fraction"] < results["1f1b"]["bubble_fraction"]
     assert main(["simulate", *SIZE, "--schedule", "gpipe,zb-v"]) == 0
     out = capsys.readouterr().out
     assert "gpipe" in out
     assert "0.0588" in out
     assert "1f1b" not in out
+
+
+def test_all_leaves_out_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--stages", "4", "--micro-batches", "7", "--json"]
+    assert main(["simulate", *size, "--schedule", "all", "--forward", "1,1,1,1,1,1,1,2"]) == 0
+    out, err = capsys.readouterr()
+    names = [result["schedule"] for result in json.loads(out)]
+    assert names == ["interleaved", "interleaved-overlap", "interleaved-zb", *V_SHAPED]
+    assert err.startswith("left out: naive (--forward: 8 numbers for 4 stages; expected 1 or 4); ")
+    assert "dualpipev (schedule dualpipev: 7 micro-batches on 4 stages; expected at least 8" in err
+    assert err.splitlines()[1].startswith("note: v-min has no slack")
+    assert main(["simulate", *size, "--schedule", "all", "--forward", "1,2,3"]) == 2
+    assert main(["simulate", *size, "--schedule", "1f1b,dualpipev"]) == 2
+
+
+def test_the_warm_up_of_interleaved_is_chosen_by_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "found.txt"
+    line = ["simulate", "--schedule", "interleaved", *SIZE, "--output", str(path)]
+    peak = {}
+    for name, options in {
+        "full": [],
+        "short": ["--warm-up", "short"],
+        "free": ["--warm-up", "auto"],
+        "slow": ["--warm-up", "auto", "--communication", "0.05", "--wrap-around", "every"],
+    }.items():
+        assert main([*line, *options, "--json"]) == 0
+        peak[name] = json.loads(capsys.readouterr().out)["peak_in_flight_per_stage"][0]
+    assert peak == {"full": 5.5, "short": 4, "free": 4, "slow": 5.5}
+    assert main([*line, "--group-size", "5"]) == 0
+    assert " F4 F0.1 " in path.read_text()
 
 
 def test_recomputation_is_timed_for_schedules_in_files_too(
