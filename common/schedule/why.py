@@ -3,7 +3,7 @@
     device 0 F0*F1 ·  ·  BW0──*F2 BW1──        gap of device 0 from 2 to 4: BW0 waits for BW0 of
     device 1 ·  F0*BW0──*...                   device 1; `*` marks the critical path
 
-An action starts late for one reason only: the message that it waits for (`Table.source`). So a gap
+An action starts late for one reason only: the message that it waits for (`Table.awaited`). So a gap
 has one cause, and one chain of such causes leads from the end of the step back to its beginning:
 shorten an action on it, and the step may be shorter; shorten another, and it is not.
 """
@@ -44,8 +44,8 @@ def _gaps_of(simulation: Simulation, device: int) -> Iterator[Gap]:
     done = 0.0
     for row in range(int(table.bounds[device]), int(table.bounds[device + 1])):
         if start[row] > done + _rounding(simulation):
-            sender = int(table.source[row])
-            sent = f"{table.action(sender)} of device {table.device[sender]}"
+            sender = int(table.awaited[row])
+            sent = f"{table.label(sender)} of device {table.device[sender]}"
             cause = f"{table.action(row)} waits for {sent}, which ends at {end[sender]:g}"
             if start[row] > end[sender] + _rounding(simulation):
                 cause += f"; its message takes {start[row] - end[sender]:g}"
@@ -53,7 +53,7 @@ def _gaps_of(simulation: Simulation, device: int) -> Iterator[Gap]:
         done = float(end[row])
     if simulation.makespan > done + _rounding(simulation):
         last = int(end.argmax())
-        cause = f"nothing is left to do; the last is {table.action(last)} of device "
+        cause = f"nothing is left to do; the last is {table.label(last)} of device "
         yield Gap(device, done, simulation.makespan, cause + str(table.device[last]))
 
 
@@ -71,9 +71,11 @@ def critical_path(simulation: Simulation) -> list[int]:
         if follows and end[row - 1] >= start[row] - _rounding(simulation):
             row -= 1
         else:
-            row = int(table.source[row])
+            row = int(table.awaited[row])
         path.append(row)
-    return path[::-1]
+    # The second of two that overlap stands for both.
+    leads = set(table.leads.tolist())
+    return [row for row in reversed(path) if row not in leads]
 
 
 def explain_gaps(simulation: Simulation) -> str:
@@ -82,7 +84,7 @@ def explain_gaps(simulation: Simulation) -> str:
     for device, rows in itertools.groupby(
         critical_path(simulation), lambda row: int(table.device[row])
     ):
-        names = [str(table.action(row)) for row in rows]
+        names = [table.label(row) for row in rows]
         between = " ... " if len(names) > 2 else " "
         runs.append(f"{between.join(dict.fromkeys((names[0], names[-1])))} on device {device}")
     path = f"critical path (*), {simulation.makespan:g} long: {', '.join(runs)}"

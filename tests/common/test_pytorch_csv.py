@@ -43,6 +43,20 @@ def test_pytorchs_1f1b_is_wrong_on_the_last_rank() -> None:
     ]
 
 
+def test_overlapped_actions_and_any_placement() -> None:
+    text = (GOLDEN / "dualpipev-p2-m4.csv").read_text()
+    read = read_schedule(text)
+    assert (read.placement, validate(read)) == ("vee", [])
+    assert (
+        str(read)
+        .splitlines()[1]
+        .endswith("F1.1 (F3&BW1.1) (F2.1&BW0) BW2.1 (F3.1&BW1) BW3.1 B2 W2 B3 W3")
+    )
+    assert read_schedule(format_csv(read)) == read
+    uneven = parse_schedule("placement: 0 1 3 | 2\nF0 F0.1 F0.2 BW0.2 BW0.1 BW0\nF0 BW0")
+    assert read_schedule(format_csv(uneven)) == uneven
+
+
 def test_letters_idle_cells_and_the_older_b() -> None:
     read = read_schedule('"0F0",, 0F1,0I0,0W0,0B1\r\n\r\n1F0,1B0,1F1,1W0,1B1,,\r\n')
     assert read.devices == parse_schedule("F0 F1 B0 W0 BW1\nF0 B0 F1 W0 BW1").devices
@@ -57,6 +71,10 @@ def test_letters_idle_cells_and_the_older_b() -> None:
         ("0F0,0SEND_F,0B0", "line 1, column 2: '0SEND_F' is not"),
         ("0F0,0B0\n\n0F1,0B1", "line 3, column 1: stage 0 stands in line 1 too"),
         ("0F0,0B0\n,,", "line 2: no action"),
+        (",\n", "line 1: no action"),
+        ("0F0,(0F1;0X0)OVERLAP_F_B", "line 1, column 2: '0X0' is not"),
+        ("0F0,(0B0;0F1)OVERLAP_F_B", "line 1, column 2: (0B0;0F1)OVERLAP_F_B; expected a forward"),
+        ("0F0,(0F1;0I0)OVERLAP_F_B", "line 1, column 2: (0F1;0I0)OVERLAP_F_B; expected a forward"),
         ("0F0,0B0\n2F0,2B0", "stage 1 stands in no line; expected stages 0 to 2"),
         ("0F12345678901", "line 1, column 1: '0F12345678901' is not"),
         ("0" + "F0" * 70_000 + ",", "line 1: field larger than field limit"),
