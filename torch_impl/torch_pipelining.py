@@ -109,7 +109,7 @@ class PipeliningEngine(PlainEngine):
         ours = make_schedule(config.schedule, config.stages, m, config.chunks)
         rank = distributed.get_rank()
         device = devices.stage_devices(config.stages, config.device)[rank]
-        indices = [ours.virtual_stage(rank, chunk) for chunk in range(config.chunks)]
+        indices = ours.parts[rank]
         parts = plan_partition(config).parts
         units = [Units(config, parts[k], device) for k in indices]
         named = [

@@ -55,7 +55,7 @@ def register(subcommands: Any) -> None:
     """Add the subcommands to argparse's subparsers."""
     draw = subcommands.add_parser("draw")
     _add_schedule(draw, "{} or file:PATH")
-    _add_costs(draw, memory=False)
+    add_costs(draw, memory=False)
     draw.add_argument(
         "--output",
         metavar="FILE",
@@ -67,11 +67,11 @@ def register(subcommands: Any) -> None:
         action="store_true",
         help="mark the critical path and say what every idle gap waits for",
     )
-    draw.set_defaults(run=_reporting(_draw))
+    draw.set_defaults(run=reporting(_draw))
 
     simulator = subcommands.add_parser("simulate")
     _add_schedule(simulator, "{} or file:PATH; a comma list, or all, to see them side by side")
-    _add_costs(simulator)
+    add_costs(simulator)
     _add_wrap_around(simulator)
     simulator.add_argument(
         "--output",
@@ -79,11 +79,11 @@ def register(subcommands: Any) -> None:
         help="write the schedule to FILE: .csv for torch.distributed.pipelining, else in text form",
     )
     simulator.add_argument("--json", action="store_true", help="print JSON")
-    simulator.set_defaults(run=_reporting(_simulate))
+    simulator.set_defaults(run=reporting(_simulate))
 
     validator = subcommands.add_parser("validate")
     validator.add_argument("file", metavar="FILE", help="the schedule; - reads standard input")
-    validator.set_defaults(run=_reporting(_validate))
+    validator.set_defaults(run=reporting(_validate))
 
 
 def _add_schedule(parser: argparse.ArgumentParser, what: str) -> None:
@@ -95,6 +95,11 @@ def _add_schedule(parser: argparse.ArgumentParser, what: str) -> None:
         help="a schedule's name or file; - reads standard input",
     )
     parser.add_argument("--schedule", metavar="S", help=what.format(", ".join(GENERATORS)))
+    add_size(parser)
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how large a named schedule is."""
     parser.add_argument(
         "--stages",
         type=positive,
@@ -136,7 +141,8 @@ def _add_schedule(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def _add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
+def add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
+    """Add the options for the costs, with `memory` those for bytes too."""
     costs = parser.add_argument_group(
         "costs",
         "of one micro-batch on a whole stage, in any one unit; one number, or a comma list with "
@@ -222,7 +228,7 @@ def _share(text: str) -> float:
     return found
 
 
-def _reporting(run: _Run) -> _Run:
+def reporting(run: _Run) -> _Run:
     """Run `run` and turn errors of the input into one line and exit status 2."""
 
     def wrapped(arguments: argparse.Namespace) -> int:
@@ -277,8 +283,8 @@ def _size(arguments: argparse.Namespace) -> tuple[int, int]:
     return arguments.stages, arguments.micro_batches
 
 
-def _planned(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]:
-    """The named schedule and the costs for it."""
+def plan(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]:
+    """Return the named schedule and the costs for it."""
     if arguments.memory_limit is not None and name != SEARCH:
         raise ScheduleError(
             f"--memory-limit: only schedule {SEARCH} keeps to one; expected without it, or {SEARCH}"
@@ -345,7 +351,7 @@ def _read(path: str) -> str:
 
 
 def _draw(arguments: argparse.Namespace) -> int:
-    schedule, costs = _planned(arguments.schedule, arguments)
+    schedule, costs = plan(arguments.schedule, arguments)
     _note_v_min(schedule, costs)
     _check_overlap([schedule], arguments)
     why = arguments.why
@@ -396,7 +402,7 @@ def _write_chart(schedule: Schedule, costs: Costs, path: Path, why: bool) -> Non
 def _simulate(arguments: argparse.Namespace) -> int:
     if names := _several(arguments):
         return _side_by_side(arguments, names)
-    schedule, costs = _planned(arguments.schedule, arguments)
+    schedule, costs = plan(arguments.schedule, arguments)
     _check_wrap_around([schedule], arguments)
     _check_overlap([schedule], arguments)
     result = _result(_simulated(schedule, costs, arguments), arguments)
@@ -558,7 +564,7 @@ def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
         if INTERLEAVED in names and name != INTERLEAVED:
             alone.group_size = alone.warm_up = None
         try:
-            planned.append((*_planned(name, alone), alone))
+            planned.append((*plan(name, alone), alone))
         except ScheduleError as error:
             if arguments.schedule != "all":
                 raise

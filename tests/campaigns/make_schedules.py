@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from matplotlib.figure import Figure
 from common.cli.main import main as triptych
 from common.io.edges import write_file
 from common.schedule.draw import draw_text
+from common.schedule.explain import EXPLANATIONS
 from common.schedule.generators import default_chunks, make_schedule
 from common.schedule.search import limits, lower_bound, search
 from common.schedule.simulate import Costs, replay_makespan, simulate
@@ -58,6 +60,24 @@ def drawings() -> None:
         "text-chart",
         "```text\n" + draw_text(make_schedule("1f1b", STAGES, MICRO_BATCHES)) + "\n```",
     )
+
+
+def explanations() -> None:
+    """What `triptych explain` says, a part for every schedule that is drawn."""
+    for name in DRAWN:
+        explanation = EXPLANATIONS[name]
+        lines = [
+            f"*{explanation.source[0].upper()}{explanation.source[1:]}.*",
+            "",
+            *textwrap.wrap(explanation.text, 120),
+            "",
+            "| | formula | holds for |",
+            "| --- | --- | --- |",
+        ]
+        for formula in explanation.formulas:
+            holds = formula.condition_shown or "all m"
+            lines.append(f"| {formula.measure} | {formula.shown} | {holds} |")
+        fill(name, "\n".join(lines))
 
 
 def published() -> None:
@@ -296,7 +316,7 @@ def fill(name: str, content: str, page: Path = PAGE) -> None:
 
 PARTS: dict[str, Callable[[], None]] = {
     part.__name__: part
-    for part in (drawings, overview, published, curve, measured, frameworks, searches)
+    for part in (drawings, explanations, overview, published, curve, measured, frameworks, searches)
 }
 
 if __name__ == "__main__":
