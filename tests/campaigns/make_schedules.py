@@ -1,7 +1,7 @@
 """Remakes what docs/schedules.md shows: its drawings, its tables and its curve. Run it in the
 repository's root.
 
-    python tests/campaigns/make_schedules.py            everything, about ten minutes (the benchmark and the searches take most of it)
+    python tests/campaigns/make_schedules.py            everything, some minutes (the searches take most of them)
     python tests/campaigns/make_schedules.py drawings published   only these parts
 
 Tables stand between `<!-- made: NAME -->` and `<!-- end -->`; pictures are files in docs/images/.
@@ -9,11 +9,9 @@ Tables stand between `<!-- made: NAME -->` and `<!-- end -->`; pictures are file
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -261,39 +259,6 @@ def measured() -> None:
     fill("measured", "\n".join(lines))
 
 
-def frameworks() -> None:
-    """Every schedule in every framework, by a benchmark of its own (some minutes)."""
-    with tempfile.TemporaryDirectory() as folder:
-        if status := triptych(
-            ["bench", "--schedules", ",".join(DRAWN), "--repeats", "1", "--out", folder]
-        ):
-            raise SystemExit(status)
-        fill_frameworks(next(Path(folder).glob("*/table.csv")))
-
-
-def fill_frameworks(path: Path) -> None:
-    """The step times of a benchmark's table.csv, as ratios to each framework's 1f1b."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    steps = {(row["framework"], row["schedule"]): float(row["step_ms_median"]) for row in rows}
-    gaps = {
-        (row["framework"], row["schedule"]): float(row["simulated_step_difference"]) for row in rows
-    }
-    names = list(dict.fromkeys(row["framework"] for row in rows))
-    lines = [
-        f"| schedule | {' | '.join(names)} | "
-        f"{' | '.join(f'{name}, simulated' for name in names)} |",
-        f"| --- |{' ---: |' * 2 * len(names)}",
-    ]
-    for schedule in DRAWN:
-        ratios = [f"{steps[name, schedule] / steps[name, '1f1b']:.2f}" for name in names]
-        lines.append(
-            f"| {schedule} | {' | '.join(ratios)} | "
-            f"{' | '.join(f'{gaps[n, schedule]:+.1%}' for n in names)} |"
-        )
-    fill("frameworks", "\n".join(lines))
-
-
 def rows() -> Iterator[dict[str, Any]]:
     for name in ("zero_bubble_tables.json", "zero_bubble_more_rows.json"):
         yield from json.loads((GOLDEN / name).read_text(encoding="utf-8"))["rows"]
@@ -316,7 +281,7 @@ def fill(name: str, content: str, page: Path = PAGE) -> None:
 
 PARTS: dict[str, Callable[[], None]] = {
     part.__name__: part
-    for part in (drawings, explanations, overview, published, curve, measured, frameworks, searches)
+    for part in (drawings, explanations, overview, published, curve, measured, searches)
 }
 
 if __name__ == "__main__":
