@@ -155,7 +155,10 @@ def _why_not_native(config: RunConfig) -> str | None:
         last, chunk = schedule.location[-1]
         ends = [a.micro_batch for a in schedule.devices[last] if a.op is Op.F and a.chunk == chunk]
         if ends != sorted(ends):
-            return "PyTorch's runtime takes the last stage's forwards only in micro-batch order"
+            return (
+                "the last stage's forwards are not in micro-batch order; expected them in order, "
+                "as PyTorch's runtime takes them"
+            )
     if config.framework == "torch" and name == "1f1b" and m < p:
         return f"micro_batches = {m}; PyTorch's 1f1b takes at least as many as stages, {p}"
     rounds = max(1, m // p)  # what our `interleaved` calls groups; PyTorch's are all of one size

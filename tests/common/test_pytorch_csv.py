@@ -14,6 +14,8 @@ from common.schedule.generators import GENERATORS, default_chunks, make_schedule
 from common.schedule.pytorch_csv import format_csv
 from common.schedule.timetable import read_schedule
 from common.schedule.validate import Rule, validate
+from common.spec.rules import why_impossible
+from tests.parity.ladder import config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pytorch_csv"
 
@@ -117,3 +119,16 @@ def test_a_word_is_a_name_or_a_file(
 ) -> None:
     assert main(["draw", *word.split(), "--stages", "2", "--micro-batches", "2"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_pytorchs_runtime_needs_the_last_stages_forwards_in_order(tmp_path: Path) -> None:
+    reasons = []
+    for name, order in (("in", "01"), ("out", "10")):
+        path = tmp_path / f"{name}.csv"
+        path.write_text("0F{0},0F{1},0B{0},0B{1}\n1F{0},1F{1},1B{0},1B{1}\n".format(*order))
+        one = config(
+            "torch", 2, 2, "float32", "tied", "pre", "gelu", "even", 0.0,
+            f"file:{path}", executor="native",
+        )  # fmt: skip
+        reasons.append(str(why_impossible(one) or ""))
+    assert reasons[0] == "" and "forwards are not in micro-batch order; expected" in reasons[1]
