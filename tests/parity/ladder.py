@@ -147,15 +147,28 @@ VARIANTS: dict[str, tuple[int, str, str, int, str]] = {
     "zb-h1": (4, "even", "zb-h1", 1, "none"),
     "zb-h2": (2, "even", "zb-h2", 1, "none"),
     "zb-v": (2, "even", "zb-v", 2, "none"),
+    "interleaved-overlap": (2, "even", "interleaved-overlap", 2, "none"),
+    "interleaved-zb": (2, "even", "interleaved-zb", 2, "none"),
+    "v-half": (2, "even", "v-half", 2, "none"),
+    "v-min": (2, "even", "v-min", 2, "none"),
+    "dualpipev": (2, "even", "dualpipev", 2, "none"),
+    "own-placement": (2, "even", "file:PLACED", 2, "none"),
     "recompute-full": (2, "even", "1f1b", 1, "full"),
     "recompute-full-split": (2, "even", "zb-h1", 1, "full"),
     "recompute-every-1": (2, "even", "zb-h1", 1, "every-1"),
     "recompute-except-last": (4, "even", "1f1b", 1, "except-last"),
 }
-SPLIT = """# schedule: split micro_batches=4
+FILES = {
+    "SPLIT": """# schedule: split micro_batches=4
 0: F0 F1 F2 B0 W0 F3 B1 W1 B2 B3 W2 W3
 1: F0 B0 F1 B1 W0 F2 B2 F3 B3 W1 W2 W3
-"""
+""",
+    "PLACED": """# schedule: placed micro_batches=4
+placement: 0 1 | 2 3
+0: F0 F0.1 F1 F1.1 BW0.1 BW0 F2 (F2.1&BW1.1) BW1 F3 F3.1 BW2.1 BW2 BW3.1 BW3
+1: F0 F0.1 BW0.1 BW0 F1 F1.1 BW1.1 BW1 F2 F2.1 BW2.1 BW2 F3 F3.1 BW3.1 BW3
+""",
+}
 MODELS: dict[str, tuple[str, str, str, int, tuple[str, ...]]] = {
     "float32": ("float32", "tied", "pre", 10, tuple(VARIANTS)),
     "float64": (
@@ -186,7 +199,8 @@ def variant_configs(framework: str, model: str, folder: Path) -> dict[str, RunCo
     other bits.
     """
     dtype, head, norm, batch_size, names = MODELS[model]
-    (folder / "split.txt").write_text(SPLIT)
+    for file, text in FILES.items():
+        (folder / file).write_text(text)
 
     def of(p: int, m: int, partition: str, schedule: str, chunks: int, recompute: str) -> RunConfig:
         return config(
@@ -199,7 +213,7 @@ def variant_configs(framework: str, model: str, folder: Path) -> dict[str, RunCo
             "gelu",
             partition,
             0.1,
-            schedule.replace("SPLIT", str(folder / "split.txt")),
+            schedule.replace("file:", f"file:{folder}/"),
             steps=3,
             chunks=chunks,
             num_layers=2,
