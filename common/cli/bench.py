@@ -73,6 +73,8 @@ def prepare(parser: Parser, implementations: Mapping[str, Implementation] | None
 
 def _bench(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
     bench, console = read_bench(arguments), make_console()
+    if bench.left_out:
+        console.print(f"left out: {bench.left_out}", highlight=False, soft_wrap=True, markup=False)
     if bench.dry_run:
         print_dry_run(bench, console)
         return 0

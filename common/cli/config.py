@@ -10,6 +10,7 @@ from pathlib import Path
 from common.cli.settings import (
     GRID,
     SECTIONS,
+    Key,
     Setting,
     Settings,
     adapt,
@@ -25,6 +26,7 @@ from common.cli.settings import (
 )
 from common.harness.options import Bench, BenchOptions
 from common.io.usage import UsageError, closest
+from common.schedule.generators import GENERATORS
 from common.spec.rules import why_impossible
 from common.spec.run import PRESETS, RunConfig
 
@@ -93,44 +95,56 @@ def read_bench(arguments: argparse.Namespace) -> Bench:
     settings = base | given
     adapt(settings, given)
     options = BenchOptions(**validated("bench", settings))
-    points = _grid(settings)
+    points, left_out = _grid(settings)
     if options.baselines:
         points = tuple(
             dict.fromkeys((*points, *_native_baselines(points), *_plain_baselines(points)))
         )
     _check_bench(options, points, settings)
     check_corpora(points)
-    return Bench(options, points, bool(arguments.dry_run))
+    return Bench(options, points, bool(arguments.dry_run), left_out)
 
 
 # --------------------------------------------------------------------------------------- validation
 
 
-def _grid(settings: Settings) -> tuple[RunConfig, ...]:
-    """Return every combination of the listed values, each validated before anything runs."""
+def _grid(settings: Settings) -> tuple[tuple[RunConfig, ...], str]:
+    """Return every combination of the listed values, each validated before anything runs.
+
+    Of `all` schedules those are left out that do not fit where another one does; the second result
+    says which, and why.
+    """
+    key: Key = ("run", "schedule")
+    takes_all = listed(settings[key].value) == ["all"]
+    if takes_all:
+        settings = settings | {key: Setting(list(GENERATORS), settings[key].where)}
     axes = [
         [(key, value) for value in listed(settings[key].value)] for key in GRID if key in settings
     ]
     for axis in axes:
         if not axis:
-            key = next(key for key in GRID if key in settings and not listed(settings[key].value))
-            raise UsageError(f"{settings[key].where}: an empty list; expected at least one value")
-    points, errors = [], []
+            empty = next(key for key in GRID if key in settings and not listed(settings[key].value))
+            raise UsageError(f"{settings[empty].where}: an empty list; expected at least one value")
+    points, fitting, errors = [], set(), []
     for combination in itertools.product(*axes):
         chosen = settings | {key: Setting(value, settings[key].where) for key, value in combination}
+        *place, name = (value for _, value in sorted(combination, key=lambda pair: pair[0] == key))
         try:
             points.append(make_run(chosen))
+            fitting.add(tuple(place))
         except UsageError as error:
-            errors.append(str(error))
-    if errors:
-        distinct = list(dict.fromkeys(errors))
+            errors.append((tuple(place), name, str(error)))
+    misfits = [error for error in errors if takes_all and error[0] in fitting]
+    distinct = list(dict.fromkeys(error[-1] for error in errors if error not in misfits))
+    if distinct:
         more = (
             f" (and {len(distinct) - 1} more points of the grid are impossible)"
             if len(distinct) > 1
             else ""
         )
         raise UsageError(distinct[0] + more)
-    return tuple(dict.fromkeys(points))
+    left_out = dict.fromkeys(f"{name} ({text})" for _, name, text in misfits)
+    return tuple(dict.fromkeys(points)), "; ".join(left_out)
 
 
 def _native_baselines(points: Sequence[RunConfig]) -> list[RunConfig]:

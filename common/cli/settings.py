@@ -86,7 +86,7 @@ def add_option(group: Any, section: str, name: str, field: FieldInfo, default: A
     if name == "chunks":
         shown = "what the schedule has"
     if name == "schedule":
-        text += f": {', '.join(GENERATORS)}"
+        text += f": {', '.join(GENERATORS)}; or all of them that fit"
     if name == "dropout":
         text += f"; native or native:X: by the framework's own masks, with X or {NATIVE_DROPOUT:g}"
     if shown not in ("", None):

@@ -17,6 +17,8 @@ class Bench:
     options: BenchOptions
     points: tuple[RunConfig, ...]
     dry_run: bool = False
+    left_out: str = ""
+    """The schedules that `--schedules all` leaves out, and why."""
 
 
 class BenchOptions(Frozen):

@@ -24,7 +24,7 @@ from common.io.usage import UsageError
 from common.report.result import RunResult
 from common.runtime import oracle_worker
 from common.schedule.action import format_schedule
-from common.schedule.generators import make_schedule
+from common.schedule.generators import GENERATORS, make_schedule
 from common.spec import rules
 from common.spec.run import RunConfig
 from tests.waiting import marked, wait_until
@@ -73,6 +73,20 @@ def test_a_schedule_brings_its_own_number_of_chunks() -> None:
         "--preset", "tiny", "--framework", "torch", "--schedules", "1f1b,interleaved,zb-v"
     ).points
     assert {c.schedule: c.chunks for c in points} == {"1f1b": 1, "interleaved": 2, "zb-v": 2}
+
+
+def test_all_schedules_but_those_that_do_not_fit() -> None:
+    line = ("--preset", "tiny", "--frameworks", "torch,paddle", "--schedules", "all")
+    everything = bench(*line, "--stages", "2", "--micro-batches", "4")
+    assert {point.schedule for point in everything.points} == set(GENERATORS)
+    assert everything.left_out == ""
+    fewer = bench(*line, "--stages", "2", "--micro-batches", "3,4")
+    assert len(fewer.points) == 2 * (2 * len(GENERATORS) - 1)
+    assert fewer.left_out.startswith("dualpipev (--schedules: schedule dualpipev: 3 micro-batches")
+    assert fewer.left_out.count("(") == 1
+    # What no schedule can be is an error as ever.
+    with pytest.raises(UsageError, match="stages x chunks = 9"):
+        bench(*line, "--stages", "2,9", "--micro-batches", "4")
 
 
 def test_precedence_is_preset_then_file_then_command_line(tmp_path: Path) -> None:
