@@ -27,6 +27,7 @@ from common.runtime.training import starting_weights
 from common.runtime.worker import Switch, run_jobs
 from common.spec import dropout_masks
 from common.spec.data import Batch, load_corpus
+from common.spec.memory import Memory
 from common.spec.parameters import Check, TensorKey, unit_names
 from common.spec.run import PRESETS, RunConfig, TrainSpec, TransformerSpec
 
@@ -275,6 +276,31 @@ def held_bytes(
     engine = make(2, schedule, run={"recompute": recompute}, **options)
     engine.forward_backward(batch(engine))
     return dict(engine.held_bytes_peak())
+
+
+MEMORY_GRID: tuple[tuple[int, str, dict[str, Any], dict[str, Any]], ...] = (
+    (2, "gpipe", {}, {"activation": "relu", "norm": "post", "dtype": "float64"}),
+    (2, "zb-h1", {}, {"activation": "gelu_tanh", "dropout": 0.1, "dtype": "bfloat16"}),
+    (2, "1f1b", {"recompute": "except-last"}, {"tied_head": True, "dropout": 0.1}),
+    (2, "zb-v", {"chunks": 2, "recompute": "every-1"}, {}),
+    (2, "interleaved", {"chunks": 2, "track": "best"}, {"num_layers": 4}),
+)
+"""Stages, schedule, the rest of the run, and the model: runs whose held bytes are predicted."""
+
+
+def check_held_bytes(make: Make, **instead: Any) -> None:
+    """Every device holds what `common.spec.memory` predicts, with `instead` in every model.
+
+    7 sequences in 3 micro-batches: one of them is larger.
+    """
+    for stages, schedule, run, model in MEMORY_GRID:
+        train = {"batch_size": 7, "micro_batches": 3}
+        engine = make(stages, schedule, train=train, run=run, **model | instead)
+        engine.forward_backward(batch(engine))
+        held = engine.held_bytes_peak()
+        predicted = Memory.of_run(engine.config)
+        for device, each in enumerate(predicted):
+            assert each.activations_bytes == held[device], (schedule, device)
 
 
 # ------------------------------------------------------------------------------- dropout and habits

@@ -34,6 +34,7 @@ SUBCOMMANDS = {
         "make the report of one benchmark, or of several together, from its results",
     ),
     "compare": ("report", "say which rows of two benchmarks differ by more than their noise"),
+    "plan": ("plan", "choose p, m, v, schedule, partition and recomputation within memory"),
     "draw": ("schedules", "draw a schedule as a chart"),
     "simulate": ("schedules", "time one schedule, or several side by side, without running them"),
     "explain": ("explain", "say what a schedule is: words, formulas in numbers, chart"),

@@ -99,19 +99,27 @@ def plan_partition(config: RunConfig) -> PartitionPlan:
             # plans.
             costs = [cost.forward_flops for cost in unit_costs(config.model, config.train)]
             if config.chunks == 1:
-                inner = balanced_boundaries(costs, parts)
+                devices = list(range(parts))
             else:
                 schedule = make_schedule(
                     config.schedule, config.stages, config.train.micro_batches, config.chunks
                 )
                 devices = [device for device, _ in schedule.location]
-                inner = balanced_over_devices(
-                    costs[0], costs[1], costs[-1], config.model.num_layers, devices
-                )
+            inner = balanced(costs, devices)
         case boundaries:  # the user's own, validated by `RunConfig`
             inner = list(boundaries)
     edges = [0, *inner, len(units)]
     return PartitionPlan(tuple(tuple(units[a:b]) for a, b in itertools.pairwise(edges)))
+
+
+def balanced(costs: Sequence[float], devices: Sequence[int]) -> list[int]:
+    """Return the boundaries of the balanced plan. `devices[k]` is the device of part k.
+
+    `costs` are of the embedding, so many blocks that cost the same, and the head.
+    """
+    if len(set(devices)) == len(devices):
+        return balanced_boundaries(costs, len(devices))
+    return balanced_over_devices(costs[0], costs[1], costs[-1], len(costs) - 2, devices)
 
 
 def even_boundaries(num_layers: int, stages: int, chunks: int = 1) -> list[int]:
@@ -182,7 +190,7 @@ def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
 
 
 def balanced_over_devices(
-    embedding: int, block: int, head: int, num_layers: int, devices: Sequence[int]
+    embedding: float, block: float, head: float, num_layers: int, devices: Sequence[int]
 ) -> list[int]:
     """Return the boundaries with the smallest largest device and then the smallest largest part.
     [4]
@@ -203,7 +211,7 @@ def balanced_over_devices(
     last = len(devices) - 1
     least = [0, *[1] * (last - 1), 0]
 
-    def fill(bound: int) -> tuple[float, list[int]]:
+    def fill(bound: float) -> tuple[float, list[int]]:
         """Return the largest device and the blocks of each part, with no part above `bound`.
 
         Infinity if that is impossible.
@@ -215,7 +223,9 @@ def balanced_over_devices(
             d: sorted((sizes[k], k) for k in range(last + 1) if devices[k] == d)
             for d in set(devices)
         }
-        loads = sorted((sum(size for size, _ in own), d) for d, own in parts.items())
+        loads: list[tuple[float, int]] = sorted(
+            (sum(size for size, _ in own), d) for d, own in parts.items()
+        )
         for _ in range(num_layers - sum(least)):
             while loads and parts[loads[0][1]][0][0] + block > bound:
                 heappop(loads)  # no room on this device

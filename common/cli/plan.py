@@ -1,0 +1,220 @@
+"""The subcommand plan: which p, m, v, schedule, partition and recomputation for this model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from argparse import ArgumentTypeError
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from common.cli.numbers import positive
+from common.cli.options import add_run_options, file_to_write, read_run, reporting
+from common.harness.bench import run_bench
+from common.harness.options import Bench, BenchOptions
+from common.harness.profile import Profile, profile
+from common.io.bounded import read_text
+from common.io.console import make_console
+from common.io.edges import number, write_file
+from common.io.usage import UsageError, closest
+from common.report import plan as shown
+from common.report.collect import collect
+from common.schedule.generators import GENERATORS
+from common.spec.plan import Plans, make_plans
+from common.spec.run import RunConfig
+from common.spec.unit_times import UnitTimes, counted_times
+
+EXIT_OK, EXIT_NOTHING_FITS = 0, 1
+UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+DECIDED = ("stages", "chunks", "schedule", "partition", "recompute", "executor", "micro_batches")
+"""What the plan decides, and so does not take."""
+COUNTED_FLOPS = 1e12
+VERIFIED = 4
+
+
+def register(subcommands: Any) -> None:
+    """Add the subcommand to argparse's subparsers."""
+    parser = subcommands.add_parser(
+        "plan",
+        description="Compares every p, schedule, v and m for this model by a memory and a time "
+        "model, cuts the model to fit, recomputes where it must, and ranks what fits. "
+        "Exit status: 0; 1 if nothing fits, with the nearest that does not; 2 wrong input.",
+        usage="%(prog)s --devices N [options]",
+    )
+    parser.add_argument(
+        "--devices", type=positive, required=True, metavar="N", help="how many there are"
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=read_size,
+        default=float("inf"),
+        metavar="SIZE",
+        help="of every device: 32GB, 512MB, 80GiB (default: none)",
+    )
+    parser.add_argument("--schedules", metavar="S,..", help="only these (default: all but search)")
+    costs = parser.add_mutually_exclusive_group()
+    costs.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="measure what every kind of unit takes here first, and keep it in FILE",
+    )
+    costs.add_argument("--costs", metavar="FILE", help="take it from an earlier --profile")
+    parser.add_argument("--json", metavar="FILE", help="write all plans to FILE")
+    parser.add_argument(
+        "--output", metavar="PICTURE", help="draw throughput and memory against m (.png, .svg)"
+    )
+    parser.add_argument(
+        "--verify",
+        metavar="FOLDER",
+        help=f"then run the best {VERIFIED} schedules' plans as a benchmark in FOLDER, parity "
+        "included, and print predicted beside measured steps",
+    )
+    add_run_options(parser, without=DECIDED, preset="small")
+    parser.set_defaults(run=reporting(_plan))
+
+
+def read_size(text: str) -> float:
+    """Read `32GB` as bytes. Raises ArgumentTypeError."""
+    match = re.fullmatch(r"([0-9.]+) ?([a-zA-Z]*)", text)
+    count = number(match[1]) if match else None
+    factor = UNITS.get(match[2] or "B") if match else None
+    if count is None or factor is None or count <= 0:
+        raise ArgumentTypeError(
+            f"{text!r}; expected a size such as 32GB, in one of {', '.join(UNITS)}"
+        )
+    return count * factor
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    config = read_run(arguments, reads_text=bool(arguments.profile))
+    schedules = _schedules(arguments.schedules)
+    outputs = {
+        option: file_to_write(path, f"--{option}")
+        for option in ("json", "output", "profile")
+        if (path := getattr(arguments, option))
+    }
+    if arguments.verify and not (arguments.profile or arguments.costs):
+        raise UsageError("--verify: counted costs are no seconds; expected --profile or --costs")
+    console = make_console()
+    times = _times(arguments, config, outputs)
+    console.print(f"costs: {times.source}", highlight=False, soft_wrap=True)
+    limit = arguments.memory_limit
+    plans = make_plans(config, arguments.devices, times, limit, schedules)
+    unlimited = (
+        plans
+        if limit == float("inf")
+        else make_plans(config, arguments.devices, times, schedules=schedules)
+    )
+    if "json" in outputs:
+        write_file(outputs["json"], json.dumps(as_data(plans), indent=1) + "\n")
+    if "output" in outputs:
+        shown.draw(outputs["output"], plans, unlimited, limit)
+    if not plans.found:
+        if not plans.refused:
+            raise UsageError("--schedules: none has a size for this model; expected others")
+        console.print(
+            f"nothing fits: {shown.missing(plans.refused[0])}", highlight=False, soft_wrap=True
+        )
+        return EXIT_NOTHING_FITS
+    shown.show(console, plans, unlimited)
+    console.print(f"run it: {command(arguments, plans.found[0].config)}", soft_wrap=True)
+    return _verify(arguments, plans, console) if arguments.verify else EXIT_OK
+
+
+def _verify(arguments: argparse.Namespace, plans: Plans, console: Console) -> int:
+    """Run the best plans of the best schedules and print what was predicted beside it."""
+    best = list(plans.best_per_schedule().values())[:VERIFIED]
+    out = Path(arguments.verify)
+    before = set(out.iterdir()) if out.is_dir() else set()
+    options = BenchOptions(out=arguments.verify, preset=arguments.preset or "small")
+    points = tuple(plan.config for plan in best)
+    status = run_bench(Bench(options, points), arguments.command, console)
+    results = collect(sorted(set(out.iterdir()) - before)).results
+    console.print(shown.verified(best, results))
+    return status
+
+
+def _schedules(text: str | None) -> list[str]:
+    names = [] if text is None else list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in GENERATORS:
+            raise UsageError(f"--schedules = {name!r}: unknown{closest(name, GENERATORS)}")
+    return names
+
+
+def _times(arguments: argparse.Namespace, config: RunConfig, outputs: dict[str, Path]) -> UnitTimes:
+    if arguments.costs:
+        path = Path(arguments.costs)
+        try:
+            found = Profile.model_validate_json(read_text(path, 2**24))
+        except OSError as error:
+            raise UsageError(f"--costs {path}: {error.strerror}; expected a file") from None
+        except (ValidationError, ValueError):
+            raise UsageError(f"--costs {path}: not a profile; expected one by --profile") from None
+        if difference := found.difference(config, arguments.devices):
+            raise UsageError(f"--costs {path}: is of {difference}; expected one of this run")
+        return found.times
+    if "profile" in outputs:
+        made = profile(config, arguments.devices)
+        write_file(outputs["profile"], made.model_dump_json(indent=1) + "\n")
+        return made.times
+    return counted_times(config, COUNTED_FLOPS)
+
+
+def as_data(plans: Plans) -> dict[str, Any]:
+    """Return all plans, the fastest first, and what did not fit, for JSON."""
+    return {
+        "plans": [
+            {
+                "config": plan.config.model_dump(mode="json"),
+                "step_seconds": plan.step_seconds,
+                "tokens_per_second": plan.tokens_per_second,
+                "bubble_fraction": plan.bubble_fraction,
+                "memory": [vars(each) | {"total_bytes": each.total_bytes} for each in plan.memory],
+            }
+            for plan in plans.found
+        ],
+        "refused": [
+            {
+                "config": each.config.model_dump(mode="json"),
+                "device": each.device,
+                "missing_bytes": each.missing_bytes,
+            }
+            for each in plans.refused
+        ],
+    }
+
+
+def command(arguments: argparse.Namespace, config: RunConfig) -> str:
+    """Return the command that runs the plan, with the model and training that the user named."""
+    words = ["triptych", "train"]
+    for option in ("preset", "config"):
+        if getattr(arguments, option, None) is not None:
+            words += [f"--{option}", getattr(arguments, option)]
+    if getattr(arguments, "preset", None) is None and getattr(arguments, "config", None) is None:
+        words += ["--preset", "small"]
+    for dest, value in vars(arguments).items():
+        section, _, name = dest.partition(".")
+        if name and section in ("run", "model", "train"):
+            option = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                words.append(option if value else f"--no-{option[2:]}")
+            else:
+                words += [option, *(value if isinstance(value, list) else [str(value)])]
+    decided: dict[str, Any] = {
+        "stages": config.stages,
+        "schedule": config.schedule,
+        "chunks": config.chunks,
+        "micro-batches": config.train.micro_batches,
+        "recompute": config.recompute,
+    }
+    if config.partition:
+        decided["partition"] = ",".join(map(str, config.partition))
+    for name, value in decided.items():
+        words += [f"--{name}", str(value)]
+    return shlex.join(words)

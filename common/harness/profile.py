@@ -1,0 +1,162 @@
+"""Measure what every kind of unit takes in one framework, as it takes it in a pipeline.
+
+The profile is an ordinary run of a short model in which every chunk is one unit, on as many devices
+as the plan will have, so that stages disturb one another as they will then:
+
+    2 devices, 2 chunks     embedding │ block.0 │ block.1 │ head
+
+Every micro-batch size runs twice: with BW in one piece, and with B and W apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from common.harness.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_worker
+from common.io.usage import UsageError
+from common.report.machine import this_machine
+from common.report.result import measured
+from common.report.timing import Timing
+from common.runtime.job import Job
+from common.schedule.action import Op
+from common.spec.memory import Memory
+from common.spec.partition import plan_partition
+from common.spec.run import RunConfig
+from common.spec.unit_times import KINDS, UnitTimes
+
+CHUNKS, MICRO_BATCHES = 3, 8
+STEPS, UNTIMED_STEPS = 7, 2
+TOGETHER, APART = "interleaved", "interleaved-zb"
+"""With BW as one action; with B and W."""
+
+
+class Profile(BaseModel):
+    """Unit times, with what they hold for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    machine: str
+    version: str
+    """Of the framework."""
+    devices: int
+    config: RunConfig
+    """The run whose units were measured; its layers and mini-batch do not matter."""
+    times: UnitTimes
+
+    def difference(self, config: RunConfig, devices: int) -> str | None:
+        """Say in what the profile is of another run, None if it is not."""
+        if devices != self.devices:
+            return f"{self.devices} devices"
+        mine, theirs = _what_counts(self.config), _what_counts(config)
+        return next((f"{name} = {mine[name]}" for name in mine if mine[name] != theirs[name]), None)
+
+
+def _what_counts(config: RunConfig) -> dict[str, object]:
+    """Return what decides a unit's time."""
+    model = config.model.model_dump(exclude={"num_layers"})
+    run = config.model_dump(include={"framework", "track", "device", "threads"})
+    return {**run, **model, "dtype": config.train.dtype, "optimizer": config.train.optimizer}
+
+
+def micro_batch_sizes(batch_size: int) -> list[int]:
+    """Return the sizes to measure: powers of two up to the mini-batch, eight at most."""
+    return [2**k for k in range(batch_size.bit_length())][-8:]
+
+
+def profile_config(config: RunConfig, devices: int, schedule: str, sequences: int) -> RunConfig:
+    """Return the run that measures micro-batches of so many sequences."""
+    parts = devices * CHUNKS
+    train = {
+        "batch_size": sequences * MICRO_BATCHES,
+        "micro_batches": MICRO_BATCHES,
+        "steps": STEPS,
+        "warmup_steps": 0,
+    }
+    run = {
+        "stages": devices,
+        "chunks": CHUNKS,
+        "schedule": schedule,
+        "partition": tuple(range(1, parts)),
+        "recompute": "none",
+        "model": config.model.model_copy(update={"num_layers": parts - 2}),
+        "train": config.train.model_copy(update=train),
+    }
+    return RunConfig.model_validate(dict(config) | run)
+
+
+def profile(
+    config: RunConfig,
+    devices: int,
+    implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
+    on_job: Callable[[int, int], None] = lambda done, of: None,
+) -> Profile:
+    """Measure in a worker process. Raises UsageError where that fails."""
+    runs = [
+        profile_config(config, devices, schedule, sequences)
+        for sequences in micro_batch_sizes(config.train.batch_size)
+        for schedule in (TOGETHER, APART)
+    ]
+    with tempfile.TemporaryDirectory(prefix="triptych-") as name:
+        folder = Path(name)
+        jobs = [Job(config=run, out=str(folder / str(i))) for i, run in enumerate(runs)]
+        outcomes = run_jobs_in_worker(
+            implementations[config.framework].module,
+            jobs,
+            folder,
+            on_step=lambda job, step, loss: on_job(job, len(jobs)),
+        )
+        for run, outcome in zip(runs, outcomes, strict=True):
+            if outcome.status != "ok":
+                raise UsageError(
+                    f"--profile: {run.framework}, {run.schedule}, "
+                    f"{run.train.batch_size} sequences: "
+                    f"{outcome.reason}"
+                )
+        results = [
+            measured(outcome, run, UNTIMED_STEPS)
+            for run, outcome in zip(runs, outcomes, strict=True)
+        ]
+    version, machine = str(results[0]["environment"]["version"]), this_machine().one_line
+    times = unit_times(
+        [(run, result["timing"]) for run, result in zip(runs, results, strict=True)],
+        f"measured with {config.framework} {version} on {devices} devices of {machine}",
+    )
+    return Profile(machine=machine, version=version, devices=devices, config=config, times=times)
+
+
+def unit_times(timings: Iterable[tuple[RunConfig, Timing]], source: str) -> UnitTimes:
+    """Put the timings of `profile_config`'s runs together. Blocks count as one, by their median."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = {
+        kind: {op.value: {} for op in Op} for kind in KINDS
+    }
+    hops, optimizer = [], []
+    for run, timing in timings:
+        units = [part[0] for part in plan_partition(run).parts]
+        sequences = run.train.micro_batch_size
+        for cost in timing.costs:
+            known = found[units[cost.virtual_stage].partition(".")[0]][cost.op]
+            known.setdefault(sequences, []).append(cost.seconds)
+        hops.append(timing.hop_seconds)
+        rest = timing.measured_step_seconds - timing.measured_pipeline_seconds
+        optimizer.append(rest / _most_parameters(run))
+    return UnitTimes(
+        source=source,
+        seconds={
+            kind: {
+                op: {b: statistics.median(values) for b, values in sizes.items()}
+                for op, sizes in ops.items()
+            }
+            for kind, ops in found.items()
+        },
+        hop_seconds=statistics.median(hops),
+        optimizer_seconds_per_parameter=statistics.median(optimizer),
+    )
+
+
+def _most_parameters(run: RunConfig) -> int:
+    return max(each.parameters for each in Memory.of_run(run))

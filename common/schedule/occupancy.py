@@ -1,0 +1,45 @@
+"""Count what a device holds, chunk by chunk, whatever the sizes: the counts that decide its peak.
+
+After every action a device holds so many micro-batches of each chunk between F and B, and so many
+between B and W. Of those rows of counts only the ones that no other row exceeds everywhere can be
+the peak, whatever a micro-batch takes. 1F1B on device 0 of 2, 4 micro-batches: after F0 F1 BW0 F2
+the counts are 1, 2, 1, 2: all that remains is one row, 2. So a planner plays a schedule once and
+then tries thousands of partitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.schedule.action import Op, Schedule
+from common.schedule.table import OP_CODE, IntArray, tabulate
+
+
+def occupancy(schedule: Schedule, kinds: Sequence[int] | None = None) -> list[IntArray]:
+    """Return, per device, the largest counts of what is held: (rows, v, kinds, 2).
+
+    `kinds[i]` is the kind of micro-batch i, from 0: kinds differ in what they take (one sequence
+    more, the forward computed again). The last axis: between F and B, between B and W.
+    """
+    kinds = [0] * schedule.num_micro_batches if kinds is None else kinds
+    table = tabulate(schedule)
+    shape = (table.num_rows, schedule.num_chunks, max(kinds) + 1)
+    between = np.zeros((*shape, 2), np.int64)
+    row, kind = np.arange(table.num_rows), np.array(kinds)[table.micro_batch]
+    for op, forward, waiting in ((Op.F, 1, 0), (Op.B, -1, 1), (Op.W, 0, -1), (Op.BW, -1, 0)):
+        rows = row[table.op == OP_CODE[op]]
+        between[rows, table.chunk[rows], kind[rows]] = forward, waiting
+    return [
+        _not_exceeded(np.cumsum(between[a:b], axis=0))
+        for a, b in zip(table.bounds[:-1], table.bounds[1:], strict=True)
+    ]
+
+
+def _not_exceeded(counts: IntArray) -> IntArray:
+    """Return the rows that no other row reaches or exceeds in every place."""
+    flat = np.unique(counts.reshape(len(counts), -1), axis=0)
+    exceeded = [bool(((flat >= one).all(axis=1).sum()) > 1) for one in flat]
+    kept: IntArray = flat[~np.array(exceeded)].reshape(-1, *counts.shape[1:])
+    return kept

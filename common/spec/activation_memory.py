@@ -1,0 +1,129 @@
+"""Predict the activation memory of a run: what every unit holds for its backward, counted, not
+measured.
+
+A table says which tensors each framework's own operations save, per unit and micro-batch. Its
+letters:
+
+    b S D F V H   sequences of the micro-batch, tokens, width, feed-forward width, vocabulary, heads
+    e             bytes of an element of the run's dtype: 2, 4 or 8
+    f             the same, but 4 in bfloat16: statistics, norms and the loss stay in float32
+    n             f - e: what a tensor takes more for being kept in float32 (0 but in bfloat16)
+
+Example: a PyTorch block in float32, b = 2, S = 128, D = 256, F = 1024, H = 8, holds
+
+    e (8 bSD + 2 bSF + bHSS + 4 bS) = 4 (8 x 65,536 + 2 x 262,144 + 262,144 + 4 x 256) = 5,246,976 bytes
+
+8 bSD: both norms' inputs and outputs, q, k, v and the attention's output; 2 bSF: the activation's
+input and output; bHSS: the softmax' output; 4 bS: both norms' mean and deviation.
+
+Source of the method: Korthikanti et al. 2022, section 4, who count 34 bSD + 5 bHSS bytes for a
+layer in 16 bits with dropout.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+from common.spec.run import RunConfig
+
+HELD = """
+framework   unit       where      between F and B                          between B and W
+torch       embedding  -          0                                        e bSD + e SD + 8 S
+torch       embedding  dropout    e bSD                                    0
+torch       block      -          8e bSD + 2n bSD + 2e bSF + 4f bS + 8n D  8e bSD + 2e bSF
+torch       block      scores     e bHSS                                   0
+torch       block      fused      f bHS                                    0
+torch       block      relu       -e bSF                                   0
+torch       block      dropout    2e bSD + 2e bHSS                         0
+torch       head       -          e bSD + f bSV + f                        e bSD + e bSV
+torch       head       pre-norm   f bSD + 2f bS + 4n D                     0
+tensorflow  embedding  -          0                                        e bSD
+tensorflow  embedding  dropout    bSD                                      bSD
+tensorflow  block      -          12e bSD + 2n bSD + 2e bSF + 6f bS        18e bSD + 2n bSD + 3e bSF + 2f bS
+tensorflow  block      scores     e bHSS                                   0
+tensorflow  block      gelu_tanh  5f bSF                                   0
+tensorflow  block      dropout    2 bSD + e bHSS + bHSS                    0
+tensorflow  head       -          e bSD + f bSV + 2 bS                     e bSD + e bSV
+tensorflow  head       not f64    4                                        0
+tensorflow  head       pre-norm   2e bSD + n bSD + 3f bS                   2e bSD + n bSD + f bS
+paddle      embedding  -          8 S                                      0
+paddle      embedding  dropout    bSD                                      0
+paddle      block      -          8e bSD + 2e bSF + 4e bS                  8e bSD + 2e bSF
+paddle      block      scores     e bHSS                                   0
+paddle      block      relu       -e bSF                                   0
+paddle      block      dropout    2 bSD + e bHSS + bHSS                    0
+paddle      head       -          e bSD + e bSV                            e bSD + e bSV
+paddle      head       pre-norm   e bSD + 2e bS                            0
+"""  # noqa: E501
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """What one micro-batch of a unit, or of a chunk, holds."""
+
+    forward: int
+    """Between its F and its B."""
+    waiting: int
+    """Between its B and its W."""
+
+
+def unit_held_bytes(config: RunConfig, unit: str, sequences: int) -> HeldBytes:
+    """Return what a micro-batch of so many sequences holds in `unit`, without recomputation."""
+    model = config.model
+    is_fused = config.track == "best" and not model.dropout and config.framework == "torch"
+    holds = {
+        "-": True,
+        "fused": is_fused,
+        "scores": not is_fused,
+        "relu": model.activation == "relu",
+        "gelu_tanh": model.activation == "gelu_tanh",
+        "dropout": model.dropout > 0,
+        "not f64": config.train.dtype != "float64",
+        "pre-norm": model.norm == "pre",
+    }
+    kind = unit.partition(".")[0]
+    found = [0, 0]
+    for framework, name, where, *sums in _rows():
+        if framework == config.framework and name == kind and holds[where]:
+            for i, terms in enumerate(sums):
+                found[i] += sum(_value(term, config, sequences) for term in terms)
+    return HeldBytes(*found)
+
+
+@cache
+def _rows() -> list[tuple[str, str, str, list[str], list[str]]]:
+    rows = []
+    for line in HELD.strip().splitlines()[1:]:
+        framework, unit, where, forward, waiting = re.split(r"\s{2,}", line)
+        rows.append((framework, unit, where, forward.split(" + "), waiting.split(" + ")))
+    return rows
+
+
+def element_bytes(dtype: str) -> int:
+    return {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
+
+
+def _value(term: str, config: RunConfig, sequences: int) -> int:
+    """Return the bytes of a term such as `8e bSD`."""
+    model = config.model
+    element = element_bytes(config.train.dtype)
+    letters = {
+        "b": sequences,
+        "S": model.context_length,
+        "D": model.d_model,
+        "F": model.d_ff,
+        "V": model.vocab_size,
+        "H": model.num_heads,
+        "e": element,
+        "f": max(element, 4),
+        "n": max(element, 4) - element,
+    }
+    term = term.replace(" ", "")
+    factors = term.lstrip("-0123456789")
+    number = term.removesuffix(factors)
+    value = int(number + "1" if number in ("", "-") else number)
+    for letter in factors:
+        value *= letters[letter]
+    return value

@@ -1,0 +1,188 @@
+"""Predict what every device of a run holds: weights, gradients, moments, activations.
+
+    [1] `common.spec.activation_memory` knows what a micro-batch holds in every unit
+    [2] `common.schedule.occupancy` knows how many micro-batches of each chunk a device holds at once
+    [3] `Memory.of_device` adds both up for any cut of the model
+
+Example: 1F1B, 2 stages: device 0 holds two micro-batches at its fullest moment, so its activations
+are twice those of its units; device 1 holds one.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from common.schedule.action import Schedule
+from common.schedule.generators import make_schedule
+from common.schedule.occupancy import occupancy
+from common.schedule.table import IntArray
+from common.spec.activation_memory import HeldBytes, element_bytes, unit_held_bytes
+from common.spec.parameters import parameter_shapes, unit_of
+from common.spec.partition import plan_partition
+from common.spec.run import RunConfig
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The bytes of one device at its fullest moment."""
+
+    parameters: int
+    weights_bytes: int
+    """In the master precision; in bfloat16 also the rounded copy that the arithmetic reads."""
+    gradients_bytes: int
+    moments_bytes: int
+    """AdamW: two numbers a parameter; SGD: one with momentum, else none."""
+    activations_bytes: int
+    """Held between actions, as a run counts them (`Engine.held_bytes_peak`)."""
+    recompute_bytes: int
+    """What a backward that computes its forward again holds besides, for one piece at a time."""
+
+    @property
+    def total_bytes(self) -> int:
+        return (
+            self.weights_bytes
+            + self.gradients_bytes
+            + self.moments_bytes
+            + self.activations_bytes
+            + self.recompute_bytes
+        )
+
+
+OF_RECOMPUTED_TOKENS = {"paddle": 4}
+"""Bytes: Paddle's recomputation keeps one number in place of an input that needs no gradient."""
+
+Part = tuple[str, ...]
+"""The kinds of a chunk's units, in order: `("embedding", "block", "block")`."""
+
+
+def kinds_of(units: Sequence[str]) -> Part:
+    return tuple(unit.partition(".")[0] for unit in units)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    parameters: int
+    held: IntArray
+    """(rows,): its activation bytes at each of the device's fullest moments."""
+    again: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory of a run whose cut is still open."""
+
+    config: RunConfig
+    schedule: Schedule
+
+    @staticmethod
+    def of_run(config: RunConfig) -> list[DeviceMemory]:
+        """Return the memory of every device of a run as it stands."""
+        schedule = make_schedule(
+            config.schedule, config.stages, config.train.micro_batches, config.chunks
+        )
+        parts, memory = plan_partition(config).parts, Memory(config, schedule)
+        return [
+            memory.of_device(d, [kinds_of(parts[k]) for k in own])
+            for d, own in enumerate(schedule.parts)
+        ]
+
+    def of_device(self, device: int, parts: Sequence[Part]) -> DeviceMemory:
+        """Return what `device` holds, if `parts[c]` are the kinds of its chunk c's units. [3]"""
+        config, model = self.config, self.config.model
+        chunks = [self._chunk(device, c, part) for c, part in enumerate(parts)]
+        parameters = sum(chunk.parameters for chunk in chunks)
+        kinds = {kind for part in parts for kind in part}
+        if model.tied_head and "head" in kinds and "embedding" not in kinds:
+            parameters += model.vocab_size * model.d_model  # the head's copy of the embedding
+        master = element_bytes(config.train.master_dtype)
+        copy = element_bytes(config.train.dtype) if config.train.dtype == "bfloat16" else 0
+        moments = {"adamw": 2, "sgd": int(config.train.momentum > 0)}[config.train.optimizer]
+        return DeviceMemory(
+            parameters,
+            parameters * (master + copy),
+            parameters * master,
+            parameters * master * moments,
+            int(np.sum([chunk.held for chunk in chunks], axis=0).max()),
+            max(chunk.again for chunk in chunks),
+        )
+
+    def _chunk(self, device: int, c: int, part: Part) -> _Chunk:
+        """Return what chunk c adds to its device, whatever the other chunks hold."""
+        key = device, c, part
+        if key not in self._chunks:
+            sizes = np.array([self._sizes(part, *kind) for kind in self._kinds])  # (kinds, 2)
+            self._chunks[key] = _Chunk(
+                sum(self._parameters[kind] for kind in part),
+                (self._occupancy[device][:, c] * sizes).sum(axis=(1, 2)),
+                self._again(part) if self.config.recompute != "none" else 0,
+            )
+        return self._chunks[key]
+
+    @cached_property
+    def _chunks(self) -> dict[tuple[int, int, Part], _Chunk]:
+        return {}
+
+    @cached_property
+    def _kinds(self) -> list[tuple[int, bool]]:
+        """The kinds of micro-batches: (sequences, whether B computes the forward again)."""
+        return sorted(set(self._kind_of))
+
+    @cached_property
+    def _kind_of(self) -> list[tuple[int, bool]]:
+        train = self.config.train
+        small, larger = divmod(train.batch_size, train.micro_batches)
+        return [
+            (small + (i < larger), self.config.recomputes(i)) for i in range(train.micro_batches)
+        ]
+
+    @cached_property
+    def _occupancy(self) -> list[IntArray]:
+        """[2]"""
+        return occupancy(self.schedule, [self._kinds.index(kind) for kind in self._kind_of])
+
+    @cached_property
+    def _parameters(self) -> dict[str, int]:
+        """Of the embedding, one block and the head."""
+        one = self.config.model.model_copy(update={"num_layers": 1})
+        sizes = {"embedding": 0, "block": 0, "head": 0}
+        for name, shape in parameter_shapes(one).items():
+            sizes[unit_of(name).partition(".")[0]] += math.prod(shape)
+        return sizes
+
+    def _sizes(self, part: Part, sequences: int, recomputed: bool) -> tuple[int, int]:
+        """Return what the chunk holds between F and B, and between B and W. [1]"""
+        units = [self._unit(unit, sequences) for unit in part]
+        forward = sum(held.forward for held in units)
+        if recomputed:  # every piece's input alone; that of the embedding is the batch itself
+            model, pieces = self.config.model, self._pieces(part)
+            inputs = sum(piece[0] != "embedding" for piece in pieces)
+            tokens = sequences * model.context_length
+            forward = inputs * tokens * model.d_model * element_bytes(self.config.train.dtype)
+            forward += (part[0] == "embedding") * OF_RECOMPUTED_TOKENS.get(self.config.framework, 0)
+        return forward, sum(held.waiting for held in units)
+
+    def _again(self, part: Part) -> int:
+        """Return what B computes again at once: the largest piece, of the largest micro-batch."""
+        sequences = self.config.train.micro_batch_size
+        return max(
+            sum(self._unit(unit, sequences).forward for unit in piece)
+            for piece in self._pieces(part)
+        )
+
+    def _pieces(self, part: Part) -> list[Part]:
+        step = self.config.recomputed_units or len(part)
+        return [part[i : i + step] for i in range(0, len(part), step)]
+
+    def _unit(self, unit: str, sequences: int) -> HeldBytes:
+        if (unit, sequences) not in self._known:
+            self._known[unit, sequences] = unit_held_bytes(self.config, unit, sequences)
+        return self._known[unit, sequences]
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, int], HeldBytes]:
+        return {}

@@ -1,0 +1,246 @@
+"""Find the fastest way to run a model on so many devices within so much memory.
+
+    [1] `candidates` lists p, schedule, v and m: every one that the model and the schedule allow
+    [2] `plan_one`   cuts the model for one of them, within the memory limit, recomputing no more
+                     than it must, and simulates a step
+    [3] `make_plans` ranks what fits, and keeps for each schedule why the rest did not
+
+Memory: `common.spec.memory`. Time: `common.spec.unit_times` and `common.schedule.play`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.schedule.action import Op, Schedule, ScheduleError
+from common.schedule.generators import GENERATORS, SEARCH, make_schedule
+from common.schedule.play import play
+from common.schedule.table import OPS, Table, tabulate
+from common.spec.memory import DeviceMemory, Memory, kinds_of
+from common.spec.memory_limit import balanced_within
+from common.spec.parameters import unit_names
+from common.spec.partition import balanced
+from common.spec.run import RunConfig
+from common.spec.unit_times import KINDS, UnitTimes
+
+RECOMPUTE = ("none", "except-last", "every-1", "full")
+"""From the one that costs least time to the one that holds least."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run the model, with what it would take."""
+
+    config: RunConfig
+    step_seconds: float
+    bubble_fraction: float
+    memory: tuple[DeviceMemory, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        train = self.config.train
+        return train.batch_size * self.config.model.context_length / self.step_seconds
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(memory.total_bytes for memory in self.memory)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A candidate that does not fit with any recomputation, and by how much the best one misses."""
+
+    config: RunConfig
+    device: int
+    missing_bytes: int
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What was found, the fastest first, and what did not fit, the nearest first."""
+
+    found: tuple[Plan, ...]
+    refused: tuple[Refused, ...]
+
+    def best_per_schedule(self) -> dict[str, Plan]:
+        best: dict[str, Plan] = {}
+        for plan in self.found:
+            best.setdefault(plan.config.schedule, plan)
+        return best
+
+
+def make_plans(
+    base: RunConfig,
+    devices: int,
+    times: UnitTimes,
+    memory_limit_bytes: float = float("inf"),
+    schedules: Sequence[str] = (),
+) -> Plans:
+    """Plan every candidate and rank them. [3]"""
+    results = [
+        plan_one(config, times, memory_limit_bytes)
+        for config in candidates(base, devices, schedules or list(GENERATORS))
+    ]
+    found = [result for result in results if isinstance(result, Plan)]
+    refused = [result for result in results if isinstance(result, Refused)]
+    return Plans(
+        tuple(sorted(found, key=lambda plan: plan.step_seconds)),
+        tuple(sorted(refused, key=lambda each: each.missing_bytes)),
+    )
+
+
+def candidates(base: RunConfig, devices: int, schedules: Iterable[str]) -> Iterator[RunConfig]:
+    """Yield the runs to compare, not yet cut. [1]
+
+    m: the divisors of the mini-batch, and multiples of the devices, whose pieces may be uneven.
+    """
+    batch, units = base.train.batch_size, len(unit_names(base.model))
+    counts = {m for m in range(1, batch + 1) if batch % m == 0}
+    counts |= {devices * k for k in range(1, 9) if devices * k <= batch}
+    for stages in range(1, devices + 1):
+        for name in schedules:
+            chunks = GENERATORS[name].chunks
+            for v in [chunks] if chunks else [2, 3, 4]:
+                if name == SEARCH or stages * v > units:
+                    continue
+                for m in sorted(counts):
+                    train = base.train.model_copy(update={"micro_batches": m})
+                    run = {"stages": stages, "schedule": name, "chunks": v, "train": train}
+                    config = base.model_copy(update=run)
+                    if _schedule(config) is not None:
+                        yield config
+
+
+def plan_one(config: RunConfig, times: UnitTimes, memory_limit_bytes: float) -> Plan | Refused:
+    """Cut the model and simulate a step, with the first kind of recomputation that fits. [2]"""
+    schedule = _schedule(config)
+    if schedule is None:
+        raise ScheduleError(f"schedule {config.schedule} has no such size")
+    nearest: Refused | None = None
+    for recompute in RECOMPUTE:
+        tried = config.model_copy(update={"recompute": recompute, "partition": "balanced"})
+        parts, memory = _cut(tried, schedule, times, memory_limit_bytes)
+        device = max(range(schedule.num_devices), key=lambda d: memory[d].total_bytes)
+        missing = memory[device].total_bytes - memory_limit_bytes
+        if missing <= 0:
+            boundaries = tuple(np.cumsum([len(part) for part in parts])[:-1].tolist())
+            final = tried.model_copy(update={"partition": boundaries})
+            parameters = max(each.parameters for each in memory)
+            step, bubble = _step(final, schedule, parts, parameters, times)
+            return Plan(final, step, bubble, tuple(memory))
+        if nearest is None or missing < nearest.missing_bytes:
+            nearest = Refused(tried, device, int(missing))
+    assert nearest is not None
+    return nearest
+
+
+@lru_cache(maxsize=4096)
+def _made(name: str, stages: int, micro_batches: int, chunks: int) -> Schedule | None:
+    try:
+        return make_schedule(name, stages, micro_batches, chunks)
+    except ScheduleError:  # the schedule has no such size
+        return None
+
+
+def _schedule(config: RunConfig) -> Schedule | None:
+    return _made(config.schedule, config.stages, config.train.micro_batches, config.chunks)
+
+
+@lru_cache(maxsize=4096)
+def _table(schedule: Schedule) -> Table:
+    return tabulate(schedule)
+
+
+def _cut(
+    config: RunConfig, schedule: Schedule, times: UnitTimes, limit_bytes: float
+) -> tuple[list[tuple[str, ...]], list[DeviceMemory]]:
+    """Return the parts of the fastest cut that fits, or of the fastest of all if none does."""
+    memory = Memory(config, schedule)
+    units, layers = unit_names(config.model), config.model.num_layers
+    sequences = config.train.micro_batch_size
+    embedding, block, head = (
+        times.of(unit, Op.F, sequences) + times.of(unit, Op.BW, sequences) for unit in KINDS
+    )
+    devices = [device for device, _ in schedule.location]
+
+    def parts_of(inner: Sequence[int]) -> list[tuple[str, ...]]:
+        edges = [0, *inner, len(units)]
+        return [tuple(units[a:b]) for a, b in itertools.pairwise(edges)]
+
+    def measure(parts: Sequence[tuple[str, ...]]) -> list[DeviceMemory]:
+        return [
+            memory.of_device(d, [kinds_of(parts[k]) for k in own])
+            for d, own in enumerate(schedule.parts)
+        ]
+
+    free = balanced([embedding, *[block] * layers, head], devices)
+    parts = parts_of(free)
+    found = measure(parts)
+    if max(each.total_bytes for each in found) <= limit_bytes:
+        return parts, found
+
+    last = len(devices) - 1
+
+    def fits(device: int, counts: tuple[int, ...]) -> bool:
+        own = [
+            ("embedding",) * (k == 0) + ("block",) * n + ("head",) * (k == last)
+            for k, n in zip(schedule.parts[device], counts, strict=True)
+        ]
+        return memory.of_device(device, own).total_bytes <= limit_bytes
+
+    inner = balanced_within((embedding, block, head), layers, devices, fits)
+    if inner is None:
+        return parts, found
+    return parts_of(inner), measure(parts_of(inner))
+
+
+def _step(
+    config: RunConfig,
+    schedule: Schedule,
+    parts: Sequence[Sequence[str]],
+    parameters: int,
+    times: UnitTimes,
+) -> tuple[float, float]:
+    """Return the seconds of a step and the bubble fraction. The optimizer waits for the device with
+    the most parameters."""
+    table, train = _table(schedule), config.train
+    small, larger = divmod(train.batch_size, train.micro_batches)
+    of_size = {b: _costs(parts, times, b, config) for b in {small + (larger > 0), small} if b}
+    spent = np.empty(table.num_rows)
+    for b, (plain, again) in of_size.items():
+        sizes = small + (table.micro_batch < larger)
+        rows = sizes == b
+        recomputed = np.array([config.recomputes(i) for i in range(train.micro_batches)])
+        cost = np.where(
+            recomputed[table.micro_batch],
+            again[table.op, table.virtual_stage],
+            plain[table.op, table.virtual_stage],
+        )
+        spent[rows] = cost[rows]
+    spent[table.leads + 1] += spent[table.leads]  # two that overlap: the second takes both times
+    spent[table.leads] = 0.0
+    played = play(table, spent.tolist(), [times.hop_seconds] * table.num_rows)
+    makespan = max(played.end)
+    optimizer = parameters * times.optimizer_seconds_per_parameter
+    bubble = 1 - float(spent.sum()) / (schedule.num_devices * makespan)
+    return makespan + optimizer + times.rest_seconds, bubble
+
+
+def _costs(
+    parts: Sequence[Sequence[str]], times: UnitTimes, sequences: int, config: RunConfig
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return (4, K): the seconds of every operation on every part; and with recomputation."""
+    plain = np.array(
+        [[sum(times.of(unit, op, sequences) for unit in part) for part in parts] for op in OPS]
+    )
+    again = plain.copy()
+    for row, op in enumerate(OPS):
+        if op in (Op.B, Op.BW):
+            again[row] += plain[OPS.index(Op.F)]
+    return plain, again

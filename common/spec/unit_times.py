@@ -1,0 +1,78 @@
+"""What every unit of a model takes, in seconds: measured by a profile, or counted.
+
+A profile holds F, B, W and BW of the embedding, a block and the head for several micro-batch sizes.
+Between two sizes time is a straight line; beyond the largest it goes on as between the last two.
+Its value at size 0 is what a micro-batch costs however small it is, which is what limits m:
+
+    seconds      ·  measured
+    of a block      ·   seconds(b) = a0 + a1 b between neighbours
+                 ·
+             a0 ┤
+                └────┴────┴────────┴──  sequences b
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict
+
+from common.schedule.action import Op
+from common.spec.partition import unit_costs
+from common.spec.run import RunConfig
+
+KINDS = ("embedding", "block", "head")
+
+
+class UnitTimes(BaseModel):
+    """The costs that a plan is made from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    """Where they are from, for people."""
+    seconds: Mapping[str, Mapping[str, Mapping[int, float]]]
+    """By kind of unit, operation and sequences in a micro-batch."""
+    hop_seconds: float = 0.0
+    """From the end of a sender to the start of a receiver that was waiting."""
+    rest_seconds: float = 0.0
+    """A step outside the pipeline, whatever the model: batch in, loss out."""
+    optimizer_seconds_per_parameter: float = 0.0
+    """The norm, clipping and the update, on the device that has the most parameters."""
+
+    def of(self, unit: str, op: Op, sequences: int) -> float:
+        """Return the seconds of one operation of one unit."""
+        known = self.seconds[unit.partition(".")[0]][op.value]
+        sizes = sorted(known)
+        if len(sizes) == 1:
+            return known[sizes[0]] * sequences / sizes[0]
+        # The neighbours of `sequences`, or the two sizes at the nearer end.
+        right = min(max(bisect_left(sizes, sequences), 1), len(sizes) - 1)
+        low, high = sizes[right - 1], sizes[right]
+        slope = (known[high] - known[low]) / (high - low)
+        return max(0.0, known[low] + slope * (sequences - low))
+
+
+def counted_times(config: RunConfig, flops_per_second: float) -> UnitTimes:
+    """Return F = B = W = the unit's forward FLOPs over `flops_per_second`, with nothing fixed.
+
+    A micro-batch then costs nothing by itself, so more of them always look better: only a profile
+    sees what limits m.
+    """
+    one = config.model_copy(
+        update={"train": config.train.model_copy(update={"batch_size": 1, "micro_batches": 1})}
+    )
+    flops = {
+        cost.unit.partition(".")[0]: cost.forward_flops for cost in unit_costs(one.model, one.train)
+    }
+    return UnitTimes(
+        source=f"counted, at {flops_per_second / 1e9:,.0f} GFLOP/s",
+        seconds={
+            kind: {
+                op.value: {1: flops[kind] / flops_per_second * (2 if op is Op.BW else 1)}
+                for op in Op
+            }
+            for kind in KINDS
+        },
+    )

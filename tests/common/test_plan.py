@@ -1,0 +1,256 @@
+"""Plans: the memory model's counts, the cut under a limit, the ranking, and the command line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.cli.main import main
+from common.harness.profile import Profile, profile_config, unit_times
+from common.report.timing import ActionCost, Timing
+from common.schedule.action import Op, ScheduleError
+from common.schedule.generators import GENERATORS, SEARCH, make_schedule
+from common.schedule.occupancy import occupancy
+from common.schedule.simulate import Costs, peak_held_bytes, simulate
+from common.spec.memory import Memory
+from common.spec.memory_limit import balanced_within
+from common.spec.partition import plan_partition
+from common.spec.plan import candidates, make_plans, plan_one
+from common.spec.run import RunConfig, preset
+from common.spec.unit_times import UnitTimes, counted_times
+
+SMALL = preset("small")
+
+
+@pytest.mark.parametrize("name", [name for name in GENERATORS if name != SEARCH])
+def test_occupancy_gives_every_peak(name: str) -> None:
+    random_sizes = np.random.default_rng(0).integers(1, 1000, (2, 8, 4))
+    for p, m, v in itertools.product((1, 2, 4, 8), (1, 4, 9, 24), (1, 2, 3, 4)):
+        try:
+            schedule = make_schedule(name, p, m, v)
+        except ScheduleError:
+            continue
+        held, waiting = random_sizes[:, :p, :v]
+        counts = occupancy(schedule)
+        peaks = [
+            int((c[:, :, 0, 0] @ held[d] + c[:, :, 0, 1] @ waiting[d]).max())
+            for d, c in enumerate(counts)
+        ]
+        assert peaks == peak_held_bytes(schedule, held, held, waiting), (p, m, v)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_cut_under_a_limit_is_the_best_that_fits(seed: int) -> None:
+    """Against every cut there is, with rooms of any shape that shrink with every block."""
+    draw = random.Random(seed)
+    found = [one_limited_cut(draw) for _ in range(400)]
+    assert all(mine == best for mine, best in found)
+    assert 50 < sum(best is None for _, best in found) < 350  # both kinds occurred
+
+
+Loads = tuple[int, int] | None
+
+
+def one_limited_cut(draw: random.Random) -> tuple[Loads, Loads]:
+    """(largest device, largest part) of our cut and of the best of all, in one random case."""
+    p, v = draw.choice([(1, 2), (2, 1), (3, 1), (4, 1), (2, 2), (3, 2), (2, 3), (1, 3)])
+    layers = draw.randint(max(1, p * v - 2), p * v + 3)
+    ends = embedding, block, head = draw.randint(0, 9), draw.randint(1, 9), draw.randint(0, 30)
+    devices = [k % p for k in range(p * v)]
+    draw.shuffle(devices)
+    own = [[k for k in range(p * v) if devices[k] == d] for d in range(p)]
+    rows = [[[draw.randint(0, 5) for _ in range(v)] for _ in range(3)] for _ in range(p)]
+    room = [draw.randint(3, 30) for _ in range(p)]
+    costs = [embedding, *[block] * layers, head]
+
+    def fits(d: int, counts: tuple[int, ...]) -> bool:
+        return all(np.dot(row, counts) <= room[d] for row in rows[d])
+
+    def loads(inner: Sequence[int]) -> Loads:
+        edges = list(itertools.pairwise([0, *inner, layers + 2]))
+        sizes = [sum(costs[a:b]) for a, b in edges]
+        blocks = [sum(0 < unit <= layers for unit in range(a, b)) for a, b in edges]
+        if not all(fits(d, tuple(blocks[k] for k in ks)) for d, ks in enumerate(own)):
+            return None
+        return max(sum(sizes[k] for k in ks) for ks in own), max(sizes)
+
+    every = map(loads, itertools.combinations(range(1, layers + 2), p * v - 1))
+    inner = balanced_within(ends, layers, devices, fits)
+    best = min((each for each in every if each is not None), default=None)
+    return None if inner is None else loads(inner), best
+
+
+def test_a_block_by_hand() -> None:
+    """PyTorch, b = 2, S = 128, D = 256, F = 1024, H = 8, V = 256 in float32: as measured."""
+    memory = Memory.of_run(SMALL.model_copy(update={"schedule": "1f1b"}))
+    assert [each.activations_bytes for each in memory] == [31_481_856, 16_529_412]
+    weights = [each.weights_bytes for each in memory]
+    assert sum(weights) == 4 * sum(each.parameters for each in memory)
+    assert memory[0].moments_bytes == 2 * memory[0].gradients_bytes == 2 * weights[0]
+
+
+def test_recomputation_holds_less_and_needs_a_piece_at_a_time() -> None:
+    def total(recompute: str) -> tuple[int, int]:
+        first = Memory.of_run(SMALL.model_copy(update={"recompute": recompute}))[0]
+        return first.activations_bytes, first.recompute_bytes
+
+    assert total("full")[0] < total("every-1")[0] < total("none")[0]
+    assert 0 == total("none")[1] < total("every-1")[1] < total("full")[1]
+
+
+def test_a_plans_step_is_the_simulators() -> None:
+    times = counted_times(SMALL, 1e9)
+    for config in (
+        SMALL.model_copy(update={"schedule": "zb-h1"}),
+        SMALL.model_copy(update={"schedule": "zb-v", "chunks": 2}),
+    ):
+        plan = plan_one(config, times, float("inf"))
+        parts = plan_partition(plan.config).parts
+        costs = [
+            tuple(
+                sum(times.of(unit, op, config.train.micro_batch_size) for unit in part)
+                for part in parts
+            )
+            for op in (Op.F, Op.B, Op.W)
+        ]
+        schedule = make_schedule(config.schedule, config.stages, 8, config.chunks)
+        expected = simulate(schedule, Costs(*costs, (0.0,) * len(parts)))
+        assert plan.step_seconds == pytest.approx(expected.makespan)
+        assert plan.bubble_fraction == pytest.approx(expected.bubble_fraction)
+
+
+def test_uneven_micro_batches_cost_what_they_hold() -> None:
+    """Five of 16 sequences: one of 4 and four of 3. On one device nothing is idle."""
+    train = SMALL.train.model_copy(update={"micro_batches": 5})
+    config = SMALL.model_copy(update={"stages": 1, "train": train})
+    times = counted_times(SMALL, 1e9)
+    whole = plan_one(config, times, float("inf"))
+    even = plan_one(config.model_copy(update={"train": SMALL.train}), times, float("inf"))
+    assert whole.step_seconds == pytest.approx(even.step_seconds)
+
+
+def with_fixed_cost(seconds: float) -> UnitTimes:
+    """Every action of a unit costs this, besides what its sequences cost."""
+    counted = counted_times(SMALL, 1e9)
+    return UnitTimes(
+        source="made up",
+        seconds={
+            kind: {op.value: {b: seconds + counted.of(kind, op, b) for b in (1, 16)} for op in Op}
+            for kind in counted.seconds
+        },
+    )
+
+
+def test_a_fixed_cost_makes_fewer_micro_batches_better() -> None:
+    """m* = sqrt(B (p-1) / a): with a fixed cost of a sequences, m falls as a grows."""
+    chosen = [
+        make_plans(SMALL, 2, with_fixed_cost(cost), schedules=["1f1b"]).found[0].config
+        for cost in (0.0, 0.02, 0.5)
+    ]
+    counts = [config.train.micro_batches for config in chosen]
+    assert counts == sorted(counts, reverse=True) and counts[0] == 16 and counts[-1] < 8
+
+
+def test_every_candidate_is_planned_or_refused() -> None:
+    limit = 30e6
+    names = [name for name in GENERATORS if name != SEARCH]
+    plans = make_plans(SMALL, 3, counted_times(SMALL, 1e12), limit)
+    assert len(plans.found) + len(plans.refused) == len(list(candidates(SMALL, 3, names)))
+    assert plans.found and plans.refused
+    assert all(plan.peak_bytes <= limit for plan in plans.found)
+    assert all(each.missing_bytes > 0 for each in plans.refused)
+    for plan in plans.found[:5]:  # what it says is what the configuration says by itself
+        RunConfig.model_validate(plan.config.model_dump())
+        assert Memory.of_run(plan.config) == list(plan.memory)
+
+
+def test_a_profile_is_put_together_from_runs() -> None:
+    def timing(seconds: float, split: bool) -> Timing:
+        ops = ("F", "B", "W") if split else ("F", "BW")
+        return Timing.model_construct(
+            costs=tuple(
+                ActionCost(
+                    virtual_stage=k, op=op, seconds=seconds, p10_seconds=0, p90_seconds=0, count=1
+                )
+                for k in range(6)
+                for op in ops
+            ),
+            hop_seconds=0.25,
+            measured_step_seconds=3.0,
+            measured_pipeline_seconds=2.0,
+        )
+
+    runs = [
+        (profile_config(SMALL, 2, name, b), timing(b + 1.0, split))
+        for b in (1, 2, 4)
+        for name, split in (("interleaved", False), ("interleaved-zb", True))
+    ]
+    times = unit_times(runs, "here")
+    assert times.of("block.3", Op.BW, 2) == 3.0 and times.of("head", Op.W, 3) == 4.0
+    assert times.of("embedding", Op.F, 8) == 9.0  # on along the last line
+    assert times.hop_seconds == 0.25 and times.optimizer_seconds_per_parameter > 0
+
+
+def plan(*words: str) -> int:
+    return main(["plan", *words])
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, picture = tmp_path / "plans.json", tmp_path / "plans.png"
+    words = ["--devices", "2", "--memory-limit", "60MB", "--json", str(data)]
+    assert plan(*words, "--output", str(picture)) == 0
+    said = capsys.readouterr().out
+    assert "limited by" in said and "left out: gpipe" in said and picture.stat().st_size > 0
+    found = json.loads(data.read_text())["plans"]
+    assert found == sorted(found, key=lambda each: each["step_seconds"])
+    command = said[said.index("run it: triptych ") + 8 :].split()
+    assert (
+        main([*command[1:], "--steps", "1", "--help"])
+        if False
+        else command[:2]
+        == [
+            "triptych",
+            "train",
+        ]
+    )
+    assert plan("--devices", "2", "--memory-limit", "1MB") == 1
+    assert "nothing fits: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memory-limit", "3 parsecs"], "expected a size such as 32GB"),
+        (["--memory-limit", "0GB"], "expected a size such as 32GB"),
+        (["--schedules", "zb-9"], "'zb-9': unknown"),
+        (["--costs", "nowhere.json"], "nowhere.json: No such file"),
+        (["--costs", __file__], "not a profile"),
+        (["--stages", "2"], "unknown option"),
+        (["--devices", "0"], "at least 1"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("--devices", "2", *words) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_profile_of_another_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = Profile(machine="m", version="1", devices=2, config=SMALL, times=with_fixed_cost(0.01))
+    path = tmp_path / "profile.json"
+    path.write_text(kept.model_dump_json())
+    assert plan("--devices", "2", "--costs", str(path)) == 0
+    assert plan("--devices", "2", "--costs", str(path), "--d-model", "128") == 2
+    assert plan("--devices", "3", "--costs", str(path)) == 2
+    said = capsys.readouterr().err
+    assert "is of d_model = 256" in said and "is of 2 devices" in said
