@@ -19,6 +19,7 @@ from common.io.usage import UsageError
 from common.schedule.action import Op, Schedule, ScheduleError, format_schedule
 from common.schedule.controllable import why_not_v_min
 from common.schedule.draw import draw_color, draw_text
+from common.schedule.formulas import textbook
 from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_schedule
 from common.schedule.interleaved import interleaved
 from common.schedule.pytorch_csv import format_csv
@@ -79,6 +80,11 @@ def register(subcommands: Any) -> None:
         help="write the schedule to FILE: .csv for torch.distributed.pipelining, else in text form",
     )
     simulator.add_argument("--json", action="store_true", help="print JSON")
+    simulator.add_argument(
+        "--formulas",
+        action="store_true",
+        help="print the textbook's formulas beside the simulation",
+    )
     simulator.set_defaults(run=reporting(_simulate))
 
     validator = subcommands.add_parser("validate")
@@ -405,7 +411,11 @@ def _simulate(arguments: argparse.Namespace) -> int:
     schedule, costs = plan(arguments.schedule, arguments)
     _check_wrap_around([schedule], arguments)
     _check_overlap([schedule], arguments)
-    result = _result(_simulated(schedule, costs, arguments), arguments)
+    simulation = _simulated(schedule, costs, arguments)
+    result = _result(simulation, arguments)
+    compared = textbook(simulation) if arguments.formulas else []
+    if compared and arguments.json:
+        result["formulas"] = [vars(each) | {"verdict": each.verdict} for each in compared]
     if arguments.output is not None:
         path = Path(arguments.output)
         is_csv = path.suffix.lower() == ".csv"
@@ -416,6 +426,11 @@ def _simulate(arguments: argparse.Namespace) -> int:
     for key, value in result.items():
         shown = ", ".join(map(_short, value)) if isinstance(value, list) else _short(value)
         print(f"{key.replace('_', ' '):34}{shown}")
+    for each in compared:
+        print(
+            f"{each.name:12}{each.formula:36}= {each.value:<10.6g} simulated "
+            f"{each.simulated:<10.6g} {each.verdict}"
+        )
     return 0
 
 
@@ -544,8 +559,9 @@ def _adds_in_order(schedule: Schedule) -> bool:
 
 
 def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
-    if arguments.output is not None:
-        raise ScheduleError(f"--output: takes one schedule, not {len(names)}")
+    for option in ("output", "formulas"):
+        if getattr(arguments, option):
+            raise ScheduleError(f"--{option}: takes one schedule, not {len(names)}")
     has_own = [name in GENERATORS and GENERATORS[name].chunks is not None for name in names]
     if arguments.chunks is not None and all(has_own):
         raise ScheduleError(

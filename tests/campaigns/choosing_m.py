@@ -1,0 +1,170 @@
+"""How many micro-batches? The tables and the picture of docs/choosing-m.md.
+
+    python -m tests.campaigns.choosing_m                     the tables that need no measuring
+    python -m tests.campaigns.choosing_m --measure FOLDER    deep48 in all frameworks too, 15 min
+    python -m tests.campaigns.choosing_m --read FOLDER       that part from an earlier run
+
+Run it in the repository's root, with nothing else running: a stage wants a core to itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common.cli.main import main as triptych
+from common.harness.profile import Profile, profile
+from common.io.edges import write_file
+from common.io.figure import new_figure
+from common.report.collect import collect
+from common.report.machine import this_machine
+from common.schedule.action import Op
+from common.schedule.generators import make_schedule
+from common.schedule.occupancy import occupancy
+from common.spec.plan import Plan, plan_one
+from common.spec.run import FRAMEWORKS, RunConfig, preset
+from common.spec.unit_times import UnitTimes
+from tests.campaigns.make_schedules import fill
+
+PAGE = Path("docs/choosing-m.md")
+PICTURE = Path("docs/images/choosing-m.png")
+STAGES, BATCH, COUNTS = 4, 64, (4, 8, 12, 16, 20)
+GB_AT_4 = 2.0
+"""The textbook's: a micro-batch of 16 sequences on stage 0 holds 2 GB."""
+SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb-h2": 1}
+
+
+def pieces(m: int) -> list[int]:
+    """The sequences of every micro-batch: 64 in 12 pieces are four of 6 and eight of 5."""
+    small, larger = divmod(BATCH, m)
+    return [small + (i < larger) for i in range(m)]
+
+
+def peak_gb(name: str, m: int, fixed_batch: bool) -> float:
+    """Stage 0's activations at their fullest, played by the schedule."""
+    schedule = make_schedule(name, STAGES, m, SCHEDULES[name])
+    sizes = pieces(m) if fixed_batch else [BATCH // 4] * m
+    kinds = sorted(set(sizes))
+    counts = occupancy(schedule, [kinds.index(size) for size in sizes])[0]
+    gb = [GB_AT_4 * size / (BATCH // 4) / SCHEDULES[name] for size in kinds]
+    return float((counts[..., 0].sum(axis=1) @ gb).max())
+
+
+def memory_table() -> str:
+    lines = [
+        f"| GB on stage 0 | {' | '.join(f'm = {m}' for m in COUNTS)} |",
+        f"| --- |{' ---: |' * len(COUNTS)}",
+    ]
+    for fixed, words in ((False, "every micro-batch 16 sequences"), (True, "64 sequences in all")):
+        for name in SCHEDULES:
+            cells = [f"{peak_gb(name, m, fixed):.1f}" for m in COUNTS]
+            lines.append(f"| {name}, {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def deep(framework: str, m: int) -> RunConfig:
+    base = preset("deep48")
+    train = base.train.model_copy(update={"batch_size": BATCH, "micro_batches": m})
+    run = {"framework": framework, "schedule": "1f1b", "stages": STAGES, "train": train}
+    return base.model_copy(update=run)
+
+
+def measure(folder: Path) -> None:
+    """Keep a profile and a benchmark of deep48 for every framework."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for framework in FRAMEWORKS:
+        made = profile(deep(framework, COUNTS[0]), STAGES)
+        write_file(folder / f"profile-{framework}.json", made.model_dump_json(indent=1))
+    options = ["--preset", "deep48", "--batch-size", str(BATCH), "--schedules", "1f1b"]
+    counts = ",".join(map(str, COUNTS))
+    triptych(["bench", *options, "--micro-batches", counts, "--out", str(folder / "bench")])
+
+
+def fixed_cost(times: UnitTimes) -> float:
+    """What a micro-batch costs a block by itself, in sequences: `a` in m* = sqrt(B (p-1) / a)."""
+    at = {b: times.of("block", Op.F, b) + times.of("block", Op.BW, b) for b in (4, 16)}
+    slope = (at[16] - at[4]) / 12
+    return max(0.0, (at[4] - 4 * slope) / slope)
+
+
+def measured_steps(folder: Path) -> dict[tuple[str, int], float]:
+    """Median steps in seconds, by framework and m, of runs that passed parity."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for result in collect(sorted((folder / "bench").iterdir())).results:
+        if result.parity.status == "pass":
+            key = result.config.framework, result.config.train.micro_batches
+            found.setdefault(key, []).extend(result.steady_seconds)
+    return {key: statistics.median(steps) for key, steps in found.items()}
+
+
+def knee_table(profiles: Mapping[str, Profile], steps: Mapping[tuple[str, int], float]) -> str:
+    lines = [
+        f"| step ms, predicted / measured | {' | '.join(f'm = {m}' for m in COUNTS)} | a | m* |",
+        f"| --- |{' ---: |' * (len(COUNTS) + 2)}",
+    ]
+    for framework, kept in profiles.items():
+        cells = []
+        for m in COUNTS:
+            seconds, measured = predicted(kept, framework, m), steps.get((framework, m))
+            text = "-" if measured is None else f"{1e3 * measured:,.0f}"
+            cells.append(f"{1e3 * seconds:,.0f} / {text}")
+        a = fixed_cost(kept.times)
+        best = "any" if a == 0 else f"{(BATCH * (STAGES - 1) / a) ** 0.5:.0f}"
+        lines.append(f"| {framework} | {' | '.join(cells)} | {a:.1f} | {best} |")
+    return "\n".join(lines)
+
+
+def predicted(kept: Profile, framework: str, m: int) -> float:
+    plan = plan_one(deep(framework, m), kept.times, float("inf"))
+    assert isinstance(plan, Plan)
+    return plan.step_seconds
+
+
+def picture(profiles: Mapping[str, Profile], steps: Mapping[tuple[str, int], float]) -> None:
+    figure = new_figure(10, 3.6)
+    left, right = figure.subplots(1, 2)
+    for name in SCHEDULES:
+        for fixed, dash in ((False, "--"), (True, "-")):
+            left.plot(COUNTS, [peak_gb(name, m, fixed) for m in COUNTS], dash, label=name)
+    left.set_ylabel("GB on stage 0")
+    for framework, kept in profiles.items():
+        speed = [BATCH / predicted(kept, framework, m) for m in COUNTS]
+        (line,) = right.plot(COUNTS, speed, "--")
+        known = [m for m in COUNTS if (framework, m) in steps]
+        seen = [BATCH / steps[framework, m] for m in known]
+        right.plot(known, seen, "o-", color=line.get_color(), label=framework)
+    right.set_ylabel("sequences/s (dashed: predicted)")
+    for axes in (left, right):
+        axes.set_xlabel("micro-batches m")
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize="small")
+    figure.savefig(PICTURE, dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--measure", type=Path, metavar="FOLDER")
+    parser.add_argument("--read", type=Path, metavar="FOLDER")
+    arguments = parser.parse_args(argv)
+    fill("memory", memory_table(), PAGE)
+    if arguments.measure:
+        measure(arguments.measure)
+    if folder := arguments.measure or arguments.read:
+        profiles = {
+            framework: Profile.model_validate_json(
+                (folder / f"profile-{framework}.json").read_text(encoding="utf-8")
+            )
+            for framework in FRAMEWORKS
+        }
+        steps = measured_steps(folder)
+        fill("knee", f"{knee_table(profiles, steps)}\n\n{this_machine().one_line}.", PAGE)
+        picture(profiles, steps)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
