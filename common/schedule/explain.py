@@ -11,6 +11,7 @@ to hold it gives what the simulator gives: a test compares them over many sizes 
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Callable
@@ -120,8 +121,30 @@ EXPLANATIONS: dict[str, Explanation] = {
             Formula("peak activations", "min(m, ((v+1)*p-1) / v)", "m % p == 0"),
         ),
     ),
+    "interleaved-overlap": Explanation(
+        "Megatron-LM, `overlap_moe_expert_parallel_comm`",
+        "interleaved, with every forward of the steady state at the same time as the backward "
+        "after it: while one waits for the experts on other devices, the other computes. One more "
+        "forward in the warm-up makes the two independent of one another. The gain is what a pair "
+        "takes less than both (`--overlap`). Use it where a chunk waits for communication inside.",
+        (
+            Formula("bubble time", "(p-1) * T/v", "m >= p"),
+            Formula("peak activations", "min(m, (v+1)*p / v)", "m % p == 0"),
+        ),
+    ),
+    "interleaved-zb": Explanation(
+        "PyTorch, `ScheduleInterleavedZeroBubble`; the idea is that of Qi et al. 2024, section 2.1",
+        "interleaved and zb-h1 in one: v chunks per device in a loop, and Ws put off. Device d "
+        "warms up with p-1-d forwards less than interleaved, so that no more than p activations "
+        "are in flight where p divides m. Filling and draining take steps of a chunk: zb-h1's "
+        "bubble divided by v, in 1f1b's memory. Use it when hops are cheap.",
+        (
+            Formula("bubble time", "(p-1) * max(F, B, F+B-W) / v", "m >= p"),
+            Formula("peak activations", "min(p, m)", "m % p == 0"),
+        ),
+    ),
     "zb-h1": Explanation(
-        "Qi et al. 2024, section 2.1 and figure 2",
+        "Qi et al. 2024, section 2.1 and figure 3",
         "1f1b with the backward split. A gradient on its way up waits only for B. Device i starts "
         "its Ws i micro-batches late and fills the drain with them, and device 0 has W for the gap "
         "while a gradient comes up: a third of 1f1b's bubble when F = B = W, in 1f1b's memory. Use "
@@ -155,6 +178,43 @@ EXPLANATIONS: dict[str, Explanation] = {
             Formula("bubble time", "(p-1) * F/2", "m >= 2*p-1 and F == B == W"),
             Formula("with a warm start", "0", "m >= 2*p and F == B == W"),
             Formula("peak activations", "min(p, m)"),
+        ),
+    ),
+    "v-half": Explanation(
+        "Qi et al. 2024, Pipeline Parallelism with Controllable Memory, section 3",
+        "zb-v's V with another rhythm: a micro-batch's four actions lie at fixed offsets on every "
+        "device, and the next micro-batch follows six slots later. The offsets alone say how long "
+        "an activation is held: about half as long as in 1f1b. Ws fill the slots between. Use it "
+        "when 1f1b's memory is too much: half of it, at about half of its bubble.",
+        (
+            Formula(
+                "bubble time", "(3*p-7 + 3*(p % 2)) * F/2", "p > 2 and m >= 2*p and F == B == W"
+            ),
+            Formula("peak activations", "min(m, (p+2) // 2)"),
+        ),
+    ),
+    "v-min": Explanation(
+        "Qi et al. 2024, Pipeline Parallelism with Controllable Memory, section 3",
+        "v-half with the smallest offsets there are: an activation is held for about a third of "
+        "the time that 1f1b holds it. There is no slack for unequal costs: where F, B and W "
+        "differ, every micro-batch is late by the difference. Use it when memory decides and the "
+        "three are alike; else v-half.",
+        (
+            Formula(
+                "bubble time", "(4*p-5) * F/2", "p > 1 and p % 3 > 0 and m >= p and F == B == W"
+            ),
+            Formula("peak activations", "min(m, (p+4) // 3)", "p != 2"),
+        ),
+    ),
+    "dualpipev": Explanation(
+        "DeepSeek-AI 2024, DeepSeek-V3 Technical Report, section 3.2.1, as DeepSeek's DualPipeV",
+        "zb-v's V, and in the steady state a forward of one chunk at the same time as a backward "
+        "of the other: while one waits for communication, the other computes. The gain is what a "
+        "pair takes less than both (`--overlap`). It needs 2p micro-batches. Use it where a chunk "
+        "waits for communication inside, as with experts on many devices.",
+        (
+            Formula("bubble time", "(p-1) * F", "F == B == W"),
+            Formula("peak activations", "p + 1/2", "p > 1"),
         ),
     ),
     "search": Explanation(
@@ -193,15 +253,15 @@ def _values(simulation: Simulation) -> Values:
 
 
 def _with_numbers(formula: Formula, values: Values, simulation: Simulation) -> str:
-    costs = simulation.costs
-    takes_time = max(costs.communication) > 0 and formula.measure != "peak activations"
-    if takes_time or costs.recompute != "none":
-        return f"{formula.shown} holds only without communication and recomputation"
     if not formula.symbols <= values.keys():
         return f"{formula.shown} holds for equal stages only"
     if not formula.holds(values):
         return f"{formula.shown} holds for {formula.condition_shown} only"
-    amount = _amount(formula.measure, formula.value(values), simulation)
+    number = formula.value(values)
+    # It holds without any further options: no communication, no recomputation, ...
+    if not math.isclose(number, MEASURES[formula.measure](simulation), rel_tol=1e-6, abs_tol=1e-9):
+        return f"{formula.shown} does not hold with these options"
+    amount = _amount(formula.measure, number, simulation)
     return " = ".join(dict.fromkeys((formula.shown, formula.put_in(values), amount)))
 
 

@@ -164,6 +164,11 @@ class Simulation:
         return float(self.end.max())
 
     @cached_property
+    def delay(self) -> FloatArray:
+        """(n,): the time that a message of this row takes."""
+        return _per_row(self.table, self.costs.communication)
+
+    @cached_property
     def busy(self) -> FloatArray:
         """(p,): the time that each stage works."""
         spent = self.end - self.start

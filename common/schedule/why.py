@@ -44,11 +44,11 @@ def _gaps_of(simulation: Simulation, device: int) -> Iterator[Gap]:
     done = 0.0
     for row in range(int(table.bounds[device]), int(table.bounds[device + 1])):
         if start[row] > done + _rounding(simulation):
-            sender = int(table.awaited[row])
+            waiting, sender = _awaited(simulation, row)
             sent = f"{table.label(sender)} of device {table.device[sender]}"
-            cause = f"{table.action(row)} waits for {sent}, which ends at {end[sender]:g}"
-            if start[row] > end[sender] + _rounding(simulation):
-                cause += f"; its message takes {start[row] - end[sender]:g}"
+            cause = f"{table.action(waiting)} waits for {sent}, which ends at {end[sender]:g}"
+            if delay := simulation.delay[sender]:
+                cause += f"; its message takes {delay:g}"
             yield Gap(device, done, float(start[row]), cause)
         done = float(end[row])
     if simulation.makespan > done + _rounding(simulation):
@@ -57,25 +57,39 @@ def _gaps_of(simulation: Simulation, device: int) -> Iterator[Gap]:
         yield Gap(device, done, simulation.makespan, cause + str(table.device[last]))
 
 
+def _awaited(simulation: Simulation, first: int) -> tuple[int, int]:
+    """Return the row that waits and the one whose message it waits for; `first` starts late.
+
+    Of two that overlap that is the one whose message comes last: they start together.
+    """
+    table = simulation.table
+    together = first + 1 < table.num_rows and table.overlaps[first + 1]
+    pairs = [
+        (row, int(table.awaited[row])) for row in ([first, first + 1] if together else [first])
+    ]
+    received = [pair for pair in pairs if pair[1] >= 0]
+    return max(received, key=lambda pair: simulation.end[pair[1]] + simulation.delay[pair[1]])
+
+
 def critical_path(simulation: Simulation) -> list[int]:
     """Return the rows, from the first in time to the last, that leave one another no slack.
 
     Each begins when the one before it ends or when its message arrives. Where both happen at once,
-    the action before it on the same device is taken.
+    the action before it on the same device is taken. The second of two that overlap stands for
+    both.
     """
     table, start, end = simulation.table, simulation.start, simulation.end
     row = int(end.argmax())
     path = [row]
     while start[row] > _rounding(simulation):
-        follows = row > table.bounds[table.device[row]]
-        if follows and end[row - 1] >= start[row] - _rounding(simulation):
-            row -= 1
+        first = row - int(table.overlaps[row])
+        follows = first > table.bounds[table.device[row]]
+        if follows and end[first - 1] >= start[row] - _rounding(simulation):
+            row = first - 1
         else:
-            row = int(table.awaited[row])
+            row = _awaited(simulation, first)[1]
         path.append(row)
-    # The second of two that overlap stands for both.
-    leads = set(table.leads.tolist())
-    return [row for row in reversed(path) if row not in leads]
+    return path[::-1]
 
 
 def explain_gaps(simulation: Simulation) -> str:

@@ -14,7 +14,7 @@ from common.schedule.action import Action, Op, Schedule
 
 
 def zb_h1(p: int, m: int) -> Schedule:
-    """Keep 1F1B's order and memory, but put W off (Qi et al. 2024, section 2.1 and figure 2).
+    """Keep 1F1B's order and memory, but put W off (Qi et al. 2024, section 2.1 and figure 3).
 
     Device d begins W only after d further backwards. In flight is what 1F1B has, min(p - d, m), and
     with what up to d delayed Ws hold no device has more than p activations, 1F1B's peak. Bubble

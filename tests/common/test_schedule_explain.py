@@ -28,6 +28,8 @@ def test_formulas_hold_where_they_say(name: str) -> None:
     held = dict.fromkeys(EXPLANATIONS[name].formulas, 0)
     chunks = (1, 2, 3) if GENERATORS[name].chunks is None else (default_chunks(name),)
     for (p, m), (f, b, w), v in itertools.product(SIZES, TIMES, chunks):
+        if name == "dualpipev" and m < 2 * p:
+            continue
         simulation = simulate(make_schedule(name, p, m, v), Costs.uniform(p, f, b, w), check=False)
         values = {"p": p, "m": m, "v": v, "F": f, "B": b, "W": w, "T": f + b + w}
         for formula in held:
@@ -35,7 +37,7 @@ def test_formulas_hold_where_they_say(name: str) -> None:
                 held[formula] += 1
                 simulated = MEASURES[formula.measure](simulation)
                 assert formula.value(values) == pytest.approx(simulated), (formula, values)
-    assert min(held.values()) >= 10
+    assert min(held.values()) >= 5
 
 
 def explained(capsys: pytest.CaptureFixture[str], *line: str) -> str:
@@ -46,7 +48,7 @@ def explained(capsys: pytest.CaptureFixture[str], *line: str) -> str:
 def test_numbers_and_chart(capsys: pytest.CaptureFixture[str]) -> None:
     said = explained(capsys, "zb-h1", "--stages", "3", "--micro-batches", "4")
     assert said.startswith(
-        "zb-h1: Qi et al. 2024, section 2.1 and figure 2\n1f1b with the backward"
+        "zb-h1: Qi et al. 2024, section 2.1 and figure 3\n1f1b with the backward"
     )
     assert "\np = 3, m = 4, v = 1, F = 1, B = 1, W = 1, T = 3\n" in said
     bubble = "(p-1) max(F, B, F+B-W) = (3-1) × max(1, 1, 1+1-1) = 2 (14.29%); simulated 2 (14.29%)"
@@ -62,9 +64,11 @@ def test_numbers_and_chart(capsys: pytest.CaptureFixture[str]) -> None:
         ("zb-h1 --micro-batches 2", "holds for m >= p only; simulated 5 (45.45%)"),
         ("zb-v --forward 2", "holds for m >= 2p-1 and F = B = W only; simulated"),
         ("1f1b --forward 1,2,3,4", "(p-1) T holds for equal stages only; simulated"),
-        ("1f1b --communication 0.1", "holds only without communication and recomputation; sim"),
+        ("1f1b --communication 0.1", "(p-1) T does not hold with these options; simulated"),
         ("1f1b --communication 0.1", "min(p, m) = min(4, 8) = 4; simulated 4"),
-        ("gpipe --recompute full", "m holds only without communication and recomputation; simul"),
+        ("gpipe --recompute full", "peak activations    m does not hold with these options; sim"),
+        ("interleaved --warm-up short", "((v+1)p-1) / v) does not hold with these options; simul"),
+        ("dualpipev --overlap 1.5", "(p-1) F does not hold with these options; simulated"),
         ("gpipe --micro-batches 5000", "no chart: schedule gpipe has 40000 actions, too many"),
         ("search", "bubble time         simulated 3 (11.11%)"),
     ],
