@@ -20,6 +20,7 @@ from torch import Tensor, distributed
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
+    ScheduleDualPipeV,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
@@ -47,8 +48,10 @@ SCHEDULES: dict[str, type[Any]] = {
     "gpipe": ScheduleGPipe,
     "1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
+    "interleaved-zb": ScheduleInterleavedZeroBubble,
     "zb-h1": ScheduleInterleavedZeroBubble,
     "zb-v": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
 }
 """PyTorch's schedule for each of our names. With one stage per rank its interleaved zero-bubble one
 is ZB-H1.

@@ -29,6 +29,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from common.io.edges import printable
+
 Placement = Literal["loop", "vee"] | tuple[tuple[int, ...], ...]
 """A name (`named_placement`), or for every device the virtual stages of its chunks."""
 
@@ -217,7 +219,7 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
         if label.strip() == "placement":
             if "placement" in options:
                 raise ScheduleError(f"line {number}: a second placement; expected one")
-            options["placement"] = actions
+            options["placement"] = actions.strip()
             continue
         if colon and label.strip() != str(len(rows)):
             raise ScheduleError(
@@ -308,7 +310,7 @@ def canonical(placement: tuple[tuple[int, ...], ...]) -> Placement:
     """
     numbers = sorted(itertools.chain.from_iterable(placement))
     if numbers != list(range(len(numbers))) or not all(placement):
-        shown = " | ".join(" ".join(map(str, row)) for row in placement)
+        shown = printable(" | ".join(" ".join(map(str, row)) for row in placement), 60)
         raise ScheduleError(
             f"placement {shown}: expected every virtual stage once, counted from 0, and at least "
             "one on each device, as in 0 3 | 1 2"
@@ -326,6 +328,6 @@ def _read_placement(text: str) -> Placement:
         return tuple(tuple(map(int, row.split())) for row in text.split("|"))
     except ValueError:
         raise ScheduleError(
-            f"placement {text.strip()}; expected loop, vee or the virtual stages of every device, "
-            "as in 0 3 | 1 2"
+            f"placement {printable(text, 60)}; expected loop, vee or the virtual stages of every "
+            "device, as in 0 3 | 1 2"
         ) from None

@@ -20,7 +20,10 @@ from common.spec.gpus import visible_gpus
 from common.spec.run import FRAMEWORKS, RunConfig
 
 NATIVE_SCHEDULES: Mapping[str, tuple[str, ...]] = {
-    "torch": ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "file:PATH"),
+    "torch": (
+        *("gpipe", "1f1b", "interleaved", "interleaved-zb", "zb-h1", "zb-v", "dualpipev"),
+        "file:PATH",
+    ),
     "paddle": ("1f1b",),
 }
 """What `executor = native` offers, by framework."""
@@ -162,7 +165,8 @@ def _why_not_native(config: RunConfig) -> str | None:
     if config.framework == "torch" and name == "1f1b" and m < p:
         return f"micro_batches = {m}; PyTorch's 1f1b takes at least as many as stages, {p}"
     rounds = max(1, m // p)  # what our `interleaved` calls groups; PyTorch's are all of one size
-    if config.framework == "torch" and name in ("interleaved", "zb-h1") and m % rounds:
+    in_rounds = ("interleaved", "interleaved-zb", "zb-h1")
+    if config.framework == "torch" and name in in_rounds and m % rounds:
         return (
             f"micro_batches = {m}; PyTorch's {name} takes a multiple of {rounds} here "
             "(micro-batches // stages)"

@@ -53,7 +53,10 @@ def test_a_run_takes_as_many_chunks_on_every_device(tmp_path: Path) -> None:
 
 
 def test_a_placement_with_a_name_is_that() -> None:
-    for name, placement in (("interleaved", "0 2 | 1 3"), ("zb-v", "0 3 | 1 2")):
+    for name, placement in (
+        *(("interleaved", "0 2 | 1 3"), ("interleaved", "loop")),
+        *(("zb-v", "0 3 | 1 2"), ("zb-v", "vee")),
+    ):
         schedule = make_schedule(name, 2, 3, 2)
         header, *rows = format_schedule(schedule).splitlines()
         text = "\n".join([header.partition(" chunks")[0], *rows, f"placement: {placement}"])
