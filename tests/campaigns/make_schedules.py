@@ -26,7 +26,7 @@ from common.cli.main import main as triptych
 from common.io.edges import write_file
 from common.schedule.draw import draw_text
 from common.schedule.explain import EXPLANATIONS
-from common.schedule.generators import default_chunks, make_schedule
+from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_schedule
 from common.schedule.search import limits, lower_bound, search
 from common.schedule.simulate import Costs, replay_makespan, simulate
 from common.schedule.validate import validate
@@ -36,7 +36,7 @@ PAGE = DOCS / "schedules.md"
 IMAGES = DOCS / "images"
 GOLDEN = DOCS.parent / "tests" / "golden"
 STAGES, MICRO_BATCHES = 4, 8
-DRAWN = ("naive", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v")
+DRAWN = tuple(name for name in GENERATORS if name != SEARCH)
 PUBLISHED = ("1f1b", "interleaved", "zb-h1", "zb-h2")
 
 
