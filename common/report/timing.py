@@ -14,18 +14,23 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from common.runtime.job import EventRecord
-from common.schedule.action import Op, Placement, Schedule, parse_action
+from common.schedule.action import Op, Placement, Schedule, canonical, parse_action
 from common.schedule.play import play
 from common.schedule.simulate import Costs, Simulation
 from common.schedule.table import OPS, Table, tabulate
 
 Events = Mapping[int, Sequence[EventRecord]]
 """One step's actions by device."""
+
+
+def _canonical(placement: Placement) -> Placement:
+    return placement if isinstance(placement, str) else canonical(placement)
 
 
 class ActionCost(BaseModel):
@@ -73,7 +78,7 @@ class Timing(BaseModel):
     costs: tuple[ActionCost, ...]
     hop_seconds: float
     """From the end of a sender to the start of a receiver that was waiting."""
-    placement: Placement
+    placement: Annotated[Placement, AfterValidator(_canonical)]
     measured_pipeline_seconds: float
     """From the first action of any stage to the last."""
     simulated_pipeline_seconds: float
