@@ -62,14 +62,16 @@ def v_min(p: int, m: int) -> Schedule:
 
 def why_not_v_min(schedule: Schedule, costs: Costs) -> str | None:
     """Return what unequal costs make of v-min, in a line; None for equal ones."""
-    sums = zip(costs.forward, costs.backward_input, costs.backward_weight, strict=True)
-    third = tuple(sum(each) / 3 for each in sums)
+    again = 0 if costs.recompute == "none" else 1  # a B that computes its forward again is longer
+    times = zip(costs.forward, costs.backward_input, costs.backward_weight, strict=True)
+    third = tuple((f + b + w + again * f) / 3 for f, b, w in times)
     equal = replace(
         costs,
         forward=third,
         backward_input=third,
         backward_weight=third,
         communication=(0.0,) * costs.num_stages,
+        recompute="none",
     )
     takes, would_take = (simulate(schedule, each, check=False).makespan for each in (costs, equal))
     if takes <= would_take * (1 + 1e-9):
