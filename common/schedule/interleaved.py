@@ -11,6 +11,7 @@ what a backward is:
     interleaved, short    (v-1) g + p-1-d                     BW
     interleaved-overlap   (v-1) g + 2 (p-1-d) + 1             BW, together with a forward
     interleaved-zb        (v-1) g + p-1-d                     B, and W after d further ones
+    zb-h2                 2 (p-1-d)                           B, and W after 2d further ones
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ put off. What that costs is memory: an activation is held, in part, until its W.
 from __future__ import annotations
 
 from collections import Counter
-from itertools import chain
 
 from common.schedule.action import Action, Op, Schedule
+from common.schedule.interleaved import rows
 
 
 def zb_h1(p: int, m: int) -> Schedule:
@@ -24,7 +24,8 @@ def zb_h1(p: int, m: int) -> Schedule:
         device 1 ·  F0 F1 ·  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3
         device 2 ·  ·  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3
     """
-    return Schedule("zb-h1", _handcrafted(p, m, 1), m)
+    found = rows(p, [range(m)], 1, lambda d: p - 1 - d, delay=lambda d: d)
+    return Schedule("zb-h1", found, m)
 
 
 def zb_h2(p: int, m: int) -> Schedule:
@@ -39,38 +40,8 @@ def zb_h2(p: int, m: int) -> Schedule:
         device 1 ·  F0 F1 F2 B0 F3 B1 F4 B2 W0 F5 B3 W1 B4 W2 B5 W3 W4 W5
         device 2 ·  ·  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 W0 F5 B5 W1 W2 W3 W4 W5
     """
-    return Schedule("zb-h2", _handcrafted(p, m, 2), m)
-
-
-def _handcrafted(p: int, m: int, forwards_per_device: int) -> tuple[tuple[Action, ...], ...]:
-    """Return the rows of ZB-H1 (1 forward per device) and ZB-H2 (2).
-
-    Device d, with f = `forwards_per_device`:
-
-        [1] warm-up   f forwards for each of the p - 1 - d devices below
-        [2] steady    F B W in turn, W being that of f d micro-batches before; without F or W where
-                      there is none (any more, or yet)
-        [3] the end   the f d Ws that are left
-    """
-    forwards, inputs, weights = ([Action(op, i) for i in range(m)] for op in (Op.F, Op.B, Op.W))
-    rows = []
-    for device in range(p):
-        warmup = forwards_per_device * (p - 1 - device)
-        delay = forwards_per_device * device
-        # Slices, not indices: beyond either end they are empty.
-        steps = (
-            (
-                *forwards[warmup + i : warmup + i + 1],
-                inputs[i],
-                *weights[max(i - delay, 0) : max(i - delay + 1, 0)],
-            )
-            for i in range(m)
-        )
-        # [1], [2], [3]
-        rows.append(
-            (*forwards[:warmup], *chain.from_iterable(steps), *weights[max(m - delay, 0) :])
-        )
-    return tuple(rows)
+    found = rows(p, [range(m)], 1, lambda d: 2 * (p - 1 - d), delay=lambda d: 2 * d)
+    return Schedule("zb-h2", found, m)
 
 
 def zb_v(p: int, m: int) -> Schedule:
