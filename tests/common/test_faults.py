@@ -323,6 +323,17 @@ def test_who_hangs_and_who_waits(places: list[Place | None], lines: list[str]) -
     assert explain(CONFIG, places) == lines
 
 
+def test_who_waits_for_a_backward_that_overlaps() -> None:
+    """Device 1 is about to do BW0 of its pair (F2.1&BW0), so it has not sent that gradient yet."""
+    config = CONFIG.model_copy(update={"schedule": "dualpipev", "chunks": 2})
+    assert config.train.micro_batches == 4
+    assert explain(config, [at("BW0"), at("BW0")]) == [
+        "device 0 waits for the gradient of micro-batch 0 into virtual stage 0 from device 1, "
+        "step 3",
+        "device 1 hangs in BW0, step 3",
+    ]
+
+
 def test_the_parent_sees_what_the_devices_do(tmp_path: Path) -> None:
     board = Board(tmp_path, CONFIG)
     assert not board.changed() and board.places() == [None, None]
