@@ -416,9 +416,12 @@ def _read_schedule_file(path: Path) -> object:
 
 def _valid_schedules() -> list[bytes]:
     asked = [("1f1b", 2, 4, 1), ("interleaved", 2, 4, 2), ("zb-v", 2, 4, 2), ("gpipe", 1, 1, 1)]
+    asked += [("dualpipev", 2, 4, 2)]
     return [format_schedule(make_schedule(*each)).encode() for each in asked] + [
         b"F1 F2 B1 B2\nF1 B1 F2 B2\n",
         b"0: F0@0-1 BW0@4-6\n1: F0@1-2 BW0@2-4\n",
+        b"0: F0@0-1 (F1&BW0)@5-8 BW1@12-14\n1: F0@1-2 BW0@2-4 F1@8-9 BW1@9-11\n",
+        b"placement: 0 1 4 | 2 3\n0: F0 F0.1 F0.2 BW0.2 BW0.1 BW0\n1: F0 F0.1 BW0.1 BW0\n",
         b"| t | GPU0 | GPU1 |\n| --- | --- | --- |\n| 0 | F1 | |\n| 1 | | F1 |\n| 2 | | B1 |\n| 3 | B1 | |\n",  # noqa: E501
     ]
 
