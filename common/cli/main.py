@@ -38,7 +38,7 @@ SUBCOMMANDS = {
     "draw": ("schedules", "draw a schedule as a chart"),
     "simulate": ("schedules", "time one schedule, or several side by side, without running them"),
     "explain": ("explain", "say what a schedule is: words, formulas in numbers, chart"),
-    "validate": ("schedules", "check a schedule in text form, or a chart with times"),
+    "validate": ("schedules", "check a schedule in text form"),
     "dump": ("numerics", "write every tensor of one step to a file"),
     "bisect": ("numerics", "name the first tensor in which two runs differ"),
     "drift": (

@@ -22,7 +22,7 @@ from common.schedule.draw import draw_color, draw_text
 from common.schedule.formulas import textbook
 from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_schedule
 from common.schedule.interleaved import interleaved
-from common.schedule.pytorch_csv import format_csv
+from common.schedule.pytorch_csv import format_csv, read_schedule
 from common.schedule.recompute import WORDS
 from common.schedule.search import limits, lower_bound, search
 from common.schedule.simulate import (
@@ -34,8 +34,7 @@ from common.schedule.simulate import (
     simulate,
 )
 from common.schedule.table import OP_CODE, tabulate
-from common.schedule.timetable import Timetable, read_schedule, read_table
-from common.schedule.validate import validate, validate_timetable
+from common.schedule.validate import validate
 from common.schedule.why import explain_gaps
 
 EXIT_VIOLATIONS = 1
@@ -46,7 +45,7 @@ COST_OPTIONS = (
     *("activation_bytes", "overlap"),
 )
 PUBLISHED_WRAP_AROUND: WrapAround = "first"
-"""The default of `simulate`, so that its figures are comparable with the published ones."""
+"""Of `simulate`, so that its figures are those of the published tables; a run's stand beside."""
 
 _Numbers = tuple[float, ...]
 _Run = Callable[[argparse.Namespace], int]
@@ -73,7 +72,6 @@ def register(subcommands: Any) -> None:
     simulator = subcommands.add_parser("simulate")
     _add_schedule(simulator, "{} or file:PATH; a comma list, or all, to see them side by side")
     add_costs(simulator)
-    _add_wrap_around(simulator)
     simulator.add_argument(
         "--output",
         metavar="FILE",
@@ -196,18 +194,6 @@ def add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
         help="of an activation, that F leaves held where B computes it again, its input: 0 to 1 "
         "(default "
         f"{Costs.kept_by_forward})",
-    )
-
-
-def _add_wrap_around(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--wrap-around",
-        choices=("every", "first"),
-        help="interleaved: which micro-batches of a group wait for their message between the last "
-        "and the first device. "
-        "first (default): only the group's first, the rule behind the published figures, too low "
-        "by up to "
-        "stages x communication; every: all, as a run does",
     )
 
 
@@ -335,25 +321,22 @@ def _interleaved(p: int, m: int, v: int, costs: Costs, arguments: argparse.Names
     warm_up = arguments.warm_up or "full"
     full, short = (interleaved(p, m, v, arguments.group_size, each) for each in (False, True))
     if warm_up == "auto":
-        takes = [_simulated(each, costs, arguments).makespan for each in (full, short)]
+        takes = [_simulated(each, costs).makespan for each in (full, short)]
         warm_up = "short" if takes[1] <= takes[0] * (1 + 1e-9) else "full"
     return short if warm_up == "short" else full
 
 
 def _read_schedule(path: str) -> Schedule:
-    return read_schedule(_read(path), printable(Path(path).stem))
-
-
-def _read(path: str) -> str:
+    name = printable(Path(path).stem)
     try:
-        return (
-            read_stream(sys.stdin.buffer, "standard input")
-            if path == "-"
-            else read_text(Path(path))
-        )
+        if path == "-":
+            name, text = "standard input", read_stream(sys.stdin.buffer, "standard input")
+        else:
+            text = read_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ScheduleError(f"{path}: {why}; expected a readable text file") from None
+    return read_schedule(text, name)
 
 
 def _draw(arguments: argparse.Namespace) -> int:
@@ -409,9 +392,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
     if names := _several(arguments):
         return _side_by_side(arguments, names)
     schedule, costs = plan(arguments.schedule, arguments)
-    _check_wrap_around([schedule], arguments)
     _check_overlap([schedule], arguments)
-    simulation = _simulated(schedule, costs, arguments)
+    simulation = _simulated(schedule, costs)
     result = _result(simulation, arguments)
     compared = textbook(simulation) if arguments.formulas else []
     if compared and arguments.json:
@@ -446,18 +428,6 @@ def _several(arguments: argparse.Namespace) -> list[str]:
     return [] if "," not in text or Path(text.removeprefix("file:")).exists() else text.split(",")
 
 
-def _check_wrap_around(schedules: Sequence[Schedule], arguments: argparse.Namespace) -> None:
-    if arguments.wrap_around is None or any(
-        each.num_chunks > 1 and each.placement == "loop" for each in schedules
-    ):
-        return
-    names = ", ".join(dict.fromkeys(each.name for each in schedules))
-    raise ScheduleError(
-        f"--wrap-around: {names} sends nothing from the last device to the first; expected "
-        "interleaved"
-    )
-
-
 def _check_overlap(schedules: Sequence[Schedule], arguments: argparse.Namespace) -> None:
     if arguments.overlap is not None and not any(tabulate(s).overlaps.any() for s in schedules):
         raise ScheduleError(
@@ -471,9 +441,9 @@ def _note_v_min(schedule: Schedule, costs: Costs) -> None:
         print(f"note: {why}", file=sys.stderr)
 
 
-def _simulated(schedule: Schedule, costs: Costs, arguments: argparse.Namespace) -> Simulation:
+def _simulated(schedule: Schedule, costs: Costs) -> Simulation:
     _note_v_min(schedule, costs)
-    return simulate(schedule, costs, wrap_around=arguments.wrap_around or PUBLISHED_WRAP_AROUND)
+    return simulate(schedule, costs, wrap_around=PUBLISHED_WRAP_AROUND)
 
 
 def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -498,7 +468,7 @@ def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, 
         result["peak_bytes_per_stage"] = simulation.peak_bytes_per_stage
     if simulation.table.trusted_wrap_arounds.any() and max(costs.communication) > 0:
         every = simulate(schedule, costs, check=False)
-        result["wrap_around"] = arguments.wrap_around or PUBLISHED_WRAP_AROUND
+        result["wrap_around"] = PUBLISHED_WRAP_AROUND
         result["bubble_fraction_every_wrap_around"] = every.bubble_fraction
     if arguments.schedule == SEARCH:
         limit = limits(
@@ -520,11 +490,8 @@ def _short(value: Any) -> str:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    name = "standard input" if arguments.file == "-" else printable(Path(arguments.file).stem)
-    table = read_table(_read(arguments.file), name)
-    timed = isinstance(table, Timetable)
-    violations = validate_timetable(table) if isinstance(table, Timetable) else validate(table)
-    schedule = table.schedule if isinstance(table, Timetable) else table
+    schedule = _read_schedule(arguments.file)
+    violations = validate(schedule)
     for violation in violations:
         print(violation)
     what = (
@@ -532,9 +499,9 @@ def _validate(arguments: argparse.Namespace) -> int:
         f"{schedule.num_actions} actions"
     )
     if violations:
-        print(f"not valid: {len(violations)} violations ({what}{', with times' if timed else ''})")
+        print(f"not valid: {len(violations)} violations ({what})")
         return EXIT_VIOLATIONS
-    print(f"valid: {what}{', with times' if timed else ''}")
+    print(f"valid: {what}")
     if not _adds_in_order(schedule):
         print(
             "note: a device adds weight gradients out of micro-batch order, so their last bits "
@@ -590,11 +557,8 @@ def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
     if left_out:
         reasons = "; ".join(f"{name} ({error})" for name, error in left_out.items())
         print(f"left out: {reasons}", file=sys.stderr)
-    _check_wrap_around([schedule for schedule, _, _ in planned], arguments)
     _check_overlap([schedule for schedule, _, _ in planned], arguments)
-    results = [
-        _result(_simulated(schedule, costs, alone), alone) for schedule, costs, alone in planned
-    ]
+    results = [_result(_simulated(schedule, costs), alone) for schedule, costs, alone in planned]
     if arguments.json:
         print(json.dumps(results, indent=1))
         return 0
@@ -626,10 +590,8 @@ def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
         "Peaks are those of the worst stage, in activations of one micro-batch on a whole stage."
     )
     for result in results:
-        if "bubble_fraction_every_wrap_around" in result and result["wrap_around"] == "first":
-            every = result["bubble_fraction_every_wrap_around"]
+        if every := result.get("bubble_fraction_every_wrap_around"):
             console.print(
-                f"{result['schedule']} by the published rule (--wrap-around first); a run's bubble "
-                f"is {every:.4f}."
+                f"{result['schedule']}: bubble by the published rule; a run's is {every:.4f}."
             )
     return 0

@@ -28,9 +28,9 @@ from common.schedule.interleaved import (
     one_f_one_b,
     rows,
 )
+from common.schedule.pytorch_csv import read_schedule
 from common.schedule.search import limits, search
 from common.schedule.simulate import Costs
-from common.schedule.timetable import read_schedule
 from common.schedule.zero_bubble import zb_h1, zb_h2, zb_v
 
 

@@ -20,7 +20,15 @@ from collections import Counter
 from typing import NamedTuple
 
 from common.io.edges import printable
-from common.schedule.action import Action, Op, Schedule, ScheduleError, canonical, require_size
+from common.schedule.action import (
+    Action,
+    Op,
+    Schedule,
+    ScheduleError,
+    canonical,
+    parse_schedule,
+    require_size,
+)
 
 _LETTERS = {Op.F: "F", Op.B: "I", Op.W: "W", Op.BW: "B"}
 _OPS = {letter: op for op, letter in _LETTERS.items()}
@@ -42,6 +50,11 @@ def is_csv(text: str) -> bool:
     """Return whether the text is meant as such a file: our own lines have no comma, or a colon."""
     lines = (line.split("#", 1)[0] for line in text.splitlines())
     return any(":" not in x and ("," in x or _FIRST_CELL.match(x)) for x in lines)
+
+
+def read_schedule(text: str, name: str = "file") -> Schedule:
+    """Read a schedule in either form, this one or our own text. Raises ScheduleError."""
+    return parse_csv(text, name) if is_csv(text) else parse_schedule(text, name)
 
 
 def parse_csv(text: str, name: str = "file") -> Schedule:

@@ -3,9 +3,8 @@
     [1] check_actions   every action exactly once, and none that the schedule does not have
     [2] check_order     what an action needs is there, and earlier if on the same device
     [3] check_deadlock  no devices wait for one another in a circle (the schedule is played)
-    [4] check_times     only for timetables: nothing too early, one thing at a time
 
-[1] to [3] together are enough: what passes runs to its end, in any framework.
+Together they are enough: what passes runs to its end, in any framework.
 
 >>> from common.schedule.action import parse_schedule
 >>> for violation in validate(parse_schedule("F0 BW0\\nBW0 F0")):
@@ -23,7 +22,6 @@ import numpy as np
 from common.schedule.action import Action, Op, Schedule, ScheduleError
 from common.schedule.play import play
 from common.schedule.table import OP_CODE, IntArray, Table, tabulate
-from common.schedule.timetable import Timetable
 
 
 class Rule(enum.StrEnum):
@@ -49,8 +47,6 @@ class Rule(enum.StrEnum):
     """No action waits for a message that no device ever sends."""
     DEADLOCK = "deadlock"
     """No devices wait for one another in a circle."""
-    OVERLAP = "overlap"
-    """Only with times: a device does one thing at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +86,6 @@ def validate(schedule: Schedule) -> list[Violation]:
     report.check_actions()
     report.check_order()
     report.check_deadlock()
-    return report.sorted()
-
-
-def validate_timetable(timetable: Timetable) -> list[Violation]:
-    """Return all violations of a schedule with times: [1] and [4].
-
-    With times that pass, the order needs no check: nothing starts before what it needs has ended.
-    """
-    report = _Report(tabulate(timetable.schedule))
-    report.check_actions()
-    report.check_times(timetable)
     return report.sorted()
 
 
@@ -230,33 +215,6 @@ class _Report:
                 device = waits_for[device]
             if device in path:
                 self.add_cycle([stuck[d] for d in path[path.index(device) :]])
-
-    def check_times(self, timetable: Timetable) -> None:
-        """Check that needs have ended before a start, and that no device does two things at once.
-        [4]"""
-        table, (start, end) = self.table, timetable.times()
-        for _, result, offset, rows, slots in table.needs:
-            self.check_present(result, offset, rows, slots)
-            producer = table.producer[slots]
-            early = (producer >= 0) & (end[producer] > start[rows] + timetable.tolerance)
-            for row, needed in zip(rows[early].tolist(), producer[early].tolist(), strict=True):
-                where = f"{self.name(needed)} of device {table.device[needed]}"
-                message = f"starts at {start[row]:g}, before {where} ends at {end[needed]:g}"
-                self.add(_RULE_OF_NEED[result, offset], row, message)
-        for device in range(self.schedule.num_devices):
-            rows = np.arange(table.bounds[device], table.bounds[device + 1])
-            if not len(rows):
-                continue
-            # Against the latest end so far, not the previous one's: a long action may cover
-            # several.
-            latest = np.maximum.accumulate(end[rows])
-            early = latest[:-1] > start[rows][1:] + timetable.tolerance
-            for at in (1 + np.flatnonzero(early & ~table.overlaps[rows][1:])).tolist():
-                row, other = rows[at], rows[int(np.argmax(end[rows[:at]]))]
-                message = (
-                    f"starts at {start[row]:g}, while {self.name(other)} runs until {end[other]:g}"
-                )
-                self.add(Rule.OVERLAP, int(row), message)
 
     def label(self, micro_batch: int) -> int:
         return micro_batch + self.schedule.first_micro_batch

@@ -51,10 +51,9 @@ from common.report.machine import this_machine
 from common.report.result import Parity, ResultError, RunResult, Step
 from common.runtime.faults import Fault, FaultError
 from common.runtime.job import Job, JobFile
-from common.schedule.action import ScheduleError, format_schedule
+from common.schedule.action import ScheduleError, format_schedule, parse_schedule
 from common.schedule.generators import make_schedule
 from common.schedule.simulate import simulate
-from common.schedule.timetable import Timetable, read_table
 from common.schedule.validate import validate
 from common.spec.parameters import TensorKey, initial_weights
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
@@ -407,8 +406,7 @@ def _read_schedule_file(path: Path) -> object:
     for m in (1, 4):
         with contextlib.suppress(ScheduleError):
             found.append(make_schedule(f"file:{path}", 2, m))
-    table = read_table(read_text(path), path.stem)
-    schedule = table.schedule if isinstance(table, Timetable) else table
+    schedule = parse_schedule(read_text(path), path.stem)
     if not validate(schedule):
         simulate(schedule)
     return found
@@ -419,10 +417,8 @@ def _valid_schedules() -> list[bytes]:
     asked += [("dualpipev", 2, 4, 2)]
     return [format_schedule(make_schedule(*each)).encode() for each in asked] + [
         b"F1 F2 B1 B2\nF1 B1 F2 B2\n",
-        b"0: F0@0-1 BW0@4-6\n1: F0@1-2 BW0@2-4\n",
-        b"0: F0@0-1 (F1&BW0)@5-8 BW1@12-14\n1: F0@1-2 BW0@2-4 F1@8-9 BW1@9-11\n",
+        b"0: F0 (F1&BW0) BW1\n1: F0 BW0 F1 BW1\n",
         b"placement: 0 1 4 | 2 3\n0: F0 F0.1 F0.2 BW0.2 BW0.1 BW0\n1: F0 F0.1 BW0.1 BW0\n",
-        b"| t | GPU0 | GPU1 |\n| --- | --- | --- |\n| 0 | F1 | |\n| 1 | | F1 |\n| 2 | | B1 |\n| 3 | B1 | |\n",  # noqa: E501
     ]
 
 

@@ -11,8 +11,7 @@ import pytest
 from common.cli.main import main
 from common.schedule.action import parse_schedule
 from common.schedule.generators import GENERATORS, default_chunks, make_schedule
-from common.schedule.pytorch_csv import format_csv
-from common.schedule.timetable import read_schedule
+from common.schedule.pytorch_csv import format_csv, read_schedule
 from common.schedule.validate import Rule, validate
 from common.spec.rules import why_impossible
 from tests.parity.ladder import config

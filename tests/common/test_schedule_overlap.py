@@ -10,9 +10,8 @@ from common.schedule.action import Schedule, ScheduleError, format_schedule, par
 from common.schedule.draw import draw_text
 from common.schedule.picture import draw_picture
 from common.schedule.simulate import Costs, replay_makespan, simulate
-from common.schedule.timetable import Timetable, read_table
 from common.schedule.trace import chrome_trace
-from common.schedule.validate import validate, validate_timetable
+from common.schedule.validate import validate
 
 TEXT = """# schedule: pairs micro_batches=3
 0: F0 F1 (F2&BW0) BW1 BW2
@@ -101,18 +100,3 @@ def test_charts_show_one_box(pairs: Schedule, tmp_path: Path) -> None:
     assert len(events) == 5 + 4
     draw_picture(simulate(pairs), tmp_path / "pairs.png")
     assert (tmp_path / "pairs.png").stat().st_size > 5000
-
-
-def test_timetables_may_have_pairs() -> None:
-    timed = read_table("0: F0@0-1 (F1&BW0)@3-6 BW1@9-11\n1: F0@1-2 (F1&BW0)@2-5 BW1@7-9\n")
-    assert isinstance(timed, Timetable)
-    assert [v.rule for v in validate_timetable(timed)] == [
-        "backward-before-next-stage",
-        "forward-before-input",
-    ]
-    chart = "| t | a |\n| - | - |\n| 0 | F1 |\n| 1 | F2 |\n| 2 | (F3&BW1) |\n| 3 | (F3&BW1) |\n"
-    chart += "| 4 | BW2 |\n| 5 | BW3 |\n"
-    timed = read_table(chart)
-    assert isinstance(timed, Timetable)
-    assert validate_timetable(timed) == []
-    assert timed.spans[0][2:4] == ((2.0, 4.0), (2.0, 4.0))

@@ -9,8 +9,7 @@ import pytest
 from common.schedule.action import ScheduleError, format_schedule, parse_schedule
 from common.schedule.generators import make_schedule
 from common.schedule.simulate import Costs, per_stage, per_virtual_stage, simulate
-from common.schedule.timetable import Timetable, read_table
-from common.schedule.validate import validate, validate_timetable
+from common.schedule.validate import validate
 
 UNEQUAL = """# schedule: unequal micro_batches=2
 placement: 0 1 4 | 2 3
@@ -79,12 +78,6 @@ def test_a_placement_with_a_name_is_that() -> None:
 def test_a_placement_that_is_none_is_refused(placement: str, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         parse_schedule(f"placement: {placement}\n0: F0 BW0\n1: F0 BW0\n")
-
-
-def test_a_timetable_may_have_one() -> None:
-    timed = read_table("placement: 0 1 | 2\n0: F0@0-1 F0.1@1-2 B0.1@4-5 B0@5-6\n1: F0@2-3 B0@3-4\n")
-    assert isinstance(timed, Timetable)
-    assert validate_timetable(timed) == []
 
 
 def test_costs_of_every_virtual_stage() -> None:
