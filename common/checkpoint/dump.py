@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from common.checkpoint import CheckpointError
 from common.checkpoint.header import read_header
 from common.io.edges import printable
+from common.io.usage import UsageError
 from common.spec.parameters import TensorKey
 from common.spec.run import RunConfig, explain
 
@@ -32,7 +33,7 @@ READABLE = {"float64": "F64", "float32": "F32", "F16": "F16", "I64": "I64", "I32
 """Types that NumPy has too, by the names of `read_header` and of safetensors."""
 
 
-class DumpError(ValueError):
+class DumpError(UsageError):
     """A file that is not a dump, or cannot be compared; its text is one line."""
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
 from common.io.edges import OsText, printable
+from common.io.usage import UsageError
 from common.spec.parameters import parameter_shapes
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 
@@ -33,7 +34,7 @@ Moment = Literal["first_moment", "second_moment"]
 ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float64": 8}
 
 
-class CheckpointError(Exception):
+class CheckpointError(UsageError):
     """A checkpoint that cannot be written or must not be read; its text is one line."""
 
 
@@ -226,6 +227,8 @@ def one_line(error: Exception) -> str:
 def as_checkpoint_error(what: str) -> Iterator[None]:
     try:
         yield
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{what}: {error.strerror or error}") from error
     except (SafetensorError, ValidationError, ValueError) as error:

@@ -16,16 +16,16 @@ from pydantic import ValidationError
 
 from common import checkpoint
 from common.checkpoint import TOKENIZER, Arrays
-from common.checkpoint.foreign.errors import NOTE, ExchangeError
+from common.checkpoint.foreign.errors import NOTE
 from common.checkpoint.foreign.gpt2 import NOT_IN_THE_WEIGHTS, read_gpt2
 from common.checkpoint.foreign.source import Source, find
-from common.cli.options import add_run_options, read_model, reporting
-from common.cli.settings import Setting, Settings, flag, read_native_dropout, validated
+from common.cli.options import add_run_options, flag, read_model
+from common.cli.settings import Settings, read_given, read_native_dropout, validated
 from common.harness.launch import (
     IMPLEMENTATIONS,
     Implementation,
     last_error,
-    why_missing,
+    require,
     worker_command,
     worker_environment,
 )
@@ -52,36 +52,30 @@ def register(
     export = subcommands.add_parser(
         "export",
         description="Writes the weights of a checkpoint as a PyTorch state dict, Keras weights "
-        "(.weights.h5) or Paddle "
-        "parameters (.pdparams) of the plain model; docs/checkpoints.md says how to build "
-        "that model.",
+        "(.weights.h5) or Paddle parameters (.pdparams) of the plain model; docs/checkpoints.md "
+        "says how to build that model.",
         usage="%(prog)s CHECKPOINT --to torch|keras|paddle --out FILE",
     )
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder such as step-00000100")
     export.add_argument("--to", choices=tuple(FORMATS), required=True, help="the kind of file")
     export.add_argument("--out", metavar="FILE", required=True, help="the file to write")
-    export.set_defaults(run=reporting(lambda arguments: _export(arguments, implementations)))
+    export.set_defaults(run=lambda arguments: _export(arguments, implementations))
 
     importer = subcommands.add_parser(
         "import",
         description="Makes a checkpoint at step 0 of weights from such a file, or of a GPT-2 of "
-        "the transformers library: a "
-        "file, an index of shards, or the folder. No code in a file is run. The model is what the "
-        "options say; GPT-2's is "
-        "read from the file and its config.json.",
+        "the transformers library: a file, an index of shards, or the folder. No code in a file is "
+        "run. The model is what the options say; GPT-2's is read from the file and its "
+        "config.json.",
         usage="%(prog)s FILE --from torch|keras|paddle|gpt2 --out CHECKPOINT [options]",
     )
-    importer.add_argument(
-        "file",
-        metavar="FILE",
-        help="the file to read, or a folder as the transformers library saves it",
-    )
+    file = "the file to read, or a folder as the transformers library saves it"
+    importer.add_argument("file", metavar="FILE", help=file)
     importer.add_argument(
         "--from", dest="origin", choices=(*FORMATS, GPT2), required=True, help="the kind of file"
     )
-    importer.add_argument(
-        "--out", metavar="CHECKPOINT", required=True, help="the checkpoint's folder, a new one"
-    )
+    out = "the checkpoint's folder, a new one"
+    importer.add_argument("--out", metavar="CHECKPOINT", required=True, help=out)
     meaning = importer.add_mutually_exclusive_group()
     meaning.add_argument(
         "--tokenizer-file",
@@ -90,7 +84,7 @@ def register(
     )
     meaning.add_argument("--tokenizer", choices=("bytes",), help="the tokens are bytes")
     add_run_options(importer, sections=("model",))
-    importer.set_defaults(run=reporting(lambda arguments: _import(arguments, implementations)))
+    importer.set_defaults(run=lambda arguments: _import(arguments, implementations))
 
 
 def _export(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
@@ -102,14 +96,13 @@ def _export(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
         raise UsageError(f"--out {out}: {out.parent} is no folder")
     beside = out.with_name(TOKENIZER)
     if tokenizer is not None and beside.exists() and beside.read_bytes() != tokenizer:
-        raise UsageError(
-            f"--out {out}: another {TOKENIZER} lies beside it; expected a folder without one"
-        )
-    temporary = out.with_name(
-        f".{os.getpid()}.{out.name}"
-    )  # a name that is half-written is never the good one
+        what = f"another {TOKENIZER} lies beside it; expected a folder without one"
+        raise UsageError(f"--out {out}: {what}")
+    # A name that is half-written is never the good one.
+    temporary = out.with_name(f".{os.getpid()}.{out.name}")
     try:
-        status = _child(arguments.to, implementations, "export", str(folder), str(temporary))
+        implementation = implementations[FORMATS[arguments.to]]
+        status = _convert(implementation, "export", str(folder), str(temporary))
         if status == EXIT_OK:
             temporary.rename(out)
             print(out)
@@ -125,59 +118,52 @@ def _import(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
     path, out = Path(arguments.file), Path(arguments.out)
     if out.exists():
         raise UsageError(f"--out {out}: exists; expected a new folder")
-    try:
-        source = find(path)
-        if arguments.origin == GPT2:
+    source = find(path)
+    if arguments.origin == GPT2:
+        try:
             spec, weights = _read_gpt2(arguments, source, implementations)
-            tokenizer, words = _tokenizer(arguments, source, spec)
-            checkpoint.write_weights(out, spec, weights, path.name, tokenizer)
-            status = EXIT_OK
-        else:
-            spec = read_model(arguments)
-            _say_what_no_file_says(arguments, spec)
-            tokenizer, words = _tokenizer(arguments, source, spec)
-            with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
-                place = Path(folder) / TOKENIZER
-                place.write_bytes(tokenizer or b"")
-                told = [str(place)] if tokenizer is not None else []
-                model = spec.model_dump_json()
-                status = _child(
-                    arguments.origin, implementations, "import", str(path), str(out), model, *told
-                )
-    except ExchangeError as error:
-        raise UsageError(str(error)) from None
-    except ValidationError as error:
-        raise UsageError(f"{path}: {explain(error).splitlines()[0]}") from None
-    if status == EXIT_OK:
-        print(f"{out}: {_words(spec)}")
-        print(f"tokenizer: {words}")
-    return status
+        except ValidationError as error:
+            raise UsageError(f"{path}: {explain(error).splitlines()[0]}") from None
+        tokenizer, words = _tokenizer(arguments, source, spec)
+        checkpoint.write_weights(out, spec, weights, path.name, tokenizer)
+    else:
+        spec = read_model(arguments)
+        _say_what_no_file_says(arguments, spec)
+        tokenizer, words = _tokenizer(arguments, source, spec)
+        with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
+            place = Path(folder) / TOKENIZER
+            place.write_bytes(tokenizer or b"")
+            told = [str(place)] if tokenizer is not None else []
+            argv = ["import", str(path), str(out), spec.model_dump_json(), *told]
+            status = _convert(implementations[FORMATS[arguments.origin]], *argv)
+        if status != EXIT_OK:
+            return status
+    print(f"{out}: {_words(spec)}")
+    print(f"tokenizer: {words}")
+    return EXIT_OK
 
 
 def _tokenizer(
     arguments: argparse.Namespace, source: Source, spec: TransformerSpec
 ) -> tuple[bytes | None, str]:
-    """What the tokens of a foreign file mean, and in words where that comes from. Raises UsageError
-    and TokenizerError.
+    """Return what the tokens of a foreign file mean, and in words where that comes from.
+
+    Raises UsageError and TokenizerError.
     """
     if arguments.tokenizer == "bytes":
         if spec.vocab_size != BYTES.vocab_size:
-            raise UsageError(
-                f"--tokenizer = bytes: has 256 tokens; the model has {spec.vocab_size}"
-            )
+            what = f"has {BYTES.vocab_size} tokens; the model has {spec.vocab_size}"
+            raise UsageError(f"--tokenizer = bytes: {what}")
         return b"", "bytes"
-    path = (
-        source.beside(TOKENIZER)
-        if arguments.tokenizer_file is None
-        else Path(arguments.tokenizer_file)
-    )
+    given = arguments.tokenizer_file
+    path = source.beside(TOKENIZER) if given is None else Path(given)
     if path is None:
         return None, "not known; --tokenizer-file FILE or --tokenizer bytes gives it, here or later"
     try:
         tokenizer = read_tokenizer(path)
         check_vocabulary(tokenizer, spec.vocab_size, f"tokenizer {path}")
     except TokenizerError as error:
-        if arguments.tokenizer_file is not None:
+        if given is not None:
             raise
         return None, f"not known: {error}"
     return tokenizer.content, f"{path}, {tokenizer.vocab_size} tokens"
@@ -187,84 +173,70 @@ def _read_gpt2(
     arguments: argparse.Namespace, source: Source, implementations: Mapping[str, Implementation]
 ) -> tuple[TransformerSpec, Arrays]:
     """Raises UsageError for options that the file answers, and all that `read_gpt2` raises."""
-    given = {
-        name.removeprefix("model."): value
-        for name, value in vars(arguments).items()
-        if name.startswith("model.")
-    }
-    unused = [name for name in given if name not in (*NOT_IN_THE_WEIGHTS, *FREE)]
-    unused += [name for name in ("preset", "config") if getattr(arguments, name) is not None]
+    _, line = read_given(argparse.Namespace(**vars(arguments) | {"config": None}), plurals={})
+    unused = [name for _, name in line if name not in (*NOT_IN_THE_WEIGHTS, *FREE)]
+    unused += [] if arguments.config is None else ["config"]
     if unused:
         raise UsageError(
             f"{flag(unused[0])}: --from gpt2 reads the model from the file and its config.json; "
             "expected without it"
         )
-    line = read_native_dropout(
-        {("model", name): Setting(value, flag(name)) for name, value in given.items()}, {}
-    )
+    said = _said(read_native_dropout(line, Settings()))
+    pickled = [str(file) for file in source.files if file.suffix != ".safetensors"]
+    if not pickled:
+        return read_gpt2(source, said, list(source.files))
     with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
-        pickled = [str(file) for file in source.files if file.suffix != ".safetensors"]
-        if pickled:  # PyTorch alone reads these; the rest goes on as for any other file
-            merged = Path(folder) / "model.safetensors"
-            status = _child("torch", implementations, "tensors", str(merged), *pickled)
-            if status != EXIT_OK:
-                raise UsageError(f"{pickled[0]}: cannot be read")
-            tensors_from = [
-                merged,
-                *(file for file in source.files if file.suffix == ".safetensors"),
-            ]
-        else:
-            tensors_from = list(source.files)
-        return read_gpt2(source, _said(line), tensors_from)
+        # PyTorch alone reads these; the rest goes on as for any other file.
+        merged = Path(folder) / "model.safetensors"
+        if _convert(implementations["torch"], "tensors", str(merged), *pickled) != EXIT_OK:
+            raise UsageError(f"{pickled[0]}: cannot be read")
+        others = [file for file in source.files if file.suffix == ".safetensors"]
+        return read_gpt2(source, said, [merged, *others])
 
 
 def _said(line: Settings) -> dict[str, Any]:
     """The options' values, each checked by itself; rules between them need the file's shapes."""
     found: dict[str, Any] = {}
-    for key, setting in line.items():
-        if key[1] == "num_heads":  # what it has to divide is in the file
-            found["num_heads"] = whole_number(setting.value)
-            if (found["num_heads"] or 0) < 1:
-                raise UsageError(
-                    f"{setting.where} = {setting.value!r}: expected a whole number, at least 1"
-                )
+    for (section, name), setting in line.items():
+        if name == "num_heads":  # what it has to divide is in the file
+            found[name] = whole_number(setting.value)
+            if (found[name] or 0) < 1:
+                what = "expected a whole number, at least 1"
+                raise UsageError(f"{setting.where} = {setting.value!r}: {what}")
         else:
-            found[key[1]] = validated("model", {key: setting})[key[1]]
+            spec = validated(TransformerSpec, Settings({(section, name): setting}))
+            found[name] = getattr(spec, name)
     return found
 
 
 def _say_what_no_file_says(arguments: argparse.Namespace, spec: TransformerSpec) -> None:
     """Note the defaults of options that no shape shows, but that change what weights mean."""
-    if arguments.preset is None and arguments.config is None:
-        unsaid = [name for name in NOT_IN_THE_WEIGHTS if not hasattr(arguments, f"model.{name}")]
-        if unsaid:
-            values = {name: getattr(spec, name) for name in unsaid}
-            words = ", ".join(
-                f"{flag(n)} {v:g}" if isinstance(v, float) else f"{flag(n)} {v}"
-                for n, v in values.items()
-            )
-            print(f"{NOTE}the file does not say {words}; taken as by default")
+    given = {dest.rpartition(".")[2] for dest in vars(arguments) if "." in dest}
+    unsaid = [name for name in NOT_IN_THE_WEIGHTS if name not in given]
+    if unsaid and arguments.config is None and "preset" not in given:
+        values = ((name, getattr(spec, name)) for name in unsaid)
+        words = (
+            f"{flag(n)} {v:g}" if isinstance(v, float) else f"{flag(n)} {v}" for n, v in values
+        )
+        print(f"{NOTE}the file does not say {', '.join(words)}; taken as by default")
 
 
 def _words(spec: TransformerSpec) -> str:
     return (
         f"{spec.num_layers} blocks, d_model {spec.d_model}, {spec.num_heads} heads, d_ff "
-        f"{spec.d_ff}, "
-        f"vocabulary {spec.vocab_size}, context {spec.context_length}, {spec.norm}-norm, "
-        f"{spec.activation}"
+        f"{spec.d_ff}, vocabulary {spec.vocab_size}, context {spec.context_length}, "
+        f"{spec.norm}-norm, {spec.activation}"
     )
 
 
-def _child(kind: str, implementations: Mapping[str, Implementation], *argv: str) -> int:
-    """Runs the framework's own converter and passes its notes on. Raises UsageError with its line
-    for wrong input.
+def _convert(implementation: Implementation, *argv: str) -> int:
+    """Run the framework's own converter in a worker process and pass its notes on.
+
+    Raises UsageError with its line for wrong input.
     """
-    implementation = implementations[FORMATS[kind]]
-    missing = why_missing(implementation)
-    if missing:
-        raise UsageError(missing)
+    require(implementation)
     module = f"{implementation.module}.convert"
-    child = subprocess.run(
+    worker = subprocess.run(
         worker_command(module, *argv),
         env=worker_environment(module),
         stdin=subprocess.DEVNULL,
@@ -274,20 +246,18 @@ def _child(kind: str, implementations: Mapping[str, Implementation], *argv: str)
         timeout=TIMEOUT_SECONDS,
         check=False,
     )
-    for line in child.stdout.splitlines():
+    for line in worker.stdout.splitlines():
         if line.startswith(NOTE):
             print(line)
-    if child.returncode == 2:
-        raise UsageError(child.stderr.strip().splitlines()[-1])
-    if (
-        argv[0] != "export" and -child.returncode in CRASHES
-    ):  # a file that a library in C trips over
-        name = signal.Signals(-child.returncode).name
+    if worker.returncode == 2:
+        raise UsageError(worker.stderr.strip().splitlines()[-1])
+    # A file that a library in C trips over.
+    if argv[0] != "export" and -worker.returncode in CRASHES:
+        name = signal.Signals(-worker.returncode).name
         file = argv[1] if argv[0] == "import" else argv[2]
-        raise UsageError(
-            f"{file}: reading it ended with {name}; expected a file as `export` writes it"
-        )
-    if child.returncode:
-        print(f"failed: {last_error(child.stderr)}", file=sys.stderr)
+        what = f"reading it ended with {name}; expected a file as `export` writes it"
+        raise UsageError(f"{file}: {what}")
+    if worker.returncode:
+        print(f"failed: {last_error(worker.stderr)}", file=sys.stderr)
         return EXIT_FAILED
     return EXIT_OK

@@ -16,7 +16,7 @@ from common.cli.numbers import positive
 from common.cli.options import add_run_options, file_to_write, read_run
 from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.harness.roofline import Measured, measure
-from common.io.console import make_console
+from common.io.console import make_console, say
 from common.io.edges import write_file
 from common.report.machine import this_machine
 from common.runtime.roofline import PEAKS, Kernel, kernels
@@ -38,33 +38,15 @@ def register(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         "doctor",
         description="On one thread, at the shapes of one micro-batch: matrix products and their "
-        "gradients in GFLOP/s, "
-        "and what only reads and writes in GB/s, with the machine's own rates. A framework below "
-        "half of the fastest is "
-        "marked. Exit status: 0, or 1 where no framework could be measured, 2 wrong input.",
+        "gradients in GFLOP/s, and what only reads and writes in GB/s, with the machine's own "
+        "rates. A framework below half of the fastest is marked. Exit status: 0, or 1 where no "
+        "framework could be measured, 2 wrong input.",
     )
-    add_run_options(
-        parser,
-        without=[
-            name
-            for name in (*RunConfig.model_fields, *TrainSpec.model_fields, "dropout")
-            if name not in USED
-        ],
-        preset=PRESET,
-    )
-    parser.add_argument(
-        "--frameworks",
-        default=",".join(FRAMEWORKS),
-        metavar="F,..",
-        help="which ones (default %(default)s)",
-    )
-    parser.add_argument(
-        "--rounds",
-        type=positive,
-        default=5,
-        metavar="N",
-        help="turns of each framework (default %(default)s)",
-    )
+    unused = {*RunConfig.model_fields, *TrainSpec.model_fields, "dropout"} - {*USED}
+    add_run_options(parser, without=[*unused], preset=PRESET)
+    which, rounds = "which ones (default %(default)s)", "turns of each framework (default 5)"
+    parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), metavar="F,..", help=which)
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help=rounds)
     parser.add_argument("--json", metavar="FILE", help="also write what was measured to FILE")
     parser.set_defaults(run=_doctor)
 
@@ -118,10 +100,8 @@ def show(console: Console, config: RunConfig, found: Mapping[str, Measured]) -> 
     """Print the table, what the mark means, and every environment."""
     rows = kernels(config)
     frameworks = [name for name in found if name != "machine" and not found[name].error]
-    console.print(
-        f"{this_machine().one_line}; one thread, {config.train.dtype}", soft_wrap=True, markup=False
-    )
-    console.print(_cards(visible_gpus()), soft_wrap=True, markup=False)
+    say(console, f"{this_machine().one_line}; one thread, {config.train.dtype}")
+    say(console, _cards(visible_gpus()))
     peaks = found["machine"]
     for kernel in PEAKS if not peaks.error else ():
         console.print(
@@ -132,28 +112,19 @@ def show(console: Console, config: RunConfig, found: Mapping[str, Measured]) -> 
         table.add_column(title, justify="left" if title == "kernel" else "right")
     for kernel in rows:
         marked = slow(kernel, found)
-        cells = [
-            f"{rate(kernel, found[name].seconds[kernel.name]):.1f}{' slow' if name in marked else ''}"  # noqa: E501
-            for name in frameworks
-        ]
+        rates = {name: rate(kernel, found[name].seconds[kernel.name]) for name in frameworks}
+        cells = (f"{r:.1f}{' slow' if name in marked else ''}" for name, r in rates.items())
         table.add_row(kernel.name, kernel.unit, *cells)
-    sums = {
-        name: sum(one.calls * found[name].seconds[one.name] for one in rows) for name in frameworks
-    }
-    table.add_row(
-        "all, as often as a micro-batch needs them",
-        "ms",
-        *(f"{1e3 * sums[f]:.1f}" for f in frameworks),
-    )
+    sums = (sum(k.calls * found[f].seconds[k.name] for k in rows) for f in frameworks)
+    cells = (f"{1e3 * seconds:.1f}" for seconds in sums)
+    table.add_row("all, as often as a micro-batch needs them", "ms", *cells)
     if frameworks:
         console.print(table)
-        console.print(
-            f"slow: below {SLOW} of the fastest framework; that is the framework's kernel, not the "
-            "pipeline."
-        )
+        why = "that is the framework's kernel, not the pipeline"
+        say(console, f"slow: below {SLOW} of the fastest framework; {why}.")
     for name, one in found.items():
         said = one.error or ", ".join(
             f"{key} {value}" for key, value in one.environment.items() if key != "framework"
         )
         if name != "machine":
-            console.print(f"{name}: {said}", soft_wrap=True, markup=False)
+            say(console, f"{name}: {said}")

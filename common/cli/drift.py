@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from common.cli.numbers import positive, seconds
+from common.cli.numbers import add_timeout, positive
 from common.cli.options import check_writable, file_to_write
 from common.harness.drift import base_config, run_zoo
 from common.harness.launch import IMPLEMENTATIONS, Implementation
-from common.io.console import make_console
+from common.io.console import make_console, say
 from common.io.edges import whole_number
-from common.io.usage import UsageError, closest
+from common.io.usage import UsageError, known_word
 from common.report.drift import print_zoo, write_page
 from common.report.machine import this_machine
 from common.report.zoo import GOOD, Zoo
@@ -46,34 +46,22 @@ def register(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         "drift",
         description="For every habit and framework: the parity ladder with and without it, and "
-        "both trained on. "
-        "Exit status: 0 every habit fails first where it should, 1 one does not, or a run failed, "
-        "2 wrong input.",
+        "both trained on. Exit status: 0 every habit fails first where it should, 1 one does not, "
+        "or a run failed, 2 wrong input.",
     )
     parser.add_argument("--list", action="store_true", help="name the habits and run nothing")
     parser.add_argument("--frameworks", metavar="F,..", help="which ones (default %(default)s)")
     parser.add_argument("--rows", metavar="NAME,..", help="which habits (default %(default)s)")
-    parser.add_argument(
-        "--steps",
-        metavar="N,..",
-        help="where the cost is taken; the last one ends the runs (%(default)s)",
-    )
-    parser.add_argument(
-        "--seeds", type=positive, metavar="N", help="baselines for the spread (default %(default)s)"
-    )
-    parser.add_argument(
-        "--out", metavar="FOLDER", help="write drift.md, drift.json and images/drift.png there"
-    )
+    steps = "where the cost is taken; the last one ends the runs (%(default)s)"
+    parser.add_argument("--steps", metavar="N,..", help=steps)
+    seeds = "baselines for the spread (default %(default)s)"
+    parser.add_argument("--seeds", type=positive, metavar="N", help=seeds)
+    out = "write drift.md, drift.json and images/drift.png there"
+    parser.add_argument("--out", metavar="FOLDER", help=out)
     parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
-    parser.add_argument(
-        "--from",
-        dest="source",
-        metavar="FILE",
-        help="run nothing; take the result of an earlier --json",
-    )
-    parser.add_argument(
-        "--timeout", type=seconds, metavar="SECONDS", help="end a child that takes longer"
-    )
+    source = "run nothing; take the result of an earlier --json"
+    parser.add_argument("--from", dest="source", metavar="FILE", help=source)
+    add_timeout(parser)
     parser.set_defaults(run=run, **RUN_OPTIONS)
 
 
@@ -87,16 +75,12 @@ def run(
     json_file = file_to_write(arguments.json, "--json") if arguments.json else None
     folder = _folder(Path(arguments.out)) if arguments.out else None
     if arguments.source:
-        unused = [
-            name for name, default in RUN_OPTIONS.items() if getattr(arguments, name) != default
-        ]
-        if unused:
-            raise UsageError(f"--{unused[0]}: --from runs nothing; expected without it")
-    zoo = (
-        _read(Path(arguments.source))
-        if arguments.source
-        else _run(arguments, console, implementations)
-    )
+        for name, default in RUN_OPTIONS.items():
+            if getattr(arguments, name) != default:
+                raise UsageError(f"--{name}: --from runs nothing; expected without it")
+        zoo = _read(Path(arguments.source))
+    else:
+        zoo = _run(arguments, console, implementations)
     print_zoo(zoo, console)
     if json_file is not None:
         zoo.write(json_file)
@@ -104,7 +88,7 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         zoo.write(folder / "drift.json")
         write_page(zoo, folder)
-        console.print(f"page: {folder / 'drift.md'}", highlight=False, soft_wrap=True)
+        say(console, f"page: {folder / 'drift.md'}")
     good = all(row.verdict in GOOD for row in zoo.rows)
     return EXIT_OK if good else EXIT_UNEXPECTED
 
@@ -134,11 +118,6 @@ def _run(
     names = [drift.name for drift in DRIFTS]
     rows = names if arguments.rows == "all" else chosen(arguments.rows, names, "--rows")
     steps = _steps(arguments.steps)
-
-    def stepped(framework: str, done: int) -> None:
-        if done % PROGRESS_STEPS == 0:
-            console.print(f"{framework}: {done} steps", highlight=False)
-
     with tempfile.TemporaryDirectory() as folder:
         found, spread, versions = run_zoo(
             Path(folder),
@@ -147,7 +126,7 @@ def _run(
             steps,
             arguments.seeds,
             arguments.timeout,
-            stepped,
+            steps_shown(console),
             implementations,
         )
     return Zoo(
@@ -163,15 +142,22 @@ def _run(
     )
 
 
+def steps_shown(console: Console) -> Callable[[str, int], None]:
+    """Return what prints a framework's progress, a line now and then."""
+
+    def stepped(framework: str, done: int) -> None:
+        if done % PROGRESS_STEPS == 0:
+            console.print(f"{framework}: {done} steps")
+
+    return stepped
+
+
 def chosen(text: str, known: tuple[str, ...] | list[str], option: str) -> list[str]:
     """Return the words of a comma list. Raises UsageError for an unknown one."""
     words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-    for word in words:
-        if word not in known:
-            raise UsageError(f"{option} = {word!r}: unknown{closest(word, known)}")
     if not words:
         raise UsageError(f"{option}: nothing named; expected some of {', '.join(known)}")
-    return words
+    return [known_word(option, word, known) for word in words]
 
 
 def _steps(text: str) -> list[int]:
@@ -182,24 +168,9 @@ def _steps(text: str) -> list[int]:
 
 
 def _listed() -> Table:
-    table = Table(
-        "name",
-        "what",
-        "frameworks",
-        "first failing check",
-        "place",
-        "whose",
-        box=None,
-        pad_edge=False,
-    )
+    titles = ("name", "what", "frameworks", "first failing check", "place", "whose")
+    table = Table(*titles, box=None, pad_edge=False)
     for drift in DRIFTS:
-        where = ", ".join(drift.frameworks)
-        table.add_row(
-            drift.name,
-            drift.title,
-            where,
-            drift.check,
-            drift.place,
-            drift.default_of or "a common mistake",
-        )
+        where, whose = ", ".join(drift.frameworks), drift.default_of or "a common mistake"
+        table.add_row(drift.name, drift.title, where, drift.check, drift.place, whose)
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from common.cli.schedules import add_costs, add_size, plan, reporting, show_chart
+from common.cli.schedules import add_costs, add_size, plan, show_chart
 from common.schedule.action import ScheduleError
 from common.schedule.explain import EXPLANATIONS, explain
 from common.schedule.generators import GENERATORS
@@ -25,7 +25,7 @@ def register(subcommands: Any) -> None:
     parser.add_argument("schedule", metavar="SCHEDULE", help=", ".join(EXPLANATIONS))
     add_size(parser)
     add_costs(parser, memory=False)
-    parser.set_defaults(run=reporting(_explain), stages=STAGES, micro_batches=MICRO_BATCHES)
+    parser.set_defaults(run=_explain, stages=STAGES, micro_batches=MICRO_BATCHES)
 
 
 def _explain(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,17 +16,17 @@ from rich.console import Console
 
 from common import checkpoint
 from common.cli.numbers import add_timeout, natural, positive
-from common.cli.options import add_run_options, read_run, reporting
+from common.cli.options import add_run_options, flag, read_run
 from common.cli.saved import Saved, load_text
 from common.harness.launch import (
     IMPLEMENTATIONS,
     Implementation,
     Interrupted,
+    require,
     run_jobs_in_worker,
     stop_on_signals,
-    why_missing,
 )
-from common.io.console import make_console
+from common.io.console import make_console, say
 from common.io.edges import from_command_line, number, whole_number
 from common.io.usage import UsageError
 from common.runtime.inference import Evaluated, Generated
@@ -49,22 +50,17 @@ def register(
     evaluate = subcommands.add_parser(
         "evaluate",
         description="Loss per token and perplexity of a checkpoint over the held-out text, by a "
-        "pipeline of forwards: the "
-        "last tenth of its own text, or of another one that --corpus names.",
+        "pipeline of forwards: the last tenth of its own text, or of another one that --corpus "
+        "names.",
         usage="%(prog)s --checkpoint PATH [options]",
     )
-    evaluate.add_argument(
-        "--batches",
-        metavar="N",
-        type=positive,
-        help="mini-batches of the held-out text (default: all of it)",
-    )
+    batches = "mini-batches of the held-out text (default: all of it)"
+    evaluate.add_argument("--batches", metavar="N", type=positive, help=batches)
     generate = subcommands.add_parser(
         "generate",
         description="Continues a prompt. The three frameworks give the same tokens, greedy or "
-        "sampled; what decides is "
-        "a number that depends on seed, sample and position only, and how close the closest "
-        "decision was is said.",
+        "sampled; what decides is a number that depends on seed, sample and position only, and how "
+        "close the closest decision was is said.",
         usage="%(prog)s --checkpoint PATH --prompt TEXT [options]",
     )
     text = generate.add_argument_group("the text")
@@ -72,24 +68,15 @@ def register(
     text.add_argument(
         "--prompt-tokens", metavar="N,N,..", help="the same as tokens; then tokens are printed"
     )
-    text.add_argument(
-        "--tokens",
-        metavar="N",
-        type=positive,
-        default=DEFAULT_TOKENS,
-        help="new tokens (default: 64)",
-    )
-    text.add_argument(
-        "--samples", metavar="N", type=positive, default=1, help="continuations (default: 1)"
-    )
+    for option, metavar, kind, default, what in (
+        ("--tokens", "N", positive, DEFAULT_TOKENS, f"new tokens (default: {DEFAULT_TOKENS})"),
+        ("--samples", "N", positive, 1, "continuations (default: 1)"),
+        ("--temperature", "T", _temperature, None, "divides the logits (default: 1)"),
+        ("--top-k", "K", positive, None, "only the K likeliest tokens (default: all)"),
+        ("--seed", "N", natural, None, "of the choices (default: 0)"),
+    ):
+        text.add_argument(option, metavar=metavar, type=kind, default=default, help=what)
     text.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    text.add_argument(
-        "--temperature", metavar="T", type=_temperature, help="divides the logits (default: 1)"
-    )
-    text.add_argument(
-        "--top-k", metavar="K", type=positive, help="only the K likeliest tokens (default: all)"
-    )
-    text.add_argument("--seed", metavar="N", type=natural, help="of the choices (default: 0)")
     for parser, run in ((evaluate, _evaluate), (generate, _generate)):
         parser.add_argument(
             "--checkpoint", metavar="PATH", required=True, help="a folder such as step-00000100"
@@ -97,19 +84,14 @@ def register(
         parser.add_argument("--json", action="store_true", help="print JSON")
         add_timeout(parser)
         add_run_options(parser, only_placement=True, also=("corpus", "tokenizer", "tokenizer_file"))
-        parser.set_defaults(run=reporting(_bound(run, implementations)))
-
-
-def _bound(run: Any, implementations: Mapping[str, Implementation]) -> Any:
-    return lambda arguments: run(arguments, implementations)
+        parser.set_defaults(run=partial(run, implementations=implementations))
 
 
 def _temperature(text: str) -> float:
     value = number(text) or 0.0
     if value <= 0:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}; expected a number, more than 0 (for the likeliest: --greedy)"
-        )
+        what = "expected a number, more than 0 (for the likeliest: --greedy)"
+        raise argparse.ArgumentTypeError(f"{text!r}; {what}")
     return value
 
 
@@ -118,48 +100,34 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
     saved = Saved(folder, checkpoint.verify(folder))
     config = read_run(arguments, saved)
     corpus = load_text(config, saved, may_be_another=hasattr(arguments, "run.corpus"))
-    job = Job(
-        config=config,
-        out="",
-        kind="evaluate",
-        resume=str(folder.resolve()),
-        batches=arguments.batches,
-    )
-    console = make_console()
+    resume, console = str(folder.resolve()), make_console()
+    job = Job(config=config, out="", kind="evaluate", resume=resume, batches=arguments.batches)
     found = _run(
         job, Evaluated, "evaluation.json", implementations, arguments.timeout, console, corpus
     )
     if not isinstance(found, Evaluated):
         return found
-    facts = {
-        "snapshot": str(folder),
-        "framework": config.framework,
-        "steps_done": saved.manifest.steps_done,
-        "corpus": list(config.corpus),
-        "corpus_digest": corpus.digest,
-        "loss": found.loss,
-        "perplexity": found.perplexity,
-        "batches": found.batches,
-        "tokens": found.tokens,
-        "tokens_per_second": found.tokens_per_second,
-    }
     if arguments.json:
-        print(json.dumps(facts))
-    else:
-        if not saved.is_trained_on(corpus.digest):
-            _say(
-                console,
-                f"the last tenth of another text than it was trained on: {' '.join(config.corpus)}",
-            )
-        fewer = ", all there are" if found.batches < (arguments.batches or 0) else ""
-        _say(
-            console, f"held-out loss {found.loss:.6f} per token, perplexity {found.perplexity:.4f}"
-        )
-        _say(
-            console,
-            f"{found.tokens:,} tokens in {found.batches} mini-batches{fewer}; {_where(config)}; "
-            f"{found.tokens_per_second:,.0f} tokens/s",
-        )
+        facts = {
+            "snapshot": str(folder),
+            "framework": config.framework,
+            "steps_done": saved.manifest.steps_done,
+            "corpus": list(config.corpus),
+            "corpus_digest": corpus.digest,
+        }
+        names = ("loss", "perplexity", "batches", "tokens", "tokens_per_second")
+        print(json.dumps(facts | {name: getattr(found, name) for name in names}))
+        return EXIT_OK
+    if not saved.is_trained_on(corpus.digest):
+        what = "the last tenth of another text than it was trained on"
+        say(console, f"{what}: {' '.join(config.corpus)}")
+    fewer = ", all there are" if found.batches < (arguments.batches or 0) else ""
+    say(console, f"held-out loss {found.loss:.6f} per token, perplexity {found.perplexity:.4f}")
+    say(
+        console,
+        f"{found.tokens:,} tokens in {found.batches} mini-batches{fewer}; {_where(config)}; "
+        f"{found.tokens_per_second:,.0f} tokens/s",
+    )
     return EXIT_OK
 
 
@@ -167,10 +135,8 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
     if arguments.greedy:
         for option in ("temperature", "top_k", "seed"):
             if getattr(arguments, option) is not None:
-                raise UsageError(
-                    f"--{option.replace('_', '-')}: --greedy makes no random choice; expected "
-                    "one of them"
-                )
+                what = "--greedy makes no random choice; expected one of them"
+                raise UsageError(f"{flag(option)}: {what}")
     temperature = 1.0 if arguments.temperature is None else arguments.temperature
     seed = arguments.seed or 0
     folder = Path(arguments.checkpoint)
@@ -192,24 +158,16 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
         return found
     texts = [decode([*prompt, *tokens]) for tokens in found.tokens]
     if arguments.json:
-        facts = {
-            "snapshot": str(folder),
-            "framework": config.framework,
-            "prompt": prompt,
-            "texts": texts,
-        }
-        print(json.dumps(facts | found.model_dump()))
+        facts = {"snapshot": str(folder), "framework": config.framework}
+        print(json.dumps({**facts, "prompt": prompt, "texts": texts, **found.model_dump()}))
         return EXIT_OK
     for sample, text in enumerate(texts):
         if len(texts) > 1:
-            _say(console, f"--- sample {sample}")
+            say(console, f"--- sample {sample}")
         print(text)
     kind = "greedy" if arguments.greedy else f"temperature {temperature:g}, seed {seed}"
-    _say(
-        console,
-        f"\n{kind}; closest call {found.closest_call:.1e}; {_where(config)}; "
-        f"{found.tokens_per_second:,.1f} tokens/s",
-    )
+    speed = f"{found.tokens_per_second:,.1f} tokens/s"
+    say(console, f"\n{kind}; closest call {found.closest_call:.1e}; {_where(config)}; {speed}")
     return EXIT_OK
 
 
@@ -274,34 +232,26 @@ def _run(
     console: Console,
     corpus: Corpus | None = None,
 ) -> Found | int:
-    """Return the child's result, or an exit status after a line that says why there is none."""
+    """Return the worker process' result, or an exit status after a line that says why none."""
     implementation = implementations[job.config.framework]
-    missing = why_missing(implementation, job.config.executor)
-    if missing:
-        raise UsageError(missing)
+    require(implementation, job.config.executor)
     with tempfile.TemporaryDirectory(prefix="triptych-") as temporary, stop_on_signals() as stopped:
         folder = Path(temporary)
         text = None if corpus is None else write_text(corpus, folder)
         here = job.model_copy(update={"out": str(folder), "text": text})
         try:
-            outcome = run_jobs_in_worker(
+            (outcome,) = run_jobs_in_worker(
                 implementation.module, [here], folder, timeout_seconds, stopped=stopped
-            )[0]
+            )
         except Interrupted:
             return EXIT_INTERRUPTED
         if outcome.status != "ok":
-            _say(console, f"failed: {outcome.reason}")
+            say(console, f"failed: {outcome.reason}")
             return EXIT_FAILED
         return kind.model_validate_json((folder / name).read_text(encoding="utf-8"))
 
 
 def _where(config: RunConfig) -> str:
     m = config.train.micro_batches
-    return (
-        f"{config.framework}, {config.stages} stages, {config.schedule_name}, {m} "
-        f"micro-batch{'es' if m > 1 else ''}"
-    )
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    size = f"{config.stages} stages, {config.schedule_name}, {m} micro-batch{'es' * (m > 1)}"
+    return f"{config.framework}, {size}"

@@ -29,10 +29,7 @@ SUBCOMMANDS = {
     "generate": ("inference", "continue a text with a checkpoint"),
     "export": ("convert", "write a checkpoint's weights for use elsewhere"),
     "import": ("convert", "make a checkpoint of weights from elsewhere"),
-    "report": (
-        "report",
-        "make the report of one benchmark, or of several together, from its results",
-    ),
+    "report": ("report", "make the report of one benchmark, or of several, from its results"),
     "compare": ("report", "say which rows of two benchmarks differ by more than their noise"),
     "plan": ("plan", "choose p, m, v, schedule, partition and recomputation within memory"),
     "draw": ("schedules", "draw a schedule as a chart"),
@@ -41,15 +38,8 @@ SUBCOMMANDS = {
     "validate": ("schedules", "check a schedule in text form"),
     "dump": ("numerics", "write every tensor of one step to a file"),
     "bisect": ("numerics", "name the first tensor in which two runs differ"),
-    "drift": (
-        "drift",
-        "put back numerical habits of the frameworks, one at a time, and see what the parity "
-        "check says",
-    ),
-    "doctor": (
-        "doctor",
-        "measure each framework's kernels, to see whether a framework is slow or its pipeline",
-    ),
+    "drift": ("drift", "put back the frameworks' numerical habits, and see what parity says"),
+    "doctor": ("doctor", "measure each framework's kernels: is it slow, or its pipeline?"),
 }
 """The module in `common.cli` that registers each subcommand, and what it does in a few words."""
 
@@ -98,21 +88,16 @@ def _run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
     """Parse and run; wrong input is one line on stderr, never a traceback."""
 
     def notice(error: OSError) -> str:
-        if is_long:
-            return f"{parser.prog}: standard output: {error.strerror}; the work goes on without it"
         # A reader that has seen enough, such as head, is no error.
-        return (
-            ""
-            if isinstance(error, BrokenPipeError)
-            else f"{parser.prog}: standard output: {error.strerror}"
-        )
+        if isinstance(error, BrokenPipeError) and not is_long:
+            return ""
+        more = "; the work goes on without it" if is_long else ""
+        return f"{parser.prog}: standard output: {error.strerror}{more}"
 
-    logging.getLogger("matplotlib").setLevel(
-        logging.ERROR
-    )  # or it complains of a home that cannot be written
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # where it is ignored, nobody learns how a child has ended
+    # Or it complains of a home that cannot be written.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    # Where the signal is ignored, nobody learns how a worker process has ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with lasting_streams(notice) as output:
         try:
             arguments = parser.parse_args(with_present_names(argv))
@@ -121,13 +106,10 @@ def _run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
             output.flush()
             is_lost = output.error is not None and notice(output.error) and not is_long
             return EXIT_USAGE if is_lost else status
-        except UsageError as error:
-            print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-            return EXIT_USAGE
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
-        # a folder that cannot be written, a disk that is full, no place for temporary files
-        except OSError as error:
+        # OSError: a folder that cannot be written, a disk that is full, no temporary folder
+        except (UsageError, OSError) as error:
             print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
             return EXIT_USAGE
 

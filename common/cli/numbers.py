@@ -34,7 +34,5 @@ def seconds(text: str) -> float:
 
 def add_timeout(parser: ArgumentParser, what: str = "worker process") -> None:
     """Add --timeout; without it nothing is ended for the time that it takes."""
-    help_text = f"end a {what} that takes longer"
-    parser.add_argument(
-        "--timeout", metavar="SECONDS", type=seconds, default=math.inf, help=help_text
-    )
+    text = f"end a {what} that takes longer"
+    parser.add_argument("--timeout", metavar="SECONDS", type=seconds, default=math.inf, help=text)

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,19 @@ from safetensors.numpy import load_file
 
 from common.checkpoint.dump import Dump, DumpError, read_dump, write_dump
 from common.cli.numbers import add_timeout, natural
-from common.cli.options import add_run_options, file_to_write, read_run
+from common.cli.options import add_run_options, file_to_write, flag, read_run
 from common.cli.parser import Parser
 from common.harness.bisect import Bisection, Finding, bisect
-from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_worker, why_missing
-from common.io.console import make_console
+from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, require, run_jobs_in_worker
+from common.io.console import make_console, say
 from common.io.edges import write_file
 from common.io.usage import UsageError
 from common.report.names import variant_of
-from common.report.result import ResultError, RunResult
+from common.report.result import RunResult
 from common.runtime.job import Job
 from common.spec.data import load_corpus
 from common.spec.parameters import TensorKey
 from common.spec.run import RunConfig
-from common.spec.text import CorpusError
-from common.spec.tokenizer import TokenizerError
 
 EXIT_AGREE, EXIT_DIFFER = 0, 1
 ORACLE = "oracle"
@@ -42,102 +40,75 @@ def register(subcommands: Any) -> None:
     dump = subcommands.add_parser(
         "dump",
         description="Runs one step of one framework (or of --framework oracle) and writes all its "
-        "tensors, and what every "
-        "unit alone makes of the oracle's. docs/numerics.md describes the file.",
+        "tensors, and what every unit alone makes of the oracle's. docs/numerics.md describes the "
+        "file.",
     )
     add_run_options(dump)
-    dump.add_argument(
-        "--step",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="which one; those before are trained (default 0)",
-    )
+    _add_step(dump, "which one; those before are trained (default 0)")
     dump.add_argument(
         "--out", required=True, metavar="FILE", help="the file to write, such as a.safetensors"
     )
     add_timeout(dump)
-    dump.set_defaults(run=_reporting(_dump))
+    dump.set_defaults(run=_dump)
 
     walk = subcommands.add_parser(
         "bisect",
         usage="%(prog)s A B [options]",
         description="Each of A and B is a dump (FILE.safetensors), the folder of one run (with its "
-        "result.json), or a run "
-        "in words, such as framework=torch,stages=2,dtype=float64; runs are dumped first. Exit "
-        "status: 0 they agree, 1 "
-        "they differ, 2 wrong input.",
+        "result.json), or a run in words, such as framework=torch,stages=2,dtype=float64; runs are "
+        "dumped first. Exit status: 0 they agree, 1 they differ, 2 wrong input.",
     )
     walk.add_argument("a", metavar="A", help="the one that counts as right")
     walk.add_argument("b", metavar="B", help="the other one")
-    walk.add_argument(
-        "--step",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="of runs that are dumped first (default 0)",
-    )
-    walk.add_argument(
-        "--json",
-        metavar="OUT",
-        help="write all findings to OUT; - is standard output, without the tree",
-    )
+    _add_step(walk, "of runs that are dumped first (default 0)")
+    to_json = "write all findings to OUT; - is standard output, without the tree"
+    walk.add_argument("--json", metavar="OUT", help=to_json)
     add_timeout(walk)
-    walk.set_defaults(run=_reporting(_bisect))
+    walk.set_defaults(run=_bisect)
 
 
-def _reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Run `run` and turn errors of the input into one line and exit status 2."""
-
-    def wrapped(arguments: argparse.Namespace) -> int:
-        try:
-            return run(arguments)
-        except (DumpError, ResultError, CorpusError, TokenizerError, OSError) as error:
-            raise UsageError(str(error)) from None
-
-    return wrapped
+def _add_step(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--step", type=natural, default=0, metavar="N", help=text)
 
 
 # --------------------------------------------------------------------------------------------- dump
 
 
 def _dump(arguments: argparse.Namespace) -> int:
-    oracle = getattr(arguments, "run.framework", None) == ORACLE
-    if oracle:  # the specification knows the frameworks only
-        delattr(arguments, "run.framework")
-    config = read_run(arguments)
+    config, oracle = _read_run_or_oracle(arguments)
     path = file_to_write(arguments.out, "--out")
     make_dump(config, oracle, arguments.step, path, arguments.timeout)
-    dumped = read_dump(path)
-    size = path.stat().st_size / 1e6
-    print(
-        f"{dumped.name}, step {dumped.step}: {len(dumped.tensors)} tensors, {size:.1f} MB in {path}"
-    )
+    found, size = read_dump(path), path.stat().st_size / 1e6
+    print(f"{found.name}, step {found.step}: {len(found.tensors)} tensors, {size:.1f} MB in {path}")
     return 0
+
+
+def _read_run_or_oracle(arguments: argparse.Namespace) -> tuple[RunConfig, bool]:
+    """Return the run, and whether the oracle does it: the specification knows frameworks only."""
+    oracle = getattr(arguments, "run.framework", None) == ORACLE
+    if oracle:
+        delattr(arguments, "run.framework")
+    return read_run(arguments), oracle
 
 
 def make_dump(
     config: RunConfig, oracle: bool, step: int, path: Path, timeout_seconds: float
 ) -> None:
-    """Run `config`, or the oracle on it, up to `step` in a child and write that step's dump.
+    """Run `config`, or the oracle on it, up to `step` in a worker process; write that step's dump.
 
     Raises DumpError with the reason if the run fails.
     """
-    if step >= config.train.steps:
-        raise DumpError(
-            f"--step {step}: the run has {config.train.steps}; expected 0 to "
-            f"{config.train.steps - 1}"
-        )
-    if config.executor != "table" and not oracle:
-        raise DumpError(
-            f"executor = {config.executor}: runs no unit by itself; expected executor = table"
-        )
-    implementation = IMPLEMENTATIONS[config.framework]
-    missing = None if oracle else why_missing(implementation, config.executor)
-    if missing:
-        raise DumpError(missing)
-    name = ORACLE if oracle else describe(config)
-    module = ORACLE_MODULE if oracle else implementation.module
+    steps, executor = config.train.steps, config.executor
+    if step >= steps:
+        raise DumpError(f"--step {step}: the run has {steps}; expected 0 to {steps - 1}")
+    if executor != "table" and not oracle:
+        what = "runs no unit by itself; expected executor = table"
+        raise DumpError(f"executor = {executor}: {what}")
+    name, module = (ORACLE, ORACLE_MODULE)
+    if not oracle:
+        implementation = IMPLEMENTATIONS[config.framework]
+        require(implementation, executor)
+        name, module = describe(config), implementation.module
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         job = Job(config=config, out=str(out), kind="dump", stop_at=step)
@@ -207,14 +178,10 @@ def _as_it_was(result: RunResult, folder: Path) -> RunConfig:
     Raises UsageError, CorpusError and TokenizerError.
     """
     config = result.config
-    for path in (
-        *folder.glob("tokenizer*.json"),
-        *folder.parent.glob("tokenizer*.json"),
-    ):  # train's, the benchmark's
-        if (
-            config.tokenizer != "bytes"
-            and hashlib.sha256(path.read_bytes()).hexdigest() == result.tokenizer_digest
-        ):
+    # train's tokenizer lies in its folder, the benchmark's in the one above.
+    for path in (*folder.glob("tokenizer*.json"), *folder.parent.glob("tokenizer*.json")):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if config.tokenizer != "bytes" and digest == result.tokenizer_digest:
             config = config.model_copy(update={"tokenizer_file": str(path)})
     corpus = load_corpus(config)
     for what, now, then in (
@@ -222,89 +189,56 @@ def _as_it_was(result: RunResult, folder: Path) -> RunConfig:
         ("tokenizer", corpus.tokenizer_digest, result.tokenizer_digest),
     ):
         if then not in (None, now):
-            raise UsageError(
-                f"{folder}: its {what} has changed since (SHA-256 {now[:12]}..); expected "
-                f"{then[:12]}.."
-            )
+            changed = f"has changed since (SHA-256 {now[:12]}..); expected {then[:12]}.."
+            raise UsageError(f"{folder}: its {what} {changed}")
     return config
 
 
 def _run_in_words(text: str) -> tuple[RunConfig, bool]:
-    """`framework=oracle,dtype=float64`: the options of `dump` without their dashes; whether it is
-    the oracle.
-    """
+    """`framework=oracle,dtype=float64`: the options of `dump` without their dashes."""
     parser = Parser(prog=text, add_help=False)
     add_run_options(parser)
     words: list[str] = []
     for word in text.split(","):
-        option, equals, value = word.partition("=")
+        name, equals, value = word.partition("=")
         if not equals:
             raise UsageError(f"{text}: {word!r}; expected NAME=VALUE with commas between")
-        flag = f"--{option.strip().replace('_', '-')}"
-        words += {"true": [flag], "false": [flag.replace("--", "--no-", 1)]}.get(
-            value.lower(), [flag, value]
-        )
-    arguments = parser.parse_args(words)
-    oracle = getattr(arguments, "run.framework", None) == ORACLE
-    if oracle:
-        delattr(arguments, "run.framework")
-    return read_run(arguments), oracle
+        option = flag(name.strip())
+        switches = {"true": [option], "false": [option.replace("--", "--no-", 1)]}
+        words += switches.get(value.lower(), [option, value])
+    return _read_run_or_oracle(parser.parse_args(words))
 
 
 def print_bisection(found: Bisection, console: Console) -> None:
     """Print the tree: units in the order of computation, then what belongs to the whole step."""
-    names = (
-        ("A", "bold"),
-        f" {found.a.name}   ",
-        ("B", "bold"),
-        f" {found.b.name}   step {found.a.step}",
-    )
-    tree = Tree(Text.assemble(*names))
-    units = list(
-        dict.fromkeys(finding.unit for finding in found.findings if finding.place == "forward")
-    )
-    before = [finding for finding in found.findings if finding.place == "weights before"]
-    if before:
-        tree.add(_summary("weights before the step", before, found.first))
-    for unit in units:
-        own = [finding for finding in found.findings if finding.unit == unit]
+    b = f" {found.b.name}   step {found.a.step}"
+    tree = Tree(Text.assemble(("A", "bold"), f" {found.a.name}   ", ("B", "bold"), b))
+
+    def add(branch: Tree, title: str, place: str, unit: str = "", tensors: str = "") -> None:
+        """Add a line about the findings in this place, if there are any."""
+        rows = [f for f in found.findings if f.place == place and unit in ("", f.unit)]
+        if tensors:
+            is_input = tensors == "input"
+            rows = [f for f in rows if (f.tensor == "input_gradient") == is_input]
+        if rows:
+            branch.add(_summary(title, rows, found.first))
+
+    add(tree, "weights before the step", "weights before")
+    forward = [finding for finding in found.findings if finding.place == "forward"]
+    for unit in dict.fromkeys(finding.unit for finding in forward):
         branch = tree.add(unit)
-        _add(branch, "output", [f for f in own if f.place == "forward"], found.first)
-        _add(branch, "output as it ran", [f for f in own if f.place == "message"], found.first)
-        backward = [f for f in own if f.place == "backward"]
-        _add(
-            branch,
-            "input gradient",
-            [f for f in backward if f.tensor == "input_gradient"],
-            found.first,
-        )
-        _add(
-            branch,
-            "parameter gradients",
-            [f for f in backward if f.tensor != "input_gradient"],
-            found.first,
-        )
-    for title, place in (
-        ("loss", "loss"),
-        ("gradients of the mini-batch", "gradients"),
-        ("optimizer, from the same gradients", "optimizer"),
-        ("weights after the step", "weights after"),
-    ):
-        _add(
-            tree,
-            title,
-            [finding for finding in found.findings if finding.place == place],
-            found.first,
-        )
-    console.print(tree, highlight=False)
+        add(branch, "output", "forward", unit)
+        add(branch, "output as it ran", "message", unit)
+        add(branch, "input gradient", "backward", unit, "input")
+        add(branch, "parameter gradients", "backward", unit, "parameters")
+    add(tree, "loss", "loss")
+    add(tree, "gradients of the mini-batch", "gradients")
+    add(tree, "optimizer, from the same gradients", "optimizer")
+    add(tree, "weights after the step", "weights after")
+    console.print(tree)
     for line in found.missing:
-        console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
-    console.print(found.verdict, highlight=False, markup=False, soft_wrap=True)
-
-
-def _add(branch: Tree, title: str, findings: Sequence[Finding], first: Finding | None) -> None:
-    if findings:
-        branch.add(_summary(title, findings, first))
+        say(console, f"note: {line}")
+    say(console, found.verdict)
 
 
 def _summary(title: str, findings: Sequence[Finding], first: Finding | None) -> Text:

@@ -1,41 +1,90 @@
-"""Options of subcommands that do one run: every field of the specification, over its defaults."""
+"""Options made from the fields of the specification, and what subcommands that do one run read."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from common.checkpoint import CheckpointError
 from common.cli.saved import Saved
 from common.cli.settings import (
+    FIELDS,
+    NATIVE_DROPOUT,
     PLURALS,
-    SECTIONS,
     Key,
     Setting,
     Settings,
-    adapt,
-    add_option,
     base_settings,
     check_corpora,
+    kinds_of,
+    layered,
     make_run,
-    read_native_dropout,
-    read_toml,
+    read_given,
+    read_preset,
     validated,
 )
-from common.io.usage import UsageError, closest
-from common.spec.data import CorpusError
-from common.spec.run import PRESETS, RunConfig, TransformerSpec
-from common.spec.tokenizer import TokenizerError
+from common.io.usage import UsageError
+from common.schedule import recompute
+from common.schedule.generators import GENERATORS
+from common.spec.run import RunConfig, TransformerSpec
 
 PRESET = "tiny"
 PLACEMENT = ("framework", "stages", "chunks", "schedule", "partition", "device", "threads")
 """Fields of a run that decide who computes what, not what is computed."""
 TITLES = {"run": "the run", "model": "the model", "train": "the training"}
+METAVARS = {
+    "partition": "even|balanced|B1,B2,..",
+    "recompute": recompute.WORDS,
+    "dropout": "X|native[:X]",
+    "corpus": "FILE",
+    "tokenizer_file": "FILE",
+}
+MORE_HELP = {
+    "schedule": f": {', '.join(GENERATORS)}; or all of them that fit",
+    "dropout": f"; native or native:X: by the framework's own masks, with X or {NATIVE_DROPOUT:g}",
+}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_config(group: Any) -> None:
+    group.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        help="settings in TOML, with tables [model] and [train]; the command line goes before it",
+    )
+
+
+def add_option(group: Any, key: Key, default: Any, names: Sequence[str], many: bool) -> None:
+    """Add the option of a field by all its `names`, of which the help shows the first alone.
+
+    `many`: it takes a list.
+    """
+    section, name = key
+    kinds = kinds_of(FIELDS[key].annotation)
+    words = "|".join(kind for kind in kinds if isinstance(kind, str))
+    shown = ",".join(map(str, default)) if isinstance(default, tuple | list) else default
+    shown = "what the schedule has" if name == "chunks" else shown
+    text = (FIELDS[key].description or "") + MORE_HELP.get(name, "")
+    if shown not in ("", None):
+        text += f" (default: {shown})"
+    options: dict[str, Any] = {"dest": f"{section}.{name}", "default": argparse.SUPPRESS}
+    if kinds == [bool]:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        metavar = METAVARS.get(name) or words or {int: "N", float: "X"}.get(kinds[0], "NAME")
+        options["metavar"] = f"{metavar},.." if many else metavar
+    if name == "corpus":
+        options["nargs"] = "+"
+    for each in names:
+        group.add_argument(flag(each), **options, help=text)
+        text = argparse.SUPPRESS
 
 
 def add_run_options(
@@ -47,60 +96,29 @@ def add_run_options(
     defaults: Mapping[Key, Any] = MappingProxyType({}),
     preset: str = PRESET,
 ) -> None:
-    """Options for one run but those `without`. `only_placement`: where the rest comes from a
-    checkpoint, but `also` these.
+    """Add the options for one run but those `without`.
 
     `only_placement`: if the rest comes from a checkpoint, only placement options and those in
     `also`. `defaults` is what the help shows instead of the values of `preset`, which applies if
     the user names none.
     """
-    if not only_placement:
-        parser.add_argument(
-            "--preset",
-            metavar="NAME",
-            help=f"where to start from: {', '.join(PRESETS)} (default: {preset})",
-        )
-        parser.add_argument(
-            "--config",
-            metavar="FILE.toml",
-            help="settings in TOML; the command line goes before it",
-        )
-    shown = {key: setting.value for key, setting in base_settings(preset).items()} | dict(defaults)
-    taken: list[Key] = [("bench", "preset")]
-    for section in sections:
-        fields = SECTIONS[section].model_fields
-        names = [name for name in fields if name not in ("model", "train")]
-        if only_placement:
-            names = {"run": [*PLACEMENT, *also], "train": ["micro_batches"]}.get(section, [])
-        names = [name for name in names if name not in without]
-        group = _OneValue(parser.add_argument_group(TITLES[section])) if names else None
-        for name in names:
-            default = (
-                fields[name].default
-                if name in PLURALS
-                else shown.get((section, name), fields[name].default)
-            )
-            add_option(group, section, name, fields[name], default)
-            taken.append((section, name))
-    parser.set_defaults(taken=tuple(taken), base_preset=preset)
-
-
-class _OneValue:
-    """A group of options that take one value each; the benchmark's take lists."""
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-
-    def add_argument(self, flag: str, **options: Any) -> None:
-        name = str(options["dest"]).split(".")[1]
-        if flag == f"--{PLURALS.get(name)}":  # the singular comes next
-            self.help = options["help"]
-            return
-        if name in PLURALS:
-            options["help"] = self.help
-        if isinstance(options.get("metavar"), str):
-            options["metavar"] = options["metavar"].removesuffix(",..")
-        self.group.add_argument(flag, **options)
+    keys = [key for key in FIELDS if key[0] in sections and key[1] not in without]
+    if only_placement:
+        wanted = [*(("run", name) for name in (*PLACEMENT, *also)), ("train", "micro_batches")]
+        keys = [key for key in wanted if key in keys]
+    else:
+        add_option(parser, ("bench", "preset"), preset, ["preset"], many=False)
+        add_config(parser)
+    below = base_settings(preset)
+    groups: dict[str, Any] = {}
+    for section, name in keys:
+        if section not in groups:
+            groups[section] = parser.add_argument_group(TITLES[section])
+        # By default the benchmark compares several of these; a run takes the field's own.
+        default = FIELDS[section, name].default if name in PLURALS else below.value(section, name)
+        default = defaults.get((section, name), default)
+        add_option(groups[section], (section, name), default, [name], many=False)
+    parser.set_defaults(taken=(("bench", "preset"), *keys), base_preset=preset)
 
 
 def read_run(
@@ -115,14 +133,11 @@ def read_run(
     names one. The text is looked at too, if the subcommand `reads_text`, unless there is a
     checkpoint: `load_text` knows which one belongs to it.
     """
-    settings = _layers(arguments, saved, defaults)
+    settings = _settings(arguments, saved, defaults)
     for key, setting in settings.items():
-        if (
-            isinstance(setting.value, list)
-            and key[0] != "model"
-            and key[1] in ("framework", "schedule")
-        ):
-            raise UsageError(f"{setting.where} = {','.join(setting.value)}: this takes one")
+        if isinstance(setting.value, list) and Ellipsis not in kinds_of(FIELDS[key].annotation):
+            what = "expected one value, not a list"
+            raise UsageError(f"{setting.where} = {setting.value!r}: {what}")
     config = make_run(settings)
     if saved is None and reads_text:
         check_corpora([config])
@@ -131,50 +146,31 @@ def read_run(
 
 def read_model(arguments: argparse.Namespace) -> TransformerSpec:
     """Return the model alone, of any vocabulary. Raises UsageError."""
-    return TransformerSpec(**validated("model", _layers(arguments, None, {})))
+    return validated(TransformerSpec, _settings(arguments, None, {}))
 
 
-def _layers(
+def _settings(
     arguments: argparse.Namespace, saved: Saved | None, defaults: Mapping[Key, Any]
 ) -> Settings:
-    line: Settings = {}
-    for dest, value in vars(arguments).items():
-        section, _, name = dest.partition(".")
-        if section in TITLES and name:
-            line[section, name] = Setting(value, f"--{name.replace('_', '-')}")
-    path = getattr(arguments, "config", None)
-    file = read_toml(Path(path)) if path else {}
+    file, line = read_given(arguments, plurals={})
     for key, setting in file.items():
         if key not in arguments.taken:
-            raise UsageError(
-                f"{setting.where}: not a setting of this command; expected those that its "
-                "--help lists"
-            )
-    named = file.pop(("bench", "preset"), Setting(None, ""))
-    if getattr(arguments, "preset", None) is not None:
-        named = Setting(arguments.preset, "--preset")
-    preset = named.value
-    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
-        raise UsageError(f"{named.where} = {preset!r}: unknown{closest(str(preset), PRESETS)}")
-    base = base_settings(preset or arguments.base_preset) | {
-        ("run", "framework"): Setting("torch", "the default --framework"),
-        ("run", "schedule"): Setting("1f1b", "the default --schedule"),
-    }
+            what = "not a setting of this command; expected those that its --help lists"
+            raise UsageError(f"{setting.where}: {what}")
+    preset = read_preset(file, line)
+    base = base_settings(preset or arguments.base_preset)
+    base["run", "framework"] = Setting("torch", "the default --framework", is_given=False)
+    base["run", "schedule"] = Setting("1f1b", "the default --schedule", is_given=False)
     if preset is None:
-        base |= {key: Setting(value, "default") for key, value in defaults.items()}
-    if saved is not None and preset is None:
-        base |= saved.settings
-    file = read_native_dropout(file, base)
-    given = file | read_native_dropout(line, base | file)
+        for (section, name), value in defaults.items():
+            base.adapt(section, name, value, "default")
     if saved is not None:
-        given |= saved.tokenizer(given)
-        given.setdefault(
-            ("model", "vocab_size"),
-            Setting(saved.manifest.model.vocab_size, "the checkpoint's vocab_size"),
-        )
-    settings = base | given
-    adapt(settings, given)
-    return settings
+        base.update(saved.settings if preset is None else {})
+        line.update(saved.tokenizer(file | line))
+        if ("model", "vocab_size") not in file | line:
+            vocab_size = saved.manifest.model.vocab_size
+            line["model", "vocab_size"] = Setting(vocab_size, "the checkpoint's vocab_size")
+    return layered(base, file, line)
 
 
 def file_to_write(text: str, option: str) -> Path:
@@ -195,18 +191,5 @@ def check_writable(folder: Path, what: str) -> None:
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(
-            f"{what}: {error.strerror}; expected a folder that can be written"
-        ) from None
-
-
-def reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Run `run` and turn errors of the input into one line and exit status 2."""
-
-    def wrapped(arguments: argparse.Namespace) -> int:
-        try:
-            return run(arguments)
-        except (CheckpointError, CorpusError, TokenizerError, OSError) as error:
-            raise UsageError(str(error)) from None
-
-    return wrapped
+        why = f"{error.strerror}; expected a folder that can be written"
+        raise UsageError(f"{what}: {why}") from None

@@ -1,4 +1,4 @@
-"""argparse with errors of one line."""
+"""argparse with errors of one line: usually the usage message drowns them."""
 
 from __future__ import annotations
 
@@ -26,37 +26,27 @@ def with_present_names(argv: Sequence[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line: usually the usage message drowns them."""
+    """A parser that raises UsageError, suggests the nearest name, and takes an option once."""
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("usage", "%(prog)s [options]")
         super().__init__(allow_abbrev=False, **options)
+        self._given: set[str] = set()
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
-        """As argparse's, but what is left over is refused here: only the subcommand's own parser
-        knows the subcommand's options.
+        """Parse, and refuse here what is left over: only the subcommand's own parser knows the
+        subcommand's options.
         """
+        self._given.clear()
         found, rest = super().parse_known_args(*arguments, **options)
-        for action in (
-            self._actions
-        ):  # those with a dot are fields of the specification, which have their own rules
-            if (
-                action.dest
-                and "." not in action.dest
-                and getattr(found, action.dest, None) in ("", [""])
-            ):
-                name = action.option_strings[-1] if action.option_strings else str(action.metavar)
-                raise UsageError(f"{name}: empty; expected {action.metavar or 'a value'}")
         if not rest:
             return found, rest
         if not rest[0].startswith("-"):
-            raise UsageError(
-                f"{rest[0]!r}: belongs to no option; a list takes commas, such as 1,2,4"
-            )
+            what = "belongs to no option; a list takes commas, such as 1,2,4"
+            raise UsageError(f"{rest[0]!r}: {what}")
         known = [option for action in self._actions for option in action.option_strings]
-        raise UsageError(
-            f"{rest[0]}: unknown option{closest(rest[0].split('=')[0], known, 'see --help')}"
-        )
+        hint = closest(rest[0].split("=")[0], known, "see --help")
+        raise UsageError(f"{rest[0]}: unknown option{hint}")
 
     def show_only(self, common: Set[str]) -> None:
         """Leave out of --help what `common` does not name; --help-all shows every option."""
@@ -79,18 +69,28 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))
 
+    def _get_values(self, action: argparse.Action, strings: list[str]) -> Any:
+        """As argparse's, once for each option, and never an empty text."""
+        name = "/".join(action.option_strings) or str(action.metavar)
+        if action.option_strings and action.dest in self._given:
+            how = ", with commas between values" if str(action.metavar).endswith(",..") else ""
+            raise UsageError(f"{name}: given twice; expected once{how}")
+        if not isinstance(action, argparse._AppendAction):
+            self._given.add(action.dest)
+        # The fields of the specification, whose names have a dot, say themselves what is expected.
+        is_text = action.type is None and action.choices is None and "." not in action.dest
+        if strings == [""] and is_text:
+            raise UsageError(f"{name}: empty; expected {action.metavar or 'a value'}")
+        return super()._get_values(action, strings)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """As argparse's, with a suggestion."""
         if action.choices is None or value in action.choices:
             return
-        if isinstance(action, argparse._SubParsersAction):
-            guesses = difflib.get_close_matches(str(value), action.choices, 1)
-            hint = (
-                f"did you mean {guesses[0]}?"
-                if guesses
-                else f"expected one of {', '.join(action.choices)}"
-            )
-            raise UsageError(f"unknown subcommand {value!r}; {hint}")
-        raise argparse.ArgumentError(
-            action, f"{value!r}: unknown{closest(str(value), action.choices)}"
-        )
+        if not isinstance(action, argparse._SubParsersAction):
+            hint = closest(str(value), action.choices)
+            raise argparse.ArgumentError(action, f"{value!r}: unknown{hint}")
+        guesses = difflib.get_close_matches(str(value), action.choices, 1)
+        names = ", ".join(action.choices)
+        hint = f"did you mean {guesses[0]}?" if guesses else f"expected one of {names}"
+        raise UsageError(f"unknown subcommand {value!r}; {hint}")

@@ -14,14 +14,14 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from common.cli.numbers import positive
-from common.cli.options import add_run_options, file_to_write, read_run, reporting
+from common.cli.options import add_run_options, file_to_write, flag, read_run
 from common.harness.bench import run_bench
 from common.harness.options import Bench, BenchOptions
 from common.harness.profile import Profile, profile
 from common.io.bounded import read_text
-from common.io.console import make_console
+from common.io.console import make_console, say
 from common.io.edges import number, write_file
-from common.io.usage import UsageError, closest
+from common.io.usage import UsageError, known_word
 from common.report import plan as shown
 from common.report.collect import collect
 from common.schedule.generators import GENERATORS
@@ -75,7 +75,7 @@ def register(subcommands: Any) -> None:
         "included, and print predicted beside measured steps",
     )
     add_run_options(parser, without=DECIDED, preset="small")
-    parser.set_defaults(run=reporting(_plan))
+    parser.set_defaults(run=_plan)
 
 
 def read_size(text: str) -> float:
@@ -84,9 +84,8 @@ def read_size(text: str) -> float:
     count = number(match[1]) if match else None
     factor = UNITS.get(match[2] or "B") if match else None
     if count is None or factor is None or count <= 0:
-        raise ArgumentTypeError(
-            f"{text!r}; expected a size such as 32GB, in one of {', '.join(UNITS)}"
-        )
+        what = f"expected a size such as 32GB, in one of {', '.join(UNITS)}"
+        raise ArgumentTypeError(f"{text!r}; {what}")
     return count * factor
 
 
@@ -102,7 +101,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise UsageError("--verify: counted costs are no seconds; expected --profile or --costs")
     console = make_console()
     times = _times(arguments, config, outputs)
-    console.print(f"costs: {times.source}", highlight=False, soft_wrap=True)
+    say(console, f"costs: {times.source}")
     limit = arguments.memory_limit
     plans = make_plans(config, arguments.devices, times, limit, schedules)
     unlimited = (
@@ -117,12 +116,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     if not plans.found:
         if not plans.refused:
             raise UsageError("--schedules: none has a size for this model; expected others")
-        console.print(
-            f"nothing fits: {shown.missing(plans.refused[0])}", highlight=False, soft_wrap=True
-        )
+        say(console, f"nothing fits: {shown.missing(plans.refused[0])}")
         return EXIT_NOTHING_FITS
     shown.show(console, plans, unlimited)
-    console.print(f"run it: {command(arguments, plans.found[0].config)}", soft_wrap=True)
+    say(console, f"run it: {command(arguments, plans.found[0].config)}")
     return _verify(arguments, plans, console) if arguments.verify else EXIT_OK
 
 
@@ -131,7 +128,7 @@ def _verify(arguments: argparse.Namespace, plans: Plans, console: Console) -> in
     best = list(plans.best_per_schedule().values())[:VERIFIED]
     out = Path(arguments.verify)
     before = set(out.iterdir()) if out.is_dir() else set()
-    options = BenchOptions(out=arguments.verify, preset=arguments.preset or "small")
+    options = BenchOptions(out=arguments.verify, preset=getattr(arguments, "bench.preset", "small"))
     points = tuple(plan.config for plan in best)
     status = run_bench(Bench(options, points), arguments.command, console)
     results = collect(sorted(set(out.iterdir()) - before)).results
@@ -140,11 +137,8 @@ def _verify(arguments: argparse.Namespace, plans: Plans, console: Console) -> in
 
 
 def _schedules(text: str | None) -> list[str]:
-    names = [] if text is None else list(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in GENERATORS:
-            raise UsageError(f"--schedules = {name!r}: unknown{closest(name, GENERATORS)}")
-    return names
+    names = [] if text is None else dict.fromkeys(text.split(","))
+    return [known_word("--schedules", name, GENERATORS) for name in names]
 
 
 def _times(arguments: argparse.Namespace, config: RunConfig, outputs: dict[str, Path]) -> UnitTimes:
@@ -180,12 +174,9 @@ def as_data(plans: Plans) -> dict[str, Any]:
             for plan in plans.found
         ],
         "refused": [
-            {
-                "config": each.config.model_dump(mode="json"),
-                "device": each.device,
-                "missing_bytes": each.missing_bytes,
-            }
-            for each in plans.refused
+            {"config": r.config.model_dump(mode="json")}
+            | {"device": r.device, "missing_bytes": r.missing_bytes}
+            for r in plans.refused
         ],
     }
 
@@ -193,15 +184,13 @@ def as_data(plans: Plans) -> dict[str, Any]:
 def command(arguments: argparse.Namespace, config: RunConfig) -> str:
     """Return the command that runs the plan, with the model and training that the user named."""
     words = ["triptych", "train"]
-    for option in ("preset", "config"):
-        if getattr(arguments, option, None) is not None:
-            words += [f"--{option}", getattr(arguments, option)]
-    if getattr(arguments, "preset", None) is None and getattr(arguments, "config", None) is None:
+    if arguments.config is not None:
+        words += ["--config", arguments.config]
+    elif not hasattr(arguments, "bench.preset"):
         words += ["--preset", "small"]
     for dest, value in vars(arguments).items():
-        section, _, name = dest.partition(".")
-        if name and section in ("run", "model", "train"):
-            option = f"--{name.replace('_', '-')}"
+        if name := dest.partition(".")[2]:
+            option = flag(name)
             if isinstance(value, bool):
                 words.append(option if value else f"--no-{option[2:]}")
             else:

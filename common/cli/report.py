@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +21,28 @@ EXIT_OK, EXIT_SLOWER = 0, 1
 
 def register(subcommands: Any) -> None:
     """Add the subcommands to argparse's subparsers."""
-    report = subcommands.add_parser(
-        "report",
-        usage="%(prog)s RUN.. [options]",
-    )
-    report.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="a folder that a benchmark has made, such as results/...",
-    )
+    what = "a folder that a benchmark has made, such as results/..."
+    report = subcommands.add_parser("report", usage="%(prog)s RUN.. [options]")
+    report.add_argument("runs", nargs="+", metavar="RUN", help=what)
     report.add_argument(
         "--out", metavar="FOLDER", help="where to write; default: RUN itself, needed for several"
     )
     report.add_argument(
         "--sweep", action="store_true", help="add throughput over micro-batches and over stages"
     )
-    report.set_defaults(run=_reporting(_report))
+    report.set_defaults(run=_report)
 
-    compare = subcommands.add_parser(
-        "compare",
-        usage="%(prog)s RUN_A RUN_B [--fail-on LIMIT]",
-    )
-    compare.add_argument("before", metavar="RUN_A", help="a folder that a benchmark has made")
+    compare = subcommands.add_parser("compare", usage="%(prog)s RUN_A RUN_B [--fail-on LIMIT]")
+    compare.add_argument("before", metavar="RUN_A", help=what)
     compare.add_argument("after", metavar="RUN_B", help="another one")
     compare.add_argument(
         "--fail-on",
         metavar="LIMIT",
         type=_share,
         help="exit with status 1 if a row has lost more than LIMIT (such as 5%%) of its throughput "
-        "with its whole 95 %% "
-        "interval, or no longer ends well",
+        "with its whole 95 %% interval, or no longer ends well",
     )
-    compare.set_defaults(run=_reporting(_compare))
+    compare.set_defaults(run=_compare)
 
 
 def _share(text: str) -> float:
@@ -62,22 +50,9 @@ def _share(text: str) -> float:
     found = number(text.removesuffix("%"))
     value = -1.0 if found is None else found / (100 if text.endswith("%") else 1)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}; expected a share below 100 %, such as 5% or 0.05"
-        )
+        what = "expected a share below 100 %, such as 5% or 0.05"
+        raise argparse.ArgumentTypeError(f"{text!r}; {what}")
     return value
-
-
-def _reporting(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Run `run` and turn errors of the input into one line and exit status 2."""
-
-    def wrapped(arguments: argparse.Namespace) -> int:
-        try:
-            return run(arguments)
-        except (ResultError, OSError) as error:
-            raise UsageError(str(error)) from None
-
-    return wrapped
 
 
 def _collected(*folders: str) -> Collection:
@@ -102,23 +77,21 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.sweep and not sweeps(collection):
         raise UsageError(
             "--sweep: no two ranked rows differ in micro-batches or in stages alone; expected a "
-            "benchmark with a list, "
-            "--micro-batches 1,2,4 or --stages 1,2,4"
+            "benchmark with a list, --micro-batches 1,2,4 or --stages 1,2,4"
         )
     try:
         publish(collection, folder, arguments.sweep)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(
-            f"--out {folder}: {error.strerror}; expected a folder that can be written"
-        ) from None
+        why = f"{error.strerror}; expected a folder that can be written"
+        raise UsageError(f"--out {folder}: {why}") from None
     console = make_console()
     for rows in tables.by_track(collection.rows).values():
         tables.print_table(rows, console)
         console.print()
-    console.print(parity_verdict(collection).text, highlight=False, soft_wrap=True)
+    console.print(parity_verdict(collection).text, soft_wrap=True)
     for line in fallbacks(collection.results):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return EXIT_OK
 
 
@@ -135,5 +108,5 @@ def _compare(arguments: argparse.Namespace) -> int:
         )
     failures = [] if arguments.fail_on is None else compared.failures(arguments.fail_on)
     for line in failures:
-        console.print(f"fails: {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"fails: {line}", soft_wrap=True)
     return EXIT_SLOWER if failures else EXIT_OK

@@ -12,13 +12,17 @@ from common.checkpoint import TOKENIZER, Manifest
 from common.cli.settings import Setting, Settings
 from common.io.usage import UsageError
 from common.spec.data import Corpus, check_vocabulary, load_tokenizer, tokenize
-from common.spec.run import RunConfig, TransformerSpec
+from common.spec.run import RunConfig
 from common.spec.text import CorpusError, read_texts
 from common.spec.tokenizer import FileTokenizer, Tokenizer, read_tokenizer
 
 KIND, FILE = ("run", "tokenizer"), ("run", "tokenizer_file")
 UNKNOWN = "bpe"
 """The tokenizer in a configuration if it is unknown and not needed."""
+FOR_IMPORTED = (
+    "--tokenizer-file FILE with their tokenizer.json, or --tokenizer bytes if their "
+    "tokens are bytes"
+)
 
 
 @dataclass(frozen=True)
@@ -31,74 +35,61 @@ class Saved:
     @property
     def settings(self) -> Settings:
         """What applies if the user sets nothing."""
-        saved = self.manifest
-        found: dict[tuple[str, str], Any] = {
-            ("model", name): getattr(saved.model, name) for name in TransformerSpec.model_fields
+        saved, data = self.manifest, self.manifest.data
+        parts: dict[str, dict[str, Any]] = {
+            "model": dict(saved.model),
+            "train": {"dtype": saved.dtype} if saved.train is None else dict(saved.train),
         }
-        if saved.train is not None:
-            found |= {
-                ("train", name): getattr(saved.train, name)
-                for name in type(saved.train).model_fields
-            }
-        else:
-            found["train", "dtype"] = saved.dtype
-        if saved.data is not None:
-            for name in ("corpus", "sequence_lengths", "sequences_per_epoch"):
-                found["run", name] = getattr(saved.data, name)
-        return {key: Setting(value, f"the checkpoint's {key[1]}") for key, value in found.items()}
+        if data is not None:
+            names = ("corpus", "sequence_lengths", "sequences_per_epoch")
+            parts["run"] = {name: getattr(data, name) for name in names}
+        settings = Settings()
+        for section, values in parts.items():
+            for name, value in values.items():
+                settings.adapt(section, name, value, f"the checkpoint's {name}")
+        return settings
 
     def tokenizer(self, given: Settings) -> Settings:
-        """Return the tokenizer, which the user may give only where the checkpoint has none. Raises
-        UsageError.
+        """Return the tokenizer, which the user may give only where the checkpoint has none.
 
-        Any other than the training's would give its tokens another meaning.
+        Any other than the training's would give its tokens another meaning. Raises UsageError.
         """
-        kind = self.manifest.tokenizer_kind
-        given = {
-            key: given[key]
-            for key in (KIND, FILE)
-            if key in given and str(given[key].value).lower() != "none"
-        }
-        if kind is None:
-            if FILE in given:
-                return {KIND: Setting("file", given[FILE].where)}
-            if KIND not in given:
-                return {KIND: Setting(UNKNOWN, "imported"), FILE: Setting(None, "imported")}
-            if given[KIND].value == "bpe":
+        own = self.manifest.tokenizer_kind
+        kind, file = (
+            None if setting is None or str(setting.value).lower() == "none" else setting
+            for setting in (given.get(KIND), given.get(FILE))
+        )
+        if own is None:
+            if file is not None:
+                return Settings({KIND: Setting("file", file.where)})
+            if kind is None:
+                unknown = {KIND: UNKNOWN, FILE: None}
+                return Settings({key: Setting(v, "imported") for key, v in unknown.items()})
+            if kind.value == "bpe":
                 raise UsageError(
-                    f"{given[KIND].where} = bpe: {self.folder} has weights for a vocabulary that "
-                    "exists already; "
-                    f"expected {FOR_IMPORTED}"
+                    f"{kind.where} = bpe: {self.folder} has weights for a vocabulary that exists "
+                    f"already; expected {FOR_IMPORTED}"
                 )
-            return {}
-        own = f"{self.folder} has its own tokenizer ({kind})"
-        if KIND in given and given[KIND].value != kind:
-            raise UsageError(
-                f"{given[KIND].where} = {given[KIND].value}: {own}; expected that one, which needs "
-                "no option"
-            )
-        if FILE in given:
-            where, path = given[FILE].where, Path(str(given[FILE].value))
-            if (
-                hashlib.sha256(read_tokenizer(path).content).hexdigest()
-                != self.manifest.tokenizer_digest
-            ):
-                raise UsageError(
-                    f"{where} = {path}: {own}, another one; expected that one, which needs "
-                    "no option"
-                )
-        carried = str(self.folder / TOKENIZER) if self.manifest.tokenizer_digest else None
-        return {
-            KIND: Setting(kind, "the checkpoint's tokenizer"),
-            FILE: Setting(carried, "the checkpoint's tokenizer_file"),
-        }
+            return Settings()
+        has, needed = f"{self.folder} has its own tokenizer ({own})", "which needs no option"
+        if kind is not None and kind.value != own:
+            raise UsageError(f"{kind.where} = {kind.value}: {has}; expected that one, {needed}")
+        digest = self.manifest.tokenizer_digest
+        if file is not None:
+            path = Path(str(file.value))
+            if hashlib.sha256(read_tokenizer(path).content).hexdigest() != digest:
+                where = f"{file.where} = {path}"
+                raise UsageError(f"{where}: {has}, another one; expected that one, {needed}")
+        carried = {KIND: own, FILE: str(self.folder / TOKENIZER) if digest else None}
+        return Settings(
+            {key: Setting(value, f"the checkpoint's {key[1]}") for key, value in carried.items()}
+        )
 
     def check_known(self, config: RunConfig) -> None:
         """Raise UsageError if text is to be read or written and the tokenizer is unknown."""
         if self.manifest.tokenizer_kind is None and config.tokenizer == UNKNOWN:
-            raise UsageError(
-                f"{self.folder}: imported weights without a tokenizer; expected {FOR_IMPORTED}"
-            )
+            what = f"imported weights without a tokenizer; expected {FOR_IMPORTED}"
+            raise UsageError(f"{self.folder}: {what}")
 
     def load_tokenizer(self, config: RunConfig) -> Tokenizer:
         """Load the tokenizer of `config`. Raises UsageError, CorpusError and TokenizerError.
@@ -117,35 +108,24 @@ class Saved:
         return self.manifest.data is None or self.manifest.data.corpus_digest == digest
 
 
-FOR_IMPORTED = (
-    "--tokenizer-file FILE with their tokenizer.json, or --tokenizer bytes if their "
-    "tokens are bytes"
-)
-
-
 def load_text(config: RunConfig, saved: Saved | None, may_be_another: bool = False) -> Corpus:
-    """Return the text of a run in tokens: with a checkpoint, the one it was trained on, unless it
-    `may_be_another`.
+    """Return the text of a run in tokens.
 
     With a checkpoint it is the text it was trained on, unless it `may_be_another`.
     """
     if saved is not None:
         saved.check_known(config)
     trained_on = saved is not None and saved.manifest.data is not None
+    hint = "; --corpus FILE says where the text of the checkpoint lies now" if trained_on else ""
     try:
         text = read_texts(config.corpus)
     except CorpusError as error:
-        hint = (
-            "; --corpus FILE says where the text of the checkpoint lies now" if trained_on else ""
-        )
         raise UsageError(f"--corpus: {error}{hint}") from None
     if saved is None or saved.is_trained_on(text.digest):
         return tokenize(config, text)
     name = " ".join(config.corpus) or f"the manual of Python {platform.python_version()}"
-    wrong = (
-        f"{saved.folder}: {name} is not the text that it was trained on (SHA-256 "
-        f"{text.digest[:12]}..)"
-    )
+    sha = f"(SHA-256 {text.digest[:12]}..)"
+    wrong = f"{saved.folder}: {name} is not the text that it was trained on {sha}"
     if config.tokenizer == "bpe" and config.tokenizer_file is None:
         raise UsageError(
             f"{wrong}, and it has no tokenizer but by that text; expected --corpus FILE with it"

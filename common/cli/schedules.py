@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,16 @@ from rich.table import Table as RichTable
 
 from common.cli.numbers import positive
 from common.io.bounded import read_stream, read_text
-from common.io.console import make_console
+from common.io.console import make_console, say
 from common.io.edges import number, printable, write_file
 from common.io.usage import UsageError
-from common.schedule.action import Op, Schedule, ScheduleError, format_schedule
+from common.schedule.action import (
+    Op,
+    Schedule,
+    ScheduleError,
+    format_schedule,
+    require_size,
+)
 from common.schedule.controllable import why_not_v_min
 from common.schedule.draw import draw_color, draw_text
 from common.schedule.formulas import textbook
@@ -48,7 +54,6 @@ PUBLISHED_WRAP_AROUND: WrapAround = "first"
 """Of `simulate`, so that its figures are those of the published tables; a run's stand beside."""
 
 _Numbers = tuple[float, ...]
-_Run = Callable[[argparse.Namespace], int]
 
 
 def register(subcommands: Any) -> None:
@@ -67,7 +72,7 @@ def register(subcommands: Any) -> None:
         action="store_true",
         help="mark the critical path and say what every idle gap waits for",
     )
-    draw.set_defaults(run=reporting(_draw))
+    draw.set_defaults(run=_draw)
 
     simulator = subcommands.add_parser("simulate")
     _add_schedule(simulator, "{} or file:PATH; a comma list, or all, to see them side by side")
@@ -83,11 +88,11 @@ def register(subcommands: Any) -> None:
         action="store_true",
         help="print the textbook's formulas beside the simulation",
     )
-    simulator.set_defaults(run=reporting(_simulate))
+    simulator.set_defaults(run=_simulate)
 
     validator = subcommands.add_parser("validate")
     validator.add_argument("file", metavar="FILE", help="the schedule; - reads standard input")
-    validator.set_defaults(run=reporting(_validate))
+    validator.set_defaults(run=_validate)
 
 
 def _add_schedule(parser: argparse.ArgumentParser, what: str) -> None:
@@ -104,44 +109,28 @@ def _add_schedule(parser: argparse.ArgumentParser, what: str) -> None:
 
 def add_size(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how large a named schedule is."""
-    parser.add_argument(
-        "--stages",
-        type=positive,
-        metavar="P",
-        help="devices in the pipeline; a file says it itself",
-    )
-    parser.add_argument(
-        "--micro-batches",
-        type=positive,
-        metavar="M",
-        help="of one optimizer step; a file says it itself",
-    )
-    parser.add_argument(
-        "--chunks",
-        type=positive,
-        metavar="V",
-        help="model chunks per device (the interleaved ones; default 2)",
-    )
-    parser.add_argument(
-        "--group-size",
-        type=positive,
-        metavar="N",
-        help="interleaved: micro-batches that go through one chunk before the next one's turn "
-        "(Megatron-LM's microbatch-group-size-per-vp-stage; default: stages, or a few more)",
-    )
+    for option, metavar, kind, text in (
+        ("--stages", "P", positive, "devices in the pipeline; a file says it itself"),
+        ("--micro-batches", "M", positive, "of one optimizer step; a file says it itself"),
+        ("--chunks", "V", positive, "model chunks per device (the interleaved ones; default 2)"),
+        (
+            *("--group-size", "N", positive),
+            "interleaved: micro-batches that go through one chunk before the next one's turn "
+            "(Megatron-LM's microbatch-group-size-per-vp-stage; default: stages, or a few more)",
+        ),
+        (
+            *("--memory-limit", "X", _numbers),
+            "search: activations held at most, in units of 1f1b's peak; one number, or one per "
+            "stage (default 2.0)",
+        ),
+    ):
+        parser.add_argument(option, type=kind, metavar=metavar, help=text)
     parser.add_argument(
         "--warm-up",
         choices=("full", "short", "auto"),
         help="interleaved: full is Megatron-LM's; short runs stages - 1 - d forwards less on "
         "device d and holds less, but waits for every message; auto is short where that takes no "
         "longer with these costs (default full)",
-    )
-    parser.add_argument(
-        "--memory-limit",
-        type=_numbers,
-        metavar="X",
-        help="search: activations held at most, in units of 1f1b's peak; one number, or one per "
-        "stage (default 2.0)",
     )
 
 
@@ -152,34 +141,26 @@ def add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
         "of one micro-batch on a whole stage, in any one unit; one number, or a comma list with "
         "one per stage, or one per virtual stage in the order of the model",
     )
-    costs.add_argument("--forward", type=_numbers, default=(1.0,), metavar="X")
-    costs.add_argument("--backward-input", type=_numbers, default=(1.0,), metavar="X")
-    costs.add_argument("--backward-weight", type=_numbers, default=(1.0,), metavar="X")
-    costs.add_argument(
-        "--communication",
-        type=_numbers,
-        default=(0.0,),
-        metavar="X",
-        help="of every hop (default 0)",
-    )
-    costs.add_argument(
-        "--overlap",
-        type=_numbers,
-        metavar="X",
-        help="of a forward and a backward that overlap (default: what they take one after the "
-        "other)",
-    )
-    if memory:
-        costs.add_argument(
-            "--activation-bytes", type=_numbers, metavar="X", help="adds the peak memory in bytes"
-        )
-    costs.add_argument(
-        "--kept-for-weight",
-        type=_share,
-        default=Costs.kept_by_backward_input,
-        metavar="SHARE",
-        help="of an activation, that B leaves held until W: 0 to 1 (default %(default)s)",
-    )
+    for option, metavar, kind, default, text in (
+        ("--forward", "X", _numbers, (1.0,), None),
+        ("--backward-input", "X", _numbers, (1.0,), None),
+        ("--backward-weight", "X", _numbers, (1.0,), None),
+        ("--communication", "X", _numbers, (0.0,), "of every hop (default 0)"),
+        (
+            *("--overlap", "X", _numbers, None),
+            "of a forward and a backward that overlap (default: what they take one after another)",
+        ),
+        (
+            *("--kept-for-weight", "SHARE", _share, Costs.kept_by_backward_input),
+            "of an activation, that B leaves held until W: 0 to 1 (default %(default)s)",
+        ),
+        (
+            *("--kept-for-recompute", "SHARE", _share, None),
+            "of an activation, that F leaves held where B computes it again, its input: 0 to 1 "
+            f"(default {Costs.kept_by_forward})",
+        ),
+    ):
+        costs.add_argument(option, metavar=metavar, type=kind, default=default, help=text)
     costs.add_argument(
         "--recompute",
         default=Costs.recompute,
@@ -187,14 +168,9 @@ def add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
         help="what a backward computes again instead of holding it; it then takes the forward's "
         "time as well",
     )
-    costs.add_argument(
-        "--kept-for-recompute",
-        type=_share,
-        metavar="SHARE",
-        help="of an activation, that F leaves held where B computes it again, its input: 0 to 1 "
-        "(default "
-        f"{Costs.kept_by_forward})",
-    )
+    if memory:
+        text = "adds the peak memory in bytes"
+        costs.add_argument("--activation-bytes", type=_numbers, metavar="X", help=text)
 
 
 def _numbers(text: str) -> _Numbers:
@@ -220,21 +196,12 @@ def _share(text: str) -> float:
     return found
 
 
-def reporting(run: _Run) -> _Run:
-    """Run `run` and turn errors of the input into one line and exit status 2."""
-
-    def wrapped(arguments: argparse.Namespace) -> int:
-        if hasattr(arguments, "word"):
-            # argparse's own group of the two would hide which option is unknown.
-            if (arguments.word is None) == (arguments.schedule is None):
-                raise UsageError("expected one schedule: a name, a file, or --schedule S")
-            arguments.schedule = arguments.word or arguments.schedule
-        try:
-            return run(arguments)
-        except (ScheduleError, OSError) as error:
-            raise UsageError(str(error)) from None
-
-    return wrapped
+def _name_schedule(arguments: argparse.Namespace) -> None:
+    """Let `schedule` be what is named, by option or without. Raises UsageError."""
+    # argparse's own group of the two would hide which option is unknown.
+    if (arguments.word is None) == (arguments.schedule is None):
+        raise UsageError("expected one schedule: a name, a file, or --schedule S")
+    arguments.schedule = arguments.word or arguments.schedule
 
 
 def _costs(arguments: argparse.Namespace, stages: int, schedule: Schedule | None = None) -> Costs:
@@ -272,6 +239,7 @@ def _size(arguments: argparse.Namespace) -> tuple[int, int]:
         raise ScheduleError(
             "--stages and --micro-batches are needed; only a schedule in a file says them itself"
         )
+    require_size(arguments.stages, arguments.micro_batches, 1)
     return arguments.stages, arguments.micro_batches
 
 
@@ -321,7 +289,7 @@ def _interleaved(p: int, m: int, v: int, costs: Costs, arguments: argparse.Names
     warm_up = arguments.warm_up or "full"
     full, short = (interleaved(p, m, v, arguments.group_size, each) for each in (False, True))
     if warm_up == "auto":
-        takes = [_simulated(each, costs).makespan for each in (full, short)]
+        takes = [simulate(each, costs).makespan for each in (full, short)]
         warm_up = "short" if takes[1] <= takes[0] * (1 + 1e-9) else "full"
     return short if warm_up == "short" else full
 
@@ -340,6 +308,7 @@ def _read_schedule(path: str) -> Schedule:
 
 
 def _draw(arguments: argparse.Namespace) -> int:
+    _name_schedule(arguments)
     schedule, costs = plan(arguments.schedule, arguments)
     _note_v_min(schedule, costs)
     _check_overlap([schedule], arguments)
@@ -389,6 +358,7 @@ def _write_chart(schedule: Schedule, costs: Costs, path: Path, why: bool) -> Non
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
+    _name_schedule(arguments)
     if names := _several(arguments):
         return _side_by_side(arguments, names)
     schedule, costs = plan(arguments.schedule, arguments)
@@ -503,10 +473,8 @@ def _validate(arguments: argparse.Namespace) -> int:
         return EXIT_VIOLATIONS
     print(f"valid: {what}")
     if not _adds_in_order(schedule):
-        print(
-            "note: a device adds weight gradients out of micro-batch order, so their last bits "
-            "differ from 1f1b's"
-        )
+        why = "adds weight gradients out of micro-batch order"
+        print(f"note: a device {why}, so their last bits differ from 1f1b's")
     return 0
 
 
@@ -531,10 +499,8 @@ def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
             raise ScheduleError(f"--{option}: takes one schedule, not {len(names)}")
     has_own = [name in GENERATORS and GENERATORS[name].chunks is not None for name in names]
     if arguments.chunks is not None and all(has_own):
-        raise ScheduleError(
-            f"--chunks {arguments.chunks}: {', '.join(names)} cannot choose; expected with "
-            "interleaved"
-        )
+        what = f"{', '.join(names)} cannot choose; expected with {INTERLEAVED}"
+        raise ScheduleError(f"--chunks {arguments.chunks}: {what}")
     planned = []
     left_out: dict[str, ScheduleError] = {}
     for name in names:
@@ -562,36 +528,21 @@ def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
     if arguments.json:
         print(json.dumps(results, indent=1))
         return 0
-    columns = (
-        "schedule",
-        "chunks",
-        "bubble",
-        "warm-start bubble",
-        "makespan",
-        "peak in flight",
-        "peak memory",
-    )
-    table = RichTable(*columns)
+    titles = "schedule,chunks,bubble,warm-start bubble,makespan,peak in flight,peak memory"
+    table, console = RichTable(*titles.split(",")), make_console()
     for column in table.columns[1:]:
         column.justify = "right"
-    for result in results:
-        table.add_row(
-            result["schedule"],
-            str(result["chunks"]),
-            f"{result['bubble_fraction']:.4f}",
-            f"{result['warm_start_bubble_fraction']:.4f}",
-            f"{result['makespan']:g}",
-            f"{max(result['peak_in_flight_per_stage']):g}",
-            f"{max(result['peak_memory_per_stage']):g}",
-        )
-    console = make_console()
+    for each in results:
+        bubbles = (each["bubble_fraction"], each["warm_start_bubble_fraction"])
+        peaks = (max(each["peak_in_flight_per_stage"]), max(each["peak_memory_per_stage"]))
+        cells = [*(f"{x:.4f}" for x in bubbles), *(f"{x:g}" for x in (each["makespan"], *peaks))]
+        table.add_row(each["schedule"], str(each["chunks"]), *cells)
     console.print(table)
-    console.print(
-        "Peaks are those of the worst stage, in activations of one micro-batch on a whole stage."
-    )
-    for result in results:
-        if every := result.get("bubble_fraction_every_wrap_around"):
-            console.print(
-                f"{result['schedule']}: bubble by the published rule; a run's is {every:.4f}."
+    say(console, "Peaks: of the worst stage, in activations of one micro-batch on a whole stage.")
+    for each in results:
+        if every := each.get("bubble_fraction_every_wrap_around"):
+            say(
+                console,
+                f"{each['schedule']}: by the published rule; a run's bubble is {every:.4f}.",
             )
     return 0

@@ -1,18 +1,18 @@
-"""The layers that a run is made from: presets, TOML, the command line.
+"""The layers that a run is made from: preset < TOML < command line.
 
-Every field of `TransformerSpec`, `TrainSpec` and `RunConfig` is an option and a TOML key, made from
-the field itself. The order of precedence is preset < TOML < command line. Wrong input is a
-`UsageError`: one line with what is wrong, where it stands, and what would be right.
+Every field of `TransformerSpec`, `TrainSpec`, `RunConfig` and `BenchOptions` is an option and a
+TOML key, made from the field itself (`common.cli.options`). A `Setting` keeps where its value came
+from, so that wrong input is one line: where, what is wrong, what is expected (`UsageError`).
 """
 
 from __future__ import annotations
 
 import tomllib
-from argparse import SUPPRESS, BooleanOptionalAction
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -20,21 +20,17 @@ from pydantic.fields import FieldInfo
 from common.harness.options import BenchOptions
 from common.io.bounded import read_text
 from common.io.edges import number, whole_number
-from common.io.usage import UsageError, closest
+from common.io.usage import UsageError, closest, known_word
 from common.schedule import recompute
-from common.schedule.generators import GENERATORS, default_chunks, keep_schedule
+from common.schedule.generators import default_chunks, keep_schedule
 from common.spec import habits
 from common.spec.data import CorpusError, load_corpus
 from common.spec.rules import BFLOAT16, why_impossible
 from common.spec.run import FRAMEWORKS, PRESETS, RunConfig, TrainSpec, TransformerSpec
-from common.spec.tokenizer import TokenizerError, read_tokenizer
-
-MAX_TOML_BYTES = 2**20
-
+from common.spec.tokenizer import read_tokenizer
 
 Key = tuple[str, str]
 """(section, field)"""
-
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
     "run": RunConfig,
@@ -42,263 +38,127 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "model": TransformerSpec,
     "train": TrainSpec,
 }
-
-
-# The last one changes fastest, so the frameworks of one schedule stand side by side.
-GRID: tuple[Key, ...] = (
-    ("run", "track"),
-    ("train", "dtype"),
-    ("run", "recompute"),
-    ("run", "executor"),
-    ("run", "chunks"),
-    ("train", "micro_batches"),
-    ("run", "stages"),
-    ("run", "schedule"),
-    ("run", "framework"),
-)
-
-
+FIELDS: Mapping[Key, FieldInfo] = {
+    (section, name): field
+    for section, model in SECTIONS.items()
+    for name, field in model.model_fields.items()
+    if name not in SECTIONS
+}
 PLURALS = {"framework": "frameworks", "schedule": "schedules"}
-"""Fields whose option has another name."""
-
-
+"""Fields that have this name too; the benchmark's help shows it."""
 OF_ONE_OPTIMIZER = {"momentum": "sgd", "beta1": "adamw", "beta2": "adamw", "epsilon": "adamw"}
+MAX_TOML_BYTES = 2**20
+NATIVE_DROPOUT = 0.1
+"""The probability of `--dropout native` if neither the preset nor a file gives one."""
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value and where it came from, as errors name it."""
+    """A value, where it came from, as errors name it, and whether the user gave it."""
 
     value: Any
     where: str
+    is_given: bool = True
 
 
-Settings = dict[Key, Setting]
+class Settings(dict[Key, Setting]):
+    """What is set, by section and field; a field that is not here has its own default."""
+
+    def __or__(self, other: Mapping[Key, Setting]) -> Settings:  # type: ignore[override]
+        return Settings({**self, **other})
+
+    def value(self, section: str, name: str) -> Any:
+        setting = self.get((section, name))
+        return FIELDS[section, name].default if setting is None else setting.value
+
+    def given(self, section: str, name: str) -> Setting | None:
+        """Return the setting if the user gave it."""
+        setting = self.get((section, name))
+        return setting if setting is not None and setting.is_given else None
+
+    def adapt(self, section: str, name: str, value: Any, where: str) -> None:
+        """Set what the user did not."""
+        if self.given(section, name) is None:
+            self[section, name] = Setting(value, where, is_given=False)
 
 
-NATIVE_DROPOUT = 0.1
-"""The probability of `--dropout native` if neither the preset nor a file gives one."""
-
-
-def add_option(group: Any, section: str, name: str, field: FieldInfo, default: Any) -> None:
-    shown = ",".join(map(str, default)) if isinstance(default, tuple | list) else default
-    text = field.description or ""
-    if name == "chunks":
-        shown = "what the schedule has"
-    if name == "schedule":
-        text += f": {', '.join(GENERATORS)}; or all of them that fit"
-    if name == "dropout":
-        text += f"; native or native:X: by the framework's own masks, with X or {NATIVE_DROPOUT:g}"
-    if shown not in ("", None):
-        text += f" (default: {shown})"
-    options: dict[str, Any] = {"dest": f"{section}.{name}", "default": SUPPRESS, "help": text}
-    if field.annotation is bool:
-        options["action"] = BooleanOptionalAction
-    elif name == "corpus":
-        options |= {"nargs": "+", "metavar": "FILE"}
-    else:
-        options["metavar"] = _metavar(section, name, field)
-    group.add_argument(flag(name), **options)
-    if name in PLURALS:  # the singular works too
-        group.add_argument(f"--{name}", **options | {"help": SUPPRESS})
-
-
-def flag(name: str) -> str:
-    return "--" + PLURALS.get(name, name).replace("_", "-")
-
-
-def _metavar(section: str, name: str, field: FieldInfo) -> str:
-    words = [word for part in _alternatives(field.annotation) for word in _words(part)]
-    text = "|".join(words) or {int: "N", float: "X"}.get(_alternatives(field.annotation)[0], "NAME")
-    if name == "partition":
-        text += "|B1,B2,.."
-    if name == "recompute":
-        text = recompute.WORDS
-    if name == "dropout":
-        text += "|native[:X]"
-    if name == "tokenizer_file":
-        text = "FILE"
-    return f"{text},.." if (section, name) in GRID else text
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    """Return the members of a union; a plain type is its own only member."""
-    if get_origin(annotation) in (None, Literal, tuple):
-        return [annotation]
-    return [
-        float if get_origin(part) not in (None, Literal, tuple) else part
-        for part in get_args(annotation)
-    ]
-
-
-def _words(annotation: Any) -> list[str]:
-    if annotation is type(None):
-        return []
-    return [str(word) for word in get_args(annotation)] if get_origin(annotation) is Literal else []
+# ------------------------------------------------------------------------------------------- layers
 
 
 def base_settings(preset: str) -> Settings:
     """Return the defaults: the preset, all frameworks, and two schedules to compare."""
-    settings: Settings = {
-        ("run", "framework"): Setting(list(FRAMEWORKS), "the default --frameworks"),
-        ("run", "schedule"): Setting(["gpipe", "1f1b"], "the default --schedules"),
-    }
+    settings = Settings()
+    settings.adapt("run", "framework", list(FRAMEWORKS), "the default --frameworks")
+    settings.adapt("run", "schedule", ["gpipe", "1f1b"], "the default --schedules")
     for section, values in PRESETS[preset].items():
         for name, value in values.items():
-            settings[section, name] = Setting(value, f"preset {preset}, {name}")
+            settings.adapt(section, name, value, f"preset {preset}, {name}")
     return settings
 
 
-def read_native_dropout(given: Settings, below: Settings) -> Settings:
-    """Read `dropout = native` or `native:0.2` as two settings, with a default probability."""
-    key, masks = ("model", "dropout"), ("model", "dropout_masks")
-    setting = given.get(key)
-    word, _, number = str(setting.value).partition(":") if setting else ("", "", "")
-    if setting is None or word != "native":
-        return given
-    if masks in given and given[masks].value != "native":
-        raise UsageError(
-            f"{setting.where} = {setting.value} and {given[masks].where} = {given[masks].value} "
-            "disagree"
-        )
-    known = below[key].value if key in below else 0.0
-    probability = number if ":" in str(setting.value) else (known or NATIVE_DROPOUT)
-    return given | {
-        key: Setting(probability, setting.where),
-        masks: Setting("native", setting.where),
-    }
+def read_given(arguments: Namespace, plurals: Mapping[str, str]) -> tuple[Settings, Settings]:
+    """Return what the TOML file of --config sets, and what the command line sets."""
+    line = Settings()
+    for dest, value in vars(arguments).items():
+        section, _, name = dest.partition(".")
+        if name:
+            option = "--" + plurals.get(name, name).replace("_", "-")
+            line[section, name] = Setting(value, option)
+    path = getattr(arguments, "config", None)
+    return (Settings() if path is None else read_toml(Path(path))), line
 
 
-def adapt(settings: Settings, given: Settings) -> None:
-    """Adjust unset options to the ones the user set.
-
-    For example, the warm-up is cut to the number of steps.
-    """
-    _adapt_to_drift(settings, given)
-    _refuse_unused(settings, given)
-    dtypes = listed(settings[("train", "dtype")].value) if ("train", "dtype") in settings else []
-    default = settings.get(("run", "framework"), Setting(None, "")).value
-    if dtypes == ["bfloat16"] and isinstance(default, list) and ("run", "framework") not in given:
-        settings["run", "framework"] = Setting(
-            [name for name in default if name in BFLOAT16], "default"
-        )
-    warmup, steps = settings.get(("train", "warmup_steps")), None
-    if ("train", "steps") in settings:
-        steps = whole_number(settings["train", "steps"].value)  # None: for validation to say so
-    if steps and warmup and ("train", "warmup_steps") not in given:
-        settings["train", "warmup_steps"] = Setting(min(warmup.value, steps), warmup.where)
-    if steps and ("bench", "untimed_steps") not in given:
-        fewer = max(1, min(BenchOptions().untimed_steps, steps - 1))
-        settings["bench", "untimed_steps"] = Setting(fewer, "default")
-    _adapt_to_tokenizer_file(settings, given)
-    tokenizer = settings.get(("run", "tokenizer"), Setting("bytes", ""))
-    if tokenizer.value == "bytes" and ("model", "vocab_size") not in given:
-        settings["model", "vocab_size"] = Setting(256, "tokenizer bytes")
+def read_preset(file: Settings, line: Settings) -> str | None:
+    """Return the name of the preset, if one is given. Raises UsageError if there is no such one."""
+    named = (file | line).get(("bench", "preset"))
+    return None if named is None else known_word(named.where, named.value, PRESETS)
 
 
-def _refuse_unused(settings: Settings, given: Settings) -> None:
-    """Refuse a setting that nothing would read, unless it is the value that holds anyway."""
-    optimizer = settings.get(("train", "optimizer"), Setting(TrainSpec().optimizer, ""))
-    for name, owner in OF_ONE_OPTIMIZER.items():
-        setting = given.get(("train", name))
-        if (
-            setting is None
-            or optimizer.value == owner
-            or number(setting.value) == TrainSpec.model_fields[name].default
-        ):
-            continue
-        raise UsageError(
-            f"{setting.where} = {setting.value}: {optimizer.value} has none; expected with "
-            f"--optimizer {owner}"
-        )
-    masks, dropout = (
-        given.get(("model", "dropout_masks")),
-        settings.get(("model", "dropout"), Setting(0.0, "")),
-    )
-    if masks is not None and masks.value == "native" and number(dropout.value) == 0:
-        raise UsageError(
-            f"{masks.where} = native: nothing is dropped; expected with a --dropout of more than 0"
-        )
-
-
-def _adapt_to_drift(settings: Settings, given: Settings) -> None:
-    """Set what a drift needs to show: dropout, a tied head, ragged sequences, a precision."""
-    setting = settings.get(("run", "drift"))
-    if setting is None or setting.value in (None, "none"):
-        return
-    names = [each.name for each in habits.DRIFTS]
-    if setting.value not in names:
-        raise UsageError(
-            f"{setting.where} = {setting.value!r}: unknown{closest(str(setting.value), names)}"
-        )
-    habit = habits.by_name(setting.value)
-    needs = {("model", name): value for name, value in habit.model.items()}
-    needs |= {("train", name): value for name, value in habit.train.items()}
-    needs |= {("run", name): value for name, value in habit.run.items()}
-    needs[("train", "dtype")] = habit.dtype
-    for key, value in needs.items():
-        if key not in given:
-            settings[key] = Setting(value, f"drift {habit.name}, {key[1]}")
-    if ("run", "framework") not in given:
-        settings["run", "framework"] = Setting(
-            list(habit.frameworks), f"drift {habit.name}, frameworks"
-        )
-
-
-def _adapt_to_tokenizer_file(settings: Settings, given: Settings) -> None:
-    """Take the kind of tokenizer and the vocabulary size from a tokenizer.json."""
-    setting, kind = settings.get(("run", "tokenizer_file")), given.get(("run", "tokenizer"))
-    if setting is None or not isinstance(setting.value, str) or setting.value.lower() == "none":
-        return
-    if kind is None:
-        settings["run", "tokenizer"] = Setting("file", setting.where)
-    if ("model", "vocab_size") not in given:
-        try:
-            size = read_tokenizer(Path(setting.value)).vocab_size
-        except TokenizerError as error:
-            raise UsageError(f"{setting.where}: {error}") from None
-        settings["model", "vocab_size"] = Setting(size, f"{setting.where}, its vocabulary")
+def layered(base: Settings, file: Settings, line: Settings) -> Settings:
+    """Lay the command line over the file over the base, and adapt what is not given."""
+    file = read_native_dropout(file, base)
+    settings = base | file | read_native_dropout(line, base | file)
+    adapt(settings)
+    return settings
 
 
 def read_toml(path: Path) -> Settings:
     try:
         content = tomllib.loads(read_text(path, MAX_TOML_BYTES))
     except OSError as error:
-        raise UsageError(
-            f"--config {path}: {error.strerror}; expected a readable TOML file"
-        ) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # tomllib lets those of numbers and of nesting through
+        what = f"{error.strerror}; expected a readable TOML file"
+        raise UsageError(f"--config {path}: {what}") from None
+    # tomllib lets those of numbers and of nesting through
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not TOML: {error}") from None
-    settings: Settings = {}
-    top = {
-        PLURALS.get(name, name): ("run", name)
-        for name in RunConfig.model_fields
-        if name not in ("model", "train")
-    }
-    top |= {name: ("run", name) for name in PLURALS}
-    top |= {name: ("bench", name) for name in BenchOptions.model_fields}
+    # By table, "" for the top level: the fields that stand there, under all their names.
+    known: dict[str, dict[str, Key]] = {"": {}, "model": {}, "train": {}}
+    for section, name in FIELDS:
+        table = known.get(section, known[""])
+        table |= dict.fromkeys((name, PLURALS.get(name, name)), (section, name))
+    places = {"model": "under [model]", "train": "under [train]"}
+    entries: list[tuple[str, str, Any]] = []
     for name, value in content.items():
-        if name in ("model", "train"):
-            if not isinstance(value, dict):
-                raise UsageError(f"{path}: {name} = {value!r}; expected a table [{name}]")
-            for inner, inner_value in value.items():
-                if inner not in SECTIONS[name].model_fields:
-                    close = closest(inner, SECTIONS[name].model_fields)
-                    raise UsageError(f"{path}: [{name}] {inner}: unknown{close}")
-                settings[name, inner] = Setting(inner_value, f"{path}: [{name}] {inner}")
-        elif name in top:
-            settings[top[name]] = Setting(value, f"{path}: {name}")
+        if name not in places:
+            entries.append(("", name, value))
+        elif isinstance(value, dict):
+            entries += [(name, inner, each) for inner, each in value.items()]
         else:
-            tables = [table for table in ("model", "train") if name in SECTIONS[table].model_fields]
-            hint = (
-                f"; expected under [{tables[0]}]"
-                if tables
-                else closest(name, [*top, "model", "train"])
-            )
-            raise UsageError(f"{path}: {name}: unknown at the top level{hint}")
+            raise UsageError(f"{path}: {name} = {value!r}; expected a table [{name}]")
+    settings = Settings()
+    for table_name, name, value in entries:
+        where = f"{path}: [{table_name}] {name}" if table_name else f"{path}: {name}"
+        key = known[table_name].get(name)
+        if key is None:
+            where += ": unknown" if table_name else ": unknown at the top level"
+            right = [places.get(each, "at the top level") for each in known if name in known[each]]
+            names = [*known[table_name], *(() if table_name else places)]
+            raise UsageError(where + (f"; expected {right[0]}" if right else closest(name, names)))
+        if key in settings:
+            raise UsageError(f"{where}: the same as {settings[key].where}; expected one of them")
+        settings[key] = Setting(value, where)
     return settings
 
 
@@ -308,77 +168,169 @@ def listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+# ------------------------------------------------------------------------- what follows from others
+
+
+def read_native_dropout(given: Settings, below: Settings) -> Settings:
+    """Read `dropout = native` or `native:0.2` as two settings, with a default probability."""
+    key, masks = ("model", "dropout"), given.get(("model", "dropout_masks"))
+    setting = given.get(key)
+    word, colon, probability = str(setting.value if setting else "").partition(":")
+    if setting is None or word != "native":
+        return given
+    if masks is not None and masks.value != "native":
+        raise UsageError(
+            f"{setting.where} = {setting.value} and {masks.where} = {masks.value} disagree"
+        )
+    nearest = below.value(*key) or NATIVE_DROPOUT
+    both = {key: probability if colon else nearest, ("model", "dropout_masks"): "native"}
+    return given | {each: Setting(value, setting.where) for each, value in both.items()}
+
+
+def adapt(settings: Settings) -> None:
+    """Adjust unset options to the ones the user set.
+
+    For example, the warm-up is cut to the number of steps.
+    """
+    _adapt_to_drift(settings)
+    _refuse_unused(settings)
+    default = settings.value("run", "framework")
+    if listed(settings.value("train", "dtype")) == ["bfloat16"] and isinstance(default, list):
+        able = [name for name in default if name in BFLOAT16]
+        settings.adapt("run", "framework", able, "default")
+    steps = whole_number(settings.value("train", "steps"))  # None: for validation to say so
+    if steps:
+        if (warmup := settings.get(("train", "warmup_steps"))) and not warmup.is_given:
+            settings.adapt("train", "warmup_steps", min(warmup.value, steps), warmup.where)
+        untimed = max(1, min(FIELDS["bench", "untimed_steps"].default, steps - 1))
+        settings.adapt("bench", "untimed_steps", untimed, "default")
+    _adapt_to_tokenizer_file(settings)
+    if settings.value("run", "tokenizer") == "bytes":
+        settings.adapt("model", "vocab_size", 256, "tokenizer bytes")
+
+
+def _refuse_unused(settings: Settings) -> None:
+    """Refuse a setting that nothing would read, unless it is the value that holds anyway."""
+    optimizer = settings.value("train", "optimizer")
+    for name, owner in OF_ONE_OPTIMIZER.items():
+        setting = settings.given("train", name)
+        default = FIELDS["train", name].default
+        if setting and optimizer != owner and number(setting.value) != default:
+            what = f"{optimizer} has none; expected with --optimizer {owner}"
+            raise UsageError(f"{setting.where} = {setting.value}: {what}")
+    masks = settings.given("model", "dropout_masks")
+    if masks and masks.value == "native" and number(settings.value("model", "dropout")) == 0:
+        what = "nothing is dropped; expected with a --dropout of more than 0"
+        raise UsageError(f"{masks.where} = native: {what}")
+
+
+def _adapt_to_drift(settings: Settings) -> None:
+    """Set what a drift needs to show: dropout, a tied head, ragged sequences, a precision."""
+    setting = settings.get(("run", "drift"))
+    if setting is None or setting.value in (None, "none"):
+        return
+    names = [each.name for each in habits.DRIFTS]
+    habit = habits.by_name(known_word(setting.where, setting.value, names))
+    needs = {
+        "model": habit.model,
+        "train": {**habit.train, "dtype": habit.dtype},
+        "run": {**habit.run, "framework": list(habit.frameworks)},
+    }
+    for section, values in needs.items():
+        for name, value in values.items():
+            settings.adapt(section, name, value, f"drift {habit.name}, {name}")
+
+
+def _adapt_to_tokenizer_file(settings: Settings) -> None:
+    """Take the kind of tokenizer and the vocabulary size from a tokenizer.json."""
+    setting = settings.get(("run", "tokenizer_file"))
+    if setting is None or not isinstance(setting.value, str) or setting.value.lower() == "none":
+        return
+    settings.adapt("run", "tokenizer", "file", setting.where)
+    if settings.given("model", "vocab_size") is None:
+        try:
+            size = read_tokenizer(Path(setting.value)).vocab_size
+        except UsageError as error:
+            raise UsageError(f"{setting.where}: {error}") from None
+        settings.adapt("model", "vocab_size", size, f"{setting.where}, its vocabulary")
+
+
+# --------------------------------------------------------------------------------------- validation
+
+
 def make_run(settings: Settings) -> RunConfig:
     """One run. A schedule in a file is read here, for all processes. Raises UsageError."""
-    name = settings["run", "schedule"].value
-    keep_schedule(str(name))
+    name = str(settings.value("run", "schedule"))
+    keep_schedule(name)
     if ("run", "chunks") not in settings:
-        settings["run", "chunks"] = Setting(default_chunks(str(name)), f"schedule {name}, chunks")
-    model = TransformerSpec(**validated("model", settings))
-    train = TrainSpec(**validated("train", settings))
-    config = RunConfig(**validated("run", settings, model=model, train=train))
+        settings.adapt("run", "chunks", default_chunks(name), f"schedule {name}, chunks")
+    parts = {"model": validated(TransformerSpec, settings), "train": validated(TrainSpec, settings)}
+    config = validated(RunConfig, settings, **parts)
     if impossible := why_impossible(config):
-        wheres = [
-            setting.where for (_, name), setting in settings.items() if name == impossible.field
-        ]
+        wheres = [each.where for (_, name), each in settings.items() if name == impossible.field]
         raise UsageError(f"{(wheres or [impossible.field])[0]}{impossible.text}")
     return config
 
 
-def validated(section: str, settings: Settings, **fixed: Any) -> dict[str, Any]:
-    """Validate a section's values. Raises UsageError with the first wrong one and its origin."""
-    model = SECTIONS[section]
-    values = {
-        name: _from_text(model, name, setting.value)
-        for (s, name), setting in settings.items()
-        if s == section
-    }
-    for name, value in values.items():
-        field = model.model_fields[name]
-        if isinstance(value, bool) and bool not in _alternatives(
-            field.annotation
-        ):  # pydantic would take it for 1
-            what = _wrong(field, {"type": "bool", "msg": "expected text", "input": value})
-            raise UsageError(f"{settings[section, name].where} = {str(value).lower()}: {what}")
+def validated(kind: type[_Model], settings: Settings, **fixed: Any) -> _Model:
+    """Make a specification of its section's settings and what is `fixed`.
+
+    Raises UsageError with the first wrong value and its origin.
+    """
+    section = next(section for section, model in SECTIONS.items() if model is kind)
+    own = {name: setting for (each, name), setting in settings.items() if each == section}
+    values = {name: _read_words(section, name, setting.value) for name, setting in own.items()}
     try:
-        return dict(model.model_validate(values | fixed))
+        return kind.model_validate(values | fixed)
     except ValidationError as error:
         item = error.errors()[0]
         if not item["loc"]:  # a rule between fields; its message names them
             raise UsageError(item["msg"].removeprefix("Value error, ")) from None
         name = str(item["loc"][0])
-        where = settings[section, name].where
-        what = _wrong(model.model_fields[name], item)
-        raise UsageError(f"{where} = {_shown(values[name])}: {what}") from None
+        value, where = own[name].value, own[name].where
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        raise UsageError(f"{where} = {shown}: {_wrong(FIELDS[section, name], item)}") from None
 
 
-def _from_text(model: type[BaseModel], name: str, value: Any) -> Any:
-    alternatives = _alternatives(model.model_fields[name].annotation)
-    if isinstance(value, str) and value.lower() == "none" and type(None) in alternatives:
+def _read_words(section: str, name: str, value: Any) -> Any:
+    """Read what a shell or TOML can only write as words: none, and lists with commas."""
+    kinds = kinds_of(FIELDS[section, name].annotation)
+    if isinstance(value, bool) and {int, float} & {*kinds}:
+        return str(value)  # pydantic would take it for 1
+    if not isinstance(value, str):
+        return value
+    if value.lower() == "none" and type(None) in kinds:
         return None
-    if isinstance(value, str) and name == "no_decay":
+    if name == "no_decay":
         return tuple(word.strip() for word in value.split(",") if word.strip())
-    if isinstance(value, str) and name == "corpus":
-        return (value,)
-    return value
+    return (value,) if name == "corpus" else value
+
+
+def kinds_of(annotation: Any) -> list[Any]:
+    """Return the types and words of an annotation, whatever union or tuple they stand in.
+
+    For example "even", int and Ellipsis of `Literal["even"] | tuple[int, ...]`.
+    """
+    parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        parts = parts[:1]
+    return [kind for part in parts for kind in kinds_of(part)] if parts else [annotation]
 
 
 def _wrong(field: FieldInfo, item: Any) -> str:
     """Return what is wrong with a field's value, and what is expected."""
-    kind = str(item["type"])
-    if kind == "string_pattern_mismatch":  # only `recompute` has a pattern
+    kinds = kinds_of(field.annotation)
+    if item["type"] == "string_pattern_mismatch":  # only `recompute` has a pattern
         return f"unknown; expected {recompute.WORDS.replace('|', ', ')} with N at least 1"
-    if kind == "literal_error":
-        words = [word for part in _alternatives(field.annotation) for word in _words(part)]
-        return f"unknown{closest(str(item['input']), words)}"
-    if kind == "value_error":
-        return str(item["msg"]).removeprefix("Value error, ").partition("; ")[2] or str(item["msg"])
-    numbers = {int: "a whole number", float: "a number"}
-    number = next(
-        (numbers[part] for part in _alternatives(field.annotation) if part in numbers), None
-    )
-    if number is None:
-        return str(item["msg"])
+    if item["type"] == "literal_error":
+        return f"unknown{closest(str(item['input']), [k for k in kinds if isinstance(k, str)])}"
+    if item["type"] == "value_error":
+        message = str(item["msg"]).removeprefix("Value error, ")
+        return message.partition("; ")[2] or str(item["msg"])
+    nouns = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    noun = next((nouns[kind] for kind in kinds if kind in nouns), str(item["msg"]))
+    noun = f"{noun}, or a list of it" if Ellipsis in kinds else noun
     signs = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     bounds = [
         f"{word} {getattr(limit, sign)}"
@@ -386,13 +338,9 @@ def _wrong(field: FieldInfo, item: Any) -> str:
         for sign, word in signs.items()
         if hasattr(limit, sign)
     ]
-    optional = " or none" if type(None) in _alternatives(field.annotation) else ""
-    return f"expected {', '.join([number, ' and '.join(bounds)]) if bounds else number}{optional}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    noun += " that is not empty" if item["type"] == "string_too_short" else ""
+    optional = " or none" if type(None) in kinds else ""
+    return f"expected {', '.join([noun, *([' and '.join(bounds)] if bounds else [])])}{optional}"
 
 
 def check_corpora(points: Sequence[RunConfig]) -> None:
@@ -406,5 +354,3 @@ def check_corpora(points: Sequence[RunConfig]) -> None:
             load_corpus(config)
         except CorpusError as error:
             raise UsageError(f"--corpus: {error}") from None
-        except TokenizerError as error:
-            raise UsageError(str(error)) from None

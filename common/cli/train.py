@@ -6,6 +6,7 @@ import argparse
 import datetime
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +15,30 @@ from rich.console import Console
 from common import checkpoint
 from common.checkpoint import Manifest
 from common.cli.numbers import add_timeout, natural, positive, seconds
-from common.cli.options import add_run_options, read_run, reporting
+from common.cli.options import PLACEMENT, add_run_options, read_run
 from common.cli.saved import Saved, load_text
 from common.harness import restarts
 from common.harness.bench import describe, make_folder, run_name
-from common.harness.launch import (
-    IMPLEMENTATIONS,
-    Implementation,
-    stop_on_signals,
-    why_missing,
-)
+from common.harness.launch import IMPLEMENTATIONS, Implementation, require, stop_on_signals
 from common.harness.restarts import Trained, Training
-from common.io.console import make_console
+from common.io.console import make_console, say
 from common.io.usage import UsageError
 from common.report.machine import git_commit, this_machine
 from common.report.progress import ProgressView, progress_view
-from common.report.result import Parity, RunResult, Step, measured
-from common.runtime.faults import Fault, FaultError
+from common.report.result import Parity, RunResult, measured
+from common.runtime.faults import Fault
 from common.runtime.outcome import Outcome
 from common.runtime.text import drop_tokens, write_text
 from common.spec.run import RunConfig
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 SHOWN_LOSSES = 12
+FREE = (*PLACEMENT[:-2], "micro_batches", "recompute", *PLACEMENT[-2:])
+"""What may change where a training goes on."""
 
 DESCRIPTION = (
     "Trains with one framework and saves checkpoints, which any framework can go on from, on any "
-    "number of stages. "
-    "Exit status: 0 all well; 1 the run failed; 2 wrong input; 130 interrupted."
+    "number of stages. Exit status: 0 all well; 1 the run failed; 2 wrong input; 130 interrupted."
 )
 
 
@@ -49,64 +46,49 @@ def register(
     subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
 ) -> None:
     """Add the subcommand to argparse's subparsers."""
-    parser = subcommands.add_parser("train", description=DESCRIPTION, usage="%(prog)s [options]")
+    parser = subcommands.add_parser("train", description=DESCRIPTION)
     saving = parser.add_argument_group("checkpoints")
-    saving.add_argument(
-        "--save-every",
-        metavar="N",
-        type=positive,
-        help="save after every N steps, and after the last",
-    )
-    saving.add_argument(
-        "--save-dir", metavar="DIR", help="where checkpoints go (default: in the run's own folder)"
-    )
-    saving.add_argument(
-        "--keep", metavar="K", type=positive, default=3, help="checkpoints to keep (default: 3)"
-    )
-    saving.add_argument(
-        "--resume",
-        metavar="latest|PATH",
-        help="go on from the newest checkpoint in --save-dir, or from this one",
-    )
-    saving.add_argument(
-        "--weights",
-        metavar="PATH",
-        help="start at step 0 from a checkpoint's weights alone, with any training and dropout",
-    )
-    saving.add_argument(
-        "--max-restarts",
-        metavar="N",
-        type=natural,
-        default=0,
-        help="start again from the last checkpoint up to N times, if the child dies (default: 0)",
-    )
+    for option, metavar, kind, default, text in (
+        ("--save-every", "N", positive, None, "save every N steps, and after the last"),
+        ("--save-dir", "DIR", None, None, "where they go (default: in the run's own folder)"),
+        ("--keep", "K", positive, 3, "how many to keep (default: 3)"),
+        (
+            *("--resume", "latest|PATH", None, None),
+            "go on from the newest checkpoint in --save-dir, or from this one",
+        ),
+        (
+            *("--weights", "PATH", None, None),
+            "start at step 0 from a checkpoint's weights alone, with any training and dropout",
+        ),
+        (
+            *("--max-restarts", "N", natural, 0),
+            "start a worker process that dies again, from the last checkpoint, up to N times "
+            "(default: 0)",
+        ),
+    ):
+        saving.add_argument(option, metavar=metavar, type=kind, default=default, help=text)
     add_timeout(parser)
     parser.add_argument(
         "--hang-timeout",
         metavar="SECONDS",
         type=seconds,
         default=600.0,
-        help="end a child of which no device goes on and that computes nothing for so long, and "
-        "say who waits for whom "
-        "(default: 600)",
+        help="end a worker process that computes nothing and none of whose devices goes on for so "
+        "long, and say who waits for whom (default: 600)",
     )
     # For tests: a fault on purpose, such as kill@device=1,step=3,action=BW2 (docs/faults.md). Given
     # again: what the next worker process gets.
     parser.add_argument("--fault", type=_fault, action="append", default=[], help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--out",
-        metavar="FOLDER",
-        default="results",
-        help="where the run's folder goes (default: results)",
-    )
+    where = "where the run's folder goes (default: results)"
+    parser.add_argument("--out", metavar="FOLDER", default="results", help=where)
     add_run_options(parser)
-    parser.set_defaults(run=reporting(lambda arguments: _train(arguments, implementations)))
+    parser.set_defaults(run=lambda arguments: _train(arguments, implementations))
 
 
 def _fault(text: str) -> str:
     try:
         return str(Fault.parse(text))
-    except FaultError as error:
+    except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
@@ -115,61 +97,32 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
     directory = None if arguments.save_dir is None else Path(arguments.save_dir)
     if arguments.resume == "latest" and directory is None:
         raise UsageError("--resume latest: of which run? add --save-dir DIR")
-
-    if len(arguments.fault) > arguments.max_restarts + 1:
-        raise UsageError(
-            f"--fault: {len(arguments.fault)} of them for {arguments.max_restarts + 1} children; "
-            "expected --max-restarts "
-            f"{len(arguments.fault) - 1}"
-        )
     if arguments.resume is not None and arguments.weights is not None:
         raise UsageError(
             "--resume goes on with a training and --weights starts another; expected one of them"
         )
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     with checkpoint.locked(directory) if directory else nullcontext():
-        resume = _resume(arguments.resume or arguments.weights, directory, say)
+        resume = _resume(arguments.resume or arguments.weights, directory, console)
         saved = None if resume is None else Saved(resume, checkpoint.read_manifest(resume))
         config = read_run(arguments, saved)
+        _check_faults(arguments, config)
         if saved is not None:
-            manifest = (
-                saved.manifest if arguments.weights is None else saved.manifest.without_training()
-            )
+            manifest = saved.manifest
+            manifest = manifest.without_training() if arguments.weights else manifest
             check_resume(saved.folder, manifest, config)
-        if arguments.fault and config.executor != "table":
-            raise UsageError(
-                f"--fault: executor = {config.executor} does not tell its actions; expected "
-                "executor = table"
-            )
-        for text in arguments.fault:
-            fault = Fault.parse(text)
-            for what, number, count in (
-                ("device", fault.device, config.stages),
-                ("step", fault.step, config.train.steps),
-            ):
-                if number >= count:
-                    raise UsageError(
-                        f"--fault {text}: there is no {what} {number}; expected 0 to {count - 1}"
-                    )
         corpus = load_text(config, saved, may_be_another=arguments.weights is not None)
         if directory is not None:
             _check_room(directory, None if arguments.weights else resume)
         implementation = implementations[config.framework]
-        missing = why_missing(implementation, config.executor)
-        if missing:
-            raise UsageError(missing)
+        require(implementation, config.executor)
         folder = make_folder(Path(arguments.out), "train")
         name = run_name(config)
-        say(f"results in {folder / name}/")
-        directory = directory or folder / "checkpoints"
+        say(console, f"results in {folder / name}/")
         training = Training(
             config=config,
             module=implementation.module,
             folder=folder / name,
-            directory=directory,
+            directory=directory or folder / "checkpoints",
             text=write_text(corpus, folder / name),
             resume=resume,
             weights_alone=arguments.weights is not None,
@@ -180,9 +133,8 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
             hang_seconds=arguments.hang_timeout,
             faults=tuple(arguments.fault),
         )
-        with (
-            stop_on_signals() as stopped
-        ):  # to the end, so that a second signal does not cut the result off
+        # To the end, so that a second signal does not cut the result off.
+        with stop_on_signals() as stopped:
             with progress_view(console, 1) as view:
                 trained = run_training(training, view, stopped)
             result = result_of(trained, training, arguments.command)
@@ -194,70 +146,75 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
     return EXIT_OK if result.status == "ok" else EXIT_FAILED
 
 
-def _resume(asked: str | None, directory: Path | None, say: Any) -> Path | None:
+def _check_faults(arguments: argparse.Namespace, config: RunConfig) -> None:
+    """Refuse faults that would never happen. Raises UsageError."""
+    faults, attempts = arguments.fault, arguments.max_restarts + 1
+    if len(faults) > attempts:
+        raise UsageError(
+            f"--fault: {len(faults)} of them for {attempts} worker process{'es' * (attempts > 1)}; "
+            f"expected --max-restarts {len(faults) - 1}"
+        )
+    if faults and config.executor != "table":
+        why = "does not tell its actions; expected executor = table"
+        raise UsageError(f"--fault: executor = {config.executor} {why}")
+    for fault in map(Fault.parse, faults):
+        counts = {"device": config.stages, "step": config.train.steps}
+        for what, count in counts.items():
+            number = getattr(fault, what)
+            if number >= count:
+                why = f"there is no {what} {number}; expected 0 to {count - 1}"
+                raise UsageError(f"--fault {fault}: {why}")
+
+
+def _resume(asked: str | None, directory: Path | None, console: Console) -> Path | None:
     """Return the checkpoint to continue from; name newer damaged ones and set them aside."""
-    if asked is None:
-        return None
-    if asked != "latest":
+    if asked is not None and asked != "latest":
         path = Path(asked)
-        inside = checkpoint.checkpoints_in(path)
-        if inside:
-            raise UsageError(
-                f"{path}: holds checkpoints; expected one of them, such as {inside[-1]}"
-            )
+        if inside := checkpoint.checkpoints_in(path):
+            what = f"expected one of them, such as {inside[-1]}"
+            raise UsageError(f"{path}: holds checkpoints; {what}")
         checkpoint.verify(path)
         return path
-    if directory is None:
+    if asked is None or directory is None:
         return None
-    found = checkpoint.newest(directory, say)
+    found = checkpoint.newest(directory, lambda line: say(console, line))
     if found is None:
         raise UsageError(f"--resume latest: no whole checkpoint in {directory}")
     for path in checkpoint.checkpoints_in(directory):
         if path.name > found.name:
-            say(f"set aside as {checkpoint.set_aside(path).name}; going on from {found.name}")
+            aside = checkpoint.set_aside(path).name
+            say(console, f"set aside as {aside}; going on from {found.name}")
     return found
 
 
 def check_resume(resume: Path, saved: Manifest, config: RunConfig) -> None:
     """Raise UsageError if `config` cannot continue from the checkpoint."""
-    different = checkpoint.differences(saved, config)
-    if different:
+    if different := checkpoint.differences(saved, config):
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-        free = (
-            "framework, stages, chunks, schedule, partition, micro_batches, recompute, "
-            "device, threads"
-        )
+        free = f"{different[0]}{more}; what may change: {', '.join(FREE)}"
         if saved.train is None:
-            raise UsageError(
-                f"{resume}: {different[0]}{more}; what may change: {free}, dropout, and all of the "
-                "training"
-            )
+            raise UsageError(f"{resume}: {free}, dropout, and all of the training")
         raise UsageError(
-            f"--resume {resume}: {different[0]}{more}; what may change: {free}, and steps where "
-            "the learning rate does not "
-            f"depend on it; --weights starts another training from its weights"
+            f"--resume {resume}: {free}, and steps where the learning rate does not depend on it; "
+            "--weights starts another training from its weights"
         )
     if saved.steps_done >= config.train.steps:
-        raise UsageError(
-            f"--resume {resume}: all {saved.steps_done} of {config.train.steps} steps are done; "
-            "use more --steps"
-        )
+        done = f"all {saved.steps_done} of {config.train.steps} steps are done"
+        raise UsageError(f"--resume {resume}: {done}; use more --steps")
 
 
 def _check_room(directory: Path, resume: Path | None) -> None:
     """Refuse to write over another run's checkpoints. Raises UsageError."""
     existing = checkpoint.checkpoints_in(directory)
-    if resume is None and existing:
+    if existing and resume is None:
         raise UsageError(
-            f"--save-dir {directory}: holds {existing[-1].name} of an earlier run; "
-            f"expected --resume latest, or another folder"
+            f"--save-dir {directory}: holds {existing[-1].name} of an earlier run; expected "
+            "--resume latest, or another folder"
         )
-    newer = [path for path in existing if resume is not None and path.name > resume.name]
-    if newer:
+    if existing and resume is not None and existing[-1].name > resume.name:
         raise UsageError(
-            f"--save-dir {directory}: holds {newer[-1].name}, newer than "
-            f"{resume.name if resume else 'the start'}; "
-            f"expected --resume latest, or another --save-dir"
+            f"--save-dir {directory}: holds {existing[-1].name}, newer than {resume.name}; "
+            "expected --resume latest, or another --save-dir"
         )
 
 
@@ -277,38 +234,26 @@ def run_training(
 
 
 def result_of(trained: Trained, training: Training, command: str) -> RunResult:
-    """Return the run as a row of the benchmark; `steps` are those of all children together."""
+    """Return the run as a row of the benchmark; its steps are those of all worker processes."""
     outcome = trained.outcome
     if trained.interrupted:
         outcome = Outcome("failed", "interrupted", outcome.log, (), outcome.wall_seconds)
-    fields = measured(_timed(outcome), training.config, untimed_steps=2)
-    steps = tuple(
-        Step(
-            step=record.step,
-            loss=record.loss,
-            gradient_norm=record.gradient_norm,
-            seconds=record.seconds,
-        )
-        for record in trained.steps
-    )
-    return RunResult.model_validate(
-        fields
-        | {
-            "steps": steps,
-            "preset": "train",
-            "config": training.config,
-            "command": command,
-            "machine": this_machine(),
-            "git_commit": git_commit(),
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "log": None
-            if outcome.log is None
-            else str(outcome.log.relative_to(training.folder.parent)),
-            "parity": Parity(reason="train compares with nothing"),
-            "resumed_from": None if training.resume is None else str(training.resume),
-            "restarts": tuple(trained.restarts),
-        }
-    )
+    log = outcome.log
+    names = ("step", "loss", "gradient_norm", "seconds")
+    fields = measured(_timed(outcome), training.config, untimed_steps=2) | {
+        "steps": [{name: getattr(step, name) for name in names} for step in trained.steps],
+        "preset": "train",
+        "config": training.config,
+        "command": command,
+        "machine": this_machine(),
+        "git_commit": git_commit(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "log": None if log is None else str(log.relative_to(training.folder.parent)),
+        "parity": Parity(reason="train compares with nothing"),
+        "resumed_from": None if training.resume is None else str(training.resume),
+        "restarts": tuple(trained.restarts),
+    }
+    return RunResult.model_validate(fields)
 
 
 def _timed(outcome: Outcome) -> Outcome:
@@ -317,9 +262,8 @@ def _timed(outcome: Outcome) -> Outcome:
         part.model_copy(update={"steps": [step for step in part.steps if step.events]})
         for part in outcome.parts
     )
-    if not all(part.steps for part in parts):  # an executor that does not say what it did when
-        return outcome
-    return Outcome(outcome.status, outcome.reason, outcome.log, parts, outcome.wall_seconds)
+    # Without any, the executor does not say what it did when.
+    return replace(outcome, parts=parts) if all(part.steps for part in parts) else outcome
 
 
 def drop_tensors(training: Training) -> None:
@@ -331,27 +275,23 @@ def drop_tensors(training: Training) -> None:
 
 
 def _show(result: RunResult, trained: Trained, training: Training, console: Console) -> None:
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     every = max(1, -(-len(result.steps) // SHOWN_LOSSES))
-    shown = [
-        step for n, step in enumerate(result.steps) if n % every == 0 or n == len(result.steps) - 1
+    lines = [
+        f"  step {s.step + 1:>6}  loss {s.loss:.6f}  gradient norm {s.gradient_norm:.4g}"
+        for n, s in enumerate(result.steps)
+        if n % every == 0 or n == len(result.steps) - 1
     ]
-    for step in shown:
-        say(
-            f"  step {step.step + 1:>6}  loss {step.loss:.6f}  gradient norm "
-            f"{step.gradient_norm:.4g}"
-        )
     if result.held_out_loss is not None:
         speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
-        say(f"held-out loss {result.held_out_loss:.6f}{speed}")
-    for line in trained.restarts:
-        say(f"restarted: {line}")
-    if result.status != "ok":
-        say(f"{'interrupted' if trained.interrupted else 'failed: ' + result.reason}")
-        if result.log is not None and not trained.interrupted:
-            say(f"log: {training.folder.parent / result.log}")
-    saved = checkpoint.checkpoints_in(training.directory)
-    if saved:
-        say(f"checkpoint: {saved[-1]}")
+        lines.append(f"held-out loss {result.held_out_loss:.6f}{speed}")
+    lines += [f"restarted: {line}" for line in trained.restarts]
+    if trained.interrupted:
+        lines.append("interrupted")
+    elif result.status != "ok":
+        lines.append(f"failed: {result.reason}")
+        if result.log is not None:
+            lines.append(f"log: {training.folder.parent / result.log}")
+    if saved := checkpoint.checkpoints_in(training.directory):
+        lines.append(f"checkpoint: {saved[-1]}")
+    for line in lines:
+        say(console, line)

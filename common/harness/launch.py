@@ -36,6 +36,7 @@ from types import FrameType
 import psutil
 from pydantic import ValidationError
 
+from common.io.usage import UsageError
 from common.runtime import inherited
 from common.runtime.job import Job, JobFile, Part
 from common.runtime.loopback import why_no_loopback
@@ -133,6 +134,12 @@ def why_missing(implementation: Implementation, executor: str = "") -> str | Non
     return why_no_loopback() if executor in implementation.process_executors else None
 
 
+def require(implementation: Implementation, executor: str = "") -> None:
+    """Raise UsageError if this implementation cannot start."""
+    if missing := why_missing(implementation, executor):
+        raise UsageError(missing)
+
+
 def run_jobs_in_worker(
     module: str,
     jobs: Sequence[Job],
@@ -145,8 +152,8 @@ def run_jobs_in_worker(
 ) -> list[Outcome]:
     """Run `python -m module` over all jobs and return one outcome per job.
 
-    Makes the jobs' folders; writes `jobs.json` and, unless `log` is another place, `child.log` into
-    `folder`. `on_step(job, step, loss)` is called as steps end.
+    Makes the jobs' folders; writes `jobs.json` and, unless `log` is another place, `worker.log`
+    into `folder`. `on_step(job, step, loss)` is called as steps end.
 
     `timeout_seconds` is for the whole child, however busy the machine. A hang is something else: no
     device makes progress, and either nothing is computed for `hang_seconds` (a deadlock), or one
@@ -175,7 +182,7 @@ def _run(
     folder.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         Path(job.out).mkdir(parents=True, exist_ok=True)
-    job_file, log = folder / "jobs.json", log or folder / "child.log"
+    job_file, log = folder / "jobs.json", log or folder / "worker.log"
     JobFile(jobs=tuple(jobs)).write(job_file)
     # Losses come from a file that grows; what each device does, from the board in shared memory.
     progress = [_Progress(Path(job.out) / "progress.jsonl") for job in jobs]
@@ -238,7 +245,7 @@ def _where(jobs: Sequence[Job], boards: Sequence[Board]) -> str:
             Path(job.out).glob("failed-*.txt")
         ):
             return board.explain()
-    return "all jobs have ended, but not the child"
+    return "all jobs have ended, but not the worker process"
 
 
 def end_group(child: subprocess.Popen[bytes]) -> None:

@@ -101,9 +101,8 @@ def train(
         checkpoint.remove_leftovers(training.directory)
         resume = checkpoint.newest(training.directory, report) or training.resume
         start = "its beginning" if resume is None else resume.name
-        trained.restarts.append(
-            f"child {attempt} of {training.config.framework} died: {reason}; on from {start}"
-        )
+        who = f"worker process {attempt} of {training.config.framework}"
+        trained.restarts.append(f"{who} died: {reason}; on from {start}")
         report(trained.restarts[-1])
         _make_room(training.directory, resume)
     outcome = trained.outcome

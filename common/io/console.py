@@ -14,6 +14,11 @@ MIN_WIDTH = 20
 """A terminal that reports fewer columns, or none, is assumed to have this many."""
 
 
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(line, soft_wrap=True)
+
+
 def make_console() -> Console:
     """Return a console for the terminal, or one with lines too wide to be folded."""
     environment = {

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Sequence
 
 
 class UsageError(ValueError):
-    """Wrong input from the user; its text is one line."""
+    """Wrong input from the user; its text is one line. Every room's own errors are such."""
+
+
+def known_word(where: str, word: object, known: Iterable[str]) -> str:
+    """Return the word if it is a known one. Raises UsageError, which says `where` it stands."""
+    names = list(known)
+    if not isinstance(word, str) or word not in names:
+        raise UsageError(f"{where} = {word!r}: unknown{closest(str(word), names)}")
+    return word
 
 
 def closest(word: str, known: Iterable[str], otherwise: str = "") -> str:

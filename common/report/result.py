@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.io.bounded import read_text
 from common.io.edges import OsText, write_file
+from common.io.usage import UsageError
 from common.report.machine import Machine
 from common.report.timing import Timing, executed_schedule, measure
 from common.runtime.job import EventRecord
@@ -30,7 +31,7 @@ ragged sequences and drift.
 """
 
 
-class ResultError(ValueError):
+class ResultError(UsageError):
     """A result file that cannot be read."""
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
+from common.io.usage import UsageError
 from common.schedule.action import ScheduleError, parse_action
 
 Kind = Literal["exception", "kill", "hang", "oom", "disk-full"]
@@ -33,7 +34,7 @@ OOM_HEADROOM_BYTES = 64 * 2**20
 FULL_DISK_BYTES = 4096
 
 
-class FaultError(ValueError):
+class FaultError(UsageError):
     """A fault that cannot be read; its text is one line."""
 
 

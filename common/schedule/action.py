@@ -30,6 +30,7 @@ from functools import cached_property
 from typing import Literal
 
 from common.io.edges import printable
+from common.io.usage import UsageError
 
 Placement = Literal["loop", "vee"] | tuple[tuple[int, ...], ...]
 """A name (`named_placement`), or for every device the virtual stages of its chunks."""
@@ -138,7 +139,7 @@ class Schedule:
         return format_schedule(self)
 
 
-class ScheduleError(ValueError):
+class ScheduleError(UsageError):
     """A schedule that cannot be made, read or run."""
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.io.usage import UsageError
+
 MARKS = {  # the longer ones first, since they begin as the others
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -18,7 +20,7 @@ MARKS = {  # the longer ones first, since they begin as the others
 }
 
 
-class CorpusError(ValueError):
+class CorpusError(UsageError):
     """A corpus that cannot be read or is too short."""
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.io.bounded import read_text
+from common.io.usage import UsageError
 
 MAX_TOKENIZER_BYTES = 2**28
 BLOCK_CHARACTERS = 2**20
@@ -30,7 +31,7 @@ UNKNOWN_TOKEN = "\N{REPLACEMENT CHARACTER}"
 """Shown for a token that the tokenizer lacks: the model's vocabulary may be padded."""
 
 
-class TokenizerError(Exception):
+class TokenizerError(UsageError):
     """A tokenizer that cannot be read, or does not fit; its text is one line."""
 
 
@@ -192,6 +193,8 @@ def read_content(path: Path) -> bytes:
         if path.exists() and not path.is_file():  # a device or a pipe may never end
             raise TokenizerError(f"{where}: not a plain file; {EXPECTED}")
         text = read_text(path, MAX_TOKENIZER_BYTES)
+    except TokenizerError:
+        raise
     except OSError as error:
         raise TokenizerError(f"{where}: {error.strerror}; {EXPECTED}") from None
     except UnicodeDecodeError:

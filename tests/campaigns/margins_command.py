@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.cli.drift import PROGRESS_STEPS, chosen
+from common.cli.drift import chosen, steps_shown
 from common.cli.numbers import add_timeout, positive
 from common.cli.options import file_to_write
 from common.harness.launch import IMPLEMENTATIONS, Implementation
@@ -58,11 +58,6 @@ def run(
     dtypes = chosen(arguments.dtypes, DTYPES, "--dtypes")
     out = file_to_write(arguments.out, "--out") if arguments.out else None
     console = make_console()
-
-    def stepped(framework: str, done: int) -> None:
-        if done % PROGRESS_STEPS == 0:
-            console.print(f"{framework}: {done} steps", highlight=False)
-
     with tempfile.TemporaryDirectory() as folder:
         margins, problems, versions = measure(
             Path(folder),
@@ -70,7 +65,7 @@ def run(
             dtypes,
             arguments.repeats,
             arguments.timeout,
-            stepped,
+            steps_shown(console),
             implementations,
         )
     found = Margins(

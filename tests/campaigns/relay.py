@@ -18,7 +18,7 @@ from rich.table import Table
 
 from common import checkpoint
 from common.cli.numbers import add_timeout
-from common.cli.options import PLACEMENT, add_run_options, read_run, reporting
+from common.cli.options import PLACEMENT, add_run_options, read_run
 from common.cli.settings import Key
 from common.cli.train import drop_tensors, run_training
 from common.harness.bench import make_folder
@@ -114,7 +114,7 @@ def register(
     add_run_options(
         parser, without=[*PLACEMENT, "steps", "executor", "track", "drift"], defaults=DEFAULTS
     )
-    parser.set_defaults(run=reporting(lambda arguments: _relay(arguments, implementations)))
+    parser.set_defaults(run=lambda arguments: _relay(arguments, implementations))
 
 
 def _read_legs(text: str) -> list[_Plan]:

@@ -27,10 +27,11 @@ from common.schedule.action import format_schedule
 from common.schedule.generators import GENERATORS, make_schedule
 from common.spec import rules
 from common.spec.run import RunConfig
+from tests.program import with_defaults
 from tests.waiting import marked, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ["--preset", "tiny", "--steps", "3", "--schedules", "1f1b", "--repeats", "1"]
+QUICK = {"--preset": "tiny", "--steps": 3, "--schedules": "1f1b", "--repeats": 1}
 
 
 def bench(*argv: str) -> Bench:
@@ -353,6 +354,9 @@ WRONG = {
     "--corpus /no/such/text": "/no/such/text: No such file or directory",
     "--config /no/such.toml": "expected a readable TOML file",
     "--out /dev/null": "--out /dev/null",
+    "--stages 2 --stages 4": "--stages: given twice; expected once, with commas between values",
+    "--framework torch --frameworks paddle": "--frameworks: given twice; expected once",
+    "--parity --no-parity": "--parity/--no-parity: given twice; expected once",
 }
 
 
@@ -388,13 +392,24 @@ def test_wrong_input_is_one_line_and_status_2(
             "learning_rate = true: expected a number, more than 0.0",
         ),
         ('corpus = "a\\u0000b"\n', "expected text without a NUL character"),
+        ("corpus = [3]\n", "corpus = [3]: expected text, or a list of it"),
+        ("'' = 3\n", ": unknown at the top level"),
+        ("['']\nstages = 3\n", ": unknown at the top level"),
+        ("parity = 'maybe'\n", "parity = 'maybe': expected true or false"),
+        ("schedule = ''\n", "schedule = '': expected text that is not empty"),
+        ("[model]\nsteps = 3\n", "[model] steps: unknown; expected under [train]"),
+        ("[train]\nstages = 3\n", "[train] stages: unknown; expected at the top level"),
+        (
+            "schedule = 'gpipe'\nschedules = '1f1b'\n",
+            "the same as {path}: schedule; expected one of them",
+        ),
     ],
 )
 def test_a_wrong_file_is_named_with_the_place(tmp_path: Path, text: str, message: str) -> None:
     path = config_file(tmp_path, text)
     with pytest.raises(UsageError) as error:
         bench("--config", path)
-    assert str(error.value).startswith(path) and message in str(error.value)
+    assert str(error.value).startswith(path) and message.format(path=path) in str(error.value)
 
 
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
@@ -424,6 +439,8 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
         ("simulate --schedule gpipe --stges=2", "--stges=2: unknown option; expected --stages"),
         ("train --save-dir= --steps 1", "--save-dir: empty; expected DIR"),
         ("train --resume=", "--resume: empty; expected latest|PATH"),
+        ("simulate --schedule 1f1b --stages 2 --stages 3", "--stages: given twice; expected once"),
+        ("bisect framework=torch,framework=paddle x", "--framework: given twice; expected once"),
         ("train --fault kill@device=2 --steps 1", "there is no device 2; expected 0 to 1"),
         ("train --fault kill@step=9 --steps 2", "there is no step 9; expected 0 to 1"),
         ("report results/example --sweep", "--sweep: no two ranked rows differ"),
@@ -492,10 +509,7 @@ def start(
             sys.executable,
             "-m",
             "fakes.bench",
-            *QUICK,
-            "--out",
-            str(tmp_path),
-            *argv,
+            *with_defaults(QUICK | {"--out": tmp_path}, argv),
         ],
         env=os.environ | {"PYTHONPATH": paths} | variables,
         stdout=subprocess.PIPE,
@@ -512,9 +526,8 @@ def table(tmp_path: Path) -> list[dict[str, str]]:
 def test_a_dry_run_prints_plan_and_schedule_and_runs_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main.bench_main([*QUICK, "--stages", "4", "--dry-run", "--out", str(tmp_path / "out")]) == 0
-    )
+    argv = with_defaults(QUICK, ["--stages", 4, "--dry-run", "--out", tmp_path / "out"])
+    assert main.bench_main(argv) == 0
     text = capsys.readouterr().out
     assert "embedding" in text and "parameters" in text and "BW0" in text
     assert not (tmp_path / "out").exists()
@@ -650,7 +663,7 @@ def test_an_oracle_that_does_not_fit_is_skipped_and_said_so(
     monkeypatch.setattr(oracle_worker, "memory_bytes", lambda config: 10**18)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     implementations = {"torch": Implementation("fakes.impl", "numpy", "")}
-    argv = [*QUICK, "--frameworks", "torch", "--out", str(tmp_path)]
+    argv = with_defaults(QUICK, ["--frameworks", "torch", "--out", tmp_path])
     assert main.bench_main(argv, implementations) == 0
     assert (
         "oracle (NumPy float64): skipped: needs about 1000000000 GB of memory"

@@ -19,14 +19,14 @@ from safetensors.numpy import load_file, save_file
 
 from common import checkpoint
 from common.checkpoint.foreign.gpt2 import foreign_shapes
-from common.cli import convert, main
-from common.cli.parser import Parser
+from common.cli import convert
 from common.harness.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_worker
 from common.runtime.job import Generation, Job
 from common.runtime.oracle_worker import OracleEngine
 from common.spec.parameters import random_arrays
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 from tests.campaigns import fuzz_importers
+from tests.program import call
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = TransformerSpec(
@@ -43,9 +43,7 @@ def gpt2_reference(*argv: Any) -> str:
 
 
 def run(*argv: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:
-    parser = Parser(prog="triptych")
-    convert.register(parser.add_subparsers(parser_class=Parser, prog="triptych"), implementations)
-    return main._run(parser, list(map(str, argv)))
+    return call(argv, implementations, convert)
 
 
 def logits_of(folder: Path, tokens: Any) -> Any:

@@ -17,8 +17,7 @@ import psutil
 import pytest
 
 from common import checkpoint
-from common.cli import main, train
-from common.cli.parser import Parser
+from common.cli import train
 from common.harness import launch
 from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.report.result import RunResult
@@ -27,16 +26,16 @@ from common.runtime.parent import PARENT
 from common.runtime.watch import Board, Place, Watch, explain
 from common.schedule.action import parse_action
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec
+from tests.program import SMALL, call, with_defaults
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTY = {name: Implementation("tests.fakes.faulty", "numpy", "") for name in FRAMEWORKS}
 PROGRESS = "out/*/*/attempt-1/progress.jsonl"
-SMALL = (
-    "--num-layers 2 --d-model 8 --d-ff 8 --num-heads 2 --context-length 8 --batch-size 4 "
-    "--micro-batches 4 --steps 8"
-)
-SMALL += " --dropout 0.1 --dtype float64 --threads 1 --stages 2 --schedule 1f1b"
+TRAINING = {
+    **{**SMALL, "--num-layers": 2, "--num-heads": 2, "--micro-batches": 4, "--steps": 8},
+    **{"--dropout": 0.1, "--threads": 1, "--stages": 2, "--schedule": "1f1b"},
+}
 CONFIG = RunConfig(stages=2, schedule="1f1b", train=TrainSpec(batch_size=4, micro_batches=4))
 
 
@@ -48,11 +47,8 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(tmp_path: Path, *argv: Any, implementations: Any = FAULTY) -> int:
-    parser = Parser(prog="triptych")
-    subcommands = parser.add_subparsers(parser_class=Parser, prog="triptych")
-    train.register(subcommands, implementations)
-    places = ["--out", str(tmp_path / "out"), "--save-dir", str(tmp_path / "saves")]
-    return main._run(parser, ["train", *SMALL.split(), *places, *map(str, argv)])
+    places = {"--out": tmp_path / "out", "--save-dir": tmp_path / "saves"}
+    return call(["train", *with_defaults(TRAINING | places, argv)], implementations, train)
 
 
 def result(tmp_path: Path) -> RunResult:

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from common import checkpoint
-from common.cli import inference, main
-from common.cli.parser import Parser
+from common.cli import inference
 from common.harness.launch import Implementation
 from common.runtime.inference import next_logits, padded_length, pick, uniform
 from common.runtime.job import Generation
@@ -22,8 +21,8 @@ from common.runtime.oracle_worker import OracleEngine
 from common.spec.data import IGNORED, load_corpus, load_tokenizer
 from common.spec.parameters import initial_weights, random_arrays
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
+from tests.program import MORTAL, call
 
-ORACLES = {name: Implementation("fakes.mortal", "numpy", "") for name in FRAMEWORKS}
 MODEL = TransformerSpec(context_length=24, num_layers=2, d_model=16, num_heads=2, d_ff=24)
 CONFIG = RunConfig(model=MODEL, train=TrainSpec(batch_size=4, micro_batches=2, dtype="float64"))
 
@@ -43,10 +42,7 @@ def weights() -> dict[str, Any]:
 
 
 def run(*argv: Any) -> int:
-    parser = Parser(prog="triptych")
-    subcommands = parser.add_subparsers(parser_class=Parser, prog="triptych")
-    inference.register(subcommands, ORACLES)
-    return main._run(parser, list(map(str, argv)))
+    return call(argv, MORTAL, inference)
 
 
 @pytest.fixture
@@ -247,7 +243,5 @@ def test_wrong_input_is_one_line(
 
 def test_a_failed_child_is_said_so(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = dict.fromkeys(FRAMEWORKS, Implementation("no_such_module", "numpy", ""))
-    parser = Parser(prog="triptych")
-    inference.register(parser.add_subparsers(parser_class=Parser, prog="triptych"), broken)
-    assert main._run(parser, ["generate", "--checkpoint", str(saved), "--prompt", "x"]) == 1
+    assert call(["generate", "--checkpoint", saved, "--prompt", "x"], broken, inference) == 1
     assert "failed: " in capsys.readouterr().out

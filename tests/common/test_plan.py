@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from common.cli import main as cli
 from common.cli.main import main
+from common.cli.options import read_run
 from common.harness.profile import Profile, profile_config, unit_times
 from common.report.timing import ActionCost, Timing
 from common.schedule.action import Op, ScheduleError
@@ -24,6 +28,7 @@ from common.spec.partition import plan_partition
 from common.spec.plan import candidates, make_plans, plan_one
 from common.spec.run import RunConfig, preset
 from common.spec.unit_times import UnitTimes, counted_times
+from tests.program import with_defaults
 
 SMALL = preset("small")
 
@@ -201,7 +206,9 @@ def plan(*words: str) -> int:
     return main(["plan", *words])
 
 
-def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, picture = tmp_path / "plans.json", tmp_path / "plans.png"
     words = ["--devices", "2", "--memory-limit", "60MB", "--json", str(data)]
     assert plan(*words, "--output", str(picture)) == 0
@@ -209,18 +216,16 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "limited by" in said and "left out: gpipe" in said and picture.stat().st_size > 0
     found = json.loads(data.read_text())["plans"]
     assert found == sorted(found, key=lambda each: each["step_seconds"])
-    command = said[said.index("run it: triptych ") + 8 :].split()
-    assert (
-        main([*command[1:], "--steps", "1", "--help"])
-        if False
-        else command[:2]
-        == [
-            "triptych",
-            "train",
-        ]
-    )
     assert plan("--devices", "2", "--memory-limit", "1MB") == 1
     assert "nothing fits: " in capsys.readouterr().out
+    line = next(each for each in said.splitlines() if each.startswith("run it: triptych "))
+    parsed: list[Any] = []
+    monkeypatch.setattr(
+        cli, "_run", lambda parser, argv, is_long=False: parsed.append(parser.parse_args(argv)) or 0
+    )
+    assert main(shlex.split(line.removeprefix("run it: triptych "))) == 0
+    (arguments,) = parsed
+    assert read_run(arguments, reads_text=False).stages == found[0]["config"]["stages"]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +243,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_wrong_input_is_one_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan("--devices", "2", *words) == 2
+    assert plan(*with_defaults({"--devices": 2}, words)) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
 

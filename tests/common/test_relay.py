@@ -8,21 +8,15 @@ from typing import Any
 
 import pytest
 
-from common.cli import main
-from common.cli.parser import Parser
 from common.harness.launch import IMPLEMENTATIONS, Implementation
-from common.spec.run import FRAMEWORKS
 from tests.campaigns import relay
+from tests.program import MORTAL, call
 
-FAKES = {name: Implementation("fakes.mortal", "numpy", "") for name in FRAMEWORKS}
 LEGS = "torch:p=2:1f1b:6,paddle:p=4:1f1b:12,tensorflow:p=3:interleaved:18"
 
 
 def run(implementations: dict[str, Implementation], *argv: Any) -> int:
-    parser = Parser(prog="triptych")
-    subcommands = parser.add_subparsers(parser_class=Parser, prog="triptych")
-    relay.register(subcommands, implementations)
-    return main._run(parser, ["relay", *map(str, argv)])
+    return call(["relay", *argv], implementations, relay)
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +46,13 @@ def test_a_leg_that_trains_something_else_fails(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setenv("FAKE_DEATHS", "wrong@3")
-    assert run(FAKES, "--legs", "torch:p=2:1f1b:2,paddle:gpipe:4", "--out", tmp_path / "out") == 1
+    assert run(MORTAL, "--legs", "torch:p=2:1f1b:2,paddle:gpipe:4", "--out", tmp_path / "out") == 1
     assert "FAIL: losses differ from 4 uninterrupted steps" in capsys.readouterr().out
     monkeypatch.setenv("FAKE_DEATHS", "raise@3")
     (tmp_path / "raise@3").unlink(missing_ok=True)
-    assert run(FAKES, "--legs", "torch:p=2:1f1b:2,paddle:gpipe:4", "--out", tmp_path / "again") == 1
+    assert (
+        run(MORTAL, "--legs", "torch:p=2:1f1b:2,paddle:gpipe:4", "--out", tmp_path / "again") == 1
+    )
     assert "failed: ValueError: gave up" in capsys.readouterr().out
 
 
@@ -66,7 +62,7 @@ def test_what_the_legs_say_is_said_there_alone(
     (tmp_path / "a.toml").write_text("stages = 2\n")
     assert (
         run(
-            FAKES,
+            MORTAL,
             "--legs",
             "torch:1f1b:2",
             "--config",
@@ -78,7 +74,7 @@ def test_what_the_legs_say_is_said_there_alone(
     )
     assert "a.toml: stages: not a setting of this command" in capsys.readouterr().err
     assert (
-        run(FAKES, "--legs", "torch:1f1b:2", "--warmup-steps", "3", "--out", tmp_path / "out") == 2
+        run(MORTAL, "--legs", "torch:1f1b:2", "--warmup-steps", "3", "--out", tmp_path / "out") == 2
     )
     assert "warmup_steps = 3 is more than steps = 2" in capsys.readouterr().err
 
@@ -97,6 +93,6 @@ def test_what_the_legs_say_is_said_there_alone(
 def test_wrong_legs_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], legs: str, message: str
 ) -> None:
-    assert run(FAKES, "--legs", legs, "--out", tmp_path / "out") == 2
+    assert run(MORTAL, "--legs", legs, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

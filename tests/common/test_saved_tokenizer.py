@@ -17,32 +17,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common import checkpoint
 from common.checkpoint.foreign.gpt2 import foreign_shapes
-from common.cli import convert, inference, main, numerics, train
-from common.cli.parser import Parser
-from common.harness.launch import ORACLE_MODULE, Implementation, run_jobs_in_worker
+from common.cli import convert, inference, main, train
+from common.harness.launch import ORACLE_MODULE, run_jobs_in_worker
 from common.report.result import RunResult
 from common.runtime.job import Job
 from common.runtime.oracle_worker import OracleEngine
 from common.runtime.text import write_text
 from common.spec.data import Corpus, load_corpus
-from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
+from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 from common.spec.text import read_texts
+from tests.program import MORTAL, SMALL, call, with_defaults
 
-ORACLES = {name: Implementation("fakes.mortal", "numpy", "") for name in FRAMEWORKS}
-SMALL = [
-    "--d-model",
-    "8",
-    "--d-ff",
-    "8",
-    "--context-length",
-    "8",
-    "--batch-size",
-    "4",
-    "--micro-batches",
-    "2",
-]
-SMALL += ["--dtype", "float64"]
-BYTE_PAIRS = [*SMALL, "--tokenizer", "bpe", "--vocab-size", "300"]
+BYTES = with_defaults(SMALL, ())
+BYTE_PAIRS = [*BYTES, "--tokenizer", "bpe", "--vocab-size", "300"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,13 +43,9 @@ def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def run(*argv: Any) -> int:
-    parser = Parser(prog="triptych")
-    subcommands = parser.add_subparsers(parser_class=Parser, prog="triptych")
-    train.register(subcommands, ORACLES)
-    inference.register(subcommands, ORACLES)
-    convert.register(subcommands, ORACLES)
-    numerics.register(subcommands)
-    return main._run(parser, list(map(str, argv)))
+    if argv[0] in ("dump", "bisect"):
+        return main.main(list(map(str, argv)))
+    return call(argv, MORTAL, train, inference, convert)
 
 
 def trained(folder: str, steps: int, *argv: Any) -> tuple[Path, list[float]]:
@@ -138,7 +121,7 @@ def test_evaluate_wants_the_text_or_another_one_by_name(capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_generate_needs_no_text(tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = SMALL if tokenizer == "bytes" else BYTE_PAIRS
+    argv = BYTES if tokenizer == "bytes" else BYTE_PAIRS
     saved, _ = trained("run", 2, *argv, "--corpus", "text")
     wish = (
         "generate",
@@ -238,7 +221,7 @@ def test_older_checkpoints_are_trained_anew_from_their_text_alone(
 def test_the_manual_of_another_python_is_another_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved, _ = trained("run", 1, *SMALL)
+    saved, _ = trained("run", 1, *BYTES)
     topics: dict[str, str] = pydoc_data.topics.topics
     monkeypatch.setitem(topics, "class", topics["class"] + "More in Python 3.99.")
     for subcommand in (
@@ -410,7 +393,7 @@ def test_children_read_no_text_and_train_no_tokenizer(tmp_path: Path) -> None:
 def test_a_run_is_dumped_again_with_its_own_text_or_not_at_all(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    argv = [*BYTE_PAIRS, "--corpus", "text", "--framework", "oracle"]
+    argv = [*BYTE_PAIRS, "--framework", "oracle"]
     for name, corpus in (("a", "text"), ("b", "other")):
         assert run("dump", *argv, "--corpus", corpus, "--out", f"{name}.safetensors") == 0
     refused(

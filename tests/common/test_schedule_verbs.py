@@ -251,7 +251,7 @@ def test_the_warm_up_of_interleaved_is_chosen_by_cost(
         "full": [],
         "short": ["--warm-up", "short"],
         "free": ["--warm-up", "auto"],
-        "slow": ["--warm-up", "auto", "--communication", "0.05", "--wrap-around", "every"],
+        "slow": ["--warm-up", "auto", "--communication", "0.05"],
     }.items():
         assert main([*line, *options, "--json"]) == 0
         peak[name] = json.loads(capsys.readouterr().out)["peak_in_flight_per_stage"][0]

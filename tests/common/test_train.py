@@ -15,29 +15,15 @@ import numpy as np
 import pytest
 
 from common import checkpoint
-from common.cli import main, train
-from common.cli.parser import Parser
+from common.cli import train
 from common.harness import launch
-from common.harness.launch import Implementation
 from common.report.result import RunResult
-from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec
+from common.spec.run import RunConfig, TrainSpec
+from tests.program import MORTAL, SMALL, call, with_defaults
 from tests.waiting import LONG_SECONDS, time_jumps, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-MORTAL = {name: Implementation("fakes.mortal", "numpy", "") for name in FRAMEWORKS}
-SMALL = [
-    "--d-model",
-    "8",
-    "--d-ff",
-    "8",
-    "--context-length",
-    "8",
-    "--batch-size",
-    "4",
-    "--micro-batches",
-    "2",
-]
-SMALL += ["--steps", "8", "--dropout", "0.1", "--dtype", "float64"]
+TRAINING = {**SMALL, "--steps": 8, "--dropout": 0.1}
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +35,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def run(*argv: Any) -> int:
-    parser = Parser(prog="triptych")
-    subcommands = parser.add_subparsers(parser_class=Parser, prog="triptych")
-    train.register(subcommands, MORTAL)
-    return main._run(parser, ["train", *SMALL, *map(str, argv)])
+    return call(["train", *with_defaults(TRAINING, argv)], MORTAL, train)
 
 
 def result(out: Path) -> RunResult:
@@ -289,8 +272,9 @@ def test_wrong_input_is_one_line_and_status_2(
         "--optimizer sgd --beta1 0.5": "--beta1 = 0.5: sgd has none; expected with "
         "--optimizer adamw",
         "--dropout 0 --dropout-masks native": "--dropout-masks = native: nothing is dropped",
-        "--fault kill@step=1 --fault kill@step=2": "--fault: 2 of them for 1 children; expected "
-        "--max-restarts 1",
+        "--fault kill@step=1 --fault kill@step=2": "--fault: 2 of them for 1 worker process; "
+        "expected --max-restarts 1",
+        "--keep 2 --keep 3": "--keep: given twice; expected once",
         f"--config {tmp_path / 'bench.toml'}": "bench.toml: repeats: not a setting of this command",
         f"--config {tmp_path / 'preset.toml'}": "preset.toml: preset = 'tinny': unknown; "
         "expected tiny",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from common.io.usage import UsageError
+
 NOTE = "note: "
 
 
-class ExchangeError(ValueError):
+class ExchangeError(UsageError):
     """A file that is not as it should be; its text is one line."""
 
 
