@@ -1,7 +1,7 @@
 """Why a step takes as long as it does: what every idle gap waits for, and the critical path.
 
-    device 0 F0*F1 ·  ·  BW0──*F2 BW1──        gap of device 0 from 2 to 4: BW0 waits for BW0 of
-    device 1 ·  F0*BW0──*...                   device 1; `*` marks the critical path
+    device 0 F0*F1 ·  ·  BW0── ·  BW1──*       the gap of device 0 from 2 to 4: BW0 waits for BW0
+    device 1 ·  F0*BW0──*F1*BW1──*·  ·         of device 1; `*` marks the critical path
 
 An action starts late for one reason only: the message that it waits for (`Table.awaited`). So a gap
 has one cause, and one chain of such causes leads from the end of the step back to its beginning:

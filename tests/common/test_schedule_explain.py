@@ -13,8 +13,8 @@ from common.schedule.explain import EXPLANATIONS, MEASURES
 from common.schedule.generators import GENERATORS, default_chunks, make_schedule
 from common.schedule.simulate import Costs, simulate
 
-SIZES = [(p, m) for p in (1, 2, 3, 4, 6) for m in (1, 2, 4, 5, 6, 7, 12, 13)]
-TIMES = [(1, 1, 1), (1, 1.2, 0.7), (1, 2, 1), (2, 1, 1), (1, 1, 2.5), (0.5, 1, 1), (1, 5, 3)]
+SIZES = [(p, m) for p in (1, 2, 3, 4, 6) for m in (1, 2, 5, 6, 8, 12)]
+TIMES = [(1, 1, 1), (1, 1.2, 0.7), (2, 1, 1), (1, 1, 2.5), (1, 5, 3)]
 
 
 def test_every_schedule_is_explained_in_five_lines() -> None:

@@ -11,7 +11,7 @@ from common.harness.probes import compare_probe
 from common.schedule.generators import default_chunks, make_schedule
 from tests.parity.ladder import config, expected, run_probes
 
-SCHEDULES = ("zb-h2", "interleaved", "zb-v")
+SCHEDULES = ("zb-h2", "interleaved", "zb-v", "dualpipev")
 
 
 def test_pytorchs_runtime_trains_with_our_files(tmp_path: Path) -> None:
