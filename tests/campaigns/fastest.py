@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +120,8 @@ def page(rows: Sequence[Row]) -> str:
         schedule = make_schedule(name, p, int(rows[0]["micro_batches"]), v)
         busy = 1 - simulate(schedule).bubble_fraction
         lines.append(f"| {p} | {name} | {v} | {busy:.2f} | {' | '.join(cells)} |")
-    lines += ["", f"Fastest: {'; '.join(map(words, best.values()))}.", "", legend(rows)]
+    fastest = f"Fastest: {'; '.join(map(words, best.values()))}."
+    lines += ["", *textwrap.wrap(fastest, 120), "", *textwrap.wrap(legend(rows), 120)]
     return "\n".join(lines)
 
 
