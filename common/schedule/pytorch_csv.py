@@ -106,7 +106,7 @@ def _read_cell(word: str) -> list[_Step]:
 
 
 def _read_step(word: str) -> _Step:
-    match = _STEP.fullmatch(word)
+    match = _STEP.fullmatch(word.strip())
     if match is None:
         raise ScheduleError(
             f"{printable(word)!r} is not an action; expected stage, F, I, W or B, and micro-batch, "

@@ -53,7 +53,7 @@ def test_overlapped_actions_and_any_placement() -> None:
         .splitlines()[1]
         .endswith("F1.1 (F3&BW1.1) (F2.1&BW0) BW2.1 (F3.1&BW1) BW3.1 B2 W2 B3 W3")
     )
-    assert read_schedule(format_csv(read)) == read
+    assert read_schedule(format_csv(read)) == read_schedule(text.replace(";", " ; ")) == read
     uneven = parse_schedule("placement: 0 1 3 | 2\nF0 F0.1 F0.2 BW0.2 BW0.1 BW0\nF0 BW0")
     assert read_schedule(format_csv(uneven)) == uneven
 
