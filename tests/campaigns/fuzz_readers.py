@@ -51,8 +51,9 @@ from common.report.machine import this_machine
 from common.report.result import Parity, ResultError, RunResult, Step
 from common.runtime.faults import Fault, FaultError
 from common.runtime.job import Job, JobFile
-from common.schedule.action import ScheduleError, format_schedule, parse_schedule
+from common.schedule.action import ScheduleError, format_schedule
 from common.schedule.generators import make_schedule
+from common.schedule.pytorch_csv import format_csv, read_schedule
 from common.schedule.simulate import simulate
 from common.schedule.validate import validate
 from common.spec.parameters import TensorKey, initial_weights
@@ -406,7 +407,7 @@ def _read_schedule_file(path: Path) -> object:
     for m in (1, 4):
         with contextlib.suppress(ScheduleError):
             found.append(make_schedule(f"file:{path}", 2, m))
-    schedule = parse_schedule(read_text(path), path.stem)
+    schedule = read_schedule(read_text(path), path.stem)
     if not validate(schedule):
         simulate(schedule)
     return found
@@ -418,6 +419,7 @@ def _valid_schedules() -> list[bytes]:
     return [format_schedule(make_schedule(*each)).encode() for each in asked] + [
         b"F1 F2 B1 B2\nF1 B1 F2 B2\n",
         b"0: F0 (F1&BW0) BW1\n1: F0 BW0 F1 BW1\n",
+        *(format_csv(make_schedule(name, 2, 4, 2)).encode() for name in ("zb-v", "dualpipev")),
         b"placement: 0 1 4 | 2 3\n0: F0 F0.1 F0.2 BW0.2 BW0.1 BW0\n1: F0 F0.1 BW0.1 BW0\n",
     ]
 
