@@ -213,8 +213,8 @@ EXPLANATIONS: dict[str, Explanation] = {
         "pair takes less than both (`--overlap`). It needs 2p micro-batches. Use it where a chunk "
         "waits for communication inside, as with experts on many devices.",
         (
-            Formula("bubble time", "(p-1) * F", "F == B == W"),
-            Formula("peak activations", "p + 1/2", "p > 1"),
+            Formula("bubble time", "(p-1) * F", "m >= 2*p and F == B == W"),
+            Formula("peak activations", "p + 1/2", "m >= 2*p"),
         ),
     ),
     "search": Explanation(
