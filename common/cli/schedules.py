@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
-from common.cli.numbers import positive
+from common.cli.numbers import natural, positive
 from common.io.bounded import read_stream, read_text
 from common.io.console import make_console, say
 from common.io.edges import number, printable, write_file
@@ -23,6 +23,7 @@ from common.schedule.action import (
     format_schedule,
     require_size,
 )
+from common.schedule.bound import lower_bound
 from common.schedule.controllable import why_not_v_min
 from common.schedule.draw import draw_color, draw_text
 from common.schedule.formulas import textbook
@@ -30,7 +31,8 @@ from common.schedule.generators import GENERATORS, SEARCH, default_chunks, make_
 from common.schedule.interleaved import interleaved
 from common.schedule.pytorch_csv import format_csv, read_schedule
 from common.schedule.recompute import WORDS
-from common.schedule.search import limits, lower_bound, search
+from common.schedule.search import ACTIONS_TO_TRY, CHUNKS, limits, search, shops
+from common.schedule.shop import Objective
 from common.schedule.simulate import (
     Costs,
     Simulation,
@@ -46,6 +48,11 @@ from common.schedule.why import explain_gaps
 EXIT_VIOLATIONS = 1
 INTERLEAVED = "interleaved"
 MEMORY_LIMIT = (2.0,)
+# Options of one schedule; where several are compared, of that one among them.
+OPTIONS_OF = {
+    SEARCH: ("memory_limit", "objective", "effort", "seed"),
+    INTERLEAVED: ("group_size", "warm_up"),
+}
 COST_OPTIONS = (
     *("forward", "backward_input", "backward_weight", "communication"),
     *("activation_bytes", "overlap"),
@@ -112,7 +119,10 @@ def add_size(parser: argparse.ArgumentParser) -> None:
     for option, metavar, kind, text in (
         ("--stages", "P", positive, "devices in the pipeline; a file says it itself"),
         ("--micro-batches", "M", positive, "of one optimizer step; a file says it itself"),
-        ("--chunks", "V", positive, "model chunks per device (the interleaved ones; default 2)"),
+        (
+            *("--chunks", "V", positive),
+            "model chunks per device (the interleaved ones; default 2); search: at most so many",
+        ),
         (
             *("--group-size", "N", positive),
             "interleaved: micro-batches that go through one chunk before the next one's turn "
@@ -123,6 +133,12 @@ def add_size(parser: argparse.ArgumentParser) -> None:
             "search: activations held at most, in units of 1f1b's peak; one number, or one per "
             "stage (default 2.0)",
         ),
+        (
+            *("--effort", "X", _effort),
+            "search: twice as much may take twice as long, and find a better one (default 1: some "
+            "seconds); never a matter of the clock, so the same on every machine",
+        ),
+        ("--seed", "N", natural, "search: another one tries other changes"),
     ):
         parser.add_argument(option, type=kind, metavar=metavar, help=text)
     parser.add_argument(
@@ -131,6 +147,12 @@ def add_size(parser: argparse.ArgumentParser) -> None:
         help="interleaved: full is Megatron-LM's; short runs stages - 1 - d forwards less on "
         "device d and holds less, but waits for every message; auto is short where that takes no "
         "longer with these costs (default full)",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=("plain", "warm"),
+        help="search: what is to be short, the plain step, or with a warm start the longest time "
+        "from a stage's first forward to its last action (default plain)",
     )
 
 
@@ -189,6 +211,13 @@ def _word(text: str) -> str:
     return f"file:{text}" if is_path and not is_known else text
 
 
+def _effort(text: str) -> float:
+    found = number(text)
+    if found is None or found <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number above 0")
+    return found
+
+
 def _share(text: str) -> float:
     found = number(text)
     if found is None or not 0 <= found <= 1:
@@ -245,15 +274,12 @@ def _size(arguments: argparse.Namespace) -> tuple[int, int]:
 
 def plan(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]:
     """Return the named schedule and the costs for it."""
-    if arguments.memory_limit is not None and name != SEARCH:
-        raise ScheduleError(
-            f"--memory-limit: only schedule {SEARCH} keeps to one; expected without it, or {SEARCH}"
-        )
-    for option in ("group_size", "warm_up"):
-        if getattr(arguments, option) is not None and name != INTERLEAVED:
-            raise ScheduleError(
-                f"--{option.replace('_', '-')}: only schedule {INTERLEAVED} has it, not {name}"
-            )
+    for owner, options in OPTIONS_OF.items():
+        for option in options:
+            if getattr(arguments, option) is not None and name != owner:
+                raise ScheduleError(
+                    f"--{option.replace('_', '-')}: only schedule {owner} has it, not {name}"
+                )
     if name.startswith("file:"):
         schedule = _read_schedule(name.removeprefix("file:"))
         sizes = {"stages": schedule.num_devices, "micro_batches": schedule.num_micro_batches}
@@ -271,17 +297,31 @@ def plan(name: str, arguments: argparse.Namespace) -> tuple[Schedule, Costs]:
                 f"schedule {SEARCH} does not plan for --recompute; expected a larger "
                 "--backward-input"
             )
-        if arguments.chunks not in (None, 1):
-            raise ScheduleError(f"schedule {SEARCH} has 1 chunk per device, not {arguments.chunks}")
         costs = _costs(arguments, stages)
-        most = limits(stages, micro_batches, arguments.memory_limit or MEMORY_LIMIT)
-        return search(stages, micro_batches, costs, most), costs
+        found = search(
+            *_question(arguments, costs),
+            actions_to_try=round((arguments.effort or 1.0) * ACTIONS_TO_TRY),
+            seed=arguments.seed or 0,
+        )
+        return found, costs
     chunks = default_chunks(name) if arguments.chunks is None else arguments.chunks
     schedule = make_schedule(name, stages, micro_batches, chunks)
     costs = _costs(arguments, stages, schedule)
     if name == INTERLEAVED:
         schedule = _interleaved(stages, micro_batches, chunks, costs, arguments)
+    if (make := GENERATORS[name].for_costs) is not None:
+        schedule = make(stages, micro_batches, costs)
     return schedule, costs
+
+
+def _question(
+    arguments: argparse.Namespace, costs: Costs
+) -> tuple[int, int, Costs, list[float], Sequence[int], Objective]:
+    """What `search` and `shops` ask for."""
+    p, m = _size(arguments)
+    most = limits(p, m, arguments.memory_limit or MEMORY_LIMIT)
+    chunks = range(1, (arguments.chunks or max(CHUNKS)) + 1)
+    return p, m, costs, most, chunks, arguments.objective or "plain"
 
 
 def _interleaved(p: int, m: int, v: int, costs: Costs, arguments: argparse.Namespace) -> Schedule:
@@ -413,7 +453,9 @@ def _note_v_min(schedule: Schedule, costs: Costs) -> None:
 
 def _simulated(schedule: Schedule, costs: Costs) -> Simulation:
     _note_v_min(schedule, costs)
-    return simulate(schedule, costs, wrap_around=PUBLISHED_WRAP_AROUND)
+    # The search counts every message, as a run does.
+    rule: WrapAround = "every" if schedule.name == SEARCH else PUBLISHED_WRAP_AROUND
+    return simulate(schedule, costs, wrap_around=rule)
 
 
 def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -436,18 +478,18 @@ def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, 
         result["peak_chunks_in_flight_per_stage"] = simulation.peak_chunks_in_flight_per_stage
     if simulation.peak_bytes_per_stage is not None:
         result["peak_bytes_per_stage"] = simulation.peak_bytes_per_stage
-    if simulation.table.trusted_wrap_arounds.any() and max(costs.communication) > 0:
+    trusts = schedule.name != SEARCH and simulation.table.trusted_wrap_arounds.any()
+    if trusts and max(costs.communication) > 0:
         every = simulate(schedule, costs, check=False)
         result["wrap_around"] = PUBLISHED_WRAP_AROUND
         result["bubble_fraction_every_wrap_around"] = every.bubble_fraction
     if arguments.schedule == SEARCH:
-        limit = limits(
-            schedule.num_devices, schedule.num_micro_batches, arguments.memory_limit or MEMORY_LIMIT
-        )
-        bound = lower_bound(schedule.num_micro_batches, costs, limit)
+        question = _question(arguments, costs)
+        bound = min(map(lower_bound, shops(*question)))
         busy = float(costs.per_micro_batch.mean()) * schedule.num_micro_batches
-        result["memory_limit_per_stage"] = [_whole(each) for each in limit]
-        result["warm_start_bubble_fraction_bound"] = 1 - busy / bound if bound else 0.0
+        result["memory_limit_per_stage"] = [_whole(each) for each in question[3]]
+        prefix = "warm_start_" if arguments.objective == "warm" else ""
+        result[f"{prefix}bubble_fraction_bound"] = 1 - busy / bound if bound else 0.0
     return result
 
 
@@ -508,10 +550,9 @@ def _side_by_side(arguments: argparse.Namespace, names: Sequence[str]) -> int:
         fixed = GENERATORS[name].chunks if name in GENERATORS else None
         # --chunks is meant for those that can have any number of them.
         alone.chunks = fixed if fixed is not None else arguments.chunks
-        if SEARCH in names and name != SEARCH:  # so is --memory-limit
-            alone.memory_limit = None
-        if INTERLEAVED in names and name != INTERLEAVED:
-            alone.group_size = alone.warm_up = None
+        for owner, options in OPTIONS_OF.items():
+            if owner in names and name != owner:
+                vars(alone).update(dict.fromkeys(options))
         try:
             planned.append((*plan(name, alone), alone))
         except ScheduleError as error:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,6 @@ from common.schedule.interleaved import (
     rows,
 )
 from common.schedule.pytorch_csv import read_schedule
-from common.schedule.search import limits, search
 from common.schedule.simulate import Costs
 from common.schedule.zero_bubble import zb_h1, zb_h2, zb_v
 
@@ -59,13 +59,18 @@ def gpipe(p: int, m: int) -> Schedule:
     return Schedule("gpipe", rows(p, [range(m)], 1, lambda d: m), m)
 
 
-def _searched(p: int, m: int) -> Schedule:
+SEARCH = "search"
+ACTIONS_TO_TRY = 500_000  # of a search at the start of a run: at most a second or so
+
+
+@functools.cache  # a run asks for its schedule more than once
+def _searched(p: int, m: int, v: int) -> Schedule:
     """The search's schedule for F = B = W and twice 1F1B's memory; for other costs `triptych
     simulate` writes a file."""
-    return search(p, m, Costs.uniform(p), limits(p, m, [2.0]))
+    # Imported late: a search starts from the other schedules of this file.
+    from common.schedule.search import limits, search
 
-
-SEARCH = "search"
+    return search(p, m, Costs.uniform(p), limits(p, m, [2.0]), [v], actions_to_try=ACTIONS_TO_TRY)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,10 @@ class Generator:
     make: Callable[[int, int, int], Schedule]
     """(p, m, v) -> schedule"""
     chunks: int | None = 1
+    usual_chunks: int = 2
+    """Of those that can have any number."""
+    for_costs: Callable[[int, int, Costs], Schedule] | None = None
+    """(p, m, costs) -> the same schedule, made to suit the costs."""
 
 
 GENERATORS: dict[str, Generator] = {
@@ -87,12 +96,21 @@ GENERATORS: dict[str, Generator] = {
     "interleaved-zb": Generator(interleaved_zb, chunks=None),
     "zb-h1": Generator(lambda p, m, v: zb_h1(p, m)),
     "zb-h2": Generator(lambda p, m, v: zb_h2(p, m)),
-    "zb-v": Generator(lambda p, m, v: zb_v(p, m), chunks=2),
+    "zb-v": Generator(lambda p, m, v: zb_v(p, m), chunks=2, for_costs=zb_v),
     "v-half": Generator(lambda p, m, v: v_half(p, m), chunks=2),
     "v-min": Generator(lambda p, m, v: v_min(p, m), chunks=2),
     "dualpipev": Generator(lambda p, m, v: dualpipev(p, m), chunks=2),
-    SEARCH: Generator(lambda p, m, v: _searched(p, m)),
+    SEARCH: Generator(_searched, chunks=None, usual_chunks=1),
 }
+
+
+def named_schedules(p: int, m: int, v: int, costs: Costs) -> Iterator[Schedule]:
+    """Yield all schedules that exist for this size, but for the searched one."""
+    for name, generator in GENERATORS.items():
+        if name != SEARCH and generator.chunks in (None, v):
+            with contextlib.suppress(ScheduleError):  # some need more micro-batches
+                for_costs = generator.for_costs
+                yield for_costs(p, m, costs) if for_costs else generator.make(p, m, v)
 
 
 def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
@@ -131,7 +149,8 @@ def default_chunks(name: str) -> int:
             ScheduleError
         ):  # `make_schedule` will say what is wrong with the file
             return _read(Path(name.removeprefix("file:"))).num_chunks
-    return (GENERATORS[name].chunks or 2) if name in GENERATORS else 1
+    known = GENERATORS.get(name)
+    return (known.chunks or known.usual_chunks) if known else 1
 
 
 def _from_file(path: Path, p: int, m: int, chunks: int) -> Schedule:

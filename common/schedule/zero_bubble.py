@@ -8,9 +8,13 @@ put off. What that costs is memory: an activation is held, in part, until its W.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from common.schedule.action import Action, Op, Schedule
+from common.schedule.fill import TARGETS, fill
 from common.schedule.interleaved import rows
+from common.schedule.shop import Shop
+from common.schedule.simulate import Costs
 
 
 def zb_h1(p: int, m: int) -> Schedule:
@@ -44,13 +48,16 @@ def zb_h2(p: int, m: int) -> Schedule:
     return Schedule("zb-h2", found, m)
 
 
-def zb_v(p: int, m: int) -> Schedule:
+def zb_v(p: int, m: int, costs: Costs | None = None) -> Schedule:
     """Place two chunks per device in a V: down with the first, back up with the second.
 
     Qi et al. 2024, section 6. Device 0 holds the first and the last part of the model, so that the
     first backward comes back to it early. When F = B = W and no hop costs anything, the bubble
     counted from each device's own first forward is 0 (for m >= 2p), and every device holds 2p
     chunks at most, which is p whole stages: 1F1B's peak.
+
+    For other costs the order of F and B stays, and every W goes where it leaves least idle time
+    from each device's own first forward on, with no more memory (`common.schedule.fill`).
 
         device 0 F0── F1── F2── F0.1 B0.1 W0.1 F1.1 B1.1 W1.1 F3── B0── W0── F2.1 B2.1 W2.1 B1── W1── F3.1 B3.1 ...
         device 1 ·    F0── F0.1 F1── F1.1 B0.1 W0.1 F2── B0── W0── F2.1 B1.1 W1.1 F3── B1── W1── F3.1 B2.1 W2.1 ...
@@ -59,9 +66,20 @@ def zb_v(p: int, m: int) -> Schedule:
     # no dependency.
     full = max(m, 2 * p - 1)
     rows = (_zb_v_row(p, full, device) for device in range(p))
-    return Schedule(
+    schedule = Schedule(
         "zb-v", tuple(tuple(a for a in row if a.micro_batch < m) for row in rows), m, 2, "vee"
     )
+    if costs is None or costs.recompute != Costs.recompute:
+        return schedule
+    shop = Shop(p, m, 2, "vee", costs, [float(p)] * p, "warm")
+    order = shop.rows(schedule)
+    # A large one gets fewer targets, so that a schedule of a million actions takes seconds.
+    filled = fill(shop, order, min(TARGETS, 1_000_000 // shop.num_actions))
+    if filled is None or shop.value(order, shop.play(order)) <= shop.value(
+        filled, shop.play(filled)
+    ):
+        return schedule
+    return replace(schedule, devices=shop.schedule(filled).devices)
 
 
 def _zb_v_row(p: int, m: int, device: int) -> list[Action]:

@@ -25,12 +25,13 @@ TIMES = [f"--{key.replace('_', '-')}={value}" for key, value in ROW["millisecond
     [
         (
             "draw --schedule 1f1b --stages 2 --micro-batches 2 --memory-limit 3",
-            "only schedule search keeps to one",
+            "--memory-limit: only schedule search has it, not 1f1b",
         ),
         (
-            "simulate --stages 2 --micro-batches 2 --schedule 1f1b --memory-limit 3",
-            "only schedule search",
+            "simulate --stages 2 --micro-batches 2 --schedule 1f1b,zb-h1 --objective warm",
+            "--objective: only schedule search has it, not 1f1b",
         ),
+        ("draw zb-v --stages 2 --micro-batches 2 --seed 1", "--seed: only schedule search has it"),
         (
             "simulate --schedule 1f1b --stages 2 --micro-batches 2 --kept-for-recompute 0.3",
             "expected with --recompute",
@@ -181,10 +182,24 @@ def test_simulate_writes_a_searched_schedule_that_reads_back(
     )
     assert validate(parse_schedule(path.read_text())) == []
     assert max(found["peak_memory_per_stage"]) <= 4.5
-    assert found["warm_start_bubble_fraction"] >= found["warm_start_bubble_fraction_bound"] - 1e-12
+    assert found["bubble_fraction"] >= found["bubble_fraction_bound"] - 1e-12
     again = simulated(capsys, "--schedule", f"file:{path}", *costs)
     assert again["makespan"] == found["makespan"]
     assert main(["validate", str(path)]) == 0
+
+
+def test_search_takes_an_objective_and_at_most_so_many_chunks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["search", *SIZE, *TIMES, "--memory-limit", "1", "--effort", "0.02"]
+    plain = simulated(capsys, *options)
+    warm = simulated(capsys, *options, "--objective", "warm", "--seed", "3")
+    one = simulated(capsys, *options, "--chunks", "1")
+    assert plain["makespan"] <= min(warm["makespan"], one["makespan"])
+    assert warm["warm_start_bubble_fraction"] <= plain["warm_start_bubble_fraction"]
+    assert (plain["chunks"], one["chunks"]) == (2, 1)
+    assert one["bubble_fraction_bound"] > plain["bubble_fraction_bound"] >= 0
+    assert "bubble_fraction_bound" not in warm and warm["warm_start_bubble_fraction_bound"] >= 0
 
 
 def test_validate_lists_violations(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -293,7 +308,8 @@ def test_recomputation_is_timed_for_schedules_in_files_too(
         ["simulate", "--schedule", "1f1b", *SIZE, "--forward", "-1"],
         ["simulate", "--schedule", "zb-v", *SIZE, "--chunks", "3"],
         ["simulate", "--schedule", "search", *SIZE, "--memory-limit", "0.1"],
-        ["simulate", "--schedule", "search", *SIZE, "--chunks", "2"],
+        ["simulate", "--schedule", "search", *SIZE, "--effort", "0"],
+        ["simulate", "--schedule", "search", *SIZE, "--objective", "cold"],
         ["simulate", "--schedule", "1f1b", *SIZE, "--recompute", "every"],
         [
             "simulate",
