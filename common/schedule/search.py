@@ -72,14 +72,13 @@ def search(
     """
     pipelines = shops(p, m, costs, memory_limit, chunks, objective)
     bounds = {shop: lower_bound(shop) for shop in pipelines}
-    fitting = [
+    named = [
         schedule
-        for v in chunks
-        if costs.num_stages in (p, p * v)
+        for v in sorted({shop.v for shop in pipelines})
         for schedule in named_schedules(p, m, v, costs)
-        if _fits(schedule, costs, memory_limit)
     ]
-    starts = [(shop, rows) for shop in pipelines for rows in _starts(shop, actions_to_try)]
+    fitting = [schedule for schedule in named if _fits(schedule, costs, memory_limit)]
+    starts = [(shop, rows) for shop in pipelines for rows in _starts(shop, named, actions_to_try)]
     starts.sort(key=lambda start: start[0].value(start[1], start[0].play(start[1])))
     searches = [Tabu(shop, rows, seed) for shop, rows in starts[:WIDTH]]
     width = WIDTH
@@ -147,13 +146,13 @@ def limits(p: int, m: int, memory_limit: Sequence[float]) -> list[float]:
     return [min(limit * min(p, m), m) for limit in each]
 
 
-def _starts(shop: Shop, actions_to_try: int) -> Iterator[Rows]:
+def _starts(shop: Shop, named: Sequence[Schedule], actions_to_try: int) -> Iterator[Rows]:
     """Yield orders that fit: [1], each also as [2] has it. Few for a size that takes long."""
     layouts = actions_to_try // shop.num_actions
     orders: list[Rows | None] = [
         shop.rows(schedule)
-        for schedule in named_schedules(shop.p, shop.m, shop.v, shop.costs)
-        if schedule.placement == shop.shape.placement or shop.v == 1
+        for schedule in named
+        if (schedule.num_chunks, schedule.parts) == (shop.v, shop.shape.parts)
     ]
     orders += [greedy(shop, *knobs) for knobs in GREEDY[: max(1, layouts // 20)]]
     for rows in orders:
