@@ -24,7 +24,7 @@ from common.harness.restarts import Trained, Training
 from common.io.console import make_console, say
 from common.io.usage import UsageError
 from common.report.machine import git_commit, this_machine
-from common.report.progress import ProgressView, progress_view
+from common.report.progress import PlainProgress, progress_view
 from common.report.result import Parity, RunResult, measured
 from common.runtime.faults import Fault
 from common.runtime.outcome import Outcome
@@ -219,7 +219,7 @@ def _check_room(directory: Path, resume: Path | None) -> None:
 
 
 def run_training(
-    training: Training, view: ProgressView, stopped: Callable[[], bool], name: str | None = None
+    training: Training, view: PlainProgress, stopped: Callable[[], bool], name: str | None = None
 ) -> Trained:
     """Train and show the progress under this name (default: the run in words)."""
     name, end = name or describe(training.config), training.stop_at or training.config.train.steps

@@ -30,7 +30,7 @@ from common.report.collect import collect
 from common.report.facts import fallbacks, parity_verdict
 from common.report.machine import Machine, git_commit, this_machine
 from common.report.names import variant_of
-from common.report.progress import ProgressView, progress_view
+from common.report.progress import PlainProgress, progress_view
 from common.report.result import IS_ORACLE, Parity, RunResult, measured
 from common.runtime.job import Job
 from common.runtime.outcome import Outcome
@@ -139,7 +139,7 @@ class _Session:
     command: str
     folder: Path
     implementations: Mapping[str, Implementation]
-    view: ProgressView
+    view: PlainProgress
     stopped: Callable[[], bool]
     started: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
     machine: Machine = field(default_factory=this_machine)

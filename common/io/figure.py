@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
 import warnings
+from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,3 +32,35 @@ def log_y(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.0e}")
     axes.yaxis.set_minor_formatter("")
+
+
+def inline_svg(figure: Figure, themed: Mapping[str, str], titles: Sequence[str] = ()) -> str:
+    """Return the figure as an `<svg>` for the middle of an HTML page.
+
+    Its letters are text in the page's font. `themed` maps a colour (`#d1495b`) to the CSS variable
+    that a page may set in its place, as for dark mode. `titles` are shown over the paths of the
+    groups (`gid`) named "titled", in order.
+    """
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(file, format="svg")
+    text = file.getvalue()
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.S
+    )
+    over = iter(titles)
+
+    def with_titles(group: re.Match[str]) -> str:
+        return re.sub(r"/>", lambda _: f"><title>{escape(next(over))}</title></path>", group[0])
+
+    text = re.sub(r'<g id="titled">.*?</g>', with_titles, text, flags=re.S)
+    # A page has several pictures: names that Matplotlib counts from 1 would not be unique in it.
+    # Those of clip paths and markers are digests, and used.
+    text = re.sub(r' id="(?:\w+\.)?(?:titled|[a-z0-9A-Z]+_\d+)"', "", text)
+    text = re.sub(r' xmlns(?::\w+)?="[^"]*"| version="1.1"| transform="rotate\(-0 [^"]*"', "", text)
+    text = re.sub(r" ?font-family: [^;\"]*;?", "", text)
+    for color, name in themed.items():
+        text = text.replace(color, f"var(--{name}, {color})")
+    return re.sub(r"\s+", " ", text)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from common.report.collect import Collection
 from common.report.statistics import Ratio, speed_ratio
-from common.report.tables import Row, seconds_per_token
+from common.report.tables import KIND, Row, seconds_per_token
 
 LEGEND = (
     "Ratio: our tokens/s over the baseline's, with a 95 % bootstrap interval, paired by repeat; "
@@ -35,40 +36,21 @@ def baseline_ratios(collection: Collection) -> list[BaselineRatio]:
     """Return every ranked row of ours with every ranked baseline of the same framework, precision
     and benchmark.
     """
-    pairs = list(zip(collection.rows, collection.groups, strict=True))
     found = []
-    for ours, group in pairs:
-        for baseline, baseline_group in pairs:
-            if not (
-                ours.executor == "table"
-                and ours.ranked
-                and baseline.ranked
-                and _is_baseline_of(ours, baseline)
-            ):
-                continue
-            ratio = speed_ratio(
-                seconds_per_token(group.results), seconds_per_token(baseline_group.results)
-            )
-            if ratio is not None:
-                found.append(BaselineRatio(ours, baseline, ratio))
+    for ours, group in collection.pairs:
+        for baseline, baseline_group in collection.pairs:
+            if ours.executor == "table" and ours.ranked and _is_baseline_of(ours, baseline):
+                ratio = speed_ratio(
+                    seconds_per_token(group.results), seconds_per_token(baseline_group.results)
+                )
+                found += [BaselineRatio(ours, baseline, ratio)] if ratio else []
     return found
 
 
 def _is_baseline_of(ours: Row, baseline: Row) -> bool:
-    alike = (
-        "framework",
-        "dtype",
-        "track",
-        "source",
-        "recompute",
-        "dropout",
-        "sequence_lengths",
-        "drift",
-    )
-    if any(getattr(ours, name) != getattr(baseline, name) for name in alike):
-        return False
-    same = all(
-        getattr(ours, name) == getattr(baseline, name)
-        for name in ("schedule", "stages", "chunks", "micro_batches")
-    )
-    return baseline.executor == "plain" or (baseline.executor == "native" and same)
+    def alike(names: Iterable[str]) -> bool:
+        return all(getattr(ours, name) == getattr(baseline, name) for name in names)
+
+    sizes = ("schedule", "stages", "chunks", "micro_batches")
+    fits = baseline.executor == "plain" or (baseline.executor == "native" and alike(sizes))
+    return baseline.ranked and fits and alike(KIND)

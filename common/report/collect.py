@@ -11,6 +11,7 @@ from common.io.edges import printable
 from common.report.compare import judge_together, oracle_config
 from common.report.result import ResultError, RunResult
 from common.report.tables import Row, make_rows
+from common.report.timing import Timing
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class RowRuns:
         return by_speed[(len(by_speed) - 1) // 2] if by_speed else None
 
     @property
+    def timing(self) -> Timing | None:
+        """The timing of the repeat that is shown."""
+        return self.shown.result.timing if self.shown else None
+
+    @property
     def trained(self) -> RunResult | None:
         """The first repeat that ended well; its losses stand for those of all."""
         return next((result for result in self.results if result.status == "ok"), None)
@@ -69,6 +75,10 @@ class Collection:
         ]
 
     @property
+    def pairs(self) -> list[tuple[Row, RowRuns]]:
+        return list(zip(self.rows, self.groups, strict=True))
+
+    @property
     def results(self) -> list[RunResult]:
         return [result for group in self.groups for result in group.results]
 
@@ -79,7 +89,7 @@ class Collection:
         for run in self.oracles:
             if run.result.status != "ok":
                 lines.append(f"oracle: {_ended(run)}; --no-parity goes without it")
-        for row, group in zip(self.rows, self.groups, strict=True):
+        for row, group in self.pairs:
             for run in group.runs:
                 name = f"{row.name} repeat {run.result.repeat}" if len(group.runs) > 1 else row.name
                 if run.result.status != "ok":

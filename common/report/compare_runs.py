@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from common.report.collect import Collection, RowRuns
+from common.report.collect import Collection
+from common.report.grid import Grid
 from common.report.statistics import (
     LEAST_REPEATS,
     LEAST_STEPS,
@@ -18,7 +17,7 @@ from common.report.statistics import (
     is_enough,
     speed_ratio,
 )
-from common.report.tables import Row, seconds_per_token
+from common.report.tables import Row, number, seconds_per_token
 
 NOT_COMPARED = "not compared"
 
@@ -86,8 +85,8 @@ class ComparedRuns:
 
 def compare_collections(before: Collection, after: Collection) -> ComparedRuns:
     """Match rows by their whole configuration."""
-    old = {group.results[0].config: (row, group) for row, group in _pairs(before)}
-    new = {group.results[0].config: (row, group) for row, group in _pairs(after)}
+    old = {group.results[0].config: (row, group) for row, group in before.pairs}
+    new = {group.results[0].config: (row, group) for row, group in after.pairs}
     changes = []
     for config in old.keys() & new.keys():
         (row, group), (after_row, after_group) = old[config], new[config]
@@ -105,10 +104,6 @@ def compare_collections(before: Collection, after: Collection) -> ComparedRuns:
         only_after=tuple(row.name for config, (row, _) in new.items() if config not in old),
         notes=tuple(_notes(before, after)),
     )
-
-
-def _pairs(collection: Collection) -> list[tuple[Row, RowRuns]]:
-    return list(zip(collection.rows, collection.groups, strict=True))
 
 
 def _notes(before: Collection, after: Collection) -> list[str]:
@@ -133,22 +128,19 @@ def _notes(before: Collection, after: Collection) -> list[str]:
 
 
 def print_comparison(compared: ComparedRuns, console: Console) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("row", "tokens/s A", "tokens/s B", "B / A [95 %]", "verdict"):
-        table.add_column(
-            title, justify="left" if title in ("row", "verdict") else "right", no_wrap=True
-        )
-    for change in compared.changes:
-        ratio = change.ratio
-        table.add_row(
+    cells = [
+        [
             change.name,
-            _throughput(change.before),
-            _throughput(change.after),
-            Text("" if ratio is None else ratio.text(".3f")),
+            number(change.before.tokens_per_second, ",.0f"),
+            number(change.after.tokens_per_second, ",.0f"),
+            change.ratio.text(".3f") if change.ratio else "",
             change.verdict,
-            style="red" if change.broke or change.verdict == "slower" else None,
-        )
-    console.print(table)
+        ]
+        for change in compared.changes
+    ]
+    styles = ["red" if c.broke or c.verdict == "slower" else "" for c in compared.changes]
+    titles = ("row", "tokens/s A", "tokens/s B", "B / A [95 %]", "verdict")
+    console.print(Grid(titles, cells, ("row", "verdict"), styles).rich())
     _print_names("only in A", compared.only_before, console)
     _print_names("only in B", compared.only_after, console)
     for note in compared.notes:
@@ -158,7 +150,3 @@ def print_comparison(compared: ComparedRuns, console: Console) -> None:
 def _print_names(what: str, names: Sequence[str], console: Console) -> None:
     if names:
         console.print(f"{what}: {', '.join(names)}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _throughput(row: Row) -> str:
-    return "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"

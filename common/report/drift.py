@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from common.io.edges import write_file
 from common.io.figure import log_y, new_figure
+from common.report.grid import Grid
 from common.report.plots import DPI, ORACLE_COLOR
 from common.report.zoo import (
     AVERAGED_STEPS,
@@ -118,29 +117,26 @@ def summary(zoo: Zoo) -> str:
 
 
 def print_zoo(zoo: Zoo, console: Console) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    titles = (
-        "habit",
-        "framework",
-        "dtype",
-        "first failure",
-        *(f"cost at {n}" for n in zoo.steps),
-        "held-out",
-    )
-    for title in titles:
-        table.add_column(title, justify="left" if title in titles[:4] else "right", no_wrap=True)
-    for row in zoo.rows:
-        cells = (
-            row.name,
-            row.framework,
-            row.dtype,
-            describe(row),
-            *(cost(row, n) for n in zoo.steps),
-            _held_out(row),
-        )
-        table.add_row(*map(Text, cells), style=None if row.verdict in GOOD else "red")
-    console.print(table)
+    grid = _grid(zoo)
+    console.print(grid.without(["whose"]).rich())
     console.print(summary(zoo), highlight=False, soft_wrap=True)
+
+
+def _grid(zoo: Zoo, titled: bool = False) -> Grid:
+    """`titled`: say in words what a habit is, and whose, in its first row."""
+    titles = ["habit", "whose", "framework", "dtype", "first failure"]
+    cells, shown = [], set()
+    for row in zoo.rows:
+        is_first = titled and row.name not in shown
+        shown.add(row.name)
+        name = f"`{row.name}`: {row.title}" if is_first else f"`{row.name}`" if titled else row.name
+        whose = (row.default_of or "a common mistake") if is_first else ""
+        costs = [cost(row, n) for n in zoo.steps]
+        words = [name, whose, row.framework, row.dtype, describe(row)]
+        cells.append([*words, *costs, _held_out(row)])
+    styles = ["" if row.verdict in GOOD else "red" for row in zoo.rows]
+    costs = [f"cost at {n}" for n in zoo.steps]
+    return Grid([*titles, *costs, "held-out"], cells, titles, styles)
 
 
 def write_page(zoo: Zoo, folder: Path) -> None:
@@ -152,27 +148,6 @@ def write_page(zoo: Zoo, folder: Path) -> None:
 
 def page(zoo: Zoo) -> str:
     model, train = zoo.config.model, zoo.config.train
-    head = [
-        "habit",
-        "whose",
-        "framework",
-        "dtype",
-        "first failure",
-        *(f"cost at {n}" for n in zoo.steps),
-        "held-out",
-    ]
-    lines = [
-        f"| {' | '.join(head)} |",
-        f"| {' | '.join(['---'] * 5)} |" + " ---: |" * (len(zoo.steps) + 1),
-    ]
-    shown: set[str] = set()
-    for row in zoo.rows:
-        name = f"`{row.name}`: {row.title}" if row.name not in shown else f"`{row.name}`"
-        whose = (row.default_of or "a common mistake") if row.name not in shown else ""
-        shown.add(row.name)
-        costs = [cost(row, n) for n in zoo.steps]
-        cells = [name, whose, row.framework, row.dtype, describe(row), *costs, _held_out(row)]
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     about = [
         f"- Command: `{zoo.command}`",
         f"- Machine: {zoo.machine}",
@@ -189,7 +164,7 @@ def page(zoo: Zoo) -> str:
     ]
     parts = [
         INTRODUCTION + f"{summary(zoo)[0].upper()}{summary(zoo)[1:]}.",
-        "\n".join(lines),
+        _grid(zoo, titled=True).markdown().strip(),
         LEGEND,
         "![How far the loss is from the baseline's](images/drift.png)",
         "The picture: the absolute difference of the loss from the baseline's, "

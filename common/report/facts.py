@@ -68,9 +68,7 @@ def parity_verdict(collection: Collection) -> Verdict:
 
 def timing_note(collection: Collection) -> str:
     """Say how close the simulator comes, and why no closer."""
-    timings = [
-        g.shown.result.timing for g in collection.groups if g.shown and g.shown.result.timing
-    ]
+    timings = [group.timing for group in collection.groups if group.timing]
     if not timings:
         return ""
     differences = [abs(timing.step_difference) for timing in timings]
@@ -86,7 +84,7 @@ def timing_note(collection: Collection) -> str:
         f"{max(overhead):+.1%} (measured over "
         f"replayed), actions that do not all take the same {min(spread):+.1%} to "
         f"{max(spread):+.1%} (replayed over "
-        f"simulated). {TIMING_LEGEND}"
+        "simulated)."
     )
 
 

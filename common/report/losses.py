@@ -19,6 +19,7 @@ class LossCurve:
     """Empty where there was none."""
     limit: float
     """Of the relative difference, by the row's precision."""
+    first_step: int = 0
 
     @property
     def differences(self) -> tuple[float, ...]:
@@ -38,6 +39,6 @@ def loss_curves(collection: Collection) -> list[LossCurve]:
             oracle=tuple(step.loss for step in group.oracle.steps) if group.oracle else (),
             limit=LIMITS["loss_curve"][trained.config.train.dtype],
         )
-        for row, group in zip(collection.rows, collection.groups, strict=True)
+        for row, group in collection.pairs
         if (trained := group.trained)
     ]

@@ -1,90 +1,123 @@
-"""Pictures of a report, as PNG: loss curves, throughput, where the time goes, sweeps."""
+"""The pictures of a report: losses, throughput, where the time goes, sweeps.
+
+Each is drawn once, for its PNG file and for the page.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
 
 from common.io.figure import log_y, new_figure
 from common.report.collect import Collection
-from common.report.losses import LossCurve
-from common.report.sweep import Curve
-
-if TYPE_CHECKING:
-    pass
+from common.report.losses import LossCurve, loss_curves
+from common.report.sweep import Axis, Curve
 
 FRAMEWORK_COLORS = {"torch": "#d1495b", "tensorflow": "#e8a33d", "paddle": "#3b7dd8"}
 ORACLE_COLOR = "#8a8f98"
+RANGE_COLOR = "#30343b"
 PART_COLORS = {
     "compute": "#4f9d69",
     "communication wait": "#8e6bbf",
     "schedule wait": "#b8bec9",
-    "host": "#d1495b",
+    "host": "#d9534f",
     "rest": "#c99a3f",
 }
-DASHES = ("-", "--", ":", "-.")
-DPI = 130
+DPI = 160
+WIDTH_INCHES = 6.4
+"""Narrow, so that letters stay legible where a phone shrinks the picture."""
 
 
-def draw_losses(curves: Sequence[LossCurve], path: Path) -> None:
+def pictures(collection: Collection, swept: Mapping[Axis, Sequence[Curve]]) -> dict[str, Figure]:
+    """Return the figures of a report by the names of their files, where there is something to
+    draw.
+    """
+    with matplotlib.rc_context(
+        {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        found = {f"sweep_{axis}": draw_sweep(curves) for axis, curves in swept.items()}
+        if losses := loss_curves(collection):
+            found["loss"] = draw_losses(losses)
+        if any(row.tokens_per_second for row in collection.rows):
+            found["throughput"] = draw_throughput(collection)
+        if any(group.timing for group in collection.groups):
+            found["time_split"] = draw_time_split(collection)
+    return found
+
+
+def line_styles(frameworks: Sequence[str]) -> list[dict[str, Any]]:
+    """Return each line's colour, by framework, and its dashes, unlike those of all others of its
+    colour: solid, then a dash and one dot, a dash and two dots ...
+    """
+    seen: Counter[str] = Counter()
+    styles = []
+    for framework in frameworks:
+        dashes = (0, (5, 1.5) + (1, 1.5) * seen[framework]) if seen[framework] else "-"
+        styles.append({"color": FRAMEWORK_COLORS[framework], "linestyle": dashes})
+        seen[framework] += 1
+    return styles
+
+
+def draw_losses(curves: Sequence[LossCurve]) -> Figure:
     """Draw all losses, and below them their relative difference from the oracle, with the limit."""
-    figure = new_figure(8.0, 6.0)
+    columns = 2 if max(len(curve.name) for curve in curves) < 36 else 1
+    figure = new_figure(WIDTH_INCHES, 4.4 + 0.16 * (len(curves) / columns + 1))
     above, below = figure.subplots(2, 1, sharex=True)
-    for number, curve in enumerate(curves):
-        color, dash = FRAMEWORK_COLORS[curve.framework], DASHES[number % len(DASHES)]
-        above.plot(range(len(curve.losses)), curve.losses, dash, color=color, label=curve.name)
+    for oracle, first in {(curve.oracle, curve.first_step) for curve in curves if curve.oracle}:
+        steps = range(first, first + len(oracle))
+        above.plot(steps, oracle, "o", color=ORACLE_COLOR, markersize=5, label="oracle")
+    for curve, style in zip(curves, line_styles([c.framework for c in curves]), strict=True):
+        steps = range(curve.first_step, curve.first_step + len(curve.losses))
+        above.plot(steps, curve.losses, **style, linewidth=1.5, label=curve.name)
         if curve.differences:
-            # The same double has no place on a logarithmic axis; it stands at half of the smallest
+            # The same double has no place on a logarithmic axis: it stands at half of the smallest
             # possible difference.
-            shown = [
-                max(difference, sys.float_info.epsilon / 2) for difference in curve.differences
-            ]
-            below.plot(range(len(shown)), shown, dash, color=color)
-    for oracle in {curve.oracle: curve for curve in curves if curve.oracle}:
-        above.plot(range(len(oracle)), oracle, ".", color=ORACLE_COLOR, label="oracle")
+            shown = [max(each, sys.float_info.epsilon / 2) for each in curve.differences]
+            below.plot(steps, shown, **style, linewidth=1.5)
     for limit in sorted({curve.limit for curve in curves if curve.differences}):
-        below.axhline(limit, color=ORACLE_COLOR, linewidth=0.8)
-        below.annotate(f"limit {limit:g}", (0, limit), fontsize=7, va="bottom")
+        below.axhline(limit, color=RANGE_COLOR, linewidth=0.9)
+        below.annotate(f"limit {limit:g}", (curves[0].first_step, limit), va="bottom")
+    below.margins(y=0.12)  # room for the words at the limit
     above.set_ylabel("loss per token")
     log_y(below)
-    below.set_ylabel("relative difference from the oracle")
+    below.set_ylabel("relative difference\nfrom the oracle")
     below.set_xlabel("step")
-    above.legend(fontsize=7)
-    figure.savefig(path, dpi=DPI)
+    below.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside lower left", ncols=columns, frameon=False)
+    return figure
 
 
-def draw_throughput(collection: Collection, path: Path) -> None:
+def draw_throughput(collection: Collection) -> Figure:
     """Draw a bar per measured row, with its steps' 10th to 90th percentile; pale if not ranked."""
     rows = [row for row in collection.rows if row.tokens_per_second and row.step_ms_median]
-    figure = new_figure(8.0, 0.34 * len(rows) + 1.0)
+    figure = new_figure(WIDTH_INCHES, 0.26 * len(rows) + 0.7)
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        value = row.tokens_per_second or 0.0
-        slow, fast = (
-            value * (row.step_ms_median or 1) / (each or row.step_ms_median or 1)
-            for each in (row.step_ms_p90, row.step_ms_p10)
-        )
-        axes.barh(
-            place, value, color=FRAMEWORK_COLORS[row.framework], alpha=1.0 if row.ranked else 0.3
-        )
-        axes.plot([slow, fast], [place, place], color="#30343b", linewidth=1.5)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+        speed, alpha = row.tokens_per_second or 0.0, 1.0 if row.ranked else 0.3
+        axes.barh(place, speed, color=FRAMEWORK_COLORS[row.framework], alpha=alpha)
+        axes.plot(row.throughput_range, [place, place], color=RANGE_COLOR, linewidth=1.5)
+        beside = axes.get_yaxis_transform()  # x: a share of the axes' width
+        axes.text(1.01, place, f"{speed:,.0f}", transform=beside, va="center")
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s, with the 10th to 90th percentile of the steps")
-    figure.savefig(path, dpi=DPI)
+    return figure
 
 
-def draw_time_split(collection: Collection, path: Path) -> None:
+def draw_time_split(collection: Collection) -> Figure:
     """Draw every stage's mean step time, stacked by its parts."""
     bars = [
         (f"{row.name}, stage {device}", time)
-        for row, group in zip(collection.rows, collection.groups, strict=True)
-        if group.shown and group.shown.result.timing
-        for device, time in group.shown.result.timing.stages.items()
+        for row, group in collection.pairs
+        if group.timing
+        for device, time in group.timing.stages.items()
     ]
-    figure = new_figure(8.0, 0.26 * len(bars) + 1.3)
+    figure = new_figure(WIDTH_INCHES, 0.22 * len(bars) + 1.0)
     axes = figure.subplots()
     for place, (_, time) in enumerate(bars):
         left = 0.0
@@ -92,31 +125,25 @@ def draw_time_split(collection: Collection, path: Path) -> None:
             width = float(getattr(time, part.replace(" ", "_"))) * 1e3
             axes.barh(place, width, left=left, color=color, label=part if place == 0 else None)
             left += width
-    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
     axes.invert_yaxis()
     axes.set_xlabel("ms of the mean step")
-    figure.legend(loc="outside lower right", ncols=len(PART_COLORS), fontsize=7, frameon=False)
-    figure.savefig(path, dpi=DPI)
+    figure.legend(loc="outside lower right", ncols=len(PART_COLORS), frameon=False)
+    return figure
 
 
-def draw_sweep(curves: Sequence[Curve], path: Path) -> None:
+def draw_sweep(curves: Sequence[Curve]) -> Figure:
     """Draw throughput over the swept axis; the ideal is dotted, the knee has a ring."""
-    figure = new_figure(8.0, 4.5)
+    figure = new_figure(WIDTH_INCHES, 3.8 + 0.18 * len(curves))
     axes = figure.subplots()
-    for number, curve in enumerate(curves):
-        color = FRAMEWORK_COLORS[curve.framework]
-        axes.plot(
-            curve.x,
-            curve.tokens_per_second,
-            "o" + DASHES[number % 2],
-            color=color,
-            label=curve.name,
-            markersize=4,
-        )
+    for curve, style in zip(curves, line_styles([c.framework for c in curves]), strict=True):
+        color = style["color"]
+        speed = curve.tokens_per_second
+        axes.plot(curve.x, speed, **style, marker="o", markersize=4, label=curve.name)
         axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.12, linewidth=0)
         axes.plot(curve.x, curve.ideal, ":", color=color, linewidth=1)
         if curve.knee is not None:
-            at = curve.tokens_per_second[curve.x.index(curve.knee)]
+            at = speed[curve.x.index(curve.knee)]
             axes.plot([curve.knee], [at], "o", markersize=11, fillstyle="none", color=color)
     axes.set_xscale("log", base=2)
     ticks = sorted({x for curve in curves for x in curve.x})
@@ -125,6 +152,6 @@ def draw_sweep(curves: Sequence[Curve], path: Path) -> None:
     axes.set_xlabel(curves[0].axis.replace("_", "-"))
     axes.set_ylabel("tokens/s")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7)
-    axes.set_title("dotted: the first point scaled by the ideal; ring: the knee", fontsize=8)
-    figure.savefig(path, dpi=DPI)
+    axes.set_title("dotted: the first point scaled by the ideal; ring: the knee")
+    figure.legend(loc="outside lower left", frameon=False)
+    return figure

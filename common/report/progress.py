@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Protocol
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,35 +12,42 @@ PLAIN_SECONDS = 10.0
 """Seconds between two lines of one run if there is no terminal."""
 
 
-class ProgressView(Protocol):
-    """Told about runs one after the other."""
-
-    def __enter__(self) -> ProgressView: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-    def start(self, name: str, steps: int) -> None: ...
-
-    def step(self, step: int, loss: float) -> None: ...
-
-    def finish(self, summary: str) -> None: ...
-
-
-def progress_view(console: Console, runs: int) -> ProgressView:
-    """Return the live bar for a terminal, else plain lines."""
-    return LiveProgress(console, runs) if console.is_terminal else PlainProgress(console, runs)
-
-
-class LiveProgress:
-    """Two bars: the runs, and the steps of the present one with its framework, schedule and loss."""  # noqa: E501
+class PlainProgress:
+    """One line as a run starts, one every few seconds while it trains, one as it ends."""
 
     def __init__(self, console: Console, runs: int) -> None:
-        self.console = console
+        self.console, self.runs = console, runs
+        self.started, self.name, self.steps, self.shown = 0, "", 0, 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def start(self, name: str, steps: int) -> None:
+        """Note that the next run begins."""
+        self.started, self.name, self.steps = self.started + 1, name, steps
+        self.shown = time.monotonic()
+        self._line(f"[{self.started}/{self.runs}] {name}: {steps} steps")
+
+    def step(self, step: int, loss: float) -> None:
+        """Note that the run has done a step, counted from 0."""
+        if time.monotonic() - self.shown >= PLAIN_SECONDS:
+            self.shown = time.monotonic()
+            self._line(f"      {self.name}: step {step + 1} of {self.steps}, loss {loss:.4f}")
+
+    def finish(self, summary: str) -> None:
+        """Note how the run ended."""
+        self._line(f"      {summary}")
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class LiveProgress(PlainProgress):
+    """Two bars: the runs, and the steps of the present one with its loss."""
+
+    def __init__(self, console: Console, runs: int) -> None:
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -54,16 +60,11 @@ class LiveProgress:
         self.all = self.bars.add_task("runs", total=runs, note="")
         self.one = self.bars.add_task("", total=1, note="", visible=False)
 
-    def __enter__(self) -> LiveProgress:
+    def __enter__(self) -> Self:
         self.bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bars.stop()
 
     def start(self, name: str, steps: int) -> None:
@@ -77,39 +78,6 @@ class LiveProgress:
         self.bars.advance(self.all)
 
 
-class PlainProgress:
-    """One line as a run starts, one every few seconds while it trains, one as it ends."""
-
-    def __init__(self, console: Console, runs: int) -> None:
-        self.console, self.runs = console, runs
-        self.started, self.name, self.steps, self.shown = 0, "", 0, 0.0
-
-    def __enter__(self) -> PlainProgress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-    def start(self, name: str, steps: int) -> None:
-        self.started, self.name, self.steps, self.shown = (
-            self.started + 1,
-            name,
-            steps,
-            time.monotonic(),
-        )
-        self._line(f"[{self.started}/{self.runs}] {name}: {steps} steps")
-
-    def step(self, step: int, loss: float) -> None:
-        if time.monotonic() - self.shown >= PLAIN_SECONDS:
-            self.shown = time.monotonic()
-            self._line(f"      {self.name}: step {step + 1} of {self.steps}, loss {loss:.4f}")
-
-    def finish(self, summary: str) -> None:
-        self._line(f"      {summary}")
-
-    def _line(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+def progress_view(console: Console, runs: int) -> PlainProgress:
+    """Return the live bar for a terminal, else plain lines."""
+    return LiveProgress(console, runs) if console.is_terminal else PlainProgress(console, runs)

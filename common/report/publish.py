@@ -13,10 +13,9 @@ from common.report.baselines import baseline_ratios
 from common.report.collect import Collection
 from common.report.facts import parity_verdict
 from common.report.html import write_html
-from common.report.losses import loss_curves
 from common.report.markdown import markdown_report
+from common.report.sections import sections
 from common.report.sweep import Axis, Curve, curves
-from common.report.timeline import TRACE, timelines, write_timelines
 
 AXES: tuple[Axis, ...] = ("micro_batches", "stages")
 
@@ -31,15 +30,12 @@ def publish(collection: Collection, folder: Path, sweep: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "table.csv", tables.csv_table(collection.rows))
     write_file(folder / "summary.json", json.dumps(_summary(collection, swept), indent=1) + "\n")
-    write_file(folder / "report.md", markdown_report(collection, swept))
-    write_html(collection, swept, folder / "report.html")
-    _pictures(collection, swept, folder)
-    for group in collection.groups:
-        # What a benchmark in another folder has already is left as it is.
-        if group.shown and (
-            group.shown.folder.parent == folder or not (group.shown.folder / TRACE).exists()
-        ):
-            write_timelines(timelines(group.shown.result), group.shown.folder)
+    figures = plots.pictures(collection, swept)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=plots.DPI)
+    shown = sections(collection, swept)
+    write_file(folder / "report.md", markdown_report(collection, shown, figures))
+    write_html(collection, shown, figures, folder / "report.html")
 
 
 def sweeps(collection: Collection) -> dict[Axis, list[Curve]]:
@@ -64,15 +60,3 @@ def _summary(collection: Collection, swept: dict[Axis, list[Curve]]) -> dict[str
             asdict(curve) | {"knee": curve.knee} for found in swept.values() for curve in found
         ],
     }
-
-
-def _pictures(collection: Collection, swept: dict[Axis, list[Curve]], folder: Path) -> None:
-    losses = loss_curves(collection)
-    if losses:
-        plots.draw_losses(losses, folder / "loss.png")
-    if any(row.tokens_per_second for row in collection.rows):
-        plots.draw_throughput(collection, folder / "throughput.png")
-    if any(group.shown and group.shown.result.timing for group in collection.groups):
-        plots.draw_time_split(collection, folder / "time_split.png")
-    for axis, found in swept.items():
-        plots.draw_sweep(found, folder / f"sweep_{axis}.png")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.report.statistics import LEAST_REPEATS, LEAST_STEPS, TOO_FEW
-from common.report.tables import Row
+from common.report.tables import KIND, Row
 
 KNEE_GAIN = 0.10
 
@@ -93,22 +93,17 @@ def curves(rows: Sequence[Row], axis: Axis) -> list[Curve]:
         efficiency = [
             ideal_efficiency(axis, row.stages, row.micro_batches, row.batch_size) for row in same
         ]
-        both = list(zip(throughput, same, strict=True))
+        low, high = zip(*(row.throughput_range for row in same), strict=True)
+        words = same[0].name.split()
         found.append(
             Curve(
-                name=" ".join(
-                    word for word in same[0].name.split() if not word.startswith(_MARK[axis])
-                ),
+                name=" ".join(word for word in words if not word.startswith(_MARK[axis])),
                 framework=same[0].framework,
                 axis=axis,
                 x=tuple(int(getattr(row, axis)) for row in same),
                 tokens_per_second=tuple(throughput),
-                low=tuple(
-                    speed * _over(row.step_ms_median, row.step_ms_p90) for speed, row in both
-                ),
-                high=tuple(
-                    speed * _over(row.step_ms_median, row.step_ms_p10) for speed, row in both
-                ),
+                low=low,
+                high=high,
                 ideal=tuple(throughput[0] * each / efficiency[0] for each in efficiency),
                 is_judged=all(
                     row.repeats >= LEAST_REPEATS and row.timed_steps >= LEAST_STEPS for row in same
@@ -121,21 +116,7 @@ def curves(rows: Sequence[Row], axis: Axis) -> list[Curve]:
 _MARK = {"micro_batches": "m=", "stages": "p="}
 
 
-def _over(above: float | None, below: float | None) -> float:
-    return above / below if above and below else 1.0
-
-
 def _shared(row: Row, axis: Axis) -> tuple[object, ...]:
     """What the rows of one curve have in common."""
-    sizes = (
-        "schedule",
-        "stages",
-        "chunks",
-        "micro_batches",
-        "executor",
-        "track",
-        "dtype",
-        "source",
-    )
-    names = ("framework", *sizes, "recompute", "dropout", "sequence_lengths", "drift")
+    names = ("schedule", "stages", "chunks", "micro_batches", "executor", *KIND)
     return tuple(getattr(row, name) for name in names if name != axis)

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
 
+from common.report.grid import Grid
 from common.report.names import dropout_words, variant
 from common.report.result import RunResult
 from common.report.statistics import (
@@ -94,6 +93,14 @@ class Row:
         return 0 < self.gpus < self.stages
 
     @property
+    def throughput_range(self) -> tuple[float, float]:
+        """Tokens/s if every step took its 90th percentile, and its 10th; unknown: its median."""
+        speed, median = self.tokens_per_second or 0.0, self.step_ms_median or 1.0
+        return speed * median / (self.step_ms_p90 or median), speed * median / (
+            self.step_ms_p10 or median
+        )
+
+    @property
     def ranked(self) -> bool:
         """Whether the throughput counts: every repeat ended well and none trained something else."""  # noqa: E501
         return self.status == "ok" and self.parity not in ("FAIL", "not comparable")
@@ -125,6 +132,19 @@ class Row:
             if self.is_baseline
             else Ratio(self.ratio, self.ratio_low, self.ratio_high).verdict
         )
+
+
+KIND = (
+    "framework",
+    "dtype",
+    "track",
+    "source",
+    "recompute",
+    "dropout",
+    "sequence_lengths",
+    "drift",
+)
+"""Fields that rows share which train the same in one framework."""
 
 
 def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
@@ -256,7 +276,7 @@ class Column:
     keep: int = 0
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
@@ -273,7 +293,7 @@ def _ratio(row: Row) -> str:
     if row.parity in ("FAIL", "not comparable"):
         return "not ranked"
     if row.ratio is None or row.is_baseline:
-        return _number(row.ratio, ".2f")
+        return number(row.ratio, ".2f")
     return Ratio(row.ratio, row.ratio_low, row.ratio_high).text()
 
 
@@ -306,17 +326,17 @@ COLUMNS: tuple[Column, ...] = (
     Column("drift", lambda row: row.drift or "none", numeric=False),
     Column("status", lambda row: row.status, numeric=False),
     Column("parity", lambda row: row.parity, numeric=False),
-    Column("final loss", lambda row: _number(row.final_loss, ".5f"), keep=8),
-    Column("held-out loss", lambda row: _number(row.held_out_loss, ".5f"), keep=2),
-    Column("tokens/s", lambda row: _number(row.tokens_per_second, ",.0f")),
+    Column("final loss", lambda row: number(row.final_loss, ".5f"), keep=8),
+    Column("held-out loss", lambda row: number(row.held_out_loss, ".5f"), keep=2),
+    Column("tokens/s", lambda row: number(row.tokens_per_second, ",.0f")),
     Column("ratio [95 %]", _ratio, keep=10),
     Column("verdict", lambda row: row.verdict, numeric=False, keep=9),
     Column("step ms [p10, p90]", _step, keep=7),
-    Column("first step s", lambda row: _number(row.first_step_seconds, ".2f"), keep=6),
+    Column("first step s", lambda row: number(row.first_step_seconds, ".2f"), keep=6),
     Column("bubble / sim.", _bubble, keep=5),
-    Column("sim. step", lambda row: _number(row.simulated_step_difference, "+.1%"), keep=4),
-    Column("peak MB", lambda row: _number(row.peak_memory_mb, ",.0f"), keep=4),
-    Column("held MB", lambda row: _number(row.held_activation_mb, ",.1f"), keep=3),
+    Column("sim. step", lambda row: number(row.simulated_step_difference, "+.1%"), keep=4),
+    Column("peak MB", lambda row: number(row.peak_memory_mb, ",.0f"), keep=4),
+    Column("held MB", lambda row: number(row.held_activation_mb, ",.1f"), keep=3),
 )
 
 LEGEND = (
@@ -370,53 +390,41 @@ def by_track(rows: Sequence[Row]) -> dict[str, list[Row]]:
     }
 
 
+def grid(rows: Sequence[Row], columns: Sequence[Column] | None = None) -> Grid:
+    """Return the table of these columns (default: `columns_for` the rows)."""
+    columns = columns_for(rows) if columns is None else columns
+    return Grid(
+        [column.title for column in columns],
+        [[column.cell(row) for column in columns] for row in rows],
+        {column.title for column in columns if not column.numeric},
+        [_style(row) for row in rows],
+    )
+
+
+def _style(row: Row) -> str:
+    unjudged = row.status == "skipped" or (row.status == "ok" and row.parity == "not comparable")
+    return "" if row.ranked else ("dim" if unjudged else "red")
+
+
 def print_table(rows: Sequence[Row], console: Console) -> bool:
     """Print the table, and note it if columns were left out because the terminal is too narrow."""
-    columns = columns_for(rows)
-    table = _rich_table(rows, columns)
-    dropped = False
-    while _width(table, console) > console.width and any(column.keep for column in columns):
-        least = min((column for column in columns if column.keep), key=lambda column: column.keep)
-        columns.remove(least)
-        table, dropped = _rich_table(rows, columns), True
-    console.print(table)
-    return dropped
-
-
-def _width(table: Table, console: Console) -> int:
-    """Return the columns that the unfolded table needs."""
-    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-
-
-def _rich_table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        title = Text(column.title.replace("micro-", "micro- ").replace(" ", "\n", 1))
-        table.add_column(title, justify="right" if column.numeric else "left", no_wrap=True)
-    for row in rows:
-        unjudged = row.status == "skipped" or (
-            row.status == "ok" and row.parity == "not comparable"
+    columns, dropped = columns_for(rows), False
+    unfolded = console.options.update(max_width=10_000)
+    while True:
+        table = grid(rows, columns).rich(fold_titles=True)
+        needed = Measurement.get(console, unfolded, table).maximum
+        least = min(
+            (each for each in columns if each.keep), key=lambda each: each.keep, default=None
         )
-        style = None if row.ranked else ("dim" if unjudged else "red")
-        table.add_row(*(Text(column.cell(row)) for column in columns), style=style)
-    return table
+        if needed <= console.width or least is None:
+            console.print(table)
+            return dropped
+        columns.remove(least)
+        dropped = True
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    columns = columns_for(rows)
-    lines = [
-        "| " + " | ".join(column.title for column in columns) + " |",
-        "| " + " | ".join("---:" if column.numeric else "---" for column in columns) + " |",
-    ]
-    lines += [
-        "| " + " | ".join(in_cell(column.cell(row)) for column in columns) + " |" for row in rows
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def in_cell(text: str) -> str:
-    """Escape text for a cell of a Markdown table: a bar would end the cell."""
-    return text.replace("|", "\\|")
+    return grid(rows).markdown()
 
 
 def csv_table(rows: Sequence[Row]) -> str:

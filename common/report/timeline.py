@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from common.io.edges import write_file
 from common.report.result import RunResult
 from common.report.timing import executed, executed_schedule, simulated
@@ -32,14 +34,23 @@ def timelines(result: RunResult) -> dict[str, Simulation]:
     return {_title(config.framework, kind, chart): chart for kind, chart in charts.items()}
 
 
-def write_timelines(charts: Mapping[str, Simulation], folder: Path) -> None:
-    """Write `timeline.png`, `timeline.svg` and `trace.json` into `folder`, if any charts."""
-    if not charts:
-        return
-    draw_pictures(
-        charts, *(folder / name for name in PICTURES), time_label="ms since the step's first action"
-    )
+def draw_timelines(charts: Mapping[str, Simulation], folder: Path | None) -> Figure:
+    """Return the picture; write it into `folder` as PNG and SVG, beside `trace.json`."""
+    label = "ms since the step's first action"
+    if folder is None:
+        return draw_pictures(charts, time_label=label)
     write_file(folder / TRACE, json.dumps(chrome_traces(charts)))
+    return draw_pictures(charts, *(folder / name for name in PICTURES), time_label=label)
+
+
+def hints(simulation: Simulation) -> list[str]:
+    """Return each action of a picture in words, in the order in which it is drawn."""
+    table, found = simulation.table, []
+    for row in range(table.num_rows):
+        start, end = float(simulation.start[row]), float(simulation.end[row])
+        place = f"{table.action(row)} on device {table.device[row]}"
+        found.append(f"{place}: {start:.2f} to {end:.2f} ms ({end - start:.2f} ms)")
+    return found
 
 
 def _title(framework: str, kind: str, chart: Simulation) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from common.io.figure import new_figure
@@ -45,8 +46,11 @@ def draw_pictures(
     *paths: str | Path,
     time_label: str = "time",
     why: bool = False,
-) -> None:
-    """Write charts to every path, one below the other with titles and one common time axis."""
+) -> Figure:
+    """Write charts to every path, one below the other with titles and one common time axis.
+
+    Return the figure: one axes a chart, whose first collection is its actions in the table's order.
+    """
     simulations = list(charts.values())
     makespan = max(simulation.makespan for simulation in simulations)
     room = max(sim.makespan / _shortest(sim) for sim in simulations) * INCHES_PER_ACTION
@@ -74,6 +78,7 @@ def draw_pictures(
     )
     for path in paths:
         figure.savefig(path, dpi=130)
+    return figure
 
 
 def _draw(axes: Axes, simulation: Simulation, points_per_unit: float, why: bool) -> None:

@@ -14,7 +14,7 @@ import pytest
 from common.report.statistics import Summary, speed_ratio, summarize
 from common.report.sweep import curves, ideal_efficiency
 from common.report.tables import Row
-from common.report.timeline import write_timelines
+from common.report.timeline import draw_timelines
 from common.report.timing import executed, measure, simulated
 from common.runtime.job import EventRecord
 from common.schedule.action import Schedule
@@ -198,7 +198,7 @@ def test_a_timeline_has_both_charts_and_an_arrow_per_message(tmp_path: Path) -> 
     assert timing is not None
     charts = {"measured": executed(schedule, events), "simulated": simulated(schedule, timing)}
     assert charts["measured"].start == pytest.approx(charts["simulated"].start)
-    write_timelines(charts, tmp_path)
+    draw_timelines(charts, tmp_path)
     trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     actions = [event for event in trace if event["ph"] == "X"]
     pids = {action["pid"] for action in actions}

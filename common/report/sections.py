@@ -1,0 +1,172 @@
+"""What a report shows, section by section: made once, written as Markdown and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from common.report import baselines, tables
+from common.report.collect import Collection
+from common.report.facts import TIMING_LEGEND, timing_note
+from common.report.grid import Grid
+from common.report.plots import PART_COLORS
+from common.report.sweep import Axis, Curve
+from common.report.timeline import timelines
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it, in the order of the fields."""
+
+    name: str
+    title: str
+    lead: str = ""
+    grid: Grid | None = None
+    picture: str = ""
+    """The name of its file, without `.png`."""
+    details: Grid | None = None
+    lines: Sequence[str] = ()
+    note: str = ""
+
+
+def sections(collection: Collection, swept: Mapping[Axis, Sequence[Curve]]) -> list[Section]:
+    """Return the sections that have something to show."""
+    tracks = tables.by_track(collection.rows)
+    found = []
+    for track, rows in tracks.items():
+        is_last = track == list(tracks)[-1]
+        found.append(
+            Section(
+                f"throughput-{track}",
+                "Throughput" if list(tracks) == ["matched"] else f"Throughput, {track}",
+                grid=tables.grid(rows),
+                picture="throughput" if is_last else "",
+                note=tables.LEGEND if is_last else "",
+            )
+        )
+    if ratios := baselines.baseline_ratios(collection):
+        cells = [[r.ours.name, r.baseline.name, r.ratio.text(), r.ratio.verdict] for r in ratios]
+        titles = ("ours", "baseline", "ratio [95 %]", "verdict")
+        grid = Grid(titles, cells, ("ours", "baseline", "verdict"))
+        found.append(Section("baselines", "Against the baselines", "", grid, note=baselines.LEGEND))
+    found.append(Section("parity", "Parity and loss", "", _parity(collection), "loss", note=PARITY))
+    if any(group.timing for group in collection.groups):
+        found.append(
+            Section(
+                "timing",
+                "Measured against simulated",
+                timing_note(collection),
+                _timing(collection),
+                "time_split",
+                _stages(collection),
+                note=TIMING_LEGEND,
+            )
+        )
+    for axis, curves in swept.items():
+        words, name = [curve.sentence for curve in curves], axis.replace("_", "-")
+        note = f"{IDEAL}{' x p' if axis == 'stages' else ''}{LEFT_OUT}"
+        title, picture = f"Throughput over {name}", f"sweep_{axis}"
+        found.append(Section(f"sweep-{name}", title, "", None, picture, None, words, note))
+    if any(group.shown for group in collection.groups):
+        found.append(Section("memory", "Memory", "", _memory(collection), note=MEMORY))
+    return found
+
+
+PARITY = (
+    "Worst error of each check as a share of its limit, against the float64 NumPy oracle; 100 % "
+    "would fail."
+)
+IDEAL = "Dotted: the first point scaled by the ideal, m / (m + p - 1) for equal micro-batches"
+LEFT_OUT = ", which leaves out that small micro-batches compute less efficiently."
+MEMORY = (
+    "In flight: chunks of micro-batches whose forward has run and whose backward has not, at "
+    "most, as the executor counted and as the simulator says. Held activations: bytes of tensors "
+    "kept for the backward, so that threads and processes compare. Peak: the resident size of the "
+    "process, under its first device (threads of one process share it); on CUDA the allocator's "
+    "peak of the device. MB: 10^6 bytes."
+)
+
+
+def _parity(collection: Collection) -> Grid:
+    """Per row and check the worst error over its limit, over all repeats."""
+    checks: dict[str, None] = {}
+    for result in collection.results:
+        checks |= dict.fromkeys(result.parity.margins)
+    cells, styles = [], []
+    for row, group in collection.pairs:
+        parities = [result.parity for result in group.results]
+        worst = [
+            max((p.margins[check] for p in parities if check in p.margins), default=None)
+            for check in checks
+        ]
+        tensors = max(parity.tensors for parity in parities)
+        reason = next((parity.reason for parity in parities if parity.reason), "")
+        margins = ["" if margin is None else f"{margin:.2%}" for margin in worst]
+        cells.append([row.name, row.parity or "not run", str(tensors or ""), *margins, reason])
+        styles.append("red" if row.parity == "FAIL" else "")
+    titles = ["row", "parity", "tensors", *(check.replace("_", " ") for check in checks), "reason"]
+    grid = Grid(titles, cells, ("row", "parity", "reason"), styles)
+    return grid if any(line[-1] for line in cells) else grid.without(["reason"])
+
+
+def _timing(collection: Collection) -> Grid:
+    """Red where the simulated step is more than 5 % off."""
+    titles = (
+        "row", "pipeline ms", "simulated ms", "replayed ms", "bubble", "simulated bubble",
+        "step ms", "simulated step ms", "difference", "hop ms",
+    )  # fmt: skip
+    cells, styles = [], []
+    for row, group in collection.pairs:
+        if (t := group.timing) is None:
+            continue
+        seconds = (
+            t.measured_pipeline_seconds, t.simulated_pipeline_seconds, t.replayed_pipeline_seconds,
+            t.measured_step_seconds, t.simulated_step_seconds,
+        )  # fmt: skip
+        pipeline, simulated, replayed, step, simulated_step = (f"{s * 1e3:,.1f}" for s in seconds)
+        bubbles = [f"{t.measured_bubble_fraction:.1%}", f"{t.simulated_bubble_fraction:.1%}"]
+        steps = [step, simulated_step, f"{t.step_difference:+.1%}", f"{t.hop_seconds * 1e3:.2f}"]
+        cells.append([row.name, pipeline, simulated, replayed, *bubbles, *steps])
+        styles.append("" if abs(t.step_difference) <= 0.05 else "red")
+    return Grid(titles, cells, ("row",), styles)
+
+
+def _stages(collection: Collection) -> Grid:
+    """Where each stage's step goes, in numbers."""
+    cells = []
+    for row, group in collection.pairs:
+        for device, time in group.timing.stages.items() if group.timing else ():
+            parts = [getattr(time, part.replace(" ", "_")) for part in PART_COLORS]
+            shares = [f"{each * 1e3:,.1f} ({each / time.total:.0%})" for each in parts]
+            cells.append([row.name, str(device), *shares, f"{time.total * 1e3:,.1f}"])
+    return Grid(
+        ["row", "stage", *(f"{part} ms" for part in PART_COLORS), "sum ms"], cells, ("row",)
+    )
+
+
+def _memory(collection: Collection) -> Grid:
+    """One line per row and device, red where the executor held more or fewer than the simulator
+    says; what was not counted is empty.
+    """
+    cells, styles = [], []
+    for row, group in collection.pairs:
+        if group.shown is None:
+            continue
+        result = group.shown.result
+        charts = list(timelines(result).values())
+        planned = charts[-1].peak_chunks_in_flight_per_stage if charts else []
+        for device in range(result.config.stages):
+            counted = result.in_flight_peak.get(device)
+            expected = planned[device] if planned else None
+            held = result.held_activation_peak_bytes.get(device)
+            peak = result.peak_memory_bytes.get(device)
+            numbers = [
+                tables.number(counted, "d"),
+                tables.number(expected, "d"),
+                tables.number(held and held / 1e6, ",.1f"),
+                tables.number(peak and peak / 1e6, ",.0f"),
+            ]
+            cells.append([row.name, str(device), *numbers])
+            styles.append("" if None in (counted, expected) or counted == expected else "red")
+    titles = ("row", "device", "in flight", "simulated", "held activations MB", "peak memory MB")
+    return Grid(titles, cells, ("row",), styles)
