@@ -24,8 +24,18 @@ from types import ModuleType
 from common.checkpoint import CheckpointError
 from common.checkpoint.foreign.child import check_size, checked
 from common.checkpoint.foreign.errors import ExchangeError
+from common.report.grid import Grid
 from common.spec.parameters import initial_weights
-from tests.campaigns.fuzz_readers import MODEL, Random, Reader, bounded, mutated, try_one
+from tests.campaigns.fuzz_readers import (
+    KINDS,
+    MODEL,
+    Random,
+    Reader,
+    bounded,
+    kind_of,
+    mutated,
+    try_one,
+)
 
 FILES = {
     "torch_impl": "weights.pt",
@@ -51,11 +61,8 @@ def importer(module: str) -> Reader:
     def attack(folder: Path, rng: Random) -> Callable[[], object]:
         valid = (folder / rng.choice(["float32", "float64"]) / name).read_bytes()
         path = folder / name
-        path.write_bytes(
-            _inside_zip(valid, rng)
-            if valid[:2] == b"PK" and rng.random() < 0.7
-            else _near(valid, rng)
-        )
+        damaged = _inside_zip if valid[:2] == b"PK" and rng.random() < 0.7 else _near
+        path.write_bytes(damaged(valid, rng))
 
         def read() -> object:
             check_size(path, MODEL)
@@ -82,9 +89,9 @@ def _inside_zip(data: bytes, rng: Random) -> bytes:
         chosen = pickled if rng.random() < 0.7 else rng.choice(names)
         for name in names:
             content = source.read(name)
-            made.writestr(
-                name, mutated(content, rng, text=rng.random() < 0.5) if name == chosen else content
-            )
+            if name == chosen:
+                content = mutated(content, rng, text=rng.random() < 0.5)
+            made.writestr(name, content)
     return target.getvalue()
 
 
@@ -99,10 +106,8 @@ def run_some(module: str, seed: int, numbers: range) -> None:
         with bounded(MEMORY_BYTES):
             for n in numbers:
                 print(json.dumps([n, None]), flush=True)
-                print(
-                    json.dumps([n, try_one(reader, folder, Random(f"{seed} {reader.name} {n}"))]),
-                    flush=True,
-                )
+                came = try_one(reader, folder, Random(f"{seed} {reader.name} {n}"))
+                print(json.dumps([n, came]), flush=True)
 
 
 def run_all(module: str, seed: int, inputs: int) -> tuple[Counter[str], list[str]]:
@@ -110,42 +115,32 @@ def run_all(module: str, seed: int, inputs: int) -> tuple[Counter[str], list[str
     counts: Counter[str] = Counter()
     findings: list[str] = []
     first = 0
+
+    def note(reached: int, came: str) -> None:
+        counts[kind_of(came)] += 1
+        if kind_of(came) == "findings":
+            findings.append(f"{module}, input {reached}: {came}")
+            print(findings[-1], flush=True)
+
     while first < inputs:
         end = min(first + INPUTS_PER_PROCESS, inputs)
-        argv = [
-            "--module",
-            module,
-            "--seed",
-            str(seed),
-            "--first",
-            str(first),
-            "--inputs",
-            str(end),
-        ]
-        command = [sys.executable, "-m", "tests.campaigns.fuzz_importers", *argv]
+        options = f"--module {module} --seed {seed} --first {first} --inputs {end}"
+        command = [sys.executable, "-m", "tests.campaigns.fuzz_importers", *options.split()]
         reached = None
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as child:
             assert child.stdout is not None
             for line in child.stdout:
-                if not line.startswith("["):
-                    continue
-                reached, came = json.loads(line)
-                if came is not None:
-                    counts[came if came in ("taken", "refused") else "findings"] += 1
-                    first = reached + 1
-                    if came not in ("taken", "refused"):
-                        findings.append(f"{module}, input {reached}: {came}")
-                        print(findings[-1], flush=True)
+                if line.startswith("["):
+                    reached, came = json.loads(line)
+                    if came is not None:
+                        note(reached, came)
+                        first = reached + 1
         if child.returncode:
             if reached is None:
                 raise RuntimeError(f"{module} does not start: {' '.join(command)}")
-            counts["findings"] += 1
-            findings.append(
-                f"{module}, input {reached}: the process ended with status {child.returncode}"
-            )
-            print(findings[-1], flush=True)
+            note(reached, f"the process ended with status {child.returncode}")
             first = reached + 1
     return counts, findings
 
@@ -165,23 +160,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.module:
         run_some(arguments.module, arguments.seed, range(arguments.first, arguments.inputs))
         return 0
-    found_any = False
-    print(
-        "| reader | inputs | refused | taken | findings | seconds |\n| --- | ---: | ---: | ---: | "
-        "---: | ---: |"
-    )
+    rows, found_any = [], False
     for module in arguments.only or FILES:
         began = time.monotonic()
         counts, findings = run_all(module, arguments.seed, arguments.inputs)
-        cells = [
-            f"import, {FILES[module]}",
-            sum(counts.values()),
-            counts["refused"],
-            counts["taken"],
-            counts["findings"],
-        ]
-        print("|", " | ".join(map(str, [*cells, round(time.monotonic() - began)])), "|", flush=True)
+        numbers = (counts.total(), *(counts[kind] for kind in KINDS))
+        rows.append([f"import, {FILES[module]}", *map(str, numbers)])
+        print(*rows[-1], f"{time.monotonic() - began:.0f} s", flush=True)
         found_any |= bool(findings)
+    print(Grid(("reader", "inputs", *KINDS), rows, ("reader",)).markdown())
     return 1 if found_any else 0
 
 

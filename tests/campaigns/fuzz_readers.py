@@ -47,6 +47,7 @@ from common.cli.config import add_options, read_bench
 from common.cli.parser import Parser
 from common.io.bounded import read_text
 from common.io.usage import UsageError
+from common.report.grid import Grid
 from common.report.machine import this_machine
 from common.report.result import Parity, ResultError, RunResult, Step
 from common.runtime.faults import Fault, FaultError
@@ -74,60 +75,18 @@ Random = random.Random
 
 # ---------------------------------------------------------------------------------------- mutations
 
+NUMBERS = """-1 0 1 2 255 4096 65536 -9223372036854775808 1e308 1e999 0.5
+NaN nan inf -Infinity 1e-320 0x10 1_000 ٣"""
+WORDS = r"""../../../../etc/passwd /etc/passwd /dev/zero .. / a/../../b file:/dev/zero true null none
+\u0000 \ud800 🙂 %s%n [] {} [[]] native shard-00000.safetensors/.. every-0"""
 HOSTILE_NUMBERS = [
-    "-1",
-    "0",
-    "1",
-    "2",
-    "255",
-    "4096",
-    "65536",
-    str(2**31),
-    str(2**32),
-    str(2**63 - 1),
-    str(2**63),
+    *NUMBERS.split(),
+    *map(str, (2**31, 2**32, 2**63 - 1, 2**63, 10**12, 2**64, 10**30, "9" * 5000)),
 ]
-HOSTILE_NUMBERS += [
-    str(10**12),
-    str(2**64),
-    str(10**30),
-    "9" * 5000,
-    "-9223372036854775808",
-    "1e308",
-    "1e999",
-    "0.5",
-]
-HOSTILE_NUMBERS += ["NaN", "nan", "inf", "-Infinity", "1e-320", "0x10", "1_000", "٣"]
 HOSTILE_WORDS = [
-    "../../../../etc/passwd",
-    "/etc/passwd",
-    "/dev/zero",
-    "..",
-    "/",
-    "a/../../b",
-    "file:/dev/zero",
-    "\\u0000",
-]
-HOSTILE_WORDS += [
-    "shard-00000.safetensors/..",
-    "x" * 70_000,
-    "",
-    "true",
-    "null",
-    "[]",
-    "{}",
-    "\\ud800",
-    "🙂",
-    "%s%n",
-    "[[]]",
-]
-HOSTILE_WORDS += [
-    "[" * 3000 + "]" * 3000,
-    '{"a":' * 3000 + "1" + "}" * 3000,
-    "none",
-    "native",
-    "every-0",
-    "every-" + "9" * 30,
+    *WORDS.split(),
+    *("", "x" * 70_000, "every-" + "9" * 30),
+    *("[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000),
 ]
 TOKEN = re.compile(rb'-?\d[\d.eE+-]*|"[^"\n]*"|[A-Za-z_][\w.-]*|[^\s\w]')
 
@@ -160,11 +119,8 @@ def _bytes(data: bytes, rng: Random) -> bytes:
         case 5:
             return data + data[i:j] * rng.choice([1, 10, 1000])
         case _:
-            return (
-                data[:i]
-                + bytes([rng.choice([0, 10, 34, 91, 123, 255])]) * rng.choice([1, 3, 5000])
-                + data[i:]
-            )
+            piece = bytes([rng.choice([0, 10, 34, 91, 123, 255])]) * rng.choice([1, 3, 5000])
+            return data[:i] + piece + data[i:]
 
 
 def _token(data: bytes, rng: Random) -> bytes:
@@ -177,9 +133,8 @@ def _token(data: bytes, rng: Random) -> bytes:
     if old[:1].isdigit() or old[:1] == b"-":
         new = rng.choice(HOSTILE_NUMBERS)
     elif old[:1] == b'"':
-        new = rng.choice(
-            [f'"{rng.choice(HOSTILE_WORDS)}"', rng.choice(HOSTILE_NUMBERS), "null", "[]"]
-        )
+        word = f'"{rng.choice(HOSTILE_WORDS)}"'
+        new = rng.choice([word, rng.choice(HOSTILE_NUMBERS), "null", "[]"])
     else:
         new = rng.choice(HOSTILE_WORDS)
     if rng.random() < 0.2:
@@ -239,10 +194,8 @@ def _attack_checkpoint(folder: Path, rng: Random) -> Callable[[], object]:
         (target / shard).write_bytes(data)
         if rng.random() < 0.8:  # a hostile author computes the right digest
             manifest = json.loads(valid["manifest.json"])
-            manifest["files"][shard] = {
-                "bytes": len(data),
-                "sha256": hashlib.sha256(data).hexdigest(),
-            }
+            digest = hashlib.sha256(data).hexdigest()
+            manifest["files"][shard] = {"bytes": len(data), "sha256": digest}
             (target / "manifest.json").write_text(json.dumps(manifest))
     else:
         _replace(target / rng.choice([shard, "manifest.json"]), rng)
@@ -260,20 +213,11 @@ def _mutated_safetensors(data: bytes, rng: Random) -> bytes:
             return mutated(data, rng, text=False)
         case 1:
             header = mutated(header, rng, text=True)
-            return (
-                struct.pack(
-                    "<Q", rng.choice([0, 1, len(header) - 1, 2**31, 2**63, 2**64 - 1]) % 2**64
-                )
-                + header
-                + rest
-            )
+            length = rng.choice([0, 1, len(header) - 1, 2**31, 2**63, 2**64 - 1]) % 2**64
         case _:
             header = mutated(header, rng, text=True)
-            return (
-                struct.pack("<Q", len(header))
-                + header
-                + (rest if rng.random() < 0.8 else rest[:-1])
-            )
+            length, rest = len(header), rest if rng.random() < 0.8 else rest[:-1]
+    return struct.pack("<Q", length) + header + rest
 
 
 def _replace(path: Path, rng: Random) -> None:
@@ -294,11 +238,16 @@ def _replace(path: Path, rng: Random) -> None:
             pass
 
 
+def _damaged_text(data: bytes, rng: Random) -> bytes:
+    return mutated(data, rng, text=True)
+
+
 def _one_file(
     name: str,
     valid: Callable[[], list[bytes]],
     read: Callable[[Path], object],
     *errors: type[Exception],
+    damaged: Callable[[bytes, Random], bytes] = _damaged_text,
 ) -> Reader:
     def prepare(folder: Path) -> None:
         for n, data in enumerate(valid()):
@@ -306,7 +255,8 @@ def _one_file(
 
     def attack(folder: Path, rng: Random) -> Callable[[], object]:
         path = folder / "input"
-        path.write_bytes(mutated(rng.choice(_valid(folder)), rng, text=True))
+        path.unlink(missing_ok=True)  # it may still be mapped into memory
+        path.write_bytes(damaged(rng.choice(_valid(folder)), rng))
         return lambda: read(path)
 
     return Reader(name, errors, prepare, attack)
@@ -322,18 +272,6 @@ def _valid_dumps() -> list[bytes]:
         keys = [TensorKey(0, "forward", 0, i, "head", "output") for i in range(2)]
         write_dump(path, {key: np.ones((2, 3)) for key in keys}, CONFIG, "a fuzzer")
         return [path.read_bytes(), save({str(keys[0]): np.ones((2, 2), np.float32)})]
-
-
-def _attack_dump(folder: Path, rng: Random) -> Callable[[], object]:
-    path = folder / "input"
-    path.unlink(missing_ok=True)
-    path.write_bytes(_mutated_safetensors(rng.choice(_valid(folder)), rng))
-    return lambda: read_dump(path)
-
-
-def _prepare_dump(folder: Path) -> None:
-    for n, data in enumerate(_valid_dumps()):
-        (folder / f"valid-{n}").write_bytes(data)
 
 
 GPT2_CONFIG = b'{"n_head": 2, "layer_norm_epsilon": 1e-05, "activation_function": "gelu_new", "scale_attn_weights": true}'  # noqa: E501
@@ -485,7 +423,7 @@ READERS: tuple[Reader, ...] = (
         _write_valid_checkpoint,
         _attack_checkpoint,
     ),
-    Reader("dump", (DumpError,), _prepare_dump, _attack_dump),
+    _one_file("dump", _valid_dumps, read_dump, DumpError, damaged=_mutated_safetensors),
     Reader(
         "GPT-2 file", (ExchangeError, CheckpointError, ValidationError), _prepare_gpt2, _attack_gpt2
     ),
@@ -538,6 +476,14 @@ def no_corpora() -> Iterator[None]:
         configuration.check_corpora = before
 
 
+KINDS = ("refused", "taken", "findings")
+
+
+def kind_of(came: str) -> str:
+    """Return which of `KINDS` the answer of `try_one` is."""
+    return came if came in ("taken", "refused") else "findings"
+
+
 def try_one(reader: Reader, folder: Path, rng: Random) -> str:
     """ "taken", "refused", or what was found. The input stays in the folder."""
     read = reader.attack(folder, rng)
@@ -550,18 +496,13 @@ def try_one(reader: Reader, folder: Path, rng: Random) -> str:
     try:
         read()
     except reader.errors as error:
-        one_line = type(error).__module__.startswith("pydantic") or "\n" not in str(error)
-        return (
-            "refused"
-            if one_line
-            else f"{type(error).__name__} of several lines: {str(error)[:300]!r}"
-        )
+        if type(error).__module__.startswith("pydantic") or "\n" not in str(error):
+            return "refused"
+        return f"{type(error).__name__} of several lines: {str(error)[:300]!r}"
     except (Exception, TooSlow) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return (
-            f"{type(error).__name__}: {str(error)[:200]} at "
-            f"{Path(where.filename).name}:{where.lineno}"
-        )
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        return f"{type(error).__name__}: {str(error)[:200]} at {where}"
     else:
         return "taken"
     finally:
@@ -579,7 +520,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where counts go, as JSON and Markdown")
     arguments = parser.parse_args(argv)
     readers = [reader for reader in READERS if arguments.only in reader.name]
-    rows, findings = [], []
+    rows, findings, all_counts = [], [], Counter[str]()
     for reader in readers:
         counts: Counter[str] = Counter()
         began = time.monotonic()
@@ -587,42 +528,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = Path(name)
             reader.prepare(folder)
             for n in range(arguments.inputs // len(readers)):
-                seed = f"{arguments.seed} {reader.name} {n}"
-                came = try_one(reader, folder, Random(seed))
-                counts[came if came in ("taken", "refused") else "findings"] += 1
-                if came not in ("taken", "refused"):
+                came = try_one(reader, folder, Random(f"{arguments.seed} {reader.name} {n}"))
+                counts[kind_of(came)] += 1
+                if kind_of(came) == "findings":
                     findings.append(f"{reader.name}, input {n}: {came}")
                     if len(findings) <= 20:
                         print(findings[-1], flush=True)
-        row = {
-            "reader": reader.name,
-            "inputs": sum(counts.values()),
-            **{k: counts[k] for k in ("taken", "refused", "findings")},
-        }
+        row = {"reader": reader.name, "inputs": counts.total(), **{k: counts[k] for k in KINDS}}
         rows.append(row | {"seconds": round(time.monotonic() - began, 1)})
         print(rows[-1], flush=True)
-    lines = [
-        "| reader | inputs | refused | taken | findings |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    lines += [
-        f"| {r['reader']} | {r['inputs']} | {r['refused']} | {r['taken']} | {r['findings']} |"
-        for r in rows
-    ]
-    total = {
-        key: sum(int(row[key]) for row in rows)
-        for key in ("inputs", "refused", "taken", "findings")
-    }
-    lines.append(
-        f"| all | {total['inputs']} | {total['refused']} | {total['taken']} | {total['findings']} |"
-    )
-    print("\n".join(lines))
+        all_counts += counts
+    cells = [[str(row[key]) for key in ("reader", "inputs", *KINDS)] for row in rows]
+    cells.append(["all", *map(str, (all_counts.total(), *(all_counts[kind] for kind in KINDS)))])
+    table = Grid(("reader", "inputs", *KINDS), cells, ("reader",)).markdown()
+    print(table)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "fuzz.json").write_text(
-            json.dumps({"rows": rows, "findings": findings}, indent=1) + "\n"
-        )
-        (arguments.out / "fuzz.md").write_text("\n".join(lines) + "\n")
+        found = json.dumps({"rows": rows, "findings": findings}, indent=1)
+        (arguments.out / "fuzz.json").write_text(found + "\n")
+        (arguments.out / "fuzz.md").write_text(table)
     return 1 if findings else 0
 
 

@@ -178,13 +178,13 @@ def not_slower(folder: Path, output: str) -> str:
 # -------------------------------------------------------------------------------------- what to run
 
 
-def cli(*arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "common.cli", *arguments)
+def cli(line: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "common.cli", *line.split())
 
 
-def bench(framework: str, *arguments: str) -> tuple[tuple[str, ...], ...]:
-    shared = ("--frameworks", framework, "--device", "cuda", "--out", ".")
-    return ((sys.executable, str(ROOT / "bench_all.py"), *shared, *arguments),)
+def bench(framework: str, options: str) -> tuple[tuple[str, ...], ...]:
+    shared = f"--frameworks {framework} --device cuda --out ."
+    return ((sys.executable, str(ROOT / "bench_all.py"), *f"{shared} {options}".split()),)
 
 
 def checks(framework: str, gpus: int) -> Iterator[Check]:
@@ -192,132 +192,57 @@ def checks(framework: str, gpus: int) -> Iterator[Check]:
     # Paddle has a process per stage, and NCCL takes one process per GPU.
     counts = [p for p in (1, 2, 4, 8) if p <= (gpus if framework == "paddle" else max(gpus, 4))]
     stages, most = ",".join(map(str, counts)), counts[-1]
-    tiny = (
-        "--preset",
-        "tiny",
-        "--num-layers",
-        "6",
-        "--repeats",
-        "1",
-    )  # a unit for each of 8 stages
-    kinds = [("float32", schedule) for schedule in ("1f1b", "gpipe", "zb-h1", "zb-h2")] + [
-        ("float64", "zb-h1")
-    ]
-    if framework in BFLOAT16:
-        kinds.append(("bfloat16", "1f1b"))
-    for dtype, schedule in kinds:
-        command = bench(
-            framework, *tiny, "--dtype", dtype, "--stages", stages, "--schedules", schedule
-        )
-        yield Check(f"{framework} parity {dtype} {schedule}", command, all_agree)
-    best = bench(framework, *tiny, "--track", "best", "--stages", "1")
+    tiny = "--preset tiny --num-layers 6 --repeats 1"  # a unit for each of 8 stages
+    kinds = ["float32 1f1b", "float32 gpipe", "float32 zb-h1", "float32 zb-h2", "float64 zb-h1"]
+    for kind in [*kinds, *(["bfloat16 1f1b"] if framework in BFLOAT16 else [])]:
+        dtype, schedule = kind.split()
+        options = f"{tiny} --dtype {dtype} --stages {stages} --schedules {schedule}"
+        yield Check(f"{framework} parity {kind}", bench(framework, options), all_agree)
+    best = bench(framework, f"{tiny} --track best --stages 1")
     yield Check(f"{framework} parity of the track best", best, all_agree)
     one = f"framework={framework},device=cuda,preset=tiny,stages=1,schedule=naive,micro_batches=4"
-    host = one.replace("cuda", "cpu")
-    twice = cli("bisect", one, one, "--json", "bits.json")
+    twice = cli(f"bisect {one} {one} --json bits.json")
     yield Check(f"{framework} bits of a second run", (twice,), same_bits)
-    yield Check(f"{framework} GPU against CPU", (cli("bisect", host, one),), agree)
+    host = one.replace("cuda", "cpu")
+    yield Check(f"{framework} GPU against CPU", (cli(f"bisect {host} {one}"),), agree)
     if most > 1:
         two = f"framework={framework},device=cuda,preset=tiny,stages=2,schedule=zb-h1"
-        yield Check(
-            f"{framework} bits of two stages",
-            (cli("bisect", one, two, "--json", "bits.json"),),
-            same_bits,
-        )
-        vee = ("--stages", "2", "--chunks", "2", "--schedules", "interleaved,zb-v")
-        harder = ("--dropout", "0.1", "--tied-head", "--recompute", "full")
-        yield Check(
-            f"{framework} parity dropout, tied, recomputed",
-            bench(framework, *tiny, *vee, *harder),
-            all_agree,
-        )
+        cut = cli(f"bisect {one} {two} --json bits.json")
+        yield Check(f"{framework} bits of two stages", (cut,), same_bits)
+        vee = "--stages 2 --chunks 2 --schedules interleaved,zb-v"
+        harder = bench(framework, f"{tiny} {vee} --dropout 0.1 --tied-head --recompute full")
+        yield Check(f"{framework} parity dropout, tied, recomputed", harder, all_agree)
         hang = cli(
-            "train",
-            "--framework",
-            framework,
-            "--device",
-            "cuda",
-            "--stages",
-            "2",
-            "--steps",
-            "4",
-            "--out",
-            ".",
-            "--hang-timeout",
-            "30",
-            "--fault",
-            "hang@device=1,step=2,action=BW1",
+            f"train --framework {framework} --device cuda --stages 2 --steps 4 --out . "
+            "--hang-timeout 30 --fault hang@device=1,step=2,action=BW1"
         )
-        yield Check(
-            f"{framework} hang is found and named", (hang,), names_the_action, statuses=(1,)
-        )
-    train = (
-        "train",
-        "--framework",
-        framework,
-        "--preset",
-        "tiny",
-        "--save-dir",
-        "saved",
-        "--out",
-        ".",
-    )
-    p = str(min(2, most))
-    generate = (
-        "generate",
-        "--framework",
-        framework,
-        "--json",
-        "--prompt",
-        "The ",
-        "--tokens",
-        "8",
-        "--checkpoint",
-    )
+        name = f"{framework} hang is found and named"
+        yield Check(name, (hang,), names_the_action, statuses=(1,))
+    p = min(2, most)
+    train = f"train --framework {framework} --preset tiny --save-dir saved --out ."
+    generate = f"generate --framework {framework} --json --prompt The --tokens 8"
+    generate += " --checkpoint saved/step-00000006"
     yield Check(
         f"{framework} trains on the GPU, goes on on the CPU, generates on both",
         (
-            cli(*train, "--device", "cuda", "--stages", p, "--steps", "4"),
-            cli(*train, "--device", "cpu", "--stages", "1", "--steps", "6", "--resume", "latest"),
-            cli(*generate, "saved/step-00000006", "--device", "cuda", "--stages", p),
-            cli(*generate, "saved/step-00000006", "--device", "cpu", "--stages", "1"),
+            cli(f"{train} --device cuda --stages {p} --steps 4"),
+            cli(f"{train} --device cpu --stages 1 --steps 6 --resume latest"),
+            cli(f"{generate} --device cuda --stages {p}"),
+            cli(f"{generate} --device cpu --stages 1"),
         ),
         same_tokens,
     )
     if framework == "torch":
-        five = (
-            "train",
-            "--device",
-            "cuda",
-            "--preset",
-            "tiny",
-            "--steps",
-            "5",
-            "--schedule",
-            "zb-h1",
-            "--out",
-            ".",
-        )
-        graphs = tuple(
-            cli(*five, "--cuda-graphs", how, "--save-dir", to)
-            for how, to in (("auto", "one"), ("off", "other"))
-        )
-        yield Check("torch bits with CUDA graphs and without", graphs, same_weights)
+        five = "train --device cuda --preset tiny --steps 5 --schedule zb-h1 --out ."
+        auto = cli(f"{five} --cuda-graphs auto --save-dir one")
+        off = cli(f"{five} --cuda-graphs off --save-dir other")
+        yield Check("torch bits with CUDA graphs and without", (auto, off), same_weights)
     several = "" if gpus > 1 else "needs several GPUs"
     stages = ",".join(str(p) for p in (2, 4, 8) if p <= gpus)
-    native = (
-        "--executor",
-        "native",
-        "--schedules",
-        "1f1b",
-        "--micro-batches",
-        "8",
-        "--stages",
-        stages,
-    )
+    native = f"{tiny} --executor native --schedules 1f1b --micro-batches 8 --stages {stages}"
     yield Check(
         f"{framework} parity of its own pipeline over NCCL",
-        bench(framework, *tiny, *native),
+        bench(framework, native),
         all_agree,
         not_run="tensorflow has none" if framework == "tensorflow" else several,
     )
@@ -327,25 +252,21 @@ def timed(frameworks: dict[str, int]) -> Iterator[Check]:
     """Return what is measured, one check at a time."""
     for framework, count in frameworks.items():
         stages = ",".join(str(p) for p in (1, 2, 4, 8) if p <= max(count, 2))
-        shared = ("--stages", stages, "--schedules", "1f1b", "--no-parity")
-        large = ("--preset", "gpu-1b", "--num-layers", "8", *shared)
+        small = f"--preset small --stages {stages} --schedules 1f1b --no-parity --repeats 1"
+        large = f"--preset gpu-1b --num-layers 8 --stages {stages} --schedules 1f1b --no-parity"
         why = "NCCL takes one process per GPU" if framework == "paddle" and count < 2 else ""
-        runs: dict[str, tuple[Judge, tuple[str, ...]]] = {
-            "small": (speeds, ("--preset", "small", *shared, "--baselines", "--repeats", "1")),
-            "large, float32": (not_slower, (*large, "--dtype", "float32", "--repeats", "2")),
+        runs: dict[str, tuple[Judge, str]] = {
+            "small": (speeds, f"{small} --baselines"),
+            "large, float32": (not_slower, f"{large} --dtype float32 --repeats 2"),
         }
         if framework == "torch":
-            runs["small, without CUDA graphs"] = (
-                speeds,
-                ("--preset", "small", *shared, "--cuda-graphs", "off", "--repeats", "1"),
-            )
+            runs["small, without CUDA graphs"] = speeds, f"{small} --cuda-graphs off"
         if framework in BFLOAT16:
-            runs["large, bfloat16"] = not_slower, (*large, "--repeats", "1")
-        for name, (judge, arguments) in runs.items():
-            yield Check(
-                f"{framework} speed, {name}", bench(framework, *arguments), judge, 240, not_run=why
-            )
-    yield Check("doctor", (cli("doctor", "--frameworks", ",".join(frameworks)),), agree)
+            runs["large, bfloat16"] = not_slower, f"{large} --repeats 1"
+        for name, (judge, options) in runs.items():
+            command = bench(framework, options)
+            yield Check(f"{framework} speed, {name}", command, judge, 240, not_run=why)
+    yield Check("doctor", (cli(f"doctor --frameworks {','.join(frameworks)}"),), agree)
 
 
 # ------------------------------------------------------------------------------------------ running

@@ -38,6 +38,7 @@ import psutil
 
 from common import checkpoint
 from common.checkpoint import Checkpoint, CheckpointError
+from common.report.grid import Grid
 from common.report.result import RunResult
 from common.spec.run import FRAMEWORKS
 
@@ -64,6 +65,11 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 class Lost(Exception):
     """A kill that the run did not survive: says what is lost."""
+
+
+def command_of(framework: str, saves: Path, out: Path) -> list[str]:
+    places = ["--framework", framework, "--save-dir", str(saves), "--out", str(out)]
+    return [sys.executable, "-m", "common.cli", *COMMAND.split(), *places]
 
 
 Note = Callable[[dict[str, Any]], None]
@@ -100,32 +106,17 @@ class Trial:
             # gone on from.
             self.note(kill | {"survived": not (lost and n == len(self.kills) - 1), "lost": lost})
         if lost and not self.kills:
-            self.note(
-                {
-                    "framework": self.framework,
-                    "trial": self.number,
-                    "victim": "none",
-                    "survived": False,
-                    "lost": lost,
-                }
-            )
+            none = {"framework": self.framework, "trial": self.number, "victim": "none"}
+            self.note(none | {"survived": False, "lost": lost})
 
     # ------------------------------------------------------------------------------------ processes
 
     def start(self) -> None:
         resume = ["--resume", "latest"] if checkpoint.checkpoints_in(self.saves) else []
-        command = [
-            *COMMAND.split(),
-            "--framework",
-            self.framework,
-            "--save-dir",
-            str(self.saves),
-            "--out",
-            str(self.out),
-        ]
+        command = command_of(self.framework, self.saves, self.out)
         with (self.folder / "parent.log").open("ab") as log:
             self.parent = subprocess.Popen(
-                [sys.executable, "-m", "common.cli", *command, "--max-restarts", "99", *resume],
+                [*command, "--max-restarts", "99", *resume],
                 cwd=ROOT,
                 env=os.environ | {MARK: self.mark},
                 stdin=subprocess.DEVNULL,
@@ -160,14 +151,11 @@ class Trial:
         roles: dict[str, list[int]] = {"parent": [self.parent.pid]}
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.parent.pid).children():
-                if child.status() == psutil.STATUS_ZOMBIE or "_impl" not in " ".join(
-                    child.cmdline()
-                ):
+                if "_impl" not in " ".join(child.cmdline()):
                     continue
-                roles.setdefault("child", []).append(child.pid)
-                for rank in child.children():
-                    if rank.status() != psutil.STATUS_ZOMBIE:
-                        roles.setdefault("rank", []).append(rank.pid)
+                for role, those in (("child", [child]), ("rank", child.children())):
+                    living = [p.pid for p in those if p.status() != psutil.STATUS_ZOMBIE]
+                    roles[role] = roles.get(role, []) + living
         return roles
 
     # ------------------------------------------------------------------------------------- one kill
@@ -185,16 +173,9 @@ class Trial:
         if not pids or self.ended():
             return not self.ended()
         step = self.steps_seen()
-        kill = {
-            "framework": self.framework,
-            "trial": self.number,
-            "kill": len(self.kills),
-            "victim": role,
-            "signal": signal.Signals(number).name,
-            "moment": moment,
-            "steps_seen": step,
-            "saving": any(self.saves.glob(".step-*.partial")),
-        }
+        kill = {"framework": self.framework, "trial": self.number, "kill": len(self.kills)}
+        kill |= {"victim": role, "signal": signal.Signals(number).name, "moment": moment}
+        kill |= {"steps_seen": step, "saving": any(self.saves.glob(".step-*.partial"))}
         self.kills.append(kill)
         began = time.monotonic()
         with contextlib.suppress(ProcessLookupError):
@@ -265,16 +246,13 @@ class Trial:
         deadline = time.monotonic() + FAMILY_ENDS_SECONDS
         while self.family():
             if time.monotonic() > deadline:
-                raise Lost(
-                    "processes outlive the parent: "
-                    f"{[process.cmdline() for process in self.family()]}"
-                )
+                living = [process.cmdline() for process in self.family()]
+                raise Lost(f"processes outlive the parent: {living}")
             time.sleep(0.05)
         self.check_checkpoints()
         if status != 0:
-            expected = (
-                (-signal.SIGKILL,) if number == signal.SIGKILL else (130, -number)
-            )  # before it listens: the signal
+            # Before it listens a signal ends it.
+            expected = (-number,) if number == signal.SIGKILL else (130, -number)
             if status not in expected:
                 raise Lost(f"the parent ended with status {status}; expected {expected}")
             self.start()
@@ -302,20 +280,16 @@ class Trial:
         if extra:
             raise Lost(f"left behind in the folder of checkpoints: {sorted(extra)}")
         for record in self.records():
-            if record["loss"] != self.reference.losses[record["step"]]:
-                raise Lost(
-                    f"step {record['step']}: loss {record['loss']!r}, undisturbed "
-                    f"{self.reference.losses[record['step']]!r}"
-                )
+            undisturbed = self.reference.losses[record["step"]]
+            if record["loss"] != undisturbed:
+                seen = f"step {record['step']}: loss {record['loss']!r}"
+                raise Lost(f"{seen}, undisturbed {undisturbed!r}")
         results = [RunResult.read(path) for path in self.out.glob("*/*/result.json")]
-        if not any(result.held_out_loss == self.reference.held_out_loss for result in results):
-            raise Lost(
-                f"held-out loss {[r.held_out_loss for r in results]}, undisturbed "
-                f"{self.reference.held_out_loss}"
-            )
-        if not same(
-            checkpoint.load(checkpoint.checkpoints_in(self.saves)[-1]), self.reference.last
-        ):
+        losses, undisturbed = [r.held_out_loss for r in results], self.reference.held_out_loss
+        if undisturbed not in losses:
+            raise Lost(f"held-out loss {losses}, undisturbed {undisturbed}")
+        last = checkpoint.load(checkpoint.checkpoints_in(self.saves)[-1])
+        if not same(last, self.reference.last):
             raise Lost("weights or moments differ from those of the undisturbed run")
 
 
@@ -329,25 +303,10 @@ class Reference:
     """The run that nothing disturbs."""
 
     def __init__(self, framework: str, folder: Path) -> None:
-        out, saves = (
-            folder / f"{framework}-undisturbed",
-            folder / f"{framework}-undisturbed" / "checkpoints",
-        )
-        command = [
-            *COMMAND.split(),
-            "--framework",
-            framework,
-            "--save-dir",
-            str(saves),
-            "--out",
-            str(out),
-        ]
-        subprocess.run(
-            [sys.executable, "-m", "common.cli", *command],
-            cwd=ROOT,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        out = folder / f"{framework}-undisturbed"
+        saves = out / "checkpoints"
+        command = command_of(framework, saves, out)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         result = RunResult.read(next(out.glob("*/*/result.json")))
         self.losses = [step.loss for step in result.steps]
         self.held_out_loss = result.held_out_loss
@@ -355,9 +314,7 @@ class Reference:
 
 
 def shared_memory() -> set[str]:
-    return (
-        {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
-    )
+    return {path.name for path in Path("/dev/shm").glob("*")}
 
 
 def _statistics(
@@ -371,14 +328,8 @@ def _statistics(
         counts[key] += 1
         survived[key] += kill["survived"]
     rows = [
-        {
-            "framework": f,
-            "victim": v,
-            "signal": s,
-            "kills": counts[f, v, s],
-            "survived": survived[f, v, s],
-        }
-        for f, v, s in sorted(counts)
+        {"framework": f, "victim": v, "signal": s, "kills": n, "survived": survived[f, v, s]}
+        for (f, v, s), n in sorted(counts.items())
     ]
     return {
         "kills": len(kills),
@@ -394,16 +345,10 @@ def _statistics(
 
 
 def markdown(found: dict[str, Any]) -> str:
-    lines = [
-        "| framework | victim | signal | kills | survived |",
-        "| --- | --- | --- | ---: | ---: |",
-    ]
-    lines += [
-        f"| {row['framework']} | {row['victim']} | {row['signal']} | {row['kills']} | "
-        f"{row['survived']} |"
-        for row in found["rows"]
-    ]
-    return "\n".join([*lines, f"| all | | | {found['kills']} | {found['survived']} |"]) + "\n"
+    titles = ("framework", "victim", "signal", "kills", "survived")
+    cells = [[str(row[title]) for title in titles] for row in found["rows"]]
+    cells.append(["all", "", "", str(found["kills"]), str(found["survived"])])
+    return Grid(titles, cells, titles[:3]).markdown()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
