@@ -77,8 +77,8 @@ Random = random.Random
 
 NUMBERS = """-1 0 1 2 255 4096 65536 -9223372036854775808 1e308 1e999 0.5
 NaN nan inf -Infinity 1e-320 0x10 1_000 ٣"""
-WORDS = r"""../../../../etc/passwd /etc/passwd /dev/zero .. / a/../../b file:/dev/zero true null none
-\u0000 \ud800 🙂 %s%n [] {} [[]] native shard-00000.safetensors/.. every-0"""
+WORDS = r"""../../../../etc/passwd /etc/passwd /dev/zero .. / a/../../b file:/dev/zero true null
+\u0000 \ud800 🙂 %s%n [] {} [[]] native shard-00000.safetensors/.. none every-0"""
 HOSTILE_NUMBERS = [
     *NUMBERS.split(),
     *map(str, (2**31, 2**32, 2**63 - 1, 2**63, 10**12, 2**64, 10**30, "9" * 5000)),

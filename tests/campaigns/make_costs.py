@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from common.report.grid import Grid
 from common.report.machine import this_machine
 from common.runtime.job import Job
 from common.runtime.training import starting_weights
@@ -43,16 +44,9 @@ def config_of(framework: str, changes: dict[str, Any]) -> RunConfig:
     base = preset("small").model_dump()
     sections = {name: base[name] | changes.get(name, {}) for name in ("model", "train")}
     stages = 1 if framework == "paddle" else 2
-    run = {
-        "framework": framework,
-        "stages": stages,
-        "threads": stages,
-        "device": "cpu",
-        "schedule": "1f1b",
-    }
-    return RunConfig.model_validate(
-        base | run | {k: v for k, v in changes.items() if k not in sections} | sections
-    )
+    run = {"framework": framework, "stages": stages, "threads": stages}
+    run |= {"device": "cpu", "schedule": "1f1b"}
+    return RunConfig.model_validate(base | run | changes | sections)
 
 
 def measure(framework: str) -> dict[str, Any]:
@@ -95,10 +89,8 @@ def measure(framework: str) -> dict[str, Any]:
     plain = seconds[PLAIN][UNTIMED:]
     for name, engine in engines.items():
         ratios = [one / other for one, other in zip(seconds[name][UNTIMED:], plain, strict=True)]
-        found[name] = {
-            "cost": median(ratios),
-            "held_bytes": list(engine.held_bytes_peak().values()),
-        }
+        held = list(engine.held_bytes_peak().values())
+        found[name] = {"cost": median(ratios), "held_bytes": held}
         engine.close()
     return found
 
@@ -110,17 +102,16 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     def held(each: dict[str, Any]) -> str:
         return "" if "refused" in each else ", ".join(map(_megabytes, each["held_bytes"])) + " MB"
 
-    rows = [("", "PyTorch", "TensorFlow", "Paddle")]
+    rows = []
     for name in VARIANTS:
         if name != PLAIN:
-            rows.append((name, *(cost(found[framework][name]) for framework in FRAMEWORKS)))
+            rows.append([name, *(cost(found[framework][name]) for framework in FRAMEWORKS)])
     for name, changes in VARIANTS.items():
         if "model" not in changes:
-            rows.append(
-                (f"held, {name}", *(held(found[framework][name]) for framework in FRAMEWORKS))
-            )
-    rows.insert(1, ("---",) * 4)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            sizes = [held(found[framework][name]) for framework in FRAMEWORKS]
+            rows.append([f"held, {name}", *sizes])
+    titles = ("", "PyTorch", "TensorFlow", "Paddle")
+    return Grid(titles, rows, titles).markdown().strip()
 
 
 def _megabytes(size: int) -> str:

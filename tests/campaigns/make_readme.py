@@ -4,28 +4,22 @@ README.zh-CN.md, from results/example.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from common.io.edges import write_file
 from common.report.collect import collect
-from common.report.tables import markdown_table
+from common.report.tables import grid
 from common.report.timeline import timelines
 from common.schedule.picture import draw_pictures
 from common.schedule.simulate import Costs, simulate
 from common.spec.run import FRAMEWORKS
+from tests.campaigns.make_schedules import fill
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "results" / "example"
 PAGES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 LEFT_OUT = (
-    "stages",
-    "micro-batches",
-    "status",
-    "first step s",
-    "verdict",
-    "held-out loss",
-    "sim. step",
+    *("stages", "micro-batches", "status", "first step s"),
+    *("verdict", "held-out loss", "sim. step"),
 )
 """Columns that only the whole report has."""
 
@@ -38,45 +32,24 @@ def picture() -> None:
     schedule = measured[FRAMEWORKS[0]].schedule
     mean = sum(chart.makespan for chart in measured.values()) / len(measured)
     unit = mean / simulate(schedule, Costs.uniform(2)).makespan
-    charts = {
-        "the schedule: 1f1b, 2 stages, 8 micro-batches": simulate(
-            schedule, Costs.uniform(2, *[unit] * 3)
-        )
-    }
-    charts |= {
-        f"{name}, measured: {chart.makespan:,.0f} ms": chart for name, chart in measured.items()
-    }
-    draw_pictures(
-        charts,
-        ROOT / "docs" / "images" / "overview.png",
-        time_label="ms since the step's first action",
-    )
+    drawn = simulate(schedule, Costs.uniform(2, *[unit] * 3))
+    charts = {"the schedule: 1f1b, 2 stages, 8 micro-batches": drawn}
+    for name, chart in measured.items():
+        charts[f"{name}, measured: {chart.makespan:,.0f} ms"] = chart
+    image = ROOT / "docs" / "images" / "overview.png"
+    draw_pictures(charts, image, time_label="ms since the step's first action")
 
 
 def table() -> str:
     """Return the report's table without `LEFT_OUT`."""
-    rows = [
-        line.strip("|").split("|") for line in markdown_table(collect([EXAMPLE]).rows).splitlines()
-    ]
-    kept = [i for i, title in enumerate(rows[0]) if title.strip() not in LEFT_OUT]
-    return "\n".join("|" + "|".join(row[i] for i in kept) + "|" for row in rows)
+    return grid(collect([EXAMPLE]).rows).without(LEFT_OUT).markdown().strip()
 
 
 def main() -> None:
-    """Make the picture, and put the table between its marks in both pages."""
+    """Make the picture, and put the table into both pages."""
     picture()
-    made = table()
     for page in PAGES:
-        marked = r"(<!-- made: table -->\n).*?(<!-- end -->)"
-        text, found = re.subn(
-            marked,
-            lambda match: match[1] + made + "\n" + match[2],
-            page.read_text(encoding="utf-8"),
-            flags=re.DOTALL,
-        )
-        if found != 1:
-            raise SystemExit(f"{page}: {found} tables between marks; expected 1")
-        write_file(page, text)
+        fill("table", table(), page)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from common.cli.main import main as triptych
 from common.io.edges import write_file
+from common.io.figure import new_figure
+from common.report.grid import Grid
 from common.schedule.bound import lower_bound
 from common.schedule.draw import draw_text
 from common.schedule.explain import EXPLANATIONS
@@ -50,21 +49,12 @@ PUBLISHED = ("1f1b", "interleaved", "zb-h1", "zb-h2")
 def drawings() -> None:
     """One picture per schedule, each by `triptych draw`, and the text chart of 1f1b."""
     for name in DRAWN:
-        size = [
-            "--stages",
-            str(STAGES),
-            "--micro-batches",
-            "2" if name == "naive" else str(MICRO_BATCHES),
-        ]
-        status = triptych(
-            ["draw", "--schedule", name, *size, "--output", str(IMAGES / f"schedule-{name}.png")]
-        )
-        if status:
+        m = 2 if name == "naive" else MICRO_BATCHES
+        words = f"draw --schedule {name} --stages {STAGES} --micro-batches {m} --output".split()
+        if status := triptych([*words, str(IMAGES / f"schedule-{name}.png")]):
             raise SystemExit(status)
-    fill(
-        "text-chart",
-        "```text\n" + draw_text(make_schedule("1f1b", STAGES, MICRO_BATCHES)) + "\n```",
-    )
+    chart = draw_text(make_schedule("1f1b", STAGES, MICRO_BATCHES))
+    fill("text-chart", f"```text\n{chart}\n```")
 
 
 def explanations() -> None:
@@ -87,10 +77,7 @@ def explanations() -> None:
 
 def published() -> None:
     """Published against simulated bubbles, all rows and schedules."""
-    lines = [
-        "| p | m | " + " | ".join(f"{name}" for name in PUBLISHED) + " | interleaved as it runs |",
-        "| ---: | ---: |" + " ---: |" * (len(PUBLISHED) + 1),
-    ]
+    lines = []
     for row in rows():
         cells, as_run = [], "-"
         for name in PUBLISHED:
@@ -98,23 +85,15 @@ def published() -> None:
                 cells.append("-")
                 continue
             v = row["layers"] // row["stages"] if name == "interleaved" else 1
-            schedule, costs = (
-                make_schedule(name, row["stages"], row["micro_batches"], v),
-                costs_of(row),
-            )
-            simulation = simulate(schedule, costs, wrap_around="first")
-            got = (
-                simulation.warm_start_bubble_fraction
-                if name == "zb-h2"
-                else simulation.bubble_fraction
-            )
+            schedule = make_schedule(name, row["stages"], row["micro_batches"], v)
+            found = simulate(schedule, costs_of(row), wrap_around="first")
+            is_warm = name == "zb-h2"
+            got = found.warm_start_bubble_fraction if is_warm else found.bubble_fraction
             cells.append(f"{row['bubble_fraction'][name]:.4f} / {got:.4f}")
             if name == "interleaved":
-                as_run = f"{simulate(schedule, costs).bubble_fraction:.4f}"
-        lines.append(
-            f"| {row['stages']} | {row['micro_batches']} | {' | '.join(cells)} | {as_run} |"
-        )
-    fill("published", "\n".join(lines))
+                as_run = f"{simulate(schedule, costs_of(row)).bubble_fraction:.4f}"
+        lines.append([str(row["stages"]), str(row["micro_batches"]), *cells, as_run])
+    fill_table("published", ["p", "m", *PUBLISHED, "interleaved as it runs"], lines)
 
 
 SHARES = {"1/2": 0.5, "2/3": 2 / 3, "1": 1.0, "2": 2.0}
@@ -168,13 +147,7 @@ def named_bubbles(
 def curve() -> None:
     """Time to generate, validate and simulate against the number of actions."""
     steps: dict[str, list[float]] = {"generate": [], "validate": [], "simulate": []}
-    actions, table = (
-        [],
-        [
-            "| m | actions | generate | validate | simulate |",
-            "| ---: | ---: | ---: | ---: | ---: |",
-        ],
-    )
+    actions, lines = [], []
     for m in (64, 128, 256, 512, 1024, 2048, 4096):
         began = time.perf_counter()
         schedule = make_schedule("interleaved", 64, m, 4)
@@ -188,14 +161,9 @@ def curve() -> None:
         seconds = (generated - began, validated - generated, simulated - validated)
         for name, spent in zip(steps, seconds, strict=True):
             steps[name].append(spent)
-        table.append(
-            f"| {m} | {schedule.num_actions:,} | "
-            + " | ".join(f"{s:.2f} s" for s in seconds)
-            + " |"
-        )
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+        lines.append([str(m), f"{schedule.num_actions:,}", *(f"{s:.2f} s" for s in seconds)])
+    figure = new_figure(6, 3.6)
+    axes = figure.subplots()
     for (name, values), marker in zip(steps.items(), "os^", strict=True):
         axes.loglog(actions, values, marker=marker, label=name)
     slope = [steps["simulate"][-1] * n / actions[-1] for n in actions]
@@ -205,25 +173,22 @@ def curve() -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(IMAGES / "schedule-curve.png", dpi=130)
-    fill("curve", "\n".join(table))
+    fill_table("curve", ["m", "actions", *steps], lines)
 
 
 def overview() -> None:
     """All schedules side by side at the size of the drawings."""
-    lines = [
-        "| schedule | chunks | bubble fraction | with a warm start | peak in flight, stage 0 to 3 "
-        "| peak memory |",
-        "| --- | ---: | ---: | ---: | --- | ---: |",
-    ]
+    bubbles = ("bubble fraction", "with a warm start")
+    titles = ("schedule", "chunks", *bubbles, "peak in flight, stage 0 to 3", "peak memory")
+    lines = []
     for name in DRAWN:
         simulation = simulate(make_schedule(name, STAGES, MICRO_BATCHES, default_chunks(name)))
         peaks = ", ".join(f"{peak:g}" for peak in simulation.peak_in_flight_per_stage)
-        lines.append(
-            f"| {name} | {simulation.schedule.num_chunks} | {simulation.bubble_fraction:.4f} | "
-            f"{simulation.warm_start_bubble_fraction:.4f} | {peaks} | "
-            f"{max(simulation.peak_memory_per_stage):g} |"
-        )
-    fill("overview", "\n".join(lines))
+        fractions = (simulation.bubble_fraction, simulation.warm_start_bubble_fraction)
+        cold, warm = (f"{fraction:.4f}" for fraction in fractions)
+        memory = f"{max(simulation.peak_memory_per_stage):g}"
+        lines.append([name, str(simulation.schedule.num_chunks), cold, warm, peaks, memory])
+    fill_table("overview", titles, lines, words=(titles[0], titles[4]))
 
 
 def measured() -> None:
@@ -242,15 +207,9 @@ def measured() -> None:
     engines = {}
     for name in DRAWN:
         chunks = default_chunks(name)
-        config = RunConfig(
-            model=model,
-            train=train,
-            stages=stages,
-            schedule=name,
-            chunks=chunks,
-            partition="balanced",
-        )
-        engines[name] = build_engine(config.model_copy(update={"device": "cpu"}))
+        cut = {"stages": stages, "schedule": name, "chunks": chunks, "partition": "balanced"}
+        config = RunConfig.model_validate({"model": model, "train": train, "device": "cpu"} | cut)
+        engines[name] = build_engine(config)
         engines[name].reset(initial_weights(model, train.seed, train.dtype))
     corpus = load_corpus(config)
     batch = corpus.batch(0, train.seed, train.batch_size, model.context_length)
@@ -268,25 +227,20 @@ def measured() -> None:
             if turn > 0:  # the first one warms up
                 seconds[name].append(took)
                 overhead[name].append(took / replay_makespan(engine.schedule, durations))
-    lines = [
-        "| schedule | step, to 1f1b | simulated, F = B = W, to 1f1b | step, to the simulator with "
-        "its own durations |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    plain = {
-        name: simulate(
-            make_schedule(name, stages, train.micro_batches, default_chunks(name))
-        ).makespan
-        for name in DRAWN
-    }
+    titles = (
+        *("schedule", "step, to 1f1b", "simulated, F = B = W, to 1f1b"),
+        "step, to the simulator with its own durations",
+    )
+    lines, plain = [], {}
+    for name in DRAWN:
+        schedule = make_schedule(name, stages, train.micro_batches, default_chunks(name))
+        plain[name] = simulate(schedule).makespan
     for name in DRAWN:
         ratio = min(seconds[name]) / min(seconds["1f1b"])  # the least disturbed round of each
-        lines.append(
-            f"| {name} | {ratio:.2f} | {plain[name] / plain['1f1b']:.2f} | "
-            f"{median(overhead[name]):.3f} |"
-        )
+        simulated, beyond = plain[name] / plain["1f1b"], median(overhead[name])
+        lines.append([name, f"{ratio:.2f}", f"{simulated:.2f}", f"{beyond:.3f}"])
         engines[name].close()
-    fill("measured", "\n".join(lines))
+    fill_table("measured", titles, lines, words=titles[:1])
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -296,6 +250,13 @@ def rows() -> Iterator[dict[str, Any]]:
 
 def costs_of(row: dict[str, Any]) -> Costs:
     return Costs.uniform(row["stages"], **row["milliseconds"])
+
+
+def fill_table(
+    name: str, titles: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str] = ()
+) -> None:
+    """Replace the table `name`, in which `words` are the titles of the columns of words."""
+    fill(name, Grid(titles, rows, words).markdown().strip())
 
 
 def fill(name: str, content: str, page: Path = PAGE) -> None:

@@ -90,25 +90,10 @@ def config_of(framework: str, dtype: str, seed: int) -> RunConfig:
         "activation": ("gelu", "relu")[seed >> 2 & 1],
         "dropout": (0.0, 0.1)[seed % 3 > 0],
     }
-    train = {
-        "steps": 100,
-        "batch_size": 8,
-        "micro_batches": 4,
-        "dtype": dtype,
-        "seed": seed,
-        "learning_rate": 2e-3,
-        "learning_rate_schedule": "cosine",
-        "warmup_steps": 10,
-    }
-    run = {
-        "framework": framework,
-        "stages": 2,
-        "threads": 2,
-        "device": "cpu",
-        "model": model,
-        "train": train,
-    }
-    return RunConfig.model_validate(run)
+    train = {"steps": 100, "batch_size": 8, "micro_batches": 4, "dtype": dtype, "seed": seed}
+    train |= {"learning_rate": 2e-3, "learning_rate_schedule": "cosine", "warmup_steps": 10}
+    run = {"framework": framework, "stages": 2, "threads": 2, "device": "cpu"}
+    return RunConfig.model_validate(run | {"model": model, "train": train})
 
 
 def describe(config: RunConfig) -> str:
@@ -183,11 +168,8 @@ def _judge(config: RunConfig, run: Run) -> tuple[Comparison, bool]:
     Whether it did not.
     """
     comparison = compare_probe(run, expected(config, NOISE), config.train.dtype)
-    if (
-        config.train.dtype != "float32"
-        or config.model.activation != "relu"
-        or _is_determined(config)
-    ):
+    has_kinks = config.train.dtype == "float32" and config.model.activation == "relu"
+    if not has_kinks or _is_determined(config):
         return comparison, False
     return Comparison(tuple(d for d in comparison.differences if d.check not in LONG_CHECKS)), True
 
@@ -209,9 +191,8 @@ def _relative(compared: Mapping[RunConfig, Comparison]) -> dict[RunConfig, Error
     found: dict[RunConfig, Errors] = {}
     for configs in alike.values():
         if len(configs) > 1:
-            found |= zip(
-                configs, relative_margins([compared[c].errors() for c in configs]), strict=True
-            )
+            margins = relative_margins([compared[c].errors() for c in configs])
+            found |= zip(configs, margins, strict=True)
     return found
 
 
@@ -224,6 +205,7 @@ def _summarized(
 ) -> list[Margin]:
     checks = list(dict.fromkeys(check for errors in used.values() for check in errors))
     found = []
+    here = [(c.framework, c.train.dtype) for c in undetermined].count((framework, dtype))
     for check in checks:
         by_run = {config: errors[check] for config, errors in used.items() if check in errors}
         config = max(by_run, key=lambda each: by_run[each])
@@ -237,11 +219,7 @@ def _summarized(
                 repeats=len(by_run),
                 worst_run=describe(config),
                 worst_tensor=_tensor(compared[config], check),
-                left_out=sum(
-                    c.framework == framework and c.train.dtype == dtype for c in undetermined
-                )
-                if check in LONG_CHECKS
-                else 0,
+                left_out=here if check in LONG_CHECKS else 0,
             )
         )
     return found
@@ -256,6 +234,5 @@ def _tensor(comparison: Comparison, check: str) -> str:
     key = worst.key
     if key.tensor == "loss":
         return f"step {key.step}"
-    return (
-        f"{key.unit}, micro-batch {key.micro_batch}" if worst.check == "activation" else key.tensor
-    )
+    place = f"{key.unit}, micro-batch {key.micro_batch}"
+    return place if worst.check == "activation" else key.tensor

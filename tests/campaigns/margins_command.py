@@ -28,25 +28,15 @@ def register(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         "margins",
         description="Every check of the parity ladder over many seeds and models, in every "
-        "framework and precision. "
-        "Exit status: 0 every fixed limit has five times room and bfloat16 keeps to its rule, 1 "
-        "otherwise or if a run "
-        "failed, 2 wrong input.",
+        "framework and precision. Exit status: 0 every fixed limit has five times room and "
+        "bfloat16 keeps to its rule, 1 otherwise or if a run failed, 2 wrong input.",
     )
-    parser.add_argument(
-        "--repeats", type=positive, default=20, metavar="N", help="seeds (default %(default)s)"
-    )
-    parser.add_argument(
-        "--frameworks", default=",".join(FRAMEWORKS), metavar="F,..", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--dtypes", default=",".join(DTYPES), metavar="T,..", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--out",
-        metavar="FILE.md",
-        help="write the table as Markdown; what is written by hand stays",
-    )
+    default = {"help": "default: %(default)s"}
+    parser.add_argument("--repeats", type=positive, default=20, metavar="N", **default)
+    parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), metavar="F,..", **default)
+    parser.add_argument("--dtypes", default=",".join(DTYPES), metavar="T,..", **default)
+    written = "write the table as Markdown; what is written by hand stays"
+    parser.add_argument("--out", metavar="FILE.md", help=written)
     add_timeout(parser)
     parser.set_defaults(run=run)
 
@@ -59,21 +49,14 @@ def run(
     out = file_to_write(arguments.out, "--out") if arguments.out else None
     console = make_console()
     with tempfile.TemporaryDirectory() as folder:
+        repeats, timeout = arguments.repeats, arguments.timeout
+        home = Path(folder)
         margins, problems, versions = measure(
-            Path(folder),
-            frameworks,
-            dtypes,
-            arguments.repeats,
-            arguments.timeout,
-            steps_shown(console),
-            implementations,
+            home, frameworks, dtypes, repeats, timeout, steps_shown(console), implementations
         )
+    machine, command = this_machine().one_line, arguments.command
     found = Margins(
-        margins=margins,
-        problems=problems,
-        command=arguments.command,
-        machine=this_machine().one_line,
-        versions=versions,
+        margins=margins, problems=problems, command=command, machine=machine, versions=versions
     )
     print_margins(found, console)
     if out is not None:

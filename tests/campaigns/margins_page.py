@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from common.oracle.limits import BFLOAT16_FACTOR
+from common.report.grid import Grid
 from tests.campaigns.margins import ROOM, Margin, Margins
 
 TITLES = ("framework", "dtype", "check", "worst", "median", "repeats", "the worst: run", "tensor")
@@ -21,15 +20,14 @@ ladder. Every repeat has other weights, data and dropout masks, and the next mod
 """  # noqa: E501
 UNDETERMINED = (
     "The loss curve and the trained parameters leave out {} in float32: a hidden value stands so "
-    "close to the kink of a "
-    "ReLU there that the float64 oracle itself ends elsewhere if its weights are rounded to "
-    "float32 after every step, so "
-    "float32 does not determine where 100 steps end (numerics.md)."
+    "close to the kink of a ReLU there that the float64 oracle itself ends elsewhere if its "
+    "weights are rounded to float32 after every step, so float32 does not determine where 100 "
+    "steps end (numerics.md)."
 )
 BFLOAT16 = (
     f"In bfloat16 the limit is {BFLOAT16_FACTOR:g} times the smallest error among the frameworks, "
-    "so the best one stands "
-    f"at {1 / BFLOAT16_FACTOR:.2f} by definition, and there is no fivefold room to ask for."
+    f"so the best one stands at {1 / BFLOAT16_FACTOR:.2f} by definition, "
+    "and there is no fivefold room to ask for."
 )
 
 
@@ -71,14 +69,13 @@ def _cells(margin: Margin) -> tuple[str, ...]:
     return (margin.framework, margin.dtype, check, *numbers, margin.worst_run, margin.worst_tensor)
 
 
+def _grid(found: Margins) -> Grid:
+    styles = ["" if margin.has_room else "red" for margin in found.margins]
+    return Grid(TITLES, list(map(_cells, found.margins)), TITLES[:3] + TITLES[6:], styles)
+
+
 def print_margins(found: Margins, console: Console) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in TITLES:
-        table.add_column(title, justify="right" if title in TITLES[3:6] else "left", no_wrap=True)
-    for margin in found.margins:
-        style = None if margin.has_room else "red"
-        table.add_row(*map(Text, _cells(margin)), style=style)
-    console.print(table)
+    console.print(_grid(found).rich())
     for line in (*found.problems, verdict(found.margins)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -87,16 +84,11 @@ def page(found: Margins, explanation: str = "") -> str:
     """docs/margins.md. `explanation`: what stands between the markers of the page that is replaced,
     kept as it is.
     """
-    lines = [
-        f"| {' | '.join(TITLES)} |",
-        "| --- | --- | --- | ---: | ---: | ---: | --- | --- |",
-        *(f"| {' | '.join(_cells(margin))} |" for margin in found.margins),
-    ]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(found.versions.items()))
     about = [
         f"- Command: `{found.command}`",
         f"- Machine: {found.machine}",
-        "- Versions: "
-        f"{', '.join(f'{name} {version}' for name, version in sorted(found.versions.items()))}",
+        f"- Versions: {versions}",
         *(f"- Not measured: {problem}" for problem in found.problems),
     ]
     parts = [
@@ -104,7 +96,7 @@ def page(found: Margins, explanation: str = "") -> str:
         verdict(found.margins),
         f"{BEGIN}\n{explanation}\n{END}".replace("\n\n", "\n"),
     ]
-    parts.append("\n".join(lines))
+    parts.append(_grid(found).markdown().strip())
     left_out = max((margin.left_out for margin in found.margins), default=0)
     if left_out:
         parts.append(UNDETERMINED.format(f"{left_out} of the repeats"))

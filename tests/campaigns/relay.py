@@ -8,13 +8,12 @@ import argparse
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 
 from common import checkpoint
 from common.cli.numbers import add_timeout
@@ -34,6 +33,7 @@ from common.io.console import make_console
 from common.io.edges import whole_number, write_file
 from common.io.usage import UsageError, closest
 from common.report.compare import oracle_config, why_not_comparable
+from common.report.grid import Grid
 from common.report.machine import git_commit, this_machine
 from common.report.progress import progress_view
 from common.runtime.text import write_text
@@ -67,11 +67,9 @@ have to go on too.
 
 DESCRIPTION = (
     "Trains one model with several frameworks in turn, each on its own number of stages and with "
-    "its own schedule, "
-    "handing over by checkpoints; compares losses and weights with the oracle, which does all "
-    "steps alone. "
-    "Exit status: 0 within the limits of the parity ladder; 1 outside, or a leg failed; 2 "
-    "wrong input."
+    "its own schedule, handing over by checkpoints; compares losses and weights with the oracle, "
+    "which does all steps alone. Exit status: 0 within the limits of the parity ladder; 1 "
+    "outside, or a leg failed; 2 wrong input."
 )
 
 
@@ -91,29 +89,19 @@ def register(
     subcommands: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
 ) -> None:
     """Add the campaign to argparse's subparsers."""
-    parser = subcommands.add_parser(
-        "relay",
-        description=DESCRIPTION,
-        usage="%(prog)s [options]",
-    )
+    parser = subcommands.add_parser("relay", description=DESCRIPTION, usage="%(prog)s [options]")
     parser.add_argument(
         "--legs",
         metavar="LEG,..",
         default=DEFAULT_LEGS,
         help="FRAMEWORK:p=STAGES:SCHEDULE:STEPS_DONE, with :m=MICRO_BATCHES or :v=CHUNKS where "
-        "they are not the default "
-        f"(default: {DEFAULT_LEGS})",
+        f"they are not the default (default: {DEFAULT_LEGS})",
     )
-    parser.add_argument(
-        "--out",
-        metavar="FOLDER",
-        default="results",
-        help="where its folder goes (default: results)",
-    )
+    where = "where its folder goes (default: results)"
+    parser.add_argument("--out", metavar="FOLDER", default="results", help=where)
     add_timeout(parser, "leg")
-    add_run_options(
-        parser, without=[*PLACEMENT, "steps", "executor", "track", "drift"], defaults=DEFAULTS
-    )
+    without = [*PLACEMENT, "steps", "executor", "track", "drift"]
+    add_run_options(parser, without=without, defaults=DEFAULTS)
     parser.set_defaults(run=lambda arguments: _relay(arguments, implementations))
 
 
@@ -124,9 +112,7 @@ def _read_legs(text: str) -> list[_Plan]:
         parts = word.strip().split(":")
         numbers = dict(part.split("=", 1) for part in parts if "=" in part)
         names = [part for part in parts if "=" not in part]
-        known = set(numbers) <= {"p", "m", "v"} and all(
-            whole_number(value) for value in numbers.values()
-        )
+        known = set(numbers) <= {"p", "m", "v"} and all(map(whole_number, numbers.values()))
         if len(names) == 3 and names[0] not in FRAMEWORKS:
             raise UsageError(f"--legs: {names[0]!r}: unknown{closest(names[0], FRAMEWORKS)}")
         if len(names) != 3 or not known or not whole_number(names[2]):
@@ -154,18 +140,12 @@ def _config(base: RunConfig, leg: _Plan) -> RunConfig:
     """The leg's run, with one thread per stage, so that its bits do not depend on the machine.
     Raises UsageError.
     """
-    train = base.train.model_dump() | (
-        {"micro_batches": leg.micro_batches} if leg.micro_batches else {}
-    )
-    placement = {
-        "framework": leg.framework,
-        "stages": leg.stages,
-        "schedule": leg.schedule,
-        "chunks": leg.chunks,
-        "threads": leg.stages,
-    }
+    fields = asdict(leg)
+    m, _ = fields.pop("micro_batches"), fields.pop("steps_done")
+    train = base.train.model_dump() | ({"micro_batches": m} if m else {})
+    fields |= {"threads": leg.stages, "train": train}
     try:
-        config = RunConfig.model_validate(base.model_dump() | placement | {"train": train})
+        config = RunConfig.model_validate(base.model_dump() | fields)
     except ValidationError as error:
         raise UsageError(f"--legs: {leg.framework}: {explain(error).splitlines()[0]}") from None
     if impossible := why_impossible(config):
@@ -179,16 +159,13 @@ def _relay(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
     console = make_console()
     plans = _read_legs(arguments.legs)
     steps = plans[-1].steps_done
-    setattr(
-        arguments, "train.steps", steps
-    )  # as if it were an option: what is given has to fit it, the rest follows
-    base = read_run(
-        arguments, defaults={**DEFAULTS, ("train", "warmup_steps"): min(20, steps // 2)}
-    )
+    # As if it were an option: what is given has to fit it, the rest follows.
+    setattr(arguments, "train.steps", steps)
+    warmup: dict[Key, Any] = {("train", "warmup_steps"): min(20, steps // 2)}
+    base = read_run(arguments, defaults={**DEFAULTS, **warmup})
     configs = [_config(base, leg) for leg in plans]
     for config in configs:
-        missing = why_missing(implementations[config.framework], config.executor)
-        if missing:
+        if missing := why_missing(implementations[config.framework], config.executor):
             raise UsageError(missing)
     folder = make_folder(Path(arguments.out), "relay")
     _say(console, f"results in {folder}/")
@@ -216,16 +193,16 @@ def _run(
 ) -> list[Trained]:
     """The oracle's run and then the legs', up to the first that does not end well."""
     saves, text = folder / "checkpoints", write_text(load_corpus(configs[0]), folder)
+    shared = {"text": text, "timeout_seconds": timeout_seconds}
     trainings = [
         Training(
             config=oracle_config(configs[0]),
             module=ORACLE_MODULE,
             folder=folder / "oracle",
             directory=folder / "oracle-checkpoints",
-            text=text,
             save_every=math.gcd(*(leg.steps_done for leg in plans)),
             keep=plans[-1].steps_done,
-            timeout_seconds=timeout_seconds,
+            **shared,
         )
     ]
     for number, (config, leg) in enumerate(zip(configs, plans, strict=True)):
@@ -236,11 +213,10 @@ def _run(
                 module=implementations[config.framework].module,
                 folder=folder / f"leg-{number + 1}",
                 directory=saves,
-                text=text,
                 resume=before,
                 stop_at=leg.steps_done,
                 keep=len(plans),
-                timeout_seconds=timeout_seconds,
+                **shared,
             )
         )
     done: list[Trained] = []
@@ -308,31 +284,15 @@ def _say(console: Console, line: str) -> None:
 
 
 def _show(relay: Relay, folder: Path, console: Console) -> None:
-    table = Table(box=None, pad_edge=False)
-    for title in (
-        "framework",
-        "version",
-        "p",
-        "schedule",
-        "steps",
-        "loss, largest diff.",
-        "weights, largest diff.",
-        "in",
-    ):
-        table.add_column(title)
-    for row in report.summary(relay):
-        table.add_row(*row)
-    console.print(table)
+    console.print(Grid(report.TITLES, report.summary(relay), report.TITLES).rich())
     worst = max(relay.legs, key=lambda leg: leg.loss_difference)
+    weights = max(leg.weight_difference for leg in relay.legs)
     verdict = "pass" if relay.passed else "FAIL"
     _say(
         console,
         f"{verdict}: losses differ from {len(relay.oracle_losses)} uninterrupted steps of the "
-        "oracle by at most "
-        f"{worst.loss_difference:.1e} (step {worst.loss_difference_step}, "
-        f"{worst.config.framework}; limit "
-        f"{relay.loss_limit:g}), weights by at most "
-        f"{max(leg.weight_difference for leg in relay.legs):.1e} "
+        f"oracle by at most {worst.loss_difference:.1e} (step {worst.loss_difference_step}, "
+        f"{worst.config.framework}; limit {relay.loss_limit:g}), weights by at most {weights:.1e} "
         f"(limit {relay.weight_limit:g})",
     )
     _say(console, f"curve: {folder / 'relay.png'}; numbers: {folder / 'relay.json'}")

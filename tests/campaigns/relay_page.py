@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from common.checkpoint import Arrays
 from common.io.edges import OsText
-from common.io.figure import log_y, new_figure
 from common.oracle.limits import LIMITS, difference
+from common.report.losses import LossCurve
 from common.report.machine import Machine
-from common.report.plots import DPI, FRAMEWORK_COLORS, ORACLE_COLOR
+from common.report.plots import DPI, RANGE_COLOR, draw_losses
 from common.spec.parameters import TensorKey, unit_of
 from common.spec.run import RunConfig
 
@@ -75,77 +74,45 @@ def largest_loss_difference(
 
 def largest_weight_difference(weights: Arrays, expected: Arrays) -> tuple[float, str]:
     """Return the largest relative difference of a tensor (Frobenius norm), and its name."""
-    found = [
-        (
-            difference(
-                TensorKey(0, "trained", 0, -1, unit_of(n), n),
-                "trained_parameter",
-                weights[n],
-                want,
-                0,
-            ).relative,
-            n,
-        )
-        for n, want in expected.items()
-    ]
+    found = []
+    for name, right in expected.items():
+        key = TensorKey(0, "trained", 0, -1, unit_of(name), name)
+        error = difference(key, "trained_parameter", weights[name], right, 0)
+        found.append((error.relative, name))
     return max(found)
 
 
 def draw_relay(relay: Relay, path: Path) -> None:
-    """Above: the joined loss curve over the oracle's. Below: their relative difference, with the
-    limit.
+    """Draw the joined loss curve, and its difference from the oracle's, as in a report; dotted
+    where a checkpoint changes hands.
     """
-
-    from matplotlib.ticker import MaxNLocator
-
-    figure = new_figure(8.0, 6.0)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    oracle = np.array(relay.oracle_losses)
-    above.plot(
-        np.arange(1, len(oracle) + 1),
-        oracle,
-        color=ORACLE_COLOR,
-        linewidth=4,
-        alpha=0.45,
-        label="oracle, uninterrupted",
-    )
+    curves = []
     for leg in relay.legs:
-        color, config = FRAMEWORK_COLORS[leg.config.framework], leg.config
-        steps = np.arange(leg.first_step + 1, leg.first_step + len(leg.losses) + 1)
-        label = f"{config.framework}, p={config.stages}, {config.schedule_name}"
-        above.plot(steps, leg.losses, color=color, linewidth=1.1, label=label)
-        expected = oracle[leg.first_step : leg.first_step + len(leg.losses)]
-        relative = np.abs(np.array(leg.losses) / expected - 1)
-        # The same double has no place on a logarithmic axis; it stands at half of the smallest
-        # possible difference.
-        below.plot(
-            steps, np.maximum(relative, np.finfo(float).eps / 2), ".", markersize=3, color=color
+        config, first = leg.config, leg.first_step
+        name = f"{config.framework}, p={config.stages}, {config.schedule_name}"
+        expected = relay.oracle_losses[first : first + len(leg.losses)]
+        curves.append(
+            LossCurve(name, config.framework, leg.losses, expected, relay.loss_limit, first)
         )
-        for axes in (above, below) if leg is not relay.legs[-1] else ():
-            axes.axvline(leg.steps_done, color="#30343b", linewidth=0.6, linestyle=":")
-    log_y(below)
-    below.axhline(relay.loss_limit, color="#30343b", linewidth=0.9)
-    below.annotate(f"limit {relay.loss_limit:g}", (1, relay.loss_limit), fontsize=8, va="top")
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    above.set_ylabel("loss per token")
-    below.set_ylabel("relative difference\nfrom the oracle")
-    below.set_xlabel("step (dotted: a checkpoint changes hands)")
-    above.legend(fontsize=8)
+    figure = draw_losses(curves)
+    for axes in figure.axes:
+        for leg in relay.legs[:-1]:
+            axes.axvline(leg.steps_done, color=RANGE_COLOR, linewidth=0.6, linestyle=":")
     figure.savefig(path, dpi=DPI)
 
 
-def summary(relay: Relay) -> list[list[Any]]:
-    """One row per leg: who, steps, differences."""
-    return [
-        [
-            leg.config.framework,
-            leg.version,
-            str(leg.config.stages),
-            leg.config.schedule_name,
-            f"{leg.first_step + 1} to {leg.steps_done}",
-            f"{leg.loss_difference:.1e}",
-            f"{leg.weight_difference:.1e}",
-            leg.weight_difference_name,
-        ]
-        for leg in relay.legs
-    ]
+TITLES = (
+    *("framework", "version", "p", "schedule", "steps", "loss, largest diff."),
+    *("weights, largest diff.", "in"),
+)
+
+
+def summary(relay: Relay) -> list[list[str]]:
+    """Return a row per leg: who, steps, differences."""
+    rows = []
+    for leg in relay.legs:
+        config, steps = leg.config, f"{leg.first_step + 1} to {leg.steps_done}"
+        who = [config.framework, leg.version, str(config.stages), config.schedule_name, steps]
+        differences = [f"{leg.loss_difference:.1e}", f"{leg.weight_difference:.1e}"]
+        rows.append([*who, *differences, leg.weight_difference_name])
+    return rows
