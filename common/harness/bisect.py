@@ -105,10 +105,8 @@ class Bisection:
         where = "" if d.key.micro_batch < 0 else f", micro-batch {d.key.micro_batch}"
         return (
             f"first difference: {first.unit}, {first.place}, {first.tensor}{where}: relative "
-            "difference "
-            f"{d.relative:.2e}, limit {d.limit:.0e}; largest at {list(d.where)}: {d.expected!r} in "
-            f"A, {d.observed!r} in B. "
-            f"{ADVICE[first.place].capitalize()}."
+            f"difference {d.relative:.2e}, limit {d.limit:.0e}; largest at {list(d.where)}: "
+            f"{d.expected!r} in A, {d.observed!r} in B. {ADVICE[first.place].capitalize()}."
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -11,11 +11,9 @@ from common.report.tables import KIND, Row, seconds_per_token
 
 LEGEND = (
     "Ratio: our tokens/s over the baseline's, with a 95 % bootstrap interval, paired by repeat; "
-    "above 1 ours is faster. "
-    "native: the framework's own pipeline with the same stages, schedule, weights, data and "
-    "threads. plain: a simple loop "
-    "on one device with the whole mini-batch at once and all the threads, so it has no bubble and "
-    "no messages."
+    "above 1 ours is faster. native: the framework's own pipeline with the same stages, schedule, "
+    "weights, data and threads. plain: a simple loop on one device with the whole mini-batch at "
+    "once and all the threads, so it has no bubble and no messages."
 )
 
 

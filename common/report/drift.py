@@ -154,12 +154,10 @@ def page(zoo: Zoo) -> str:
         "- Versions: "
         f"{', '.join(f'{name} {version}' for name, version in sorted(zoo.versions.items()))}",
         f"- Model: {model.num_layers} blocks, d_model {model.d_model}, {model.num_heads} heads, "
-        "context "
-        f"{model.context_length}; {train.batch_size} sequences in {train.micro_batches} "
-        "micro-batches over "
-        f"{zoo.config.stages} stages; AdamW, peak learning rate {train.learning_rate:.4g}, "
-        "warm-up, cosine; "
-        f"weights perturbed so that no bias is 0 and no norm's weight 1",
+        f"context {model.context_length}; {train.batch_size} sequences in {train.micro_batches} "
+        f"micro-batches over {zoo.config.stages} stages; AdamW, peak learning rate "
+        f"{train.learning_rate:.4g}, warm-up, cosine; weights perturbed so that no bias is 0 and "
+        "no norm's weight 1",
         f"- Seeds for the spread: {zoo.seeds}, in {zoo.spread_framework}",
     ]
     parts = [

@@ -13,13 +13,10 @@ from common.spec.run import RunConfig
 
 TIMING_LEGEND = (
     "Simulated: every action takes what it took on its stage in this run (the mean of a step, of "
-    "that the median over "
-    "steps), every message one hop, and nothing lies between two actions; replayed: the same, but "
-    "every action takes what "
-    "it took in that very step. Parts of a stage's step are means over the timed steps and add up. "
-    "Communication wait: "
-    "the sender had ended and the message was not there; schedule wait: the sender had not ended; "
-    "host: between two "
+    "that the median over steps), every message one hop, and nothing lies between two actions; "
+    "replayed: the same, but every action takes what it took in that very step. Parts of a stage's "
+    "step are means over the timed steps and add up. Communication wait: the sender had ended and "
+    "the message was not there; schedule wait: the sender had not ended; host: between two "
     "actions; rest: outside of the pipeline, mostly the optimizer."
 )
 
@@ -77,14 +74,11 @@ def timing_note(collection: Collection) -> str:
     spread = [t.replayed_pipeline_seconds / t.simulated_pipeline_seconds - 1 for t in timings]
     return (
         f"The simulated step is within 5 % of the measured median in {near} of {len(timings)} rows "
-        "(median difference "
-        f"{statistics.median(differences):.1%}, largest {max(differences):.1%}). Of the pipeline's "
-        "time, the host between "
-        f"actions and messages slower than a hop explain {min(overhead):+.1%} to "
-        f"{max(overhead):+.1%} (measured over "
+        f"(median difference {statistics.median(differences):.1%}, largest "
+        f"{max(differences):.1%}). Of the pipeline's time, the host between actions and messages "
+        f"slower than a hop explain {min(overhead):+.1%} to {max(overhead):+.1%} (measured over "
         f"replayed), actions that do not all take the same {min(spread):+.1%} to "
-        f"{max(spread):+.1%} (replayed over "
-        "simulated)."
+        f"{max(spread):+.1%} (replayed over simulated)."
     )
 
 
@@ -100,18 +94,16 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
         (
             "Model",
             f"{model.num_layers} blocks, d_model {model.d_model}, {model.num_heads} heads, d_ff "
-            f"{model.d_ff}, "
-            f"context {model.context_length}, vocabulary {model.vocab_size}",
+            f"{model.d_ff}, context {model.context_length}, vocabulary {model.vocab_size}",
         ),
         (
             "Training",
-            f"{train.steps} steps of {train.batch_size} sequences, {train.optimizer}, "
-            "learning rate "
-            f"{train.learning_rate:.3g} ({train.learning_rate_schedule}, warm-up "
+            f"{train.steps} steps of {train.batch_size} sequences, {train.optimizer}, learning "
+            f"rate {train.learning_rate:.3g} ({train.learning_rate_schedule}, warm-up "
             f"{train.warmup_steps}), seed {train.seed}, "
-            f"{_distinct(r.config.train.dtype for r in results)}; "
-            f"dropout {_distinct(dropout_words(r.config) for r in results)}; "
-            f"recomputation {_distinct(r.config.recompute for r in results)}; "
+            f"{_distinct(r.config.train.dtype for r in results)}; dropout "
+            f"{_distinct(dropout_words(r.config) for r in results)}; recomputation "
+            f"{_distinct(r.config.recompute for r in results)}; "
             f"{_distinct(_lengths(r.config) for r in results)}",
         ),
         (

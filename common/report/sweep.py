@@ -52,8 +52,7 @@ class Curve:
         if not self.is_judged:
             return (
                 f"{self.name}: {TOO_FEW} to name a knee over {what}; it takes {LEAST_STEPS} timed "
-                "steps in each of "
-                f"{LEAST_REPEATS} repeats"
+                f"steps in each of {LEAST_REPEATS} repeats"
             )
         if self.knee is None:
             return (

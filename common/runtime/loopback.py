@@ -18,7 +18,6 @@ def why_no_loopback() -> str | None:
     except OSError as error:
         return (
             "no loopback interface, over which its stages talk: 127.0.0.1 cannot be reached "
-            f"({error.strerror}); "
-            f"expected it to be up, as by `ip link set lo up`"
+            f"({error.strerror}); expected it to be up, as by `ip link set lo up`"
         )
     return None

@@ -40,8 +40,7 @@ PROBES = {
     "tensorflow": "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')), "
     "tf.__version__)",
     "paddle": "import paddle; n = paddle.device.cuda.device_count() if "
-    "paddle.is_compiled_with_cuda() else 0; "
-    "print(n, paddle.__version__)",
+    "paddle.is_compiled_with_cuda() else 0; print(n, paddle.__version__)",
 }
 """Prints how many GPUs a framework sees, and its versions."""
 

@@ -46,9 +46,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 300
 COMMAND = (
     "train --stages 2 --schedule 1f1b --num-layers 2 --d-model 16 --d-ff 32 --num-heads 2 "
-    "--context-length 16 "
-    f"--batch-size 8 --micro-batches 4 --dropout 0.1 --dtype float64 --threads 1 --steps {STEPS} "
-    "--save-every 5"
+    "--context-length 16 --batch-size 8 --micro-batches 4 --dropout 0.1 --dtype float64 --threads "
+    f"1 --steps {STEPS} --save-every 5"
 )
 MARK = "TRIPTYCH_KILL_RUNS"
 """An environment variable by which all processes of a trial are found again, whoever their parent

@@ -91,8 +91,7 @@ def test_a_deadlock_is_shown_as_a_circle() -> None:
     (violation,) = validate(parse_schedule("F0 BW0 F1 BW1\nF0 F1 BW0 BW1"))
     assert str(violation) == (
         "[deadlock] device 0, action 1 (BW0): a circle of 2: device 0 at action 1 (BW0) waits for "
-        "BW0 of device 1; "
-        "device 1 at action 1 (F1) waits for F1 of device 0"
+        "BW0 of device 1; device 1 at action 1 (F1) waits for F1 of device 0"
     )
 
 
