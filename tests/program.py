@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from types import ModuleType
+from typing import Any
+
+import pytest
 
 from common.cli import main
 from common.cli.parser import Parser
@@ -34,3 +38,21 @@ def with_defaults(defaults: Mapping[str, object], argv: Iterable[object]) -> lis
     given = list(map(str, argv))
     left_out = [pair for pair in defaults.items() if pair[0] not in given]
     return [str(word) for pair in left_out for word in pair] + given
+
+
+def words(line: str, **values: Any) -> list[str]:
+    """Return the words of a command line; `{name}` stands for a value, spaces and all."""
+    return [word.format(**values) for word in shlex.split(line)]
+
+
+def assert_refused(
+    status: int, message: str, capture: pytest.CaptureFixture[str], silent: bool = False
+) -> str:
+    """Assert that a command line was refused: status 2, and one line, which holds `message`.
+
+    `silent`: and nothing on standard output since it was last read.
+    """
+    output, error = capture.readouterr()
+    assert status == 2 and message in error and error.count("\n") == 1, (message, error)
+    assert not (silent and output)
+    return error

@@ -18,6 +18,7 @@ from common.harness.launch import Implementation
 from common.report.zoo import Zoo
 from common.spec.habits import DRIFTS
 from common.spec.run import FRAMEWORKS
+from tests.program import assert_refused, words
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = "layer-norm-epsilon,default-betas,unscaled-micro-batches,onednn,tanh-gelu,keras-momentum"
@@ -31,20 +32,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]
     parser = argparse.ArgumentParser()
     subcommand.register(parser.add_subparsers())
     out = tmp_path_factory.mktemp("zoo")
-    line = [
-        "drift",
-        "--frameworks",
-        "tensorflow",
-        "--rows",
-        ROWS,
-        "--steps",
-        "20,30",
-        "--seeds",
-        "3",
-        "--out",
-        str(out),
-    ]
-    arguments = parser.parse_args(line)
+    line = "drift --frameworks tensorflow --rows {rows} --steps 20,30 --seeds 3 --out {out}"
+    arguments = parser.parse_args(words(line, rows=ROWS, out=out))
     arguments.command = "triptych drift"
     fakes = {"tensorflow": Implementation("fakes.drifting", "numpy", "")}
     yield subcommand.run(arguments, fakes), out
@@ -115,9 +104,7 @@ def test_the_list_names_every_habit(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_input_is_one_line(
     line: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["drift", *line.split()]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert_refused(main(["drift", *line.split()]), message, capsys)
 
 
 def test_every_habit_has_a_run_that_can_show_it() -> None:

@@ -26,7 +26,7 @@ from common.runtime.parent import PARENT
 from common.runtime.watch import Board, Place, Watch, explain
 from common.schedule.action import parse_action
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec
-from tests.program import SMALL, call, with_defaults
+from tests.program import SMALL, assert_refused, call, with_defaults
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,9 +41,8 @@ CONFIG = RunConfig(stages=2, schedule="1f1b", train=TrainSpec(batch_size=4, micr
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(
-        "PYTHONPATH", str(ROOT)
-    )  # not its folder `tests`, in which `torch` is the tests' own
+    # Not its folder `tests`, in which `torch` is the tests' own.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def run(tmp_path: Path, *argv: Any, implementations: Any = FAULTY) -> int:
@@ -115,9 +114,8 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_was_saved(
     assert bits(tmp_path)
     assert checkpoint.newest(tmp_path / "saves") == tmp_path / "saves" / "step-00000004"
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed: ")]
-    assert (
-        len(failed) == 1 and "cannot save step 6 in" in failed[0] and "File too large" in failed[0]
-    )
+    (line,) = failed
+    assert "cannot save step 6 in" in line and "File too large" in line
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -140,11 +138,7 @@ def test_a_signal_given_twice_while_a_save_hangs(tmp_path: Path, number: int) ->
     output, _ = parent.communicate()
     assert parent.returncode == 130, output
     assert "interrupted" in output and "Traceback" not in output
-    assert not [
-        process
-        for process in children
-        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    ]
+    assert not [p for p in children if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert bits(tmp_path)
     assert checkpoint.newest(tmp_path / "saves") == tmp_path / "saves" / "step-00000002"
 
@@ -153,9 +147,7 @@ def test_a_second_run_in_the_same_directory_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with checkpoint.locked(tmp_path / "saves"):
-        assert run(tmp_path) == 2
-    error = capsys.readouterr().err
-    assert f"in use by process {os.getpid()} on " in error and error.count("\n") == 1
+        assert_refused(run(tmp_path), f"in use by process {os.getpid()} on ", capsys)
 
 
 def test_what_a_dead_child_left_half_written_is_gone_when_the_run_ends(tmp_path: Path) -> None:
@@ -169,25 +161,13 @@ def test_what_a_dead_child_left_half_written_is_gone_when_the_run_ends(tmp_path:
 
 def test_a_child_whose_parent_ended_before_it_began_ends_too() -> None:
     code = "from common.runtime.parent import end_with_parent; end_with_parent(); print('alive')"
-    command = [sys.executable, "-c", code]
-    orphan = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {PARENT: "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (orphan.returncode, orphan.stdout) == (143, "")
-    child = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {PARENT: str(os.getpid())},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (child.returncode, child.stdout) == (0, "alive\n")
+    for parent, ended in (("1", (143, "")), (str(os.getpid()), (0, "alive\n"))):
+        command = [sys.executable, "-c", code]
+        environment = os.environ | {PARENT: parent}
+        child = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert (child.returncode, child.stdout) == ended
 
 
 # ----------------------------------------------------------------------------------- the frameworks
@@ -223,16 +203,9 @@ def test_a_framework_survives_faults_to_the_bit(tmp_path: Path, framework: str) 
     one = ["--framework", framework, "--steps", 6]
     assert run(tmp_path / "whole", *one, implementations=IMPLEMENTATIONS) == 0
     faults = REAL[framework]
-    options = [
-        "--save-every",
-        2,
-        "--max-restarts",
-        len(faults),
-        "--hang-timeout",
-        6,
-        *given(*faults),
-    ]
-    assert run(tmp_path / "hurt", *one, *options, implementations=IMPLEMENTATIONS) == 0
+    options = ["--save-every", 2, "--max-restarts", len(faults), "--hang-timeout", 6]
+    hurting = [*one, *options, *given(*faults)]
+    assert run(tmp_path / "hurt", *hurting, implementations=IMPLEMENTATIONS) == 0
     hurt, whole = result(tmp_path / "hurt"), result(tmp_path / "whole")
     assert len(hurt.restarts) == len(faults)
     for line, messages in zip(hurt.restarts, faults.values(), strict=True):

@@ -4,6 +4,7 @@ framework.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -21,7 +22,7 @@ from common.runtime.oracle_worker import OracleEngine
 from common.spec.data import IGNORED, load_corpus, load_tokenizer
 from common.spec.parameters import initial_weights, random_arrays
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
-from tests.program import MORTAL, call
+from tests.program import MORTAL, assert_refused, call, words
 
 MODEL = TransformerSpec(context_length=24, num_layers=2, d_model=16, num_heads=2, d_ff=24)
 CONFIG = RunConfig(model=MODEL, train=TrainSpec(batch_size=4, micro_batches=2, dtype="float64"))
@@ -41,8 +42,8 @@ def weights() -> dict[str, Any]:
     }
 
 
-def run(*argv: Any) -> int:
-    return call(argv, MORTAL, inference)
+def run(*argv: Any, implementations: Any = MORTAL) -> int:
+    return call(argv, implementations, inference)
 
 
 @pytest.fixture
@@ -64,29 +65,19 @@ def test_greedy_takes_the_lower_of_equals_and_says_how_close_it_was() -> None:
 
 def test_samples_follow_the_distribution() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.0001, 0.1999]))
-    tokens = [
-        pick(logits, wish(temperature=1.0, seed=3), 0, position)[0] for position in range(4000)
-    ]
-    shares = np.bincount(tokens, minlength=4) / len(tokens)
+
+    def drawn(count: int, **changes: Any) -> list[int]:
+        return [pick(logits, wish(**changes), 0, position)[0] for position in range(count)]
+
+    shares = np.bincount(drawn(4000, temperature=1.0, seed=3), minlength=4) / 4000
     np.testing.assert_allclose(shares, np.exp(logits), atol=0.02)
-    cold = [
-        pick(logits, wish(temperature=0.25, seed=3), 0, position)[0] for position in range(4000)
-    ]
-    np.testing.assert_allclose(
-        np.mean(np.array(cold) == 0), 0.5**4 / (0.5**4 + 0.3**4 + 0.2**4), atol=0.02
-    )
-    assert {
-        pick(logits, wish(temperature=1.0, top_k=2), 0, position)[0] for position in range(500)
-    } == {0, 1}
+    cold = drawn(4000, temperature=0.25, seed=3).count(0) / 4000
+    np.testing.assert_allclose(cold, 0.5**4 / (0.5**4 + 0.3**4 + 0.2**4), atol=0.02)
+    assert set(drawn(500, temperature=1.0, top_k=2)) == {0, 1}
 
 
 def test_a_choice_depends_on_seed_sample_and_position_only() -> None:
-    numbers = {
-        (seed, sample, position): uniform(seed, sample, position)
-        for seed in (0, 1)
-        for sample in (0, 1)
-        for position in (0, 1)
-    }
+    numbers = {which: uniform(*which) for which in itertools.product((0, 1), repeat=3)}
     assert len(set(numbers.values())) == len(numbers)
     assert uniform(0, 1, 1) == numbers[0, 1, 1]
     assert uniform(7, 0, 3) == pytest.approx(0.4417, abs=1) and 0 <= uniform(7, 0, 3) < 1
@@ -110,21 +101,16 @@ def test_held_out_batches_ask_for_every_token_once() -> None:
     count = len(corpus.held_out) - 1
     np.testing.assert_array_equal(targets[:count], corpus.held_out[1:])
     np.testing.assert_array_equal(inputs[:count], corpus.held_out[:-1])
-    assert (targets[count:] == IGNORED).all() and {batch.inputs.shape for batch in batches} == {
-        (4, 24)
-    }
+    assert (targets[count:] == IGNORED).all()
+    assert {batch.inputs.shape for batch in batches} == {(4, 24)}
     assert all(batch.num_tokens for batch in batches)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_text_becomes_tokens_and_text_again(tokenizer: str) -> None:
     vocab_size = 256 if tokenizer == "bytes" else 400
-    config = CONFIG.model_copy(
-        update={
-            "tokenizer": tokenizer,
-            "model": MODEL.model_copy(update={"vocab_size": vocab_size}),
-        }
-    )
+    model = MODEL.model_copy(update={"vocab_size": vocab_size})
+    config = CONFIG.model_copy(update={"tokenizer": tokenizer, "model": model})
     both = load_tokenizer(config)
     tokens = both.encode("Schrödinger's class")
     assert both.decode(tokens) == "Schrödinger's class" and max(tokens) < vocab_size
@@ -143,44 +129,18 @@ def test_evaluate_prints_loss_and_perplexity(
     batches = list(load_corpus(CONFIG).held_out_batches(8, 24))[:3]
     losses = [engine.evaluate(batch) for batch in batches]
     assert found["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-12)
-    assert (
-        found["perplexity"] == pytest.approx(math.exp(found["loss"]))
-        and found["tokens"] == 3 * 8 * 24
-    )
-    assert (
-        run(
-            "evaluate",
-            "--checkpoint",
-            saved,
-            "--batches",
-            1,
-            "--stages",
-            1,
-            "--framework",
-            "paddle",
-        )
-        == 0
-    )
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert found["tokens"] == 3 * 8 * 24
+    short = words("--batches 1 --stages 1 --framework paddle")
+    assert run("evaluate", "--checkpoint", saved, *short) == 0
     assert "perplexity" in (text := capsys.readouterr().out) and "paddle, 1 stages, 1f1b" in text
 
 
 def test_generate_slides_beyond_the_context_and_prints_text(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        run(
-            "generate",
-            "--checkpoint",
-            saved,
-            "--prompt",
-            "The ",
-            "--tokens",
-            30,
-            "--greedy",
-            "--json",
-        )
-        == 0
-    )
+    prompted = words("generate --checkpoint {saved} --prompt 'The '", saved=saved)
+    assert run(*prompted, *words("--tokens 30 --greedy --json")) == 0
     found = json.loads(capsys.readouterr().out)
     engine = OracleEngine(CONFIG)
     engine.reset(weights())
@@ -189,26 +149,18 @@ def test_generate_slides_beyond_the_context_and_prints_text(
         text.append(int(engine.predict(np.array([text[-24:]]))[0, -1].argmax()))
     assert found["tokens"] == [text[4:]] and len(text) > 24 and len(set(text[4:])) > 5
     assert found["texts"][0].startswith("The ") and found["closest_call"] > 1e-9
-    assert (
-        run("generate", "--checkpoint", saved, "--prompt", "The ", "--tokens", 3, "--samples", 3)
-        == 0
-    )
+    assert run(*prompted, "--tokens", 3, "--samples", 3) == 0
     text = capsys.readouterr().out
-    assert (
-        "--- sample 2" in text
-        and "temperature 1, seed 0; closest call" in text
-        and "2 micro-batches" in text
-    )
+    for line in ("--- sample 2", "temperature 1, seed 0; closest call", "2 micro-batches"):
+        assert line in text
 
 
 def test_a_schedule_from_a_file_says_how_many_micro_batches_the_samples_make(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "table.txt").write_text("0: F0 F1 F2 F3 BW0 BW1 BW2 BW3\n")
-    words = ["--checkpoint", saved, "--prompt", "The ", "--tokens", 1, "--stages", 1]
-    assert (
-        run("generate", *words, "--samples", 2, "--schedule", f"file:{tmp_path / 'table.txt'}") == 0
-    )
+    line = "generate --checkpoint {} --prompt 'The ' --tokens 1 --stages 1 --samples 2 --schedule"
+    assert run(*words(line.format(saved)), f"file:{tmp_path / 'table.txt'}") == 0
     assert "1f1b" not in (text := capsys.readouterr().out) and "4 micro-batches" in text
 
 
@@ -235,13 +187,12 @@ def test_wrong_input_is_one_line(
         f"evaluate --checkpoint {saved} --stages 9": "expected at most 4",
     }
     for line, message in wrong.items():
-        assert run(*line.split()) == 2, line
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1, (line, error)
+        assert_refused(run(*line.split()), message, capsys)
     assert run("generate", "--checkpoint", saved, "--prompt", "") == 2
 
 
 def test_a_failed_child_is_said_so(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = dict.fromkeys(FRAMEWORKS, Implementation("no_such_module", "numpy", ""))
-    assert call(["generate", "--checkpoint", saved, "--prompt", "x"], broken, inference) == 1
+    argv = ("generate", "--checkpoint", saved, "--prompt", "x")
+    assert run(*argv, implementations=broken) == 1
     assert "failed: " in capsys.readouterr().out

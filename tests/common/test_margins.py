@@ -12,6 +12,7 @@ from tests.campaigns import margins_command as subcommand
 from tests.campaigns.__main__ import main
 from tests.campaigns.margins import Margin, config_of
 from tests.campaigns.margins_page import explanation_in, verdict
+from tests.program import assert_refused, words
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,38 +25,22 @@ def test_the_page_is_made_and_keeps_what_is_written_by_hand(
     subcommand.register(parser.add_subparsers())
     out = tmp_path / "margins.md"
     out.write_text("# Old\n<!-- by hand -->\nWhy float32 has less.\n<!-- end -->\n| old |\n")
-    options = [
-        "--repeats",
-        "1",
-        "--frameworks",
-        "torch,paddle",
-        "--dtypes",
-        "float64,bfloat16",
-        "--out",
-        str(out),
-    ]
-    arguments = parser.parse_args(["margins", *options])
+    line = "margins --repeats 1 --frameworks torch,paddle --dtypes float64,bfloat16 --out {out}"
+    arguments = parser.parse_args(words(line, out=out))
     arguments.command = "python -m tests.campaigns margins"
     fakes = {name: Implementation("fakes.drifting", "numpy", "") for name in ("torch", "paddle")}
     assert subcommand.run(arguments, fakes) == 0
     page = out.read_text()
     assert "| torch | float64 | gradient | 0.0000 | 0.0000 | 1 |" in page and "| old |" not in page
-    assert (
-        "| paddle | bfloat16 | loss curve | 0.3333 | 0.3333 | 1 |" in page
-    )  # no error at all: the floor is the limit
+    # No error at all: the floor is the limit.
+    assert "| paddle | bfloat16 | loss curve | 0.3333 | 0.3333 | 1 |" in page
     assert explanation_in(page) == "Why float32 has less."
     assert "Every check has at least 5 times room" in page
 
 
 def test_a_check_without_room_is_named() -> None:
-    fields = {
-        "framework": "torch",
-        "dtype": "float32",
-        "median": 0.1,
-        "repeats": 2,
-        "worst_run": "r",
-        "worst_tensor": "t",
-    }
+    fields = {"framework": "torch", "dtype": "float32", "median": 0.1, "repeats": 2}
+    fields |= {"worst_run": "r", "worst_tensor": "t"}
     two = [Margin(check="loss", worst=0.1, **fields), Margin(check="gradient", worst=0.3, **fields)]
     text = verdict(two)
     assert text.startswith("1 of 2 checks have less than 5 times room: torch float32 gradient; ")
@@ -82,10 +67,7 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "--repeats 0": "expected a whole number, at least 1",
         "--dtypes float16": "--dtypes = 'float16': unknown",
         "--frameworks ,": "--frameworks: nothing named",
-        "--out /no/such/place.md": "--out /no/such/place.md: expected a path in a folder "
-        "that exists",
+        "--out /no/such/place.md": "/no/such/place.md: expected a path in a folder that exists",
         "--out /": "--out /: is a folder; expected a file",
     }.items():
-        assert main(["margins", *line.split()]) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
+        assert_refused(main(["margins", *line.split()]), message, capsys)

@@ -10,7 +10,7 @@ import pytest
 
 from common.harness.launch import IMPLEMENTATIONS, Implementation
 from tests.campaigns import relay
-from tests.program import MORTAL, call
+from tests.program import MORTAL, assert_refused, call, words
 
 LEGS = "torch:p=2:1f1b:6,paddle:p=4:1f1b:12,tensorflow:p=3:interleaved:18"
 
@@ -28,16 +28,11 @@ def test_three_frameworks_in_turn_train_as_the_oracle_does(tmp_path: Path) -> No
     assert run(dict(IMPLEMENTATIONS), "--legs", LEGS, "--out", tmp_path / "out") == 0
     found = json.loads(next(tmp_path.glob("out/*/relay.json")).read_text())
     assert found["passed"] and len(found["oracle_losses"]) == 18
-    assert [
-        (leg["config"]["framework"], leg["first_step"], len(leg["losses"])) for leg in found["legs"]
-    ] == [
-        ("torch", 0, 6),
-        ("paddle", 6, 6),
-        ("tensorflow", 12, 6),
-    ]
-    assert all(
-        leg["loss_difference"] < 1e-11 and leg["weight_difference"] < 1e-10 for leg in found["legs"]
-    )
+    legs = found["legs"]
+    did = [(leg["config"]["framework"], leg["first_step"], len(leg["losses"])) for leg in legs]
+    assert did == [("torch", 0, 6), ("paddle", 6, 6), ("tensorflow", 12, 6)]
+    assert max(leg["loss_difference"] for leg in legs) < 1e-11
+    assert max(leg["weight_difference"] for leg in legs) < 1e-10
     assert next(tmp_path.glob("out/*/relay.png")).stat().st_size > 10_000
 
 
@@ -60,23 +55,11 @@ def test_what_the_legs_say_is_said_there_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.toml").write_text("stages = 2\n")
-    assert (
-        run(
-            MORTAL,
-            "--legs",
-            "torch:1f1b:2",
-            "--config",
-            tmp_path / "a.toml",
-            "--out",
-            tmp_path / "out",
-        )
-        == 2
-    )
-    assert "a.toml: stages: not a setting of this command" in capsys.readouterr().err
-    assert (
-        run(MORTAL, "--legs", "torch:1f1b:2", "--warmup-steps", "3", "--out", tmp_path / "out") == 2
-    )
-    assert "warmup_steps = 3 is more than steps = 2" in capsys.readouterr().err
+    leg = words("--legs torch:1f1b:2 --out {home}/out", home=tmp_path)
+    status = run(MORTAL, *leg, "--config", tmp_path / "a.toml")
+    assert_refused(status, "a.toml: stages: not a setting of this command", capsys)
+    status = run(MORTAL, *leg, "--warmup-steps", 3)
+    assert_refused(status, "warmup_steps = 3 is more than steps = 2", capsys)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +76,4 @@ def test_what_the_legs_say_is_said_there_alone(
 def test_wrong_legs_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], legs: str, message: str
 ) -> None:
-    assert run(MORTAL, "--legs", legs, "--out", tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert_refused(run(MORTAL, "--legs", legs, "--out", tmp_path / "out"), message, capsys)

@@ -26,10 +26,11 @@ from common.runtime.text import write_text
 from common.spec.data import Corpus, load_corpus
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 from common.spec.text import read_texts
-from tests.program import MORTAL, SMALL, call, with_defaults
+from tests.program import MORTAL, SMALL, assert_refused, call, with_defaults, words
 
 BYTES = with_defaults(SMALL, ())
 BYTE_PAIRS = [*BYTES, "--tokenizer", "bpe", "--vocab-size", "300"]
+GREEDY = "generate --checkpoint {} --prompt {!r} --tokens {} --greedy --json"
 
 
 @pytest.fixture(autouse=True)
@@ -50,23 +51,16 @@ def run(*argv: Any) -> int:
 
 def trained(folder: str, steps: int, *argv: Any) -> tuple[Path, list[float]]:
     """The last checkpoint and the losses of a run into `folder`."""
-    assert (
-        run("train", "--out", f"{folder}-results", "--save-dir", folder, "--steps", steps, *argv)
-        == 0
-    )
-    results = sorted(
-        Path(f"{folder}-results").glob("*/*/result.json"), key=lambda path: path.stat().st_mtime_ns
-    )
-    return checkpoint.checkpoints_in(Path(folder))[-1], [
-        step.loss for step in RunResult.read(results[-1]).steps
-    ]
+    places = ("--out", f"{folder}-results", "--save-dir", folder)
+    assert run("train", *places, "--steps", steps, *argv) == 0
+    results = Path(f"{folder}-results").glob("*/*/result.json")
+    newest = RunResult.read(max(results, key=lambda path: path.stat().st_mtime_ns))
+    return checkpoint.checkpoints_in(Path(folder))[-1], [step.loss for step in newest.steps]
 
 
 def refused(capsys: pytest.CaptureFixture[str], message: str, *argv: Any) -> None:
     capsys.readouterr()
-    assert run(*argv) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1, error
+    assert_refused(run(*argv), message, capsys)
 
 
 def test_a_run_goes_on_with_the_tokenizer_of_its_checkpoint(
@@ -123,31 +117,19 @@ def test_evaluate_wants_the_text_or_another_one_by_name(capsys: pytest.CaptureFi
 def test_generate_needs_no_text(tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
     argv = BYTES if tokenizer == "bytes" else BYTE_PAIRS
     saved, _ = trained("run", 2, *argv, "--corpus", "text")
-    wish = (
-        "generate",
-        "--checkpoint",
-        saved,
-        "--prompt",
-        "The class",
-        "--tokens",
-        9,
-        "--greedy",
-        "--json",
-    )
-    capsys.readouterr()
-    assert run(*wish) == 0
-    before = json.loads(capsys.readouterr().out)
+
+    def generated() -> Any:
+        capsys.readouterr()
+        assert run(*words(GREEDY.format(saved, "The class", 9))) == 0
+        found = json.loads(capsys.readouterr().out)
+        return found["texts"], found["tokens"]
+
+    before = generated()
     Path("text").write_text("another text " * 100)
-    assert run(*wish) == 0
-    changed_text = json.loads(capsys.readouterr().out)
+    changed_text = generated()
     Path("text").unlink()
-    assert run(*wish) == 0
-    after = json.loads(capsys.readouterr().out)
-    assert (
-        before["texts"] == changed_text["texts"] == after["texts"]
-        and before["tokens"] == after["tokens"]
-    )
-    assert before["texts"][0].startswith("The class")
+    assert before == changed_text == generated()
+    assert before[0][0].startswith("The class")
 
 
 def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(
@@ -162,27 +144,16 @@ def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(
     ]
     for subcommand in subcommands:
         refused(capsys, "has its own tokenizer (bpe)", *subcommand, saved, "--tokenizer", "bytes")
-        refused(
-            capsys,
-            "has its own tokenizer (bpe)",
-            *subcommand,
-            saved,
-            "--tokenizer-file",
-            other / "tokenizer.json",
-        )
+        file = ("--tokenizer-file", other / "tokenizer.json")
+        refused(capsys, "has its own tokenizer (bpe)", *subcommand, saved, *file)
     own = ["--tokenizer-file", str(saved / "tokenizer.json")]
     assert run("generate", "--checkpoint", saved, "--prompt", "x", "--tokens", 2, *own) == 0
     subcommands.append(("export", "--to", "torch", "--out", "model.pt"))
     content = (saved / "tokenizer.json").read_bytes()
+    changed = content.replace(b'"!"', b'"?"', 1)
     for damage, message in (
-        (
-            lambda path: path.write_bytes(content.replace(b'"!"', b'"?"', 1)),
-            "tokenizer.json: SHA-256 differs",
-        ),
-        (
-            lambda path: path.write_bytes(content[:-5]),
-            f"has {len(content) - 5} bytes; expected {len(content)}",
-        ),
+        (lambda path: path.write_bytes(changed), "tokenizer.json: SHA-256 differs"),
+        (lambda path: path.write_bytes(content[:-5]), f"bytes; expected {len(content)}"),
         (lambda path: path.unlink(), "tokenizer.json: No such file"),
         (lambda path: path.symlink_to("/etc/passwd"), "tokenizer.json: a link"),
     ):
@@ -234,16 +205,8 @@ def test_the_manual_of_another_python_is_another_text(
 
 # --------------------------------------------------------------------------------- imported weights
 
-MODEL = TransformerSpec(
-    vocab_size=320,
-    context_length=12,
-    num_layers=1,
-    d_model=8,
-    num_heads=2,
-    d_ff=8,
-    activation="gelu_tanh",
-    tied_head=True,
-)
+SIZES = {"context_length": 12, "num_layers": 1, "d_model": 8, "num_heads": 2, "d_ff": 8}
+MODEL = TransformerSpec(vocab_size=320, activation="gelu_tanh", tied_head=True, **SIZES)
 
 
 def gpt2(folder: Path, vocab_size: int = MODEL.vocab_size) -> Any:
@@ -256,10 +219,8 @@ def gpt2(folder: Path, vocab_size: int = MODEL.vocab_size) -> Any:
         folder / "model.safetensors",
     )
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=310,
@@ -285,17 +246,7 @@ def test_imported_weights_keep_the_meaning_of_their_tokens(
     shutil.move("gpt2/tokenizer.json", "tokenizer.json")
     assert run(*importing, "unknown") == 0
     assert "tokenizer: not known" in capsys.readouterr().out
-    fine_tuning = [
-        "--batch-size",
-        4,
-        "--micro-batches",
-        2,
-        "--corpus",
-        "text",
-        "--seed",
-        3,
-        "--resume",
-    ]
+    fine_tuning = words("--batch-size 4 --micro-batches 2 --corpus text --seed 3 --resume")
     saved, (loss, *_) = trained("a", 2, *fine_tuning, "known")
     _, given = trained("b", 2, *fine_tuning, "unknown", "--tokenizer-file", "tokenizer.json")
     tokens = np.array(made.encode(Path("text").read_text()).ids)
@@ -308,20 +259,7 @@ def test_imported_weights_keep_the_meaning_of_their_tokens(
     assert (saved / "tokenizer.json").read_bytes() == Path("tokenizer.json").read_bytes()
     Path("text").unlink()
     capsys.readouterr()
-    assert (
-        run(
-            "generate",
-            "--checkpoint",
-            saved,
-            "--prompt",
-            "Ein Schrödinger",
-            "--tokens",
-            5,
-            "--greedy",
-            "--json",
-        )
-        == 0
-    )
+    assert run(*words(GREEDY.format(saved, "Ein Schrödinger", 5))) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["prompt"] == made.encode("Ein Schrödinger").ids
 
@@ -331,31 +269,17 @@ def test_what_imported_tokens_mean_is_never_guessed(capsys: pytest.CaptureFixtur
     importing = ("import", "gpt2/model.safetensors", "--from", "gpt2", "--num-heads", 2, "--out")
     assert run(*importing, "saved") == 0
     training = ("train", "--steps", 2, "--out", "results", "--batch-size", 4, "--resume", "saved")
-    evaluating, writing = (
-        ("evaluate", "--batches", 1, "--checkpoint", "saved"),
-        ("generate", "--checkpoint", "saved"),
-    )
-    writing = (*writing, "--tokens", 2)
+    evaluating = ("evaluate", "--batches", 1, "--checkpoint", "saved")
+    writing = ("generate", "--checkpoint", "saved", "--tokens", 2)
     for subcommand in (training, evaluating, (*writing, "--prompt", "x")):
-        refused(
-            capsys,
-            "imported weights without a tokenizer; expected --tokenizer-file FILE",
-            *subcommand,
-        )
-        refused(
-            capsys,
-            "weights for a vocabulary that exists already",
-            *subcommand,
-            "--tokenizer",
-            "bpe",
-        )
+        message = "imported weights without a tokenizer; expected --tokenizer-file FILE"
+        refused(capsys, message, *subcommand)
+        message = "weights for a vocabulary that exists already"
+        refused(capsys, message, *subcommand, "--tokenizer", "bpe")
         assert run(*subcommand, "--tokenizer", "bytes") == 0
     assert run(*writing, "--prompt-tokens", "1,2") == 0
     made.save("tokenizer.json")
-    too_large = (
-        "tokenizer.json: has 310 tokens, added and special ones included; the model has "
-        "vocab_size = 256"
-    )
+    too_large = "has 310 tokens, added and special ones included; the model has vocab_size = 256"
     for subcommand in (training, evaluating, (*writing, "--prompt", "x"), (*importing, "none")):
         refused(capsys, too_large, *subcommand, "--tokenizer-file", "tokenizer.json")
     assert run(*importing, "as-bytes", "--tokenizer", "bytes") == 0
@@ -363,23 +287,18 @@ def test_what_imported_tokens_mean_is_never_guessed(capsys: pytest.CaptureFixtur
     shutil.move("tokenizer.json", "gpt2/tokenizer.json")
     capsys.readouterr()
     assert run(*importing, "misfit") == 0
-    assert (
-        "tokenizer: not known: tokenizer gpt2/tokenizer.json: has 310 tokens"
-        in capsys.readouterr().out
-    )
+    unknown = "tokenizer: not known: tokenizer gpt2/tokenizer.json: has 310 tokens"
+    assert unknown in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------- children
 
 
 def test_children_read_no_text_and_train_no_tokenizer(tmp_path: Path) -> None:
+    model = {"vocab_size": 300, "context_length": 8, "d_model": 8}
+    train = {"steps": 2, "batch_size": 4, "micro_batches": 2}
     config = RunConfig.model_validate(
-        {
-            "corpus": ["text"],
-            "tokenizer": "bpe",
-            "model": {"vocab_size": 300, "context_length": 8, "d_model": 8},
-        }
-        | {"train": {"steps": 2, "batch_size": 4, "micro_batches": 2}}
+        {"corpus": ["text"], "tokenizer": "bpe", "model": model, "train": train}
     )
     text = write_text(load_corpus(config), tmp_path / "kept")
     Path("text").unlink()
@@ -396,13 +315,8 @@ def test_a_run_is_dumped_again_with_its_own_text_or_not_at_all(
     argv = [*BYTE_PAIRS, "--framework", "oracle"]
     for name, corpus in (("a", "text"), ("b", "other")):
         assert run("dump", *argv, "--corpus", corpus, "--out", f"{name}.safetensors") == 0
-    refused(
-        capsys,
-        "are other tokens in A and B; expected runs of one text",
-        "bisect",
-        "a.safetensors",
-        "b.safetensors",
-    )
+    message = "are other tokens in A and B; expected runs of one text"
+    refused(capsys, message, "bisect", "a.safetensors", "b.safetensors")
     trained("run", 1, *BYTE_PAIRS, "--corpus", "text")
     (result,) = Path("run-results").glob("*/*/result.json")
     assert (result.parent / "tokenizer.json").exists() and not list(result.parent.glob("*.npy"))
