@@ -124,8 +124,8 @@ def _tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
-    with opened(path, follow_links=True) as file:
-        read_header(file, path)  # a header that lies takes no memory
+    with opened(path, follow_links=True):
+        read_header(path)  # a header that lies takes no memory
     try:
         return dict(load_file(path))
     except Exception as error:

@@ -80,6 +80,8 @@ def locked(directory: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{directory}: {error.strerror}; expected a folder that can be written"
         ) from None
+    # Not the library filelock: it empties the file of whoever holds the lock when it tries to get it,
+    # so the owner would need a file beside it, which would need care of its own: more lines, not less.
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,18 +91,13 @@ def locked(directory: Path) -> Iterator[None]:
             ) from None
         here = os.uname().nodename
         owner = _owner(file)
-        if (
-            owner and owner["host"] != here
-        ):  # not every network's file system carries locks from host to host
+        # Not every network's file system carries locks from host to host.
+        if owner and owner["host"] != here:
             raise CheckpointError(
                 f"{directory}: in use by {owner}; if that run is over, remove {directory / '.lock'}"
             )
-        _write_owner(
-            file,
-            json.dumps(
-                {"pid": os.getpid(), "host": here, "since": time.strftime("%FT%TZ", time.gmtime())}
-            ),
-        )
+        since = time.strftime("%FT%TZ", time.gmtime())
+        _write_owner(file, json.dumps({"pid": os.getpid(), "host": here, "since": since}))
         try:
             remove_leftovers(directory)
             yield

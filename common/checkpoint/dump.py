@@ -2,13 +2,14 @@
 (docs/numerics.md).
 
 Tensors are named by `common.spec.parameters.TensorKey`. Nothing in a dump is trusted: it is never
-unpickled, its header must fill the file exactly before a tensor is read, and its metadata is
+unpickled, its header must describe the file exactly before a tensor is read, and its metadata is
 checked like any other input.
 """
 
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +77,10 @@ def write_dump(
 
 def read_dump(path: Path) -> Dump:
     """Read a dump. Raises DumpError, and OSError for a file that cannot be opened."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DumpError(f"{path}: not a plain file; expected a dump")
     try:
-        with path.open("rb") as file:
-            entries = read_header(file, path)
+        entries = read_header(path)
     except CheckpointError as error:
         raise DumpError(str(error)) from None
     for text, entry in entries.items():

@@ -116,8 +116,7 @@ def _verify_file(path: Path, manifest: Manifest) -> None:
             for name, tensor in manifest.tensors.items()
             if tensor.file == path.name
         }
-        header = read_header(file, path)
-        found = {name: (tensor.dtype, tensor.shape) for name, tensor in header.items()}
+        found = {name: (each.dtype, each.shape) for name, each in read_header(path).items()}
         if found != expected:
             name = min(
                 name for name in {**found, **expected} if found.get(name) != expected.get(name)

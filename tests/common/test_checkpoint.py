@@ -276,18 +276,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "linked manifest": (lambda f: as_link(f / "manifest.json"), "a link; expected a file"),
     "pipe": (lambda f: (shard(f).unlink(), os.mkfifo(shard(f))), "not a plain file"),
     "folder": (lambda f: (shard(f).unlink(), shard(f).mkdir()), "shard-00000.safetensors: "),
-    "overlap": (
-        header(lambda h: h[NAME].update(data_offsets=[0, 64])),
-        "which its shape does not fill",
-    ),
+    "overlap": (header(lambda h: h[NAME].update(data_offsets=[0, 64])), "invalid offset"),
     "header dtype": (header(lambda h: h[NAME].update(dtype="I64")), "manifest says"),
-    "header type": (header(lambda h: h[NAME].update(dtype="OBJECT")), "has dtype OBJECT"),
+    "header type": (header(lambda h: h[NAME].update(dtype="OBJECT")), "unknown variant `OBJECT`"),
     "header shape": (header(lambda h: h[NAME].update(shape=[2, 4])), "manifest says"),
-    "header size": (
-        header(lambda h: h[NAME].update(shape=[10**18])),
-        "which its shape does not fill",
-    ),
-    "header junk": (header(lambda h: h.update(x=3)), "header cannot be read"),
+    "header size": (header(lambda h: h[NAME].update(shape=[10**18])), "overflow computing buffer"),
+    "header junk": (header(lambda h: h.update(x=3)), "invalid JSON in header"),
 }
 
 

@@ -13,6 +13,7 @@ of heads, is read from the model's config.json, or said by the user.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -96,13 +97,13 @@ def read_gpt2(
     """
     headers: dict[str, tuple[Path, HeaderEntry]] = {}
     for path in tensors_from or source.files:
-        with opened(path, follow_links=True) as file:
-            for name, entry in read_header(file, path).items():
-                if name in headers:
-                    raise ExchangeError(
-                        f"{printable(name)} is in both {headers[name][0].name} and {path.name}"
-                    )
-                headers[name] = path, entry
+        with opened(path, follow_links=True):  # no pipe, and no device
+            entries = read_header(path)
+        for name, entry in entries.items():
+            if name in headers:
+                both = f"{headers[name][0].name} and {path.name}"
+                raise ExchangeError(f"{printable(name)} is in both {both}")
+            headers[name] = path, entry
     names = unwrapped(headers, ("transformer", "model"))
     names = {short: name for short, name in names.items() if not BUFFER.fullmatch(short)}
     path = source.files[0]
@@ -144,7 +145,10 @@ def read_gpt2(
 
 def _tensor(path: Path, entry: HeaderEntry, name: str) -> NDArray[Any]:
     if entry.dtype == "BF16":  # a type that NumPy lacks: the upper half of a float32
-        bits = np.fromfile(path, "<u2", math.prod(entry.shape), offset=entry.first_byte)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            first_byte = 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
+        bits = np.fromfile(path, "<u2", math.prod(entry.shape), offset=first_byte)
         return (bits.astype(np.uint32) << 16).view(np.float32).reshape(entry.shape)
     with safe_open(path, "numpy") as found:
         return np.asarray(found.get_tensor(name))
