@@ -15,6 +15,7 @@ from typing import Any
 
 from common.checkpoint.manifest import MANIFEST, CheckpointError
 from common.checkpoint.read import verify
+from common.io.edges import write_file
 
 FOLDER = re.compile(r"step-([0-9]{8,18})")
 
@@ -73,37 +74,35 @@ def locked(directory: Path) -> Iterator[None]:
     The lock is the kernel's (flock), so it goes with its process, however that ends; `.lock` says
     for people and other machines who holds it. Raises CheckpointError if another run is in there.
     """
+    lock, here = directory / ".lock", os.uname().nodename
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("a+", encoding="utf-8")
+        file = lock.open("a", encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(
-            f"{directory}: {error.strerror}; expected a folder that can be written"
-        ) from None
-    # Not the library filelock: it empties the file of whoever holds the lock when it tries to get it,
-    # so the owner would need a file beside it, which would need care of its own: more lines, not less.
+        reason = f"{error.strerror}; expected a folder that can be written"
+        raise CheckpointError(f"{directory}: {reason}") from None
     with file:
+        # All that the library filelock would take off our hands is this line; who holds the lock it
+        # does not say either.
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CheckpointError(
-                f"{directory}: in use by {_owner(file)}; use another folder, or wait"
-            ) from None
-        here = os.uname().nodename
-        owner = _owner(file)
+            in_use = f"in use by {_owner(lock)}; use another folder, or wait"
+            raise CheckpointError(f"{directory}: {in_use}") from None
         # Not every network's file system carries locks from host to host.
+        owner = _owner(lock)
         if owner and owner["host"] != here:
             raise CheckpointError(
-                f"{directory}: in use by {owner}; if that run is over, remove {directory / '.lock'}"
+                f"{directory}: in use by {owner}; if that run is over, remove {lock}"
             )
         since = time.strftime("%FT%TZ", time.gmtime())
-        _write_owner(file, json.dumps({"pid": os.getpid(), "host": here, "since": since}))
+        write_file(lock, json.dumps({"pid": os.getpid(), "host": here, "since": since}))
         try:
             remove_leftovers(directory)
             yield
         finally:
             remove_leftovers(directory)
-            _write_owner(file, "")
+            write_file(lock, "")
 
 
 class _Owner(dict[str, Any]):
@@ -111,21 +110,13 @@ class _Owner(dict[str, Any]):
         return f"process {self['pid']} on {self['host']} since {self['since']}"
 
 
-def _owner(file: Any) -> _Owner:
+def _owner(lock: Path) -> _Owner:
     """Return who wrote the lock last and has not released it; empty if nobody, or unknown."""
-    file.seek(0)
     try:
-        found = json.loads(file.read(4096))
+        found = json.loads(lock.read_bytes()[:4096])
         return _Owner({key: str(found[key])[:100] for key in ("pid", "host", "since")})
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return _Owner()
-
-
-def _write_owner(file: Any, text: str) -> None:
-    file.seek(0)
-    file.truncate()
-    file.write(text)
-    file.flush()
 
 
 def remove_leftovers(directory: Path) -> None:
