@@ -28,6 +28,7 @@ from common.io.usage import UsageError
 from common.report import compare, tables
 from common.report.collect import collect
 from common.report.facts import fallbacks, parity_verdict
+from common.report.grid import Grid
 from common.report.machine import Machine, git_commit, this_machine
 from common.report.names import variant_of
 from common.report.progress import PlainProgress, progress_view
@@ -57,25 +58,21 @@ def run_bench(
     Raises UsageError.
     """
     folder = make_folder(Path(bench.options.out), bench.options.preset)
-    compared = [
-        point
-        for point in bench.points
-        if bench.options.parity and not compare.why_not_comparable(point)
-    ]
+    compared = [point for point in bench.points if not compare.why_not_comparable(point)]
+    compared = compared if bench.options.parity else []
+    # Most rows share an oracle: framework, partition and schedule do not change the numbers.
     oracles = list(dict.fromkeys(map(compare.oracle_config, compared)))
     oracles += list(dict.fromkeys(filter(None, map(compare.rounded_oracle_config, compared))))
     console.print(f"results in {folder}/", highlight=False, soft_wrap=True)
+    runs = len(bench.points) * bench.options.repeats
     with stop_on_signals() as stopped:
-        with progress_view(
-            console, len(oracles) + len(bench.points) * bench.options.repeats
-        ) as view:
+        with progress_view(console, len(oracles) + runs) as view:
             session = _Session(bench, command, folder, implementations, view, stopped)
             try:
                 for config in oracles:
                     session.run_oracle(config)
                 for repeat in range(bench.options.repeats):
-                    # There and back again: a machine that slows down steadily slows all rows down
-                    # alike.
+                    # There and back again: a machine that slows down steadily slows all alike.
                     for config in bench.points if repeat % 2 == 0 else reversed(bench.points):
                         session.run(config, repeat)
                 interrupted = False
@@ -85,9 +82,7 @@ def run_bench(
         failed = _report(session, console)
     if interrupted:
         done = sum(len(results) for results in session.results.values())
-        console.print(
-            f"interrupted: {done} of {len(bench.points) * bench.options.repeats} runs finished"
-        )
+        console.print(f"interrupted: {done} of {runs} runs finished")
         return EXIT_INTERRUPTED
     return EXIT_FAILED if failed else EXIT_OK
 
@@ -103,17 +98,15 @@ def make_folder(out: Path, preset: str) -> Path:
             if not out.is_dir():
                 raise UsageError(f"--out {out}: is a file; expected a folder") from None
         except OSError as error:
-            raise UsageError(
-                f"--out {out}: {error.strerror}; expected a folder that can be written"
-            ) from None
+            reason = f"{error.strerror}; expected a folder that can be written"
+            raise UsageError(f"--out {out}: {reason}") from None
     raise UsageError(f"--out {out}: holds 99 runs of this second; use another folder")
 
 
 def run_name(config: RunConfig, repeat: int | None = None) -> str:
     """Return the run's folder name: framework, schedule, and what distinguishes it in its grid."""
-    schedule = printable(
-        Path(config.schedule.removeprefix("file:")).stem, 48
-    )  # a file's name may be of any length
+    # A schedule file's name may be of any length; a folder's may not.
+    schedule = printable(Path(config.schedule.removeprefix("file:")).stem, 48)
     name = f"{config.framework}-{schedule}-p{config.stages}-m{config.train.micro_batches}"
     name += f"-v{config.chunks}" if config.chunks > 1 else ""
     name += f"-{config.executor}" if config.executor != "table" else ""
@@ -126,9 +119,8 @@ def describe(config: RunConfig) -> str:
     chunks = f" v={config.chunks}" if config.chunks > 1 else ""
     executor = f" {config.executor}" if config.executor != "table" else ""
     size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
-    return " ".join(
-        [f"{config.framework} {config.schedule_name}{executor} {size}", *variant_of(config)]
-    )
+    name = f"{config.framework} {config.schedule_name}{executor} {size}"
+    return " ".join([name, *variant_of(config)])
 
 
 @dataclass
@@ -231,9 +223,8 @@ class _Session:
 
     def _parity(self, result: RunResult, folder: Path) -> Parity:
         if result.status != "ok":
-            return Parity(
-                reason=f"the run {'has failed' if result.status == 'failed' else 'was skipped'}"
-            )
+            how = "has failed" if result.status == "failed" else "was skipped"
+            return Parity(reason=f"the run {how}")
         if reason := compare.why_not_comparable(result.config):
             return Parity(status="not comparable", reason=reason)
         oracle, oracle_folder = self.oracles.get(compare.oracle_config(result.config), (None, None))
@@ -242,9 +233,8 @@ class _Session:
         if oracle.status != "ok":
             return Parity(reason=f"the oracle {oracle.status}: {oracle.reason}")
         rounded_config = compare.rounded_oracle_config(result.config)
-        rounded, _ = (
-            self.oracles.get(rounded_config, (None, None)) if rounded_config else (None, None)
-        )
+        found = self.oracles.get(rounded_config) if rounded_config else None
+        rounded = found[0] if found else None
         try:
             return compare.parity(result, folder, oracle, oracle_folder, rounded)
         except (ValueError, OSError) as error:  # a child that leaves other files than it should
@@ -342,10 +332,8 @@ def _sizes(config: RunConfig) -> str:
 
 def _devices(config: RunConfig) -> list[int]:
     """The device of every virtual stage."""
-    schedule = make_schedule(
-        config.schedule, config.stages, config.train.micro_batches, config.chunks
-    )
-    return [device for device, _ in schedule.location]
+    size = (config.stages, config.train.micro_batches, config.chunks)
+    return [device for device, _ in make_schedule(config.schedule, *size).location]
 
 
 def _plan_table(config: RunConfig) -> Table:
@@ -353,43 +341,28 @@ def _plan_table(config: RunConfig) -> Table:
     element_bytes = 8 if config.train.master_dtype == "float64" else 4
     total = sum(cost.forward_flops for cost in costs.values())
     parts = plan_partition(config).parts
-    partition = (
-        config.partition
-        if isinstance(config.partition, str)
-        else ",".join(map(str, config.partition))
-    )
+    given = config.partition
+    partition = given if isinstance(given, str) else ",".join(map(str, given))
     flops = [sum(costs[unit].forward_flops for unit in units) for units in parts]
     devices = _devices(config)
-    loads = [
-        sum(f for f, d in zip(flops, devices, strict=True) if d == device)
-        for device in range(config.stages)
-    ]
-    chunks = f" of {config.chunks} chunks" if config.chunks > 1 else ""
-    table = Table(
-        title=f"{config.stages} stages{chunks}, partition {partition}, micro-batches of "
-        f"{_sizes(config)} sequences",
-        title_justify="left",
-        caption=f"largest stage: {max(loads) * config.stages / total:.3f} of the mean",
-        caption_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    for title in ("stage", "units", "parameters", "MB", "forward MFLOP", "share", "sends kB"):
-        table.add_column(
-            title, justify="left" if title == "units" else "right", no_wrap=title != "units"
-        )
+    loads = [0.0] * config.stages
+    for device, count in zip(devices, flops, strict=True):
+        loads[device] += count
+    rows = []
     for k, units in enumerate(parts):
         parameters = sum(costs[unit].parameters for unit in units)
         sends = costs[units[-1]].activation_bytes / 1e3 if k + 1 < len(parts) else 0
-        table.add_row(
-            str(devices[k]),
-            shorten(units),
-            f"{parameters:,}",
-            f"{parameters * element_bytes / 1e6:,.1f}",
-            f"{flops[k] / 1e6:,.1f}",
-            f"{flops[k] / total:.1%}",
-            f"{sends:,.1f}",
-        )
+        size = [f"{parameters:,}", f"{parameters * element_bytes / 1e6:,.1f}"]
+        work = [f"{flops[k] / 1e6:,.1f}", f"{flops[k] / total:.1%}", f"{sends:,.1f}"]
+        rows.append([str(devices[k]), shorten(units), *size, *work])
+    titles = ("stage", "units", "parameters", "MB", "forward MFLOP", "share", "sends kB")
+    table = Grid(titles, rows, ("units",)).rich()
+    table.columns[1].no_wrap = False
+    chunks = f" of {config.chunks} chunks" if config.chunks > 1 else ""
+    sizes = f"micro-batches of {_sizes(config)} sequences"
+    table.title = f"{config.stages} stages{chunks}, partition {partition}, {sizes}"
+    table.caption = f"largest stage: {max(loads) * config.stages / total:.3f} of the mean"
+    table.title_justify = table.caption_justify = "left"
     return table
 
 
@@ -398,10 +371,6 @@ def shorten(units: Sequence[str]) -> str:
     blocks = [unit for unit in units if unit.startswith("block.")]
     if len(blocks) < 3:
         return ", ".join(units)
-    return ", ".join(
-        [
-            *(["embedding"] if units[0] == "embedding" else []),
-            f"{blocks[0]} .. {blocks[-1]}",
-            *(["head"] if units[-1] == "head" else []),
-        ]
-    )
+    between = f"{blocks[0]} .. {blocks[-1]}"
+    first, last = units[0] == "embedding", units[-1] == "head"
+    return ", ".join(["embedding"] * first + [between] + ["head"] * last)

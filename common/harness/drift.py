@@ -11,6 +11,7 @@ import fnmatch
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,28 +41,12 @@ def base_config(steps: int) -> RunConfig:
 
     Two stages, four micro-batches, one thread per stage.
     """
-    return RunConfig.model_validate(
-        {
-            "stages": 2,
-            "threads": 2,
-            "device": "cpu",
-            "model": {
-                "context_length": 12,
-                "num_layers": 2,
-                "d_model": 24,
-                "num_heads": 2,
-                "d_ff": 40,
-            },
-            "train": {
-                "steps": steps,
-                "batch_size": 8,
-                "micro_batches": 4,
-                "learning_rate": 2e-3,
-                "learning_rate_schedule": "cosine",
-                "warmup_steps": min(10, steps),
-            },
-        }
-    )
+    model = {"context_length": 12, "num_layers": 2, "d_model": 24, "num_heads": 2, "d_ff": 40}
+    train: dict[str, Any] = {"steps": steps, "batch_size": 8, "micro_batches": 4}
+    train |= {"learning_rate": 2e-3, "learning_rate_schedule": "cosine"}
+    train["warmup_steps"] = min(10, steps)
+    run = {"stages": 2, "threads": 2, "device": "cpu"}
+    return RunConfig.model_validate(run | {"model": model, "train": train})
 
 
 def config_of(
@@ -71,12 +56,8 @@ def config_of(
     base = base_config(steps).model_dump()
     model, train = base.pop("model") | dict(drift.model), base.pop("train") | dict(drift.train)
     train |= {"dtype": drift.dtype, "seed": seed}
-    changes = {
-        "framework": framework,
-        "model": model,
-        "train": train,
-        "drift": drift.name if on else None,
-    }
+    changes = {"framework": framework, "drift": drift.name if on else None}
+    changes |= {"model": model, "train": train}
     return RunConfig.model_validate(base | dict(drift.run) | changes)
 
 
@@ -92,59 +73,42 @@ def run_zoo(
 ) -> tuple[list[Row], list[float], dict[str, str]]:
     """Run everything in `folder`; return rows, the spread's curve and all versions."""
     last = max(steps)
-    chosen = [
-        (drift, f)
-        for drift in DRIFTS
-        if drift.name in names
-        for f in frameworks
-        if f in drift.frameworks
-    ]
-    runnable = [
-        (drift, f) for drift, f in chosen if drift.run.get("device") != "cuda" or has_cuda()
-    ]
+    wished = [drift for drift in DRIFTS if drift.name in names]
+    chosen = [(drift, f) for drift in wished for f in frameworks if f in drift.frameworks]
+    on_cpu = [(drift, f) for drift, f in chosen if drift.run.get("device") != "cuda"]
+    runnable = chosen if has_cuda() else on_cpu
     wanted = [config_of(drift, f, last, on) for drift, f in runnable for on in (False, True)]
     home = "torch" if "torch" in frameworks else frameworks[0]
+
+    def seeded(drift: Drift) -> list[RunConfig]:
+        return [config_of(drift, home, last, on=False, seed=seed) for seed in range(seeds)]
+
     for drift, _ in runnable:
-        wanted += [config_of(drift, home, last, on=False, seed=seed) for seed in range(seeds)]
-    outcomes = run_all(
-        list(dict.fromkeys(wanted)), folder, timeout_seconds, on_step, implementations
-    )
+        wanted += seeded(drift)
+    # Many habits have the same baseline; each distinct run is done once.
+    each = list(dict.fromkeys(wanted))
+    outcomes = run_all(each, folder, timeout_seconds, on_step, implementations)
 
     def spread_of(drift: Drift) -> list[Run]:
-        found = [
-            outcomes[config_of(drift, home, last, on=False, seed=seed)] for seed in range(seeds)
-        ]
-        return [run for run in found if isinstance(run, Run)]
+        return [run for config in seeded(drift) if isinstance(run := outcomes[config], Run)]
 
     rows = []
     for drift, framework in chosen:
         if (drift, framework) not in runnable:
             rows.append(_row(drift, framework, "needs CUDA"))
             continue
-        baseline, drifted = (
-            outcomes[config_of(drift, framework, last, on)] for on in (False, True)
-        )
-        rows.append(_judged(drift, framework, baseline, drifted, spread_of(drift), steps))
-    plain = next(
-        (
-            spread_of(drift)
-            for drift, _ in runnable
-            if not (drift.model or drift.train or drift.run)
-        ),
-        [],
-    )
-    versions = {
-        run.parts[0].environment["framework"]: str(run.parts[0].environment["version"])
-        for run in outcomes.values()
-        if isinstance(run, Run)
-    }
-    curves = [strided(run.losses) for run in plain]
-    spread = (
-        [statistics.stdev(values) for values in zip(*curves, strict=True)]
-        if len(curves) > 1
-        else []
-    )
-    return rows, spread, versions
+        pair = [outcomes[config_of(drift, framework, last, on)] for on in (False, True)]
+        rows.append(_judged(drift, framework, pair[0], pair[1], spread_of(drift), steps))
+    plain = [drift for drift, _ in runnable if not (drift.model or drift.train or drift.run)]
+    curves = [strided(run.losses) for drift in plain[:1] for run in spread_of(drift)]
+    spread = [statistics.stdev(values) for values in zip(*curves, strict=True) if len(curves) > 1]
+    return rows, spread, versions_of(outcomes)
+
+
+def versions_of(outcomes: Mapping[RunConfig, Run | str]) -> dict[str, str]:
+    """Return the version of every framework that ran."""
+    said = [run.parts[0].environment for run in outcomes.values() if isinstance(run, Run)]
+    return {str(each["framework"]): str(each["version"]) for each in said}
 
 
 def run_all(
@@ -158,16 +122,10 @@ def run_all(
     """Run all probes, in as few worker processes as possible; for a failed one, say why."""
     groups: dict[tuple[object, ...], list[RunConfig]] = {}
     for config in configs:
-        # Differs: a Paddle rank is a process and fleet starts once, so only runs of one p share
-        # processes.
-        shared = (
-            config.framework,
-            config.stages if config.framework == "paddle" else 0,
-            config.device,
-        )
-        groups.setdefault(
-            (*shared, config.drift if config.drift in PROCESS_WIDE else None), []
-        ).append(config)
+        # Differs: a Paddle rank is a process and fleet starts once, so runs of one p share them.
+        stages = config.stages if config.framework == "paddle" else 0
+        alone = config.drift if config.drift in PROCESS_WIDE else None
+        groups.setdefault((config.framework, stages, config.device, alone), []).append(config)
     outcomes: dict[RunConfig, Run | str] = {}
     done: dict[str, int] = {}
     for number, together in enumerate(groups.values()):
@@ -177,10 +135,9 @@ def run_all(
             outcomes |= dict.fromkeys(together, f"skipped: {missing}")
             continue
         home = folder / f"{number}-{framework}"
-        jobs = [
-            Job(config=c, out=str(home / str(i)), kind="probe", noise=noise)
-            for i, c in enumerate(together)
-        ]
+        outs = [str(home / str(number)) for number in range(len(together))]
+        probes = zip(together, outs, strict=True)
+        jobs = [Job(config=c, out=out, kind="probe", noise=noise) for c, out in probes]
 
         def stepped(job: int, step: int, loss: float, framework: str = framework) -> None:
             done[framework] = done.get(framework, 0) + 1
@@ -240,26 +197,18 @@ def _judged(
     # Judged as the run without the habit: the oracle has none.
     first = first_failure(config_of(drift, framework, last, on=False), drifted, drift.ladder_steps)
     if first is None:
-        differ = any(
-            not np.array_equal(value, drifted.tensors[key])
-            for key, value in baseline.tensors.items()
-        )
-        return row.model_copy(
-            update={"verdict": "within the limits" if drift.may_pass and differ else "not seen"}
-        )
+        pairs = [(value, drifted.tensors[key]) for key, value in baseline.tensors.items()]
+        differ = any(not np.array_equal(*pair) for pair in pairs)
+        verdict = "within the limits" if drift.may_pass and differ else "not seen"
+        return row.model_copy(update={"verdict": verdict})
     right = first.check == drift.check and fnmatch.fnmatchcase(place_of(first), drift.place)
-    return row.model_copy(
-        update={"verdict": "as expected" if right else "elsewhere", **_found(first)}
-    )
+    verdict = "as expected" if right else "elsewhere"
+    return row.model_copy(update={"verdict": verdict, **_found(first)})
 
 
 def _found(first: Difference) -> dict[str, object]:
-    return {
-        "check": first.check,
-        "place": place_of(first),
-        "relative": first.relative,
-        "limit": first.limit,
-    }
+    error = {"relative": first.relative, "limit": first.limit}
+    return {"check": first.check, "place": place_of(first), **error}
 
 
 def _row(drift: Drift, framework: str, verdict: str) -> Row:
@@ -284,20 +233,16 @@ def _measured(
     steps: Sequence[int],
 ) -> Row:
     apart = [abs(a - b) for a, b in zip(drifted.losses, baseline.losses, strict=True)]
-    enough = len(seeds) > 1
-    return _row(drift, framework, "").model_copy(
-        update={
-            "cost": {n: mean_loss(drifted, n) - mean_loss(baseline, n) for n in steps},
-            "spread": {n: statistics.stdev(mean_loss(run, n) for run in seeds) for n in steps}
-            if enough
-            else {},
-            "held_out_cost": drifted.held_out_loss - baseline.held_out_loss,
-            "held_out_spread": statistics.stdev(run.held_out_loss for run in seeds)
-            if enough
-            else None,
-            "curve": strided(apart),
-        }
-    )
+    found: dict[str, object] = {
+        "cost": {n: mean_loss(drifted, n) - mean_loss(baseline, n) for n in steps},
+        "held_out_cost": drifted.held_out_loss - baseline.held_out_loss,
+        "curve": strided(apart),
+    }
+    if len(seeds) > 1:  # of one seed there is no spread
+        spread = {n: statistics.stdev(mean_loss(run, n) for run in seeds) for n in steps}
+        held_out = statistics.stdev(run.held_out_loss for run in seeds)
+        found |= {"spread": spread, "held_out_spread": held_out}
+    return _row(drift, framework, "").model_copy(update=found)
 
 
 def mean_loss(run: Run, steps: int) -> float:

@@ -79,10 +79,7 @@ class Implementation:
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "torch": Implementation(
-        "torch_impl",
-        "torch",
-        "make install, or pip install 'torch==2.13.*'",
-        process_executors=("native",),
+        "torch_impl", "torch", "make install, or pip install 'torch==2.13.*'", ("native",)
     ),
     "tensorflow": Implementation(
         "tf_impl",
@@ -114,16 +111,14 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     def set_flag(signal_number: int, frame: FrameType | None) -> None:
         stop.set()
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heeded = [
-        name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN
-    ]
-    previous = {name: signal.signal(getattr(signal, name), set_flag) for name in heeded}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, set_flag) for number in heeded}
     try:
         yield stop.is_set
     finally:
-        for name, handler in previous.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def why_missing(implementation: Implementation, executor: str = "") -> str | None:
@@ -164,86 +159,73 @@ def run_jobs_in_worker(
     Raises Interrupted, with the child ended, once `stopped()` is true; CorpusError and
     TokenizerError for jobs whose text cannot be read.
     """
-    with with_texts(jobs, folder) as ready:
-        return _run(module, ready, folder, timeout_seconds, on_step, stopped, log, hang_seconds)
-
-
-def _run(
-    module: str,
-    jobs: Sequence[Job],
-    folder: Path,
-    timeout_seconds: float,
-    on_step: Callable[[int, int, float], None],
-    stopped: Callable[[], bool],
-    log: Path | None,
-    hang_seconds: float | None,
-) -> list[Outcome]:
-    # [1]
-    folder.mkdir(parents=True, exist_ok=True)
-    for job in jobs:
-        Path(job.out).mkdir(parents=True, exist_ok=True)
-    job_file, log = folder / "jobs.json", log or folder / "worker.log"
-    JobFile(jobs=tuple(jobs)).write(job_file)
-    # Losses come from a file that grows; what each device does, from the board in shared memory.
-    progress = [_Progress(Path(job.out) / "progress.jsonl") for job in jobs]
-    boards = [Board(Path(job.out), job.config) for job in jobs]
-    began = time.monotonic()
-    # Without a limit of the user's, computing for however long is no hang: a step may be slow.
-    idle_seconds = HANG_SECONDS if hang_seconds is None else hang_seconds
-    busy_seconds = float("inf") if hang_seconds is None else max(hang_seconds, START_SECONDS)
-    ended_because = None
-    with log.open("wb") as output:
-        # [2] No stdin: a framework that asks something would wait for ever.
-        child = subprocess.Popen(
-            worker_command(module, str(job_file)),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=worker_environment(module),
-            start_new_session=True,
-        )
-        # At first START_SECONDS at least: importing a framework makes no progress on the board.
-        patience = Patience(child.pid, max(idle_seconds, START_SECONDS), busy_seconds)
-        try:
-            while child.poll() is None:  # [3]
-                if stopped():  # `finally` ends the child first
-                    raise Interrupted
-                if time.monotonic() - began > timeout_seconds:
-                    ended_because = f"no result within {timeout_seconds:g} s (--timeout)"
-                    break
-                if any(board.changed() for board in boards):
-                    patience.renew(idle_seconds, busy_seconds)
-                if patience.is_over():
-                    ended_because = (
-                        f"no progress for {patience.idle_seconds:g} s "
-                        f"(--hang-timeout): {_where(jobs, boards)}"
-                    )
-                    break
-                for number, file in enumerate(progress):
-                    for step, loss in file.new_steps():
-                        on_step(number, step, loss)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(POLL_SECONDS)
-        finally:
-            # [4] After a good end too: nothing that the child started may outlive it.
-            end_group(child)
-            for board in boards:
-                board.remove()
-    for number, file in enumerate(progress):  # steps that ended since the last look
-        for step, loss in file.new_steps():
-            on_step(number, step, loss)
-    # [5] A child runs its jobs one after another and is timed as a whole; each gets an equal share.
-    seconds = time.monotonic() - began
-    why = ended_because or _why_it_ended(child.returncode, log)
-    return [_outcome(job, log, why, seconds / len(jobs)) for job in jobs]
+    with contextlib.ExitStack() as texts:
+        jobs = texts.enter_context(with_texts(jobs, folder))
+        # [1]
+        folder.mkdir(parents=True, exist_ok=True)
+        for job in jobs:
+            Path(job.out).mkdir(parents=True, exist_ok=True)
+        job_file, log = folder / "jobs.json", log or folder / "worker.log"
+        JobFile(jobs=tuple(jobs)).write(job_file)
+        # Losses come from a file that grows; what each device does, from its board.
+        progress = [_Progress(Path(job.out) / "progress.jsonl") for job in jobs]
+        boards = [Board(Path(job.out), job.config) for job in jobs]
+        began = time.monotonic()
+        # Without a limit of the user's, computing for however long is no hang: a step may be slow.
+        idle_seconds = HANG_SECONDS if hang_seconds is None else hang_seconds
+        busy_seconds = float("inf") if hang_seconds is None else max(hang_seconds, START_SECONDS)
+        ended_because = None
+        with log.open("wb") as output:
+            # [2] No stdin: a framework that asks something would wait for ever.
+            child = subprocess.Popen(
+                worker_command(module, str(job_file)),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=worker_environment(module),
+                start_new_session=True,
+            )
+            # At first START_SECONDS at least: importing a framework makes no progress on the board.
+            patience = Patience(child.pid, max(idle_seconds, START_SECONDS), busy_seconds)
+            try:
+                while child.poll() is None:  # [3]
+                    if stopped():  # `finally` ends the child first
+                        raise Interrupted
+                    if time.monotonic() - began > timeout_seconds:
+                        ended_because = f"no result within {timeout_seconds:g} s (--timeout)"
+                        break
+                    if any(board.changed() for board in boards):
+                        patience.renew(idle_seconds, busy_seconds)
+                    if patience.is_over():
+                        ended_because = (
+                            f"no progress for {patience.idle_seconds:g} s "
+                            f"(--hang-timeout): {_where(jobs, boards)}"
+                        )
+                        break
+                    for number, file in enumerate(progress):
+                        for step, loss in file.new_steps():
+                            on_step(number, step, loss)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(POLL_SECONDS)
+            finally:
+                # [4] After a good end too: nothing that the child started may outlive it.
+                end_group(child)
+                for board in boards:
+                    board.remove()
+        for number, file in enumerate(progress):  # steps that ended since the last look
+            for step, loss in file.new_steps():
+                on_step(number, step, loss)
+        # [5] A child runs its jobs one after another and is timed as a whole: equal shares.
+        seconds = time.monotonic() - began
+        why = ended_because or _why_it_ended(child.returncode, log)
+        return [_outcome(job, log, why, seconds / len(jobs)) for job in jobs]
 
 
 def _where(jobs: Sequence[Job], boards: Sequence[Board]) -> str:
     """Return what the devices of the first unfinished job are doing."""
     for job, board in zip(jobs, boards, strict=True):
-        if not any(Path(job.out).glob("part-*.json")) and not any(
-            Path(job.out).glob("failed-*.txt")
-        ):
+        out = Path(job.out)
+        if not any([*out.glob("part-*.json"), *out.glob("failed-*.txt")]):
             return board.explain()
     return "all jobs have ended, but not the worker process"
 
@@ -294,11 +276,9 @@ def worker_environment(module: str) -> dict[str, str]:
     paths += os.environ.get("PYTHONPATH", "").split(os.pathsep)
     # OpenBLAS' threads wait busily: on a machine with other work, two are five times slower than
     # one. A variable that the user has set stays. Frameworks set their own threads.
-    one_thread = (
-        {"OPENBLAS_NUM_THREADS": "1"} if module in (ORACLE_MODULE, ROUNDED_ORACLE_MODULE) else {}
-    )
+    is_numpy = module in (ORACLE_MODULE, ROUNDED_ORACLE_MODULE)
     return {
-        **one_thread,
+        **({"OPENBLAS_NUM_THREADS": "1"} if is_numpy else {}),
         **inherited.kept(os.environ),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
@@ -326,9 +306,8 @@ class _Progress:
         self.position += len(whole_lines) + len(newline)
         steps = []
         for line in whole_lines.splitlines():
-            with contextlib.suppress(
-                ValueError, KeyError, TypeError
-            ):  # a line that a full disk has cut
+            # A line that a full disk has cut is no step.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
                 steps.append((int(record["step"]), float(record["loss"])))
         return steps
@@ -345,23 +324,17 @@ def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outco
     if failures:
         # The first to fail is the cause. But a process that was killed writes nothing: another one
         # reports it, later, and by then its neighbours may have failed over the lost connection.
-        reasons = [
-            last_error(path.read_text(encoding="utf-8", errors="replace")) for path in failures
-        ]
+        reasons = [last_error(_text(path)) for path in failures]
         reason = next((line for line in reasons if ENDED_BY in line), reasons[0])
     else:
         try:
-            parts = [
-                Part.model_validate_json(path.read_text(encoding="utf-8"))
-                for path in out.glob("part-*.json")
-            ]
+            parts = [Part.model_validate_json(_text(path)) for path in out.glob("part-*.json")]
         except ValidationError as error:
             reason = f"a part of the result cannot be read: {error}".splitlines()[0]
         parts.sort(key=lambda part: part.devices)
         # Every device must be in some part: a rank that is gone without a word leaves a gap.
-        lacking = set(range(job.config.stages)) - {
-            device for part in parts for device in part.devices
-        }
+        found = {device for part in parts for device in part.devices}
+        lacking = set(range(job.config.stages)) - found
         if lacking and not reason:
             reason = why_child_ended
             if parts:
@@ -372,16 +345,19 @@ def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outco
 
 
 def _why_it_ended(return_code: int, log: Path) -> str:
-    killed = (
-        -return_code if return_code < 0 else return_code - 128
-    )  # 128 + n: a shell's way to say signal n
+    # 128 + n is a shell's way to say signal n: 137 for SIGKILL, as -9 from the system itself.
+    killed = -return_code if return_code < 0 else return_code - 128
     if killed == signal.SIGKILL:
         return "killed by SIGKILL: most likely out of memory"
-    error = last_error(log.read_text(encoding="utf-8", errors="replace"))
+    error = last_error(_text(log))
     if return_code < 0:
         name = signal.Signals(killed).name
         return f"crashed with {name}" + (f": {error}" if error else "")
     return error or f"ended with status {return_code} and without a result"
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 _ERROR_LINE = re.compile(

@@ -93,17 +93,10 @@ def expected(
     `stores_float32`: after every step its weights are rounded to float32, as whatever trains in
     float32 has to.
     """
-    neutral = config.model_copy(
-        update={
-            "framework": "torch",
-            "stages": 1,
-            "chunks": 1,
-            "partition": "even",
-            "schedule": "gpipe",
-            "recompute": "none",
-            "drift": None,
-        }
-    )
+    # All that changes how a run is computed and not what, so that one oracle serves all of them.
+    uncut = {"stages": 1, "chunks": 1, "partition": "even", "schedule": "gpipe"}
+    plain = {"framework": "torch", "recompute": "none", "drift": None}
+    neutral = config.model_copy(update=uncut | plain)
     steps = config.train.steps if steps is None else steps
     return _expected(neutral.model_dump_json(), noise, steps, stores_float32)
 

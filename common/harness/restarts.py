@@ -133,26 +133,23 @@ def _joined(before: list[StepRecord], progress: Path) -> list[StepRecord]:
     """Join the record so far with the last child's, so that no step is in it twice."""
     after = []
     if progress.exists():
-        for line in progress.read_bytes().split(b"\n")[
-            :-1
-        ]:  # what follows the last newline was cut off
+        # What follows the last newline was cut off by the child's death.
+        for line in progress.read_bytes().split(b"\n")[:-1]:
             with contextlib.suppress(ValidationError):
                 after.append(StepRecord.model_validate(json.loads(line) | {"events": {}}))
+    # A child that died after step 7 had last saved step 5: the next one does 6 and 7 again, and its
+    # records of them, which are the same to the bit, take the place of the first one's.
     return [record for record in before if not after or record.step < after[0].step] + after
 
 
 def not_finite(folder: Path) -> str | None:
     """Return where a child stopped at a non-finite number: the step and the first such tensor."""
-    notes = [
-        json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("not-finite-*.json")
-    ]
-    if not notes:
+    texts = (path.read_text(encoding="utf-8") for path in folder.glob("not-finite-*.json"))
+    first = min(map(json.loads, texts), key=lambda note: note["order"], default=None)
+    if first is None:
         return None
-    first = min(notes, key=lambda note: note["order"])
-    return (
-        f"step {first['step'] + 1}: {first['what']}; the first tensor that is not finite: "
-        f"{first['tensor']}"
-    )
+    tensor = f"the first tensor that is not finite: {first['tensor']}"
+    return f"step {first['step'] + 1}: {first['what']}; {tensor}"
 
 
 def _make_room(directory: Path, resume: Path | None) -> None:

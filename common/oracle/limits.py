@@ -32,10 +32,13 @@ BFLOAT16_ROUNDOFF = 2.0**-8
 """The largest relative error of rounding to bfloat16's 8 significant bits."""
 
 LIMITS: dict[Check, dict[str, float]] = {
+    # One unit, or all of them one behind the other: a few dozen roundings of 1e-16, or 6e-8.
     "activation": {"float64": 1e-13, "float32": 3e-6, "bfloat16": 16 * BFLOAT16_ROUNDOFF},
     "loss": {"float64": 1e-13, "float32": 1e-6, "bfloat16": BFLOAT16_ROUNDOFF / 2},
     "gradient": {"float64": 1e-12, "float32": 1e-5, "bfloat16": 32 * BFLOAT16_ROUNDOFF},
+    # From the same gradient: a handful of operations on each number by itself.
     "optimizer_step": {"float64": 1e-14, "float32": 5e-7, "bfloat16": 5e-7},
+    # After 100 steps each rounding has grown with every step that followed it.
     "trained_parameter": {"float64": 1e-10, "float32": 1e-4, "bfloat16": 8 * BFLOAT16_ROUNDOFF},
     "loss_curve": {"float64": 1e-11, "float32": 1e-5, "bfloat16": BFLOAT16_ROUNDOFF},
 }
@@ -127,28 +130,16 @@ def difference(
     # Without this NumPy would broadcast, and compare a (D,) with a (1, D) or with a scalar.
     if a.shape != b.shape:
         shape = f"{key.tensor} (shape {list(a.shape)}, expected {list(b.shape)})"
-        return Difference(
-            key._replace(tensor=shape), check, np.inf, np.inf, limit, (), float("nan"), float("nan")
-        )
+        place = key._replace(tensor=shape)
+        return Difference(place, check, np.inf, np.inf, limit, (), np.nan, np.nan)
     gap = np.abs(a - b)
     # NaN counts as the largest difference.
-    where = (
-        np.unravel_index(int(np.argmax(np.where(np.isnan(gap), np.inf, gap))), gap.shape)
-        if gap.size
-        else ()
-    )
+    flat = int(np.argmax(np.where(np.isnan(gap), np.inf, gap))) if gap.size else 0
+    where = tuple(int(i) for i in np.unravel_index(flat, gap.shape)) if gap.size else ()
     norm, scale = float(np.linalg.norm(gap)), float(np.linalg.norm(b))
     relative = norm if scale == 0 else norm / scale  # an expected 0 has no scale: absolute then
-    return Difference(
-        key,
-        check,
-        relative,
-        float(gap[where]),
-        limit,
-        tuple(int(i) for i in where),
-        float(a[where]),
-        float(b[where]),
-    )
+    values = (float(a[where]), float(b[where]))
+    return Difference(key, check, relative, float(gap[where]), limit, where, *values)
 
 
 def compare(

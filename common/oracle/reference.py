@@ -80,7 +80,14 @@ def layer_norm_backward(grad: Array, weight: Array, saved: Any) -> tuple[Array, 
 
     With g = dy * weight:  dx = (g - mean(g) - n mean(g n)) / sqrt(var(x) + epsilon)
 
-    The two means are there because every x moves the mean and the variance of its row.
+    The two means are there because every x moves the mean and the variance of its row. With
+    r = 1 / sqrt(var(x) + epsilon), c = x - mean(x) and D values in a row:
+
+        n_i = c_i r          dc_i / dx_j = [i = j] - 1/D
+        dr / dx_j = -r^3 c_j / D = -r^2 n_j / D         var's derivative is 2 c_j / D
+        dn_i / dx_j = r ([i = j] - 1/D) + c_i dr/dx_j = r ([i = j] - 1/D - n_i n_j / D)
+
+    Summed over i with g_i this is the formula: mean(g) is from 1/D, n mean(g n) from n_i n_j / D.
     """
     normal, inverse = saved
     axes = tuple(range(grad.ndim - 1))  # weight and bias are shared by all samples and positions
@@ -90,9 +97,9 @@ def layer_norm_backward(grad: Array, weight: Array, saved: Any) -> tuple[Array, 
 
 
 def _erf(x: Array) -> Array:
-    from scipy.special import (
-        erf,
-    )  # imported here: whoever only asks for --help should not wait for SciPy
+    # SciPy is a dependency for this alone: with math.erf, value by value, a step of the preset
+    # `small` takes 3.7 s instead of 2.5. Imported only now: `--help` should not wait for it.
+    from scipy.special import erf
 
     return np.asarray(erf(x))
 
@@ -103,7 +110,10 @@ def gelu(x: Array) -> Array:
 
 
 def gelu_backward(grad: Array, x: Array) -> Array:
-    """dx = dy (Phi(x) + x phi(x)), with the density phi = Phi'."""
+    """dx = dy (Phi(x) + x phi(x)), with the density phi = Phi'.
+
+    The product rule for x Phi(x). At 0 the slope is Phi(0) = 1/2, at large x it is 1.
+    """
     density = np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
     return np.asarray(grad * (0.5 * (1 + _erf(x / math.sqrt(2))) + x * density))
 
@@ -150,6 +160,10 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
     """Return the gradients of x (..., I), weight (I, O) and bias (O,) of y = x @ weight + bias.
 
     dx = dy weight^T;  dweight = x^T dy and dbias = dy, each summed over all samples and positions
+
+    From y_o = sum_i x_i weight_io: x_i reaches every y_o with the factor weight_io, and weight_io
+    reaches y_o alone, with the factor x_i. The weight is the same at all samples and positions, so
+    what each of them asks of it adds up: one product of (I, B S) with (B S, O).
     """
     flat_x = x.reshape(-1, x.shape[-1])  # (B S, I)
     flat_grad = grad.reshape(-1, grad.shape[-1])  # (B S, O)
@@ -194,7 +208,13 @@ def attention_backward(
         dscores = P * (dP - sum_j(dP P)) / sqrt(E)       softmax: every score moves its whole row
         dq = dscores k;  dk = dscores^T q;  dv = (P * M)^T dy
 
-    and x feeds q, k and v, so dx is the sum of three.
+    and x feeds q, k and v, so dx is the sum of three. The softmax's line: from
+    P_i = exp(s_i) / sum_j exp(s_j) follows dP_i / ds_j = P_i ([i = j] - P_j), so
+
+        ds_j = sum_i dP_i P_i ([i = j] - P_j) = P_j (dP_j - sum_i dP_i P_i)
+
+    Two positions with P = (1/2, 1/2) and dP = (1, 0): ds = (1/4, -1/4). A row of ds adds up to 0,
+    since a number that is added to all scores of a row changes nothing.
     """
     x, q, k, v, weights, mask, mixed = saved
     b, s, d = x.shape
@@ -204,11 +224,9 @@ def attention_backward(
     )
     d_heads = d_mixed.reshape(b, s, heads, d // heads).transpose(0, 2, 1, 3)  # (B, H, S, E)
     d_weights = (d_heads @ v.swapaxes(-1, -2)) * mask  # (B, H, S, S)
-    # Where the causal mask was added, `weights` is 0, and so is the gradient: it needs no mask
-    # here.
-    d_scores = (
-        weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) / math.sqrt(d // heads)
-    )
+    # Where the causal mask was added, `weights` is 0, and so is the gradient: no mask is needed.
+    row_sums = (d_weights * weights).sum(-1, keepdims=True)  # (B, H, S, 1)
+    d_scores = weights * (d_weights - row_sums) / math.sqrt(d // heads)  # (B, H, S, S)
     per_head = {
         "query": d_scores @ k,  # (B, H, S, E)
         "key": d_scores.swapaxes(-1, -2) @ q,  # (B, H, S, E)
@@ -294,9 +312,8 @@ class Oracle:
         saved["loss"] = np.exp(shifted) / totals  # (B, S, V), the softmax
         counts = batch.targets != IGNORED  # (B, S)
         # IGNORED is negative and no index: those positions pick token 0, and are not summed.
-        picked = np.take_along_axis(
-            shifted, np.maximum(batch.targets, 0)[..., None], -1
-        )  # (B, S, 1)
+        targets = np.maximum(batch.targets, 0)[..., None]  # (B, S, 1)
+        picked = np.take_along_axis(shifted, targets, -1)  # (B, S, 1)
         return float((np.log(totals) - picked)[counts].sum() / batch.num_tokens), outputs, saved
 
     def _masks(self, batch: Batch, training: bool) -> Masks:
@@ -334,7 +351,7 @@ class Oracle:
         """dx = norm_backward(dlogits W^T); dW = norm(x)^T dlogits"""
         normal, norm_saved, projection = saved
         grad, d_projection, _ = linear_backward(grad, normal, projection)
-        if self.model.tied_head:
+        if self.model.tied_head:  # one weight in two places: its gradient is the sum of both
             grads[TOKEN_EMBEDDING] += d_projection.T
         else:
             grads["head.output.weight"] = d_projection
@@ -404,6 +421,10 @@ class Oracle:
 
         dlogits = (softmax(logits) - onehot(target)) / number of tokens, 0 where the target is
         IGNORED
+
+        Of the loss log(sum_j exp(z_j)) - z_t the first part's derivative by z_i is softmax(z)_i,
+        the second's -1 at the target. With probabilities 0.7, 0.2, 0.1 and target 1 that is
+        0.7, -0.8, 0.1: the target's logit goes up, the others down, in sum nothing.
         """
         loss, _, saved = self.forward(batch)
         grads = self._no_gradients()
@@ -467,6 +488,8 @@ class Oracle:
             if t.optimizer == "adamw":  # Loshchilov and Hutter 2019, algorithm 2
                 m[:] = t.beta1 * m + (1 - t.beta1) * g
                 v[:] = t.beta2 * v + (1 - t.beta2) * g * g
+                # The moments start at 0 and would be too small at first: after step 0, m is
+                # (1 - beta1) g, and divided by 1 - beta1 it is g again.
                 m_hat, v_hat = m / (1 - t.beta1 ** (step + 1)), v / (1 - t.beta2 ** (step + 1))
                 w[:] = w * (1 - rate * decay) - rate * m_hat / (np.sqrt(v_hat) + t.epsilon)
             else:  # momentum without dampening, decay added to the gradient: torch.optim.SGD

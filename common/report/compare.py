@@ -94,19 +94,12 @@ def parity(
     """
     floor = 0.0
     if rounded is not None and rounded.status == "ok":
-        floor = (
-            compare_runs(rounded.steps, {}, oracle.steps, {}, result.config)
-            .errors()
-            .get("loss_curve", 0.0)
-        )
-    comparison = compare_runs(
-        result.steps,
-        read_gradients(folder),
-        oracle.steps,
-        read_gradients(oracle_folder),
-        result.config,
-        floor,
-    )
+        # How far the oracle's own losses move when its weights are rounded: no run in bfloat16,
+        # whose weights always are, can be asked to stay closer.
+        apart = compare_runs(rounded.steps, {}, oracle.steps, {}, result.config)
+        floor = apart.errors().get("loss_curve", 0.0)
+    seen, right = read_gradients(folder), read_gradients(oracle_folder)
+    comparison = compare_runs(result.steps, seen, oracle.steps, right, result.config, floor)
     first = comparison.first_failure
     if result.config.train.dtype == "bfloat16":
         return Parity(
@@ -137,10 +130,13 @@ def judge_together(results: Sequence[RunResult]) -> list[Parity]:
         if result.parity.errors and result.parity.status != "FAIL":
             key = result.config.model_copy(update={"framework": "torch"})
             alike.setdefault(key, []).append(number)
+    # Say the gradient errors of one model are 0.010 (torch), 0.012 (paddle) and 0.035 (tensorflow).
+    # The smallest is 0.010, so 0.030 is allowed: tensorflow fails by its margin of 0.035 / 0.030.
     for numbers in alike.values():
         frameworks = sorted({results[number].config.framework for number in numbers})
         if len(frameworks) < 2:
             continue
+        # Repeats and frameworks have the same oracles, so these are equal, or 0 where one had none.
         floor = max(results[number].parity.curve_floor for number in numbers)
         margins = relative_margins([results[number].parity.errors for number in numbers], floor)
         for number, each in zip(numbers, margins, strict=True):
@@ -188,6 +184,7 @@ def compare_runs(
     def in_stages(arrays: dict[TensorKey, NDArray[Any]]) -> dict[TensorKey, NDArray[Any]]:
         return {key._replace(stage=plan.part_of(key.unit)): array for key, array in arrays.items()}
 
+    # As the backward comes to them, the head first: then the first difference is the cause.
     backwards = dict(sorted(expected_gradients.items(), key=lambda item: order[item[0].tensor]))
     least = BFLOAT16_FACTOR * curve_floor
     losses = [

@@ -8,15 +8,15 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from common.io.figure import log_y, new_figure
 from common.report.collect import Collection
 from common.report.losses import LossCurve, loss_curves
 from common.report.sweep import Axis, Curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FRAMEWORK_COLORS = {"torch": "#d1495b", "tensorflow": "#e8a33d", "paddle": "#3b7dd8"}
 ORACLE_COLOR = "#8a8f98"
@@ -37,6 +37,8 @@ def pictures(collection: Collection, swept: Mapping[Axis, Sequence[Curve]]) -> d
     """Return the figures of a report by the names of their files, where there is something to
     draw.
     """
+    import matplotlib  # only now: whoever takes a colour from here may draw nothing
+
     with matplotlib.rc_context(
         {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     ):

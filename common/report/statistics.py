@@ -81,11 +81,8 @@ def summarize(values: Sequence[float]) -> Summary | None:
     if not values:
         return None
     p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
-    return (
-        Summary(median, p10, p90)
-        if len(values) >= LEAST_FOR_PERCENTILES
-        else Summary(median, None, None)
-    )
+    enough = len(values) >= LEAST_FOR_PERCENTILES
+    return Summary(median, p10, p90) if enough else Summary(median, None, None)
 
 
 def speed_ratio(row: Samples, baseline: Samples, same_session: bool = True) -> Ratio | None:
@@ -103,29 +100,28 @@ def speed_ratio(row: Samples, baseline: Samples, same_session: bool = True) -> R
     paired = same_session and set(row) == set(baseline)
     order = sorted(row)
     rows = [np.asarray(row[repeat], np.float64) for repeat in order]
-    baselines = [
-        np.asarray(baseline[repeat], np.float64)
-        for repeat in (order if paired else sorted(baseline))
-    ]
+    # In the same order: paired samples have the same repeats.
+    baselines = [np.asarray(baseline[repeat], np.float64) for repeat in sorted(baseline)]
+    # Each of the B draws makes a benchmark that might have been: R repeats drawn with replacement
+    # from the R that ran, such as (0, 2, 2) of three, and within each of them its steps drawn anew.
     generator = np.random.default_rng(SEED)
     which = generator.integers(len(rows), size=(RESAMPLES, len(rows)))  # (B, R)
-    which_baseline = (
-        which if paired else generator.integers(len(baselines), size=(RESAMPLES, len(baselines)))
-    )
+    # Paired, both sides draw the same repeats: where repeat 2 ran on a slow machine it is slow for
+    # both, and the ratio does not move. Of two sessions, each side draws its own.
+    size = (RESAMPLES, len(baselines))
+    which_baseline = which if paired else generator.integers(len(baselines), size=size)
     above = _resampled_medians(baselines, which_baseline, generator)  # (B, R)
     below = _resampled_medians(rows, which, generator)
+    medians = [np.array([np.median(each) for each in side]) for side in (baselines, rows)]
     if paired:
-        value = float(
-            np.median([np.median(b) / np.median(r) for b, r in zip(baselines, rows, strict=True)])
-        )
-        draws = np.median(above / below, axis=1)
+        value = float(np.median(medians[0] / medians[1]))
+        draws = np.median(above / below, axis=1)  # (B,)
     else:
-        value = float(
-            np.median([np.median(b) for b in baselines]) / np.median([np.median(r) for r in rows])
-        )
-        draws = np.median(above, axis=1) / np.median(below, axis=1)
+        value = float(np.median(medians[0]) / np.median(medians[1]))
+        draws = np.median(above, axis=1) / np.median(below, axis=1)  # (B,)
     if not (is_enough(row) and is_enough(baseline)):
         return Ratio(value, None, None)
+    # The middle 95 % of the 4,000 ratios: 100 lie below the interval, 100 above.
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(draws, [tail, 100 - tail]).tolist()
     return Ratio(value, low, high)
@@ -135,6 +131,7 @@ def _resampled_medians(
     repeats: Sequence[NDArray[np.float64]], which: NDArray[np.int64], generator: np.random.Generator
 ) -> NDArray[np.float64]:
     """(B, R): for every drawn repeat the median of its steps, drawn anew with replacement."""
+    # All draws of one repeat at once, as a matrix of (times drawn, its steps).
     medians = np.empty(which.shape)
     for number, steps in enumerate(repeats):
         chosen = which == number

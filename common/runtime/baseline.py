@@ -14,7 +14,7 @@ from common.spec.run import RunConfig
 
 
 class BaselineEngine:
-    """The part of `common.runtime.engine.Engine` that no baseline can do, or has nothing to say on."""  # noqa: E501
+    """The part of `common.runtime.engine.Engine` that no baseline can do or can say."""
 
     config: RunConfig
     devices: tuple[int, ...] = (0,)

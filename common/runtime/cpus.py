@@ -13,9 +13,9 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def usable_cpus() -> int:
     """Return the logical CPUs in the affinity mask, or fewer by a cgroup's quota, rounded up."""
-    affinity = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    linux = hasattr(os, "sched_getaffinity")
+    affinity = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    # Rounded up: with a quota of 1.5 CPUs a second thread still gains half a CPU.
     return max(1, min([affinity, *map(math.ceil, cgroup_quotas())]))
 
 
@@ -37,6 +37,7 @@ def cgroup_quotas(mounted: Path = CGROUPS, own: Path = OWN_CGROUPS) -> Iterator[
                 continue
             root = mounted / "cpu" if controllers else mounted
             folder = root / path.lstrip("/")
+            # The tightest of all levels counts: a group gets no more than those above it.
             for each in [folder, *folder.parents]:
                 if each.is_relative_to(root):
                     yield from _quota(each)

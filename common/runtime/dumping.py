@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.checkpoint import moments_of
 from common.oracle.reference import Oracle
 from common.runtime.engine import Arrays, Engine
 from common.runtime.job import Job
 from common.runtime.training import named, starting_weights
 from common.spec.data import Batch, Corpus
 from common.spec.parameters import TensorKey, unit_names, unit_of
-from common.spec.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,11 @@ class Reference:
         for tensor, by_unit in (("input", self.inputs), ("output_gradient", self.output_gradients)):
             for unit, array in by_unit.items():
                 found[TensorKey(batch.step, "reference_unit", 0, -1, unit, tensor)] = array
-        for phase, by_name in (
-            ("reference_weight", self.weights),
-            ("reference_gradient", self.gradients),
-        ):
-            for name, array in by_name.items():
-                found[TensorKey(batch.step, phase, 0, -1, unit_of(name), name)] = array
-        for key, array in self.moments.items():
-            moment, name = key.split("/")
-            found[TensorKey(batch.step, f"reference_{moment}", 0, -1, unit_of(name), name)] = array
+        named = {f"weight/{name}": array for name, array in self.weights.items()}
+        named |= {f"gradient/{name}": array for name, array in self.gradients.items()}
+        for key, array in (named | self.moments).items():
+            kind, name = key.split("/")
+            found[TensorKey(batch.step, f"reference_{kind}", 0, -1, unit_of(name), name)] = array
         return found
 
 
@@ -77,8 +73,8 @@ def reference_at(job: Job, corpus: Corpus, step: int) -> Reference:
         gradients={name: value.astype(master) for name, value in oracle.gradients.items()},
         moments={
             f"{moment}/{name}": value.astype(master)
-            for moment, of in _moments(config, trained).items()
-            for name, value in of.items()
+            for moment in moments_of(config.train)
+            for name, value in getattr(trained, moment).items()
         },
         inputs={
             unit: in_precision(outputs[before], config.train.dtype)
@@ -90,20 +86,14 @@ def reference_at(job: Job, corpus: Corpus, step: int) -> Reference:
     )
 
 
-def _moments(config: RunConfig, oracle: Oracle) -> dict[str, Arrays]:
-    if config.train.optimizer == "adamw":
-        return {
-            "first_moment": dict(oracle.first_moment),
-            "second_moment": dict(oracle.second_moment),
-        }
-    return {"first_moment": dict(oracle.first_moment)} if config.train.momentum else {}
-
-
 def in_precision(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Round to the nearest values of `dtype`. NumPy has no bfloat16: float32 holds those."""
     if dtype != "bfloat16":
         return array.astype(dtype)
     bits = array.astype(np.float32).view(np.uint32)
+    # bfloat16 is float32's upper half, and half a unit of its last place is 0x8000. Adding one
+    # less, or 0x8000 where the last kept bit is odd, carries for all that lies above half; what is
+    # exactly half goes up from an odd value only, to the even one.
     nearest_even = ((bits >> 16) & 1) + 0x7FFF
     return ((bits + nearest_even) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
@@ -124,6 +114,7 @@ def dump(engine: Engine, job: Job, corpus: Corpus) -> dict[TensorKey, Any]:
     engine.apply_gradients(step)
     found |= keyed(engine.weights(), "after")
 
+    # The same step once more, now with every part fed by the oracle: no error is handed on.
     reference = reference_at(job, corpus, step)
     engine.reset(reference.weights)
     engine.load_optimizer_state(reference.moments, step)

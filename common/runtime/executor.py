@@ -56,7 +56,7 @@ class Event:
 
 
 class Clock(Protocol):
-    """Says when: at once on a CPU; for a device whose work is only queued, when the pass has ended."""  # noqa: E501
+    """Says when: at once on a CPU; for queued work, when the pass has ended."""
 
     def mark(self) -> Any:
         """Now, in the order of the device's work."""
@@ -135,6 +135,9 @@ def run_stage(
     `before` is called ahead of every action: progress and injected faults hook into it. Raises
     StageFailure, with the original error as its cause.
     """
+    # With interleaving a device holds several pieces of the model. On 2 devices with 2 chunks,
+    # virtual stage k lies on device k % 2, and stage 1 (device 1, chunk 0) sends its activations to
+    # stage 2 (device 0, chunk 1). Only the ends of the model, 0 and `last`, have one neighbour.
     last = schedule.num_virtual_stages - 1
     clock = clock or HostClock()
     marks: list[tuple[Action, Any, Any, Any]] = []
@@ -163,14 +166,13 @@ def run_stage(
                     result = None
             to = sends_to(Step(action.op, i, k), last + 1)  # [4]
             if to is not None:
-                kind: Literal["activation", "gradient"] = (
-                    "activation" if action.op is Op.F else "gradient"
-                )
-                channel.send(Message(kind, i, to), result, schedule.location[to][0])
+                message = Message("activation" if action.op is Op.F else "gradient", i, to)
+                channel.send(message, result, schedule.location[to][0])
             del received, result  # else this frame keeps an activation alive in the next wait
             marks.append((action, ready, start, clock.mark()))
         except Exception as error:
             raise StageFailure(
                 f"device {device}, action {action}: {type(error).__name__}: {error}"
             ) from error
+    # Only now are marks turned into times: asking a GPU for one earlier would wait for its queue.
     return [Event(action, *map(clock.seconds, when)) for action, *when in marks]

@@ -36,6 +36,8 @@ class HeldActivations:
         self, in_flight: Collection[tuple[int, int]], waiting: Collection[tuple[int, int]]
     ) -> None:
         """Note the (micro-batch, chunk) pairs that wait for their B and for their W."""
+        # Two micro-batches that wait for their B with 10 MB each and one that waits for its W with
+        # 4 MB are 24 MB. The allocator is not asked: what it keeps for later would count.
         held = sum(self.bytes_of(micro_batch)[chunk] for micro_batch, chunk in in_flight)
         held += sum(self.waiting_bytes_of(micro_batch)[chunk] for micro_batch, chunk in waiting)
         self.peak_bytes = max(self.peak_bytes, held)

@@ -95,12 +95,12 @@ def generate(engine: Engine, job: Job) -> Generated:
     wish, model, m = job.generation, job.config.model, job.config.train.micro_batches
     if wish is None:
         raise ValueError("a job that is to generate needs to know what")
-    rows = max(
-        wish.samples, m
-    )  # every micro-batch has at least one; those beyond the samples are not looked at
+    # Every micro-batch needs at least one row; those beyond the samples are not looked at.
+    rows = max(wish.samples, m)
     texts = [list(wish.prompt) for _ in range(rows)]
     closest, seconds, first_of_length, lengths = math.inf, [], [], set()
     for position in range(wish.tokens):
+        # Beyond the model's length the window slides: positions count anew in every context.
         contexts = np.array([text[-model.context_length :] for text in texts])  # (B, s)
         began = time.perf_counter()
         logits = next_logits(engine, contexts, model.context_length)
@@ -136,6 +136,7 @@ def next_logits(
     Contexts are padded at the end, which no position before can see.
     """
     last = contexts.shape[1] - 1
+    # Zeros at the end: the causal mask hides them from `last`, and their own logits are unused.
     inputs = np.pad(contexts, ((0, 0), (0, padded_length(last + 1, context_length) - last - 1)))
     return np.asarray(engine.predict(inputs)[:, last], np.float64)
 
@@ -150,14 +151,16 @@ def pick(
     scaled = logits / wish.temperature
     call = math.inf
     kept = np.ones(len(scaled), bool)
+    # The k-th and the next: closer than the frameworks' logits are, they could change places.
     if wish.top_k is not None and wish.top_k < len(scaled):
         order = np.sort(scaled)[::-1]
         kept = scaled >= order[wish.top_k - 1]
         call = float(order[wish.top_k - 1] - order[wish.top_k]) * wish.temperature
     weights = np.where(kept, np.exp(scaled - scaled.max()), 0.0)
-    edges = (
-        np.cumsum(weights) / weights.sum()
-    )  # in the order of the tokens, where near-ties cannot change places
+    # The edges are in the order of the tokens, not of the weights: two frameworks whose near-ties
+    # come out the other way round still cut [0, 1) at the same places. With weights 0.5, 0.3, 0.2
+    # the edges are 0.5, 0.8, 1.0, and a draw of 0.79 takes token 1, with a call of 0.01.
+    edges = np.cumsum(weights) / weights.sum()
     draw = uniform(wish.seed, sample, position)
     token = int(np.searchsorted(edges, draw, side="right"))
     token = min(token, int(np.flatnonzero(kept)[-1]))  # the last edge may be rounded below 1

@@ -33,6 +33,8 @@ class Mailbox:
         Raises PipelineStopped if a stage fails before it is there.
         """
         with self._changed:
+            # Woken by every message and by a failure; without the latter a stage whose sender has
+            # died would wait for ever.
             self._changed.wait_for(lambda: message in self._mail or self.failure)
             self.check()
             return self._mail.pop(message)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common import checkpoint
 from common.oracle.reference import Oracle
 from common.runtime.engine import Arrays
 from common.runtime.executor import Event, unwatched
@@ -34,6 +35,8 @@ def memory_bytes(config: RunConfig) -> int:
     """
     model, tokens = config.model, config.train.batch_size * config.model.context_length
     parameters = sum(math.prod(shape) for shape in parameter_shapes(model).values())
+    # Per token and block: the attention's weights and mask (H x S each), the feed-forward layer's
+    # hidden and active values (F each), and about 12 tensors of the model's width.
     per_block = 2 * model.num_heads * model.context_length + 2 * model.d_ff + 12 * model.d_model
     return 8 * (5 * parameters + tokens * (model.num_layers * per_block + 4 * model.vocab_size))
 
@@ -76,16 +79,12 @@ class OracleEngine:
                 batch, unit, inputs.get(unit), output_gradients[unit]
             )
             key = TensorKey(batch.step, "unit_forward", 0, -1, unit, "output")
-            found |= {
-                key._replace(micro_batch=i): piece
-                for i, piece in enumerate(np.array_split(output, pieces))
-            }
+            for i, piece in enumerate(np.array_split(output, pieces)):
+                found[key._replace(micro_batch=i)] = piece
             key = key._replace(phase="unit_backward", tensor="input_gradient")
-            if input_gradient is not None:
-                found |= {
-                    key._replace(micro_batch=i): p
-                    for i, p in enumerate(np.array_split(input_gradient, pieces))
-                }
+            if input_gradient is not None:  # the embedding's input is tokens
+                for i, piece in enumerate(np.array_split(input_gradient, pieces)):
+                    found[key._replace(micro_batch=i)] = piece
             found |= {key._replace(tensor=name): gradient for name, gradient in gradients.items()}
         return found
 
@@ -94,18 +93,10 @@ class OracleEngine:
         return self.oracle.forward(nothing, training=False)[1]["head"]
 
     def optimizer_state(self) -> Arrays:
-        train, oracle = self.config.train, self.oracle
-        moments = (
-            {"first_moment": oracle.first_moment}
-            if train.optimizer == "adamw" or train.momentum
-            else {}
-        )
-        if train.optimizer == "adamw":
-            moments["second_moment"] = oracle.second_moment
         return {
             f"{moment}/{name}": value.copy()
-            for moment, of in moments.items()
-            for name, value in of.items()
+            for moment in checkpoint.moments_of(self.config.train)
+            for name, value in getattr(self.oracle, moment).items()
         }
 
     def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
@@ -120,20 +111,14 @@ class OracleEngine:
         return dict(self.oracle.gradients)
 
     def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
-        self.oracle.gradients = {
-            name: np.asarray(value, np.float64) for name, value in gradients.items()
-        }
+        self.oracle.gradients = {k: np.asarray(v, np.float64) for k, v in gradients.items()}
 
     def events(self) -> dict[int, list[Event]]:
         return {device: [] for device in self.devices}
 
     def environment(self) -> dict[str, Any]:
-        return {
-            "framework": "oracle",
-            "version": f"numpy {np.__version__}",
-            "device": "cpu",
-            "dtype": "float64",
-        }
+        version = f"numpy {np.__version__}"
+        return {"framework": "oracle", "version": version, "device": "cpu", "dtype": "float64"}
 
     def peak_memory_bytes(self) -> dict[int, int]:
         return {0: peak_resident_bytes()}

@@ -18,9 +18,8 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
     A parent that has ended before this call is known by PARENT, where it is set: then this process
     exits.
     """
-    signal.signal(
-        number, signal.SIG_DFL
-    )  # what the user's shell ignores or blocks, a parent's end must still do
+    # What the user's shell ignores or blocks, a parent's end must still do.
+    signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(number))

@@ -39,11 +39,14 @@ class Patience:
         if now < self._next_look:
             return False
         processes, threads = _cpu_seconds(self._pid)
+        # The first look after progress only notes where everybody stands; the next one compares.
         if self._threads is None:
             self._threads, self._next_look = threads, now + 0.75 * self.idle_seconds
             is_idle = False
         else:
             self._next_look = now + self.idle_seconds
+            # Over 600 s without progress, an idle family has computed less than 12 s. One that is
+            # starved by other work still gets more than that, and is waited for.
             is_idle = sum(_more(processes, self._processes)) < IDLE_SHARE * (now - self._looked)
         self._processes, self._looked = processes, now
         return is_idle or max(_more(threads, self._threads), default=0.0) >= self._busy_seconds

@@ -74,7 +74,9 @@ def _run_until_failure(ranks: Ranks, jobs: Sequence[Job], switch: Switch) -> int
     context: Any = multiprocessing.get_context(ranks.start_method)
     stages = jobs[0].config.stages
     endpoints = _free_endpoints(stages)
-    progress = context.Array("i", stages, lock=False)  # the job that each rank is at
+    # Shared memory: the job that each rank is at. A rank that is killed cannot say so any more, and
+    # the smallest entry is the first job that not all ranks have ended.
+    progress = context.Array("i", stages, lock=False)
     arguments = (ranks, jobs, switch, dict(generators.kept), endpoints, os.getpid(), progress)
     processes = [
         context.Process(target=_rank_main, args=(rank, *arguments), daemon=True)
@@ -97,12 +99,14 @@ def _run_until_failure(ranks: Ranks, jobs: Sequence[Job], switch: Switch) -> int
 
 def _all_end_well(processes: Sequence[Any]) -> bool:
     """Wait until all ranks end; after the first failure, for the grace time only."""
+    # A sentinel is a file descriptor that becomes readable when its process ends.
     running = {process.sentinel: process for process in processes}
     patience = None
     while running:
         ended = wait(list(running), None if patience is None else POLL_SECONDS)
         if patience is not None and patience.is_over():
             return False
+        # The others may take a moment to notice a lost connection, and their tracebacks say more.
         if any(_exit_code(running.pop(sentinel)) for sentinel in ended) and patience is None:
             patience = Patience(os.getpid(), GRACE_SECONDS, GRACE_SECONDS)
     return patience is None
@@ -141,13 +145,12 @@ def _rank_main(
         for index, job in enumerate(jobs):
             progress[rank] = index
             if run_jobs(JobFile(jobs=(job,)), build_engine, first_device=rank, switch=switch):
-                # Not sys.exit: whoever waits for this rank is to know now, not after a farewell to
-                # all.
+                # Not sys.exit: whoever waits for this rank is to know now, and what the framework
+                # would say to the other ranks at exit could hang.
                 sys.stdout.flush()
                 os._exit(1)
-            ranks.wait_for_all(
-                len(endpoints)
-            )  # no rank goes on before all have ended this job well
+            # No rank goes on before all have ended this job well.
+            ranks.wait_for_all(len(endpoints))
     except Exception:
         text = traceback.format_exc()
         print(text, flush=True)
@@ -187,6 +190,8 @@ def _signals_as_exit() -> Iterator[None]:
 
 def _free_endpoints(count: int) -> list[str]:
     """Return addresses on the loopback device that are free."""
+    # All open at once, so that no port is given twice. Between here and the ranks' own bind another
+    # program could take one; then joining fails, with a message of its own.
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     endpoints = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
     for s in sockets:

@@ -15,6 +15,7 @@ from common import checkpoint
 from common.checkpoint import CheckpointError, CheckpointWriter
 from common.io.edges import write_file
 from common.runtime.engine import Arrays, Engine
+from common.runtime.executor import Event
 from common.runtime.faults import Fault
 from common.runtime.job import EventRecord, Job, Saving, StepRecord
 from common.runtime.watch import Watch
@@ -51,21 +52,16 @@ def start(engine: Engine, job: Job, corpus: Corpus) -> int:
     manifest = saved.manifest.without_training() if job.weights_alone else saved.manifest
     position = manifest.data
     different = checkpoint.differences(manifest, job.config)
-    if (
-        position is not None and position.corpus_digest != corpus.digest
-    ):  # the parent has checked both before
+    # The parent has checked both before, but a job file may be written by hand.
+    if position is not None and position.corpus_digest != corpus.digest:
         different.append("corpus: the checkpoint was trained on another text")
     if saved.manifest.tokenizer_digest not in (None, corpus.tokenizer_digest):
         different.append("tokenizer: the checkpoint has another one")
     if different:
         raise CheckpointError(f"{job.resume}: {different[0]}")
     # In another precision than the checkpoint's where a training starts from weights alone.
-    engine.reset(
-        {
-            name: value.astype(job.config.train.master_dtype, copy=False)
-            for name, value in saved.weights.items()
-        }
-    )
+    master = job.config.train.master_dtype
+    engine.reset({name: w.astype(master, copy=False) for name, w in saved.weights.items()})
     if manifest.steps_done:
         engine.load_optimizer_state(saved.optimizer_state, manifest.steps_done)
     return manifest.steps_done
@@ -78,10 +74,8 @@ def starting_weights(job: Job) -> Arrays:
     if job.noise:
         noise = random_arrays(model, NOISE_SEED, train.master_dtype, job.noise)
         # Through float32, so that float64 runs start from the same values.
-        weights = {
-            k: (v + noise[k]).astype(np.float32).astype(train.master_dtype)
-            for k, v in weights.items()
-        }
+        noisy = {name: (w + noise[name]).astype(np.float32) for name, w in weights.items()}
+        weights = {name: w.astype(train.master_dtype) for name, w in noisy.items()}
     return weights
 
 
@@ -118,6 +112,7 @@ def train(
         start = time.perf_counter()
         loss = engine.forward_backward(batch)
         seconds = time.perf_counter() - start
+        # The clock stands while gradients are copied out: a step's time is what trains.
         if step == 0:
             arrays |= named(config, engine, engine.gradients(), 0, "backward")
         if job.must_be_finite and not math.isfinite(loss):
@@ -127,25 +122,14 @@ def train(
         norm = engine.apply_gradients(step)
         seconds += time.perf_counter() - start
         if job.must_be_finite and not math.isfinite(norm):
-            raise _not_finite(
-                engine, job, batch, f"the gradient norm is {norm}", loss_is_finite=True
-            )
-        events = {
-            device: [
-                EventRecord(
-                    action=str(event.action),
-                    ready_seconds=event.ready_seconds,
-                    start_seconds=event.start_seconds,
-                    end_seconds=event.end_seconds,
-                )
-                for event in done
-            ]
-            for device, done in engine.events().items()
-        }
+            what = f"the gradient norm is {norm}"
+            raise _not_finite(engine, job, batch, what, loss_is_finite=True)
+        events = {device: list(map(_record, done)) for device, done in engine.events().items()}
         record = StepRecord(
             step=step, loss=loss, gradient_norm=norm, seconds=seconds, events=events
         )
         records.append(record)
+        # A long run's events would fill the memory; a report needs only those of one step.
         if job.saving is not None and len(records) > EVENTS_KEPT:
             records[-1 - EVENTS_KEPT].events.clear()
         if 0 in engine.devices:
@@ -158,6 +142,11 @@ def train(
     return records
 
 
+def _record(event: Event) -> EventRecord:
+    times = {name: getattr(event, name) for name in EventRecord.model_fields if name != "action"}
+    return EventRecord(action=str(event.action), **times)
+
+
 def _is_due(every: int | None, steps_done: int, end: int) -> bool:
     return steps_done == end or (every is not None and steps_done % every == 0)
 
@@ -168,20 +157,12 @@ def _save(engine: Engine, job: Job, saving: Saving, corpus: Corpus, batch: Batch
     """
     weights, state = engine.weights(), engine.optimizer_state()
     if job.must_be_finite and any(map(_is_bad, [*weights.values(), *state.values()])):
-        raise _not_finite(
-            engine, job, batch, "the weights after it are not finite", loss_is_finite=True
-        )
+        what = "the weights after it are not finite"
+        raise _not_finite(engine, job, batch, what, loss_is_finite=True)
     writer = CheckpointWriter(Path(saving.directory), saving.keep, saving.token)
-    writer.write(
-        job.config,
-        batch.step + 1,
-        corpus.digest,
-        engine.devices,
-        weights,
-        state,
-        engine.environment(),
-        tokenizer=corpus.tokenizer,
-    )
+    held = (engine.devices, weights, state)
+    said, tokenizer = engine.environment(), corpus.tokenizer
+    writer.write(job.config, batch.step + 1, corpus.digest, *held, said, tokenizer)
 
 
 def _not_finite(
@@ -194,6 +175,9 @@ def _not_finite(
     units; then the gradients, from the head backwards. Once a step was made (`loss_is_finite`),
     only the gradients are still those of before it.
     """
+    # Every process notes its own first tensor with its place, and the smallest place of all notes
+    # is the very first: (0, 4) is the fifth weight, (1, 2, 0) unit 2's output for micro-batch 0,
+    # (2, -7) the gradient of the eighth parameter, which the backward reaches before the seventh's.
     units = unit_names(job.config.model)
     order = {name: i for i, name in enumerate(parameter_shapes(job.config.model))}
     found: list[tuple[tuple[int, ...], str]] = [
@@ -201,15 +185,10 @@ def _not_finite(
         for name, array in engine.weights().items()
         if _is_bad(array)
     ]
-    if not loss_is_finite:
-        found += [
-            (
-                (1, units.index(key.unit), key.micro_batch),
-                f"output of {key.unit} for micro-batch {key.micro_batch}",
-            )
-            for key, array in engine.unit_outputs(batch).items()
-            if _is_bad(array)
-        ]
+    for key, array in engine.unit_outputs(batch).items() if not loss_is_finite else ():
+        if _is_bad(array):
+            place = (1, units.index(key.unit), key.micro_batch)
+            found.append((place, f"output of {key.unit} for micro-batch {key.micro_batch}"))
     found += [
         ((2, -order[name]), f"gradient of {name}")
         for name, array in engine.gradients().items()

@@ -82,13 +82,10 @@ class Watch:
             return
         # The counter makes two equal notes in a row differ, so that the parent sees progress.
         self._changes[device] += 1
-        op, i, chunk = (
-            (-1, 0, 0)
-            if action is None
-            else (OPS.index(action.op), action.micro_batch, action.chunk)
-        )
-        # No lock: a line that is read half-written is only ever shown or compared, a moment later
-        # again.
+        op, i, chunk = -1, 0, 0
+        if action is not None:
+            op, i, chunk = OPS.index(action.op), action.micro_batch, action.chunk
+        # No lock: a line that is read half-written is shown, or compared again a moment later.
         line = (self._changes[device], self._phase, self._step, op, i, chunk)
         _LINE.pack_into(self._memory, device * _LINE.size, *line)
 
@@ -139,9 +136,8 @@ class Board:
 def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
     """Return one line per device: what it does, waits for, or hangs in."""
     try:
-        schedule = make_schedule(
-            config.schedule, config.stages, config.train.micro_batches, config.chunks
-        )
+        size = (config.stages, config.train.micro_batches, config.chunks)
+        schedule = make_schedule(config.schedule, *size)
     except ScheduleError:  # a schedule's file may be gone by now
         schedule = None
     lines = []
@@ -149,15 +145,10 @@ def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
         if place is None:
             lines.append(f"device {device} has not begun")
         elif place.action is None or schedule is None or config.executor != "table":
-            what = {
-                "schedule": "is done with its actions",
-                "start": "is about to begin",
-                "end": "is past the last step",
-            }
-            lines.append(
-                f"device {device} {what.get(place.phase, f'is in {place.phase}')}, step "
-                f"{place.step}"
-            )
+            is_at = {"schedule": "is done with its actions", "start": "is about to begin"}
+            is_at["end"] = "is past the last step"
+            what = is_at.get(place.phase, f"is in {place.phase}")
+            lines.append(f"device {device} {what}, step {place.step}")
         elif (message := _missing_input(schedule, device, place.action, places)) is not None:
             sender = schedule.location[_sender(schedule, device, place.action)][0]
             lines.append(
@@ -194,16 +185,13 @@ def _missing_input(
         return message  # the sender has not begun this step's list
     if place.action is None:  # has ended its list
         return None
+    # Where the sender's list has the action that makes the message: its F, or its B or BW. Say
+    # device 0 has F0 F1 BW0 BW1 and stands at F1, and device 1 at F1: place 1 of that list makes
+    # the message, and device 0 is not past it. If device 0 stood at BW0, device 1 would have its
+    # input, and would be hanging in F1 itself.
     row = [replace(each, overlaps=False) for each in schedule.devices[sender]]
-    # Where the sender's list has the action that makes the message: its F, or its B or BW.
-    sends = [
-        n
-        for n, a in enumerate(row)
-        if (a.micro_batch, a.chunk) == (action.micro_batch, chunk)
-        and (a.op is Op.F) == forward
-        and a.op is not Op.W
-    ]
+    of_message = {(op, action.micro_batch, chunk) for op in ((Op.F,) if forward else (Op.B, Op.BW))}
+    sends = [n for n, a in enumerate(row) if (a.op, a.micro_batch, a.chunk) in of_message]
     # Noted ahead of an action: a sender that stands at the very action has not sent yet.
-    return (
-        message if sends and place.action in row and row.index(place.action) <= sends[0] else None
-    )
+    has_not_sent = sends and place.action in row and row.index(place.action) <= sends[0]
+    return message if has_not_sent else None

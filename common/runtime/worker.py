@@ -102,19 +102,11 @@ def _train_job(engine: Engine, job: Job, corpus: Corpus, began: float) -> Part:
         arrays |= named(config, engine, engine.weights(), config.train.steps, "trained")
     if job.kind == "dump":
         arrays = dump(engine, job, corpus)
-    part = _part(
-        config,
-        engine,
-        steps,
-        engine.evaluate(held_out_batch(config, corpus)),
-        build_seconds,
-        corpus,
-    )
-    save_file(
-        {str(key): np.ascontiguousarray(value) for key, value in arrays.items()},
-        Path(job.out) / f"part-{engine.devices[0]}.safetensors",
-    )
-    return part
+    held_out_loss = engine.evaluate(held_out_batch(config, corpus))
+    # safetensors wants tensors in one piece: a transposed view would be saved the wrong way round.
+    tensors = {str(key): np.ascontiguousarray(value) for key, value in arrays.items()}
+    save_file(tensors, Path(job.out) / f"part-{engine.devices[0]}.safetensors")
+    return _part(config, engine, steps, held_out_loss, build_seconds, corpus)
 
 
 def _part(

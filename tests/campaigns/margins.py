@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from common.harness.drift import NOISE, run_all
+from common.harness.drift import NOISE, run_all, versions_of
 from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.harness.probes import Run, compare_probe, expected, losses_as_tensors
 from common.io.edges import OsText
@@ -139,12 +139,7 @@ def measure(
         for framework in frameworks:
             of = {c: used[c] for c in used if (c.framework, c.train.dtype) == (framework, dtype)}
             margins += _summarized(framework, dtype, of, compared, undetermined)
-    versions = {
-        run.parts[0].environment["framework"]: str(run.parts[0].environment["version"])
-        for run in outcomes.values()
-        if isinstance(run, Run)
-    }
-    return margins, problems, versions
+    return margins, problems, versions_of(outcomes)
 
 
 def _is_determined(config: RunConfig) -> bool:
