@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +30,7 @@ from common.runtime.outcome import Outcome
 from common.schedule import generators
 from common.schedule.generators import make_schedule
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec, preset
+from tests.program import words
 from tests.waiting import LONG_SECONDS, marked, time_jumps
 
 CONFIG = RunConfig(
@@ -165,34 +167,26 @@ def test_the_working_directory_is_not_on_a_childs_path(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("raise RuntimeError('not this one')")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join(["", str(Path(__file__).parents[1])])
-    )  # an empty entry is the same
+    # An empty entry is the working directory too.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(Path(__file__).parents[1])]))
     assert run(tmp_path, monkeypatch, "").status == "ok"
 
 
 def test_what_changes_numbers_stays_behind_and_the_rest_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = [
-        "TF_XLA_FLAGS",
-        "XLA_FLAGS",
-        "KERAS_HOME",
-        "KERAS_BACKEND",
-        "NVIDIA_TF32_OVERRIDE",
-        "RANK",
-        "MASTER_ADDR",
-        "PADDLE_TRAINER_ID",
-    ]
-    left += ["TORCHELASTIC_USE_AGENT_STORE", "PYTHONWARNINGS", "PYTHONOPTIMIZE", "FLAGS_prim_all"]
+    left = words(
+        "TF_XLA_FLAGS XLA_FLAGS KERAS_HOME KERAS_BACKEND NVIDIA_TF32_OVERRIDE RANK MASTER_ADDR "
+        "PADDLE_TRAINER_ID TORCHELASTIC_USE_AGENT_STORE PYTHONWARNINGS PYTHONOPTIMIZE "
+        "FLAGS_prim_all"
+    )
     reported = {"OMP_NUM_THREADS": "7", "MKL_CBWR": "COMPATIBLE", "FLAGS_check_nan_inf": "1"}
     for name, value in (dict.fromkeys(left, "1") | {"PYTHONWARNINGS": "error"} | reported).items():
         monkeypatch.setenv(name, value)
     environment = run(tmp_path, monkeypatch, "").parts[0].environment
     assert set(left) <= set(environment["ignored_variables"])
-    assert reported.items() <= environment["variables"].items() and not set(left) & set(
-        environment["variables"]
-    )
+    assert reported.items() <= environment["variables"].items()
+    assert not set(left) & set(environment["variables"])
 
 
 def test_cpus_are_those_of_the_affinity_or_of_a_cgroups_quota(
@@ -217,10 +211,8 @@ def test_cpus_are_those_of_the_affinity_or_of_a_cgroups_quota(
     monkeypatch.setattr(cpus.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     for quotas, usable in (([], 8), ([2.5, 16.0], 3), ([0.5], 1)):
         monkeypatch.setattr(cpus, "cgroup_quotas", lambda quotas=quotas: iter(quotas))
-        assert (cpus.usable_cpus(), cpus.threads_per_stage(2, None)) == (
-            usable,
-            max(1, usable // 2),
-        )
+        assert cpus.usable_cpus() == usable
+        assert cpus.threads_per_stage(2, None) == max(1, usable // 2)
     assert cpus.threads_per_stage(2, 6) == 3
 
 
@@ -231,14 +223,10 @@ def test_no_loopback_interface_is_known_before_a_child_starts(
         raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
     monkeypatch.setattr(socket, "create_connection", unreachable)
-    paddle, torch = (
-        Implementation("fakes.impl", "numpy", "", processes)
-        for processes in (("table",), ("native",))
-    )
-    assert str(why_missing(paddle, "table")).startswith(
-        "no loopback interface, over which its stages talk"
-    )
-    assert why_missing(torch, "table") is None
+    paddle = Implementation("fakes.impl", "numpy", "", ("table",))
+    said = str(why_missing(paddle, "table"))
+    assert said.startswith("no loopback interface, over which its stages talk")
+    assert why_missing(replace(paddle, process_executors=("native",)), "table") is None
 
 
 @pytest.mark.parametrize("module", [ORACLE_MODULE, "torch_impl", "tf_impl", "paddle_impl"])

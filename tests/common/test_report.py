@@ -53,15 +53,8 @@ def result(
 
 
 def failed(framework: str) -> RunResult:
-    return result(
-        framework,
-        (),
-        status="failed",
-        reason="crashed",
-        held_out_loss=None,
-        environment={},
-        parity=Parity(),
-    )
+    nothing = {"held_out_loss": None, "environment": {}, "parity": Parity()}
+    return result(framework, (), status="failed", reason="crashed", **nothing)
 
 
 def test_a_result_reads_back(tmp_path: Path) -> None:
@@ -101,12 +94,10 @@ def test_parts_of_several_processes_become_one_result() -> None:
         return Part(
             devices=(device,),
             steps=[step],
-            held_out_loss=4.0,
             build_seconds=seconds,
             peak_memory_bytes={device: 10},
             environment={"version": "1.0", "threads": thread_count},
-            corpus_digest="d",
-            corpus_bytes=1,
+            **{"held_out_loss": 4.0, "corpus_digest": "d", "corpus_bytes": 1},
         )
 
     fields = measured(Outcome("ok", "", None, (part(0, 1.0, 1), part(1, 2.0, 3)), 9.0), CONFIG, 2)
@@ -119,23 +110,15 @@ def test_parts_of_several_processes_become_one_result() -> None:
 
 def test_the_results_readme_names_the_versions_that_are_read() -> None:
     text = (Path(__file__).parents[2] / "results" / "README.md").read_text()
-    assert (
-        f"`common.report.result.RunResult.read` reads 1 to {SCHEMA_VERSION} and refuses others"
-        in text
-    )
+    read = f"`common.report.result.RunResult.read` reads 1 to {SCHEMA_VERSION} and refuses others"
+    assert read in text
 
 
 def test_a_table_from_known_results() -> None:
-    groups = [
-        [failed("paddle")],
-        [
-            result("torch"),
-            result("torch", (800, *[200] * 6), repeat=1),
-            result("torch", (700, *[400] * 6), repeat=2),
-        ],
-        [result("tensorflow", (900, *[100] * 6), repeat=repeat) for repeat in range(2)],
-    ]
-    rows = make_rows(groups)
+    torch = [result("torch", (800, *[200] * 6), repeat=1)]
+    torch = [result("torch"), *torch, result("torch", (700, *[400] * 6), repeat=2)]
+    tensorflow = [result("tensorflow", (900, *[100] * 6), repeat=repeat) for repeat in range(2)]
+    rows = make_rows([[failed("paddle")], torch, tensorflow])
     assert [row.status for row in rows] == ["failed", "ok", "ok"]
     assert rows[0].tokens_per_second is None and rows[0].ratio is None
     assert rows[1].tokens_per_second == pytest.approx(128 / 0.2)  # the middle one of three runs
@@ -146,10 +129,8 @@ def test_a_table_from_known_results() -> None:
     assert rows[1].peak_memory_mb == pytest.approx(200)
     lines = markdown_table(rows).splitlines()
     assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
-    assert (
-        "| tensorflow | 1.0 | 1f1b | 2 | 4 | ok | pass | 4.40000 | 4.50000 | 1,280 | 2.00 [1.05, "
-        "4.00] | faster |" in lines[-1]
-    )
+    row = "| tensorflow | 1.0 | 1f1b | 2 | 4 | ok | pass | 4.40000 | 4.50000 | 1,280 |"
+    assert f"{row} 2.00 [1.05, 4.00] | faster |" in lines[-1]
     records = list(csv.DictReader(io.StringIO(csv_table(rows))))
     assert [record["framework"] for record in records] == ["paddle", "torch", "tensorflow"]
     assert float(records[2]["tokens_per_second"]) == pytest.approx(1280)
@@ -164,13 +145,8 @@ def test_a_row_that_fails_parity_is_shown_and_not_ranked() -> None:
 
 
 def on_cards(name: str, *places: str) -> dict[str, object]:
-    return {
-        "version": "1.0",
-        "device_kind": "cuda",
-        "device_name": name,
-        "stage_devices": list(places),
-        "driver": "580",
-    }
+    known = {"version": "1.0", "device_kind": "cuda", "driver": "580"}
+    return known | {"device_name": name, "stage_devices": list(places)}
 
 
 def test_cards_have_names_and_no_ratio_leaves_its_kind_of_device() -> None:
@@ -191,20 +167,17 @@ def test_cards_have_names_and_no_ratio_leaves_its_kind_of_device() -> None:
         assert device in line
     assert "| device |" in lines[0] and "| device |" not in markdown_table(rows[:1])
     shared = replace(rows[2], bubble_fraction=0.5, simulated_bubble_fraction=0.4)
-    assert "| shared GPU |" in markdown_table([shared]) and "50.0%" in markdown_table(
-        [replace(shared, gpus=2)]
-    )
+    assert "| shared GPU |" in markdown_table([shared])
+    assert "50.0%" in markdown_table([replace(shared, gpus=2)])
 
 
 def test_facts_say_whether_graphs_were_used_and_who_fell_back() -> None:
     on_card = result("torch", environment=on_cards("A", "cuda:0") | {"cuda_graphs": "used"})
-    on_cpu = result(
-        "paddle",
-        environment={"version": "1.0", "device_kind": "cpu", "fell_back": "paddle 1.0 sees no GPU"},
-    )
-    assert facts._gpus([on_card, on_cpu, on_cpu]) == [
-        ("GPUs", "A, driver 580, CUDA graphs used; on the CPU: paddle 1.0 sees no GPU")
-    ]
+    fell_back = {"version": "1.0", "device_kind": "cpu", "fell_back": "paddle 1.0 sees no GPU"}
+    on_cpu = result("paddle", environment=fell_back)
+    ((name, said),) = facts._gpus([on_card, on_cpu, on_cpu])
+    assert name == "GPUs"
+    assert said == "A, driver 580, CUDA graphs used; on the CPU: paddle 1.0 sees no GPU"
 
 
 def test_one_step_has_no_throughput() -> None:
@@ -237,17 +210,13 @@ def test_the_first_difference_is_named_in_the_order_of_computation() -> None:
         key = next(key for key in other if key.tensor == name)
         other[key] = other[key] * (1 + 1e-3)
     late = (*steps[:2], steps[2].model_copy(update={"loss": math.nan}))
+    # Of two gradients that differ, the backward comes to block 1's first.
     first = compare_runs(late, other, steps, gradients, CONFIG).first_failure
-    assert (
-        first is not None and first.key.tensor == "block.1.attention.query.weight"
-    )  # the backward comes there first
+    assert first is not None and first.key.tensor == "block.1.attention.query.weight"
     assert (first.key.stage, first.key.unit, first.check) == (1, "block.1", "gradient")
     last = compare_runs(late, gradients, steps, gradients, CONFIG).first_failure
-    assert (
-        last is not None
-        and (last.key.step, last.key.tensor) == (2, "loss")
-        and np.isnan(last.observed)
-    )
+    assert last is not None and (last.key.step, last.key.tensor) == (2, "loss")
+    assert np.isnan(last.observed)
 
 
 def test_a_loss_curve_in_bfloat16_may_go_where_rounded_weights_alone_lead() -> None:
@@ -259,30 +228,20 @@ def test_a_loss_curve_in_bfloat16_may_go_where_rounded_weights_alone_lead() -> N
         assert compare_runs(off, {}, steps, {}, low, curve_floor=0.01).passed == passes
     assert oracle_config(low) == oracle_config(CONFIG)
     rounded = rounded_oracle_config(low)
-    assert (
-        rounded is not None
-        and rounded.train.dtype == "bfloat16"
-        and rounded_oracle_config(CONFIG) is None
-    )
+    assert rounded is not None and rounded.train.dtype == "bfloat16"
+    assert rounded_oracle_config(CONFIG) is None
 
 
 def test_a_missing_gradient_fails() -> None:
     gradients = {TensorKey(0, "backward", -1, -1, "head", "head.output.weight"): np.ones(3)}
-    comparison = compare_runs((), {}, (), gradients, CONFIG)
-    assert comparison.first_failure is not None and "head.output.weight" in str(
-        comparison.first_failure
-    )
+    first = compare_runs((), {}, (), gradients, CONFIG).first_failure
+    assert first is not None and "head.output.weight" in str(first)
 
 
 def test_one_oracle_serves_what_does_not_change_the_numbers() -> None:
     one = CONFIG
-    other = RunConfig(
-        model=one.model,
-        train=TrainSpec(**one.train.model_dump() | {"micro_batches": 8, "dtype": "float64"}),
-        framework="paddle",
-        stages=4,
-        schedule="gpipe",
-        partition="balanced",
-    )
+    train = TrainSpec(**one.train.model_dump() | {"micro_batches": 8, "dtype": "float64"})
+    cut = {"framework": "paddle", "stages": 4, "schedule": "gpipe", "partition": "balanced"}
+    other = RunConfig(model=one.model, train=train, **cut)
     assert oracle_config(one) == oracle_config(other)
     assert oracle_config(one) != oracle_config(one.model_copy(update={"corpus": ("a.txt",)}))

@@ -29,6 +29,7 @@ from common.runtime.outcome import Outcome
 from common.schedule.generators import make_schedule
 from common.schedule.simulate import Costs, Simulation, simulate
 from common.spec.run import Framework, RunConfig, preset
+from tests.program import assert_refused, words
 
 STEPS = 7
 SKIPPED = "needs a browser: none of chromium, chromium-browser, google-chrome is installed"
@@ -44,13 +45,9 @@ def lane(simulation: Simulation, device: int, begin: float, unit: float) -> list
     """
     events, ready = [], begin
     for row in range(*simulation.table.bounds[device : device + 2]):
-        start, end = (
-            begin + unit * float(times[row]) for times in (simulation.start, simulation.end)
-        )
-        action = str(simulation.table.action(row))
-        events.append(
-            EventRecord(action=action, ready_seconds=ready, start_seconds=start, end_seconds=end)
-        )
+        start, end = (begin + unit * float(t[row]) for t in (simulation.start, simulation.end))
+        times = {"ready_seconds": ready, "start_seconds": start, "end_seconds": end}
+        events.append(EventRecord(action=str(simulation.table.action(row)), **times))
         ready = end
     return events
 
@@ -63,15 +60,9 @@ def outcome(run: RunConfig, scale: float = 1.0, losses: float = 5.0) -> Outcome:
     for step in range(STEPS):
         unit = scale * 1e-3 * (5 if step == 0 else 1 + 0.01 * (step % 3))
         events = {device: lane(simulation, device, step, unit) for device in range(run.stages)}
-        seconds = unit * (simulation.makespan + 1)
+        seconds, loss = unit * (simulation.makespan + 1), losses - 0.1 * step
         records.append(
-            StepRecord(
-                step=step,
-                loss=losses - 0.1 * step,
-                gradient_norm=1.0,
-                seconds=seconds,
-                events=events,
-            )
+            StepRecord(step=step, loss=loss, gradient_norm=1.0, seconds=seconds, events=events)
         )
     part = Part(
         devices=tuple(range(run.stages)),
@@ -108,11 +99,7 @@ def write(
         machine=this_machine(),
         started="2030-01-01T00:00:00+00:00",
     )
-    home = (
-        folder / f"{run.framework}-{row}-r{repeat}"
-        if parity is None or not result.is_oracle
-        else folder / "oracle"
-    )
+    home = folder / ("oracle" if result.is_oracle else f"{run.framework}-{row}-r{repeat}")
     home.mkdir(parents=True)
     result.write(home / "result.json")
 
@@ -122,13 +109,8 @@ def benchmark(folder: Path, torch_scale: float = 1.0) -> Path:
     oracle.
     """
     torch = config("torch")
-    write(
-        folder,
-        oracle_config(torch),
-        outcome(oracle_config(torch)),
-        0,
-        parity=Parity(reason=IS_ORACLE),
-    )
+    oracle = oracle_config(torch)
+    write(folder, oracle, outcome(oracle), 0, parity=Parity(reason=IS_ORACLE))
     near = LIMITS["loss_curve"]["float32"] * 0.3
     for repeat in range(2):
         write(folder, torch, outcome(torch, torch_scale), 0, repeat)
@@ -183,10 +165,8 @@ def test_the_page_is_one_well_formed_file_without_a_network(published: Path) -> 
     for address in page.addresses:
         assert address == "data:," or address[0] == "#" or (published / address).is_file(), address
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text
-    order = [
-        text.index(f'id="{name}"')
-        for name in ("verdict", "throughput-matched", "parity", "timing", "timelines")
-    ]
+    names = ("verdict", "throughput-matched", "parity", "timing", "timelines")
+    order = [text.index(f'id="{name}"') for name in names]
     assert order == sorted(order)
     assert "Parity: 5 of 6 runs train what the float64 oracle trains" in text
     assert "crashed with SIGSEGV" in text and "bench_all.py --preset tiny" in text
@@ -197,17 +177,10 @@ def test_every_format_is_there_and_says_the_same(published: Path) -> None:
     assert "1 differs; 1 failed" in markdown and "not ranked" in markdown
     assert "| torch 1f1b p=2 m=4 |" in markdown
     rows = json.loads((published / "summary.json").read_text())["rows"]
-    assert [row["verdict"] for row in rows] == [
-        "baseline",
-        "not ranked",
-        "slower",
-        TOO_FEW,
-        "not ranked",
-    ]
-    assert (
-        rows[2]["ratio"] == pytest.approx(0.5)
-        and rows[2]["ratio_low"] <= 0.5 <= rows[2]["ratio_high"] < 1
-    )
+    verdicts = [row["verdict"] for row in rows]
+    assert verdicts == ["baseline", "not ranked", "slower", TOO_FEW, "not ranked"]
+    assert rows[2]["ratio"] == pytest.approx(0.5)
+    assert rows[2]["ratio_low"] <= 0.5 <= rows[2]["ratio_high"] < 1
     for name in ("loss.png", "throughput.png", "time_split.png", "torch-0-r0/timeline.png"):
         assert (published / name).read_bytes().startswith(b"\x89PNG"), name
     assert json.loads((published / "torch-0-r0/trace.json").read_text())["traceEvents"]
@@ -266,24 +239,15 @@ def look(browser: str, page: Path, tmp_path: Path, width: int, dark: bool) -> di
         f'srcdoc="{html.escape(page.read_text())}"></iframe>'
     )
     (tmp_path / "look.html").write_text(f"<!doctype html><body>{frame}{LOOK}</body>")
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-        "--disable-background-networking "
+    flags = words(
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+        "--disable-background-networking --disable-component-update --window-size=1500,1000 "
+        "--user-data-dir={profile} --blink-settings=preferredColorScheme={scheme} --dump-dom",
+        profile=tmp_path / "profile",
+        scheme=0 if dark else 1,
     )
-    flags += (
-        "--disable-component-update --disable-sync "
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}"
-    )
-    command = [
-        browser,
-        *flags.split(),
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1500,1000",
-    ]
-    address = (tmp_path / "look.html").as_uri()
-    output = subprocess.run(
-        [*command, "--dump-dom", address], capture_output=True, text=True
-    ).stdout
+    command = [browser, *flags, (tmp_path / "look.html").as_uri()]
+    output = subprocess.run(command, capture_output=True, text=True).stdout
     found = re.search("SEEN(.*)END", output)
     assert found is not None, output[-2000:]
     return dict(json.loads(html.unescape(found[1])))
@@ -317,10 +281,8 @@ def test_report_rebuilds_and_merges(
     assert (other / "report.html").is_file()
     assert triptych("report", str(published), str(other), "--out", str(tmp_path / "both")) == 0
     text = (tmp_path / "both" / "report.md").read_text()
-    assert (
-        f"torch 1f1b p=2 m=4 {other.name}" in text
-        and f"torch 1f1b p=2 m=4 {published.name}" in text
-    )
+    for name in (other.name, published.name):
+        assert f"torch 1f1b p=2 m=4 {name}" in text
     capsys.readouterr()
 
 
@@ -338,9 +300,8 @@ def test_compare_says_what_moved_and_gates_on_it(
     assert "fails: torch 1f1b p=2 m=4: slower by more than 5.000%" in output
     assert re.search(r"torch interleaved .* \d\.\d+ \[unknown\] +too few samples", output)
     assert triptych("compare", str(published), str(slower), "--fail-on", "0.3") == 0
-    assert (
-        triptych("compare", str(slower), str(published), "--fail-on", "5%") == 0
-    )  # faster is no failure
+    # Faster is no failure.
+    assert triptych("compare", str(slower), str(published), "--fail-on", "5%") == 0
 
 
 def test_a_gate_that_can_judge_no_row_is_not_passed(
@@ -348,8 +309,8 @@ def test_a_gate_that_can_judge_no_row_is_not_passed(
 ) -> None:
     write(tmp_path, config("torch"), outcome(config("torch")), 0)
     assert triptych("compare", str(tmp_path), str(tmp_path), "--fail-on", "5%") == 2
-    said = capsys.readouterr()
-    assert "too few samples in every row; expected 6 timed steps in each of 2 repeats" in said.err
+    few = "too few samples in every row; expected 6 timed steps in each of 2 repeats"
+    assert few in capsys.readouterr().err
 
 
 def test_compare_fails_on_a_row_that_broke(
@@ -384,9 +345,8 @@ def test_wrong_input_is_one_line_and_status_2(
     shutil.copytree(tmp_path / "other", tmp_path / "future")
     path = next((tmp_path / "future").glob("*/result.json"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    assert triptych(*line.format(tmp=tmp_path, run=published).split()) == 2
-    errors = capsys.readouterr().err
-    assert WRONG[line] in errors and errors.count("\n") == 1
+    status = triptych(*words(line, tmp=tmp_path, run=published))
+    assert_refused(status, WRONG[line], capsys)
 
 
 def test_a_result_of_version_1_is_read(tmp_path: Path, published: Path) -> None:
@@ -394,13 +354,11 @@ def test_a_result_of_version_1_is_read(tmp_path: Path, published: Path) -> None:
     for name in ("untimed_steps", "timing", "row", "held_activation_peak_bytes", "in_flight_peak"):
         del content[name]
     content["last_step_events"] = content.pop("median_step_events")
-    for name in ("track",):
-        del content["config"][name]
-    (tmp_path / "old" / "torch").mkdir(parents=True)
-    (tmp_path / "old" / "torch" / "result.json").write_text(
-        json.dumps(content | {"schema_version": 1})
-    )
-    result = RunResult.read(tmp_path / "old" / "torch" / "result.json")
+    del content["config"]["track"]
+    path = tmp_path / "old" / "torch" / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(content | {"schema_version": 1}))
+    result = RunResult.read(path)
     assert (result.untimed_steps, result.timing) == (1, None) and result.median_step_events
     publish(collect([tmp_path / "old"]), tmp_path / "old")
     assert "Measured against simulated" not in (tmp_path / "old" / "report.md").read_text()

@@ -151,9 +151,10 @@ def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(
     subcommands.append(("export", "--to", "torch", "--out", "model.pt"))
     content = (saved / "tokenizer.json").read_bytes()
     changed = content.replace(b'"!"', b'"?"', 1)
+    cut = f"has {len(content) - 5} bytes; expected {len(content)}"
     for damage, message in (
         (lambda path: path.write_bytes(changed), "tokenizer.json: SHA-256 differs"),
-        (lambda path: path.write_bytes(content[:-5]), f"bytes; expected {len(content)}"),
+        (lambda path: path.write_bytes(content[:-5]), cut),
         (lambda path: path.unlink(), "tokenizer.json: No such file"),
         (lambda path: path.symlink_to("/etc/passwd"), "tokenizer.json: a link"),
     ):
@@ -279,7 +280,8 @@ def test_what_imported_tokens_mean_is_never_guessed(capsys: pytest.CaptureFixtur
         assert run(*subcommand, "--tokenizer", "bytes") == 0
     assert run(*writing, "--prompt-tokens", "1,2") == 0
     made.save("tokenizer.json")
-    too_large = "has 310 tokens, added and special ones included; the model has vocab_size = 256"
+    too_large = "tokenizer.json: has 310 tokens, added and special ones included; the model has "
+    too_large += "vocab_size = 256"
     for subcommand in (training, evaluating, (*writing, "--prompt", "x"), (*importing, "none")):
         refused(capsys, too_large, *subcommand, "--tokenizer-file", "tokenizer.json")
     assert run(*importing, "as-bytes", "--tokenizer", "bytes") == 0

@@ -33,11 +33,8 @@ def test_percentiles_of_known_numbers() -> None:
 
 def test_a_ratio_without_noise_is_exact() -> None:
     ratio = speed_ratio({0: [2.0] * 6, 1: [2.0] * 6}, {0: [3.0] * 6, 1: [3.0] * 6})
-    assert (
-        ratio is not None
-        and (ratio.value, ratio.low, ratio.high) == (1.5, 1.5, 1.5)
-        and ratio.verdict == "faster"
-    )
+    assert ratio is not None and ratio.verdict == "faster"
+    assert (ratio.value, ratio.low, ratio.high) == (1.5, 1.5, 1.5)
     assert speed_ratio({}, {0: [1.0]}) is None and speed_ratio({0: []}, {0: [1.0]}) is None
 
 
@@ -46,11 +43,8 @@ def test_pairing_by_repeat_cancels_a_drift_that_both_share() -> None:
     row = {repeat: [1.00 * slow] * 8 for repeat, slow in drift.items()}
     baseline = {repeat: [1.10 * slow] * 8 for repeat, slow in drift.items()}
     paired, unpaired = speed_ratio(row, baseline), speed_ratio(row, baseline, same_session=False)
-    assert (
-        paired is not None
-        and (paired.low, paired.high) == pytest.approx((1.1, 1.1))
-        and paired.verdict == "faster"
-    )
+    assert paired is not None and paired.verdict == "faster"
+    assert (paired.low, paired.high) == pytest.approx((1.1, 1.1))
     assert unpaired is not None and unpaired.verdict == "no difference shown"
 
 
@@ -60,11 +54,8 @@ def test_few_samples_give_a_ratio_without_an_interval_or_a_verdict(
 ) -> None:
     many = {0: [3.0] * 6, 1: [3.0] * 6}
     for ratio in (speed_ratio(samples, many), speed_ratio(many, samples)):
-        assert ratio is not None and (ratio.low, ratio.high, ratio.verdict) == (
-            None,
-            None,
-            "too few samples",
-        )
+        assert ratio is not None and ratio.verdict == "too few samples"
+        assert (ratio.low, ratio.high) == (None, None)
         assert ratio.text().endswith(" [unknown]")
 
 
@@ -102,22 +93,17 @@ def played(
     for device, actions in enumerate(schedule.devices):
         ready = 0.0
         events[device] = []
-        for action, row in zip(
-            actions, range(*simulation.table.bounds[device : device + 2]), strict=True
-        ):
+        rows = range(*simulation.table.bounds[device : device + 2])
+        for action, row in zip(actions, rows, strict=True):
             start, end = float(simulation.start[row]), float(simulation.end[row])
             times = (begin + scale * time for time in (ready, start, end))
-            ready_seconds, start_seconds, end_seconds = times
-            events[device].append(
-                EventRecord(
-                    action=str(action),
-                    ready_seconds=ready_seconds,
-                    start_seconds=start_seconds,
-                    end_seconds=end_seconds,
-                )
-            )
+            events[device].append(event(str(action), *times))
             ready = end
     return events
+
+
+def event(action: str, ready: float, start: float, end: float) -> EventRecord:
+    return EventRecord(action=action, ready_seconds=ready, start_seconds=start, end_seconds=end)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +139,6 @@ def test_the_parts_of_a_step_by_hand() -> None:
     for stage 1 and 0.25 for its message.
     """
 
-    def event(action: str, ready: float, start: float, end: float) -> EventRecord:
-        return EventRecord(action=action, ready_seconds=ready, start_seconds=start, end_seconds=end)
-
     schedule = make_schedule("gpipe", 2, 1)
     events = {
         0: [event("F0", 10.0, 10.0, 11.0), event("BW0", 11.5, 14.75, 16.0)],
@@ -164,19 +147,8 @@ def test_the_parts_of_a_step_by_hand() -> None:
     timing = measure([events], [7.0], schedule, untimed_steps=0)
     assert timing is not None
     first, second = timing.stages[0], timing.stages[1]
-    assert (
-        first.compute,
-        first.schedule_wait,
-        first.communication_wait,
-        first.host,
-        first.rest,
-    ) == (
-        2.25,
-        3.0,
-        0.25,
-        0.5,
-        1.0,
-    )
+    waits = (first.schedule_wait, first.communication_wait, first.host)
+    assert (first.compute, *waits, first.rest) == (2.25, 3.0, 0.25, 0.5, 1.0)
     waits = (second.schedule_wait, second.communication_wait, second.host)
     assert (second.compute, *waits) == (3.0, 1.0 + 1.5, 0.5, 0.0)
     assert timing.hop_seconds == pytest.approx(0.375)  # the mean of 0.5 and 0.25
@@ -202,14 +174,12 @@ def test_a_timeline_has_both_charts_and_an_arrow_per_message(tmp_path: Path) -> 
     trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     actions = [event for event in trace if event["ph"] == "X"]
     pids = {action["pid"] for action in actions}
-    assert [len([a for a in actions if a["pid"] == pid]) for pid in pids] == [
-        schedule.num_actions
-    ] * 2
+    counts = [sum(a["pid"] == pid for a in actions) for pid in pids]
+    assert counts == [schedule.num_actions] * 2
     arrows = {event["id"]: event for event in trace if event["ph"] == "s"}
     ends = {event["id"]: event for event in trace if event["ph"] == "f"}
-    assert (
-        arrows.keys() == ends.keys() and len(arrows) == 2 * 2 * 3
-    )  # charts x directions x micro-batches
+    charts, directions, micro_batches = 2, 2, 3
+    assert arrows.keys() == ends.keys() and len(arrows) == charts * directions * micro_batches
     for key, arrow in arrows.items():
         assert arrow["ts"] < ends[key]["ts"] and arrow["tid"] != ends[key]["tid"]
         for event in (arrow, ends[key]):  # a viewer drops an arrow that touches no action
@@ -223,37 +193,20 @@ def test_a_timeline_has_both_charts_and_an_arrow_per_message(tmp_path: Path) -> 
 
 
 def row(**fields: object) -> Row:
-    known = dict.fromkeys(Row.__dataclass_fields__) | {
-        "framework": "torch",
-        "schedule": "1f1b",
-        "stages": 2,
-        "chunks": 1,
-        "batch_size": 16,
-        "executor": "table",
-        "track": "matched",
-        "dtype": "float32",
-        "recompute": "none",
-        "dropout": "none",
-        "sequence_lengths": "full",
-        "drift": "",
-        "status": "ok",
-        "parity": "pass",
-        "source": "",
-        "step_ms_median": 10.0,
-        "step_ms_p10": 8.0,
-        "step_ms_p90": 20.0,
-        "repeats": 2,
-        "timed_steps": 6,
-    }
+    known = dict.fromkeys(Row.__dataclass_fields__)
+    known |= {"framework": "torch", "schedule": "1f1b", "stages": 2, "chunks": 1, "batch_size": 16}
+    known |= {"executor": "table", "track": "matched", "dtype": "float32", "recompute": "none"}
+    known |= {"dropout": "none", "sequence_lengths": "full", "drift": "", "source": ""}
+    known |= {"status": "ok", "parity": "pass", "repeats": 2, "timed_steps": 6}
+    known |= {"step_ms_median": 10.0, "step_ms_p10": 8.0, "step_ms_p90": 20.0}
     return Row(**(known | fields))  # type: ignore[arg-type]
 
 
 def test_a_sweep_names_its_knee() -> None:
     throughput = {1: 100.0, 2: 130.0, 4: 150.0, 8: 155.0, 16: 140.0}
     rows = [row(micro_batches=m, tokens_per_second=t) for m, t in reversed(throughput.items())]
-    rows += [
-        row(micro_batches=4, framework="paddle", tokens_per_second=9.0)
-    ]  # one point is no curve
+    # One point is no curve.
+    rows += [row(micro_batches=4, framework="paddle", tokens_per_second=9.0)]
     rows += [row(micro_batches=32, tokens_per_second=999.0, parity="FAIL")]
     (curve,) = curves(rows, "micro_batches")
     assert curve.x == (1, 2, 4, 8, 16) and curve.name == "torch 1f1b p=2"
@@ -261,19 +214,15 @@ def test_a_sweep_names_its_knee() -> None:
     assert curve.ideal == pytest.approx([100 * 2 * m / (m + 1) for m in curve.x])
     assert (curve.low[0], curve.high[0]) == pytest.approx((50.0, 125.0))
     assert "knee at micro-batches = 4" in curve.sentence
-    (curve,) = curves(
-        [*rows[1:4], row(micro_batches=1, tokens_per_second=100.0, repeats=1)], "micro_batches"
-    )
-    assert (
-        curve.knee is None and "too few samples to name a knee over micro-batches" in curve.sentence
-    )
+    once = row(micro_batches=1, tokens_per_second=100.0, repeats=1)
+    (curve,) = curves([*rows[1:4], once], "micro_batches")
+    assert curve.knee is None
+    assert "too few samples to name a knee over micro-batches" in curve.sentence
 
 
 def test_a_sweep_over_stages_may_have_no_knee() -> None:
-    rows = [
-        row(stages=p, micro_batches=8, tokens_per_second=t)
-        for p, t in ((1, 100.0), (2, 170.0), (4, 290.0))
-    ]
+    throughput = {1: 100.0, 2: 170.0, 4: 290.0}
+    rows = [row(stages=p, micro_batches=8, tokens_per_second=t) for p, t in throughput.items()]
     (curve,) = curves(rows, "stages")
     assert curve.knee is None and "no knee up to stages = 4" in curve.sentence
     assert curve.ideal == pytest.approx([100.0, 100 * 2 * 8 / 9, 100 * 4 * 8 / 11])
@@ -281,5 +230,5 @@ def test_a_sweep_over_stages_may_have_no_knee() -> None:
 
 
 def test_unequal_micro_batches_fill_the_pipeline_as_slowly_as_the_largest() -> None:
-    """10 sequences as 3, 3, 2, 2 over 4 stages: the last stage starts after 3 x 3 and computes 10."""  # noqa: E501
+    """10 sequences as 3, 3, 2, 2 over 4 stages: the last one starts after 3 x 3 and computes 10."""
     assert ideal_efficiency("micro_batches", 4, 4, 10) == pytest.approx(10 / 19)

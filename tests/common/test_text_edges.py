@@ -18,6 +18,7 @@ from common.io.edges import from_command_line, number, printable, whole_number
 from common.io.figure import log_y, new_figure
 from common.runtime.job import Job, JobFile
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
+from tests.program import assert_refused, words
 
 ROOT = Path(__file__).resolve().parents[2]
 NASTY = os.fsdecode(b"caf\xe9 [red]$x^$ :smile: {0} %s |")
@@ -72,39 +73,17 @@ def test_a_whole_benchmark_under_nasty_names(tmp_path: Path) -> None:
     place.mkdir()
     (place / NASTY).write_bytes(SCHEDULE)
     (place / "text").write_text("The text of a corpus. " * 100)
-    argv = [
-        "-m",
-        "fakes.bench",
-        "--preset",
-        "tiny",
-        "--steps",
-        "3",
-        "--repeats",
-        "1",
-        "--frameworks",
-        "torch,paddle",
-    ]
-    argv += [
-        "--micro-batches",
-        "1",
-        "--schedules",
-        f"file:{NASTY}",
-        "--corpus",
-        "text",
-        "--out",
-        "out [b]",
-    ]
-    done = program(*argv, cwd=place)
+    line = "-m fakes.bench --preset tiny --steps 3 --repeats 1 --frameworks torch,paddle"
+    line += " --micro-batches 1 --corpus text --out 'out [b]' --schedules"
+    done = program(*words(line), f"file:{NASTY}", cwd=place)
     assert done.returncode == 0 and not done.stderr, done.stdout[-2000:] + done.stderr
     assert b"results in out [b]/" in done.stdout and b"report: out [b]/" in done.stdout
     (folder,) = (place / "out [b]").iterdir()
     names = {path.name for path in folder.iterdir()}
     assert {"report.html", "report.md", "summary.json", "table.csv", "loss.png"} <= names
     assert "| torch | " in (folder / "report.md").read_text(encoding="utf-8")
-    for subcommand in (
-        ["report", str(folder), "--out", "again"],
-        ["compare", str(folder), str(folder)],
-    ):
+    both = (str(folder), str(folder))
+    for subcommand in (["report", str(folder), "--out", "again"], ["compare", *both]):
         done = program("-m", "common.cli", *subcommand, cwd=place)
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert b"caf" in done.stdout and b"[red]$x^$ :smile: {0} %s" in done.stdout
@@ -112,9 +91,8 @@ def test_a_whole_benchmark_under_nasty_names(tmp_path: Path) -> None:
 
 def test_a_prompt_is_utf8_in_every_locale() -> None:
     assert from_command_line("plain é", "--prompt") == "plain é"
-    assert (
-        from_command_line("é".encode().decode("ascii", "surrogateescape"), "--prompt") == "é"
-    )  # as LC_ALL=C has it
+    in_c = "é".encode().decode("ascii", "surrogateescape")  # as LC_ALL=C has it
+    assert from_command_line(in_c, "--prompt") == "é"
     with pytest.raises(ValueError, match=r"--prompt: not UTF-8 \(byte 1\)"):
         from_command_line("a\udce9", "--prompt")
 
@@ -126,29 +104,21 @@ def test_names_in_messages_are_short_and_in_one_line() -> None:
 
 # ------------------------------------------------------------------------------------------ streams
 
-CHART = ["-m", "common.cli", "draw", "--schedule", "1f1b", "--stages", "2", "--micro-batches", "2"]
+CHART = words("-m common.cli draw --schedule 1f1b --stages 2 --micro-batches 2")
 
 
 @pytest.mark.parametrize(
-    ("variables", "expected"),
+    "variables",
     [
-        ({"PYTHONIOENCODING": "ascii"}, b"device 1 .  F0 BW0-- F1 BW1-- .  ."),
-        (
-            {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
-            b"device 1 .  F0 BW0-- F1 BW1-- .  .",
-        ),
-        (
-            {"PYTHONIOENCODING": "gbk"},
-            b"device 1 .  F0 BW0-- F1 BW1-- .  .",
-        ),  # it has · and ─, two columns wide
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
+        {"PYTHONIOENCODING": "gbk"},  # it has · and ─, two columns wide
     ],
 )
-def test_a_stream_that_lacks_letters_shows_others(
-    variables: dict[str, str], expected: bytes
-) -> None:
+def test_a_stream_that_lacks_letters_shows_others(variables: dict[str, str]) -> None:
     done = program(*CHART, **variables)
     assert done.returncode == 0 and not done.stderr
-    assert expected in done.stdout
+    assert b"device 1 .  F0 BW0-- F1 BW1-- .  ." in done.stdout
 
 
 @pytest.mark.parametrize("columns", ["0", "10", "²", "-5", "x"])
@@ -157,19 +127,12 @@ def test_a_terminal_of_no_width_is_not_believed(
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     assert make_console().width >= 20
-    assert (
-        main.main(["simulate", "--schedule", "all", "--stages", "2", "--micro-batches", "2"]) == 0
-    )
+    assert main.main(words("simulate --schedule all --stages 2 --micro-batches 2")) == 0
 
 
 def test_a_picture_needs_no_home(tmp_path: Path) -> None:
-    argv = [*CHART, "--output", str(tmp_path / "a.png")]
-    done = program(
-        *argv,
-        HOME="/dev/null/home",
-        MPLCONFIGDIR="/dev/null/matplotlib",
-        XDG_CACHE_HOME="/dev/null/cache",
-    )
+    nowhere = dict.fromkeys(("HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME"), "/dev/null/nowhere")
+    done = program(*CHART, "--output", str(tmp_path / "a.png"), **nowhere)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
@@ -184,13 +147,8 @@ def test_a_byte_order_mark_and_returns_are_no_part_of_a_file(
     assert main.main(["validate", str(tmp_path / "bom.txt")]) == 0
     assert main.main(["bench", "--config", str(tmp_path / "bom.toml"), "--dry-run"]) == 2
     assert "steps: unknown at the top level; expected under [train]" in capsys.readouterr().err
-    done = subprocess.run(
-        [sys.executable, "-m", "common.cli", "validate", "-"],
-        input=SCHEDULE,
-        cwd=ROOT,
-        capture_output=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "common.cli", "validate", "-"]
+    done = subprocess.run(command, input=SCHEDULE, cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -201,13 +159,8 @@ def test_what_is_no_whole_number(text: str) -> None:
 
 def test_numbers_are_read_alike_everywhere() -> None:
     assert [whole_number(text) for text in ("5", "+5", " 5", "1_000", "5.0")] == [5, 5, 5, 1000, 5]
-    assert [number(text) for text in ("nan", "inf", "1e3", "²", "x")] == [
-        None,
-        None,
-        1000.0,
-        None,
-        None,
-    ]
+    found = [number(text) for text in ("nan", "inf", "1e3", "²", "x")]
+    assert found == [None, None, 1000.0, None, None]
 
 
 @pytest.mark.parametrize(
@@ -247,9 +200,7 @@ def test_numbers_are_read_alike_everywhere() -> None:
 def test_wrong_input_is_one_line_whatever_its_letters(
     line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(line.split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("triptych: ") and error.count("\n") == 1
+    assert assert_refused(main.main(line.split()), "", capsys).startswith("triptych: ")
 
 
 def test_numbers_on_a_logarithmic_axis_are_text() -> None:
