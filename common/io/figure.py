@@ -44,7 +44,7 @@ def inline_svg(figure: Figure, themed: Mapping[str, str], titles: Sequence[str] 
     import matplotlib
 
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "page"}):
         figure.savefig(file, format="svg")
     text = file.getvalue()
     text = re.sub(
