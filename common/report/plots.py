@@ -59,7 +59,7 @@ def line_styles(frameworks: Sequence[str]) -> list[dict[str, Any]]:
     seen: Counter[str] = Counter()
     styles = []
     for framework in frameworks:
-        dashes = (0, (5, 1.5) + (1, 1.5) * seen[framework]) if seen[framework] else "-"
+        dashes = (0, (4, 1) + (1, 1) * seen[framework]) if seen[framework] else "-"
         styles.append({"color": FRAMEWORK_COLORS[framework], "linestyle": dashes})
         seen[framework] += 1
     return styles
@@ -90,7 +90,7 @@ def draw_losses(curves: Sequence[LossCurve]) -> Figure:
     below.set_ylabel("relative difference\nfrom the oracle")
     below.set_xlabel("step")
     below.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside lower left", ncols=columns, frameon=False)
+    figure.legend(loc="outside lower left", ncols=columns, handlelength=5, frameon=False)
     return figure
 
 
@@ -106,7 +106,7 @@ def draw_throughput(collection: Collection) -> Figure:
         beside = axes.get_yaxis_transform()  # x: a share of the axes' width
         axes.text(1.01, place, f"{speed:,.0f}", transform=beside, va="center")
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row above
     axes.set_xlabel("tokens/s, with the 10th to 90th percentile of the steps")
     return figure
 
@@ -128,7 +128,7 @@ def draw_time_split(collection: Collection) -> Figure:
             axes.barh(place, width, left=left, color=color, label=part if place == 0 else None)
             left += width
     axes.set_yticks(range(len(bars)), [name for name, _ in bars])
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xlabel("ms of the mean step")
     figure.legend(loc="outside lower right", ncols=len(PART_COLORS), frameon=False)
     return figure
@@ -136,7 +136,7 @@ def draw_time_split(collection: Collection) -> Figure:
 
 def draw_sweep(curves: Sequence[Curve]) -> Figure:
     """Draw throughput over the swept axis; the ideal is dotted, the knee has a ring."""
-    figure = new_figure(WIDTH_INCHES, 3.8 + 0.18 * len(curves))
+    figure = new_figure(WIDTH_INCHES, 3.8 + 0.09 * len(curves))
     axes = figure.subplots()
     for curve, style in zip(curves, line_styles([c.framework for c in curves]), strict=True):
         color = style["color"]
@@ -155,5 +155,5 @@ def draw_sweep(curves: Sequence[Curve]) -> Figure:
     axes.set_ylabel("tokens/s")
     axes.set_ylim(bottom=0)
     axes.set_title("dotted: the first point scaled by the ideal; ring: the knee")
-    figure.legend(loc="outside lower left", frameon=False)
+    figure.legend(loc="outside lower left", ncols=2, handlelength=5, frameon=False)
     return figure
