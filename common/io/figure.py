@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,17 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+@contextmanager
+def small_print() -> Iterator[None]:
+    """Draw within with the letters and frames of a report's pictures."""
+    import matplotlib
+
+    with matplotlib.rc_context(
+        {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        yield
 
 
 def log_y(axes: Axes) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.io.figure import log_y, new_figure
+from common.io.figure import log_y, new_figure, small_print
 from common.report.collect import Collection
 from common.report.losses import LossCurve, loss_curves
 from common.report.sweep import Axis, Curve
@@ -37,11 +37,7 @@ def pictures(collection: Collection, swept: Mapping[Axis, Sequence[Curve]]) -> d
     """Return the figures of a report by the names of their files, where there is something to
     draw.
     """
-    import matplotlib  # only now: whoever takes a colour from here may draw nothing
-
-    with matplotlib.rc_context(
-        {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    with small_print():
         found = {f"sweep_{axis}": draw_sweep(curves) for axis, curves in swept.items()}
         if losses := loss_curves(collection):
             found["loss"] = draw_losses(losses)
@@ -70,9 +66,11 @@ def draw_losses(curves: Sequence[LossCurve]) -> Figure:
     columns = 2 if max(len(curve.name) for curve in curves) < 36 else 1
     figure = new_figure(WIDTH_INCHES, 4.4 + 0.16 * (len(curves) / columns + 1))
     above, below = figure.subplots(2, 1, sharex=True)
-    for oracle, first in {(curve.oracle, curve.first_step) for curve in curves if curve.oracle}:
-        steps = range(first, first + len(oracle))
-        above.plot(steps, oracle, "o", color=ORACLE_COLOR, markersize=5, label="oracle")
+    # A wide pale line under those that should lie on it.
+    oracles = sorted({(curve.first_step, curve.oracle) for curve in curves if curve.oracle})
+    for first, oracle in oracles:
+        steps, label = range(first, first + len(oracle)), "" if above.lines else "oracle"
+        above.plot(steps, oracle, color=ORACLE_COLOR, linewidth=5, alpha=0.45, label=label)
     for curve, style in zip(curves, line_styles([c.framework for c in curves]), strict=True):
         steps = range(curve.first_step, curve.first_step + len(curve.losses))
         above.plot(steps, curve.losses, **style, linewidth=1.5, label=curve.name)

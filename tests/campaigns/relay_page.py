@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from common.checkpoint import Arrays
 from common.io.edges import OsText
+from common.io.figure import small_print
 from common.oracle.limits import LIMITS, difference
 from common.report.losses import LossCurve
 from common.report.machine import Machine
@@ -94,7 +95,9 @@ def draw_relay(relay: Relay, path: Path) -> None:
         curves.append(
             LossCurve(name, config.framework, leg.losses, expected, relay.loss_limit, first)
         )
-    figure = draw_losses(curves)
+    with small_print():
+        figure = draw_losses(curves)
+    figure.axes[-1].set_xlabel("step (dotted: a checkpoint changes hands)")
     for axes in figure.axes:
         for leg in relay.legs[:-1]:
             axes.axvline(leg.steps_done, color=RANGE_COLOR, linewidth=0.6, linestyle=":")
