@@ -57,6 +57,7 @@ def opened(path: Path, follow_links: bool = False) -> Iterator[Any]:
     except OSError as error:
         reason = "a link" if path.is_symlink() else error.strerror
         raise CheckpointError(f"{path}: {reason}; expected a file of a checkpoint") from None
+    # Without O_NONBLOCK the open above would wait for somebody to write into a pipe.
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointError(f"{path}: not a plain file; expected a file of a checkpoint")

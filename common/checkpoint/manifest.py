@@ -172,6 +172,7 @@ def check_contents(manifest: Manifest, folder: Path) -> None:
     for name, content in size.items():
         if not SHARD.fullmatch(name):
             raise wrong(f"file {printable(name)}; expected shard-NNNNN.safetensors")
+        # A safetensors file is 8 bytes of length, the header, and the tensors without a gap.
         extra = manifest.files[name].bytes - content
         if not 8 <= extra <= 8 + MAX_HEADER_BYTES:
             raise wrong(
@@ -196,6 +197,7 @@ def differences(manifest: Manifest, config: RunConfig) -> list[str]:
     if manifest.train is None:
         return _differing("model", manifest.model, config.model, NOT_OF_THE_WEIGHTS)
     lines = _differing("model", manifest.model, config.model, ())
+    # A schedule that falls until the last step is another one with more steps.
     steps = ("steps",) if manifest.train.learning_rate_schedule == "constant" else ()
     lines += _differing("train", manifest.train, config.train, (*MAY_CHANGE, *steps))
     if manifest.data is not None:

@@ -53,6 +53,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; expected the manifest of a checkpoint"
         )
+    # The version alone first: of a newer format's other fields nothing can be said.
     try:
         version = _Version.model_validate_json(text).schema_version
         if version not in READABLE_VERSIONS:
@@ -110,6 +111,7 @@ def _read_tokenizer(folder: Path, manifest: Manifest) -> bytes | None:
 def _verify_file(path: Path, manifest: Manifest) -> None:
     with opened(path) as file:
         entry = manifest.files[path.name]
+        # From cheap to dear: the size, then the header, and the digest of every byte last.
         _verify_size(file, path, entry)
         expected = {
             name: (tensor.dtype, tensor.shape)

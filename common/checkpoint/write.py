@@ -93,7 +93,8 @@ class CheckpointWriter:
                 if 0 not in devices:
                     return None
                 shards = _wait_for_shards(temporary, config.stages)  # [2]
-                folder = _finish(  # [3], [4]
+                # [3], [4]
+                folder = _finish(
                     temporary,
                     self.directory / folder_name(steps_done),
                     shards,
@@ -233,6 +234,7 @@ def _wait_for_shards(temporary: Path, stages: int) -> list[_Shard]:
 
 def _finish(temporary: Path, folder: Path, shards: Sequence[_Shard], **fields: Any) -> Path:
     """Write the manifest and rename the folder: from here on the checkpoint exists. [3], [4]"""
+    # Each tensor from one process only: else which one a reader gets would be chance.
     names = [name for shard in shards for name in shard.tensors]
     if len(names) != len(set(names)):
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -177,6 +177,8 @@ class _Walk:
     def findings(self) -> Iterator[Finding]:
         for name in self.parameters:
             yield from self._whole("weights before", "before", name, "trained_parameter")
+        # Each unit alone first. If it agrees, and what it was fed with in the run does not, the
+        # fault lies between the units: a message that went to the wrong micro-batch, say.
         for unit in self.units:
             yield from self._tensor(
                 "forward", ("unit_forward", unit, "output"), "activation", self._running(unit)
@@ -189,6 +191,7 @@ class _Walk:
                 for phase, of, tensor in self.sides[0]
                 if phase == "unit_backward" and of == unit
             ]
+            # The input's gradient has no place in `order`: it is the end of the unit's backward.
             order = {name: -i for i, name in enumerate(self.parameters)}
             for tensor in sorted(alone, key=lambda name: order.get(name, 1)):
                 running = None
@@ -238,6 +241,7 @@ class _Walk:
         a, b = (side.get(place) for side in self.sides)
         if a is None or b is None:
             return None
+        # Cut into other micro-batches, pieces cannot be compared one by one; the whole can.
         if joined or a.keys() != b.keys() or any(a[i].shape != b[i].shape for i in a):
             a, b = ({-1: _joined(each)} for each in (a, b))
         phase, unit, tensor = place

@@ -212,7 +212,8 @@ def run_jobs_in_worker(
                 end_group(child)
                 for board in boards:
                     board.remove()
-        for number, file in enumerate(progress):  # steps that ended since the last look
+        # Steps that ended since the last look.
+        for number, file in enumerate(progress):
             for step, loss in file.new_steps():
                 on_step(number, step, loss)
         # [5] A child runs its jobs one after another and is timed as a whole: equal shares.
@@ -271,6 +272,7 @@ def worker_environment(module: str) -> dict[str, str]:
     PYTHONPATH makes this project importable from anywhere. If it is installed, it is found without:
     its folder then has other packages too, which must not come before Python's own modules.
     """
+    # In site-packages, the folder's other packages would come before Python's own modules.
     is_installed = str(PROJECT_ROOT) in (sysconfig.get_path("purelib"), site.getusersitepackages())
     paths = [] if is_installed else [str(PROJECT_ROOT)]
     paths += os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -65,6 +65,7 @@ def read_probe(folder: Path, same_copies: bool = True) -> Run:
             raise ValueError(f"{path.name}: {error}") from None
         for text, value in arrays.items():
             key = TensorKey.parse(text)
+            # A tied weight lies on the first and the last stage, and both saved it.
             twin = next((k for k in tensors if k._replace(stage=key.stage) == key), None)
             if same_copies and twin is not None and not np.array_equal(value, tensors[twin]):
                 raise ValueError(f"the copies of {key} differ")
@@ -106,6 +107,7 @@ def _expected(text: str, noise: float, steps: int, stores_float32: bool) -> Expe
     config = RunConfig.model_validate_json(text)
     model, train, corpus = config.model, config.train, load_corpus(config)
     weights = starting_weights(Job(config=config, out="", noise=noise))
+    # The optimizer alone: one step from a given gradient, so that no gradient's error is in it.
     probe = Oracle(model, train, weights)
     probe.gradients = {k: v.astype(np.float64) for k, v in optimizer_test_gradients(config).items()}
     probe.apply_gradients(0)

@@ -96,8 +96,10 @@ def train(
         cause = not_finite(folder)
         reason = cause or _without_module(trained.outcome.reason)
         trained.outcome = Outcome("failed", reason, trained.outcome.log, (), 0.0)
-        if cause or attempt > training.max_restarts:  # the same numbers would fail again
+        # A restart takes up the same numbers, so what was not finite would not be finite again.
+        if cause or attempt > training.max_restarts:
             break
+        # Half a checkpoint of the dead child would be in the next one's way.
         checkpoint.remove_leftovers(training.directory)
         resume = checkpoint.newest(training.directory, report) or training.resume
         start = "its beginning" if resume is None else resume.name

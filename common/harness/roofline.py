@@ -49,6 +49,7 @@ def measure(
                 continue
             module = MODULE if name == "machine" else f"{implementations[name].module}.roofline"
             children[name] = _start(module, config)
+        # All have started and imported at the same time; only now does one wait for the other.
         for name, child in list(children.items()):
             said = _read(child)
             found[name] = Measured(said.get("environment", {}), {}, str(said.get("error", "")))

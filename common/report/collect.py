@@ -42,6 +42,7 @@ class RowRuns:
         timed = [
             run for run in self.runs if run.result.status == "ok" and run.result.tokens_per_second
         ]
+        # Of an even number the slower of the two in the middle: a picture cannot be of both.
         by_speed = sorted(timed, key=lambda run: run.result.tokens_per_second or 0.0)
         return by_speed[(len(by_speed) - 1) // 2] if by_speed else None
 
@@ -121,6 +122,7 @@ def collect(folders: Sequence[Path]) -> Collection:
             raise ResultError(
                 f"{folder}: holds no */result.json; expected a folder that a benchmark has made"
             )
+        # A folder may hold several oracles: other models, or the one with rounded weights.
         found = [run for run in runs if run.result.is_oracle]
         oracles += found
         references = {run.result.config: run.result for run in found if run.result.status == "ok"}

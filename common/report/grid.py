@@ -28,6 +28,7 @@ class Grid:
 
     def markdown(self) -> str:
         """Return the table as Markdown, a line for each row."""
+        # The colon on the right makes numbers line up.
         marks = ["---" if title in self.words else "---:" for title in self.titles]
         lines = [self.titles, marks, *([in_cell(cell) for cell in row] for row in self.rows)]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)

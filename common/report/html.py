@@ -81,8 +81,10 @@ def _timeline(name: str, run: Run, home: Path) -> dict[str, Any] | None:
         axes.set_yticks(axes.get_yticks(), devices)
         for label in axes.texts:
             label.set_color(LABEL_COLOR)
+    # In the order in which Matplotlib draws: chart by chart, action by action.
     titles = [hint for chart in charts.values() for hint in hints(chart)]
     height = 96 * float(figure.get_size_inches()[1])  # in CSS pixels
+    # Stretched to any width by the page's script, which then narrows the letters again.
     svg = inline_svg(figure, THEMED, titles).replace(
         "<svg ", f'<svg preserveAspectRatio="none" style="height: {height:.0f}px" ', 1
     )

@@ -161,7 +161,8 @@ class RunResult(BaseModel):
             "tokens_per_second": self.tokens_per_second,
             "final_loss": self.final_loss,
         }
-        partial = path.with_name(f".{path.name}.partial")  # never half a result under its name
+        # Never half a result under its name: a killed parent leaves the former one, or none.
+        partial = path.with_name(f".{path.name}.partial")
         write_file(
             partial,
             json.dumps(json.loads(self.model_dump_json()) | {"derived": derived}, indent=1) + "\n",
@@ -219,15 +220,14 @@ def measured(outcome: Outcome, config: RunConfig, untimed_steps: int) -> dict[st
         )
         for records in zip(*(part.steps for part in outcome.parts), strict=True)
     ]
+    # By place and not by number: a run that goes on from a checkpoint does not begin with step 0.
     events = [
         {
             device: records
             for part in outcome.parts
             for device, records in part.steps[number].events.items()
         }
-        for number in range(
-            len(steps)
-        )  # a run that goes on from a checkpoint does not begin with step 0
+        for number in range(len(steps))
     ]
     timing = _timing(events, steps, config, untimed_steps)
     kept = events[timing.median_step if timing else -1]

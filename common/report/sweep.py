@@ -72,6 +72,8 @@ def ideal_efficiency(axis: Axis, stages: int, micro_batches: int, batch_size: in
     Where m does not divide the mini-batch, the first micro-batches have one sequence more, and they
     fill the pipeline.
     """
+    # 16 sequences as 4 micro-batches over 4 stages: 4 + 3 slots of one micro-batch each, 4 of them
+    # busy on every stage, so 4 / 7. Rounded up where they are unequal.
     largest = -(-batch_size // micro_batches)
     efficiency = batch_size / (batch_size + (stages - 1) * largest)
     return efficiency * stages if axis == "stages" else efficiency

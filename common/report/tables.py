@@ -135,14 +135,8 @@ class Row:
 
 
 KIND = (
-    "framework",
-    "dtype",
-    "track",
-    "source",
-    "recompute",
-    "dropout",
-    "sequence_lengths",
-    "drift",
+    *("framework", "dtype", "track", "source"),
+    *("recompute", "dropout", "sequence_lengths", "drift"),
 )
 """Fields that rows share which train the same in one framework."""
 
@@ -153,6 +147,8 @@ def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
     """
     groups = [group for group in groups if group]
     rows = [_row(group) for group in groups]
+    # By track and device: when the first ranked row began, and its samples. Rows on other devices
+    # have a baseline of their own; a ratio between a CPU and a GPU would say nothing.
     baselines: dict[tuple[str, str], tuple[str, Samples]] = {}
     rated = []
     for row, group in zip(rows, groups, strict=True):
@@ -164,6 +160,7 @@ def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
             rated.append(replace(row, ratio=1.0, is_baseline=True))
         else:
             started, baseline = baselines[kind]
+            # Repeats of one session took turns and are paired; those of a merged report did not.
             ratio = speed_ratio(samples, baseline, same_session=group[0].started == started)
             rated.append(
                 row
@@ -253,6 +250,7 @@ def _status(repeats: Sequence[RunResult]) -> str:
 
 
 def _parity(good: Sequence[RunResult]) -> str:
+    # The worst of the repeats: one that trains something else is enough.
     verdicts = [result.parity.status for result in good]
     order = ("FAIL", "not comparable", "not checked", "pass")
     return next((verdict for verdict in order if verdict in verdicts), "")
@@ -406,6 +404,7 @@ def print_table(rows: Sequence[Row], console: Console) -> bool:
     while True:
         table = grid(rows, columns).rich(fold_titles=True)
         needed = Measurement.get(console, unfolded, table).maximum
+        # Of all columns that may go, the one that matters least.
         least = min(
             (each for each in columns if each.keep), key=lambda each: each.keep, default=None
         )

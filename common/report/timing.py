@@ -111,9 +111,8 @@ class _Step:
     """
 
     table: Table
-    previous_end: (
-        np.ndarray
-    )  # (n,) the end of the row before on the same device; the pipeline's begin for its first
+    # (n,): the end of the row before on the same device; for its first, the pipeline's begin.
+    previous_end: np.ndarray
     ready: np.ndarray  # (n,)
     start: np.ndarray  # (n,)
     end: np.ndarray  # (n,)
@@ -124,7 +123,7 @@ class _Step:
 
     @property
     def sender_end(self) -> np.ndarray:
-        """(n,): the end of the row whose message is waited for; minus infinity where there is none."""  # noqa: E501
+        """(n,): the end of the row that sends the message; minus infinity where there is none."""
         return np.where(self.table.source >= 0, self.end[self.table.source], -np.inf)
 
 
@@ -167,12 +166,9 @@ def measure(
     """
     timed = list(range(untimed_steps, len(steps)))
     devices = range(schedule.num_devices)
+    wanted = {d: [str(action) for action in schedule.devices[d]] for d in devices}
     complete = all(
-        sorted(steps[i]) == list(devices)
-        and all(
-            [e.action for e in steps[i][d]] == [str(a) for a in schedule.devices[d]]
-            for d in devices
-        )
+        {d: [event.action for event in done] for d, done in steps[i].items()} == wanted
         for i in timed
     )
     if not timed or not complete or not schedule.num_actions:
@@ -180,6 +176,7 @@ def measure(
     table = tabulate(schedule)
     measured = [_step(table, steps[i]) for i in timed]
     seconds = [step_seconds[i] for i in timed]
+    # From here on the model: each action at its stage's cost, each message one hop.
     costs = _costs(measured)
     hop = _hop_seconds(measured)
     model = _simulate(table, {(c.virtual_stage, c.op): c.seconds for c in costs}, hop, 1.0)
@@ -215,6 +212,7 @@ def _step(table: Table, events: Events) -> _Step:
         np.array([getattr(event, name) for event in flat]) - begin
         for name in ("ready_seconds", "start_seconds", "end_seconds")
     )
+    # Rows lie device by device, so the row before is that of the same device but for its first.
     previous = np.concatenate([[0.0], end[:-1]])
     previous[table.bounds[:-1]] = 0.0
     return _Step(table, previous, ready, start, end)
@@ -224,6 +222,7 @@ def _costs(steps: Sequence[_Step]) -> tuple[ActionCost, ...]:
     table = steps[0].table
     costs = []
     for k, op in sorted(set(zip(table.virtual_stage.tolist(), table.op.tolist(), strict=True))):
+        # By virtual stage and not by device: the embedding's and the head's chunks cost otherwise.
         rows = (table.virtual_stage == k) & (table.op == op)
         spent = np.array([(step.end - step.start)[rows] for step in steps])  # (steps, m)
         p10, p90 = np.percentile(spent, [10, 90]).tolist()
@@ -288,6 +287,9 @@ def _stage_time(steps: Sequence[_Step], seconds: Sequence[float], device: int) -
         previous, ready, start, end = (
             a[rows] for a in (step.previous_end, step.ready, step.start, step.end)
         )
+        # Where the wait splits: before, the sender was still computing; after, its message was on
+        # the way. Ready at 2, sent at 5, begun at 6: 3 of schedule wait, 1 of communication wait.
+        # A sender that had ended by 2 makes both ends meet at 2, and all of the wait is the way's.
         sent = np.clip(step.sender_end[rows], ready, start)
         # A thread that starts late loses nothing while its first message is still to come.
         in_time = float(np.clip(step.sender_end[rows][0], previous[0], ready[0]) - previous[0])

@@ -27,7 +27,7 @@ from common.schedule.action import format_schedule
 from common.schedule.generators import GENERATORS, make_schedule
 from common.spec import rules
 from common.spec.run import RunConfig
-from tests.program import with_defaults
+from tests.program import assert_refused, with_defaults, words
 from tests.waiting import marked, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,39 +192,18 @@ def test_a_framework_whose_own_pipeline_takes_equal_micro_batches_is_no_baseline
 
 
 def test_a_baseline_that_cannot_run_is_no_row() -> None:
-    points = bench(
-        "--preset",
-        "tiny",
-        "--baselines",
-        "--stages",
-        "4",
-        "--micro-batches",
-        "2",
-        "--framework",
-        "torch",
-    ).points
-    assert [c.schedule for c in points if c.executor == "native"] == [
-        "gpipe"
-    ]  # its 1f1b needs m >= p
-    assert {c.framework for c in bench("--dtype", "bfloat16", "--baselines").points} == {
-        "torch",
-        "tensorflow",
-    }
+    line = "--preset tiny --baselines --stages 4 --micro-batches 2 --framework torch"
+    native = [c.schedule for c in bench(*words(line)).points if c.executor == "native"]
+    assert native == ["gpipe"]  # its 1f1b needs m >= p
+    frameworks = {c.framework for c in bench("--dtype", "bfloat16", "--baselines").points}
+    assert frameworks == {"torch", "tensorflow"}
 
 
 def test_a_schedule_file_brings_its_chunks(tmp_path: Path) -> None:
     file = tmp_path / "two.txt"
     file.write_text(format_schedule(make_schedule("interleaved", 2, 2, 2)))
-    argv = [
-        "--preset",
-        "tiny",
-        "--framework",
-        "torch",
-        "--micro-batches",
-        "2",
-        "--schedules",
-        f"file:{file}",
-    ]
+    line = "--preset tiny --framework torch --micro-batches 2 --schedules file:{file}"
+    argv = words(line, file=file)
     assert [point.chunks for point in bench(*argv).points] == [2]
     with pytest.raises(UsageError, match="has chunks = 2, the run has 1; expected --chunks 2"):
         bench(*argv, "--chunks", "1")
@@ -256,23 +235,13 @@ def test_native_dropout_takes_the_nearest_probability(tmp_path: Path) -> None:
 
 
 def test_recomputation_makes_a_grid_whose_rows_have_names_of_their_own() -> None:
-    points = bench(
-        "--preset",
-        "tiny",
-        "--framework",
-        "torch",
-        "--recompute",
-        "none,full,every-2",
-        "--baselines",
-    ).points
+    line = "--preset tiny --framework torch --recompute none,full,every-2 --baselines"
+    points = bench(*words(line)).points
     ours = [point for point in points if point.executor == "table"]
     assert {point.recompute for point in ours} == {"none", "full", "every-2"}
     assert {point.recompute for point in points if point.executor != "table"} == {"none"}
-    assert (
-        len({run_name(point) for point in points})
-        == len({describe(point) for point in points})
-        == len(points)
-    )
+    for name in (run_name, describe):
+        assert len({name(point) for point in points}) == len(points)
     assert run_name(ours[-1]) == "torch-1f1b-p2-m4-recompute-every-2"
 
 
@@ -421,14 +390,8 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
 def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text("0: BW0 F0\n1: F0 BW0\n")
     with pytest.raises(UsageError, match=r"bad.txt: breaks"):
-        bench(
-            "--preset",
-            "tiny",
-            "--micro-batches",
-            "1",
-            "--schedules",
-            f"file:{tmp_path / 'bad.txt'}",
-        )
+        line = "--preset tiny --micro-batches 1 --schedules file:{folder}/bad.txt"
+        bench(*words(line, folder=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -469,9 +432,7 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
 def test_every_verb_names_what_is_wrong(
     line: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(line.split()) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
+    assert_refused(main.main(line.split()), message, capsys)
 
 
 HEAVY = ("jinja2", "matplotlib", "scipy", "tokenizers")
@@ -500,17 +461,10 @@ def start(
 ) -> subprocess.Popen[str]:
     """The benchmark with fakes, started by a line of shell."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    options = with_defaults(QUICK | {"--out": tmp_path}, argv)
+    command = [sys.executable, "-m", "fakes.bench", *options]
     return subprocess.Popen(
-        [
-            "sh",
-            "-c",
-            shell,
-            "sh",
-            sys.executable,
-            "-m",
-            "fakes.bench",
-            *with_defaults(QUICK | {"--out": tmp_path}, argv),
-        ],
+        ["sh", "-c", shell, "sh", *command],
         env=os.environ | {"PYTHONPATH": paths} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -536,17 +490,8 @@ def test_a_dry_run_prints_plan_and_schedule_and_runs_nothing(
 def test_a_dry_run_shows_what_each_device_gets_from_every_schedule(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [
-        "--preset",
-        "small",
-        "--framework",
-        "torch",
-        "--partition",
-        "balanced",
-        "--micro-batches",
-        "3",
-    ]
-    assert main.bench_main([*words, "--schedules", "interleaved,zb-v", "--dry-run"]) == 0
+    line = "--preset small --framework torch --partition balanced --micro-batches 3 --dry-run"
+    assert main.bench_main([*words(line), "--schedules", "interleaved,zb-v"]) == 0
     text = capsys.readouterr().out
     plan = "2 stages of 2 chunks, partition balanced, micro-batches of 6 or 5 sequences"
     devices = [
@@ -561,11 +506,8 @@ def test_rows_that_fail_leave_the_others_intact(tmp_path: Path) -> None:
     output, errors = run.communicate()
     assert run.returncode == 1, errors
     rows = {row["framework"]: row for row in table(tmp_path)}
-    assert [rows[name]["status"] for name in ("torch", "tensorflow", "paddle")] == [
-        "ok",
-        "skipped",
-        "failed",
-    ]
+    statuses = [rows[name]["status"] for name in ("torch", "tensorflow", "paddle")]
+    assert statuses == ["ok", "skipped", "failed"]
     assert rows["torch"]["parity"] == "pass" and float(rows["torch"]["tokens_per_second"]) > 0
     assert "no_such_package is not installed; pip install tensorflow" in output
     assert "ValueError: a fault in step 1 (log: " in output
@@ -628,14 +570,8 @@ def test_bfloat16_is_judged_beside_the_other_frameworks(tmp_path: Path) -> None:
     assert alone.wait() == 0
     assert [row["parity"] for row in table(tmp_path / "alone")] == ["not checked"]
     # 0.1 % off is well below the ceiling, and far above three times what the other one errs.
-    both = start(
-        tmp_path / "both",
-        "--dtype",
-        "bfloat16",
-        "--frameworks",
-        "torch,tensorflow",
-        FAKE_FAULTS="tensorflow=wrong-loss",
-    )
+    argv = ("--dtype", "bfloat16", "--frameworks", "torch,tensorflow")
+    both = start(tmp_path / "both", *argv, FAKE_FAULTS="tensorflow=wrong-loss")
     output, _ = both.communicate()
     assert both.returncode == 1
     assert [row["parity"] for row in table(tmp_path / "both")] == ["pass", "FAIL"]

@@ -41,12 +41,8 @@ def gpt2() -> Any:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
+    special = {"special_tokens": ["<|endoftext|>"], "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **special)
     made.train_from_iterator([TEXT], trainer)
     return made
 
@@ -56,12 +52,9 @@ def word_piece() -> Any:
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     made.decoder = decoders.WordPiece()
-    made.train_from_iterator(
-        [TEXT.replace("ö", "")],
-        trainers.WordPieceTrainer(
-            vocab_size=60, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False
-        ),
-    )
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    made.train_from_iterator([TEXT.replace("ö", "")], trainer)
     made.post_processor = processors.TemplateProcessing(
         "[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
@@ -96,12 +89,8 @@ def test_a_texts_tokens_are_the_librarys(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text(TEXT)
     model = TransformerSpec(vocab_size=made.get_vocab_size(), context_length=8)
-    config = RunConfig(
-        tokenizer="file",
-        tokenizer_file=str(tmp_path / "tokenizer.json"),
-        corpus=(str(path),),
-        model=model,
-    )
+    file = str(tmp_path / "tokenizer.json")
+    config = RunConfig(tokenizer="file", tokenizer_file=file, corpus=(str(path),), model=model)
     corpus = load_corpus(config)
     assert corpus.tokens.tolist() == expected
     assert corpus.tokenizer == (tmp_path / "tokenizer.json").read_bytes()
@@ -124,19 +113,16 @@ def test_tokens_that_nobody_has_are_shown_and_characters_without_a_token_named(
     tmp_path: Path,
 ) -> None:
     ours = save(word_piece(), tmp_path / "a.json")
-    assert ours.unknown("the κλάσ class") == "κλάσ" and "[UNK]" in ours.decode(
-        ours.encode("the κλάσ class")
-    )
+    assert ours.unknown("the κλάσ class") == "κλάσ"
+    assert "[UNK]" in ours.decode(ours.encode("the κλάσ class"))
     tokens = ours.encode("the class")
     beyond = ours.vocab_size + 5
     assert ours.decode([*tokens, beyond, *tokens]) == "the class\N{REPLACEMENT CHARACTER}the class"
     assert BYTES.decode([72, 105, 300, 33]) == "Hi\N{REPLACEMENT CHARACTER}!"
-    assert BYTES.encode("caf\udce9") == list(
-        b"caf\xe9"
-    )  # what a command line has of bytes that are no text
-    letters = Tokenizer(
-        models.BPE({"a": 0, "b": 1}, [])
-    )  # without a token for the unknown, it drops what it lacks
+    # What a command line has of bytes that are no text.
+    assert BYTES.encode("caf\udce9") == list(b"caf\xe9")
+    # Without a token for the unknown, it drops what it lacks.
+    letters = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     assert save(letters, tmp_path / "b.json").unknown("abc") == "c"
 
 
@@ -154,35 +140,22 @@ def test_added_tokens_count(tmp_path: Path) -> None:
     made.add_tokens([AddedToken("<extra>", special=True)])
     save(made, path := tmp_path / "tokenizer.json")
     config = {"tokenizer": "file", "tokenizer_file": str(path), "model": {"vocab_size": size}}
-    with pytest.raises(
-        TokenizerError,
-        match=rf"has {size + 1} tokens, added .* vocab_size = {size}, expected at least",
-    ):
+    message = rf"has {size + 1} tokens, added .* vocab_size = {size}, expected at least"
+    with pytest.raises(TokenizerError, match=message):
         load_corpus(RunConfig.model_validate(config))
-    assert (
-        load_corpus(
-            RunConfig.model_validate(config | {"model": {"vocab_size": size + 7}})
-        ).tokens.max()
-        < size
-    )
+    roomy = RunConfig.model_validate(config | {"model": {"vocab_size": size + 7}})
+    assert load_corpus(roomy).tokens.max() < size
 
 
 def test_what_is_no_tokenizer_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
-    good = json.loads(gpt2().to_str())
+    vocabulary = json.dumps(json.loads(gpt2().to_str())["model"]["vocab"]).encode()
+    expected = "; expected a tokenizer.json"
+    merges = (b"#version: 0.2\na b\n", f"merges without their vocabulary{expected}")
     wrong: dict[str, tuple[bytes, str]] = {
-        "vocab.json": (
-            json.dumps(good["model"]["vocab"]).encode(),
-            'T("vocab.json", "merges.txt").save("tokenizer.json")',
-        ),
-        "merges.txt": (
-            b"#version: 0.2\na b\n",
-            "merges without their vocabulary; expected a tokenizer.json",
-        ),
-        "tokenizer_config.json": (
-            b'{"do_lower_case": true}',
-            "JSON without a model; expected a tokenizer.json",
-        ),
-        "spiece.model": (b"\n\x0e\xff\x00", "not UTF-8; expected a tokenizer.json"),
+        "vocab.json": (vocabulary, 'T("vocab.json", "merges.txt").save("tokenizer.json")'),
+        "merges.txt": merges,
+        "tokenizer_config.json": (b'{"do_lower_case": true}', f"JSON without a model{expected}"),
+        "spiece.model": (b"\n\x0e\xff\x00", f"not UTF-8{expected}"),
         "list.json": (b"[]", "JSON without a model"),
         "text": (b"text", "expected a tokenizer.json"),
         "kind.json": (b'{"model": {"type": "Best"}}', "expected a tokenizer.json"),
@@ -193,11 +166,9 @@ def test_what_is_no_tokenizer_is_one_line_that_says_what_to_do(tmp_path: Path) -
         (tmp_path / name).write_bytes(content)
         with pytest.raises(TokenizerError) as error:
             read_tokenizer(tmp_path / name)
-        assert message in str(error.value) and str(tmp_path / name) in str(error.value), (
-            name,
-            error.value,
-        )
-        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+        text = str(error.value)
+        assert message in text and str(tmp_path / name) in text, (name, text)
+        assert "\n" not in text and len(text) < 500
     for path, message in {
         tmp_path: "a folder; expected",
         Path("/dev/zero"): "not a plain file",
@@ -266,9 +237,8 @@ def test_what_is_not_utf8_is_refused_with_its_place(
     path, good = tmp_path / "text", tmp_path / "good"
     path.write_bytes(content)
     good.write_text(TEXT)
-    config = RunConfig(
-        tokenizer="bpe", model=TransformerSpec(vocab_size=300), corpus=(str(good), str(path))
-    )
+    model = TransformerSpec(vocab_size=300)
+    config = RunConfig(tokenizer="bpe", model=model, corpus=(str(good), str(path)))
     with pytest.raises(CorpusError, match=f"{path}: .*{message}") as error:
         load_corpus(config)
     assert "\n" not in str(error.value)
@@ -281,8 +251,6 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     plain.write_text(TEXT)
     marked.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
     config = {"tokenizer": "bpe", "model": {"vocab_size": 300, "context_length": 8}}
-    a, b = (
-        load_corpus(RunConfig.model_validate(config | {"corpus": [str(path)]}))
-        for path in (plain, marked)
-    )
+    configs = [config | {"corpus": [str(path)]} for path in (plain, marked)]
+    a, b = (load_corpus(RunConfig.model_validate(each)) for each in configs)
     np.testing.assert_array_equal(a.tokens, b.tokens)
