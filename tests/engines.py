@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.harness import drift
+from common.harness import zoo
 from common.harness.launch import _outcome
 from common.oracle.limits import compare
 from common.report.zoo import GOOD
@@ -335,10 +335,10 @@ def habits_here(
         run_jobs(JobFile(jobs=tuple(jobs)), build_engine, switch=switch)
         return [_outcome(job, home, "no result", 0.0) for job in jobs]
 
-    base = drift.base_config(20)
+    base = zoo.base_config(20)
     one_block = base.model_copy(update={"model": base.model.model_copy(update={"num_layers": 1})})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drift, "run_jobs_in_worker", run_here)
-        patch.setattr(drift, "base_config", lambda steps: one_block)
-        rows = drift.run_zoo(folder, [framework], names, [20], seeds=1, timeout_seconds=np.inf)[0]
+        patch.setattr(zoo, "run_jobs_in_worker", run_here)
+        patch.setattr(zoo, "base_config", lambda steps: one_block)
+        rows = zoo.run_zoo(folder, [framework], names, [20], seeds=1, timeout_seconds=np.inf)[0]
     return {row.name: row.verdict if row.verdict in GOOD else str(row) for row in rows}

@@ -15,14 +15,14 @@ from rich.table import Table
 
 from common.cli.numbers import add_timeout, positive
 from common.cli.options import check_writable, file_to_write
-from common.harness.drift import base_config, run_zoo
 from common.harness.launch import IMPLEMENTATIONS, Implementation
+from common.harness.zoo import base_config, run_zoo
 from common.io.console import make_console, say
 from common.io.edges import whole_number
 from common.io.usage import UsageError, known_word
-from common.report.drift import print_zoo, write_page
 from common.report.machine import this_machine
 from common.report.zoo import GOOD, Zoo
+from common.report.zoo_page import print_zoo, write_page
 from common.spec.habits import DRIFTS
 from common.spec.run import FRAMEWORKS
 

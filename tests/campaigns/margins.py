@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from common.harness.drift import NOISE, run_all, versions_of
 from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.harness.probes import Run, compare_probe, expected, losses_as_tensors
+from common.harness.zoo import NOISE, run_all, versions_of
 from common.io.edges import OsText
 from common.oracle.limits import Comparison, Difference, compare, relative_margins
 from common.spec.run import RunConfig

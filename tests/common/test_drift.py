@@ -13,8 +13,8 @@ import pytest
 
 from common.cli import drift as subcommand
 from common.cli.main import main
-from common.harness.drift import config_of
 from common.harness.launch import Implementation
+from common.harness.zoo import config_of
 from common.report.zoo import Zoo
 from common.spec.habits import DRIFTS
 from common.spec.run import FRAMEWORKS

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from common.harness.drift import config_of, has_cuda, run_zoo
 from common.harness.launch import IMPLEMENTATIONS, why_missing
+from common.harness.zoo import config_of, has_cuda, run_zoo
 from common.runtime.job import Job, JobFile
 from common.spec.habits import by_name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from common.harness.drift import run_zoo
+from common.harness.zoo import run_zoo
 from common.spec.habits import DRIFTS
 
 NAMES = [drift.name for drift in DRIFTS if "paddle" in drift.frameworks]

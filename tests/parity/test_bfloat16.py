@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from common.harness.drift import NOISE, run_all
 from common.harness.probes import Run, compare_probe, expected
+from common.harness.zoo import NOISE, run_all
 from common.oracle.limits import Comparison, relative_margins
 from common.spec.run import FRAMEWORKS
 from tests.parity.ladder import config

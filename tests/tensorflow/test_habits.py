@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from common.harness.drift import PROCESS_WIDE, has_cuda
+from common.harness.zoo import PROCESS_WIDE, has_cuda
 from common.spec.habits import DRIFTS
 from tests.engines import habits_here, small
 from tf_impl.drift import HABITS, switch

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from common.harness.drift import has_cuda
+from common.harness.zoo import has_cuda
 from common.spec.habits import DRIFTS
 from common.spec.run import RunConfig
 from tests.engines import habits_here
