@@ -118,7 +118,8 @@ class PlainEngine(BaselineEngine):
         load_gradients(self._named, gradients)
 
     def environment(self) -> dict[str, Any]:
-        return devices.environment() | devices.best_track(self.config)
+        used = devices.stage_devices(1, self.config.device)
+        return devices.environment(used) | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
         return {0: process.peak_memory_bytes()}

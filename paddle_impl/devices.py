@@ -6,11 +6,12 @@ import ctypes
 import os
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.runtime.cpus import threads_per_stage
+from common.spec.gpus import gpus_of_stages, visible_gpus
 from common.spec.run import RunConfig
 from paddle_impl import mkl
 
@@ -44,22 +45,27 @@ def configure(stages: int, threads: int | None, device: str) -> None:
 
 
 def stage_devices(stages: int, device: str) -> list[str]:
-    """One device per stage, by Paddle's names: "cpu" or "gpu:0". Raises ValueError.
-
-    Differs: a GPU holds one stage only, since NCCL refuses two processes on one GPU.
+    """One device per stage, by Paddle's names: "cpu", "gpu:0", or those of a plugin, "npu:0";
+    neighbours share one where there are fewer than stages. Raises ValueError.
     """
+    if device == "cpu":
+        return ["cpu"] * stages  # without asking CUDA, which does not survive the fork of the ranks
     import paddle
 
-    count = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
-    if device == "cuda" and not count:
+    plugins = [] if paddle.is_compiled_with_cuda() else paddle.device.get_all_custom_device_type()
+    kind, count = (plugins or ["gpu"])[0], paddle.device.device_count()
+    if device == "cuda" and (kind != "gpu" or not count):
         raise ValueError("device = cuda, but this Paddle sees no CUDA device; expected cpu or auto")
-    if device == "cpu" or not count:
-        return ["cpu"] * stages
-    if count < stages:
-        raise ValueError(
-            f"stages = {stages}, but Paddle sees {count} GPUs and needs one a stage; expected cpu"
-        )
-    return [f"gpu:{i}" for i in range(stages)]
+    return [f"{kind}:{i}" for i in gpus_of_stages(stages, count)] if count else ["cpu"] * stages
+
+
+def through_host(used: Sequence[str]) -> bool:
+    """Return whether messages go through the host's memory: on a CPU, and where stages share a GPU.
+
+    Differs: a stage is a process, and NCCL refuses two processes on one GPU. The others' stages are
+    threads of one process, whose tensors stay on the GPU.
+    """
+    return used[0] == "cpu" or len(set(used)) < len(used)
 
 
 def check_dtype(dtype: str) -> None:
@@ -117,24 +123,44 @@ def best_track(config: RunConfig) -> dict[str, Any]:
     return {"track": config.track, "best": said if config.track == "best" else []}
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device, threads and flags as Paddle reports them."""
+def environment(used: Sequence[str]) -> dict[str, Any]:
+    """Versions, threads and flags as Paddle reports them, and what the stages' devices are."""
     import paddle
 
-    kind = "cuda" if paddle.device.get_device().startswith("gpu") else "cpu"
+    kind = used[0].partition(":")[0]
+    cpu_kernels = f"MKL {mkl.kernels()}" if mkl.kernels() else "not known"
     return {
         "framework": "paddle",
         "version": paddle.__version__,
         "python": platform.python_version(),
-        "device_kind": kind,
-        "device_name": paddle.device.cuda.get_device_name() if kind == "cuda" else _cpu_name(),
+        "device_kind": "cuda" if kind == "gpu" else kind,
+        "device_name": _cpu_name() if kind == "cpu" else _gpu_name(kind),
         "threads_per_stage": _cpu_threads(),
-        "tf32": kind == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0",
+        "tf32": kind == "gpu" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0",
         "onednn": _flag("FLAGS_use_onednn"),
-        "kernels": f"MKL {mkl.kernels()}" if mkl.kernels() else "not known",
+        "kernels": {"cpu": cpu_kernels, "gpu": "cuBLAS"}.get(kind, "the plugin's"),
         "strided_views": _flag("FLAGS_use_stride_kernel"),
         "default_dtype": paddle.get_default_dtype(),
+    } | ({} if kind == "cpu" else _gpu_environment(used))
+
+
+def _gpu_environment(used: Sequence[str]) -> dict[str, Any]:
+    """What only a run on GPUs has."""
+    import paddle
+
+    return {
+        "stage_devices": list(used),
+        "driver": next((gpu.driver for gpu in visible_gpus()), "unknown"),
+        "cuda": paddle.version.cuda(),
+        "nccl": paddle.version.nccl(),
+        "messages": "sockets" if through_host(used) else "the GPUs' own library",
     }
+
+
+def _gpu_name(kind: str) -> str:
+    import paddle
+
+    return str(paddle.device.cuda.get_device_name()) if kind == "gpu" else kind
 
 
 def _flag(name: str) -> Any:

@@ -106,7 +106,7 @@ class PipelineEngine:
     def forward_backward(self, batch: Batch) -> float:
         self._begin(batch, Mode.TRAIN)
         loss = self.pipeline.forward_backward_pipeline(self.pipeline.micro_batches())
-        self._events = self.pipeline.events
+        self._events = self.pipeline.events()
         self._add_tied_gradients()
         return loss.item()
 
@@ -172,7 +172,8 @@ class PipelineEngine:
         return {self._rank: self._events}
 
     def environment(self) -> dict[str, Any]:
-        return devices.environment() | devices.best_track(self.config)
+        used = devices.stage_devices(self.config.stages, self.config.device)
+        return devices.environment(used) | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
         """As the protocol says. CPU: since this engine was built, where Linux lets the peak be

@@ -12,7 +12,6 @@ layers with ours.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -34,9 +33,10 @@ from common.schedule.action import Action, Op, Schedule
 from common.spec.parameters import unit_names
 from common.spec.partition import PartitionPlan
 from common.spec.run import RunConfig, TransformerSpec
+from paddle_impl.clock import device_clock, followed
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.layers import Block, Embedding, Head
-from paddle_impl.stage import Channel, Stage
+from paddle_impl.stage import Channel, Stage, connect
 
 
 class StageLayers(PipelineLayer):
@@ -116,24 +116,29 @@ class NativePipeline(PipelineParallel):
     schedule: Schedule
     stage: Stage
     on_action: Callable[[int, Action | None], None]
-    events: list[Event]
-    _ready_seconds: float
+    _actions: list[tuple[Action, Any, Any, Any]]
+    """What has run, with the clock's marks for ready, start and end."""
 
     def begin_pass(self, stage: Stage) -> None:
         """Tie the pipeline to its stage, whose `begin` the engine has called."""
-        self.stage, self.events, self._ready_seconds = stage, [], time.perf_counter()
-        self._layers.loss = stage.loss
+        self.stage, self._layers.loss = stage, stage.loss
+        self._actions, self._clock = [], device_clock(partial(self.on_action, self.stage_id))
+        self._ready = self._clock.mark()
 
-    def walk(self, schedule: Schedule) -> None:
-        """This rank's line of the schedule, by our executor."""
+    def events(self) -> list[Event]:
+        """Return what the pass did; on a GPU when that is done."""
+        return [Event(action, *map(self._clock.seconds, when)) for action, *when in self._actions]
+
+    def walk(self, schedule: Schedule) -> list[Event]:
+        """Run this rank's line of the schedule by our executor; return what it did."""
         shapes = [
             [*tokens.shape, self.config.model.d_model] for tokens in self.stage.tokens
         ]  # (b, S, D), at every cut
-        channel = Channel(schedule, self.stage_id, shapes, self.config.train.dtype, self.pp_group)
-        self.events = run_stage(
-            schedule, self.stage_id, self.stage, channel, partial(self.on_action, self.stage_id)
-        )
+        channel = Channel(schedule, self.stage_id, shapes, self.config.train.dtype)
+        with followed(self._clock, partial(self.on_action, self.stage_id)) as before:
+            events = run_stage(schedule, self.stage_id, self.stage, channel, before, self._clock)
         self.on_action(self.stage_id, None)
+        return events
 
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return what fleet's schedule reads. It reads once for the input and once for the target."""  # noqa: E501
@@ -146,7 +151,7 @@ class NativePipeline(PipelineParallel):
     def _forward_step(
         self, input_tensor: Any, micro_dataset: Any, chunk_id: Any = None, step_id: Any = None
     ) -> Any:
-        start = time.perf_counter()
+        start = self._clock.mark()
         self.stage.prepare(step_id)
         result = super()._forward_step(input_tensor, micro_dataset, chunk_id, step_id)
         self._record(Action(Op.F, step_id), start)
@@ -160,17 +165,17 @@ class NativePipeline(PipelineParallel):
         chunk_id: Any = None,
         step_id: Any = None,
     ) -> Any:
-        start = time.perf_counter()
+        start = self._clock.mark()
         result = super()._backward_step(
             input_tensor, output_tensor, output_tensor_grad, chunk_id, step_id
         )
         self._record(Action(Op.BW, step_id), start)
         return result
 
-    def _record(self, action: Action, start: float) -> None:
-        end = time.perf_counter()
-        self.events.append(Event(action, self._ready_seconds, start, end))
-        self._ready_seconds = end
+    def _record(self, action: Action, start: Any) -> None:
+        end = self._clock.mark()
+        self._actions.append((action, self._ready, start, end))
+        self._ready = end
 
     def _broadcast_final_loss(self, return_micro_batch_loss: bool = False) -> Tensor:
         """The mean loss () or, if asked, the micro-batches' shares of it (m,), float64, on every
@@ -189,6 +194,11 @@ class TablePipeline(NativePipeline):
     B and W.
     """
 
+    _walked: list[Event]
+
+    def events(self) -> list[Event]:
+        return self._walked
+
     def forward_backward_pipeline(
         self,
         data: Any,
@@ -201,7 +211,7 @@ class TablePipeline(NativePipeline):
         """
         if static_scheduler:
             return " ".join(map(str, self.schedule.devices[self.stage_id]))
-        self.walk(self.schedule)
+        self._walked = self.walk(self.schedule)
         self._layers.allreduce_shared_weight_gradients()
         return self._broadcast_final_loss(return_micro_batch_loss)
 
@@ -232,4 +242,6 @@ def build_pipeline(config: RunConfig, layers: StageLayers, schedule: Schedule) -
         with mock.patch.multiple(fleet_model, **dict.fromkeys(names, chosen)):
             pipeline = fleet.distributed_model(layers)
     pipeline.config, pipeline.schedule = config, schedule
+    if chosen is TablePipeline:
+        connect(schedule, pipeline.stage_id)
     return pipeline

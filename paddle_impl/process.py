@@ -23,16 +23,15 @@ def forget_peak_memory() -> None:
     """Make `peak_memory_bytes` start anew (CPU: proc(5), clear_refs)."""
     import paddle
 
-    if paddle.device.get_device().startswith("gpu"):
-        paddle.device.cuda.reset_max_memory_allocated()
+    if paddle.device.get_device() != "cpu":
+        paddle.device.reset_max_memory_allocated()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory_bytes() -> int:
-    """CUDA: the allocator's peak. CPU: the peak resident size of this process."""
+    """GPU: the allocator's peak. CPU: the peak resident size of this process."""
     import paddle
 
-    if paddle.device.get_device().startswith("gpu"):
-        return int(paddle.device.cuda.max_memory_allocated())
-    return peak_resident_bytes()
+    on_cpu = paddle.device.get_device() == "cpu"
+    return peak_resident_bytes() if on_cpu else int(paddle.device.max_memory_allocated())

@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from common.runtime.engine import Engine
 from common.runtime.job import Job
 from common.runtime.ranks import Ranks
 from common.runtime.ranks import run_on_ranks as run
 from common.spec.run import RunConfig
+from paddle_impl import devices
 
 
 def run_on_ranks(jobs: Sequence[Job]) -> int:
@@ -25,7 +27,10 @@ def run_on_ranks(jobs: Sequence[Job]) -> int:
     """
     from paddle_impl.drift import switch  # after `devices.configure`, since it imports Paddle
 
-    return run(Ranks("paddle_impl", _join, _wait_for_all), jobs, switch)
+    config = jobs[0].config
+    on_cpu = devices.stage_devices(config.stages, config.device)[0] == "cpu"
+    start_method: Literal["fork", "spawn"] = "fork" if on_cpu else "spawn"
+    return run(Ranks("paddle_impl", _join, _wait_for_all, start_method), jobs, switch)
 
 
 def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
@@ -38,7 +43,7 @@ def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
     from paddle.distributed import fleet
     from paddle.distributed.fleet.utils.log_util import set_log_level
 
-    from paddle_impl import devices, sockets
+    from paddle_impl import sockets
 
     set_log_level("ERROR")
     warnings.filterwarnings(
@@ -49,7 +54,8 @@ def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
             "ignore", message="Current(ly not a parallel execution| global rank 0 is not in group)"
         )
 
-    name = devices.stage_devices(len(endpoints), device)[rank]
+    used = devices.stage_devices(len(endpoints), device)
+    kind, _, index = used[rank].partition(":")
     os.environ.update(
         PADDLE_TRAINER_ID=str(rank),
         PADDLE_TRAINERS_NUM=str(len(endpoints)),
@@ -57,12 +63,13 @@ def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
         PADDLE_CURRENT_ENDPOINT=endpoints[rank],
         PADDLE_MASTER=endpoints[0],
     )
-    if name == "cpu":
+    if kind != "cpu":
+        os.environ[f"FLAGS_selected_{kind}s"] = index  # what fleet asks for the GPU of a rank
+    if devices.through_host(used):
         os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
         sockets.enable()
     else:
-        os.environ.update(FLAGS_selected_gpus=name.removeprefix("gpu:"))
-    paddle.set_device(name)
+        os.environ["PADDLE_DISTRI_BACKEND"] = "nccl" if kind == "gpu" else "xccl"
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {
         "dp_degree": 1,
@@ -73,9 +80,13 @@ def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
         "pp_configs": {"delay_scale_loss": True},
     }
     fleet.init(is_collective=True, strategy=strategy, log_level="ERROR")
+    paddle.set_device(used[rank])  # for the backend gloo, fleet has chosen the CPU
 
 
 def _join(rank: int, endpoints: Sequence[str], config: RunConfig) -> Callable[[RunConfig], Engine]:
+    devices.configure(
+        config.stages, config.threads, config.device
+    )  # a spawned rank knows nothing of its parent's
     from paddle_impl.engine import build_engine
 
     join_pipeline(rank, endpoints, config.device)
@@ -86,4 +97,6 @@ def _wait_for_all(stages: int) -> None:
     import paddle
 
     if stages > 1:
-        paddle.distributed.all_reduce(paddle.zeros([1]))
+        everybody = paddle.zeros([1])
+        paddle.distributed.all_reduce(everybody)
+        everybody.item()  # a GPU has only queued it

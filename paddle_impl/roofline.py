@@ -85,7 +85,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         "layer norm and gradient": with_gradient(norm, made(n, d)),
         "loss and gradient": with_gradient(lambda x: summed_loss(x, targets, n), made(b, s, v)),
     }
-    return operations, devices.environment()
+    return operations, devices.environment(["cpu"])
 
 
 if __name__ == "__main__":

@@ -140,12 +140,15 @@ class SocketGroup:
         return self._size
 
     def send(self, tensor: Tensor, dst: int, sync_op: bool = True) -> Done:
-        self._links[dst].send(tensor.detach().contiguous())
+        self._links[dst].send(tensor.detach().contiguous().cpu())
         return Done()
 
     def recv(self, tensor: Tensor, src: int, sync_op: bool = True) -> Done:
         if self._batch is None:
-            self._links[src].receive(tensor)
+            in_memory = tensor.cpu()  # on a CPU the tensor itself
+            self._links[src].receive(in_memory)
+            if in_memory is not tensor:
+                tensor.copy_(in_memory, True)
         else:
             self._batch.append((tensor, src))
         return Done()

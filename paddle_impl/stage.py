@@ -17,6 +17,7 @@ from functools import partial
 
 import paddle
 from paddle import Tensor, nn
+from paddle.distributed.communication.group import Group
 
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
@@ -194,14 +195,9 @@ class Channel:
     """
 
     def __init__(
-        self,
-        schedule: Schedule,
-        device: int,
-        shapes: Sequence[Sequence[int]],
-        dtype: str,
-        group: paddle.distributed.collective.Group,
+        self, schedule: Schedule, device: int, shapes: Sequence[Sequence[int]], dtype: str
     ) -> None:
-        self._device, self._shapes, self._dtype, self._group = device, shapes, dtype, group
+        self._device, self._shapes, self._dtype = device, shapes, dtype
         self._coming = {
             sender: deque(message for message, to in _sent_by(schedule, sender) if to == device)
             for sender in range(schedule.num_devices)
@@ -213,7 +209,8 @@ class Channel:
         if device == self._device:
             self._arrived[message] = tensor
         else:
-            paddle.distributed.isend(tensor, dst=self._group.ranks[device], group=self._group)
+            group = _one_way[self._device, device]
+            paddle.distributed.isend(tensor, dst=device, group=group)
 
     def receive(self, message: Message, device: int) -> Tensor:
         """Raises ConnectionError if the other process ends, KeyError for what `device` does not
@@ -225,9 +222,36 @@ class Channel:
             coming = self._coming[device].popleft()
             # Zeros, since what `empty` finds stops a run with FLAGS_check_nan_inf.
             tensor = paddle.zeros(self._shapes[coming.micro_batch], self._dtype)
-            paddle.distributed.recv(tensor, src=self._group.ranks[device], group=self._group)
+            group = _one_way[device, self._device]
+            paddle.distributed.recv(tensor, src=device, group=group)
             self._arrived[coming] = tensor
         return self._arrived.pop(message)
+
+
+_one_way: dict[tuple[int, int], Group] = {}
+"""By sender and receiver, the group that carries this direction's messages alone, once it is made.
+
+On GPUs the two ranks of a group have a communicator, which does their sends and receives one after
+another, and a send ends only with its receive. If one carried both directions, two neighbours that
+both send first would wait for ever, as 1F1B has them (tests/common/test_nccl.py).
+"""
+
+
+def connect(schedule: Schedule, device: int) -> None:
+    """Make the groups that the schedule's messages need; all ranks call it, with one schedule.
+
+    A communicator is made by the first message, and to make one, a rank waits for the other one's
+    call. So that message is sent here: a sender in a pass does not wait. All ranks take the pairs
+    in one order, so they never wait in a circle.
+    """
+    everybody = range(schedule.num_devices)
+    pairs = {(sender, to) for sender in everybody for _, to in _sent_by(schedule, sender)}
+    for sender, receiver in sorted(pairs - _one_way.keys() - {(rank, rank) for rank in everybody}):
+        group = _one_way[sender, receiver] = paddle.distributed.new_group([sender, receiver])
+        if device == sender:
+            paddle.distributed.isend(paddle.zeros([1]), dst=receiver, group=group)
+        elif device == receiver:
+            paddle.distributed.recv(paddle.zeros([1]), src=sender, group=group)
 
 
 def _sent_by(schedule: Schedule, device: int) -> list[tuple[Message, int]]:

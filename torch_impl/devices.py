@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.runtime.cpus import threads_per_stage
-from common.spec.gpus import visible_gpus
+from common.spec.gpus import gpus_of_stages, visible_gpus
 from common.spec.run import RunConfig
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def stage_devices(stages: int, device: str) -> list[torch.device]:
         )
     if device == "cpu" or not count:
         return [torch.device("cpu")] * stages
-    used = min(count, stages)
-    return [torch.device("cuda", i * used // stages) for i in range(stages)]
+    return [torch.device("cuda", gpu) for gpu in gpus_of_stages(stages, count)]
 
 
 def fused_attention(config: RunConfig) -> bool:

@@ -35,6 +35,12 @@ def visible_gpus() -> tuple[Gpu, ...]:
     return _chosen(said, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def gpus_of_stages(stages: int, gpus: int) -> list[int]:
+    """Return each stage's GPU: one of its own, or shared by neighbours where there are fewer."""
+    used = min(stages, gpus)
+    return [stage * used // stages for stage in range(stages)]
+
+
 def fell_back(device: str, environment: Mapping[str, Any]) -> dict[str, str]:
     """Return the part of a run's `environment` that says why a CPU computed what was left to choose
     from it and the GPUs there.

@@ -9,28 +9,35 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.runtime.ranks import _free_endpoints
 from common.spec.run import RunConfig
+from tests.campaigns.fake_gpu import fake_paddle
 
 
 class Ranks:
-    """Processes that have joined one pipeline. They are forked from one that has imported Paddle
-    and done nothing else.
+    """Processes that have joined one pipeline. On a CPU they are forked from one that has imported
+    Paddle and done nothing else; with a `plugin` for fake GPUs they are spawned.
     """
 
-    def __init__(self, stages: int) -> None:
-        start = multiprocessing.get_context("forkserver")
-        start.set_forkserver_preload(["paddle_impl.engine"])
+    def __init__(self, stages: int, plugin: Path | None = None) -> None:
+        if plugin is None:
+            start: Any = multiprocessing.get_context("forkserver")
+            start.set_forkserver_preload(["paddle_impl.engine"])
+        else:
+            start = multiprocessing.get_context("spawn")
         endpoints = _free_endpoints(stages)
         self._ends: list[Connection] = []
         self._processes = []
         for rank in range(stages):
             mine, theirs = start.Pipe()
-            process = start.Process(target=_serve, args=(rank, endpoints, theirs), daemon=True)
+            process = start.Process(
+                target=_serve, args=(rank, endpoints, plugin, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self._ends.append(mine)
@@ -103,10 +110,12 @@ def _joined(a: Any, b: Any) -> Any:
 ENGINES: dict[int, Any] = {}
 
 
-def _serve(rank: int, endpoints: Sequence[str], end: Connection) -> None:
+def _serve(rank: int, endpoints: Sequence[str], plugin: Path | None, end: Connection) -> None:
     from paddle_impl.ranks import join_pipeline
 
-    join_pipeline(rank, endpoints, "cpu")
+    if plugin is not None:
+        fake_paddle.load(plugin)
+    join_pipeline(rank, endpoints, "auto" if plugin else "cpu")
     while True:
         try:
             work, arguments = end.recv()

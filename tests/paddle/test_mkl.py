@@ -61,7 +61,7 @@ from paddle_impl import devices
 devices.configure(1, 1, "cpu")
 import paddle
 paddle.matmul(paddle.ones([8, 8]), paddle.ones([8, 8]))
-print(json.dumps(devices.environment()["kernels"]))
+print(json.dumps(devices.environment(["cpu"])["kernels"]))
 """
     own = {name: value for name, value in os.environ.items() if name not in mkl.USERS}
     done = subprocess.run(

@@ -1,0 +1,143 @@
+"""The pipeline on GPUs that are not there (tests/campaigns/fake_gpu/fake_paddle.cc) gives the bits
+of one stage on the CPU, and hangs in no schedule.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.spec.run import RunConfig
+from tests.campaigns.fake_gpu import fake_paddle
+from tests.engines import Arrays, Make, batch, different, maker, train
+from tests.paddle.ranks import Pipeline, Ranks
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+LONG: dict[str, Any] = {"train": {"batch_size": 16, "micro_batches": 8}}
+VEE: dict[str, Any] = {"run": {"chunks": 2}}
+
+CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    # stages, schedule, and further arguments of `make`
+    "naive": (2, "naive", {}),
+    "gpipe": (2, "gpipe", {}),
+    "1f1b": (4, "1f1b", LONG),
+    "interleaved": (2, "interleaved", VEE),
+    "zb-h1": (4, "zb-h1", LONG),
+    "zb-h2": (4, "zb-h2", LONG),
+    "zb-v": (2, "zb-v", VEE),
+    "search": (2, "search", {}),
+    "fleet's own": (2, "1f1b", {"run": {"executor": "native"}, "tied_head": True}),
+    "tied": (2, "1f1b", {"tied_head": True}),
+    "tied on one rank": (2, "zb-v", {"tied_head": True, **VEE}),
+    "dropout": (2, "zb-h1", {"dropout": 0.1}),
+    "recomputation": (2, "zb-h1", {"dropout": 0.1, "run": {"recompute": "every-1"}}),
+    "uneven": (
+        2,
+        "1f1b",
+        {"train": {"micro_batches": 3}, "run": {"sequence_lengths": "random"}},
+    ),
+    "float64": (2, "1f1b", {"dtype": "float64"}),
+}
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_paddle.build(tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture(scope="module")
+def fake_ranks(plugin: Path) -> Iterator[Callable[[int, int], Ranks]]:
+    """By number of stages and of GPUs."""
+    started: dict[tuple[int, int], Ranks] = {}
+
+    def of(stages: int, gpus: int) -> Ranks:
+        if (stages, gpus) not in started or not started[stages, gpus].alive:
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in fake_paddle.environment(plugin, gpus, late_us=200).items():
+                    patch.setitem(os.environ, name, value)
+                started[stages, gpus] = Ranks(stages, plugin)
+        return started[stages, gpus]
+
+    yield of
+    for one in started.values():
+        one.end()
+
+
+@pytest.fixture
+def on_gpus(fake_ranks: Callable[[int, int], Ranks]) -> Iterator[Callable[[int], Make]]:
+    """`on_gpus(n)` is a `make` whose ranks find `n` GPUs."""
+    makers: list[Iterator[Make]] = []
+
+    def of(gpus: int) -> Make:
+        def build(config: RunConfig) -> Pipeline:
+            return Pipeline(fake_ranks(config.stages, gpus), config)
+
+        makers.append(maker("paddle", build))
+        make = next(makers[-1])
+
+        def on_auto(*arguments: Any, run: dict[str, Any] | None = None, **options: Any) -> Any:
+            return make(*arguments, run={"device": "auto"} | (run or {}), **options)
+
+        return on_auto
+
+    yield of
+    for one in makers:
+        next(one, None)
+
+
+def everything(engine: Any) -> Arrays:
+    """Two steps of training, and every other pass."""
+    given = batch(engine)
+    seen = train(engine, range(2)) | {"held-out loss": np.array(engine.evaluate(given))}
+    outputs = {
+        f"{key.unit} {key.micro_batch}": array for key, array in engine.unit_outputs(given).items()
+    }
+    return seen | outputs | {"logits": engine.predict(given.inputs)}
+
+
+def expected(make: Make, options: dict[str, Any]) -> Arrays:
+    """Of one stage on the CPU."""
+    kept = {"sequence_lengths", "recompute"}
+    run = {key: value for key, value in options.get("run", {}).items() if key in kept}
+    return everything(make(1, "1f1b", **options | {"run": run}))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gpus_give_the_bits_of_the_cpu(
+    case: str, make: Make, on_gpus: Callable[[int], Make]
+) -> None:
+    stages, schedule, options = CASES[case]
+    engine = on_gpus(8)(stages, schedule, **options)
+    assert different(expected(make, options), everything(engine)) == []
+    assert engine.environment()["stage_devices"] == [f"fakegpu:{i}" for i in range(stages)]
+    if schedule == "1f1b":
+        check_times(engine.events())
+
+
+def check_times(events: dict[int, list[Any]]) -> None:
+    """Every action begins when it is ready, which is when the one before has ended."""
+    for own in events.values():
+        times = [
+            t
+            for event in own
+            for t in (event.ready_seconds, event.start_seconds, event.end_seconds)
+        ]
+        assert times == sorted(times) and times[0] < times[-1] < times[0] + 1000
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_neighbours_share_a_gpu_where_there_are_too_few(
+    schedule: str, make: Make, on_gpus: Callable[[int], Make]
+) -> None:
+    options = {"tied_head": True, "dropout": 0.1}
+    engine = on_gpus(1)(2, schedule, **options)
+    assert different(expected(make, options), everything(engine)) == []
+    said = engine.environment()
+    assert (said["stage_devices"], said["messages"]) == (["fakegpu:0"] * 2, "sockets")
