@@ -18,6 +18,7 @@ from paddle import Tensor, nn
 
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.baseline import BaselineEngine
+from common.runtime.cpus import threads_per_stage
 from common.runtime.engine import Arrays, Engine
 from common.spec.data import Batch
 from common.spec.dropout_masks import step_key
@@ -35,6 +36,7 @@ from paddle_impl.weights import (
     load_gradients,
     load_weights,
     named_parameters,
+    to_array,
 )
 
 
@@ -49,7 +51,7 @@ class PlainEngine(BaselineEngine):
             raise ValueError(f"recompute = {config.recompute}; executor = plain takes none")
         devices.check_dtype(config.train.dtype)
         self.config = config
-        process.set_threads(devices.threads_per_stage(1, config.threads))
+        process.set_threads(threads_per_stage(1, config.threads))
         process.forget_peak_memory()
         paddle.set_default_dtype(config.train.dtype)
         self._context = DropoutContext(config.model.dropout_masks == "native")
@@ -75,7 +77,7 @@ class PlainEngine(BaselineEngine):
             item.parameter.clear_gradient(set_to_zero=False)
         loss = self._loss(batch, training=True)[0]
         loss.backward()
-        return loss.item()
+        return float(loss)
 
     def apply_gradients(self, step: int) -> float:
         norm = global_norm(self._optimizer.squared_norms().values())
@@ -84,7 +86,7 @@ class PlainEngine(BaselineEngine):
 
     @paddle.no_grad()
     def evaluate(self, batch: Batch) -> float:
-        return self._loss(batch, training=False)[0].item()
+        return float(self._loss(batch, training=False)[0])
 
     @paddle.no_grad()
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
@@ -99,7 +101,7 @@ class PlainEngine(BaselineEngine):
     @paddle.no_grad()
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         nothing = Batch(0, inputs, np.zeros_like(inputs))
-        return self._loss(nothing, training=False)[1][-1].numpy()
+        return to_array(self._loss(nothing, training=False)[1][-1])
 
     def optimizer_state(self) -> Arrays:
         return self._optimizer.state()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from paddle.distributed import fleet
 
 from common.oracle.reference import clip_scale, global_norm
+from common.runtime.cpus import threads_per_stage
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, unwatched
 from common.runtime.mode import Mode
@@ -36,6 +37,7 @@ from paddle_impl.weights import (
     load_gradients,
     load_weights,
     named_parameters,
+    to_array,
 )
 
 
@@ -70,10 +72,10 @@ class PipelineEngine:
             raise ValueError(
                 f"stages = {config.stages}; the processes have joined a pipeline of another length"
             )
-        self._rank = group.get_stage_id()
-        self.devices = (self._rank,)
+        self._rank: int = group.get_stage_id()
+        self.devices: tuple[int, ...] = (self._rank,)
         self.on_action: Callable[[int, Action | None], None] = unwatched
-        process.set_threads(devices.threads_per_stage(config.stages, config.threads))
+        process.set_threads(threads_per_stage(config.stages, config.threads))
         gc.collect()  # an earlier engine of this process: fleet's objects refer to each other
         process.forget_peak_memory()
         paddle.set_default_dtype(config.train.dtype)
@@ -108,7 +110,7 @@ class PipelineEngine:
         loss = self.pipeline.forward_backward_pipeline(self.pipeline.micro_batches())
         self._events = self.pipeline.events()
         self._add_tied_gradients()
-        return loss.item()
+        return float(loss)
 
     def apply_gradients(self, step: int) -> float:
         """As the protocol says. The gradients are clipped in place: read them before."""
@@ -119,7 +121,7 @@ class PipelineEngine:
     def evaluate(self, batch: Batch) -> float:
         self._begin(batch, Mode.EVALUATE)
         self.pipeline.walk(self.schedule.only_forward())
-        return self.pipeline._broadcast_final_loss().item()
+        return float(self.pipeline._broadcast_final_loss())
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
         self._begin(batch, Mode.RECORD)
@@ -150,7 +152,7 @@ class PipelineEngine:
         if self.config.stages > 1:
             group = self.pipeline.pp_group
             paddle.distributed.broadcast(logits, group.ranks[self.schedule.location[-1][0]], group)
-        return logits.numpy()
+        return to_array(logits)
 
     def optimizer_state(self) -> Arrays:
         return self._optimizer.state()
@@ -216,7 +218,8 @@ class PipelineEngine:
             paddle.distributed.all_reduce(
                 squares, group=self.pipeline.pp_group
             )  # all but one rank add 0
-        return squares.tolist()
+        everybodys: list[float] = squares.tolist()
+        return everybodys
 
     def _add_tied_gradients(self) -> None:
         """The token embedding's gradient: that of its own use plus that of the head's copy, put in

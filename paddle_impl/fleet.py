@@ -4,7 +4,7 @@
     PipelineParallel    ◄── NativePipeline   fleet's own 1F1B, with float64 losses and a record of what ran when
                         ◄── TablePipeline    the same layers, walking a schedule table
 
-Both pipelines are what `fleet.distributed_model` returns, so fleet's `train_batch` runs them too.
+Both are fleet's own class with methods replaced, so fleet's `train_batch` runs them too.
 
 Differs: TensorFlow has no pipeline, and PyTorch's (`torch_impl/torch_pipelining.py`) shares no
 layers with ours.
@@ -15,12 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import paddle
 from paddle import Tensor, nn
 from paddle.distributed import fleet
-from paddle.distributed.fleet import model as fleet_model
 from paddle.distributed.fleet.meta_parallel import (
     LayerDesc,
     PipelineLayer,
@@ -217,8 +215,8 @@ class TablePipeline(NativePipeline):
 
 
 def build_pipeline(config: RunConfig, layers: StageLayers, schedule: Schedule) -> NativePipeline:
-    """`fleet.distributed_model` with our class in the place of fleet's. Its strategy says how many
-    micro-batches.
+    """Return what `fleet.distributed_model` is for: a pipeline around the layers. All that it does
+    for one is to choose a class, and ours it does not know.
     """
     strategy = fleet.fleet._user_defined_strategy
     strategy.pipeline_configs = {
@@ -226,21 +224,7 @@ def build_pipeline(config: RunConfig, layers: StageLayers, schedule: Schedule) -
         "micro_batch_size": config.train.micro_batch_size,
     }
     chosen = NativePipeline if config.executor == "native" else TablePipeline
-    if schedule.num_devices == 1 or (
-        schedule.num_chunks > 1 and schedule.num_micro_batches < schedule.num_devices
-    ):
-        # distributed_model takes another class for one process, one that can walk no table and
-        # records nothing, and none where several chunks have fewer micro-batches than stages, which
-        # fleet's own schedules cannot do.
-        pipeline = chosen(layers, fleet.get_hybrid_communicate_group(), strategy)
-    else:
-        names = (
-            "PipelineParallel",
-            "PipelineParallelWithInterleave",
-            "PipelineParallelWithInterleaveFthenB",
-        )
-        with mock.patch.multiple(fleet_model, **dict.fromkeys(names, chosen)):
-            pipeline = fleet.distributed_model(layers)
+    pipeline = chosen(layers, fleet.get_hybrid_communicate_group(), strategy)
     pipeline.config, pipeline.schedule = config, schedule
     if chosen is TablePipeline:
         connect(schedule, pipeline.stage_id)

@@ -46,7 +46,9 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     """Return what stands between the two linear layers of a feed-forward
     (`TransformerSpec.activation`).
     """
-    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": functional.relu}[name]
+    known: dict[str, Callable[[Tensor], Tensor]]
+    known = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": functional.relu}
+    return known[name]
 
 
 class Embedding(nn.Layer):

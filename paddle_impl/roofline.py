@@ -38,10 +38,10 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         return [paddle.randn(shape) for _ in range(COPIES)]
 
     def repeated(compute: Callable[..., Tensor], *inputs: list[Tensor]) -> Callable[[], object]:
-        @paddle.no_grad()
         def run() -> None:
-            for each in zip(*inputs, strict=True):
-                compute(*each)
+            with paddle.no_grad():
+                for each in zip(*inputs, strict=True):
+                    compute(*each)
 
         return run
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import paddle
@@ -29,7 +29,7 @@ from common.spec.dropout_masks import step_key
 from common.spec.run import RunConfig
 from paddle_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
 from paddle_impl.dropout import DropoutContext
-from paddle_impl.held import memory_bytes, saved_tensors
+from paddle_impl.held import SavedTensors, memory_bytes, saved_tensors
 from paddle_impl.layers import Head, summed_loss
 from paddle_impl.recompute import recompute
 from paddle_impl.weights import NamedParameter
@@ -125,10 +125,10 @@ class Stage:
         training = self._mode is Mode.TRAIN
         recomputes = training and self.config.recomputes(micro_batch)
         measures = training and (chunk, *self._kind(micro_batch)) not in self._measured
-        with (
-            paddle.set_grad_enabled(training),
-            saved_tensors() if measures else nullcontext() as saved,
-        ):
+        looks: AbstractContextManager[SavedTensors | None] = nullcontext()
+        if measures:
+            looks = saved_tensors()
+        with paddle.set_grad_enabled(training), looks as saved:
             if x is not None:
                 x.stop_gradient = not training
             y = self.tokens[micro_batch] if x is None else x
@@ -144,7 +144,7 @@ class Stage:
                 # the backward of a unit's last operation needs its inputs, not this
                 y._clear_dataptr()
             self.in_flight[micro_batch, chunk] = Forward(x, y)
-            if measures:
+            if saved is not None:
                 weights = [item.parameter for item in self.named]
                 kept = memory_bytes(saved.kept(), [*weights, *self.tokens, *self.targets])
                 self.held.bytes_of(micro_batch)[chunk] = kept
@@ -261,6 +261,8 @@ def _sent_by(schedule: Schedule, device: int) -> list[tuple[Message, int]]:
         step = Step(action.op, action.micro_batch, schedule.virtual_stage(device, action.chunk))
         to = sends_to(step, schedule.num_virtual_stages)
         if to is not None:
-            kind = "activation" if action.op is Op.F else "gradient"
-            sent.append((Message(kind, action.micro_batch, to), schedule.location[to][0]))
+            message = Message(
+                "activation" if action.op is Op.F else "gradient", action.micro_batch, to
+            )
+            sent.append((message, schedule.location[to][0]))
     return sent

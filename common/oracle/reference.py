@@ -25,7 +25,7 @@ Letters in shapes:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -513,7 +513,7 @@ class Oracle:
         }
 
 
-def global_norm(squared_norms: list[float]) -> float:
+def global_norm(squared_norms: Iterable[float]) -> float:
     """Return the norm over all tensors, given each tensor's sum of squares.
 
     `math.fsum` rounds once, so the result does not depend on the order in which stages report:

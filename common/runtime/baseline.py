@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
 from common.runtime.executor import Event
+from common.schedule.action import Action
 from common.spec.data import Batch
 from common.spec.parameters import TensorKey
 from common.spec.run import RunConfig
@@ -18,6 +19,7 @@ class BaselineEngine:
 
     config: RunConfig
     devices: tuple[int, ...] = (0,)
+    on_action: Callable[[int, Action | None], None]  # set by the harness; no baseline calls it
     _events: Sequence[Event] = ()
 
     def probe_units(

@@ -88,6 +88,9 @@ class Pipeline:
         """
         return reduce(_joined, self._ranks.ask(_with_engine, id(self), work, *arguments))
 
+    def end(self) -> None:
+        self._ranks.end()
+
     def close(self) -> None:
         if self._ranks.alive:
             self._ranks.ask(_close, id(self))
@@ -114,7 +117,7 @@ def _serve(rank: int, endpoints: Sequence[str], plugin: Path | None, end: Connec
     from paddle_impl.ranks import join_pipeline
 
     if plugin is not None:
-        fake_paddle.load(plugin)
+        fake_paddle.complete(plugin)
     join_pipeline(rank, endpoints, "auto" if plugin else "cpu")
     while True:
         try:

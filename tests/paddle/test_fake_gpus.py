@@ -4,8 +4,12 @@ of one stage on the CPU, and hangs in no schedule.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.runtime.job import Job, JobFile, Part
+from common.runtime.patience import Patience
 from common.spec.run import RunConfig
 from tests.campaigns.fake_gpu import fake_paddle
-from tests.engines import Arrays, Make, batch, different, maker, train
+from tests.engines import Arrays, Make, batch, different, maker, small, train
 from tests.paddle.ranks import Pipeline, Ranks
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -141,3 +147,81 @@ def test_neighbours_share_a_gpu_where_there_are_too_few(
     assert different(expected(make, options), everything(engine)) == []
     said = engine.environment()
     assert (said["stage_devices"], said["messages"]) == (["fakegpu:0"] * 2, "sockets")
+
+
+# ----------------------------------------------------------------------------------------- mutants
+
+
+def test_one_communicator_for_both_directions_hangs(on_gpus: Callable[[int], Make]) -> None:
+    """So the fake GPUs wait as NCCL does, and a hang in a schedule would show."""
+    engine = on_gpus(7)(2)
+    engine.on_all(_one_group_for_both_directions)
+    given, ended = batch(engine), threading.Event()
+
+    def step() -> None:
+        with contextlib.suppress(RuntimeError, OSError):  # its ranks are killed
+            engine.forward_backward(given)
+            ended.set()
+
+    stuck = threading.Thread(target=step, daemon=True)
+    stuck.start()
+    patience = Patience(os.getpid(), idle_seconds=3)
+    while stuck.is_alive() and not patience.is_over():
+        stuck.join(0.1)
+    engine.end()
+    stuck.join()
+    assert not ended.is_set()
+
+
+def _one_group_for_both_directions(engine: Any) -> None:
+    from paddle_impl import stage
+
+    stage._one_way[1, 0] = stage._one_way[0, 1]
+
+
+def test_a_communicator_that_is_not_made_at_build_holds_up_a_pass(
+    on_gpus: Callable[[int], Make],
+) -> None:
+    engine = on_gpus(6)(2)
+    engine.on_all(_groups_without_a_message)
+    with pytest.raises(RuntimeError, match="a communicator was made in a pass"):
+        engine.forward_backward(batch(engine))
+
+
+def _groups_without_a_message(engine: Any) -> None:
+    import paddle
+
+    from paddle_impl import stage
+
+    stage._one_way |= {pair: paddle.distributed.new_group(list(pair)) for pair in stage._one_way}
+
+
+def start(plugin: Path, folder: Path, *before: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m paddle_impl` on fake GPUs, after the statements `before`."""
+    job = Job(
+        config=small("paddle", 2, run={"device": "auto"}, train={"steps": 2}), out=str(folder)
+    )
+    JobFile(jobs=(job,)).write(folder / "jobs.json")
+    main = ["import sys", *before, "from paddle_impl.__main__ import main"]
+    code = "; ".join([*main, f"sys.exit(main([{str(folder / 'jobs.json')!r}]))"])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | fake_paddle.environment(plugin),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_ranks_on_gpus_are_spawned(plugin: Path, tmp_path: Path) -> None:
+    done = start(plugin, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    part = Part.model_validate_json((tmp_path / "part-1.json").read_text())
+    assert part.environment["stage_devices"] == ["fakegpu:0", "fakegpu:1"]
+
+
+def test_ranks_that_are_forked_find_no_gpu(plugin: Path, tmp_path: Path) -> None:
+    fork = "import multiprocessing as m; of = m.get_context; m.get_context = lambda _: of('fork')"
+    done = start(plugin, tmp_path, fork)
+    assert done.returncode == 1
+    assert "this process was forked after the runtime had started" in done.stderr

@@ -1,15 +1,11 @@
-"""Fake GPUs under Paddle: builds the plugin (`fake_paddle.cc`), and loads it into a rank.
-
-`python -m tests.campaigns.fake_gpu.fake_paddle JOBS.json` is `python -m paddle_impl JOBS.json` on
-them, with the plugin that CUSTOM_DEVICE_ROOT names.
+"""Fake GPUs under Paddle: builds the plugin (`fake_paddle.cc`), and adds what plugins lack.
+`tests/paddle/test_fake_gpus.py` runs the pipeline on them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,9 +36,10 @@ def environment(plugin: Path, gpus: int = 8, late_us: int = 0) -> dict[str, str]
     }
 
 
-def load(plugin: Path) -> None:
-    """In a rank, after its environment is set: import Paddle, and teach its events to tell the
-    time. From then on a communicator that is made in the middle of a pass is an error.
+def complete(plugin: Path) -> None:
+    """Give this process what only Paddle on CUDA has: events that tell the time, and an embedding
+    whose gradient is on the device. A communicator that is made in the middle of a pass is an
+    error from now on.
     """
     import paddle
     from paddle import nn
@@ -67,19 +64,9 @@ def load(plugin: Path) -> None:
         return result
 
     NativePipeline.walk = watched
+
     def rows(self: Any, places: Any) -> Any:
-        """What it gives, with a gradient on the device: where Paddle takes the CPU's kernel for
-        that of an embedding, it leaves it there.
-        """
+        # Paddle leaves the gradient of its own kernel on the CPU, where it was computed.
         return paddle.gather(self.weight, places.flatten()).reshape([*places.shape, -1])
 
     nn.Embedding.forward = rows
-
-
-if __name__ == "__mp_main__":  # a spawned rank
-    load(Path(os.environ["CUSTOM_DEVICE_ROOT"]))
-
-if __name__ == "__main__":
-    from paddle_impl.__main__ import main
-
-    sys.exit(main(sys.argv[1:]))
