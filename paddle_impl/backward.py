@@ -55,17 +55,20 @@ def backward(saved: Forward, gradient: Tensor | None) -> Tensor | None:
     """B and W at once, from the output's gradient (b, S, D), None for the loss, to that of the
     input, None for tokens.
     """
+    # Also where `output` has lost its memory: autograd asks for its graph, not for its values.
     paddle.autograd.backward([saved.output], [gradient])
-    return None if saved.x is None else saved.x.grad
+    return None if saved.x is None else saved.x.grad  # x is a leaf: it came from another rank
 
 
 def backward_input(saved: Forward, gradient: Tensor | None) -> tuple[Tensor | None, Waiting]:
     """B: the input's gradient, and what W needs."""
+    # Fleet would move the cache into a queue, from which W takes whatever is first; ours says whose
+    # products it wants, so each micro-batch's cache is taken away as it is.
     WeightGradStore.enabled = True
     try:
         result = backward(saved, gradient)
         return result, WeightGradStore.cache
-    finally:
+    finally:  # also after an error: the next job of this process starts clean
         WeightGradStore.enabled, WeightGradStore.cache = False, []
 
 

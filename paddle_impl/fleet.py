@@ -54,12 +54,16 @@ class StageLayers(PipelineLayer):
             ),
             num_stages=schedule.num_devices,
             topology=fleet.get_hybrid_communicate_group()._topo,
+            # Looked up when it is called: the pipeline puts another one here for every pass.
             loss_fn=lambda logits, targets: self.loss(logits, targets),
+            # With several chunks any name will do: `_segment_network_for_interleave` cuts.
             seg_method=list(plan.boundaries) if schedule.num_chunks == 1 else "layer:Block",
             num_virtual_pipeline_stages=schedule.num_chunks,
         )
 
     def _segment_network_for_interleave(self, seg_method: str) -> None:
+        # Units segment_parts[k] to segment_parts[k + 1] are virtual stage k; fleet builds those
+        # between the two lists' entries, chunk by chunk.
         self.segment_parts = list(self._plan.boundaries)
         for chunk in range(self._schedule.num_chunks):
             k = self._schedule.virtual_stage(self._stage_id, chunk)
@@ -68,6 +72,7 @@ class StageLayers(PipelineLayer):
 
     def chunks(self) -> list[list[nn.Layer]]:
         """Return the units of every chunk of this rank, in the order of the model."""
+        # A rank with one chunk has no list of chunks.
         return [list(chunk) for chunk in self.get_model_chunks() or [self.run_function]]
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -90,6 +95,7 @@ def unit_descriptions(
 
     def describe(layer: type[nn.Layer], *arguments: Any) -> LayerDesc:
         if tied_over_ranks and layer is not Block:
+            # key of the share, layer, its forward (None: its own), the attribute that is shared
             return SharedLayerDesc("token", layer, None, "tied_weight", spec, *arguments)
         return LayerDesc(layer, spec, *arguments)
 
@@ -144,11 +150,12 @@ class NativePipeline(PipelineParallel):
             ignore_virtual=True
         )
         for piece in zip(self.stage.tokens, self.stage.targets, strict=True):
-            yield from [piece] * reads
+            yield from [piece] * reads  # two where one rank has both ends of the model
 
     def _forward_step(
         self, input_tensor: Any, micro_dataset: Any, chunk_id: Any = None, step_id: Any = None
     ) -> Any:
+        # Fleet has received the input by now, so the time before is that of waiting for it.
         start = self._clock.mark()
         self.stage.prepare(step_id)
         result = super()._forward_step(input_tensor, micro_dataset, chunk_id, step_id)
@@ -179,6 +186,7 @@ class NativePipeline(PipelineParallel):
         """The mean loss () or, if asked, the micro-batches' shares of it (m,), float64, on every
         rank.
         """
+        # One place for each, in order, so that the sum's bits do not depend on who adds when.
         shares = paddle.zeros([self.accumulate_steps], "float64")
         for i, share in enumerate(self.stage.losses()):
             shares[i] = share
@@ -210,6 +218,7 @@ class TablePipeline(NativePipeline):
         if static_scheduler:
             return " ".join(map(str, self.schedule.devices[self.stage_id]))
         self._walked = self.walk(self.schedule)
+        # A head tied to an embedding on another rank; fleet's own schedule ends like this too.
         self._layers.allreduce_shared_weight_gradients()
         return self._broadcast_final_loss(return_micro_batch_loss)
 

@@ -54,9 +54,7 @@ def saved_tensors() -> Iterator[SavedTensors]:
 
 def memory_bytes(tensors: Iterable[Tensor], not_counted: Iterable[Tensor] = ()) -> int:
     """Return the memory under `tensors`, each piece once, without that under `not_counted`."""
-    pieces = {
-        tensor.data_ptr(): tensor.numel().item() * tensor.element_size() for tensor in tensors
-    }
+    pieces = {tensor.data_ptr(): tensor.size * tensor.element_size() for tensor in tensors}
     for tensor in not_counted:
         pieces.pop(tensor.data_ptr(), None)
     return sum(pieces.values())

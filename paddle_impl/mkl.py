@@ -46,6 +46,7 @@ def cpu_type(vendor: str, flags: Collection[str], environ: Mapping[str, str]) ->
     """
     if vendor in ("", "GenuineIntel") or any(name in environ for name in USERS):
         return None
+    # The best that it has; 7 on a processor without AVX-512 would be an illegal instruction.
     return "7" if AVX512.issubset(flags) else "5" if AVX2.issubset(flags) else None
 
 
@@ -55,6 +56,7 @@ def processor() -> tuple[str, frozenset[str]]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
+    # Backwards, since the file has a block for each processor and the first is to win.
     said = {
         key.strip(): value.strip()
         for key, _, value in (line.partition(":") for line in reversed(lines))
@@ -76,5 +78,6 @@ def kernels() -> str | None:
     path = Path(paddle.__file__).parent / "libs" / "libmklml_intel.so"
     if not path.exists():
         return None
+    # Loaded by Paddle already: this is the same copy, with what it has detected.
     found = ctypes.CDLL(str(path)).mkl_serv_cpu_detect()
     return KERNELS.get(found, f"type {found}")

@@ -6,10 +6,7 @@ TensorFlow's before it starts, and their engines say which stages a peak is of.
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
-
-from common.runtime.memory import peak_resident_bytes
+from common.runtime.memory import forget_peak_resident, peak_resident_bytes
 
 
 def set_threads(threads: int) -> None:
@@ -20,13 +17,12 @@ def set_threads(threads: int) -> None:
 
 
 def forget_peak_memory() -> None:
-    """Make `peak_memory_bytes` start anew (CPU: proc(5), clear_refs)."""
+    """Make `peak_memory_bytes` start anew, as for every engine that is built."""
     import paddle
 
     if paddle.device.get_device() != "cpu":
         paddle.device.reset_max_memory_allocated()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    forget_peak_resident()
 
 
 def peak_memory_bytes() -> int:

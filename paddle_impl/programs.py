@@ -22,9 +22,12 @@ def static_units(config: RunConfig) -> bool:
     Not with micro-batches of two sizes: once both are traced and another one follows (1f1b, sizes
     3, 2, 2), Paddle 3.3.1 gives wrong gradients for all that lies below the last program.
     """
+    # A program would keep the masks of its first run; recomputation runs parts of it alone; and
+    # fleet's own loop stays as its users have it.
     differs = (
         bool(config.model.dropout) or config.recompute != "none" or config.executor == "native"
     )
+    # A program's backward is one operation, so B cannot leave W out.
     changes = config.executor == "table" and (
         not config.train.micro_batches_are_equal
         or make_schedule(
@@ -39,5 +42,5 @@ def make_static(units: Iterable[nn.Layer]) -> None:
     a dropout mask.
     """
     for unit in units:
-        merge_backward(unit)
+        merge_backward(unit)  # what a PyLayer decides in its backward cannot be traced
         paddle.jit.to_static(unit)

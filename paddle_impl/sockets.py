@@ -55,8 +55,10 @@ class Link:
     """
 
     def __init__(self, connection: socket.socket, peer: int) -> None:
+        # A header is 8 bytes: without this, the system would wait for more to send with it.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._peer = connection, peer
+        # The sender's thread takes from here, so `send` returns at once; None ends it.
         self._outbox: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
         self._error: OSError | None = None
         self._sender = threading.Thread(target=self._send_queued, name=f"link-{peer}", daemon=True)
@@ -96,7 +98,7 @@ class Link:
                 self._socket.sendall(len(memory).to_bytes(8, "big"))
                 self._socket.sendall(memory)
         except OSError as error:
-            self._error = error
+            self._error = error  # for the next `send`: nobody looks at this thread
 
     def _fill(self, memory: memoryview) -> None:
         while memory:
@@ -104,7 +106,7 @@ class Link:
                 count = self._socket.recv_into(memory)
             except OSError as error:
                 raise self._broken(error) from None
-            if not count:
+            if not count:  # the end of the stream
                 raise self._broken(None)
             memory = memory[count:]
 
@@ -121,6 +123,7 @@ class SocketGroup:
 
     def __init__(self, store: Any, rank: int, size: int, group: int) -> None:
         self._rank, self._size = rank, size
+        # While fleet collects a batch of sends and receives: the receives, to be done after all.
         self._batch: list[tuple[Tensor, int]] | None = None
         self._links = {
             peer: Link(connection, peer)
@@ -131,7 +134,7 @@ class SocketGroup:
         Finalize(self, _close, args=(self._links,), exitpriority=0)
 
     def name(self) -> str:
-        return "GLOO"
+        return "GLOO"  # fleet asks which backend this is; it knows no other for CPUs
 
     def rank(self) -> int:
         return self._rank
@@ -140,6 +143,7 @@ class SocketGroup:
         return self._size
 
     def send(self, tensor: Tensor, dst: int, sync_op: bool = True) -> Done:
+        # `detach` shares the memory but not the graph, which would live until the bytes are out.
         self._links[dst].send(tensor.detach().contiguous().cpu())
         return Done()
 
@@ -153,6 +157,7 @@ class SocketGroup:
             self._batch.append((tensor, src))
         return Done()
 
+    # On a CPU there is one stream.
     send_on_calc_stream, recv_on_calc_stream = send, recv
 
     def _start_coalescing(self) -> None:
@@ -176,7 +181,7 @@ class SocketGroup:
         if self._rank:
             self.send(tensor.clone(), 0)
         else:
-            reduce = _REDUCTIONS[str(op).rsplit(".", 1)[-1]]
+            reduce = _REDUCTIONS[str(op).rsplit(".", 1)[-1]]  # "ReduceOp.SUM"
             with paddle.no_grad():
                 for peer in range(1, self._size):
                     other = paddle.zeros_like(tensor)
@@ -204,6 +209,7 @@ def enable() -> None:
     ) -> SocketGroup:
         return SocketGroup(store, rank, world_size, group_id)
 
+    # The two modules have each imported the function by name.
     collective._new_process_group_impl = parallel._new_process_group_impl = new_group
     if int(os.environ.get("PADDLE_TRAINER_ID", 0)) > 0:
         _wait_for_store(os.environ["PADDLE_MASTER"])
@@ -238,7 +244,7 @@ def _connect(store: Any, rank: int, size: int, group: int) -> dict[int, socket.s
                 bytes(store.get(f"socket_group/{group}/{peer}")).decode().rsplit(":", 1)
             )
             connections[peer] = socket.create_connection((peer_host, int(port)))
-            connections[peer].sendall(rank.to_bytes(4, "big"))
+            connections[peer].sendall(rank.to_bytes(4, "big"))  # who calls
         while len(connections) < size - 1:
             caller = server.accept()[0]
             connections[int.from_bytes(caller.recv(4, socket.MSG_WAITALL), "big")] = caller
@@ -247,5 +253,5 @@ def _connect(store: Any, rank: int, size: int, group: int) -> dict[int, socket.s
 
 def _memory(tensor: Tensor) -> memoryview:
     """The tensor's own bytes, not a copy."""
-    size = tensor.numel().item() * tensor.element_size()
+    size = tensor.size * tensor.element_size()
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")

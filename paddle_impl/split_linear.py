@@ -23,7 +23,7 @@ def merge_backward(layer: nn.Layer) -> None:
     """Make the linear layers in `layer` ordinary ones, whose backward is one operation."""
     for part in layer.sublayers():
         if isinstance(part, Linear):
-            part.__class__ = nn.Linear
+            part.__class__ = nn.Linear  # its subclass adds a forward, and no state
 
 
 class _TiedProjection(PyLayer):
@@ -37,16 +37,19 @@ class _TiedProjection(PyLayer):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         x, weight = ctx.saved_tensor()
-
+        # The weight's gradient never goes through autograd, which would make it at once: it gets
+        # None, and the product is added here (BW) or by whoever takes it from the store (W).
+        add = partial(_add_tied_gradient, x, weight, gradient)
         if WeightGradStore.enabled:
-            WeightGradStore.put(partial(_add_tied_gradient, x, weight, gradient))
+            WeightGradStore.put(add)
         else:
-            _add_tied_gradient(x, weight, gradient)
+            add()
         return paddle.matmul(gradient, weight), None
 
 
 @paddle.no_grad()
 def _add_tied_gradient(x: Tensor, weight: Tensor, gradient: Tensor) -> None:
+    # Samples and positions are the rows of one matrix: (N, V)ᵀ (N, D), with N = B S.
     product = paddle.matmul(gradient.flatten(0, -2), x.flatten(0, -2), transpose_x=True)  # (V, D)
     weight.grad = product if weight.grad is None else weight.grad.add_(product)
 

@@ -76,6 +76,7 @@ class Stage:
         self._mode = mode
         self._num_tokens = batch.num_tokens
         self._key = step_key(train.seed, batch.step) if mode.has_dropout else None
+        # Differs: on every rank, since those in the middle take the messages' shapes from them.
         self.tokens = [paddle.to_tensor(piece.inputs) for piece in pieces]  # (b, S) each
         self.targets = [paddle.to_tensor(piece.targets) for piece in pieces]  # (b, S) each
         self._samples = [piece.samples for piece in pieces]  # (b,) each
@@ -130,7 +131,7 @@ class Stage:
             looks = saved_tensors()
         with paddle.set_grad_enabled(training), looks as saved:
             if x is not None:
-                x.stop_gradient = not training
+                x.stop_gradient = not training  # a leaf, whose gradient B sends on
             y = self.tokens[micro_batch] if x is None else x
             for units in self._pieces(chunk, recomputes):
                 run = partial(self._run, micro_batch, units)
@@ -141,7 +142,8 @@ class Stage:
         result = None if has_loss else y.detach()
         if training:
             if not has_loss:
-                # the backward of a unit's last operation needs its inputs, not this
+                # The backward of a unit's last operation needs its inputs, not this. What is sent
+                # has the memory for as long as it needs it.
                 y._clear_dataptr()
             self.in_flight[micro_batch, chunk] = Forward(x, y)
             if saved is not None:
@@ -186,12 +188,15 @@ class Stage:
 
 
 class Channel:
-    """Moves tensors between the processes of a pipeline, by fleet's process group; made anew for
+    """Moves tensors between the processes of a pipeline, by Paddle's process groups; made anew for
     every pass.
 
     Messages carry no address: a pair of processes exchanges them in order, and the order in which a
     device sends is written in the schedule. One that comes before it is asked for is kept. They
     carry no shape either: `shapes` has it, (b, S, D), by micro-batch.
+
+    Differs: neither side moves a tensor of the other's. The receiver makes one on its own device
+    and has the sender's bytes put into it.
     """
 
     def __init__(
@@ -206,7 +211,7 @@ class Channel:
         self._arrived: dict[Message, Tensor] = {}
 
     def send(self, message: Message, tensor: Tensor, device: int) -> None:
-        if device == self._device:
+        if device == self._device:  # where a V turns
             self._arrived[message] = tensor
         else:
             group = _one_way[self._device, device]
