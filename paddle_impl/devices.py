@@ -59,15 +59,6 @@ def stage_devices(stages: int, device: str) -> list[str]:
     return [f"{kind}:{i}" for i in gpus_of_stages(stages, count)] if count else ["cpu"] * stages
 
 
-def through_host(used: Sequence[str]) -> bool:
-    """Return whether messages go through the host's memory: on a CPU, and where stages share a GPU.
-
-    Differs: a stage is a process, and NCCL refuses two processes on one GPU. The others' stages are
-    threads of one process, whose tensors stay on the GPU.
-    """
-    return used[0] == "cpu" or len(set(used)) < len(used)
-
-
 def check_dtype(dtype: str) -> None:
     """Raises ValueError for a precision in which the model cannot run on this device, after having
     tried.
@@ -147,6 +138,8 @@ def environment(used: Sequence[str]) -> dict[str, Any]:
 def _gpu_environment(used: Sequence[str]) -> dict[str, Any]:
     """What only a run on GPUs has."""
     import paddle
+
+    from paddle_impl.groups import through_host
 
     return {
         "stage_devices": list(used),

@@ -33,8 +33,9 @@ from common.spec.partition import PartitionPlan
 from common.spec.run import RunConfig, TransformerSpec
 from paddle_impl.clock import device_clock, followed
 from paddle_impl.dropout import DropoutContext
+from paddle_impl.groups import connect
 from paddle_impl.layers import Block, Embedding, Head
-from paddle_impl.stage import Channel, Stage, connect
+from paddle_impl.stage import Channel, Stage
 
 
 class StageLayers(PipelineLayer):

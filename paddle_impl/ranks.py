@@ -43,7 +43,7 @@ def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
     from paddle.distributed import fleet
     from paddle.distributed.fleet.utils.log_util import set_log_level
 
-    from paddle_impl import sockets
+    from paddle_impl import groups, sockets
 
     set_log_level("ERROR")
     warnings.filterwarnings(
@@ -65,7 +65,7 @@ def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
     )
     if kind != "cpu":
         os.environ[f"FLAGS_selected_{kind}s"] = index  # what fleet asks for the GPU of a rank
-    if devices.through_host(used):
+    if groups.through_host(used):
         os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
         sockets.enable()
     else:

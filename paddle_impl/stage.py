@@ -17,18 +17,17 @@ from functools import partial
 
 import paddle
 from paddle import Tensor, nn
-from paddle.distributed.communication.group import Group
 
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
 from common.runtime.mode import Mode
-from common.schedule.action import Op, Schedule
-from common.schedule.dependencies import Step, sends_to
+from common.schedule.action import Schedule
 from common.spec.data import Batch
 from common.spec.dropout_masks import step_key
 from common.spec.run import RunConfig
 from paddle_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
 from paddle_impl.dropout import DropoutContext
+from paddle_impl.groups import one_way, sent_by
 from paddle_impl.held import SavedTensors, memory_bytes, saved_tensors
 from paddle_impl.layers import Head, summed_loss
 from paddle_impl.recompute import recompute
@@ -204,7 +203,7 @@ class Channel:
     ) -> None:
         self._device, self._shapes, self._dtype = device, shapes, dtype
         self._coming = {
-            sender: deque(message for message, to in _sent_by(schedule, sender) if to == device)
+            sender: deque(message for message, to in sent_by(schedule, sender) if to == device)
             for sender in range(schedule.num_devices)
             if sender != device
         }
@@ -214,7 +213,7 @@ class Channel:
         if device == self._device:  # where a V turns
             self._arrived[message] = tensor
         else:
-            group = _one_way[self._device, device]
+            group = one_way[self._device, device]
             paddle.distributed.isend(tensor, dst=device, group=group)
 
     def receive(self, message: Message, device: int) -> Tensor:
@@ -227,47 +226,7 @@ class Channel:
             coming = self._coming[device].popleft()
             # Zeros, since what `empty` finds stops a run with FLAGS_check_nan_inf.
             tensor = paddle.zeros(self._shapes[coming.micro_batch], self._dtype)
-            group = _one_way[device, self._device]
+            group = one_way[device, self._device]
             paddle.distributed.recv(tensor, src=device, group=group)
             self._arrived[coming] = tensor
         return self._arrived.pop(message)
-
-
-_one_way: dict[tuple[int, int], Group] = {}
-"""By sender and receiver, the group that carries this direction's messages alone, once it is made.
-
-On GPUs the two ranks of a group have a communicator, which does their sends and receives one after
-another, and a send ends only with its receive. If one carried both directions, two neighbours that
-both send first would wait for ever, as 1F1B has them (tests/common/test_nccl.py).
-"""
-
-
-def connect(schedule: Schedule, device: int) -> None:
-    """Make the groups that the schedule's messages need; all ranks call it, with one schedule.
-
-    A communicator is made by the first message, and to make one, a rank waits for the other one's
-    call. So that message is sent here: a sender in a pass does not wait. All ranks take the pairs
-    in one order, so they never wait in a circle.
-    """
-    everybody = range(schedule.num_devices)
-    pairs = {(sender, to) for sender in everybody for _, to in _sent_by(schedule, sender)}
-    for sender, receiver in sorted(pairs - _one_way.keys() - {(rank, rank) for rank in everybody}):
-        group = _one_way[sender, receiver] = paddle.distributed.new_group([sender, receiver])
-        if device == sender:
-            paddle.distributed.isend(paddle.zeros([1]), dst=receiver, group=group)
-        elif device == receiver:
-            paddle.distributed.recv(paddle.zeros([1]), src=sender, group=group)
-
-
-def _sent_by(schedule: Schedule, device: int) -> list[tuple[Message, int]]:
-    """What `device` sends, in its order, each with the receiving device."""
-    sent = []
-    for action in schedule.devices[device]:
-        step = Step(action.op, action.micro_batch, schedule.virtual_stage(device, action.chunk))
-        to = sends_to(step, schedule.num_virtual_stages)
-        if to is not None:
-            message = Message(
-                "activation" if action.op is Op.F else "gradient", action.micro_batch, to
-            )
-            sent.append((message, schedule.location[to][0]))
-    return sent

@@ -16,7 +16,7 @@ import numpy as np
 
 from common.runtime.ranks import _free_endpoints
 from common.spec.run import RunConfig
-from tests.campaigns.fake_gpu import fake_paddle
+from tests.paddle import fake_gpus
 
 
 class Ranks:
@@ -117,7 +117,7 @@ def _serve(rank: int, endpoints: Sequence[str], plugin: Path | None, end: Connec
     from paddle_impl.ranks import join_pipeline
 
     if plugin is not None:
-        fake_paddle.complete(plugin)
+        fake_gpus.complete(plugin)
     join_pipeline(rank, endpoints, "auto" if plugin else "cpu")
     while True:
         try:

@@ -20,8 +20,8 @@ import pytest
 from common.runtime.job import Job, JobFile, Part
 from common.runtime.patience import Patience
 from common.spec.run import RunConfig
-from tests.campaigns.fake_gpu import fake_paddle
 from tests.engines import Arrays, Make, batch, different, maker, small, train
+from tests.paddle import fake_gpus
 from tests.paddle.ranks import Pipeline, Ranks
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -55,7 +55,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_paddle.build(tmp_path_factory.mktemp("gpu"))
+    return fake_gpus.build(tmp_path_factory.mktemp("gpu"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def fake_ranks(plugin: Path) -> Iterator[Callable[[int, int], Ranks]]:
     def of(stages: int, gpus: int) -> Ranks:
         if (stages, gpus) not in started or not started[stages, gpus].alive:
             with pytest.MonkeyPatch.context() as patch:
-                for name, value in fake_paddle.environment(plugin, gpus, late_us=200).items():
+                for name, value in fake_gpus.environment(plugin, gpus, late_us=200).items():
                     patch.setitem(os.environ, name, value)
                 started[stages, gpus] = Ranks(stages, plugin)
         return started[stages, gpus]
@@ -174,9 +174,9 @@ def test_one_communicator_for_both_directions_hangs(on_gpus: Callable[[int], Mak
 
 
 def _one_group_for_both_directions(engine: Any) -> None:
-    from paddle_impl import stage
+    from paddle_impl import groups
 
-    stage._one_way[1, 0] = stage._one_way[0, 1]
+    groups.one_way[1, 0] = groups.one_way[0, 1]
 
 
 def test_a_communicator_that_is_not_made_at_build_holds_up_a_pass(
@@ -191,9 +191,9 @@ def test_a_communicator_that_is_not_made_at_build_holds_up_a_pass(
 def _groups_without_a_message(engine: Any) -> None:
     import paddle
 
-    from paddle_impl import stage
+    from paddle_impl import groups
 
-    stage._one_way |= {pair: paddle.distributed.new_group(list(pair)) for pair in stage._one_way}
+    groups.one_way |= {pair: paddle.distributed.new_group(list(pair)) for pair in groups.one_way}
 
 
 def start(plugin: Path, folder: Path, *before: str) -> subprocess.CompletedProcess[str]:
@@ -206,7 +206,7 @@ def start(plugin: Path, folder: Path, *before: str) -> subprocess.CompletedProce
     code = "; ".join([*main, f"sys.exit(main([{str(folder / 'jobs.json')!r}]))"])
     return subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | fake_paddle.environment(plugin),
+        env=os.environ | fake_gpus.environment(plugin),
         capture_output=True,
         text=True,
         check=False,

@@ -1,5 +1,5 @@
-"""Fake GPUs under Paddle: builds the plugin (`fake_paddle.cc`), and adds what plugins lack.
-`tests/paddle/test_fake_gpus.py` runs the pipeline on them.
+"""Fake GPUs under Paddle: the plugin of tests/campaigns/fake_gpu/fake_paddle.cc, and what plugins
+lack.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+SOURCE = Path(__file__).parents[1] / "campaigns" / "fake_gpu" / "fake_paddle.cc"
 LIBRARY = "libfake_paddle.so"
 
 
@@ -19,8 +20,7 @@ def build(folder: Path) -> Path:
     assert paddle is not None and paddle.origin is not None
     include = Path(paddle.origin).with_name("include")
     flags = ["-shared", "-fPIC", "-O1", "-std=c++17", "-Wall", "-Werror", "-isystem", str(include)]
-    source = Path(__file__).with_suffix(".cc")
-    subprocess.run(["g++", *flags, source, "-o", folder / LIBRARY, "-lpthread"], check=True)
+    subprocess.run(["g++", *flags, SOURCE, "-o", folder / LIBRARY, "-lpthread"], check=True)
     return folder
 
 
