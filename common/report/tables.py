@@ -234,7 +234,7 @@ def _device(good: Sequence[RunResult]) -> tuple[str, int]:
     they said.
     """
     said = good[0].environment if good else {}
-    if "cuda" not in str(said.get("device_kind", "cpu")):
+    if said.get("device_kind", "cpu") == "cpu":
         return "cpu", 0
     name, places = said.get("device_name", "cuda"), said.get("stage_devices", [])
     return (", ".join(dict.fromkeys(map(str, name))) if isinstance(name, list) else str(name)), len(

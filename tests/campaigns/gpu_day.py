@@ -188,8 +188,7 @@ def bench(framework: str, options: str) -> tuple[tuple[str, ...], ...]:
 
 def checks(framework: str, gpus: int) -> Iterator[Check]:
     """Return what to try of one framework, which sees so many GPUs."""
-    # Paddle has a process per stage, and NCCL takes one process per GPU.
-    counts = [p for p in (1, 2, 4, 8) if p <= (gpus if framework == "paddle" else max(gpus, 4))]
+    counts = [p for p in (1, 2, 4, 8) if p <= max(gpus, 4)]
     stages, most = ",".join(map(str, counts)), counts[-1]
     tiny = "--preset tiny --num-layers 6 --repeats 1"  # a unit for each of 8 stages
     kinds = ["float32 1f1b", "float32 gpipe", "float32 zb-h1", "float32 zb-h2", "float64 zb-h1"]

@@ -8,7 +8,7 @@ import pytest
 
 from common.spec import gpus as machine
 from common.spec import rules
-from common.spec.gpus import Gpu, _chosen, fell_back
+from common.spec.gpus import Gpu, _chosen, fell_back, gpus_of_stages
 from common.spec.run import RunConfig
 
 SAID = """0, GPU-aa11, NVIDIA H200, 143771, 580.95.05
@@ -39,6 +39,22 @@ def test_cuda_visible_devices_is_read_as_cuda_reads_it(
 def test_memory_and_driver() -> None:
     assert _chosen(SAID, "0") == (H200,)
     assert _chosen(SAID, "2")[0].memory_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("stages", "gpus", "expected"),
+    [
+        (2, 8, [0, 1]),
+        (4, 2, [0, 0, 1, 1]),
+        (3, 2, [0, 0, 1]),
+        (5, 3, [0, 0, 1, 1, 2]),
+        (2, 1, [0, 0]),
+    ],
+)
+def test_neighbours_share_where_there_are_fewer_gpus_than_stages(
+    stages: int, gpus: int, expected: list[int]
+) -> None:
+    assert gpus_of_stages(stages, gpus) == expected
 
 
 @pytest.mark.parametrize(

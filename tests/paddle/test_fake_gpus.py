@@ -19,6 +19,7 @@ import pytest
 
 from common.runtime.job import Job, JobFile, Part
 from common.runtime.patience import Patience
+from common.schedule.generators import GENERATORS, default_chunks
 from common.spec.run import RunConfig
 from tests.engines import Arrays, Make, batch, different, maker, small, train
 from tests.paddle import fake_gpus
@@ -27,21 +28,17 @@ from tests.paddle.ranks import Pipeline, Ranks
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 LONG: dict[str, Any] = {"train": {"batch_size": 16, "micro_batches": 8}}
-VEE: dict[str, Any] = {"run": {"chunks": 2}}
 
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     # stages, schedule, and further arguments of `make`
-    "naive": (2, "naive", {}),
-    "gpipe": (2, "gpipe", {}),
-    "1f1b": (4, "1f1b", LONG),
-    "interleaved": (2, "interleaved", VEE),
-    "zb-h1": (4, "zb-h1", LONG),
-    "zb-h2": (4, "zb-h2", LONG),
-    "zb-v": (2, "zb-v", VEE),
-    "search": (2, "search", {}),
+    name: (2, name, {"run": {"chunks": default_chunks(name)}})
+    for name in GENERATORS
+} | {
+    "1f1b on four": (4, "1f1b", LONG),
+    "zb-h2 on four": (4, "zb-h2", LONG),
     "fleet's own": (2, "1f1b", {"run": {"executor": "native"}, "tied_head": True}),
     "tied": (2, "1f1b", {"tied_head": True}),
-    "tied on one rank": (2, "zb-v", {"tied_head": True, **VEE}),
+    "tied on one rank": (2, "zb-v", {"tied_head": True, "run": {"chunks": 2}}),
     "dropout": (2, "zb-h1", {"dropout": 0.1}),
     "recomputation": (2, "zb-h1", {"dropout": 0.1, "run": {"recompute": "every-1"}}),
     "uneven": (
