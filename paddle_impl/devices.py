@@ -81,7 +81,7 @@ def check_dtype(dtype: str) -> None:
         "layer_norm": lambda: functional.layer_norm(x, [2]),
     }
     missing = [name for name, operation in operations.items() if not _runs(operation)]
-    why = f"has no kernel for {', '.join(missing)}" if missing else "has not run this model in it"
+    why = f"has no kernel for {', '.join(missing)}" if missing else "keeps no float32 masters here"
     where = f"Paddle {paddle.__version__} on {paddle.device.get_device()}"
     raise ValueError(f"dtype = bfloat16: {where} {why}; expected float32 or float64")
 

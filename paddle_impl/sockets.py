@@ -1,4 +1,5 @@
-"""What makes fleet's pipeline run on CPUs: a process group over sockets in place of gloo.
+"""What makes fleet's pipeline run on CPUs, and where stages share a GPU: a process group over
+sockets in place of gloo.
 
 Fleet's pipeline is written for NCCL. Gloo lacks the calls on a compute stream that it makes, counts
 point-to-point messages per group instead of per pair, so that they get mixed up with more than two
