@@ -236,6 +236,5 @@ def build_pipeline(config: RunConfig, layers: StageLayers, schedule: Schedule) -
     chosen = NativePipeline if config.executor == "native" else TablePipeline
     pipeline = chosen(layers, fleet.get_hybrid_communicate_group(), strategy)
     pipeline.config, pipeline.schedule = config, schedule
-    if chosen is TablePipeline:
-        connect(schedule, pipeline.stage_id)
+    connect(schedule, pipeline.stage_id)  # fleet's own schedule, too, is evaluated by `walk`
     return pipeline
