@@ -19,8 +19,9 @@ def main(arguments: list[str]) -> int:
     try:
         jobs = JobFile.read(arguments[0])
         largest = max((job.config for job in jobs.jobs), key=lambda config: config.stages)
-        if len({job.config.track for job in jobs.jobs}) > 1:
-            raise ValueError("the jobs of one file share track; expected one file for each")
+        for field in ("track", "device"):  # TensorFlow's devices and kernels are a process' own
+            if len({getattr(job.config, field) for job in jobs.jobs}) > 1:
+                raise ValueError(f"the jobs of one file share {field}; expected one file for each")
         if len({job.config.drift == "onednn" for job in jobs.jobs}) > 1:
             raise ValueError(
                 "drift = onednn is for a whole process; expected a file of jobs that all have it"

@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from tf_impl.cut_graphs import StageFunctions
+from tf_impl.cut_graphs.functions import StageFunctions
 
 
 class Forward(NamedTuple):

@@ -22,7 +22,7 @@ from common.spec.data import IGNORED, Batch, MicroBatch
 from common.spec.dropout_masks import step_key
 from common.spec.parameters import TensorKey, parameter_shapes, unit_names
 from common.spec.run import RunConfig
-from tf_impl import devices
+from tf_impl import devices, gpus
 from tf_impl.keras_optimizers import make_optimizer, moments_of
 from tf_impl.language_model import LanguageModel
 from tf_impl.weights import (
@@ -46,6 +46,7 @@ class PlainEngine(BaselineEngine):
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         train = config.train
+        self._device = devices.stage_devices(1, config.device)
         keras.config.set_floatx(train.dtype)  # of the loss that Keras reports
         self.model = LanguageModel(config)
         named = named_parameters(unit_names(config.model), self.model.units, config.model.tied_head)
@@ -65,6 +66,7 @@ class PlainEngine(BaselineEngine):
             return apply(dense, *arguments)
 
         optimizer.apply = apply_dense
+        # Now, and not in the first step: a checkpoint is loaded into slots that are there.
         optimizer.build([item.parameter for item in self._named])
         self._loss = keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, ignore_class=IGNORED
@@ -78,6 +80,7 @@ class PlainEngine(BaselineEngine):
         for variable in self.model.optimizer.variables:
             variable.assign(tf.zeros(variable.shape, variable.dtype))
         self._given, self._first = {}, (weights, None)
+        gpus.reset_peaks(self._device)
 
     def forward_backward(self, batch: Batch) -> float:
         if self._first[1] is None:
@@ -87,7 +90,7 @@ class PlainEngine(BaselineEngine):
         return float(self.model.train_on_batch(self._inputs(batch), batch.targets))
 
     def apply_gradients(self, step: int) -> float:
-        if self._given:
+        if self._given:  # `set_gradients`: a step from given gradients, to compare optimizers
             self.model.optimizer.learning_rate = self.config.train.learning_rate_at(step)
             gradients = [self._given[item.name] for item in self._named]
             self.model.optimizer.apply(gradients, [item.parameter for item in self._named])
@@ -124,9 +127,7 @@ class PlainEngine(BaselineEngine):
         self.model.optimizer.iterations.assign(steps_done)
 
     def _moments(self) -> dict[str, Callable[[keras.Variable], tf.Variable]]:
-        variables = [item.parameter for item in self._named]
-        found = moments_of(self.model.optimizer, variables)
-        return {name: lambda variable, of=of: of[id(variable)] for name, of in found.items()}
+        return moments_of(self.model.optimizer, [item.parameter for item in self._named])
 
     def weights(self) -> Arrays:
         return self._in_order(export_weights(self._named))
@@ -138,6 +139,7 @@ class PlainEngine(BaselineEngine):
         start, batch = self._first
         if batch is None or int(self.model.optimizer.iterations) > 1:
             raise RuntimeError("Keras keeps no gradients; ask after the first step")
+        # At the weights that the first step started from; then those of now are put back.
         now = export_weights(self._named)
         load_weights(self._named, start)
         with tf.GradientTape() as tape:
@@ -153,12 +155,10 @@ class PlainEngine(BaselineEngine):
         self._given = {name: tf.constant(value) for name, value in gradients.items()}
 
     def environment(self) -> dict[str, Any]:
-        return devices.environment() | devices.best_track(self.config)
+        return devices.environment(self._device) | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
-        if "GPU" in devices.stage_devices(1, self.config.device)[0]:
-            return {0: tf.config.experimental.get_memory_info("GPU:0")["peak"]}
-        return {0: peak_resident_bytes()}
+        return gpus.peaks(self._device) or {0: peak_resident_bytes()}
 
     def close(self) -> None:
         keras.config.set_floatx("float32")
@@ -167,6 +167,7 @@ class PlainEngine(BaselineEngine):
         if not self.config.model.dropout:
             return (batch.inputs,)
         whole: MicroBatch = batch.micro_batches(1)[0]
+        # Keras cuts every input by rows, so the one key comes once for each of them: (B,).
         key = np.full(len(whole.samples), step_key(self.config.train.seed, batch.step), np.int64)
         return batch.inputs, key, whole.samples.astype(np.int64)
 

@@ -84,7 +84,7 @@ def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]
                 f"{path}: not the weights of this model: {in_one_line(error)}"
             ) from None
     named = _named(spec, model)
-    if spec.tied_head:
+    if spec.tied_head:  # the file has the token embedding twice, as the plain model has
         own, copy = (item.parameter.numpy() for item in named if item.name == TOKEN_EMBEDDING)
         check_tied(own, copy)
     return export_weights(item for item in named if not item.is_copy)
@@ -115,6 +115,8 @@ def _dtype(path: Path) -> str:
     try:
         with h5py.File(path) as file:
             file.visititems_links(lambda name, link: links.update({name: link}))
+            # HDF5 can lead to other files in three ways: by links, and by data that is external
+            # or virtual. None is followed.
             for name, link in links.items():
                 item = file[name] if isinstance(link, h5py.HardLink) else None
                 own = not isinstance(item, h5py.Dataset) or not (item.external or item.is_virtual)

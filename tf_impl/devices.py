@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from common.runtime.cpus import threads_per_stage
+from common.spec.gpus import gpus_of_stages, visible_gpus
 from common.spec.run import RunConfig
+from tf_impl import gpus
 from tf_impl.executors import one_core_per_stage
-
-if TYPE_CHECKING:
-    pass
 
 
 def configure(
@@ -25,7 +25,7 @@ def configure(
     track: str = "matched",
     onednn: bool = False,
 ) -> None:
-    """Make one logical device per stage, with `threads // stages` CPU threads each (default: all
+    """Make one logical device per stage; on CPU each has `threads // stages` threads (default: all
     usable CPUs).
 
     For parity oneDNN and TF32 are off, and so are the graph rewrites of Grappler: they merge
@@ -38,6 +38,7 @@ def configure(
     os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1" if onednn or track == "best" else "0"
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's, for `visible_gpus`
     import tensorflow as tf
 
     tf.get_logger().setLevel(
@@ -53,8 +54,11 @@ def configure(
         2 * stages if own_threads == 1 else own_threads
     )
     if _kind(device) == "GPU":
-        for gpu in tf.config.list_physical_devices("GPU"):
-            tf.config.experimental.set_memory_growth(gpu, True)
+        gpus.configure(stages)
+        return
+    # Otherwise TensorFlow would start CUDA on every GPU and put on the first one whatever is not
+    # placed: the batch, for one.
+    tf.config.set_visible_devices([], "GPU")
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(stages)]
@@ -67,27 +71,30 @@ def _kind(device: str) -> str:
 
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device = {device!r}; expected auto, cpu or cuda")
-    has_gpu = bool(tf.config.list_physical_devices("GPU"))
+    has_gpu = bool(tf.config.get_visible_devices("GPU"))  # none once `configure` has hidden them
     if device == "cuda" and not has_gpu:
         raise ValueError("device = 'cuda', but TensorFlow sees no GPU; expected 'cpu' or 'auto'")
     return "GPU" if has_gpu and device != "cpu" else "CPU"
 
 
 def stage_devices(stages: int, device: str = "auto") -> list[str]:
-    """Return the logical device of every stage. GPUs are dealt round, so that several stages may
-    share one.
+    """Return the logical device of every stage; neighbours share a GPU where there are fewer GPUs
+    than stages.
 
     Raises ValueError if there are fewer logical CPU devices than stages.
     """
     import tensorflow as tf
 
-    found = [logical.name for logical in tf.config.list_logical_devices(_kind(device))]
-    if _kind(device) == "CPU" and len(found) < stages:
+    kind = _kind(device)
+    found = [logical.name for logical in tf.config.list_logical_devices(kind)]
+    if kind == "GPU":
+        return gpus.dealt(found, len(tf.config.get_visible_devices("GPU")), stages)
+    if len(found) < stages:
         raise ValueError(
             f"{stages} stages need {stages} logical devices, TensorFlow has {len(found)}; expected "
             f"tf_impl.devices.configure(stages={stages}) before the first TensorFlow operation"
         )
-    return [found[s % len(found)] for s in range(stages)]
+    return found[:stages]
 
 
 def best_track(config: RunConfig) -> dict[str, Any]:
@@ -102,36 +109,54 @@ def best_track(config: RunConfig) -> dict[str, Any]:
     return {"track": config.track, "best": said if config.track == "best" else []}
 
 
-def environment() -> dict[str, Any]:
-    """Return what TensorFlow says about itself."""
+def environment(used: Sequence[str]) -> dict[str, Any]:
+    """Versions, threads and flags as TensorFlow reports them, and what the stages' devices are."""
     import keras
     import tensorflow as tf
 
-    gpus = tf.config.list_physical_devices("GPU")
-    names = [
-        tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus
-    ]
+    on_gpus = "GPU" in used[0]
+    cpu_kernels = "Eigen and oneDNN" if _has_onednn() else "Eigen"
     return {
         "framework": "tensorflow",
         "version": tf.__version__,
         "keras": keras.__version__,
         "python": platform.python_version(),
-        "device_kind": "cuda" if gpus else "cpu",
-        "device_name": names[0] if gpus else platform.processor() or platform.machine(),
-        "logical_devices": [
-            device.name for device in tf.config.list_logical_devices("GPU" if gpus else "CPU")
-        ],
+        "device_kind": "cuda" if on_gpus else "cpu",
+        "device_name": _gpu_name() if on_gpus else platform.processor() or platform.machine(),
+        "logical_devices": list(used),
         "threads_per_stage": tf.config.threading.get_intra_op_parallelism_threads(),
         "inter_op_threads": tf.config.threading.get_inter_op_parallelism_threads(),
         "one_core_per_stage": one_core_per_stage(),
         "tf32": tf.config.experimental.tensor_float_32_execution_enabled(),
         "onednn": _has_onednn(),
-        "kernels": "cuBLAS" if gpus else "Eigen and oneDNN" if _has_onednn() else "Eigen",
+        "kernels": "cuBLAS" if on_gpus else cpu_kernels,
         "graph_rewrites": not tf.config.optimizer.get_experimental_options().get(
             "disable_meta_optimizer", False
         ),
+    } | (_gpu_environment(used) if on_gpus else {})
+
+
+def _gpu_environment(used: Sequence[str]) -> dict[str, Any]:
+    """What only a run on GPUs has."""
+    import tensorflow as tf
+
+    cards = gpus_of_stages(len(used), len(tf.config.get_visible_devices("GPU")))
+    return {
+        "stage_devices": [f"GPU:{card}" for card in cards],
+        "driver": next((gpu.driver for gpu in visible_gpus()), "unknown"),
+        "cuda": tf.sysconfig.get_build_info().get("cuda_version"),
     }
 
 
+def _gpu_name() -> str:
+    import tensorflow as tf
+
+    gpu = tf.config.get_visible_devices("GPU")[0]
+    return str(tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name))
+
+
 def _has_onednn() -> bool:
-    return os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") != "0"
+    """As TensorFlow read its environment, which it does once."""
+    from tensorflow.python.util import _pywrap_util_port  # no public name
+
+    return bool(_pywrap_util_port.IsMklEnabled())

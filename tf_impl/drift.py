@@ -177,6 +177,8 @@ def _sparse_embedding_gradient(config: RunConfig) -> _Patches:
     Keras squares the rows of `tf.IndexedSlices` one by one, in the norm and in Adam's second
     moment.
     """
+    # Keras would see tf.IndexedSlices; the pipeline adds dense gradients up, so what differs, the
+    # sum of squared rows, is computed beside it and put in its place.
     shape = (config.model.vocab_size, config.model.d_model)
     squares = tf.Variable(
         tf.fill(shape, tf.constant(-1.0, config.train.dtype))
@@ -204,6 +206,7 @@ def _sparse_embedding_gradient(config: RunConfig) -> _Patches:
         def update_step(
             self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
         ) -> None:
+            # The token embedding is the first weight of the first stage; others are as ever.
             if self._get_variable_index(variable) or tuple(variable.shape) != shape:
                 super().update_step(gradient, variable, learning_rate)
                 return

@@ -10,13 +10,13 @@ Differs: only a cut graph moves operations, so only TensorFlow has to ask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.python.framework import op_def_registry  # no public name
+from tensorflow.python.framework import op_def_registry, ops  # no public names
 
 REPEATED = frozenset(
     {
@@ -32,6 +32,22 @@ REPEATED = frozenset(
     }
 )
 """Stateful or not, these are repeated where they are needed, and two of them are as good as one."""
+
+
+def custom_gradients(graph: Any) -> list[str]:
+    """Return the names under which `tf.custom_gradient` has registered gradients for `graph`."""
+    marked = [op for op in graph.get_operations() if op.type in ("Identity", "IdentityN")]
+    names = [op.node_def.attr["_gradient_op_type"].s.decode() for op in marked]
+    return [name for name in names if name]
+
+
+def forget_gradients(names: Iterable[str]) -> None:
+    """Drop these gradients, of a graph that nobody differentiates any more.
+
+    TensorFlow's registry is one for the process and keeps every graph that it has seen.
+    """
+    for name in names:
+        ops.gradient_registry._registry.pop(name, None)
 
 
 def mask_of(x: Any) -> tf.Tensor | None:
@@ -50,6 +66,8 @@ def called_functions(node: Any) -> list[str]:
     """Return the functions that a node runs: a loop's body and condition, branches, an inner
     `tf.function`.
     """
+    # As attributes: While has two functions, Case a list of them. A node whose type is no known
+    # operation is the call of the function of that name.
     given = [
         f.name for value in node.attr.values() for f in (value.func, *value.list.func) if f.name
     ]
@@ -63,7 +81,7 @@ def is_repeatable(node: Any, library: Mapping[str, Any], among: frozenset[str] =
     harmless.
     """
     called = called_functions(node)
-    if called:
+    if called:  # the loop of an LSTM is stateful, since its body reads weights: look inside
         return all(
             is_repeatable(inner, library, among)
             for name in called
@@ -109,6 +127,7 @@ def effects_of(layer: keras.layers.Layer, x: Any, call: Callable[[Any], Any]) ->
     def traced(x: tf.Tensor, mask: tf.Tensor | None) -> None:
         masks.append(mask_of(call(with_mask(x, mask))))
 
+    # The batch size stays open, as in Keras' own symbolic call.
     def spec(t: Any) -> Any:
         return None if t is None else tf.TensorSpec(t.shape, t.dtype)
 
@@ -116,9 +135,11 @@ def effects_of(layer: keras.layers.Layer, x: Any, call: Callable[[Any], Any]) ->
         graph = traced.get_concrete_function(spec(x), spec(mask_of(x))).graph
     except Exception:  # the real trace, with a batch size, has the last word
         return None
+    forget_gradients(custom_gradients(graph))
     graph_def = graph.as_graph_def()
     library = {function.signature.name: function for function in graph_def.library.function}
     found = [node for node in graph_def.node if not is_repeatable(node, library)]
+    # By the name of the graph's input: the resource outside that it stands for.
     outer = {inner.op.name: outer for outer, inner in graph.captures}
     own = {id(handle): v for v in layer.variables for handle in handles(v)}
     weights = {id(v) for v in layer.weights}
@@ -129,11 +150,12 @@ def effects_of(layer: keras.layers.Layer, x: Any, call: Callable[[Any], Any]) ->
             outer[name] for name in node.input if name in outer and outer[name].dtype == tf.resource
         ]
         variables = [own.get(id(resource)) for resource in resources]
+        # AssignAddVariableOp(variable, value): the first input is what is assigned.
         target = variables[0] if node.op.startswith("Assign") and variables else None
         is_undone &= target is not None and not target.trainable
         assigned = variables if not node.op.startswith("Assign") else variables[:1]
         for v in assigned:
-            if v is None:
+            if v is None:  # a plain tf.Variable, a table: not Keras' own
                 changed[layer.name] = None
             elif id(v) in weights:
                 changed[v.path.rsplit("/", 1)[0]] = None

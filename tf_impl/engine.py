@@ -19,7 +19,7 @@ from common.spec.data import IGNORED, Batch
 from common.spec.parameters import TensorKey, parameter_shapes, unit_names
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
-from tf_impl import devices
+from tf_impl import devices, gpus
 from tf_impl.gpipe_model import GPipeModel
 from tf_impl.keras_optimizers import make_optimizer
 from tf_impl.optimizer import learning_rate
@@ -68,12 +68,15 @@ class PipelineEngine:
         self.devices = tuple(range(config.stages))
         self.on_action: Callable[[int, Action | None], None] = unwatched
         self.model.on_action = lambda device, action: self.on_action(device, action)
+        self.model.times_actions |= config.action_times
         self.model.build((None, model.context_length))
         named = named_parameters(unit_names(model), self.model.units, model.tied_head)
+        # The harness sees what the optimizer updates: float32 where the layers have bfloat16.
         self._named = [
             item._replace(parameter=self.model.master_of(item.parameter)) for item in named
         ]
         not_decayed = [item.parameter for item in self._named if not train.decays(item.name)]
+        # Over (B, S, V) logits and (B, S) targets, in float32 at least.
         loss = keras.losses.SparseCategoricalCrossentropy(
             from_logits=True,
             ignore_class=IGNORED,
@@ -84,10 +87,11 @@ class PipelineEngine:
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         load_weights(self._named, weights)
-        self.model.cast_masters()
+        self.model.cast_masters()  # the layers' own copies, where they have less precise ones
         for chunk in self.model.chunks:
             chunk.clear_gradients()
         self.model.reset_optimizer()
+        gpus.reset_peaks(self.model.stage_devices)
 
     def forward_backward(self, batch: Batch) -> float:
         return self.model.forward_backward(batch.inputs, batch.targets, step=batch.step)
@@ -97,6 +101,8 @@ class PipelineEngine:
         return self.model.apply_gradients(step)
 
     def evaluate(self, batch: Batch) -> float:
+        # Without labels in the pass itself: the last stage makes its part of the loss of each
+        # prediction, (b, S, V), and keeps no more than that.
         pieces = batch.micro_batches(self.config.train.micro_batches)
         losses = self.model.forward_only(
             batch.inputs,
@@ -141,7 +147,7 @@ class PipelineEngine:
             load_gradients(
                 self._named, {i.name: state[f"{moment}/{i.name}"] for i in self._named}, moment_of
             )
-        self.model.optimizer.iterations.assign(steps_done)
+        self.model.optimizer.iterations.assign(steps_done)  # Adam's bias correction counts steps
 
     def weights(self) -> Arrays:
         return self._in_order(export_weights(self._named))
@@ -156,20 +162,19 @@ class PipelineEngine:
         return self.model.events
 
     def environment(self) -> dict[str, Any]:
-        return devices.environment() | devices.best_track(self.config)
+        used = self.model.stage_devices
+        said = devices.environment(used) | devices.best_track(self.config)
+        if said["device_kind"] == "cpu":
+            return said
+        functions = [each for chunk in self.model.chunks for each in chunk.functions]
+        graphs = [made.graph for each in functions for made in each.made().values()]
+        return said | {"without_gpu_kernel": ", ".join(gpus.without_kernel(graphs))}
 
     def peak_memory_bytes(self) -> dict[int, int]:
-        """As the protocol says; stages that share a GPU are counted together, under the first of
-        them.
+        """As the protocol says, by logical device: stages that share one are counted together,
+        under the first of them.
         """
-        names = self.model.stage_devices
-        if "GPU" in names[0]:
-            short = {name: name.split("device:")[-1] for name in names}
-            return {
-                names.index(n): tf.config.experimental.get_memory_info(short[n])["peak"]
-                for n in dict.fromkeys(names)
-            }
-        return {0: peak_resident_bytes()}
+        return gpus.peaks(self.model.stage_devices) or {0: peak_resident_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
         return {d: stage.held.peak_bytes for d, stage in enumerate(self.model.stages)}

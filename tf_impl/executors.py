@@ -30,10 +30,10 @@ def one_core_per_stage() -> bool:
     """Return whether each stage is to compute on one core, as if it were a device of its own."""
     import tensorflow as tf
 
-    options = tf.config.optimizer.get_experimental_options()
-    return tf.config.threading.get_intra_op_parallelism_threads() == 1 and options.get(
-        "disable_meta_optimizer", False
-    )
+    if tf.config.threading.get_intra_op_parallelism_threads() != 1:
+        return False
+    # Grappler's rewrites do not know this executor.
+    return bool(tf.config.optimizer.get_experimental_options().get("disable_meta_optimizer"))
 
 
 def on_one_thread(device: str, only_own_device: bool) -> bool:
@@ -57,6 +57,8 @@ def stage_thread(
     import tensorflow as tf
     from tensorflow.python.eager import context  # no public name for the executor
 
+    # A function with a loop is traced for the executor of the thread that traces it, and no other
+    # runs it: so whatever belongs to a stage is traced, too, within this context.
     stack = contextlib.ExitStack()
     stack.enter_context(tf.device(device))
     if on_one_thread(device, only_own_device):
@@ -70,7 +72,8 @@ def any_executor() -> contextlib.AbstractContextManager[Any]:
     """
     from tensorflow.python.eager import context
 
-    return context.function_executor_type("DEFAULT")
+    normal: contextlib.AbstractContextManager[Any] = context.function_executor_type("DEFAULT")
+    return normal
 
 
 class OnCallingThread:

@@ -36,13 +36,13 @@ from common.spec.dropout_masks import step_key
 from common.spec.parameters import unit_names
 from common.spec.run import TransformerSpec
 from tf_impl import devices, executors
-from tf_impl.cut_graphs import RECOMPUTED_EFFECT
+from tf_impl.cut_graphs.functions import RECOMPUTED_EFFECT
 from tf_impl.effects import mask_of, with_mask
 from tf_impl.keras_optimizers import check_optimizer, moments_of
 from tf_impl.keras_pipeline.batch import one_tensor, piece_sizes, unpacked
-from tf_impl.keras_pipeline.chunk import Chunk, apply_layer
+from tf_impl.keras_pipeline.chunk import Chunk, Weight, apply_layer
 from tf_impl.keras_pipeline.forward_only import ForwardOnly, concatenated
-from tf_impl.keras_pipeline.loss import BatchLoss, check_loss
+from tf_impl.keras_pipeline.loss import BatchLoss, NoLoss, check_loss
 from tf_impl.keras_pipeline.row import check_numbers, cut_row, row_of
 from tf_impl.keras_pipeline.saving import SavedRow, schedule_text
 from tf_impl.keras_pipeline.tracing import Traced, TracedRow
@@ -106,6 +106,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         )
         self.spec = layers if isinstance(layers, TransformerSpec) else None
         self.seed = seed
+        # Lists of layers must be complete before they become an attribute: Keras looks only then.
         start = None
         if isinstance(layers, TransformerSpec):
             self.units = [build_unit(layers, unit, dtype) for unit in unit_names(layers)]
@@ -113,6 +114,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
             self.units, start = row_of(layers)
         if isinstance(schedule, str):
             made = make_schedule(schedule, num_stages, num_micro_batches, num_chunks)
+            # What a saved model says of itself: a name, or the whole text where a file had it.
             schedule = made if schedule.startswith("file:") else schedule
         else:
             made = schedule
@@ -123,6 +125,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         edges = cut_row(self.spec, len(self.units), num_stages, made.num_chunks, partition)
         names = devices.stage_devices(num_stages, device)
         strategies = executors.stage_strategies(names)
+        # By virtual stage: with two devices and two chunks each, chunks 0 and 2 are on device 0.
         self.chunks = [
             Chunk(
                 self.units[edges[k] : edges[k + 1]],
@@ -133,13 +136,16 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
             )
             for k in range(made.num_virtual_stages)
         ]
+        # By device.
         self.stages = [
             Stage([self.chunks[made.virtual_stage(d, c)] for c in range(made.num_chunks)])
             for d in range(num_stages)
         ]
         self.stage_devices = names
         self.events: dict[int, list[Event]] = {}
-        """What the last `forward_backward` did, per device."""
+        """What the last `forward_backward` did, per device, if `times_actions`."""
+        self.times_actions = "GPU" not in names[0]
+        """On GPUs this makes the host wait for the device three times an action."""
         self.on_action: Callable[[int, Action | None], None] = unwatched
         """Called with the device ahead of every action, and with None after the last, on the
         stage's thread.
@@ -174,6 +180,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
                 if isinstance(self.units[0], Embedding | keras.layers.Embedding)
                 else keras.config.floatx()
             )
+        # The batch size stays open: micro-batches, and batches to predict, have different ones.
         x = start = keras.KerasTensor((None, *input_shape[1:]), dtype)
         taken: set[int] = set()
         for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
@@ -189,7 +196,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         self._check_effects()
         if self._tied is not None:
             own, copy = self._tied
-            copy.assign(own)
+            copy.assign(own)  # two variables that begin and stay equal: `_add_tied_gradients`
             self.cast_masters()
         self._claim_optimizer()
 
@@ -226,7 +233,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         self._reports = bool(metrics or weighted_metrics or own_metrics)
         super().compile(
             optimizer=optimizer,
-            loss=loss,
+            loss=NoLoss() if loss is None else loss,
             loss_weights=loss_weights,
             metrics=metrics,
             weighted_metrics=weighted_metrics,
@@ -236,6 +243,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
             auto_scale_loss=auto_scale_loss,
         )
         check_optimizer(self.optimizer)
+        # The loss and the metrics are part of what is traced.
         self._optimizers, self._traced, self._loss = [], {}, None
         self._claim_optimizer()
         self._warn_of_states()
@@ -252,14 +260,15 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         mask = mask_of(x)
         for chunk, (d, _) in zip(self.chunks, self.schedule.location, strict=True):
             with self._executor(d):  # a loop that is traced for another does not run on it
+                # `identity` copies to this stage's device; the last argument counts losses whole.
                 given = (t if t is None else tf.identity(t) for t in (x, mask))
                 x, mask, _ = chunk.evaluate(*given, tf.ones((), tf.float64))
         return with_mask(x, mask)
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        x, y, sample_weight = unpacked(data)
+        x, y, sample_weight = unpacked(data, self._needs_labels)
         loss = self.forward_backward(x, y, sample_weight)
-        if any(chunk.variables for chunk in self.chunks):
+        if self._weights:
             self.apply_gradients()
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
@@ -267,7 +276,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         return self._reported(loss, x, y, prediction, sample_weight)
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        x, y, sample_weight = unpacked(data)
+        x, y, sample_weight = unpacked(data, self._needs_labels)
         prediction, layer_losses = self._forward(x)
         loss = math.fsum(
             float(value)
@@ -303,7 +312,13 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
                 "(drop_remainder=True where a data set is batched)"
             )
         self._ensure_built(x)
+        if not (self._needs_labels or any(chunk.adds_losses for chunk in self.chunks)):
+            raise ValueError(
+                "loss=None, and no layer adds a loss; expected compile(loss=...), for example 'mse'"
+            )
         labels = [y] if sample_weight is None else [y, sample_weight]
+        # Of the whole mini-batch, and known before the first micro-batch: every micro-batch then
+        # adds its part of the one loss, and the gradients simply add up.
         divisor = self._divisor(self._ensure_traced(x, labels), x, labels)
         sizes = piece_sizes(len(x), m)
         context = self.dropout_context(
@@ -317,6 +332,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
             first, last = (
                 any(getattr(c, end) for c in stage.chunks) for end in ("is_first", "is_last")
             )
+            # Each stage cuts what it needs, on its own device: x (B, ...) into m of (b, ...).
             pieces = zip(*(tf.split(t, sizes) for t in labels), strict=True) if last else []
             stage.begin(
                 tf.split(x, sizes) if first else [],
@@ -327,6 +343,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
 
         self.events = self._run(self.schedule, begin)
         self._add_tied_gradients()
+        # Here the host waits for the devices. `fsum` has no order, so no schedule changes the loss.
         losses = self.stages[self.schedule.location[-1][0]].losses()
         return math.fsum(
             [*losses, *(float(loss) for stage in self.stages for loss in stage.layer_losses)]
@@ -340,11 +357,13 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         step = int(self.optimizer.iterations) if step is None else step
         self.optimizer.iterations.assign(step)
         rate = float(self.optimizer.learning_rate)
+        # One number per weight comes to the host, so the norm too has one order of summing.
         norm, scales = 0.0, [1.0] * len(self.stages)
         if self.optimizer.global_clipnorm is not None:
             squares = self.on_all_stages(lambda d: self._optimizers[d].squared_norms())
             norm, scales = self._clip(squares)
         self.on_all_stages(lambda d: self._optimizers[d].step(rate, scales[d]))
+        # Every stage has advanced the same counters; any of them gives them back.
         next(optimizer for optimizer in self._optimizers if not optimizer.is_empty).share()
         self.cast_masters()
         return norm
@@ -361,25 +380,24 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         """Give the layers what they compute with, where that is less precise than what the
         optimizer updates.
         """
+
+        def cast(d: int) -> None:
+            for chunk in self.stages[d].chunks:
+                chunk.cast_masters()
+
         if self._copies:
-            self.on_all_stages(lambda d: [chunk.cast_masters() for chunk in self.stages[d].chunks])
+            self.on_all_stages(cast)
 
     def master_of(self, variable: keras.Variable) -> keras.Variable:
         """Return what the optimizer updates for a weight of a layer."""
-        pairs = (
-            pair
-            for chunk in self.chunks
-            for pair in zip(chunk.variables, chunk.masters, strict=True)
-        )
-        return next(master for own, master in pairs if own is variable)
+        return next(w.master for w in self._weights if w.variable is variable)
 
     def moments(self) -> dict[str, Callable[[keras.Variable], tf.Variable]]:
         """Return the optimizer's "first_moment" and "second_moment", as far as it has them: where
         that of a weight is.
         """
         self._build_optimizer()
-        found = moments_of(self.optimizer, self._masters)
-        return {name: lambda variable, of=of: of[id(variable)] for name, of in found.items()}
+        return moments_of(self.optimizer, self._masters)
 
     def forward_only(
         self, x: Any, finish: Callable[[int, tf.Tensor], tf.Tensor] = lambda i, y: y
@@ -398,6 +416,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         """As `forward_only`, and what the layers add to the loss of the mini-batch."""
         x = one_tensor(x, "x")
         self._ensure_built(x)
+        # 3 samples for 4 micro-batches: three of one sample, and no action of the fourth.
         count = min(self.schedule.num_micro_batches, len(x))
         sizes, passes = piece_sizes(len(x), count), {}
         rows = self.schedule.only_forward().devices
@@ -421,19 +440,13 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         is one, and the divisor.
         """
         *weight, divisor = rest
-        if self._loss is None:
-            self._understand_loss(prediction, y, *weight)
-        total = self._loss.numerator(y, prediction, *weight)
+        loss = self._loss or self._understand_loss(prediction, y, *weight)
+        total = loss.numerator(y, prediction, *weight)
         return tf.math.divide_no_nan(total, tf.cast(divisor, total.dtype))
 
     def gradient_of(self, variable: keras.Variable) -> tf.Variable:
         """Where the gradients of a weight (its master) are added up."""
-        return next(
-            gradient
-            for chunk in self.chunks
-            for own, gradient in zip(chunk.masters, chunk.gradients, strict=True)
-            if own is variable
-        )
+        return next(w.gradient for w in self._weights if w.master is variable)
 
     def unit_outputs(self, x: Any, context: Sequence[Any]) -> list[tf.Tensor]:
         """Return the output of every layer for one micro-batch, with the dropout of a training step
@@ -454,6 +467,10 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
     # --------------------------------------------------------------------------------------- inside
 
     @property
+    def _needs_labels(self) -> bool:
+        return not isinstance(self.loss, NoLoss)
+
+    @property
     def _tied(self) -> tuple[keras.Variable, keras.Variable] | None:
         """The token embedding and the tied head's copy of it: what the optimizer updates."""
         if self.spec is None or not self.spec.tied_head:
@@ -465,6 +482,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         both.
         """
         if self._tied is not None:
+            # Both optimizers then make the same step, and the two copies stay equal bit by bit.
             own, copy = (self.gradient_of(variable) for variable in self._tied)
             own.assign_add(copy)
             copy.assign(own)
@@ -477,9 +495,10 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         return norm, [clip_scale(norm, self.optimizer.global_clipnorm)] * len(squares)
 
     def _make_optimizer(self, d: int) -> StageOptimizer:
-        pairs = [pair for chunk in self.stages[d].chunks for pair in chunk.updated()]
-        variables, gradients = [v for v, _ in pairs], [g for _, g in pairs]
-        counted = [g for v, g in pairs if self._tied is None or v is not self._tied[1]]
+        weights = [weight for chunk in self.stages[d].chunks for weight in chunk.updated()]
+        variables, gradients = [w.master for w in weights], [w.gradient for w in weights]
+        # The tied copy's gradient is the embedding's: it counts once in the global norm.
+        counted = [w.gradient for w in weights if not self._tied or w.master is not self._tied[1]]
         return StageOptimizer(self.optimizer, self._strategies[d], variables, gradients, counted)
 
     def _ensure_optimizers(self) -> None:
@@ -497,9 +516,14 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
             self._build_optimizer()
 
     @property
+    def _weights(self) -> list[Weight]:
+        """Those of all chunks, in Keras' order."""
+        return [weight for chunk in self.chunks for weight in chunk.weights]
+
+    @property
     def _masters(self) -> list[keras.Variable]:
-        """What the optimizer updates, in Keras' order."""
-        return [master for chunk in self.chunks for master in chunk.masters]
+        """What the optimizer updates."""
+        return [weight.master for weight in self._weights]
 
     def _ensure_built(self, x: tf.Tensor) -> None:
         if not self.built:
@@ -554,6 +578,7 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
         """Key and sample indices of every micro-batch; nothing without dropout."""
         if not self._has_dropout:
             return []
+        # A mask depends on the sample's place in the mini-batch, not on how that is cut.
         samples = np.array_split(np.arange(batch_size), self.schedule.num_micro_batches)
         return [(step_key(self.seed, step), piece) for piece in samples]
 
@@ -569,4 +594,4 @@ class GPipeModel(TracedRow, SavedRow, StageThreads):
             self._compile_metrics.build(y, prediction)
             # of metrics that another model has used; Keras does so while it builds
             self._compile_metrics.reset_state()
-        return self.compute_metrics(x, y, prediction, sample_weight)
+        return dict(self.compute_metrics(x, y, prediction, sample_weight))

@@ -6,7 +6,7 @@ makes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -44,6 +44,7 @@ class AdamW(keras.optimizers.AdamW):
         self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
     ) -> None:
         dtype, index = variable.dtype, self._get_variable_index(variable)
+        # One kernel that reads every weight once; written out it would be a dozen operations.
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].value.handle,
@@ -78,14 +79,14 @@ class SGD(keras.optimizers.SGD):
         rate = tf.cast(learning_rate, variable.dtype)
         if self.l2 and self._use_weight_decay(variable):
             gradient = gradient + self.l2 * variable
-        if self.momentum:
+        if self.momentum:  # without, there is no slot to read
             m = self.momentums[self._get_variable_index(variable)].value
             self.assign(m, self.momentum * m + gradient)
             gradient = m
         self.assign_sub(variable, rate * gradient)
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"l2": self.l2}
+        return {**super().get_config(), "l2": self.l2}
 
 
 def make_optimizer(
@@ -108,6 +109,7 @@ def make_optimizer(
         optimizer = SGD(
             train.learning_rate, train.momentum, train.weight_decay, global_clipnorm=train.clip_norm
         )
+    # By the variables themselves: Keras' names of layers are not the canonical ones.
     optimizer.exclude_from_weight_decay(var_list=list(not_decayed))
     return optimizer
 
@@ -116,6 +118,7 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
     """Raises ValueError for what a pipeline does in another way or not at all."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor:
         raise ValueError("loss scaling is not supported; expected bfloat16, which needs none")
+    # Both count calls of the optimizer, of which every stage has its own.
     if optimizer.gradient_accumulation_steps:
         raise ValueError("gradient_accumulation_steps is not supported; use more micro-batches")
     if optimizer.use_ema:
@@ -124,19 +127,21 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
 
 def moments_of(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
-) -> dict[str, dict[int, tf.Variable]]:
-    """Return the "first_moment" and "second_moment" by the identity of the weight, as far as the
-    optimizer has them.
+) -> dict[str, Callable[[keras.Variable], tf.Variable]]:
+    """Return the "first_moment" and "second_moment", as far as the optimizer has them: where a
+    weight's is.
 
     `variables` are those it was built for, in that order.
     """
+    # Keras calls Adam's `_momentums` and `_velocities`, SGD's `momentums`.
     lists = {
         "first_moment": getattr(optimizer, "_momentums", None)
         or getattr(optimizer, "momentums", []),
         "second_moment": getattr(optimizer, "_velocities", []),
     }
-    return {
-        name: {id(weight): moment.value for weight, moment in zip(variables, moments, strict=True)}
-        for name, moments in lists.items()
-        if moments
-    }
+
+    def by_weight(moments: Sequence[keras.Variable]) -> Callable[[keras.Variable], tf.Variable]:
+        of = {id(w): moment.value for w, moment in zip(variables, moments, strict=True)}
+        return lambda weight: of[id(weight)]
+
+    return {name: by_weight(moments) for name, moments in lists.items() if moments}

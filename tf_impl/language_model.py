@@ -44,6 +44,7 @@ class LanguageModel(keras.Model):
         if spec.tied_head:
             units[-1] = TiedHead(spec, config.train.dtype, units[0])
         self.units = units
+        # Built at once, so that weights can be loaded before the first batch.
         shape: tuple[int | None, ...] = (None, spec.context_length)
         for unit in self.units:
             unit.build(shape)
@@ -56,7 +57,7 @@ class LanguageModel(keras.Model):
     def outputs_of_units(self, inputs: _Inputs, training: bool) -> list[tf.Tensor]:
         tokens, *dropout = inputs
         context = DropoutContext(dropout[0][0], dropout[1]) if dropout and training else None
-        outputs = [tokens]
+        outputs = [tokens]  # (B, S), then (B, S, D) of every unit, (B, S, V) of the head
         for unit in self.units:
             outputs.append(unit(outputs[-1], context=context))
         return outputs[1:]

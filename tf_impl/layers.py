@@ -57,7 +57,12 @@ def activation(name: str) -> Callable[[tf.Tensor], tf.Tensor]:
     """Return what stands between the two linear layers of a feed-forward
     (`TransformerSpec.activation`).
     """
-    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": tf.nn.relu}[name]
+    known: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
+        "gelu": gelu,
+        "gelu_tanh": gelu_tanh,
+        "relu": tf.nn.relu,
+    }
+    return known[name]
 
 
 class Unit(keras.layers.Layer):

@@ -5,12 +5,14 @@ several.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from common.spec.run import TrainSpec
+from tf_impl.effects import custom_gradients, forget_gradients
 from tf_impl.executors import any_executor
 from tf_impl.keras_pipeline.keras_copy import shallow_copy
 
@@ -55,6 +57,7 @@ class StageOptimizer:
         with strategy.scope():
             copies = {name: _like(value) for name, value in scalars.items()}
             rate = keras.Variable(0.0, trainable=False, name="learning_rate")
+        # The slots, which are lists of variables, are shared with `optimizer`.
         own = shallow_copy(
             optimizer,
             **copies | {"_learning_rate": rate},
@@ -69,6 +72,7 @@ class StageOptimizer:
 
         @tf.function(autograph=False)
         def update(scale: tf.Tensor) -> None:
+            # Keras reduces gradients over replicas where it finds none; here there is one.
             def on_replica() -> None:
                 # Also where it is 1: a second trace, in the first step that clips nothing, takes a
                 # second.
@@ -76,18 +80,19 @@ class StageOptimizer:
 
             strategy.run(on_replica)
 
-        device = strategy.extended.worker_devices[0]
-        update = (
-            update.get_concrete_function(tf.TensorSpec((), tf.float64)) if variables else update
+        self._update: Callable[[tf.Tensor], None] = update
+        self._executor: Callable[[], contextlib.AbstractContextManager[Any]] = (
+            contextlib.nullcontext
         )
-        foreign = (
-            any(outer.device != device for outer, _ in update.graph.captures)
-            if variables
-            else False
-        )
-        # Keras does not put every slot beside its weight (Adafactor's rows and columns).
-        self._executor = any_executor if foreign else contextlib.nullcontext
-        self._squares, self._update, self._rate = squares, update, rate
+        if variables:
+            concrete = update.get_concrete_function(tf.TensorSpec((), tf.float64))
+            self._update, graph = concrete, concrete.graph
+            forget_gradients(custom_gradients(graph))  # of the strategy's all-reduce
+            # Keras does not put every slot beside its weight (Adafactor's rows and columns).
+            device = strategy.extended.worker_devices[0]
+            if any(outer.device != device for outer, _ in graph.captures):
+                self._executor = any_executor
+        self._squares, self._rate = squares, rate
         self._scalars = [
             (scalars[name], copies[name]) for name in scalars if name != "_learning_rate"
         ]

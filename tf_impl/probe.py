@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from common.spec.data import Batch
 from common.spec.parameters import TensorKey
-from tf_impl.cut_graphs import dense
+from tf_impl.cut_graphs.tensors import dense
 from tf_impl.dropout import DropoutContext
 from tf_impl.gpipe_model import GPipeModel
 from tf_impl.weights import named_parameters, to_array
@@ -29,6 +29,7 @@ def probe_units(
     pieces = batch.micro_batches(model.schedule.num_micro_batches)
     seeds = model.dropout_context(len(batch.inputs), batch.step)
     found: dict[TensorKey, NDArray[Any]] = {}
+    assert model.spec is not None  # the harness makes Transformers only
     for chunk in model.stages[device].chunks:
         for unit in chunk.layers:
             name, named = (
@@ -40,6 +41,7 @@ def probe_units(
             forward = TensorKey(batch.step, "unit_forward", device, -1, name, "output")
             backward = forward._replace(phase="unit_backward", tensor="input_gradient")
             for i, piece in enumerate(pieces):
+                # `inputs` and `output_gradients` are of the whole mini-batch: (B, S, D).
                 rows = slice(piece.samples[0], piece.samples[-1] + 1)
                 x = tf.constant(inputs[name][rows] if name in inputs else piece.inputs)
                 x = tf.cast(x, unit.dtype) if name in inputs else x

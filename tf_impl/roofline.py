@@ -22,7 +22,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
 
     Raises ValueError, ImportError.
     """
-    devices.configure(1, 1, "cpu")
+    devices.configure(1, 1, "cpu")  # also on a machine with GPUs: it is compared with this CPU
     import keras
     import tensorflow as tf
 
@@ -84,6 +84,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
             ),
         }
 
+    # (b, H, S, E) and (b, H, S, S), as in attention.
     queries, weights = made(b, h, s, d // h), made(b, h, s, s)
     operations = {
         **linear("query, key, value, output", d, d),
@@ -103,7 +104,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
             lambda x: loss(targets, tf.cast(x, wide)) / n, made(b, s, v)
         ),
     }
-    return operations, devices.environment()
+    return operations, devices.environment(devices.stage_devices(1, "cpu"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
 from common.runtime.mailbox import Mailbox
 from tf_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
-from tf_impl.cut_graphs import StageFunctions
+from tf_impl.cut_graphs.functions import StageFunctions
 from tf_impl.effects import with_mask
 from tf_impl.keras_pipeline.chunk import Chunk
 
@@ -67,6 +67,8 @@ class Stage:
             arguments += self._labels[micro_batch]
         if self._contexts:
             arguments += self._contexts[micro_batch]
+        # arguments: x (b, S) tokens or (b, S, D), its mask if it has one, labels on the last chunk,
+        # the dropout context; in the order of the trace's signature.
         y, *results = functions.forward(*arguments)
         reported = dict(zip(functions.reported, results, strict=False))
         self.in_flight[micro_batch, chunk] = Forward(functions, results[len(reported) :])
@@ -77,7 +79,7 @@ class Stage:
         mask = reported.get("mask")
         if not part.is_last:
             return [y] if mask is None else [y, mask]
-        self._losses.append(y)
+        self._losses.append(y)  # () still on the device: nobody waits for it in a step
         if "prediction" in reported:
             self.predictions[micro_batch] = with_mask(reported["prediction"], mask)
         return None
@@ -111,8 +113,10 @@ class Stage:
 class Channel(Mailbox):
     """Hands tensors between the threads of one process; made anew for every pass.
 
-    A tensor moves to its receiver's device in `receive`, on the receiver's thread. Sends never
-    wait.
+    Sends never wait.
+
+    Differs: the receiver moves a tensor to its device, PyTorch's sender does. TensorFlow copies on
+    the thread that asks, and waits until the copy is done; a sender that waits could not go on.
     """
 
     def send(self, message: Message, tensor: Any, device: int) -> None:

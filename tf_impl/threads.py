@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import keras
@@ -16,13 +16,20 @@ import keras
 from common.runtime.executor import Event, run_stage
 from common.schedule.action import Action, Schedule
 from tf_impl import executors
-from tf_impl.stage import Channel
+from tf_impl.clock import StreamClock
+from tf_impl.stage import Channel, Stage
 
 Result = TypeVar("Result")
 
 
 class StageThreads(keras.Model):
     """The part of a `GPipeModel` that runs work on its stages."""
+
+    stages: list[Stage]
+    stage_devices: list[str]
+    times_actions: bool
+    on_action: Callable[[int, Action | None], None]
+    _threads: list[ThreadPoolExecutor]
 
     def on_stage(self, d: int, work: Callable[[], Result]) -> Result:
         """Run `work` on a stage's thread, where its device and its strategy may be entered.
@@ -48,13 +55,15 @@ class StageThreads(keras.Model):
         channel = Channel()
 
         def walk(d: int) -> list[Event]:
+            # [1] of the executor: a stage whose neighbour has failed would wait for ever.
             def before(action: Action) -> None:
                 channel.check()
                 self.on_action(d, action)
 
             try:
-                events = run_stage(schedule, d, begin(d), channel, before)
-                self.on_action(d, None)
+                # `begin` is a step's Stage or a prediction's ForwardOnly: the walk is the same.
+                events = run_stage(schedule, d, begin(d), channel, before, self._clock(d))
+                self.on_action(d, None)  # done: whoever watches waits for no further action
                 return events
             except Exception as error:
                 channel.stop(error)
@@ -63,14 +72,19 @@ class StageThreads(keras.Model):
         events = dict(enumerate(self.on_all_stages(walk)))
         if channel.failure is not None:
             raise channel.failure
-        return events
+        return events if self.times_actions else {}
 
     def _submit(self, d: int, work: Callable[[], Result]) -> Future[Result]:
         def on_device() -> Result:
+            # A device and an executor are a thread's own, and TensorFlow forgets them on leaving.
             with self._executor(d):
                 return work()
 
         return self._threads[d].submit(on_device)
+
+    def _clock(self, d: int) -> StreamClock | None:
+        device = self.stage_devices[d]
+        return StreamClock(device) if self.times_actions and "GPU" in device else None
 
     def _executor(self, d: int) -> contextlib.AbstractContextManager[Any]:
         """The device of a stage, and what runs its functions."""

@@ -36,7 +36,7 @@ def named_parameters(
     """
     named: list[NamedParameter] = []
     for name, unit in zip(part, units, strict=True):
-        match unit:
+        match unit:  # in the order of `common.spec.parameters.parameter_shapes`
             case Embedding():
                 named += [
                     NamedParameter(TOKEN_EMBEDDING, unit.token),
@@ -56,6 +56,7 @@ def named_parameters(
 
 def _norm_parameters(name: str, norm: keras.layers.Layer | None) -> list[NamedParameter]:
     """Those of any norm, by Keras' names; none where there is no norm."""
+    # LayerNormalization has a gamma, RMSNormalization a scale.
     names = {"gamma": "weight", "scale": "weight", "beta": "bias"}
     variables = [] if norm is None else norm.trainable_variables
     return [NamedParameter(f"{name}.{names.get(own.name, own.name)}", own) for own in variables]

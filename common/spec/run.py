@@ -243,6 +243,11 @@ class RunConfig(Frozen):
         "run allows it; off "
         "launches every kernel anew and takes less memory",
     )
+    action_times: bool = Field(
+        False,
+        description="TensorFlow on GPUs: time every action, which makes the host wait for the GPU "
+        "after each; without, a run has step times alone. All else is always timed",
+    )
     corpus: tuple[OsText, ...] = Field(
         (), description="text files; default: the manual that CPython carries"
     )

@@ -36,14 +36,26 @@ def test_a_habit_of_the_whole_process_gets_one_of_its_own(tmp_path: Path) -> Non
     assert verdicts["tf32"] == ("as expected" if has_cuda() else "needs CUDA")
 
 
-def test_a_process_has_onednn_or_not(tmp_path: Path) -> None:
-    configs = [config_of(by_name("onednn"), "tensorflow", STEPS, on) for on in (False, True)]
+ON_CPU = config_of(by_name("onednn"), "tensorflow", STEPS, on=False)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"drift": "onednn"}, "drift = onednn is for a whole process; expected a file of jobs"),
+        ({"device": "auto"}, "the jobs of one file share device; expected one file for each"),
+        ({"track": "best"}, "the jobs of one file share track; expected one file for each"),
+    ],
+    ids=["onednn", "device", "track"],
+)
+def test_what_belongs_to_the_process_is_the_same_for_all_its_jobs(
+    other: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    configs = [ON_CPU, ON_CPU.model_copy(update=other)]
     file = tmp_path / "jobs.json"
     JobFile(jobs=tuple(Job(config=config, out=str(tmp_path)) for config in configs)).write(file)
     line = [sys.executable, "-m", "tf_impl", str(file)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(
-        "tf_impl: drift = onednn is for a whole process; expected a file of jobs"
-    )
+    assert done.stderr.startswith(f"tf_impl: {said}")
     assert done.stderr.count("\n") == 1

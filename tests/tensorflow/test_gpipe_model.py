@@ -54,6 +54,7 @@ def compiled(model: keras.Model) -> keras.Model:
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_a_keras_user_gets_what_plain_keras_gives(schedule: str, tmp_path: Path) -> None:
+    keras.utils.set_random_seed(0)  # Adam turns the sign of a gradient near 0 into a step
     plain = compiled(keras.Sequential([keras.Input((FEATURES,)), *layers()]))
     model = compiled(GPipeModel(layers(), num_stages=3, num_micro_batches=4, schedule=schedule))
     model.build((None, FEATURES))
@@ -77,7 +78,7 @@ def test_a_keras_user_gets_what_plain_keras_gives(schedule: str, tmp_path: Path)
     np.testing.assert_allclose(*scores, rtol=0, atol=2e-6)
     prediction = model.predict(data(20), verbose=0)
     np.testing.assert_allclose(prediction, plain.predict(data(20), verbose=0), rtol=0, atol=1e-5)
-    assert [chunk.variables[0].value.device[-5:] for chunk in model.chunks] == [
+    assert [chunk.weights[0].variable.value.device[-5:] for chunk in model.chunks] == [
         "CPU:0",
         "CPU:1",
         "CPU:2",

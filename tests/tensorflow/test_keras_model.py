@@ -308,7 +308,8 @@ def compiled(loss: Any = "mse", optimizer: Any = "sgd", **options: Any) -> GPipe
 
 SHARED = optimizers.SGD()
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "no loss": (lambda: compiled(None), "expected one"),
+    "no loss": (lambda: fit(compiled(None), X, COLUMN), "no layer adds a loss; expected"),
+    "list of none": (lambda: compiled([None]), "0 losses; expected one"),
     "two losses": (lambda: compiled(["mse", "mae"]), "2 losses; expected one"),
     "loss by output": (lambda: compiled({"dense": "mse"}), "expected the loss itself"),
     "no reduction": (lambda: compiled(losses.MeanSquaredError(None)), "expected sum"),

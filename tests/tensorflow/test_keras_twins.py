@@ -320,6 +320,23 @@ def test_a_pipeline_gives_what_keras_gives(name: str, stages: int, cut: dict[str
         np.testing.assert_allclose(found, right, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_layers_alone_add_to_the_loss(labels: bool) -> None:
+    """By a layer's call on the first stage, by a regularizer on the second."""
+    given = (VECTORS, COLUMN) if labels else (VECTORS,)
+    found = []
+    for pipeline in (False, True):
+        keras.utils.set_random_seed(3)
+        layers = [Says(5), L.Dense(1, kernel_regularizer="l2")]
+        model = GPipeModel(layers, 2, 3) if pipeline else keras.Sequential(layers)
+        model.build((None, S))
+        model.compile("sgd", loss=None)
+        losses = model.fit(*given, epochs=3, batch_size=B, verbose=0).history["loss"]
+        found.append([*losses, model.evaluate(*given, batch_size=B, verbose=0)])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[0][-1] < found[0][0]
+
+
 def test_a_dropped_model_leaves_no_function_behind() -> None:
     def train() -> list[weakref.ref[Any]]:
         make, x, y, loss, _ = CASES["masked, with layers' own losses"]

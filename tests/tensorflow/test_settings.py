@@ -11,7 +11,7 @@ from tf_impl.engine import build_engine
 
 
 def test_the_environment_is_the_parity_one() -> None:
-    seen = devices.environment()
+    seen = devices.environment(devices.stage_devices(2, "cpu"))
     assert (seen["onednn"], seen["tf32"], seen["graph_rewrites"]) == (False, False, False)
     assert seen["threads_per_stage"] == 1
 

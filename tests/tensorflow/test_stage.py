@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.framework import ops  # no public names
+from tensorflow.python.framework.func_graph import FuncGraph
 
-from tests.engines import Make, batch, different
-from tf_impl.cut_graphs import Scissors, trace_stage
+from tests.engines import Make, batch, different, small
+from tf_impl.cut_graphs.scissors import Scissors
+from tf_impl.cut_graphs.trace import trace_stage
 from tf_impl.effects import REPEATED
+from tf_impl.engine import build_engine
 
 
 def test_split_backward_gives_the_bits_of_the_merged_one(make: Make, tmp_path: Path) -> None:
@@ -27,6 +32,26 @@ def test_split_backward_gives_the_bits_of_the_merged_one(make: Make, tmp_path: P
         found.append(engine.gradients())
     assert all(np.any(gradient) for gradient in found[0].values())
     assert different(*found) == []
+
+
+def test_an_engine_that_is_gone_leaves_no_graph_behind() -> None:
+    def made_and_gone() -> None:
+        engine = build_engine(small("tensorflow", 2))
+        given = batch(engine)
+        engine.evaluate(given)
+        engine.forward_backward(given)
+        engine.apply_gradients(0)
+        engine.close()
+
+    def left() -> tuple[int, int]:
+        gc.collect()
+        graphs = sum(isinstance(thing, FuncGraph) for thing in gc.get_objects())
+        return graphs, len(ops.gradient_registry._registry)
+
+    made_and_gone()  # TensorFlow keeps what it has traced last
+    before = left()
+    made_and_gone()
+    assert left() == before
 
 
 def test_no_operation_on_data_is_in_two_of_f_b_and_w() -> None:

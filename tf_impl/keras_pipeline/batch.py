@@ -18,6 +18,7 @@ def one_tensor(value: Any, what: str) -> tf.Tensor:
     """`value` without what Keras may have wrapped it in. Raises ValueError for none, several, or no
     array at all.
     """
+    # Keras wraps in lists, tuples and dicts; `sample_weight` may be a list that holds None.
     leaves = [leaf for leaf in keras.tree.flatten(value) if leaf is not None]
     if len(leaves) != 1:
         raise ValueError(
@@ -34,14 +35,16 @@ def one_tensor(value: Any, what: str) -> tf.Tensor:
     return tensor
 
 
-def unpacked(data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-    """(x, y, sample_weight) of a step with labels, each with a row for every sample. Raises
-    ValueError.
+def unpacked(data: Any, needs_labels: bool = True) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
+    """(x, y, sample_weight) of a step, each with a row for every sample. Raises ValueError.
+
+    Labels that are not needed and not there are zeros.
     """
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-    if y is None:
+    x = one_tensor(x, "x")
+    if y is None and needs_labels:
         raise ValueError("the data has no labels; expected (x, y) or (x, y, sample_weight)")
-    x, y = one_tensor(x, "x"), one_tensor(y, "y")
+    y = tf.zeros(len(x)) if y is None else one_tensor(y, "y")
     weight = None if weight is None else one_tensor(weight, "sample_weight")
     rows = [len(tensor) for tensor in (x, y, weight) if tensor is not None]
     if len(set(rows)) > 1:

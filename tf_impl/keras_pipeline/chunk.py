@@ -7,16 +7,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from common.schedule.action import Op
-from tf_impl.cut_graphs import StageFunctions, cut_stage
+from tf_impl.cut_graphs.functions import StageFunctions, cut_stage
 from tf_impl.dropout import DropoutContext
-from tf_impl.effects import Effects, effects_of, mask_of, with_mask
+from tf_impl.effects import (
+    Effects,
+    custom_gradients,
+    effects_of,
+    forget_gradients,
+    mask_of,
+    with_mask,
+)
 from tf_impl.executors import on_one_thread
 from tf_impl.keras_pipeline.layer_losses import (
     Kind,
@@ -48,11 +56,25 @@ def master_of(variable: keras.Variable) -> keras.Variable:
     return keras.Variable(tf.cast(variable.value, tf.float32), dtype="float32", name=variable.name)
 
 
+class Weight(NamedTuple):
+    """A trainable weight of a chunk, on the chunk's device."""
+
+    variable: keras.Variable
+    """What the layers compute with."""
+    master: keras.Variable
+    """What the optimizer updates: the same, or where units compute in bfloat16, float32
+    (Micikevicius et al. 2018).
+    """
+    gradient: tf.Variable
+    """The sum over the micro-batches, like the master."""
+
+
 def _move_here(layer: keras.layers.Layer) -> None:
     """Puts the weights that the layer already has on the device of the strategy whose scope this
     is.
     """
     for variable in layer.weights:
+        # Keras makes the variable anew, in the scope of the strategy that is entered now.
         variable._initialize(variable.numpy())
     for inner in layer._flatten_layers():
         if isinstance(inner, keras.Model):  # traced with the weights where they were
@@ -62,6 +84,13 @@ def _move_here(layer: keras.layers.Layer) -> None:
 class Chunk:
     """Consecutive layers of the model on one device, with the sums of their gradients: a virtual
     stage.
+
+    Its life, for layers [Embedding, Dropout, Dense] on the first device:
+
+        build       makes the weights there, and looks at what each layer does besides computing
+        trace       one graph of all three; the Embedding is `first`, since tokens have no gradient
+        functions   forward, backward ... of that graph, which `Stage` calls with tensors
+        updated     the weights, with where their gradients were added up, for the optimizer
     """
 
     def __init__(
@@ -73,21 +102,10 @@ class Chunk:
         ops: Collection[Op],
     ) -> None:
         """`ops` are those that its device's schedule has."""
-        self.layers, self.strategy, self.is_first, self.is_last = (
-            list(layers),
-            strategy,
-            is_first,
-            is_last,
-        )
-        self.ops = ops
+        self.layers, self.strategy, self.ops = list(layers), strategy, ops
+        self.is_first, self.is_last = is_first, is_last
         self.device: str = strategy.extended.worker_devices[0]
-        self.variables: list[keras.Variable] = []
-        """What the layers compute with."""
-        self.masters: list[keras.Variable] = []
-        """What the optimizer updates: the same, or where units compute in bfloat16, float32
-        (Micikevicius et al. 2018).
-        """
-        self.gradients: list[tf.Variable] = []
+        self.weights: list[Weight] = []
         self.functions: Sequence[StageFunctions] = ()
         """By micro-batch; those of one size share theirs, but for one whose B computes the forward
         again.
@@ -116,10 +134,11 @@ class Chunk:
         with self.strategy.scope():
             for layer in self.layers:
                 _move_here(layer)
-                given, x = x, layer(x)
+                given, x = x, layer(x)  # a symbolic call: makes the weights, computes nothing
                 floating.append(
                     isinstance(x, keras.KerasTensor) and tf.as_dtype(x.dtype).is_floating
                 )
+                # What a unit of the Transformer does is known: nothing but computing its output.
                 if not isinstance(layer, Unit):
                     call = functools.partial(apply_layer, layer, context=None, training=True)
                     found = effects_of(layer, given, call)
@@ -127,6 +146,7 @@ class Chunk:
                         self.effects.append((layer, found))
                     if len(layer.losses) > num_regularized(layer):
                         self.kinds[id(layer)] = kinds_of_losses(layer, given, layer)
+                    # Keras' own symbolic call does not see the mask of a nested model.
                     if found is not None and isinstance(x, keras.KerasTensor):
                         x._keras_mask = found.mask
         if not isinstance(x, keras.KerasTensor):
@@ -150,35 +170,25 @@ class Chunk:
         """Take the weights that are trainable now. Those that were before keep their masters and
         their gradients.
         """
-        known = {
-            id(v): (v, m, g)
-            for v, m, g in zip(self.variables, self.masters, self.gradients, strict=True)
-        }
+        # Layers may have been frozen or unfrozen since; those that stay keep what they have.
+        known = {id(weight.variable): weight for weight in self.weights}
         units = {
             id(v)
             for layer in self.layers
             if isinstance(layer, Unit)
             for v in layer.trainable_variables
         }
-        found = []
         # One that several layers share counts once.
-        for variable in {
-            id(v): v for layer in self.layers for v in layer.trainable_variables
-        }.values():
+        trainable = {id(v): v for layer in self.layers for v in layer.trainable_variables}
+        for variable in trainable.values():
             if id(variable) not in known:
-                with self.strategy.scope():
+                with self.strategy.scope():  # so that the optimizer puts its slots there, too
                     master = master_of(variable) if id(variable) in units else variable
                 with tf.device(self.device):
                     zero = tf.zeros(master.shape, master.dtype)
-                    known[id(variable)] = (
-                        variable,
-                        master,
-                        tf.Variable(zero, trainable=False, name="gradient"),
-                    )
-            found.append(known[id(variable)])
-        self.variables, self.masters, self.gradients = (
-            [entry[k] for entry in found] for k in range(3)
-        )
+                    gradient = tf.Variable(zero, trainable=False, name="gradient")
+                known[id(variable)] = Weight(variable, master, gradient)
+        self.weights = [known[key] for key in trainable]
         # One call instead of two operations a weight: at the start of a step all stages do this at
         # once, and operations called one by one make their threads pass Python's lock to and fro (4
         # ms alone, 10 to 20 ms for two stages).
@@ -200,6 +210,7 @@ class Chunk:
         mini-batch, by which the layers' own losses count. `recomputed`: layers in each piece that B
         computes again, 0 for all of them, None for no recomputation.
         """
+        # For 7 layers with num_first = 1 and recomputed = 2 the edges are 0 2 4 6 7.
         first = self.layers[: self.num_first] if self.is_first else []
         edges = [0, len(self.layers)]
         if recomputed:
@@ -215,10 +226,12 @@ class Chunk:
             with, and changing none.
             """
             scope: Any = contextlib.nullcontext()
-            if id(layer) in states:
+            if id(layer) in states:  # the second time
                 read = [
                     (v, v.value) for v in layer.trainable_variables if v.regularizer is not None
                 ]
+                # It collects losses (True), makes no variables (False), and what is assigned in it
+                # is forgotten. Regularizers read the weights through it.
                 scope = keras.StatelessScope([*states[id(layer)], *read], True, False)
             elif recomputed is not None and layer.non_trainable_variables:
                 states[id(layer)] = [
@@ -237,6 +250,7 @@ class Chunk:
         def run_piece(
             piece: Sequence[keras.layers.Layer], x: tf.Tensor, *extra: tf.Tensor
         ) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+            # received is (x,) or (x, its mask): a mask is an attribute of x only in Python.
             mask, extra = extra[: len(received) - 1], extra[len(received) - 1 :]
             labels, context = self._split(extra)
             if piece is pieces[0] and mask:
@@ -246,7 +260,7 @@ class Chunk:
             reported = {}
             if piece is pieces[-1] and mask_of(x) is not None:
                 reported["mask"] = mask_of(x)
-            if losses:
+            if losses:  # those of this piece, and of `first` if it ran before it
                 reported["layer_losses"] = total(losses)
                 losses.clear()
             if piece is pieces[-1] and self.is_last:
@@ -255,12 +269,12 @@ class Chunk:
             return x, reported
 
         def cut() -> StageFunctions:
-            variables = [self.local(variable) for variable in self.variables]
+            variables = [self.local(weight.variable) for weight in self.weights]
             return cut_stage(
                 run_first if self.is_first else None,
                 [functools.partial(run_piece, piece) for piece in pieces],
                 variables,
-                self.gradients,
+                [weight.gradient for weight in self.weights],
                 [*received, *extra],
                 self.device,
                 self.is_last,
@@ -269,7 +283,7 @@ class Chunk:
                 len(received),
             )
 
-        with self.strategy.scope():
+        with self.strategy.scope():  # a layer may ask for it, and reads its variables' own copies
             functions = cut()
         captured = [
             outer.device.split("device:")[-1] for outer, _ in functions.forward.graph.captures
@@ -283,14 +297,20 @@ class Chunk:
             else functions
         )
 
-    def updated(self) -> list[tuple[keras.Variable, tf.Variable]]:
-        """(master, gradient) of the weights that have a gradient: Keras leaves others alone, their
-        weight decay too.
+    @property
+    def adds_losses(self) -> bool:
+        """Whether any layer adds to the loss, by its call or by its weights' regularizers."""
+        return bool(self.kinds) or any(map(num_regularized, self.layers))
+
+    def updated(self) -> list[Weight]:
+        """Return the weights that have a gradient: Keras leaves others alone, their weight decay
+        too.
         """
+        # A weight has a gradient if what adds weight gradients takes in its sum.
         adding = [functions.backward or functions.backward_weight for functions in self.functions]
         added = {id(tensor) for function in adding for tensor in function.captured_inputs}
-        pairs = zip(self.masters, self.gradients, strict=True)
-        return [(master, g) for master, g in pairs if not self.functions or id(g.handle) in added]
+        weights = self.weights
+        return [w for w in weights if not self.functions or id(w.gradient.handle) in added]
 
     def local(self, variable: keras.Variable) -> tf.Variable:
         """Return the variable on this chunk's device."""
@@ -302,17 +322,18 @@ class Chunk:
 
     def cast_masters(self) -> None:
         """Make what the layers compute with from the masters, once for all micro-batches of a step."""  # noqa: E501
-        if self._copies:
+        if self.copies:
             with tf.device(self.device):
                 self._cast()
 
     @property
-    def _copies(self) -> list[tuple[tf.Variable, tf.Variable]]:
-        pairs = zip(self.variables, self.masters, strict=True)
-        return [(self.local(own), self.local(master)) for own, master in pairs if own is not master]
+    def copies(self) -> list[Weight]:
+        """Those that the layers have less precisely than the optimizer."""
+        return [weight for weight in self.weights if weight.variable is not weight.master]
 
     def _cast_masters(self) -> None:
-        for own, master in self._copies:
+        for weight in self.copies:
+            own, master = self.local(weight.variable), self.local(weight.master)
             own.assign(tf.cast(master, own.dtype), read_value=False)
 
     def _split(
@@ -325,7 +346,7 @@ class Chunk:
         return (extra[:-2], DropoutContext(*extra[-2:])) if with_dropout else (extra, None)
 
     def _clear_gradients(self) -> None:
-        for gradient in self.gradients:
+        for _, _, gradient in self.weights:
             gradient.assign(tf.zeros(gradient.shape, gradient.dtype), read_value=False)
 
     def _losses(self, layer: keras.layers.Layer, training: bool, share: Any) -> list[tf.Tensor]:
@@ -347,4 +368,7 @@ class Chunk:
             for layer in self.layers:
                 x = apply_layer(layer, x, None, training=False)
                 losses += self._losses(layer, False, share)
+        # Not before: the caller of the model may differentiate it.
+        names = custom_gradients(tf.compat.v1.get_default_graph())
+        weakref.finalize(self, forget_gradients, names)
         return x, mask_of(x), total(losses)

@@ -40,6 +40,7 @@ class ForwardOnly:
     ) -> list[tf.Tensor] | None:
         """As `Stage.forward`."""
         part = self.chunks[chunk]
+        # Traced for any batch size, so a micro-batch of another size costs no new trace.
         received, *masks = [self._inputs[micro_batch]] if x is None else x
         y, mask, losses = part.evaluate(received, *(masks or [None]), self._shares[micro_batch])
         if losses is not None:

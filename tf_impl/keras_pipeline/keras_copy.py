@@ -11,6 +11,7 @@ def shallow_copy(of: Object, **changes: Any) -> Object:
     """As `copy.copy`, which Keras replaces by saving and loading; `changes` are attributes, set
     untracked.
     """
+    # `vars` and not `setattr`, which in Keras would track the attributes as the copy's own.
     new = object.__new__(type(of))
     vars(new).update(vars(of) | changes)
     return new

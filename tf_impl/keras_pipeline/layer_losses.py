@@ -35,8 +35,8 @@ def shared(losses: Sequence[tf.Tensor], kinds: Sequence[Kind], share: Any) -> li
 
     `share`: that part's share of the samples.
     """
-    kinds = [*kinds, *["mean"] * (len(losses) - len(kinds))]
-    shares = [1 if kind == "sum" else share for kind in kinds]
+    regularizers = len(losses) - len(kinds)  # those of the weights: one value for all samples
+    shares = [*(1 if kind == "sum" else share for kind in kinds), *[share] * regularizers]
     return [keras.ops.cast(s, loss.dtype) * loss for s, loss in zip(shares, losses, strict=True)]
 
 
@@ -82,9 +82,10 @@ def _kinds(layer: keras.layers.Layer, like: Any, call: Callable[[Any], Any]) -> 
         return ["neither"]
     limit = 1e-3 if tf.as_dtype(layer.compute_dtype).size > 2 else 3e-2
     same = functools.partial(np.isclose, whole, rtol=limit, atol=0)
-    is_mean, is_sum = same((FIRST * first + REST * rest) / (FIRST + REST)), same(first + rest)
-    pairs = zip(is_mean, is_sum, strict=True)
-    return ["mean" if mean else "sum" if sum_ else "neither" for mean, sum_ in pairs]
+    mean = (FIRST * first + REST * rest) / (FIRST + REST)
+    # A loss of the weights alone is both its mean and, where it is 0, its sum: the mean is right.
+    pairs = zip(np.asarray(same(mean)), np.asarray(same(first + rest)), strict=True)
+    return ["mean" if is_mean else "sum" if is_sum else "neither" for is_mean, is_sum in pairs]
 
 
 def num_regularized(layer: keras.layers.Layer) -> int:

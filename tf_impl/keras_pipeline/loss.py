@@ -46,11 +46,12 @@ class BatchLoss(NamedTuple):
         """Of a part of the mini-batch: a scalar. Raises as `divisor`."""
         loss = self.loss
         if self.reduces == "no":
+            # With "sum", Keras multiplies by weights and masks and does not divide.
             loss = shallow_copy(loss, reduction="sum")
             if sample_weight is not None:
                 self._counted(y, prediction, sample_weight)
         total = loss(y, prediction, sample_weight)
-        if self.reduces == "mean":
+        if self.reduces == "mean":  # of b samples: b times that is their sum
             total *= prediction.shape[0]
         return total if self.weight == 1 else total * self.weight
 
@@ -100,14 +101,27 @@ class BatchLoss(NamedTuple):
                     f"{tuple(values.shape)}; "
                     "expected a weight for every value, or 1 in place of an axis"
                 )
+        # Keras puts the mask into the weight, so that a masked value counts for nothing.
         masks = [mask for mask in (mask_of(prediction), mask_of(values)) if mask is not None]
         mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
         weight = apply_mask(sample_weight, mask, dtype, "sum")
         return values, mask, weight
 
 
+@keras.saving.register_keras_serializable("triptych")
+class NoLoss(keras.losses.Loss):
+    """Stands for `compile(loss=None)`, where the layers alone add to the loss: 0 for every
+    prediction, with a gradient of 0.
+    """
+
+    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+        return keras.ops.sum(0 * y_pred, axis=-1)
+
+
 def check_loss(loss: Any) -> None:
     """Raises ValueError for what is known to be wrong before a label is seen."""
+    if loss is None:
+        return
     if isinstance(loss, dict):
         raise ValueError(
             "loss is a dict; expected the loss itself, since a row of layers has one output"
@@ -148,7 +162,7 @@ def batch_loss(
         )  # "crossentropy" is one of three losses, depending on the shapes
     found = compiled._flat_losses[0]
     loss, weight = found.loss, 1.0 if found.loss_weights is None else float(found.loss_weights)
-    if pieces == 1:
+    if pieces == 1:  # the micro-batch is the mini-batch: any loss is right
         return BatchLoss(loss, weight, "no" if _has_values(loss) else "sum")
     if _has_values(loss) and not isinstance(loss, COUPLED) and _is_keras(getattr(loss, "fn", None)):
         return BatchLoss(loss, weight, "no")
@@ -182,13 +196,15 @@ def _tried(
     def values(of: keras.losses.Loss) -> tuple[float, float, float]:
         """For all rows, for the first, and for the others."""
         parts = [slice(0, n), slice(0, 1), slice(1, n)]
-        found = [of(y[p], guess[p], None if weight is None else weight[p]) for p in parts]
-        return tuple(float(value) for value in found)
+        whole, first, others = (
+            float(of(y[p], guess[p], None if weight is None else weight[p])) for p in parts
+        )
+        return whole, first, others
 
     def same(a: float, b: float) -> bool:
         return bool(np.isclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True))
 
-    if n > 1:
+    if n > 1:  # of one sample, a mean and a sum are the same
         if _has_values(loss) and len(
             loss.call(keras.ops.cast(y, loss.dtype), keras.ops.cast(guess, loss.dtype)).shape
         ):

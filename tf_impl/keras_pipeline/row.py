@@ -26,6 +26,7 @@ def row_of(given: Sequence[Any]) -> Row:
     """
     if not isinstance(given, Iterable):
         raise ValueError(f"layers is a {type(given).__name__}; expected a list of Keras layers")
+    # `keras.Input` gives a tensor, whose history is the InputLayer that made it.
     layers = [
         entry._keras_history.operation if isinstance(entry, keras.KerasTensor) else entry
         for entry in given
@@ -33,6 +34,7 @@ def row_of(given: Sequence[Any]) -> Row:
     start = None
     if layers and isinstance(layers[0], keras.layers.InputLayer):
         start = layers.pop(0).output
+    # Dense(10, input_shape=(5,)), as older code has it.
     elif layers and getattr(layers[0], "_input_shape_arg", None) is not None:
         start = keras.Input(layers[0]._input_shape_arg, dtype=layers[0].compute_dtype)
     if not layers:
@@ -92,6 +94,7 @@ def cut_row(
                 f"partition {partition!r}; expected 'even' or boundaries such as [2, 5]"
             )
         spread = [k * num_layers // parts for k in range(1, parts)]
+        # The Transformer's blocks are spread, with the embedding and the head at the ends.
         inner = even_boundaries(spec.num_layers, stages, chunks) if spec else spread
     else:
         inner = list(partition) if isinstance(partition, Iterable) else [partition]

@@ -13,10 +13,13 @@ import tensorflow as tf
 
 from common.schedule.action import Schedule, parse_schedule
 from common.spec.run import TransformerSpec
+from tf_impl.keras_pipeline.chunk import Chunk, Weight
 
 
 class SavedRow(keras.Model):
     """The part of a `GPipeModel` that Keras' saving asks."""
+
+    chunks: list[Chunk]
 
     def get_config(self) -> dict[str, Any]:
         num_stages, num_micro_batches, schedule = self._arguments
@@ -50,6 +53,7 @@ class SavedRow(keras.Model):
             config.pop(key) for key in ("spec", "layers", "input", "trainable")
         )
         config["schedule"] = schedule_of(config["schedule"])
+        # Devices are not saved: the model is made for those that are configured here.
         model = cls(
             TransformerSpec(**spec) if spec else layers_of(layers, custom_objects), **config
         )
@@ -76,11 +80,12 @@ class SavedRow(keras.Model):
 
     def save_own_variables(self, store: Any) -> None:
         """The float32 masters, if layers compute in bfloat16."""
-        for i, (_, master) in enumerate(self._copies):
+        # Under numbers, in the order of the layers: a master's own name is the copy's.
+        for i, (_, master, _) in enumerate(self._copies):
             store[str(i)] = master.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        for i, (_, master) in enumerate(self._copies):
+        for i, (_, master, _) in enumerate(self._copies):
             if str(i) in store:
                 master.assign(store[str(i)])
 
@@ -95,20 +100,16 @@ class SavedRow(keras.Model):
         self._follow_weights()
 
     @property
-    def _copies(self) -> list[tuple[keras.Variable, keras.Variable]]:
-        """Weights that are less precise than what the optimizer updates, and that."""
-        pairs = (
-            pair
-            for chunk in self.chunks
-            for pair in zip(chunk.variables, chunk.masters, strict=True)
-        )
-        return [(variable, master) for variable, master in pairs if variable is not master]
+    def _copies(self) -> list[Weight]:
+        """Those that the layers have less precisely than the optimizer."""
+        return [weight for chunk in self.chunks for weight in chunk.copies]
 
     def _follow_weights(self) -> None:
         """Makes the masters anew from weights that were set; one that rounds to its weight was set
         with it.
         """
-        for variable, master in self._copies:
+        for variable, master, _ in self._copies:
+            # A file with masters sets the copy as well, and rounding it again changes nothing.
             value = tf.convert_to_tensor(variable)
             if bool(tf.reduce_any(tf.cast(tf.convert_to_tensor(master), value.dtype) != value)):
                 master.assign(tf.cast(value, tf.float32))

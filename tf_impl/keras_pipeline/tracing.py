@@ -12,11 +12,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from common.schedule.action import Schedule
 from common.schedule.recompute import recomputes
-from tf_impl.cut_graphs import StageFunctions
+from tf_impl.cut_graphs.functions import StageFunctions
 from tf_impl.effects import with_mask
 from tf_impl.keras_pipeline.batch import piece_sizes
-from tf_impl.keras_pipeline.loss import batch_loss
+from tf_impl.keras_pipeline.chunk import Chunk
+from tf_impl.keras_pipeline.loss import BatchLoss, batch_loss
 
 
 class Traced(NamedTuple):
@@ -36,6 +38,15 @@ class Traced(NamedTuple):
 class TracedRow(keras.Model):
     """The part of a `GPipeModel` that makes its functions."""
 
+    schedule: Schedule
+    chunks: list[Chunk]
+    _traced: dict[Any, Traced]
+    """By what a mini-batch is like: the shapes and types of its arrays."""
+    _loss: BatchLoss | None
+    """None until the last stage is traced: the first that sees a prediction."""
+    _prediction: tf.TensorSpec
+    """What the prediction for a micro-batch is like."""
+
     def _ensure_traced(self, x: tf.Tensor, labels: Sequence[tf.Tensor]) -> Traced:
         """Traces and cuts every chunk, for the one or two sizes of micro-batches that every shape
         of a batch has.
@@ -52,12 +63,13 @@ class TracedRow(keras.Model):
                 self._collect_variables()
             sizes = piece_sizes(len(x), m)
             found: dict[tuple[int, bool], list[StageFunctions]] = {}
-            self._sample = tuple(labels)
+            self._sample = tuple(labels)  # for `_understand_loss`: a loss is tried on real labels
             for size in dict.fromkeys(sizes):
+                # With recompute = except-last, the last micro-batch has functions of its own.
                 again = dict.fromkeys(self._recomputes(i) for i in range(m) if sizes[i] == size)
                 specs = [tf.TensorSpec((size, *spec.shape[1:]), spec.dtype) for spec in whole]
                 received: Sequence[tf.TensorSpec] = specs[:1]
-                specs += [tf.TensorSpec((), tf.float64)]
+                specs += [tf.TensorSpec((), tf.float64)]  # the divisor, behind the labels
                 context = (
                     [tf.TensorSpec((), tf.int64), tf.TensorSpec((size,), tf.int64)]
                     if self._has_dropout
@@ -73,6 +85,7 @@ class TracedRow(keras.Model):
                         layers = self._recomputed_layers if recomputed else None
                         functions = self.on_stage(d, functools.partial(work, layers))
                         found.setdefault((size, recomputed), []).append(functions)
+                    # What this chunk hands on is what the next one is traced for.
                     received = functions.handed_on
             kinds = [(sizes[i], self._recomputes(i)) for i in range(m)]
             by_chunk = [[found[kind][k] for kind in kinds] for k in range(len(self.chunks))]
@@ -96,7 +109,9 @@ class TracedRow(keras.Model):
         Where a mask depends on nothing but the tokens, as that of an Embedding, nothing else is
         computed.
         """
-        parts, wanted = [], [False, True]
+        # From the last chunk backwards: what one needs of its input is wanted of the one before.
+        parts: list[tuple[Any, list[bool]]] = []
+        wanted = [False, True]  # of the last output: the mask alone
         for (d, _), functions in reversed(list(zip(self.schedule.location, traced, strict=True))):
             function, wanted = self.on_stage(d, functools.partial(functions.forward_part, wanted))
             parts.insert(0, (function, wanted))
@@ -136,25 +151,28 @@ class TracedRow(keras.Model):
 
     def _understand_loss(
         self, prediction: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor | None = None
-    ) -> None:
-        """Sets how the loss goes over micro-batches, from labels of a real mini-batch and what a
-        prediction is like.
+    ) -> BatchLoss:
+        """Find how the loss goes over micro-batches, from labels of a real mini-batch and what a
+        prediction is like, and keep it.
         """
         self._prediction = tf.TensorSpec(prediction.shape, prediction.dtype)
         with tf.init_scope():
             pieces = self.schedule.num_micro_batches
-            self._loss = batch_loss(self._compile_loss, y, self._prediction, sample_weight, pieces)
+            found = batch_loss(self._compile_loss, y, self._prediction, sample_weight, pieces)
+        self._loss = found
+        return found
 
     def _traced_divisor(self, batch_size: int) -> Callable[..., tf.Tensor]:
         loss, like = self._loss, self._prediction
+        assert loss is not None  # the last chunk has been traced
 
-        @tf.function(autograph=False)
         def divisor(mask: tf.Tensor | None, *labels: tf.Tensor) -> tf.Tensor:
+            # Only its shape and its mask are read: no prediction is known yet.
             prediction = tf.zeros((batch_size, *like.shape[1:]), like.dtype)
-            with_mask(prediction, mask)
-            return loss.divisor(labels[0], prediction, *labels[1:])
+            return loss.divisor(labels[0], with_mask(prediction, mask), *labels[1:])
 
-        return divisor
+        traced: Callable[..., tf.Tensor] = tf.function(divisor, autograph=False)
+        return traced
 
     def _divisor(self, traced: Traced, x: tf.Tensor, labels: Sequence[tf.Tensor]) -> float:
         """What the sum of a mini-batch's losses is divided by."""
@@ -169,7 +187,7 @@ class TracedRow(keras.Model):
         masks = []
         for piece in tf.split(x, piece_sizes(len(x), self.schedule.num_micro_batches)):
             parts = traced.mask_parts[len(piece)]
-            handed = [piece] if parts[0][1][0] else []
+            handed = [piece] if parts[0][1][0] else []  # a mask may depend on no data at all
             for (d, _), (function, _) in zip(self.schedule.location, parts, strict=True):
                 handed = self.on_stage(
                     d, lambda f=function, given=handed: f(*(tf.identity(t) for t in given))
