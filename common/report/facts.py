@@ -137,7 +137,7 @@ def _gpus(results: Sequence[RunResult]) -> list[tuple[str, str]]:
         "nccl": "NCCL",
         "cublas_workspace": "cuBLAS workspace",
         "cuda_graphs": "CUDA graphs",
-        "without_gpu_kernel": "on the CPU for want of a GPU kernel:",
+        "without_gpu_kernel": "no GPU kernel for",
     }
     said = [
         result.environment

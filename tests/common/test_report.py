@@ -178,6 +178,10 @@ def test_facts_say_whether_graphs_were_used_and_who_fell_back() -> None:
     ((name, said),) = facts._gpus([on_card, on_cpu, on_cpu])
     assert name == "GPUs"
     assert said == "A, driver 580, CUDA graphs used; on the CPU: paddle 1.0 sees no GPU"
+    slow = on_cards("A") | {"without_gpu_kernel": "Loss (float64)"}
+    assert facts._gpus([result("tensorflow", environment=slow)]) == [
+        ("GPUs", "A, driver 580, no GPU kernel for Loss (float64)")
+    ]
 
 
 def test_one_step_has_no_throughput() -> None:
