@@ -5,8 +5,19 @@ TensorFlow calls an operation stateful as soon as it reads a variable, and so th
 LSTM. What counts here is whether it, or any function that it calls, changes a state, draws a random
 number, or calls Python.
 
+    layer                   operations of its call      cut          again, by recomputation   m > 1
+    ----------------------  --------------------------  -----------  ------------------------  -----------
+    Dense                   ReadVariableOp, MatMul      free         free                      free
+    LSTM                    While, whose body reads     free         free                      free
+    Dropout                 AssignVariableOp (seed)     F            with the same seed        m draws
+    BatchNormalization      AssignSubVariableOp         F            changes nothing           named
+    tf.random.normal(...)   RandomStandardNormal        F            refused                   m draws
+    tf.py_function          EagerPyFunc                 F            refused                   refused
+
+"F" is where it runs, whoever needs its result. "Named": `compile` says that it is updated m times.
+
 Differs: only a cut graph moves operations, so only TensorFlow has to ask.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
