@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
@@ -48,21 +49,66 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     """
     known: dict[str, Callable[[Tensor], Tensor]]
     known = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": functional.relu}
-    return known[name]
+    return (known | {"swiglu": functional.silu})[name]
+
+
+class RMSNorm(nn.Layer):
+    """x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich 2019).
+
+    Differs: written out, since Paddle has no such layer, and its fused kernels none for CPUs.
+    """
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        ones = nn.initializer.Constant(1.0)
+        self.weight = self.create_parameter([spec.d_model], default_initializer=ones)
+        self.epsilon = spec.norm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = ((x * x).mean(-1, keepdim=True) + self.epsilon).sqrt()  # (B, S, 1)
+        return x / scale * self.weight
+
+
+def norm(spec: TransformerSpec) -> nn.Layer:
+    """Return a norm of the model's kind."""
+    if spec.norm_kind == "rms":
+        return RMSNorm(spec)
+    return nn.LayerNorm(spec.d_model, spec.norm_epsilon, bias_attr=_bias(spec))
+
+
+def _bias(spec: TransformerSpec) -> bool | None:
+    """Paddle's word for a layer with a bias is None, for one without False."""
+    return None if spec.biases else False
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E); the angles are
+    rounded once from float64.
+    """
+    size, half = x.shape[2], x.shape[3] // 2
+    angles = np.arange(size)[:, None] * theta ** (-np.arange(half) / half)  # (S, E/2)
+    cos, sin = (
+        paddle.to_tensor(table).astype(x.dtype) for table in (np.cos(angles), np.sin(angles))
+    )
+    a, b = x.chunk(2, -1)
+    return paddle.concat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Embedding(nn.Layer):
-    """Token embedding plus learned position embedding."""
+    """Token embedding, plus a learned position embedding where positions are not rotary."""
 
     def __init__(self, spec: TransformerSpec, context: DropoutContext) -> None:
         super().__init__()
         self.token = nn.Embedding(spec.vocab_size, spec.d_model)
-        self.position = nn.Embedding(spec.context_length, spec.d_model)
+        self.position = (
+            nn.Embedding(spec.context_length, spec.d_model) if spec.position == "learned" else None
+        )
         self.dropout, self.context = spec.dropout, context
 
     def forward(self, tokens: Tensor) -> Tensor:
-        positions = paddle.arange(tokens.shape[1])  # (S,)
-        x = self.token(tokens) + self.position(positions)  # (B, S, D)
+        x = self.token(tokens)  # (B, S, D)
+        if self.position is not None:
+            x = x + self.position(paddle.arange(tokens.shape[1]))
         return dropout(x, self.dropout, site_number("embedding", 0), self.context)
 
     @property
@@ -84,16 +130,19 @@ def causal_mask(size: int) -> Tensor:
 class Attention(nn.Layer):
     """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
 
-    The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`).
+    The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`). Where there are
+    fewer heads of keys and values (K), a group of query heads shares each.
     """
 
     def __init__(self, spec: TransformerSpec, site: int, context: DropoutContext) -> None:
         super().__init__()
-        self.query = Linear(spec.d_model, spec.d_model)
-        self.key = Linear(spec.d_model, spec.d_model, bias_attr=False)
-        self.value = Linear(spec.d_model, spec.d_model)
-        self.output = Linear(spec.d_model, spec.d_model)
-        self.num_heads, self.d_head = spec.num_heads, spec.d_head
+        kv, bias = spec.kv_heads * spec.d_head, _bias(spec)  # K E
+        self.query = Linear(spec.d_model, spec.d_model, bias_attr=bias)
+        self.key = Linear(spec.d_model, kv, bias_attr=False)
+        self.value = Linear(spec.d_model, kv, bias_attr=bias)
+        self.output = Linear(spec.d_model, spec.d_model, bias_attr=bias)
+        self.d_head, self.group = spec.d_head, spec.num_heads // spec.kv_heads
+        self.rope_theta = spec.rope_theta if spec.position == "rotary" else None
         self.dropout, self.site, self.context = spec.dropout, site, context
         self.register_buffer(
             "causal", causal_mask(spec.context_length), persistable=False
@@ -103,10 +152,15 @@ class Attention(nn.Layer):
         b, s, d = x.shape
 
         def split(y: Tensor) -> Tensor:
-            return y.reshape([b, s, self.num_heads, self.d_head]).transpose([0, 2, 1, 3])
+            return y.reshape([b, s, -1, self.d_head]).transpose([0, 2, 1, 3])
 
-        q = split(self.query(x)) / math.sqrt(self.d_head)  # (B, H, S, E)
-        k, v = split(self.key(x)), split(self.value(x))  # (B, H, S, E)
+        # (B, H, S, E), of keys and values (B, K, S, E)
+        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        if self.rope_theta is not None:
+            q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
+        if self.group > 1:
+            k, v = (y.repeat_interleave(self.group, 1) for y in (k, v))  # (B, H, S, E)
+        q = q / math.sqrt(self.d_head)
         scores = paddle.matmul(q, k, transpose_y=True) + self.causal[:s, :s]  # (B, H, S, S)
         weights = dropout(
             functional.softmax(scores), self.dropout, self.site, self.context
@@ -116,16 +170,24 @@ class Attention(nn.Layer):
 
 
 class FeedForward(nn.Layer):
-    """Two linear layers with an activation between them."""
+    """Two linear layers with an activation between them; SwiGLU (Shazeer 2020) has a third, whose
+    activation the first one's output is multiplied with.
+    """
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
-        self.up = Linear(spec.d_model, spec.d_ff)
-        self.down = Linear(spec.d_ff, spec.d_model)
+        d, f, bias = spec.d_model, spec.d_ff, _bias(spec)
+        self.gate = Linear(d, f, bias_attr=bias) if spec.activation == "swiglu" else None
+        self.up = Linear(d, f, bias_attr=bias)
+        self.down = Linear(f, d, bias_attr=bias)
         self.activation = activation(spec.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))  # (B, S, F) between them
+        up = self.up(x)  # (B, S, F)
+        active = (
+            self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
+        )  # (B, S, F)
+        return self.down(active)
 
 
 class Block(nn.Layer):
@@ -138,9 +200,9 @@ class Block(nn.Layer):
         attention_weights, self.attention_site, self.feed_forward_site = (
             site_number(name, i) for i in range(3)
         )
-        self.norm_1 = nn.LayerNorm(spec.d_model, spec.norm_epsilon)
+        self.norm_1 = norm(spec)
         self.attention = Attention(spec, attention_weights, context)
-        self.norm_2 = nn.LayerNorm(spec.d_model, spec.norm_epsilon)
+        self.norm_2 = norm(spec)
         self.feed_forward = FeedForward(spec)
         self.pre_norm, self.dropout, self.context = spec.norm == "pre", spec.dropout, context
 
@@ -167,9 +229,7 @@ class Head(nn.Layer):
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
-        self.norm = (
-            nn.LayerNorm(spec.d_model, spec.norm_epsilon) if spec.norm == "pre" else nn.Identity()
-        )
+        self.norm = norm(spec) if spec.norm == "pre" else nn.Identity()
         self.tied = spec.tied_head
         if self.tied:
             self.tied_weight = self.create_parameter([spec.vocab_size, spec.d_model])

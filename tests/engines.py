@@ -29,7 +29,7 @@ from common.spec import dropout_masks
 from common.spec.data import Batch, load_corpus
 from common.spec.memory import Memory
 from common.spec.parameters import Check, TensorKey, unit_names
-from common.spec.run import PRESETS, RunConfig, TrainSpec, TransformerSpec
+from common.spec.run import LLAMA, PRESETS, RunConfig, TrainSpec, TransformerSpec
 
 Arrays = dict[str, Any]
 Make = Callable[..., Any]
@@ -283,7 +283,12 @@ MEMORY_GRID: tuple[tuple[int, str, dict[str, Any], dict[str, Any]], ...] = (
     (2, "zb-h1", {}, {"activation": "gelu_tanh", "dropout": 0.1, "dtype": "bfloat16"}),
     (2, "1f1b", {"recompute": "except-last"}, {"tied_head": True, "dropout": 0.1}),
     (2, "zb-v", {"chunks": 2, "recompute": "every-1"}, {}),
-    (2, "interleaved", {"chunks": 2, "track": "best"}, {"num_layers": 4}),
+    (
+        2,
+        "interleaved",
+        {"chunks": 2, "track": "best"},
+        {"num_layers": 4, "num_kv_heads": 1} | LLAMA,
+    ),
 )
 """Stages, schedule, the rest of the run, and the model: runs whose held bytes are predicted."""
 

@@ -52,10 +52,10 @@ def _float32_gelu_constant(config: RunConfig) -> _Patches:
 
 
 def _layer_norm_epsilon(config: RunConfig) -> _Patches:
-    def layer_norm(self: Unit, name: str) -> keras.layers.LayerNormalization:
+    def make_norm(self: Unit, name: str) -> keras.layers.LayerNormalization:
         return keras.layers.LayerNormalization(name=name, dtype=self.dtype)
 
-    return [patch(Unit, "layer_norm", layer_norm)]
+    return [patch(Unit, "make_norm", make_norm)]
 
 
 def _onednn(config: RunConfig) -> _Patches:

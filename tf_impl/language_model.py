@@ -25,7 +25,7 @@ class TiedHead(Head):
         self.embedding = embedding
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.norm = self.layer_norm("norm") if self.spec.norm == "pre" else None
+        self.norm = self.make_norm("norm") if self.spec.norm == "pre" else None
         if self.norm is not None:
             self.norm.build(input_shape)
 

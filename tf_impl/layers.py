@@ -17,7 +17,7 @@ import tensorflow as tf
 from common.spec.dropout_masks import site_number
 from common.spec.run import TransformerSpec
 from tf_impl.dropout import DropoutContext, dropout, native_dropout
-from tf_impl.precision import Linear, at_least_float32, product, softmax
+from tf_impl.precision import Linear, RMSNorm, at_least_float32, product, softmax
 
 
 @tf.custom_gradient
@@ -61,6 +61,7 @@ def activation(name: str) -> Callable[[tf.Tensor], tf.Tensor]:
         "gelu": gelu,
         "gelu_tanh": gelu_tanh,
         "relu": tf.nn.relu,
+        "swiglu": tf.nn.silu,
     }
     return known[name]
 
@@ -89,13 +90,15 @@ class Unit(keras.layers.Layer):
 
     def linear(self, units: int, name: str, bias: bool = True) -> Linear:
         return Linear(
-            units, use_bias=bias, name=name, dtype=self.dtype
+            units, use_bias=bias and self.spec.biases, name=name, dtype=self.dtype
         )  # kernel (in, out), as canonical
 
-    def layer_norm(self, name: str) -> keras.layers.LayerNormalization:
-        return keras.layers.LayerNormalization(
-            epsilon=self.spec.norm_epsilon, name=name, dtype=self.dtype
-        )
+    def make_norm(self, name: str) -> keras.layers.Layer:
+        """Return a norm of the model's kind."""
+        options = {"epsilon": self.spec.norm_epsilon, "name": name, "dtype": self.dtype}
+        if self.spec.norm_kind == "rms":
+            return RMSNorm(**options)
+        return keras.layers.LayerNormalization(center=self.spec.biases, **options)
 
     def dropout(self, x: tf.Tensor, place: int, context: DropoutContext | None) -> tf.Tensor:
         """Dropout at one of the unit's places (`common.spec.dropout_masks.site_number`)."""
@@ -106,20 +109,36 @@ class Unit(keras.layers.Layer):
         return tuple(input_shape)
 
 
+def rotate(x: tf.Tensor, theta: float) -> tf.Tensor:
+    """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E); the angles are
+    rounded once from float64.
+    """
+    size, half = x.shape[2], x.shape[3] // 2
+    angles = np.arange(size)[:, None] * theta ** (-np.arange(half) / half)  # (S, E/2)
+    wide = at_least_float32(x)
+    cos, sin = tf.constant(np.cos(angles), wide.dtype), tf.constant(np.sin(angles), wide.dtype)
+    a, b = tf.split(wide, 2, -1)
+    return tf.cast(tf.concat([a * cos - b * sin, b * cos + a * sin], -1), x.dtype)
+
+
 class Embedding(Unit):
-    """Token plus learned position."""
+    """Token plus learned position, where positions are not rotary."""
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         d = self.spec.d_model
         self.token = self.add_weight(
             shape=(self.spec.vocab_size, d), initializer="random_normal", name="token"
         )
-        self.position = self.add_weight(
-            shape=(self.spec.context_length, d), initializer="random_normal", name="position"
-        )
+        self.position = None
+        if self.spec.position == "learned":
+            self.position = self.add_weight(
+                shape=(self.spec.context_length, d), initializer="random_normal", name="position"
+            )
 
     def call(self, tokens: tf.Tensor, context: DropoutContext | None = None) -> tf.Tensor:
-        x = tf.gather(self.token, tokens) + self.position[: tokens.shape[1]]  # (B, S, D)
+        x = tf.gather(self.token, tokens)  # (B, S, D)
+        if self.position is not None:
+            x = x + self.position[: tokens.shape[1]]
         return self.dropout(x, 0, context)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
@@ -134,58 +153,75 @@ def causal_mask(size: int, dtype: tf.DType) -> tf.Tensor:
 class Attention(Unit):
     """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
 
+    Where there are fewer heads of keys and values (K), a group of query heads shares each.
+
     Differs: the last layer is `projection` and not `output`, a name that every Keras layer has for
     its result.
     """
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        d = self.spec.d_model
+        d, kv = self.spec.d_model, self.spec.kv_heads * self.spec.d_head  # D, K E
         self.query, self.key, self.value, self.projection = (
             self.linear(d, "query"),
-            self.linear(d, "key", bias=False),
-            self.linear(d, "value"),
+            self.linear(kv, "key", bias=False),
+            self.linear(kv, "value"),
             self.linear(d, "output"),
         )
         for layer in (self.query, self.key, self.value, self.projection):
             layer.build(input_shape)
 
     def call(self, x: tf.Tensor, context: DropoutContext | None = None) -> tf.Tensor:
-        s, d, h = x.shape[1], x.shape[2], self.spec.num_heads
+        s, d, spec = x.shape[1], x.shape[2], self.spec
 
         def split(y: tf.Tensor) -> tf.Tensor:
-            return tf.transpose(tf.reshape(y, (-1, s, h, d // h)), (0, 2, 1, 3))
+            heads = y.shape[2] // spec.d_head
+            return tf.transpose(tf.reshape(y, (-1, s, heads, spec.d_head)), (0, 2, 1, 3))
 
-        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))  # (B, H, S, E)
+        # (B, H, S, E), of keys and values (B, K, S, E)
+        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        if spec.position == "rotary":
+            q, k = rotate(q, spec.rope_theta), rotate(k, spec.rope_theta)
+        if spec.kv_heads < spec.num_heads:
+            group = spec.num_heads // spec.kv_heads
+            k, v = tf.repeat(k, group, 1), tf.repeat(v, group, 1)  # (B, H, S, E)
         products = at_least_float32(product(q, k, transpose_b=True))  # (B, H, S, S)
         # Differs: the product is scaled and not the queries, which in bfloat16 would be rounded
         # once more.
-        scores = products / math.sqrt(d // h) + causal_mask(s, products.dtype)  # (B, H, S, S)
+        scores = products / math.sqrt(spec.d_head) + causal_mask(s, products.dtype)  # (B, H, S, S)
         weights = self.dropout(softmax(scores, q.dtype), 0, context)
         mixed = tf.reshape(tf.transpose(product(weights, v), (0, 2, 1, 3)), (-1, s, d))  # (B, S, D)
         return self.projection(mixed)
 
 
 class FeedForward(Unit):
-    """Two linear layers with a GELU or ReLU between."""
+    """Two linear layers with an activation between them; SwiGLU (Shazeer 2020) has a third, whose
+    activation the first one's output is multiplied with.
+    """
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.up, self.down = (
             self.linear(self.spec.d_ff, "up"),
             self.linear(self.spec.d_model, "down"),
         )
+        self.gate = (
+            self.linear(self.spec.d_ff, "gate") if self.spec.activation == "swiglu" else None
+        )
+        if self.gate is not None:
+            self.gate.build(input_shape)
         self.up.build(input_shape)
         self.down.build((*input_shape[:-1], self.spec.d_ff))
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        hidden = self.up(x)  # (B, S, F)
-        return self.down(activation(self.spec.activation)(hidden))  # (B, S, D)
+        active, up = activation(self.spec.activation), self.up(x)  # up (B, S, F)
+        hidden = active(up) if self.gate is None else active(self.gate(x)) * up  # (B, S, F)
+        return self.down(hidden)  # (B, S, D)
 
 
 class Block(Unit):
     """A Transformer block, pre-norm `x + f(norm(x))` or post-norm `norm(x + f(x))`."""
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.norm_1, self.norm_2 = self.layer_norm("norm_1"), self.layer_norm("norm_2")
+        self.norm_1, self.norm_2 = self.make_norm("norm_1"), self.make_norm("norm_2")
         self.attention = Attention(self.spec, self.unit_name, self.dtype)
         self.feed_forward = FeedForward(self.spec, self.unit_name, self.dtype)
         for layer in (self.norm_1, self.attention, self.norm_2, self.feed_forward):
@@ -207,7 +243,7 @@ class Head(Unit):
     """
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.norm = self.layer_norm("norm") if self.spec.norm == "pre" else None
+        self.norm = self.make_norm("norm") if self.spec.norm == "pre" else None
         if self.norm is not None:
             self.norm.build(input_shape)
         if self.spec.tied_head:

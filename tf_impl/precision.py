@@ -89,3 +89,22 @@ class Linear(keras.layers.Dense):
             if self.bias is None
             else tf.cast(at_least_float32(y) + at_least_float32(self.bias), y.dtype)
         )
+
+
+class RMSNorm(keras.layers.Layer):
+    """x / sqrt(mean(x^2) + epsilon) * gamma (Zhang and Sennrich 2019), in float32 at least.
+
+    Differs: written out, since `keras.layers.RMSNormalization` takes rsqrt.
+    """
+
+    def __init__(self, epsilon: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.epsilon = epsilon
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.gamma = self.add_weight(shape=input_shape[-1:], initializer="ones", name="gamma")
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        wide, gamma = at_least_float32(x), at_least_float32(tf.convert_to_tensor(self.gamma))
+        scale = tf.sqrt(tf.reduce_mean(wide * wide, -1, keepdims=True) + self.epsilon)  # (B, S, 1)
+        return tf.cast(wide / scale * gamma, x.dtype)

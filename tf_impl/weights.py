@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from common.spec.parameters import TOKEN_EMBEDDING
 from tf_impl.layers import Block, Embedding, Head, Unit
+from tf_impl.precision import Linear
 
 
 class NamedParameter(NamedTuple):
@@ -38,10 +39,9 @@ def named_parameters(
     for name, unit in zip(part, units, strict=True):
         match unit:  # in the order of `common.spec.parameters.parameter_shapes`
             case Embedding():
-                named += [
-                    NamedParameter(TOKEN_EMBEDDING, unit.token),
-                    NamedParameter("embedding.position.weight", unit.position),
-                ]
+                named.append(NamedParameter(TOKEN_EMBEDDING, unit.token))
+                if unit.position is not None:
+                    named.append(NamedParameter("embedding.position.weight", unit.position))
             case Block():
                 named += _block_parameters(name, unit)
             case Head():
@@ -62,22 +62,26 @@ def _norm_parameters(name: str, norm: keras.layers.Layer | None) -> list[NamedPa
     return [NamedParameter(f"{name}.{names.get(own.name, own.name)}", own) for own in variables]
 
 
+def _linear_parameters(name: str, layer: Linear | None) -> list[NamedParameter]:
+    """Those of a linear layer, which may be without a bias; none where there is no layer."""
+    if layer is None:
+        return []
+    weight = NamedParameter(f"{name}.weight", layer.kernel)
+    return [weight] if layer.bias is None else [weight, NamedParameter(f"{name}.bias", layer.bias)]
+
+
 def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
     attention, feed_forward = block.attention, block.feed_forward
     return [
         *_norm_parameters(f"{name}.norm_1", block.norm_1),
-        NamedParameter(f"{name}.attention.query.weight", attention.query.kernel),
-        NamedParameter(f"{name}.attention.query.bias", attention.query.bias),
-        NamedParameter(f"{name}.attention.key.weight", attention.key.kernel),
-        NamedParameter(f"{name}.attention.value.weight", attention.value.kernel),
-        NamedParameter(f"{name}.attention.value.bias", attention.value.bias),
-        NamedParameter(f"{name}.attention.output.weight", attention.projection.kernel),
-        NamedParameter(f"{name}.attention.output.bias", attention.projection.bias),
+        *_linear_parameters(f"{name}.attention.query", attention.query),
+        *_linear_parameters(f"{name}.attention.key", attention.key),
+        *_linear_parameters(f"{name}.attention.value", attention.value),
+        *_linear_parameters(f"{name}.attention.output", attention.projection),
         *_norm_parameters(f"{name}.norm_2", block.norm_2),
-        NamedParameter(f"{name}.feed_forward.up.weight", feed_forward.up.kernel),
-        NamedParameter(f"{name}.feed_forward.up.bias", feed_forward.up.bias),
-        NamedParameter(f"{name}.feed_forward.down.weight", feed_forward.down.kernel),
-        NamedParameter(f"{name}.feed_forward.down.bias", feed_forward.down.bias),
+        *_linear_parameters(f"{name}.feed_forward.gate", feed_forward.gate),
+        *_linear_parameters(f"{name}.feed_forward.up", feed_forward.up),
+        *_linear_parameters(f"{name}.feed_forward.down", feed_forward.down),
     ]
 
 

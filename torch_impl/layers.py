@@ -7,6 +7,7 @@ feed-forward width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from common.spec.data import IGNORED
 from common.spec.dropout_masks import site_number
 from common.spec.run import TransformerSpec
 from torch_impl.dropout import DropoutContext, dropout
-from torch_impl.precision import LayerNorm
+from torch_impl.precision import LayerNorm, RMSNorm
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -41,23 +42,62 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     """Return what stands between the two linear layers of a feed-forward
     (`TransformerSpec.activation`).
     """
-    return {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": functional.relu}[name]
+    known: dict[str, Callable[[Tensor], Tensor]] = {
+        "gelu": gelu,
+        "gelu_tanh": gelu_tanh,
+        "relu": functional.relu,
+        "swiglu": functional.silu,
+    }
+    return known[name]
+
+
+def norm(spec: TransformerSpec) -> nn.Module:
+    """Return a norm of the model's kind."""
+    if spec.norm_kind == "rms":
+        return RMSNorm(spec.d_model, spec.norm_epsilon)
+    return LayerNorm(spec.d_model, spec.norm_epsilon, bias=spec.biases)
+
+
+@functools.cache
+def rotary_angles(
+    size: int, width: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines (size, width / 2), rounded once from float64.
+
+    Not a buffer of the module: that would be rounded to bfloat16 with the weights.
+    """
+    half = width // 2
+    turns = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.arange(size, dtype=torch.float64)[:, None] * turns  # (S, E/2)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = rotary_angles(x.shape[2], x.shape[3], theta, dtype, x.device)
+    a, b = x.to(dtype).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 class Embedding(nn.Module):
-    """Token embedding plus learned position embedding."""
+    """Token embedding, plus a learned position embedding where positions are not rotary."""
+
+    positions: Tensor  # (S,)
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
         self.token = nn.Embedding(spec.vocab_size, spec.d_model)
-        self.position = nn.Embedding(spec.context_length, spec.d_model)
+        self.position = (
+            nn.Embedding(spec.context_length, spec.d_model) if spec.position == "learned" else None
+        )
         self.dropout = spec.dropout
-        self.register_buffer(
-            "positions", torch.arange(spec.context_length), persistent=False
-        )  # (S,)
+        self.register_buffer("positions", torch.arange(spec.context_length), persistent=False)
 
     def forward(self, tokens: Tensor, context: DropoutContext | None) -> Tensor:
-        x = self.token(tokens) + self.position(self.positions[: tokens.shape[1]])  # (B, S, D)
+        x = self.token(tokens)  # (B, S, D)
+        if self.position is not None:
+            x = x + self.position(self.positions[: tokens.shape[1]])
         return dropout(x, self.dropout, site_number("embedding", 0), context)
 
 
@@ -69,27 +109,37 @@ def causal_mask(size: int) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
 
-    The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`). `fused`: scores
-    and softmax in one kernel that stores neither; it has no place for our dropout masks.
+    The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`). Where there are
+    fewer heads of keys and values (K), a group of query heads shares each. `fused`: scores and
+    softmax in one kernel that stores neither; it has no place for our dropout masks.
     """
+
+    causal: Tensor  # (S, S)
 
     def __init__(self, spec: TransformerSpec, site: int, fused: bool) -> None:
         super().__init__()
-        self.query = nn.Linear(spec.d_model, spec.d_model)
-        self.key = nn.Linear(spec.d_model, spec.d_model, bias=False)
-        self.value = nn.Linear(spec.d_model, spec.d_model)
-        self.output = nn.Linear(spec.d_model, spec.d_model)
-        self.num_heads, self.d_head = spec.num_heads, spec.d_head
+        kv = spec.kv_heads * spec.d_head  # K E
+        self.query = nn.Linear(spec.d_model, spec.d_model, spec.biases)
+        self.key = nn.Linear(spec.d_model, kv, bias=False)
+        self.value = nn.Linear(spec.d_model, kv, spec.biases)
+        self.output = nn.Linear(spec.d_model, spec.d_model, spec.biases)
+        self.d_head, self.group = spec.d_head, spec.num_heads // spec.kv_heads
+        self.rope_theta = spec.rope_theta if spec.position == "rotary" else None
         self.dropout, self.site, self.fused = spec.dropout, site, fused
-        self.register_buffer("causal", causal_mask(spec.context_length), persistent=False)  # (S, S)
+        self.register_buffer("causal", causal_mask(spec.context_length), persistent=False)
 
     def forward(self, x: Tensor, context: DropoutContext | None) -> Tensor:
         b, s, d = x.shape
 
         def split(y: Tensor) -> Tensor:
-            return y.view(b, s, self.num_heads, self.d_head).transpose(1, 2)
+            return y.view(b, s, -1, self.d_head).transpose(1, 2)
 
-        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))  # (B, H, S, E)
+        # (B, H, S, E), of keys and values (B, K, S, E)
+        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        if self.rope_theta is not None:
+            q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
+        if self.group > 1:
+            k, v = (y.repeat_interleave(self.group, dim=1) for y in (k, v))  # (B, H, S, E)
         if self.fused:
             mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, S, E)
         else:
@@ -100,20 +150,30 @@ class Attention(nn.Module):
                 functional.softmax(scores, dim=-1), self.dropout, self.site, context
             )  # (B, H, S, S)
             mixed = weights @ v  # (B, H, S, E)
-        return self.output(mixed.transpose(1, 2).reshape(b, s, d))
+        y: Tensor = self.output(mixed.transpose(1, 2).reshape(b, s, d))  # (B, S, D)
+        return y
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them."""
+    """Two linear layers with an activation between them; SwiGLU (Shazeer 2020) has a third, whose
+    activation the first one's output is multiplied with.
+    """
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
-        self.up = nn.Linear(spec.d_model, spec.d_ff)
-        self.down = nn.Linear(spec.d_ff, spec.d_model)
+        gated = spec.activation == "swiglu"
+        self.gate = nn.Linear(spec.d_model, spec.d_ff, spec.biases) if gated else None
+        self.up = nn.Linear(spec.d_model, spec.d_ff, spec.biases)
+        self.down = nn.Linear(spec.d_ff, spec.d_model, spec.biases)
         self.activation = activation(spec.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))  # (B, S, F) between them
+        up = self.up(x)  # (B, S, F)
+        active = (
+            self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
+        )  # (B, S, F)
+        y: Tensor = self.down(active)
+        return y
 
 
 class Block(nn.Module):
@@ -126,9 +186,9 @@ class Block(nn.Module):
         attention_weights, self.attention_site, self.feed_forward_site = (
             site_number(name, i) for i in range(3)
         )
-        self.norm_1 = LayerNorm(spec.d_model, spec.norm_epsilon)
+        self.norm_1 = norm(spec)
         self.attention = Attention(spec, attention_weights, fused)
-        self.norm_2 = LayerNorm(spec.d_model, spec.norm_epsilon)
+        self.norm_2 = norm(spec)
         self.feed_forward = FeedForward(spec)
         self.pre_norm, self.dropout = spec.norm == "pre", spec.dropout
 
@@ -143,7 +203,8 @@ class Block(nn.Module):
             x = x + attend(self.norm_1(x))
             return x + feed(self.norm_2(x))  # (B, S, D)
         x = self.norm_1(x + attend(x))
-        return self.norm_2(x + feed(x))  # (B, S, D)
+        x = self.norm_2(x + feed(x))
+        return x  # (B, S, D)
 
 
 class Head(nn.Module):
@@ -154,13 +215,12 @@ class Head(nn.Module):
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
-        self.norm = (
-            LayerNorm(spec.d_model, spec.norm_epsilon) if spec.norm == "pre" else nn.Identity()
-        )
+        self.norm = norm(spec) if spec.norm == "pre" else nn.Identity()
         self.output = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
 
     def forward(self, x: Tensor, context: DropoutContext | None) -> Tensor:
-        return self.output(self.norm(x))  # (B, S, V)
+        logits: Tensor = self.output(self.norm(x))  # (B, S, V)
+        return logits
 
 
 def build_unit(spec: TransformerSpec, name: str, fused: bool = False) -> nn.Module:

@@ -18,7 +18,19 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype is not torch.bfloat16 or x.device.type != "cpu":
             return super().forward(x)
-        weight, bias = self.weight.float(), self.bias.float()
+        bias = None if self.bias is None else self.bias.float()
         return nn.functional.layer_norm(
-            x.float(), self.normalized_shape, weight, bias, self.eps
+            x.float(), self.normalized_shape, self.weight.float(), bias, self.eps
         ).to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm`, computed in float32 where it would be bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.bfloat16:
+            return super().forward(x)
+        weight = self.weight.float()
+        return nn.functional.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(
+            x.dtype
+        )

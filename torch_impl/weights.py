@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.spec.parameters import TOKEN_EMBEDDING
+from torch_impl.gradients import gradient_of
 from torch_impl.layers import Block, Embedding, Head
 
 
@@ -17,7 +18,8 @@ class NamedParameter(NamedTuple):
     """A parameter and its canonical name."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
+    """A leaf with a gradient, once an engine has placed the model."""
     transposed: bool = False
     """nn.Linear stores (out, in), the canonical shape is (in, out)."""
     is_copy: bool = False
@@ -35,13 +37,12 @@ def named_parameters(
     for name, unit in zip(part, units, strict=True):
         match unit:
             case Embedding():
-                named += [
-                    NamedParameter(TOKEN_EMBEDDING, unit.token.weight),
-                    NamedParameter("embedding.position.weight", unit.position.weight),
-                ]
+                named.append(NamedParameter(TOKEN_EMBEDDING, unit.token.weight))
+                if unit.position is not None:
+                    named.append(NamedParameter("embedding.position.weight", unit.position.weight))
             case Block():
                 named += _block_parameters(name, unit)
-            case Head():
+            case Head():  # a post-norm model's has no norm, and so no names of one
                 named += _norm_parameters("head.norm", unit.norm)
                 if tied_head:
                     named.append(NamedParameter(TOKEN_EMBEDDING, unit.output.weight, is_copy=True))
@@ -60,24 +61,26 @@ def _norm_parameters(name: str, norm: nn.Module) -> list[NamedParameter]:
     ]
 
 
+def _linear_parameters(name: str, layer: nn.Linear | None) -> list[NamedParameter]:
+    """Those of a linear layer, which may be without a bias; none where there is no layer."""
+    if layer is None:
+        return []
+    weight = NamedParameter(f"{name}.weight", layer.weight, transposed=True)
+    return [weight] if layer.bias is None else [weight, NamedParameter(f"{name}.bias", layer.bias)]
+
+
 def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
     attention, feed_forward = block.attention, block.feed_forward
     return [
         *_norm_parameters(f"{name}.norm_1", block.norm_1),
-        NamedParameter(f"{name}.attention.query.weight", attention.query.weight, transposed=True),
-        NamedParameter(f"{name}.attention.query.bias", attention.query.bias),
-        NamedParameter(f"{name}.attention.key.weight", attention.key.weight, transposed=True),
-        NamedParameter(f"{name}.attention.value.weight", attention.value.weight, transposed=True),
-        NamedParameter(f"{name}.attention.value.bias", attention.value.bias),
-        NamedParameter(f"{name}.attention.output.weight", attention.output.weight, transposed=True),
-        NamedParameter(f"{name}.attention.output.bias", attention.output.bias),
+        *_linear_parameters(f"{name}.attention.query", attention.query),
+        *_linear_parameters(f"{name}.attention.key", attention.key),
+        *_linear_parameters(f"{name}.attention.value", attention.value),
+        *_linear_parameters(f"{name}.attention.output", attention.output),
         *_norm_parameters(f"{name}.norm_2", block.norm_2),
-        NamedParameter(f"{name}.feed_forward.up.weight", feed_forward.up.weight, transposed=True),
-        NamedParameter(f"{name}.feed_forward.up.bias", feed_forward.up.bias),
-        NamedParameter(
-            f"{name}.feed_forward.down.weight", feed_forward.down.weight, transposed=True
-        ),
-        NamedParameter(f"{name}.feed_forward.down.bias", feed_forward.down.bias),
+        *_linear_parameters(f"{name}.feed_forward.gate", feed_forward.gate),
+        *_linear_parameters(f"{name}.feed_forward.up", feed_forward.up),
+        *_linear_parameters(f"{name}.feed_forward.down", feed_forward.down),
     ]
 
 
@@ -105,7 +108,7 @@ def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[A
 def load_gradients(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Copy canonical arrays into the parameters' gradients. Raises KeyError for a missing one."""
     for item in named:
-        _load_tensor(arrays[item.name], item.parameter.grad, item.transposed)
+        _load_tensor(arrays[item.name], gradient_of(item.parameter), item.transposed)
 
 
 def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
@@ -115,7 +118,9 @@ def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
 
 def export_gradients(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
     """Return the gradients as canonical arrays of their own memory."""
-    return {item.name: _export_tensor(item.parameter.grad, item.transposed) for item in named}
+    return {
+        item.name: _export_tensor(gradient_of(item.parameter), item.transposed) for item in named
+    }
 
 
 def _load_tensor(array: NDArray[Any], tensor: Tensor, transposed: bool) -> None:
@@ -131,6 +136,7 @@ def _load_tensor(array: NDArray[Any], tensor: Tensor, transposed: bool) -> None:
 def _export_tensor(tensor: Tensor, transposed: bool) -> NDArray[Any]:
     """`tensor` as an array of canonical shape, with memory of its own."""
     array = to_array(tensor)
+    # A copy even on the CPU: else the next step would change what was exported.
     return array.T.copy() if transposed else array.copy()
 
 

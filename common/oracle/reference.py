@@ -96,6 +96,49 @@ def layer_norm_backward(grad: Array, weight: Array, saved: Any) -> tuple[Array, 
     return dx, (grad * normal).sum(axes), grad.sum(axes)
 
 
+def rms_norm(x: Array, weight: Array, epsilon: float) -> tuple[Array, Any]:
+    """Divide by the root mean square over the last axis (Zhang and Sennrich 2019).
+
+    n = x / sqrt(mean(x^2) + epsilon);  y = n * weight
+    """
+    inverse = 1 / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)  # (B, S, 1)
+    normal = x * inverse  # (B, S, D)
+    return normal * weight, (normal, inverse)
+
+
+def rms_norm_backward(grad: Array, weight: Array, saved: Any) -> tuple[Array, Array]:
+    """Return the gradients of x and weight.
+
+    With g = dy * weight:  dx = (g - n mean(g n)) / sqrt(mean(x^2) + epsilon): LayerNorm's without
+    the part that is there because x moves its mean.
+    """
+    normal, inverse = saved
+    g = grad * weight  # (B, S, D)
+    dx = inverse * (g - normal * (g * normal).mean(-1, keepdims=True))
+    return dx, (grad * normal).sum(tuple(range(grad.ndim - 1)))
+
+
+def norm(x: Array, w: Mapping[str, Array], name: str, m: TransformerSpec) -> tuple[Array, Any]:
+    """Return the norm of this name, of the model's kind; LayerNorm may be without a bias."""
+    weight = w[f"{name}.weight"]
+    if m.norm_kind == "rms":
+        return rms_norm(x, weight, m.norm_epsilon)
+    return layer_norm(x, weight, w.get(f"{name}.bias", np.zeros(1)), m.norm_epsilon)
+
+
+def norm_backward(
+    grad: Array, w: Mapping[str, Array], name: str, m: TransformerSpec, saved: Any, grads: Arrays
+) -> Array:
+    """Return the gradient of x; add those of the parameters to `grads`."""
+    if m.norm_kind == "rms":
+        dx, grads[f"{name}.weight"] = rms_norm_backward(grad, w[f"{name}.weight"], saved)
+        return dx
+    dx, grads[f"{name}.weight"], bias = layer_norm_backward(grad, w[f"{name}.weight"], saved)
+    if f"{name}.bias" in w:
+        grads[f"{name}.bias"] = bias
+    return dx
+
+
 def _erf(x: Array) -> Array:
     # SciPy is a dependency for this alone: with math.erf, value by value, a step of the preset
     # `small` takes 3.7 s instead of 2.5. Imported only now: `--help` should not wait for it.
@@ -143,10 +186,22 @@ def relu_backward(grad: Array, x: Array) -> Array:
     return grad * (x > 0)  # at 0 the derivative counts as 0, as in all three frameworks
 
 
+def silu(x: Array) -> Array:
+    """Compute x sigmoid(x) (Elfwing et al. 2018)."""
+    return np.asarray(x / (1 + np.exp(-x)))
+
+
+def silu_backward(grad: Array, x: Array) -> Array:
+    """dx = dy (s + x s (1 - s)), with s = sigmoid(x), since s' = s (1 - s)."""
+    s = 1 / (1 + np.exp(-x))
+    return np.asarray(grad * (s + x * s * (1 - s)))
+
+
 ACTIVATIONS = {
     "gelu": (gelu, gelu_backward),
     "gelu_tanh": (gelu_tanh, gelu_tanh_backward),
     "relu": (relu, relu_backward),
+    "swiglu": (silu, silu_backward),  # of the gate
 }
 
 
@@ -170,36 +225,76 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
     return grad @ weight.T, flat_x.T @ flat_grad, flat_grad.sum(0)
 
 
+def linear(x: Array, w: Mapping[str, Array], name: str) -> Array:
+    """Compute x @ weight + bias; a layer may be without a bias."""
+    y: Array = np.matmul(x, w[f"{name}.weight"])
+    if f"{name}.bias" in w:
+        y += w[f"{name}.bias"]
+    return y
+
+
+def linear_backward_by_name(
+    grad: Array, x: Array, w: Mapping[str, Array], name: str, grads: Arrays
+) -> Array:
+    """Return the gradient of x; add those of the parameters to `grads`."""
+    dx, grads[f"{name}.weight"], bias = linear_backward(grad, x, w[f"{name}.weight"])
+    if f"{name}.bias" in w:
+        grads[f"{name}.bias"] = bias
+    return dx
+
+
+def rotate(x: Array, theta: float, sign: int = 1) -> Array:
+    """Turn every pair of features by its position (Su et al. 2021, section 3.2.2): (B, H, S, E).
+
+    Feature i of the first half and feature i of the second are the coordinates of a point, which at
+    position s turns by the angle s theta^(-2i/E). The product of a query and a key then depends on
+    the distance of their positions alone. Turning back (`sign` = -1) is its backward: a rotation's
+    transpose is its inverse.
+
+    E = 4, theta = 10,000, position 3: features 0 and 2 turn by 3, features 1 and 3 by 0.03.
+    """
+    half = x.shape[-1] // 2
+    turns = theta ** (-np.arange(half) / half)  # (E/2,)
+    angles = sign * np.arange(x.shape[-2])[:, None] * turns  # (S, E/2)
+    a, b = x[..., :half], x[..., half:]
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 # ------------------------------------------------------------------------------ parts of a block
 
 
 def attention(
-    x: Array, w: Mapping[str, Array], unit: str, heads: int, masks: Masks
+    x: Array, w: Mapping[str, Array], unit: str, m: TransformerSpec, masks: Masks
 ) -> tuple[Array, Any]:
     """Compute causal self-attention with dropout on its weights (Vaswani et al. 2017, section 3.2).
 
     P = softmax(q k^T / sqrt(E) + causal);  y = (P * mask) v, heads joined;  out = y @ W + b
+
+    With fewer heads of keys and values (Ainslie et al. 2023) each is used by a group of query heads
+    in a row: 4 query heads over 2 of them use 0, 0, 1, 1.
     """
     b, s, d = x.shape
 
-    def split(y: Array) -> Array:  # (B, S, D) to (B, H, S, E)
-        return y.reshape(b, s, heads, d // heads).transpose(0, 2, 1, 3)
+    def split(y: Array) -> Array:  # (B, S, heads E) to (B, heads, S, E)
+        return y.reshape(b, s, -1, m.d_head).transpose(0, 2, 1, 3)
 
     name = f"{unit}.attention"
-    q = split(x @ w[f"{name}.query.weight"] + w[f"{name}.query.bias"])  # (B, H, S, E)
-    k = split(x @ w[f"{name}.key.weight"])  # (B, H, S, E)
-    v = split(x @ w[f"{name}.value.weight"] + w[f"{name}.value.bias"])  # (B, H, S, E)
+    q, k, v = (split(linear(x, w, f"{name}.{part}")) for part in ("query", "key", "value"))
+    if m.position == "rotary":
+        q, k = rotate(q, m.rope_theta), rotate(k, m.rope_theta)
+    group = m.num_heads // m.kv_heads
+    k, v = k.repeat(group, 1), v.repeat(group, 1)  # (B, H, S, E)
     # Position i sees 0 to i. Minus infinity above the diagonal becomes a weight of exactly 0.
     causal = np.triu(np.full((s, s), -np.inf), 1)  # (S, S)
-    weights = softmax(q @ k.swapaxes(-1, -2) / math.sqrt(d // heads) + causal)  # (B, H, S, S)
+    weights = softmax(q @ k.swapaxes(-1, -2) / math.sqrt(m.d_head) + causal)  # (B, H, S, S)
     mask = masks.at(unit, 0, weights.shape)  # (B, H, S, S), or 1.0
     mixed = ((weights * mask) @ v).transpose(0, 2, 1, 3).reshape(b, s, d)  # (B, S, D)
-    out = mixed @ w[f"{name}.output.weight"] + w[f"{name}.output.bias"]  # (B, S, D)
-    return out, (x, q, k, v, weights, mask, mixed)
+    return linear(mixed, w, f"{name}.output"), (x, q, k, v, weights, mask, mixed)
 
 
 def attention_backward(
-    grad: Array, w: Mapping[str, Array], unit: str, heads: int, saved: Any, grads: Arrays
+    grad: Array, w: Mapping[str, Array], unit: str, m: TransformerSpec, saved: Any, grads: Arrays
 ) -> Array:
     """Return the gradient of x (B, S, D); add those of the parameters to `grads`.
 
@@ -217,56 +312,59 @@ def attention_backward(
     since a number that is added to all scores of a row changes nothing.
     """
     x, q, k, v, weights, mask, mixed = saved
-    b, s, d = x.shape
+    b, s, _ = x.shape
     name = f"{unit}.attention"
-    d_mixed, grads[f"{name}.output.weight"], grads[f"{name}.output.bias"] = linear_backward(
-        grad, mixed, w[f"{name}.output.weight"]
-    )
-    d_heads = d_mixed.reshape(b, s, heads, d // heads).transpose(0, 2, 1, 3)  # (B, H, S, E)
+    d_mixed = linear_backward_by_name(grad, mixed, w, f"{name}.output", grads)
+    d_heads = d_mixed.reshape(b, s, m.num_heads, m.d_head).transpose(0, 2, 1, 3)  # (B, H, S, E)
     d_weights = (d_heads @ v.swapaxes(-1, -2)) * mask  # (B, H, S, S)
     # Where the causal mask was added, `weights` is 0, and so is the gradient: no mask is needed.
     row_sums = (d_weights * weights).sum(-1, keepdims=True)  # (B, H, S, 1)
-    d_scores = weights * (d_weights - row_sums) / math.sqrt(d // heads)  # (B, H, S, S)
+    d_scores = weights * (d_weights - row_sums) / math.sqrt(m.d_head)  # (B, H, S, S)
+
+    def of_groups(y: Array) -> Array:  # a head that a group shares gets the sum of the group
+        grouped = y.reshape(b, m.kv_heads, -1, s, m.d_head)
+        return np.asarray(grouped.sum(2))  # (B, K, S, E)
+
     per_head = {
         "query": d_scores @ k,  # (B, H, S, E)
-        "key": d_scores.swapaxes(-1, -2) @ q,  # (B, H, S, E)
-        "value": (weights * mask).swapaxes(-1, -2) @ d_heads,  # (B, H, S, E)
+        "key": of_groups(d_scores.swapaxes(-1, -2) @ q),  # (B, K, S, E)
+        "value": of_groups((weights * mask).swapaxes(-1, -2) @ d_heads),  # (B, K, S, E)
     }
     dx: Array = np.zeros_like(x)
     for part, d_part in per_head.items():
-        joined = d_part.transpose(0, 2, 1, 3).reshape(b, s, d)  # (B, S, D)
-        more, grads[f"{name}.{part}.weight"], d_bias = linear_backward(
-            joined, x, w[f"{name}.{part}.weight"]
-        )
-        dx += more
-        if part != "key":  # the key has no bias: softmax would cancel it (`TransformerSpec`)
-            grads[f"{name}.{part}.bias"] = d_bias
+        if m.position == "rotary" and part != "value":
+            d_part = rotate(d_part, m.rope_theta, -1)
+        joined = d_part.transpose(0, 2, 1, 3).reshape(b, s, -1)  # (B, S, D), of keys (B, S, K E)
+        dx += linear_backward_by_name(joined, x, w, f"{name}.{part}", grads)
     return dx
 
 
 def feed_forward(x: Array, w: Mapping[str, Array], unit: str, activation: str) -> tuple[Array, Any]:
-    """Compute out = activation(x @ up + b) @ down + b (Vaswani et al. 2017, section 3.3)."""
+    """Compute out = activation(x @ up + b) @ down + b (Vaswani et al. 2017, section 3.3).
+
+    SwiGLU (Shazeer 2020): out = (silu(x @ gate + b) * (x @ up + b)) @ down + b.
+    """
     name = f"{unit}.feed_forward"
-    hidden = x @ w[f"{name}.up.weight"] + w[f"{name}.up.bias"]  # (B, S, F)
+    gated = activation == "swiglu"
+    hidden = linear(x, w, f"{name}.gate" if gated else f"{name}.up")  # (B, S, F)
+    up = linear(x, w, f"{name}.up") if gated else 1.0  # (B, S, F)
     active = ACTIVATIONS[activation][0](hidden)  # (B, S, F)
-    out = active @ w[f"{name}.down.weight"] + w[f"{name}.down.bias"]  # (B, S, D)
-    return out, (x, hidden, active)
+    return linear(active * up, w, f"{name}.down"), (x, hidden, active, up)
 
 
 def feed_forward_backward(
     grad: Array, w: Mapping[str, Array], unit: str, activation: str, saved: Any, grads: Arrays
 ) -> Array:
     """Return the gradient of x (B, S, D); add those of the parameters to `grads`."""
-    x, hidden, active = saved
+    x, hidden, active, up = saved
     name = f"{unit}.feed_forward"
-    d_active, grads[f"{name}.down.weight"], grads[f"{name}.down.bias"] = linear_backward(
-        grad, active, w[f"{name}.down.weight"]
-    )
-    d_hidden = ACTIVATIONS[activation][1](d_active, hidden)  # (B, S, F)
-    dx, grads[f"{name}.up.weight"], grads[f"{name}.up.bias"] = linear_backward(
-        d_hidden, x, w[f"{name}.up.weight"]
-    )
-    return dx
+    d_product = linear_backward_by_name(grad, active * up, w, f"{name}.down", grads)  # (B, S, F)
+    d_hidden = ACTIVATIONS[activation][1](d_product * up, hidden)  # (B, S, F)
+    if activation != "swiglu":
+        return linear_backward_by_name(d_hidden, x, w, f"{name}.up", grads)
+    # The product rule: each factor's gradient is the product's times the other factor.
+    dx = linear_backward_by_name(d_hidden, x, w, f"{name}.gate", grads)
+    return dx + linear_backward_by_name(d_product * active, x, w, f"{name}.up", grads)
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -321,9 +419,10 @@ class Oracle:
         return Masks(self.model.dropout, key, np.arange(batch.inputs.shape[0]))
 
     def _embedding(self, tokens: NDArray[np.int64], masks: Masks) -> tuple[Array, Any]:
-        """x = (token[t] + position) * mask [1]"""
-        position = self.weights["embedding.position.weight"][: tokens.shape[1]]  # (S, D)
-        x = self.weights[TOKEN_EMBEDDING][tokens] + position  # (B, S, D)
+        """x = (token[t] + position) * mask; rotary positions are the blocks' [1]"""
+        x = self.weights[TOKEN_EMBEDDING][tokens]  # (B, S, D)
+        if self.model.position == "learned":
+            x = x + self.weights["embedding.position.weight"][: tokens.shape[1]]  # (S, D)
         mask = masks.at("embedding", 0, x.shape)
         return x * mask, (tokens, mask)
 
@@ -334,16 +433,15 @@ class Oracle:
         # `+=` with an index array would count a token that occurs twice only once. A tied head has
         # left its share in the same array already.
         np.add.at(grads[TOKEN_EMBEDDING], tokens, grad)
-        grads["embedding.position.weight"][: grad.shape[1]] = grad.sum(0)
+        if self.model.position == "learned":
+            grads["embedding.position.weight"][: grad.shape[1]] = grad.sum(0)
 
     def _head(self, x: Array) -> tuple[Array, Any]:
         """logits = norm(x) @ W; no norm with post-norm, W the embedding's transpose if tied [3]"""
         m, w = self.model, self.weights
         normal, norm_saved = x, None
         if m.norm == "pre":
-            normal, norm_saved = layer_norm(
-                x, w["head.norm.weight"], w["head.norm.bias"], m.norm_epsilon
-            )
+            normal, norm_saved = norm(x, w, "head.norm", m)
         projection = w[TOKEN_EMBEDDING].T if m.tied_head else w["head.output.weight"]  # (D, V)
         return normal @ projection, (normal, norm_saved, projection)  # (B, S, V)
 
@@ -356,9 +454,7 @@ class Oracle:
         else:
             grads["head.output.weight"] = d_projection
         if self.model.norm == "pre":
-            grad, grads["head.norm.weight"], grads["head.norm.bias"] = layer_norm_backward(
-                grad, self.weights["head.norm.weight"], norm_saved
-            )
+            grad = norm_backward(grad, self.weights, "head.norm", self.model, norm_saved, grads)
         return grad
 
     def _block(self, unit: str, x: Array, masks: Masks) -> tuple[Array, Any]:
@@ -367,26 +463,21 @@ class Oracle:
         Pre-norm: Radford et al. 2019; post-norm: Vaswani et al. 2017, section 3.1.
         """
         m, w = self.model, self.weights
-
-        def norm(y: Array, which: int) -> tuple[Array, Any]:
-            name = f"{unit}.norm_{which}"
-            return layer_norm(y, w[f"{name}.weight"], w[f"{name}.bias"], m.norm_epsilon)
-
         norms: list[Any] = [None, None]
         # Sublayer 1: attention.
-        y, norms[0] = norm(x, 1) if m.norm == "pre" else (x, None)  # (B, S, D)
-        out, attention_saved = attention(y, w, unit, m.num_heads, masks)
+        y, norms[0] = norm(x, w, f"{unit}.norm_1", m) if m.norm == "pre" else (x, None)  # (B, S, D)
+        out, attention_saved = attention(y, w, unit, m, masks)
         attention_mask = masks.at(unit, 1, out.shape)
         x = x + out * attention_mask
         if m.norm == "post":
-            x, norms[0] = norm(x, 1)
+            x, norms[0] = norm(x, w, f"{unit}.norm_1", m)
         # Sublayer 2: feed-forward.
-        y, norms[1] = norm(x, 2) if m.norm == "pre" else (x, None)  # (B, S, D)
+        y, norms[1] = norm(x, w, f"{unit}.norm_2", m) if m.norm == "pre" else (x, None)  # (B, S, D)
         out, feed_forward_saved = feed_forward(y, w, unit, m.activation)
         feed_forward_mask = masks.at(unit, 2, out.shape)
         x = x + out * feed_forward_mask
         if m.norm == "post":
-            x, norms[1] = norm(x, 2)
+            x, norms[1] = norm(x, w, f"{unit}.norm_2", m)
         return x, (norms, attention_saved, attention_mask, feed_forward_saved, feed_forward_mask)
 
     def _block_backward(self, unit: str, grad: Array, saved: Any, grads: Arrays) -> Array:
@@ -394,27 +485,21 @@ class Oracle:
         m, w = self.model, self.weights
         norms, attention_saved, attention_mask, feed_forward_saved, feed_forward_mask = saved
 
-        def norm_backward(g: Array, which: int) -> Array:
-            name = f"{unit}.norm_{which}"
-            dx, grads[f"{name}.weight"], grads[f"{name}.bias"] = layer_norm_backward(
-                g, w[f"{name}.weight"], norms[which - 1]
-            )
-            return dx
+        def of_norm(g: Array, which: int) -> Array:
+            return norm_backward(g, w, f"{unit}.norm_{which}", m, norms[which - 1], grads)
 
         # Sublayer 2: feed-forward.
         if m.norm == "post":
-            grad = norm_backward(grad, 2)
+            grad = of_norm(grad, 2)
         inner = feed_forward_backward(
             grad * feed_forward_mask, w, unit, m.activation, feed_forward_saved, grads
         )
-        grad = grad + (norm_backward(inner, 2) if m.norm == "pre" else inner)
+        grad = grad + (of_norm(inner, 2) if m.norm == "pre" else inner)
         # Sublayer 1: attention.
         if m.norm == "post":
-            grad = norm_backward(grad, 1)
-        inner = attention_backward(
-            grad * attention_mask, w, unit, m.num_heads, attention_saved, grads
-        )
-        return grad + (norm_backward(inner, 1) if m.norm == "pre" else inner)
+            grad = of_norm(grad, 1)
+        inner = attention_backward(grad * attention_mask, w, unit, m, attention_saved, grads)
+        return grad + (of_norm(inner, 1) if m.norm == "pre" else inner)
 
     def forward_backward(self, batch: Batch) -> float:
         """Return the mean loss per token; `gradients` then holds every gradient by name.

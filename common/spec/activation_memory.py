@@ -1,10 +1,11 @@
 """Predict the activation memory of a run: what every unit holds for its backward, counted, not
 measured.
 
-A table says which tensors each framework's own operations save, per unit and micro-batch. Its
-letters:
+A table says which tensors each framework's own operations save, per unit and micro-batch: the sum
+of the rows whose words (`where`) all hold of the run. Its letters:
 
     b S D F V H   sequences of the micro-batch, tokens, width, feed-forward width, vocabulary, heads
+    E K           width of a head, and of all keys (D, or less where heads share them)
     e             bytes of an element of the run's dtype: 2, 4 or 8
     f             the same, but 4 in bfloat16: statistics, norms and the loss stay in float32
     n             f - e: what a tensor takes more for being kept in float32 (0 but in bfloat16)
@@ -29,33 +30,54 @@ from functools import cache
 from common.spec.run import RunConfig
 
 HELD = """
-framework   unit       where      between F and B                          between B and W
-torch       embedding  -          0                                        e bSD + e SD + 8 S
-torch       embedding  dropout    e bSD                                    0
-torch       block      -          8e bSD + 2n bSD + 2e bSF + 4f bS + 8n D  8e bSD + 2e bSF
-torch       block      scores     e bHSS                                   0
-torch       block      fused      f bHS                                    0
-torch       block      relu       -e bSF                                   0
-torch       block      dropout    2e bSD + 2e bHSS                         0
-torch       head       -          e bSD + f bSV + f                        e bSD + e bSV
-torch       head       pre-norm   f bSD + 2f bS + 4n D                     0
-tensorflow  embedding  -          0                                        e bSD
-tensorflow  embedding  dropout    bSD                                      bSD
-tensorflow  block      -          12e bSD + 2n bSD + 2e bSF + 6f bS        18e bSD + 2n bSD + 3e bSF + 2f bS
-tensorflow  block      scores     e bHSS                                   0
-tensorflow  block      gelu_tanh  5f bSF                                   0
-tensorflow  block      dropout    2 bSD + e bHSS + bHSS                    0
-tensorflow  head       -          e bSD + f bSV + 2 bS                     e bSD + e bSV
-tensorflow  head       not f64    4                                        0
-tensorflow  head       pre-norm   2e bSD + n bSD + 3f bS                   2e bSD + n bSD + f bS
-paddle      embedding  -          8 S                                      0
-paddle      embedding  dropout    bSD                                      0
-paddle      block      -          8e bSD + 2e bSF + 4e bS                  8e bSD + 2e bSF
-paddle      block      scores     e bHSS                                   0
-paddle      block      relu       -e bSF                                   0
-paddle      block      dropout    2 bSD + e bHSS + bHSS                    0
-paddle      head       -          e bSD + e bSV                            e bSD + e bSV
-paddle      head       pre-norm   e bSD + 2e bS                            0
+framework   unit       where                 between F and B                          between B and W
+torch       embedding  any                   0                                        e bSD
+torch       embedding  learned               0                                        e SD + 8 S
+torch       embedding  dropout               e bSD                                    0
+torch       block      any                   8e bSD + 2n bSD + 2e bSF + 4f bS + 8n D  8e bSD + 2e bSF
+torch       block      scores                e bHSS                                   0
+torch       block      fused                 f bHS                                    0
+torch       block      relu                  -e bSF                                   0
+torch       block      dropout               2e bSD + 2e bHSS                         0
+torch       block      swiglu                2e bSF                                   e bSF
+torch       block      rms                   2f bSD + -2f bS + -4n D                  0
+torch       block      rotary                f SE                                     0
+torch       block      fused rotary          e bSD                                    0
+torch       block      grouped               0                                        -2e bSD + 2e bSK
+torch       head       any                   e bSD + f bSV + f                        e bSD + e bSV
+torch       head       pre-norm              f bSD + 2f bS + 4n D                     0
+torch       head       pre-norm rms          f bSD + -f bS + -2n D                    0
+tensorflow  embedding  any                   0                                        e bSD
+tensorflow  embedding  dropout               bSD                                      bSD
+tensorflow  block      any                   12e bSD + 2n bSD + 2e bSF + 6f bS        18e bSD + 2n bSD + 3e bSF + 2f bS
+tensorflow  block      scores                e bHSS                                   0
+tensorflow  block      gelu_tanh             5f bSF                                   0
+tensorflow  block      dropout               2 bSD + e bHSS + bHSS                    0
+tensorflow  block      swiglu                e bSD + 2e bSF                           e bSD + 2e bSF
+tensorflow  block      rms                   -4f bS                                   -2f bS
+tensorflow  block      grouped               0                                        -2e bSD + 2e bSK
+tensorflow  block      grouped biases        0                                        -e bSD + e bSK
+tensorflow  block      plain                 0                                        -4e bSD + -e bSF
+tensorflow  block      plain layer           0                                        -2e bSD
+tensorflow  block      plain swiglu          0                                        -e bSF
+tensorflow  head       any                   e bSD + f bSV + 2 bS                     e bSD + e bSV
+tensorflow  head       cast                  4                                        0
+tensorflow  head       pre-norm              2e bSD + n bSD + 3f bS                   2e bSD + n bSD + f bS
+tensorflow  head       pre-norm rms          -2f bS                                   -f bS
+tensorflow  head       pre-norm plain layer  0                                        -e bSD
+paddle      embedding  learned               8 S                                      0
+paddle      embedding  dropout               bSD                                      0
+paddle      block      any                   8e bSD + 2e bSF + 4e bS                  8e bSD + 2e bSF
+paddle      block      scores                e bHSS                                   0
+paddle      block      relu                  -e bSF                                   0
+paddle      block      dropout               2 bSD + e bHSS + bHSS                    0
+paddle      block      swiglu                2e bSF                                   e bSF
+paddle      block      rms                   2e bSD + -2e bS                          0
+paddle      block      rotary                e bSD + e bSK + 2e SE                    0
+paddle      block      grouped               2e bSK                                   -2e bSD + 2e bSK
+paddle      head       any                   e bSD + e bSV                            e bSD + e bSV
+paddle      head       pre-norm              e bSD + 2e bS                            0
+paddle      head       pre-norm rms          e bSD + -e bS                            0
 """  # noqa: E501
 
 
@@ -73,20 +95,22 @@ def unit_held_bytes(config: RunConfig, unit: str, sequences: int) -> HeldBytes:
     """Return what a micro-batch of so many sequences holds in `unit`, without recomputation."""
     model = config.model
     is_fused = config.track == "best" and not model.dropout and config.framework == "torch"
-    holds = {
-        "-": True,
-        "fused": is_fused,
-        "scores": not is_fused,
-        "relu": model.activation == "relu",
-        "gelu_tanh": model.activation == "gelu_tanh",
-        "dropout": model.dropout > 0,
-        "not f64": config.train.dtype != "float64",
-        "pre-norm": model.norm == "pre",
+    words = {
+        "any",
+        "fused" if is_fused else "scores",
+        model.activation,
+        model.norm_kind,
+        model.position,
+        f"{model.norm}-norm",
+        "biases" if model.biases else "plain",
+        *(["dropout"] if model.dropout else []),
+        *(["grouped"] if model.kv_heads < model.num_heads else []),
+        *(["cast"] if config.train.dtype != "float64" else []),
     }
     kind = unit.partition(".")[0]
     found = [0, 0]
     for framework, name, where, *sums in _rows():
-        if framework == config.framework and name == kind and holds[where]:
+        if framework == config.framework and name == kind and words.issuperset(where.split()):
             for i, terms in enumerate(sums):
                 found[i] += sum(_value(term, config, sequences) for term in terms)
     return HeldBytes(*found)
@@ -116,6 +140,8 @@ def _value(term: str, config: RunConfig, sequences: int) -> int:
         "F": model.d_ff,
         "V": model.vocab_size,
         "H": model.num_heads,
+        "E": model.d_head,
+        "K": model.kv_heads * model.d_head,
         "e": element,
         "f": max(element, 4),
         "n": max(element, 4) - element,

@@ -78,23 +78,25 @@ def unit_of(name: str) -> str:
 def parameter_shapes(model: TransformerSpec) -> dict[str, tuple[int, ...]]:
     """Return canonical names and shapes, in the order of the forward pass."""
     d, f = model.d_model, model.d_ff  # D, F
-    shapes: dict[str, tuple[int, ...]] = {
-        TOKEN_EMBEDDING: (model.vocab_size, d),  # (V, D)
-        "embedding.position.weight": (model.context_length, d),  # (S, D)
-    }
+    kv = model.kv_heads * model.d_head  # D, or less where heads share keys and values
+    shapes: dict[str, tuple[int, ...]] = {TOKEN_EMBEDDING: (model.vocab_size, d)}  # (V, D)
+    if model.position == "learned":
+        shapes["embedding.position.weight"] = (model.context_length, d)  # (S, D)
     for i in range(model.num_layers):
-        block = {
+        block: dict[str, tuple[int, ...]] = {
             "norm_1.weight": (d,),
             "norm_1.bias": (d,),
             "attention.query.weight": (d, d),
             "attention.query.bias": (d,),
-            "attention.key.weight": (d, d),  # no bias: softmax cancels it (`TransformerSpec`)
-            "attention.value.weight": (d, d),
-            "attention.value.bias": (d,),
+            "attention.key.weight": (d, kv),  # no bias: softmax cancels it (`TransformerSpec`)
+            "attention.value.weight": (d, kv),
+            "attention.value.bias": (kv,),
             "attention.output.weight": (d, d),
             "attention.output.bias": (d,),
             "norm_2.weight": (d,),
             "norm_2.bias": (d,),
+            "feed_forward.gate.weight": (d, f),  # (D, F)
+            "feed_forward.gate.bias": (f,),
             "feed_forward.up.weight": (d, f),  # (D, F)
             "feed_forward.up.bias": (f,),
             "feed_forward.down.weight": (f, d),  # (F, D)
@@ -106,7 +108,15 @@ def parameter_shapes(model: TransformerSpec) -> dict[str, tuple[int, ...]]:
         shapes |= {"head.norm.weight": (d,), "head.norm.bias": (d,)}
     if not model.tied_head:
         shapes["head.output.weight"] = (d, model.vocab_size)  # (D, V)
-    return shapes
+    return {name: shape for name, shape in shapes.items() if _has(model, name)}
+
+
+def _has(model: TransformerSpec, name: str) -> bool:
+    """Return whether a model of this kind has the parameter."""
+    if ".gate." in name and model.activation != "swiglu":
+        return False
+    is_rms = model.norm_kind == "rms" and "norm" in name
+    return not name.endswith(".bias") or (model.biases and not is_rms)
 
 
 def parameter_names(model: TransformerSpec, units: Sequence[str]) -> list[str]:

@@ -58,6 +58,9 @@ class TransformerSpec(Frozen):
     Post-norm is the original (Vaswani et al. 2017): `norm(x + f(x))`, with none in the head. The
     key projection has no bias: softmax cancels it, its exact gradient is 0, and Adam would turn the
     rounding noise of that 0 into full steps.
+
+    A Llama block (Touvron et al. 2023) is pre-norm with `norm_kind = rms`, `position = rotary`,
+    `activation = swiglu`, `biases = false`, and often fewer `num_kv_heads`.
     """
 
     vocab_size: int = Field(
@@ -67,12 +70,30 @@ class TransformerSpec(Frozen):
     num_layers: int = Field(4, ge=1, le=10_000, description="Transformer blocks")
     d_model: int = Field(64, ge=1, le=2**20, description="width of the residual stream (D)")
     num_heads: int = Field(4, ge=1, description="attention heads (H); divides d_model")
-    d_ff: int = Field(256, ge=1, le=2**22, description="width of the feed-forward layer")
-    norm: Literal["pre", "post"] = Field("pre", description="where LayerNorm stands")
-    activation: Literal["gelu", "gelu_tanh", "relu"] = Field(
-        "gelu",
-        description="gelu is the exact one, with erf; gelu_tanh its approximation, which GPT-2 has",
+    num_kv_heads: int | None = Field(
+        None,
+        ge=1,
+        description="heads of keys and values, which groups of query heads share; divides "
+        "num_heads (default: num_heads)",
     )
+    d_ff: int = Field(256, ge=1, le=2**22, description="width of the feed-forward layer")
+    norm: Literal["pre", "post"] = Field("pre", description="where the norms stand")
+    norm_kind: Literal["layer", "rms"] = Field(
+        "layer", description="layer: LayerNorm; rms: RMSNorm, which Llama has"
+    )
+    position: Literal["learned", "rotary"] = Field(
+        "learned",
+        description="learned: an embedding; rotary: queries and keys are turned by their position",
+    )
+    rope_theta: Float32 = Field(
+        10_000.0, gt=1.0, description="rotary: the slowest pair of features turns by 1/theta"
+    )
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = Field(
+        "gelu",
+        description="gelu is the exact one, with erf; gelu_tanh its approximation, which GPT-2 "
+        "has; swiglu: silu(gate) x up, a third matrix, which Llama has",
+    )
+    biases: bool = Field(True, description="linear layers and LayerNorm add a bias")
     tied_head: bool = Field(False, description="the head uses the token embedding, transposed")
     dropout: Float32 = Field(0.0, ge=0.0, lt=1.0, description="probability of dropping an element")
     dropout_masks: Literal["shared", "native"] = Field(
@@ -89,11 +110,25 @@ class TransformerSpec(Frozen):
                 f"num_heads = {self.num_heads} does not divide d_model = {self.d_model}; "
                 f"expected one of {_divisors(self.d_model)}"
             )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads = {self.kv_heads} does not divide num_heads = {self.num_heads}; "
+                f"expected one of {_divisors(self.num_heads)}"
+            )
+        if self.position == "rotary" and self.d_head % 2:
+            raise ValueError(
+                f"position = rotary turns pairs of features, and a head has {self.d_head} of them; "
+                "expected an even d_model / num_heads"
+            )
         return self
 
     @property
     def d_head(self) -> int:
         return self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class TrainSpec(Frozen):
@@ -348,6 +383,9 @@ class RunConfig(Frozen):
         return self
 
 
+LLAMA = {"norm_kind": "rms", "position": "rotary", "activation": "swiglu", "biases": False}
+"""What makes a block one of Llama's (Touvron et al. 2023)."""
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Trains in seconds everywhere; the tests use it.
     "tiny": {
@@ -363,6 +401,37 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "num_heads": 8,
             "d_ff": 1024,
         },
+        "train": {
+            "steps": 8,
+            "batch_size": 16,
+            "micro_batches": 8,
+            "learning_rate": 1e-3,
+            "warmup_steps": 4,
+        },
+    },
+    # The blocks of today: RMSNorm, rotary positions, SwiGLU, shared keys and values, no biases.
+    "llama-tiny": {
+        "model": {
+            "context_length": 16,
+            "num_layers": 2,
+            "d_model": 32,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "d_ff": 48,
+        }
+        | LLAMA,
+        "train": {"steps": 10, "batch_size": 8, "micro_batches": 4},
+    },
+    "llama-small": {
+        "model": {
+            "context_length": 128,
+            "num_layers": 6,
+            "d_model": 256,
+            "num_heads": 8,
+            "num_kv_heads": 2,
+            "d_ff": 688,
+        }
+        | LLAMA,
         "train": {
             "steps": 8,
             "batch_size": 16,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,23 +15,34 @@ from common.spec.data import load_corpus
 from common.spec.parameters import initial_weights, random_arrays
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 
-VARIANTS = list(itertools.product(("pre", "post"), ("gelu", "gelu_tanh", "relu"), (False, True)))
+VARIANTS = [
+    {"norm": norm, "activation": activation, "tied_head": tied}
+    for norm, activation, tied in itertools.product(
+        ("pre", "post"), ("gelu", "gelu_tanh", "relu", "swiglu"), (False, True)
+    )
+]
+LLAMA = {"norm_kind": "rms", "position": "rotary", "activation": "swiglu", "biases": False}
+VARIANTS += [
+    LLAMA | {"num_kv_heads": 2},
+    LLAMA | {"norm": "post", "biases": True, "rope_theta": 50.0},
+    {"num_kv_heads": 1, "biases": False},
+    {"norm_kind": "rms", "tied_head": True},
+    {"position": "rotary", "num_kv_heads": 1},
+]
 
 
-@pytest.mark.parametrize(("norm", "activation", "tied"), VARIANTS)
-def test_gradients_equal_finite_differences(norm: str, activation: str, tied: bool) -> None:
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_gradients_equal_finite_differences(variant: dict[str, Any]) -> None:
     model = TransformerSpec.model_validate(
         {
-            "norm": norm,
-            "activation": activation,
-            "tied_head": tied,
             "num_layers": 2,
-            "d_model": 6,
-            "num_heads": 2,
+            "d_model": 8,
+            "num_heads": 4,
             "d_ff": 10,
             "context_length": 5,
             "dropout": 0.2,
         }
+        | variant
     )
     weights, noise = initial_weights(model, 0, "float64"), random_arrays(model, 1, "float64", 0.3)
     oracle = Oracle(model, TrainSpec(), {name: weights[name] + noise[name] for name in weights})

@@ -35,6 +35,16 @@ EXTREME_NOISE = 2.0
 UNEVEN: dict[str, Any] = {"sequence_lengths": "random", "sequences_per_epoch": 13}
 
 
+LLAMA: dict[str, Any] = {
+    "activation": "swiglu",
+    "norm_kind": "rms",
+    "position": "rotary",
+    "num_kv_heads": 1,
+    "biases": False,
+}
+"""What stands for the activation "llama": Touvron et al. 2023, with grouped queries."""
+
+
 def config(
     framework: str,
     p: int,
@@ -76,8 +86,8 @@ def config(
                 "num_heads": 2,
                 "d_ff": 40,
                 "norm": norm,
-                "activation": activation,
                 "tied_head": head == "tied",
+                **(LLAMA if activation == "llama" else {"activation": activation}),
                 "dropout": dropout,
             },
             "train": {
@@ -110,6 +120,9 @@ CASES: dict[str, tuple[Any, ...]] = {
     "4-4-float32": (4, 4, "float32", "untied", "pre", "relu", "even", 0.1, "1f1b"),
     "2-3-float64": (2, 3, "float64", "untied", "pre", "gelu", "even", 0.1, "zb-h1"),
     "4-5-float32": (4, 5, "float32", "tied", "post", "gelu", "even", 0.1, "1f1b"),
+    "2-4-float64-llama": (2, 4, "float64", "untied", "pre", "llama", "even", 0.1, "zb-h1"),
+    "4-4-float32-llama": (4, 4, "float32", "tied", "pre", "llama", "even", 0.0, "1f1b"),
+    "1-4-float64-llama-post": (1, 4, "float64", "tied", "post", "llama", "even", 0.0, "gpipe"),
     "2-4-float64-uneven": (2, 4, "float64", "tied", "pre", "gelu", "even", 0.1, "1f1b"),
     "2-4-float32-uneven": (2, 4, "float32", "untied", "post", "gelu", "even", 0.0, "zb-h1"),
 }
@@ -169,10 +182,14 @@ placement: 0 1 | 2 3
 1: F0 F0.1 BW0.1 BW0 F1 F1.1 BW1.1 BW1 F2 F2.1 BW2.1 BW2 F3 F3.1 BW3.1 BW3
 """,
 }
-MODELS: dict[str, tuple[str, str, str, int, tuple[str, ...]]] = {
-    "float32": ("float32", "tied", "pre", 10, tuple(VARIANTS)),
+MODELS: dict[str, tuple[str, str, str, str, int, tuple[str, ...]]] = {
+    "float32": ("float32", "tied", "pre", "gelu", 10, tuple(VARIANTS)),
+    "llama": (
+        *("float32", "untied", "pre", "llama", 10),
+        ("one-stage", "uneven", "four", "interleaved-zb", "zb-v", "recompute-full-split"),
+    ),
     "float64": (
-        *("float64", "untied", "post", 8),
+        *("float64", "untied", "post", "gelu", 8),
         (
             "one-stage",
             "rerun",
@@ -185,8 +202,8 @@ MODELS: dict[str, tuple[str, str, str, int, tuple[str, ...]]] = {
         ),
     ),
 }
-"""dtype, head, norm, batch size, and the variants: 8 sequences make micro-batches of 2; 10 make
-such of 3, 3, 2 and 2.
+"""dtype, head, norm, activation, batch size, and the variants: 8 sequences make micro-batches of 2;
+10 make such of 3, 3, 2 and 2.
 
 The order of the actions is the schedule's business and not the model's, so one of the models has
 every kind of variant (one stage, more, cut unevenly, chunks, a split backward, recomputation) but
@@ -198,7 +215,7 @@ def variant_configs(framework: str, model: str, folder: Path) -> dict[str, RunCo
     """The variants of one of the `MODELS`, and "few": one micro-batch for two stages, which makes
     other bits.
     """
-    dtype, head, norm, batch_size, names = MODELS[model]
+    dtype, head, norm, activation, batch_size, names = MODELS[model]
     for file, text in FILES.items():
         (folder / file).write_text(text)
 
@@ -210,7 +227,7 @@ def variant_configs(framework: str, model: str, folder: Path) -> dict[str, RunCo
             dtype,
             head,
             norm,
-            "gelu",
+            activation,
             partition,
             0.1,
             schedule.replace("file:", f"file:{folder}/"),
