@@ -49,10 +49,11 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     """
     known: dict[str, Callable[[Tensor], Tensor]]
     known = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": functional.relu}
-    return (known | {"swiglu": functional.silu})[name]
+    known["swiglu"] = functional.silu
+    return known[name]
 
 
-class RMSNorm(nn.Layer):
+class _RMSNorm(nn.Layer):
     """x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich 2019).
 
     Differs: written out, since Paddle has no such layer, and its fused kernels none for CPUs.
@@ -72,7 +73,7 @@ class RMSNorm(nn.Layer):
 def norm(spec: TransformerSpec) -> nn.Layer:
     """Return a norm of the model's kind."""
     if spec.norm_kind == "rms":
-        return RMSNorm(spec)
+        return _RMSNorm(spec)
     return nn.LayerNorm(spec.d_model, spec.norm_epsilon, bias_attr=_bias(spec))
 
 

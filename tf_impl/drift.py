@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.habits import Habit, patch, switched
 from common.spec.data import IGNORED
-from common.spec.run import RunConfig
+from common.spec.run import RunConfig, TransformerSpec
 from tf_impl import engine, keras_optimizers, layers
 from tf_impl.dropout import native_dropout
 from tf_impl.gpipe_model import GPipeModel
 from tf_impl.keras_optimizers import SGD, make_optimizer
-from tf_impl.layers import Unit
 from tf_impl.weights import NamedParameter, load_weights
 
 _Patches = list[AbstractContextManager[None]]
@@ -52,10 +51,10 @@ def _float32_gelu_constant(config: RunConfig) -> _Patches:
 
 
 def _layer_norm_epsilon(config: RunConfig) -> _Patches:
-    def make_norm(self: Unit, name: str) -> keras.layers.LayerNormalization:
-        return keras.layers.LayerNormalization(name=name, dtype=self.dtype)
+    def norm(spec: TransformerSpec, name: str, dtype: str) -> keras.layers.Layer:
+        return keras.layers.LayerNormalization(name=name, dtype=dtype)
 
-    return [patch(Unit, "make_norm", make_norm)]
+    return [patch(layers, "norm", norm)]
 
 
 def _onednn(config: RunConfig) -> _Patches:

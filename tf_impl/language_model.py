@@ -11,7 +11,7 @@ import tensorflow as tf
 from common.spec.parameters import unit_names
 from common.spec.run import RunConfig, TransformerSpec
 from tf_impl.dropout import DropoutContext
-from tf_impl.layers import Embedding, Head, build_unit
+from tf_impl.layers import Embedding, Head, build_unit, norm
 
 _Inputs = tuple[tf.Tensor, ...]
 """Tokens (B, S); with dropout also the step's key (B,) and the sample indices (B,)."""
@@ -25,7 +25,7 @@ class TiedHead(Head):
         self.embedding = embedding
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.norm = self.make_norm("norm") if self.spec.norm == "pre" else None
+        self.norm = norm(self.spec, "norm", self.dtype) if self.spec.norm == "pre" else None
         if self.norm is not None:
             self.norm.build(input_shape)
 

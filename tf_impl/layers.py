@@ -66,6 +66,26 @@ def activation(name: str) -> Callable[[tf.Tensor], tf.Tensor]:
     return known[name]
 
 
+def norm(spec: TransformerSpec, name: str, dtype: str) -> keras.layers.Layer:
+    """Return a norm of the model's kind."""
+    options: dict[str, Any] = {"epsilon": spec.norm_epsilon, "name": name, "dtype": dtype}
+    if spec.norm_kind == "rms":
+        return RMSNorm(**options)
+    return keras.layers.LayerNormalization(center=spec.biases, **options)
+
+
+def rotate(x: tf.Tensor, theta: float) -> tf.Tensor:
+    """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E); the angles are
+    rounded once from float64.
+    """
+    size, half = x.shape[2], x.shape[3] // 2
+    angles = np.arange(size)[:, None] * theta ** (-np.arange(half) / half)  # (S, E/2)
+    wide = at_least_float32(x)
+    cos, sin = tf.constant(np.cos(angles), wide.dtype), tf.constant(np.sin(angles), wide.dtype)
+    a, b = tf.split(wide, 2, -1)
+    return tf.cast(tf.concat([a * cos - b * sin, b * cos + a * sin], -1), x.dtype)
+
+
 class Unit(keras.layers.Layer):
     """What a partition may not cut: `unit(x, context)`, in the precision of its `dtype`."""
 
@@ -93,13 +113,6 @@ class Unit(keras.layers.Layer):
             units, use_bias=bias and self.spec.biases, name=name, dtype=self.dtype
         )  # kernel (in, out), as canonical
 
-    def make_norm(self, name: str) -> keras.layers.Layer:
-        """Return a norm of the model's kind."""
-        options = {"epsilon": self.spec.norm_epsilon, "name": name, "dtype": self.dtype}
-        if self.spec.norm_kind == "rms":
-            return RMSNorm(**options)
-        return keras.layers.LayerNormalization(center=self.spec.biases, **options)
-
     def dropout(self, x: tf.Tensor, place: int, context: DropoutContext | None) -> tf.Tensor:
         """Dropout at one of the unit's places (`common.spec.dropout_masks.site_number`)."""
         chosen = dropout if self.spec.dropout_masks == "shared" else native_dropout
@@ -107,18 +120,6 @@ class Unit(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return tuple(input_shape)
-
-
-def rotate(x: tf.Tensor, theta: float) -> tf.Tensor:
-    """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E); the angles are
-    rounded once from float64.
-    """
-    size, half = x.shape[2], x.shape[3] // 2
-    angles = np.arange(size)[:, None] * theta ** (-np.arange(half) / half)  # (S, E/2)
-    wide = at_least_float32(x)
-    cos, sin = tf.constant(np.cos(angles), wide.dtype), tf.constant(np.sin(angles), wide.dtype)
-    a, b = tf.split(wide, 2, -1)
-    return tf.cast(tf.concat([a * cos - b * sin, b * cos + a * sin], -1), x.dtype)
 
 
 class Embedding(Unit):
@@ -221,7 +222,9 @@ class Block(Unit):
     """A Transformer block, pre-norm `x + f(norm(x))` or post-norm `norm(x + f(x))`."""
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.norm_1, self.norm_2 = self.make_norm("norm_1"), self.make_norm("norm_2")
+        self.norm_1, self.norm_2 = (
+            norm(self.spec, name, self.dtype) for name in ("norm_1", "norm_2")
+        )
         self.attention = Attention(self.spec, self.unit_name, self.dtype)
         self.feed_forward = FeedForward(self.spec, self.unit_name, self.dtype)
         for layer in (self.norm_1, self.attention, self.norm_2, self.feed_forward):
@@ -243,7 +246,7 @@ class Head(Unit):
     """
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.norm = self.make_norm("norm") if self.spec.norm == "pre" else None
+        self.norm = norm(self.spec, "norm", self.dtype) if self.spec.norm == "pre" else None
         if self.norm is not None:
             self.norm.build(input_shape)
         if self.spec.tied_head:

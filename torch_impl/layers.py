@@ -59,7 +59,7 @@ def norm(spec: TransformerSpec) -> nn.Module:
 
 
 @functools.cache
-def rotary_angles(
+def _rotary_angles(
     size: int, width: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines (size, width / 2), rounded once from float64.
@@ -75,7 +75,7 @@ def rotary_angles(
 def rotate(x: Tensor, theta: float) -> Tensor:
     """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = rotary_angles(x.shape[2], x.shape[3], theta, dtype, x.device)
+    cos, sin = _rotary_angles(x.shape[2], x.shape[3], theta, dtype, x.device)
     a, b = x.to(dtype).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 

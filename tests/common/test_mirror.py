@@ -21,6 +21,10 @@ HOOKS = {
 """Methods that the framework calls: it has named them."""
 
 DIFFERENCES = {
+    "clock": {
+        "device_clock": "Paddle's plugin devices have no event times: the host's clock stands in",
+        "followed": "Paddle's `synchronize` holds the interpreter's lock, so a thread asks",
+    },
     "baseline": {"PlainEngine.close": "Paddle's loop leaves nothing behind: its process ends"},
     "convert": {"Transformer": "a Keras Sequential makes a model of layers without a class"},
     "devices": {
