@@ -10,6 +10,7 @@ Run it in the repository's root, with nothing else running: a stage wants a core
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,20 +124,23 @@ def predicted(kept: Profile, framework: str, m: int) -> float:
 
 
 def picture(profiles: Mapping[str, Profile], steps: Mapping[tuple[str, int], float]) -> None:
-    figure = new_figure(10, 3.6)
-    left, right = figure.subplots(1, 2)
-    for name in SCHEDULES:
+    """Memory against m; and throughput, where it has been measured."""
+    figure = new_figure(10 if profiles else 6, 3.6)
+    left, *others = figure.subplots(1, 2 if profiles else 1, squeeze=False)[0]
+    for color, name in enumerate(SCHEDULES):
         for fixed, dash in ((False, "--"), (True, "-")):
-            left.plot(COUNTS, [peak_gb(name, m, fixed) for m in COUNTS], dash, label=name)
+            gb = [peak_gb(name, m, fixed) for m in COUNTS]
+            words = f"{name}, {'64 sequences in all' if fixed else '16 in a micro-batch'}"
+            left.plot(COUNTS, gb, dash, color=f"C{color}", label=words)
     left.set_ylabel("GB on stage 0")
-    for framework, kept in profiles.items():
+    for right, (framework, kept) in itertools.product(others, profiles.items()):
         speed = [BATCH / predicted(kept, framework, m) for m in COUNTS]
         (line,) = right.plot(COUNTS, speed, "--")
         known = [m for m in COUNTS if (framework, m) in steps]
         seen = [BATCH / steps[framework, m] for m in known]
         right.plot(known, seen, "o-", color=line.get_color(), label=framework)
-    right.set_ylabel("sequences/s (dashed: predicted)")
-    for axes in (left, right):
+        right.set_ylabel("sequences/s (dashed: predicted)")
+    for axes in (left, *others):
         axes.set_xlabel("micro-batches m")
         axes.set_ylim(bottom=0)
         axes.legend(fontsize="small")
@@ -153,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     fill("memory", memory_table(), PAGE)
     if arguments.measure:
         measure(arguments.measure)
-    if folder := arguments.measure or arguments.read:
+    folder, profiles, steps = arguments.measure or arguments.read, {}, {}
+    if folder:
         profiles = {
             framework: Profile.model_validate_json(
                 (folder / f"profile-{framework}.json").read_text(encoding="utf-8")
@@ -162,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         steps = measured_steps(folder)
         fill("knee", f"{knee_table(profiles, steps)}\n\n{this_machine().one_line}.", PAGE)
-        picture(profiles, steps)
+    picture(profiles, steps)
     return 0
 
 
