@@ -13,8 +13,6 @@ of heads, is read from the model's config.json, or said by the user.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,16 +21,13 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
-from safetensors import safe_open
+from pydantic import BaseModel, Field
 
-from common.checkpoint import Arrays, HeaderEntry, opened, read_header
-from common.checkpoint.foreign.child import check_names, checked
+from common.checkpoint import Arrays
+from common.checkpoint.foreign.child import checked
 from common.checkpoint.foreign.errors import ExchangeError, note
-from common.checkpoint.foreign.names import unwrapped
-from common.checkpoint.foreign.source import Source, read_bounded
-from common.checkpoint.manifest import one_line
-from common.io.edges import printable
+from common.checkpoint.foreign.pretrained import HEAD, Tensors, read_config, read_weights
+from common.checkpoint.foreign.source import Source
 from common.spec.parameters import parameter_shapes
 from common.spec.rounding import round_to_float32
 from common.spec.run import TransformerSpec
@@ -45,8 +40,6 @@ ACTIVATIONS: Mapping[str, Literal["gelu", "gelu_tanh", "relu"]] = {
     "gelu": "gelu",
     "relu": "relu",
 }
-HEAD = "lm_head.weight"
-MAX_CONFIG_BYTES = 2**20
 NOT_IN_THE_WEIGHTS: Mapping[str, str] = {
     "num_heads": "n_head",
     "activation": "activation_function",
@@ -95,68 +88,22 @@ def read_gpt2(
     tensors as safetensors where the source's own files have not. Raises ExchangeError,
     CheckpointError and pydantic.ValidationError.
     """
-    headers: dict[str, tuple[Path, HeaderEntry]] = {}
-    for path in tensors_from or source.files:
-        with opened(path, follow_links=True):  # no pipe, and no device
-            entries = read_header(path)
-        for name, entry in entries.items():
-            if name in headers:
-                both = f"{headers[name][0].name} and {path.name}"
-                raise ExchangeError(f"{printable(name)} is in both {both}")
-            headers[name] = path, entry
-    names = unwrapped(headers, ("transformer", "model"))
-    names = {short: name for short, name in names.items() if not BUFFER.fullmatch(short)}
-    path = source.files[0]
-    for name in names.values():
-        entry = headers[name][1]
-        if entry.dtype not in ("float32", "float64", "F16", "BF16"):
-            raise ExchangeError(
-                f"{path}: {printable(name)} has dtype {entry.dtype}; expected float32"
-            )
-    shapes = {short: headers[name][1].shape for short, name in names.items()}
-    config = _config(source.beside("config.json"))
-    spec = _spec(path, shapes, config, said)
+    tensors = Tensors.of(tensors_from or source.files, ("transformer", "model"), BUFFER)
+    config = read_config(source, _Config) or _Config()
+    spec = _spec(tensors, config, said)
     for field, name in IN_THE_WEIGHTS.items():
         if getattr(config, field) not in (None, getattr(spec, name)):
             said_there = f"config.json says {field} = {getattr(config, field)}"
             raise ExchangeError(
-                f"{path}: {name} = {getattr(spec, name)} by its tensors; {said_there}; expected "
-                "the same"
+                f"{tensors.path}: {name} = {getattr(spec, name)} by its tensors; {said_there}; "
+                "expected the same"
             )
-    wanted = foreign_shapes(spec)
-    check_names({*names} - {HEAD}, set(wanted))
-    for name, shape in wanted.items():
-        if shapes[name] != shape:
-            raise ExchangeError(
-                f"{path}: {name} has shape {list(shapes[name])}; expected {list(shape)}"
-            )
-    if HEAD not in names and not config.tie_word_embeddings:
-        raise ExchangeError(
-            f"{path}: {HEAD} is missing, and config.json says tie_word_embeddings = false"
-        )
-    arrays = {name: _tensor(*headers[names[name]], names[name]) for name in wanted}
-    if HEAD in names:
-        head = _tensor(*headers[names[HEAD]], names[HEAD])
-        if not np.array_equal(head, arrays["wte.weight"]):
-            arrays, spec = arrays | {HEAD: head}, spec.model_copy(update={"tied_head": False})
-            note("the head is not tied: it differs from the token embedding")
+    spec, arrays = read_weights(tensors, spec, foreign_shapes(spec), "wte.weight")
     return spec, checked(_canonical(arrays, spec), spec)
 
 
-def _tensor(path: Path, entry: HeaderEntry, name: str) -> NDArray[Any]:
-    if entry.dtype == "BF16":  # a type that NumPy lacks: the upper half of a float32
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            first_byte = 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
-        bits = np.fromfile(path, "<u2", math.prod(entry.shape), offset=first_byte)
-        return (bits.astype(np.uint32) << 16).view(np.float32).reshape(entry.shape)
-    with safe_open(path, "numpy") as found:
-        return np.asarray(found.get_tensor(name))
-
-
-def _spec(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], config: _Config, said: Mapping[str, Any]
-) -> TransformerSpec:
+def _spec(tensors: Tensors, config: _Config, said: Mapping[str, Any]) -> TransformerSpec:
+    path, shapes = tensors.path, tensors.shapes
     for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
         if len(shapes.get(name, ())) != 2:
             raise ExchangeError(
@@ -203,7 +150,7 @@ def _spec(
             "d_model": d_model,
             "d_ff": shapes["h.0.mlp.c_fc.weight"][1],
             "norm": "pre",
-            "tied_head": True,
+            "tied_head": config.tie_word_embeddings,
         }
         | fields
     )
@@ -213,17 +160,6 @@ def _shown(value: Any) -> str:
     return (
         f"{value:g}" if isinstance(value, float) else str(value)
     )  # float32's 1e-05 has more digits
-
-
-def _config(path: Path | None) -> _Config:
-    """Return the config.json, or defaults without one. Raises ExchangeError."""
-    if path is None:
-        return _Config()
-    try:
-        return _Config.model_validate_json(read_bounded(path, MAX_CONFIG_BYTES))
-    except ValidationError as error:
-        given = printable(repr(error.errors()[0]["input"]))
-        raise ExchangeError(f"{path}: {one_line(error)}, not {given}") from None
 
 
 def foreign_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
