@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from common import checkpoint
 from common.checkpoint import TOKENIZER, Arrays
 from common.checkpoint.foreign.errors import NOTE
 from common.checkpoint.foreign.gpt2 import NOT_IN_THE_WEIGHTS, read_gpt2
+from common.checkpoint.foreign.llama import read_llama, write_llama
 from common.checkpoint.foreign.source import Source, find
 from common.cli.options import add_run_options, flag, read_model
 from common.cli.settings import Settings, read_given, read_native_dropout, validated
@@ -38,9 +40,14 @@ from common.spec.tokenizer import BYTES, TokenizerError, read_tokenizer
 EXIT_OK, EXIT_FAILED = 0, 1
 FORMATS = {"torch": "torch", "keras": "tensorflow", "paddle": "paddle"}
 """The framework that reads and writes each kind of file, in a process of its own."""
-GPT2 = "gpt2"
 FREE = ("dropout", "dropout_masks")
 """Options that are valid for any weights: they change the training, not what the weights mean."""
+LLAMA = "llama"
+PRETRAINED = {
+    "gpt2": (read_gpt2, (*NOT_IN_THE_WEIGHTS, *FREE)),
+    LLAMA: (read_llama, ("context_length", *FREE)),
+}
+"""Models of the transformers library: their reader, and the options that their files leave open."""
 TIMEOUT_SECONDS = 1800
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE)
 
@@ -53,26 +60,31 @@ def register(
         "export",
         description="Writes the weights of a checkpoint as a PyTorch state dict, Keras weights "
         "(.weights.h5) or Paddle parameters (.pdparams) of the plain model; docs/checkpoints.md "
-        "says how to build that model.",
-        usage="%(prog)s CHECKPOINT --to torch|keras|paddle --out FILE",
+        "says how to build that model. Or as a Llama's folder for the transformers library.",
+        usage="%(prog)s CHECKPOINT --to torch|keras|paddle|llama --out FILE",
     )
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder such as step-00000100")
-    export.add_argument("--to", choices=tuple(FORMATS), required=True, help="the kind of file")
-    export.add_argument("--out", metavar="FILE", required=True, help="the file to write")
+    export.add_argument("--to", choices=(*FORMATS, LLAMA), required=True, help="the kind of file")
+    written = "the file to write; of a Llama, the folder"
+    export.add_argument("--out", metavar="FILE", required=True, help=written)
     export.set_defaults(run=lambda arguments: _export(arguments, implementations))
 
     importer = subcommands.add_parser(
         "import",
-        description="Makes a checkpoint at step 0 of weights from such a file, or of a GPT-2 of "
-        "the transformers library: a file, an index of shards, or the folder. No code in a file is "
-        "run. The model is what the options say; GPT-2's is read from the file and its "
-        "config.json.",
-        usage="%(prog)s FILE --from torch|keras|paddle|gpt2 --out CHECKPOINT [options]",
+        description="Makes a checkpoint at step 0 of weights from such a file, or of a GPT-2 or "
+        "Llama of the transformers library: a file, an index of shards, or the folder. No code in "
+        "a file is run. The model is what the options say; the library's is read from the file and "
+        "its config.json.",
+        usage="%(prog)s FILE --from torch|keras|paddle|gpt2|llama --out CHECKPOINT [options]",
     )
     file = "the file to read, or a folder as the transformers library saves it"
     importer.add_argument("file", metavar="FILE", help=file)
     importer.add_argument(
-        "--from", dest="origin", choices=(*FORMATS, GPT2), required=True, help="the kind of file"
+        "--from",
+        dest="origin",
+        choices=(*FORMATS, *PRETRAINED),
+        required=True,
+        help="the kind of file",
     )
     out = "the checkpoint's folder, a new one"
     importer.add_argument("--out", metavar="CHECKPOINT", required=True, help=out)
@@ -90,19 +102,26 @@ def register(
 def _export(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
     folder, out = Path(arguments.checkpoint), Path(arguments.out)
     tokenizer = checkpoint.read_tokenizer(folder)
+    makes_folder = arguments.to == LLAMA
     if out.exists():
-        raise UsageError(f"--out {out}: exists; expected a new file")
+        kind = "folder" if makes_folder else "file"
+        raise UsageError(f"--out {out}: exists; expected a new {kind}")
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: {out.parent} is no folder")
-    beside = out.with_name(TOKENIZER)
+    beside = (out if makes_folder else out.parent) / TOKENIZER
     if tokenizer is not None and beside.exists() and beside.read_bytes() != tokenizer:
         what = f"another {TOKENIZER} lies beside it; expected a folder without one"
         raise UsageError(f"--out {out}: {what}")
     # A name that is half-written is never the good one.
     temporary = out.with_name(f".{os.getpid()}.{out.name}")
     try:
-        implementation = implementations[FORMATS[arguments.to]]
-        status = _convert(implementation, "export", str(folder), str(temporary))
+        if makes_folder:
+            saved = checkpoint.load(folder, with_moments=False)
+            write_llama(saved.manifest.model, saved.weights, temporary)
+            status = EXIT_OK
+        else:
+            implementation = implementations[FORMATS[arguments.to]]
+            status = _convert(implementation, "export", str(folder), str(temporary))
         if status == EXIT_OK:
             temporary.rename(out)
             print(out)
@@ -111,6 +130,8 @@ def _export(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
                 print(f"{beside}: its tokenizer")
         return status
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 
@@ -119,9 +140,9 @@ def _import(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
     if out.exists():
         raise UsageError(f"--out {out}: exists; expected a new folder")
     source = find(path)
-    if arguments.origin == GPT2:
+    if arguments.origin in PRETRAINED:
         try:
-            spec, weights = _read_gpt2(arguments, source, implementations)
+            spec, weights = _read_pretrained(arguments, source, implementations)
         except ValidationError as error:
             raise UsageError(f"{path}: {explain(error).splitlines()[0]}") from None
         tokenizer, words = _tokenizer(arguments, source, spec)
@@ -169,29 +190,30 @@ def _tokenizer(
     return tokenizer.content, f"{path}, {tokenizer.vocab_size} tokens"
 
 
-def _read_gpt2(
+def _read_pretrained(
     arguments: argparse.Namespace, source: Source, implementations: Mapping[str, Implementation]
 ) -> tuple[TransformerSpec, Arrays]:
-    """Raises UsageError for options that the file answers, and all that `read_gpt2` raises."""
+    """Raises UsageError for options that the file answers, and all that the readers raise."""
+    read, options = PRETRAINED[arguments.origin]
     _, line = read_given(argparse.Namespace(**vars(arguments) | {"config": None}), plurals={})
-    unused = [name for _, name in line if name not in (*NOT_IN_THE_WEIGHTS, *FREE)]
+    unused = [name for _, name in line if name not in options]
     unused += [] if arguments.config is None else ["config"]
     if unused:
         raise UsageError(
-            f"{flag(unused[0])}: --from gpt2 reads the model from the file and its config.json; "
-            "expected without it"
+            f"{flag(unused[0])}: --from {arguments.origin} reads the model from the file and its "
+            "config.json; expected without it"
         )
     said = _said(read_native_dropout(line, Settings()))
     pickled = [str(file) for file in source.files if file.suffix != ".safetensors"]
     if not pickled:
-        return read_gpt2(source, said, list(source.files))
+        return read(source, said, list(source.files))
     with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
         # PyTorch alone reads these; the rest goes on as for any other file.
         merged = Path(folder) / "model.safetensors"
         if _convert(implementations["torch"], "tensors", str(merged), *pickled) != EXIT_OK:
             raise UsageError(f"{pickled[0]}: cannot be read")
         others = [file for file in source.files if file.suffix == ".safetensors"]
-        return read_gpt2(source, said, [merged, *others])
+        return read(source, said, [merged, *others])
 
 
 def _said(line: Settings) -> dict[str, Any]:

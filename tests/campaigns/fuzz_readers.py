@@ -39,6 +39,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.checkpoint.dump import DumpError, read_dump, write_dump
+from common.checkpoint.foreign import llama
 from common.checkpoint.foreign.errors import ExchangeError
 from common.checkpoint.foreign.gpt2 import foreign_shapes, read_gpt2
 from common.checkpoint.foreign.source import find
@@ -302,6 +303,29 @@ def _attack_gpt2(folder: Path, rng: Random) -> Callable[[], object]:
     return lambda: read_gpt2(find(path), {} if heads is None else {"num_heads": heads})
 
 
+LLAMA = MODEL.model_copy(update={**llama.FIXED, "vocab_size": 7})
+LLAMA_CONFIG = json.dumps(
+    {theirs: getattr(LLAMA, ours) for theirs, ours in llama.FIELDS.items()}
+    | {"model_type": "llama", "head_dim": 2, "rope_parameters": {"rope_type": "default"}}
+).encode()
+
+
+def _prepare_llama(folder: Path) -> None:
+    shapes = llama.foreign_shapes(LLAMA) | {llama.HEAD: (7, 4)}
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    (folder / "valid").write_bytes(save(tensors))
+
+
+def _attack_llama(folder: Path, rng: Random) -> Callable[[], object]:
+    path, hostile_config = folder / "model.safetensors", rng.random() < 0.7
+    data = (folder / "valid").read_bytes()
+    path.write_bytes(data if hostile_config else _mutated_safetensors(data, rng))
+    (folder / "config.json").write_bytes(
+        mutated(LLAMA_CONFIG, rng, text=True) if hostile_config else LLAMA_CONFIG
+    )
+    return lambda: llama.read_llama(find(path))
+
+
 TOML = b"""preset = "tiny"
 frameworks = ["torch", "paddle"]
 schedule = "1f1b"
@@ -426,6 +450,12 @@ READERS: tuple[Reader, ...] = (
     _one_file("dump", _valid_dumps, read_dump, DumpError, damaged=_mutated_safetensors),
     Reader(
         "GPT-2 file", (ExchangeError, CheckpointError, ValidationError), _prepare_gpt2, _attack_gpt2
+    ),
+    Reader(
+        "Llama file",
+        (ExchangeError, CheckpointError, ValidationError),
+        _prepare_llama,
+        _attack_llama,
     ),
     _one_file("TOML configuration", _valid_toml, _read_toml, UsageError),
     _one_file(
