@@ -234,7 +234,8 @@ def _said(line: Settings) -> dict[str, Any]:
 def _say_what_no_file_says(arguments: argparse.Namespace, spec: TransformerSpec) -> None:
     """Note the defaults of options that no shape shows, but that change what weights mean."""
     given = {dest.rpartition(".")[2] for dest in vars(arguments) if "." in dest}
-    unsaid = [name for name in NOT_IN_THE_WEIGHTS if name not in given]
+    needed = (*NOT_IN_THE_WEIGHTS, *(["rope_theta"] if spec.position == "rotary" else []))
+    unsaid = [name for name in needed if name not in given]
     if unsaid and arguments.config is None and "preset" not in given:
         values = ((name, getattr(spec, name)) for name in unsaid)
         words = (

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from common import checkpoint
 from common.checkpoint.foreign.llama import canonical
@@ -143,6 +145,8 @@ def test_it_is_found_wherever_its_users_have_it(llama: Path, small: Path, tmp_pa
 def test_configurations_of_every_age(small: Path, tmp_path: Path) -> None:
     plain = json.loads((small / "config.json").read_text())
     plain.pop("rope_theta")
+    turns = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(2) for i in (0, 1)}
+    save_file(load_file(small / "model.safetensors") | turns, small / "model.safetensors")
     for number, (changes, theta) in enumerate(
         (
             ({}, 10_000.0),
@@ -182,7 +186,7 @@ def test_wrong_files_are_refused_in_one_line(
     query = "layers.1.self_attn.q_proj"
     files: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({}, {f"model.{query}.weight": None}, f"{query}.weight is missing"),
-        ({}, {"lm_head.weight": None}, "lm_head.weight is missing, and config.json says tie_"),
+        ({}, {"lm_head.weight": None}, "lm_head.weight is missing; expected it where"),
         ({}, {f"model.{query}.bias": np.ones(12)}, f"{query}.bias is not part of this model"),
         ({}, {"model.norm.weight": np.ones(5)}, "norm.weight has shape [5]; expected [12]"),
         ({"num_key_value_heads": 3}, {}, "k_proj.weight has shape [4, 12]; expected [12, 12]"),
@@ -220,6 +224,22 @@ def test_wrong_files_are_refused_in_one_line(
     (small / "config.json").unlink()
     assert load(small, tmp_path / "out") == 2
     assert "no config.json beside it; expected a Llama's" in capsys.readouterr().err
+
+
+def test_its_tokenizer_goes_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).to_str().encode()
+    weights = initial_weights(MODEL, 0, "float32")
+    checkpoint.write_weights(tmp_path / "saved", MODEL, weights, "a test", content)
+    assert run("export", tmp_path / "saved", "--to", "llama", "--out", tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert load(tmp_path / "out", tmp_path / "back") == 0
+    assert checkpoint.read_tokenizer(tmp_path / "back") == content
+    assert run("export", tmp_path / "saved", "--to", "llama", "--out", tmp_path / "out") == 2
+    assert "exists; expected a new folder" in capsys.readouterr().err
 
 
 def test_another_model_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,7 +120,7 @@ def read_weights(
             )
     if HEAD not in tensors.names and not spec.tied_head:
         raise ExchangeError(
-            f"{tensors.path}: {HEAD} is missing, and config.json says tie_word_embeddings = false"
+            f"{tensors.path}: {HEAD} is missing; expected it where tie_word_embeddings is false"
         )
     arrays = {name: tensors.read(name) for name in shapes}
     if HEAD in tensors.names:
