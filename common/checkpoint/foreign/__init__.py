@@ -1,1 +1,1 @@
-"""Weights in other projects' files: what all `convert` modules share, and GPT-2's names."""
+"""Weights in other projects' files: what all `convert` modules share; GPT-2 and Llama."""
