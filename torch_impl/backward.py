@@ -28,13 +28,16 @@ Words that only PyTorch needs:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from torch_impl.gradients import gradient_of
 from torch_impl.taps import Tap
 
 
@@ -68,10 +71,11 @@ def backward_input(saved: Forward, gradient: Tensor | None) -> tuple[Tensor | No
     """B: the input's gradient, and what W needs."""
     inputs = [] if saved.x is None else [saved.x]
     wanted = [*inputs, *saved.direct, *(tap.output for tap in saved.taps)]
-    found = torch.autograd.grad(saved.output, wanted, gradient)
+    # `grad` takes a mixture of tensors and places; its annotation takes one or the other.
+    found = torch.autograd.grad(saved.output, cast(Sequence[Tensor], wanted), gradient)
     first_direct, first_tap = len(inputs), len(inputs) + len(saved.direct)
     for parameter, piece in zip(saved.direct, found[first_direct:first_tap], strict=True):
-        parameter.grad += piece
+        gradient_of(parameter).add_(piece)
     # Recomputed layers run in the order of the taps, so each tap without an input takes the next
     # one that B has found.
     again = chain.from_iterable(saved.again)
@@ -97,12 +101,13 @@ def _add_weight_gradient(layer: nn.Linear | nn.Embedding, x: Tensor, gradient: T
     rows = gradient.flatten(0, -2)  # (N, O)
     match layer:
         case nn.Linear():
-            total = layer.weight.grad
+            total = gradient_of(layer.weight)
             if total.dtype is rows.dtype:
                 total.addmm_(rows.T, x.flatten(0, -2))  # (O, I) += (O, N) (N, I)
             else:
                 total += rows.T @ x.flatten(0, -2)
             if layer.bias is not None:
-                layer.bias.grad += rows.sum(0, dtype=total.dtype)
+                gradient_of(layer.bias).add_(rows.sum(0, dtype=total.dtype))
         case nn.Embedding():
-            layer.weight.grad.index_add_(0, x.flatten(), rows.to(layer.weight.grad.dtype))
+            total = gradient_of(layer.weight)
+            total.index_add_(0, x.flatten(), rows.to(total.dtype))

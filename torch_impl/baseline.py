@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.baseline import BaselineEngine
+from common.runtime.cpus import threads_per_stage
 from common.runtime.engine import Arrays, Engine
 from common.runtime.memory import peak_resident_bytes
 from common.spec.data import Batch
@@ -24,7 +25,8 @@ from common.spec.dropout_masks import step_key
 from common.spec.parameters import TensorKey, parameter_shapes, unit_names
 from common.spec.run import RunConfig
 from torch_impl import devices, graphs, streams, workspaces
-from torch_impl.layers import summed_loss
+from torch_impl.gradients import gradient_of
+from torch_impl.layers import Embedding, Head, summed_loss
 from torch_impl.optimizer import StageOptimizer
 from torch_impl.units import Units
 from torch_impl.weights import (
@@ -43,24 +45,26 @@ class PlainEngine(BaselineEngine):
 
     def __init__(self, config: RunConfig) -> None:
         device = devices.stage_devices(1, config.device)[0]
-        streams.prepare_thread(device, devices.threads_per_stage(1, config.threads))
+        streams.prepare_thread(device, threads_per_stage(1, config.threads))
         part = unit_names(config.model)
         self.model = Units(config, part, device)
         named = named_parameters(part, list(self.model.units), config.model.tied_head)
         if config.model.tied_head:  # as its users tie it: one parameter, used twice
-            self.model.units[-1].output.weight = self.model.units[0].token.weight
+            embedding, head = self.model.units[0], self.model.units[-1]
+            assert isinstance(embedding, Embedding) and isinstance(head, Head)
+            head.output.weight = embedding.token.weight
             named = [item for item in named if not item.is_copy]
         self._place(config, device, 0, [self.model], named)
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         load_weights(self._named, weights)
         for item in self._named:
-            item.parameter.grad.zero_()
+            gradient_of(item.parameter).zero_()
         self._reset_optimizer()
 
     def forward_backward(self, batch: Batch) -> float:
         self._set_step_key(batch, training=True)
-        torch._foreach_zero_([item.parameter.grad for item in self._named])
+        torch._foreach_zero_([gradient_of(item.parameter) for item in self._named])
         loss = self._loss(batch)
         loss.backward()
         return loss.item()

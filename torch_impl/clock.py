@@ -33,4 +33,5 @@ class StreamClock(DeviceClock):
 
     def seconds(self, mark: torch.cuda.Event) -> float:
         self._last.synchronize()
-        return self._begin_seconds + self._begin.elapsed_time(mark) / 1e3
+        milliseconds: float = self._begin.elapsed_time(mark)
+        return self._begin_seconds + milliseconds / 1e3

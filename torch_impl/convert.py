@@ -32,7 +32,7 @@ from common.checkpoint.foreign.source import find
 from common.io.edges import printable
 from common.spec.parameters import TOKEN_EMBEDDING, unit_names
 from common.spec.run import TransformerSpec
-from torch_impl.layers import build_unit
+from torch_impl.layers import Embedding, Head, build_unit
 from torch_impl.weights import export_weights, load_weights, named_parameters
 
 _TIED = "head.output.weight"
@@ -45,9 +45,9 @@ class Transformer(nn.Module):
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
         names = unit_names(spec)
-        self.embedding = build_unit(spec, names[0])
+        self.embedding = Embedding(spec)
         self.block = nn.ModuleList(build_unit(spec, name) for name in names[1:-1])
-        self.head = build_unit(spec, names[-1])
+        self.head = Head(spec)
         if spec.tied_head:
             self.head.output.weight = self.embedding.token.weight
 
@@ -55,7 +55,8 @@ class Transformer(nn.Module):
         x = self.embedding(tokens, None)  # (B, S, D)
         for block in self.block:
             x = block(x, None)
-        return self.head(x, None)  # (B, S, V)
+        logits: Tensor = self.head(x, None)  # (B, S, V)
+        return logits
 
 
 def plain_model(spec: TransformerSpec) -> Transformer:

@@ -20,7 +20,7 @@ from common.oracle.reference import clip_scale, global_norm
 from common.runtime.habits import Habit, patch, switched
 from common.spec.data import IGNORED
 from common.spec.run import RunConfig, TrainSpec
-from torch_impl import engine, layers, optimizer, stage
+from torch_impl import engine, layers, optimizer, stage, weights
 from torch_impl.dropout import DropoutContext
 from torch_impl.engine import PipelineEngine
 from torch_impl.optimizer import StageOptimizer
@@ -31,7 +31,7 @@ _Patches = list[AbstractContextManager[None]]
 
 _SQUARE_WEIGHT = "block.0.attention.query.weight"
 
-summed_loss, load_weights, shared_dropout = layers.summed_loss, engine.load_weights, Stage._dropout
+summed_loss, load_weights, shared_dropout = layers.summed_loss, weights.load_weights, Stage._dropout
 
 
 def switch(config: RunConfig) -> AbstractContextManager[None]:

@@ -101,6 +101,7 @@ def native_dropout(x: Tensor, probability: float, site: int, context: DropoutCon
     same one and no schedule changes it.
     """
     seed = mix(mix(context.step_key ^ mix(site)) ^ mix(context.first_sample))
+    assert context.generator is not None  # as in `dropout`, which chooses
     generator = context.generator.manual_seed(seed)
     kept = torch.empty(x.shape, device=context.samples.device).bernoulli_(
         1 - probability, generator=generator

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from common.oracle.reference import clip_scale, global_norm
+from common.runtime.cpus import threads_per_stage
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, run_stage, unwatched
 from common.runtime.memory import peak_resident_bytes
@@ -25,6 +26,7 @@ from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
 from torch_impl import devices, graphs, streams, workspaces
 from torch_impl.clock import StreamClock
+from torch_impl.gradients import gradient_of
 from torch_impl.graphs import GraphedStage
 from torch_impl.optimizer import StageOptimizer
 from torch_impl.probe import probe_units
@@ -37,7 +39,7 @@ from torch_impl.weights import (
     to_array,
 )
 
-_Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 _POLL_SECONDS = 0.5
 """How often a pass on GPUs is asked where they are, for `Engine.on_action`."""
@@ -68,7 +70,7 @@ class PipelineEngine:
         self._torch_devices = devices.stage_devices(config.stages, config.device)
         self._copy_streams = streams.copy_streams(self._torch_devices)
         parts = plan_partition(config).parts
-        threads = devices.threads_per_stage(config.stages, config.threads)
+        threads = threads_per_stage(config.stages, config.threads)
         self._threads = [
             ThreadPoolExecutor(
                 1, f"stage-{d}", streams.prepare_thread, (self._torch_devices[d], threads)
@@ -218,7 +220,8 @@ class PipelineEngine:
         clocks: list[StreamClock] = []
 
         def walk(d: int) -> tuple[list[Event], list[float]]:
-            note, clock = partial(self.on_action, d), None
+            note: Callable[[Action], None] = partial(self.on_action, d)
+            clock = None
 
             def before(action: Action) -> None:
                 channel.check()
@@ -261,7 +264,7 @@ class PipelineEngine:
         """
         own, copy = (
             next(
-                (d, item.parameter.grad)
+                (d, gradient_of(item.parameter))
                 for d, stage in enumerate(self.stages)
                 for item in stage.named
                 if item.name == TOKEN_EMBEDDING and item.is_copy == is_copy
@@ -275,7 +278,7 @@ class PipelineEngine:
         def reset(d: int) -> StageOptimizer:
             stage = self.stages[d]
             for item in stage.named:
-                item.parameter.grad.zero_()
+                gradient_of(item.parameter).zero_()
             return StageOptimizer(self.config.train, stage.named)
 
         self._optimizers = self._on_all(reset)

@@ -96,7 +96,7 @@ class GraphedStage:
         self._static: Pass | None = None
         self._actions: dict[tuple[str, int, int], Recorded] = {}
         self._run = self._eager
-        self.pool: tuple[int, ...] | None = None
+        self.pool: torch.cuda._POOL_HANDLE | None = None
 
     @property
     def records(self) -> bool:
@@ -186,6 +186,7 @@ class GraphedStage:
     def _replay(self, key: tuple[str, int, int], given: Tensor | None, work: Work) -> Tensor | None:
         graph, static, result = self._actions[key]
         if static is not None:
+            assert given is not None  # an action has an input in every pass, or in none
             static.copy_(given)
         graph.replay()
         return result

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.optim import SGD, AdamW
 
 from common.spec.run import TrainSpec
+from torch_impl.gradients import gradient_of
 from torch_impl.weights import NamedParameter, export_weights, load_weights
 
 
@@ -36,7 +37,7 @@ class StageOptimizer:
     def __init__(self, train: TrainSpec, named: Sequence[NamedParameter]) -> None:
         self._train = train
         self._named = named
-        self._gradients = [item.parameter.grad for item in named]
+        self._gradients = [gradient_of(item.parameter) for item in named]
         decays = [_weight_decay(train, item.name) for item in named]
         groups = [
             {
@@ -61,7 +62,7 @@ class StageOptimizer:
     def squared_norms(self) -> list[float]:
         """Return each tensor's sum of squared gradients, in float64; that of a tied weight once."""
         norms = [
-            torch.linalg.vector_norm(item.parameter.grad, dtype=torch.float64)
+            torch.linalg.vector_norm(gradient_of(item.parameter), dtype=torch.float64)
             for item in self._named
             if not item.is_copy
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from common.runtime.mode import Mode
 from common.spec.data import Batch
 from common.spec.parameters import TensorKey
 from torch_impl.dropout import DropoutContext
+from torch_impl.gradients import gradient_of
 from torch_impl.stage import Stage
 from torch_impl.weights import export_weights, named_parameters, to_array
 
@@ -33,13 +34,14 @@ def probe_units(
     for chunk in stage.chunks:
         for name, unit in zip(chunk.part, chunk.units, strict=True):
             named = named_parameters([name], [unit], tied_head)
-            sums = [torch.zeros_like(item.parameter.grad) for item in named]
+            sums = [torch.zeros_like(gradient_of(item.parameter)) for item in named]
             forward = TensorKey(batch.step, "unit_forward", device, -1, name, "output")
             backward = forward._replace(phase="unit_backward", tensor="input_gradient")
             for i, (tokens, context) in enumerate(_micro_batches(stage)):
+                # (b, S, D), but the embedding's are tokens (b, S)
                 x = _piece(stage, inputs[name], i).requires_grad_() if name in inputs else tokens
-                output = unit(x, context)  # (b, S, D), or (b, S, V)
-                wanted = [x] if x.requires_grad else []
+                output = unit(x, context)  # (b, S, D), or the head's logits (b, S, V)
+                wanted = [x] if x is not None and x.requires_grad else []
                 gradients = torch.autograd.grad(
                     output,
                     [*wanted, *(item.parameter for item in named)],
@@ -60,7 +62,8 @@ def probe_units(
 def _micro_batches(stage: Stage) -> list[tuple[Tensor | None, DropoutContext | None]]:
     """Tokens (b, S), where the embedding is here, and dropout of each micro-batch of the pass."""
     now = stage.now
-    return list(zip(now.tokens or [None] * len(now.contexts), now.contexts, strict=True))
+    tokens: Sequence[Tensor | None] = now.tokens or [None] * len(now.contexts)
+    return list(zip(tokens, now.contexts, strict=True))
 
 
 def _piece(stage: Stage, array: NDArray[Any], micro_batch: int) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.io.edges import write_file
+from common.runtime.cpus import threads_per_stage
 from common.runtime.engine import Engine
 from common.runtime.job import Job
 from common.runtime.ranks import Ranks
@@ -47,7 +48,7 @@ def _join(rank: int, endpoints: Sequence[str], config: RunConfig) -> Callable[[R
     from torch_impl.engine import build_engine
 
     device = devices.stage_devices(config.stages, config.device)[rank]
-    streams.prepare_thread(device, devices.threads_per_stage(config.stages, config.threads))
+    streams.prepare_thread(device, threads_per_stage(config.stages, config.threads))
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(
         backend, init_method=f"tcp://{endpoints[0]}", rank=rank, world_size=len(endpoints)

@@ -23,7 +23,8 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
     from torch import Tensor
 
     from torch_impl.gpus import gpus
-    from torch_impl.layers import LayerNorm, activation, summed_loss
+    from torch_impl.layers import activation, summed_loss
+    from torch_impl.precision import LayerNorm
 
     model, dtype = config.model, getattr(torch, config.train.dtype)
     b, s = config.train.micro_batch_size, model.context_length

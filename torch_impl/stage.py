@@ -25,6 +25,7 @@ from common.spec.dropout_masks import step_key
 from common.spec.run import RunConfig
 from torch_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
 from torch_impl.dropout import DropoutContext, ElementHashes
+from torch_impl.gradients import gradient_of
 from torch_impl.held import memory_bytes, saved_tensors
 from torch_impl.layers import summed_loss
 from torch_impl.streams import CopyStreams
@@ -58,7 +59,7 @@ class Stage:
         self.device = device
         self.chunks = [Chunk(config, part, device) for part in parts]
         self.named = [item for chunk in self.chunks for item in chunk.named]
-        self._gradients = [item.parameter.grad for item in self.named]
+        self._gradients = [gradient_of(item.parameter) for item in self.named]
         self.in_flight: dict[tuple[int, int], Forward] = {}
         """By (micro-batch, chunk): forward done, B not yet."""
         self.waiting: dict[tuple[int, int], Waiting] = {}
@@ -159,7 +160,7 @@ class Stage:
         """The units of a piece of a chunk; the loss is a part of the head's."""
         now = self.now
         for name, unit in zip(module.part[piece], module.units[piece], strict=True):
-            x = unit(x, now.contexts[micro_batch])
+            x = unit(x, now.contexts[micro_batch])  # (b, S, D), or the head's logits (b, S, V)
             if now.mode.keeps(name):
                 self.outputs[name, micro_batch] = x
             if name == "head" and now.mode is not Mode.PREDICT:
@@ -221,6 +222,7 @@ class Channel(Mailbox):
 
     def receive(self, message: Message, device: int) -> Tensor:
         """Raises PipelineStopped if a stage fails before the tensor is there."""
+        tensor: Tensor  # (b, S, D)
         tensor, arrived = self.take(message)
         if arrived is not None:
             torch.cuda.current_stream().wait_event(arrived)

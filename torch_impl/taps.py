@@ -116,7 +116,8 @@ class Chunk(nn.Module):
     def cast_weights(self) -> None:
         """Make the weights that compute those of their masters, where they are not the same."""
         if self._casts:
-            torch._foreach_copy_(*map(list, zip(*self._casts, strict=True)))
+            compute, full = zip(*self._casts, strict=True)
+            torch._foreach_copy_(compute, full)
 
     def take_taps(self) -> list[Tap]:
         """Return the taps since the last call."""

@@ -40,6 +40,7 @@ from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
 from torch_impl import devices
 from torch_impl.baseline import PlainEngine
+from torch_impl.gradients import gradient_of
 from torch_impl.layers import summed_loss
 from torch_impl.units import Units
 from torch_impl.weights import named_parameters, to_array
@@ -141,12 +142,12 @@ class PipeliningEngine(PlainEngine):
 
     def forward_backward(self, batch: Batch) -> float:
         self._set_step_key(batch, training=True)
-        torch._foreach_zero_([item.parameter.grad for item in self._named])
+        torch._foreach_zero_([gradient_of(item.parameter) for item in self._named])
         self._events.clear()
         self._num_tokens = batch.num_tokens
         tokens, targets, samples = self._tensors(batch)
         losses: list[Tensor] = []
-        last = {"target": targets, "losses": losses} if self._is_last else {}
+        last: dict[str, Any] = {"target": targets, "losses": losses} if self._is_last else {}
         self._schedule.step(
             *([tokens] if self._is_first else []), samples=samples, return_outputs=False, **last
         )
@@ -229,7 +230,7 @@ class PipeliningEngine(PlainEngine):
         """The token embedding's gradient: that of its own use plus that of the head's copy, put in
         both.
         """
-        both = [item.parameter.grad for item in self._named if item.name == TOKEN_EMBEDDING]
+        both = [gradient_of(item.parameter) for item in self._named if item.name == TOKEN_EMBEDDING]
         if self._tied_group is not None and both:
             distributed.all_reduce(both[0], group=self._tied_group)
         elif len(both) == 2:
