@@ -1,5 +1,8 @@
 # make install   an environment in .venv (CPU builds) and all that is needed
-# make bench     the benchmark; make bench ARGS="--preset tiny --stages 1,2" passes options to bench_all.py
+# make install GPU=1   CUDA builds: an environment for each framework (.venv-torch, .venv-tensorflow, .venv-paddle), which
+#                the harness in .venv finds. What cannot be installed is said in one line, and the others go on
+# make bench     the benchmark; make bench ARGS="--preset tiny --stages 1,2" passes options to bench_all.py;
+#                make bench TORCH_PYTHON=/opt/envs/torch takes PyTorch from there (also TENSORFLOW_PYTHON, PADDLE_PYTHON)
 # make test      lint, types, tests; make test ARGS="-k parity" passes options to pytest
 # make test-cuda PyTorch's engine on GPUs that are not there; needs gcc, and installs PyTorch's CUDA build into .venv-cuda
 # make gpu-day   all that is worth running on a machine with GPUs, in ten minutes; make gpu-day PYTHON=... names the Python that
@@ -13,31 +16,61 @@
 #   make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
+# Where the CUDA builds are. PyTorch and TensorFlow: on PyPI, or as above for another CUDA
+# (TORCH_CUDA_INDEX=https://download.pytorch.org/whl/cu126). Paddle: on its own index only.
+TORCH_CUDA_INDEX ?=
+TENSORFLOW_CUDA_INDEX ?=
+PADDLE_CUDA_INDEX ?= https://www.paddlepaddle.org.cn/packages/stable/cu126/
+
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
+comma := ,
 INSTALLED := .venv/installed
+
+# Without frameworks, where each has an environment of its own: PyTorch's and TensorFlow's CUDA wheels both own
+# nvidia/nccl/lib/libnccl.so.2 and cuDNN's folder, for different CUDA versions.
+HARNESS := $(if $(wildcard $(INSTALLED)),$(INSTALLED),.venv/installed-harness)
+PYTHONS = $(if $(TORCH_PYTHON),--python torch=$(TORCH_PYTHON)) $(if $(TENSORFLOW_PYTHON),--python \
+	tensorflow=$(TENSORFLOW_PYTHON)) $(if $(PADDLE_PYTHON),--python paddle=$(PADDLE_PYTHON))
+INDEX_torch = $(TORCH_CUDA_INDEX)
+INDEX_tensorflow = $(TENSORFLOW_CUDA_INDEX)
+INDEX_paddle = $(PADDLE_CUDA_INDEX)
 
 # For make test-cuda: a PyTorch that the package index has with CUDA.
 CUDA_TORCH ?= torch==2.14.*
 CUDA_BIN := .venv-cuda/bin
 CUDA_INSTALLED := .venv-cuda/installed
 
-.PHONY: install bench test test-cuda gpu-day docs drift margins clean
+.PHONY: install gpu-environments bench test test-cuda gpu-day docs drift margins clean
 
-install: $(INSTALLED)
+install: $(if $(GPU),gpu-environments,$(INSTALLED))
 
-$(INSTALLED): pyproject.toml
+gpu-environments: $(HARNESS)
+	@for framework in torch tensorflow paddle; do \
+		$(MAKE) --no-print-directory .venv-$$framework/installed 2>/dev/null || true; done
+	@$(BIN)/triptych doctor --rounds 0
+
+.venv-%/installed: pyproject.toml
+	@rm -f $@
+	@.venv-$*/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-$*
+	@echo "installing $*'s CUDA build into .venv-$*: some minutes, some GB"
+	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check --retries 2 --timeout 60 \
+		$(if $(INDEX_$*),--extra-index-url $(INDEX_$*)) --editable ".[$*-gpu]" 2>.venv-$*/install.log \
+		|| { echo "not installed: $*: $$(grep ERROR .venv-$*/install.log | tail -n 1) (.venv-$*/install.log)"; exit 1; }
+	@touch $@
+
+.venv/installed .venv/installed-harness: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "missing: Python 3.11, 3.12 or 3.13 (name one with make PYTHON=...)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "wrong Python: $(PYTHON) is not 3.11, 3.12 or 3.13" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "missing: the venv module of $(PYTHON) (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@echo "installing into .venv with $(PYTHON): three frameworks, some minutes"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[cpu,dev]"
+	@echo "installing into .venv with $(PYTHON): $(if $(findstring harness,$@),the harness,three frameworks, some minutes)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[$(if $(findstring harness,$@),,cpu$(comma))dev]"
 	@touch $@
 
 bench: install
-	@$(BIN)/python bench_all.py $(ARGS)
+	@$(BIN)/python bench_all.py $(PYTHONS) $(ARGS)
 
 test: install
 	$(BIN)/ruff check .
@@ -63,11 +96,11 @@ gpu-day:
 	@$(PYTHON) -m tests.campaigns.gpu_day $(ARGS)
 
 drift: install
-	$(BIN)/triptych drift --out docs $(ARGS)
+	$(BIN)/triptych drift --out docs $(PYTHONS) $(ARGS)
 
 margins: install
 	$(BIN)/python -m tests.campaigns margins --out docs/margins.md $(ARGS)
 
 clean:
-	rm -rf .venv .venv-cuda build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,5 @@
 """`python -m paddle_impl.roofline CONFIG`: the kernels of a run one by one, on one thread
-(`common.harness.roofline`).
+or a GPU (`common.harness.roofline`).
 """
 
 from __future__ import annotations
@@ -18,21 +18,27 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
 
     Raises ValueError, ImportError.
     """
-    devices.configure(1, 1, "cpu")
+    devices.configure(1, 1, config.device)
     import paddle
     from paddle import Tensor, nn
     from paddle.nn import functional
 
     from paddle_impl.layers import activation, summed_loss
 
+    device = devices.stage_devices(1, config.device)[0]
+    paddle.set_device(device)
     devices.check_dtype(config.train.dtype)
-    paddle.set_device("cpu")
     paddle.set_default_dtype(config.train.dtype)
     model = config.model
     b, s = config.train.micro_batch_size, model.context_length
     n, d, f, v, h = b * s, model.d_model, model.d_ff, model.vocab_size, model.num_heads
     norm = nn.LayerNorm(d, model.norm_epsilon)
     targets = paddle.zeros([b, s], "int64")
+
+    # A GPU's work is only queued; an operation has ended when this returns.
+    def finish() -> None:
+        if device != "cpu":
+            paddle.device.synchronize()
 
     def made(*shape: int) -> list[Tensor]:
         return [paddle.randn(shape) for _ in range(COPIES)]
@@ -42,6 +48,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
             with paddle.no_grad():
                 for each in zip(*inputs, strict=True):
                     compute(*each)
+            finish()
 
         return run
 
@@ -55,6 +62,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         def run() -> None:
             for x in inputs:
                 paddle.grad(compute(x), x, gradient)
+            finish()
 
         return run
 
@@ -85,7 +93,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         "layer norm and gradient": with_gradient(norm, made(n, d)),
         "loss and gradient": with_gradient(lambda x: summed_loss(x, targets, n), made(b, s, v)),
     }
-    return operations, devices.environment(["cpu"])
+    return operations, devices.environment([device])
 
 
 if __name__ == "__main__":

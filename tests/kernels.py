@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from common.runtime.roofline import kernels
 from common.spec.run import preset
 
 
-def check_kernels(prepare: Callable[..., Any], framework: str, dtype: str) -> None:
-    """Every kernel of `prepare(config)` runs, under its name and in its order."""
+def check_kernels(prepare: Callable[..., Any], framework: str, dtype: str) -> Mapping[str, Any]:
+    """Every kernel of `prepare(config)` runs, under its name and in its order. Returns what the
+    framework says of itself.
+    """
     tiny = preset("tiny")
     one = tiny.model_copy(update={"train": tiny.train.model_copy(update={"dtype": dtype})})
     operations, environment = prepare(one)
@@ -18,3 +20,4 @@ def check_kernels(prepare: Callable[..., Any], framework: str, dtype: str) -> No
     for operation in operations.values():
         operation()
     assert environment["framework"] == framework
+    return dict(environment)

@@ -1,5 +1,5 @@
 """`python -m tf_impl.roofline CONFIG`: the kernels of a run one by one, on one thread
-(`common.harness.roofline`).
+or a GPU (`common.harness.roofline`).
 
 Differs: all copies are operations of one traced function, called as those of a stage are
 (`executors.OnCallingThread`).
@@ -22,7 +22,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
 
     Raises ValueError, ImportError.
     """
-    devices.configure(1, 1, "cpu")  # also on a machine with GPUs: it is compared with this CPU
+    devices.configure(1, 1, config.device)
     import keras
     import tensorflow as tf
 
@@ -36,6 +36,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
     n, d, f, v, h = b * s, model.d_model, model.d_ff, model.vocab_size, model.num_heads
     norm = keras.layers.LayerNormalization(epsilon=model.norm_epsilon, dtype=dtype.name)
     norm.build((n, d))
+    on_gpu = "GPU" in devices.stage_devices(1, config.device)[0]
     targets = tf.zeros((b, s), tf.int64)
     loss = keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, ignore_class=IGNORED, reduction="sum", dtype=wide.name
@@ -56,7 +57,13 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
                 return tf.constant(0)
 
         call = OnCallingThread(traced.get_concrete_function(*inputs))
-        return lambda: call(*tf.nest.flatten(inputs))
+
+        def run() -> None:
+            call(*tf.nest.flatten(inputs))
+            if on_gpu:  # its work is only queued
+                tf.test.experimental.sync_devices()
+
+        return run
 
     def with_gradient(
         compute: Callable[[tf.Tensor], tf.Tensor], inputs: list[tf.Tensor]
@@ -104,7 +111,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
             lambda x: loss(targets, tf.cast(x, wide)) / n, made(b, s, v)
         ),
     }
-    return operations, devices.environment(devices.stage_devices(1, "cpu"))
+    return operations, devices.environment(devices.stage_devices(1, config.device))
 
 
 if __name__ == "__main__":

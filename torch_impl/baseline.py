@@ -64,6 +64,7 @@ class PlainEngine(BaselineEngine):
 
     def forward_backward(self, batch: Batch) -> float:
         self._set_step_key(batch, training=True)
+        # Not set to None: the optimizer has taken these tensors.
         torch._foreach_zero_([gradient_of(item.parameter) for item in self._named])
         loss = self._loss(batch)
         loss.backward()

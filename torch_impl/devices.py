@@ -27,12 +27,14 @@ def configure(stages: int, threads: int | None, device: str) -> None:
     import torch
 
     torch.set_num_threads(threads_per_stage(stages, threads))
+    # TF32 has 10 bits where float32 has 23; each of these switches it on somewhere.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if stage_devices(stages, device)[0].type == "cuda":
         torch.use_deterministic_algorithms(True)
+        # Else every new tensor is filled with NaN, to show who reads it too early.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -84,7 +86,7 @@ def environment(used: Sequence[torch.device]) -> dict[str, Any]:
         "version": torch.__version__,
         "python": platform.python_version(),
         "device_kind": device.type,
-        "device_name": torch.cuda.get_device_name(device)
+        "device_name": ", ".join(dict.fromkeys(map(torch.cuda.get_device_name, used)))
         if cuda
         else torch.backends.cpu.get_cpu_capability(),
         "threads_per_stage": torch.get_num_threads(),

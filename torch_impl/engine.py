@@ -71,6 +71,8 @@ class PipelineEngine:
         self._copy_streams = streams.copy_streams(self._torch_devices)
         parts = plan_partition(config).parts
         threads = threads_per_stage(config.stages, config.threads)
+        # One thread for each stage, for good: PyTorch's number of threads and current stream belong
+        # to the thread that has set them.
         self._threads = [
             ThreadPoolExecutor(
                 1, f"stage-{d}", streams.prepare_thread, (self._torch_devices[d], threads)
@@ -84,6 +86,7 @@ class PipelineEngine:
                 self._torch_devices[d],
             )
         )
+        # Empty where nothing is recorded; else `walk` takes these in the stages' place.
         self._graphed = (
             [GraphedStage(stage) for stage in self.stages]
             if graphs.why_eager(config, self._torch_devices[0]) is None
@@ -108,6 +111,7 @@ class PipelineEngine:
     def apply_gradients(self, step: int) -> float:
         """As the protocol says. The gradients are clipped in place: read them before."""
         squares = self._on_all(lambda d: self._optimizers[d].squared_norms())
+        # Added on the host in the order of the model, whatever the partition.
         norm = global_norm([square for stage in squares for square in stage])
         scale = clip_scale(norm, self.config.train.clip_norm)
         self._on_all(lambda d: self._optimizers[d].step(step, scale))
@@ -220,11 +224,13 @@ class PipelineEngine:
         clocks: list[StreamClock] = []
 
         def walk(d: int) -> tuple[list[Event], list[float]]:
+            # On a GPU the clock notes the action that the host queues, and later, from
+            # `note_again`, the one that the GPU has reached.
             note: Callable[[Action], None] = partial(self.on_action, d)
             clock = None
 
             def before(action: Action) -> None:
-                channel.check()
+                channel.check()  # another stage may have failed: stop between two actions
                 note(action)
 
             try:
@@ -239,10 +245,11 @@ class PipelineEngine:
                 self.on_action(d, None)
                 return events, stage.losses()
             except Exception as error:
-                channel.stop(error)
+                channel.stop(error)  # wakes the stages that wait for a message of this one
                 return [], []
 
         walks = [self._submit(d, partial(walk, d)) for d in self.devices]
+        # The host of a GPU has queued everything long before it is done, and then waits.
         while wait(walks, _POLL_SECONDS).not_done:
             for clock in tuple(clocks):
                 clock.note_again()
@@ -256,6 +263,7 @@ class PipelineEngine:
             )
         if mode is Mode.TRAIN:
             self._events = {d: events for d, (events, _) in enumerate(results)}
+        # fsum is exact, so that the order of the micro-batches changes nothing.
         return math.fsum(loss for _, losses in results for loss in losses)
 
     def _add_tied_gradients(self) -> None:
@@ -271,6 +279,7 @@ class PipelineEngine:
             )
             for is_copy in (False, True)
         )
+        # In the thread of the stage that holds each: its stream has to wait for its gradient.
         self._on(own[0], lambda: own[1].add_(copy[1].to(own[1].device)))
         self._on(copy[0], lambda: copy[1].copy_(own[1]))
 

@@ -167,12 +167,10 @@ class GraphedStage:
                 try:
                     result = work(static)
                 except Exception:
-                    with suppress(
-                        RuntimeError
-                    ):  # it only says again that there is nothing to record
-                        graph.capture_end()
+                    with suppress(RuntimeError):  # it would only say again why nothing is recorded
+                        self._end(graph)
                     raise
-                graph.capture_end()
+                self._end(graph)
                 graph.replay()
         except Exception as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -181,6 +179,21 @@ class GraphedStage:
             ) from error
         self._actions[key] = Recorded(graph, static, result)
         return result
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording. Where that fails, PyTorch's graph does not give the pool back, neither
+        now nor when it is deleted (`CUDAGraph::capture_end`, `reset`), so it is done here: else the
+        allocator would keep the memory, and ask about this pool at every allocation.
+        """
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            device, pool = self._stage.device.index, self.pool
+            assert pool is not None  # made before the first recording
+            with suppress(RuntimeError):  # it has ended already, and the graph alone is wrong
+                torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+            raise
 
     @torch.no_grad()
     def _replay(self, key: tuple[str, int, int], given: Tensor | None, work: Work) -> Tensor | None:

@@ -27,7 +27,7 @@ def masters(compute: Iterable[NamedParameter], dtype: torch.dtype) -> list[Named
         weight = item.parameter
         if weight.dtype is not dtype:
             item = item._replace(parameter=nn.Parameter(weight.detach().to(dtype)))
-            weight.grad_dtype = dtype
+            weight.grad_dtype = dtype  # else PyTorch refuses a gradient of another type
         item.parameter.grad = torch.zeros_like(item.parameter)
         weight.grad = item.parameter.grad
         result.append(item)

@@ -38,6 +38,7 @@ class StageOptimizer:
         self._train = train
         self._named = named
         self._gradients = [gradient_of(item.parameter) for item in named]
+        # One group for each weight decay, the larger one first.
         decays = [_weight_decay(train, item.name) for item in named]
         groups = [
             {
@@ -53,6 +54,7 @@ class StageOptimizer:
         self._optimizer: torch.optim.Optimizer
         if train.optimizer == "adamw":
             betas = (train.beta1, train.beta2)
+            # fused: a weight, its gradient and its moments are read and written once.
             self._optimizer = AdamW(groups, betas=betas, eps=train.epsilon, fused=True)
             self._moments = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
         else:
@@ -83,6 +85,7 @@ class StageOptimizer:
         found = {}
         for moment, key in self._moments.items():
             for item in self._named:
+                # PyTorch makes its state in the first step.
                 tensor = self._optimizer.state.get(item.parameter, {}).get(key)
                 tensor = torch.zeros_like(item.parameter) if tensor is None else tensor
                 found[f"{moment}/{item.name}"] = export_weights([item._replace(parameter=tensor)])[
@@ -101,5 +104,6 @@ class StageOptimizer:
                 given = {item.name: arrays[f"{moment}/{item.name}"]}
                 load_weights([item._replace(parameter=state[key])], given)
             if self._train.optimizer == "adamw":
+                # AdamW's bias correction counts from here on.
                 state["step"] = torch.tensor(float(steps_done), device=item.parameter.device)
             self._optimizer.state[item.parameter] = state

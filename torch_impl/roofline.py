@@ -1,5 +1,5 @@
 """`python -m torch_impl.roofline CONFIG`: the kernels of a run one by one, on one thread
-(`common.harness.roofline`).
+or a GPU (`common.harness.roofline`).
 """
 
 from __future__ import annotations
@@ -18,28 +18,34 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
 
     Raises ValueError, ImportError.
     """
-    devices.configure(1, 1, "cpu")
+    devices.configure(1, 1, config.device)
     import torch
     from torch import Tensor
 
-    from torch_impl.gpus import gpus
     from torch_impl.layers import activation, summed_loss
     from torch_impl.precision import LayerNorm
 
     model, dtype = config.model, getattr(torch, config.train.dtype)
     b, s = config.train.micro_batch_size, model.context_length
     n, d, f, v, h = b * s, model.d_model, model.d_ff, model.vocab_size, model.num_heads
-    norm = LayerNorm(d, model.norm_epsilon, dtype=dtype)
-    targets = torch.zeros(b, s, dtype=torch.long)
+    device = devices.stage_devices(1, config.device)[0]
+    norm = LayerNorm(d, model.norm_epsilon, dtype=dtype).to(device)
+    targets = torch.zeros(b, s, dtype=torch.long).to(device)
+
+    # A GPU's work is only queued; an operation has ended when this returns.
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     def made(*shape: int) -> list[Tensor]:
-        return [torch.randn(shape).to(dtype) for _ in range(COPIES)]
+        return [torch.randn(shape).to(device, dtype) for _ in range(COPIES)]
 
     def repeated(compute: Callable[..., Tensor], *inputs: list[Tensor]) -> Callable[[], object]:
         @torch.no_grad()
         def run() -> None:
             for each in zip(*inputs, strict=True):
                 compute(*each)
+            finish()
 
         return run
 
@@ -47,11 +53,13 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         compute: Callable[[Tensor], Tensor], inputs: list[Tensor]
     ) -> Callable[[], object]:
         inputs = [x.requires_grad_() for x in inputs]
-        gradient = torch.randn_like(compute(inputs[0]))
+        like = compute(inputs[0])  # the output, whatever its shape
+        gradient = torch.randn(like.shape).to(like)
 
         def run() -> None:
             for x in inputs:
                 torch.autograd.grad(compute(x), x, gradient)
+            finish()
 
         return run
 
@@ -78,7 +86,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         "layer norm and gradient": with_gradient(norm, made(n, d)),
         "loss and gradient": with_gradient(lambda x: summed_loss(x, targets, n), made(b, s, v)),
     }
-    return operations, devices.environment([torch.device("cpu")]) | {"gpus": gpus()}
+    return operations, devices.environment([device])
 
 
 if __name__ == "__main__":

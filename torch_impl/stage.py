@@ -130,6 +130,7 @@ class Stage:
         """Run the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
         module, now = self.chunks[chunk], self.now
         training, has_head = now.mode is Mode.TRAIN, module.part[-1] == "head"
+        # Measured once per kind of micro-batch: the hooks that look at each tensor cost time.
         sizes = self.held.bytes_of(micro_batch)
         measures = training and not sizes[chunk]
         saved: list[Tensor] = []
@@ -214,6 +215,7 @@ class Channel(Mailbox):
         if to == tensor.device:
             return tensor, here.record_event()
         leaving, arriving = self._streams[tensor.device, to]
+        # A copy between GPUs runs in the current stream of both; neither may be one that computes.
         leaving.wait_stream(here)
         with torch.cuda.stream(arriving), torch.cuda.stream(leaving):
             moved = tensor.to(to, non_blocking=True)

@@ -47,6 +47,7 @@ class Chunk(nn.Module):
         self.to(device=device, dtype=getattr(torch, config.train.dtype))
         compute = named_parameters(part, list(self.units), config.model.tied_head)
         self.named = masters(compute, getattr(torch, config.train.master_dtype))
+        # Pairs of weights in lower precision and their masters; none where they are the same.
         self._casts = [
             (mine.parameter, master.parameter)
             for mine, master in zip(compute, self.named, strict=True)
@@ -58,6 +59,7 @@ class Chunk(nn.Module):
         self._holds_inputs = True
         self._again: list[Tensor] | None = None
         tapped = [layer for layer in self.modules() if isinstance(layer, nn.Linear | nn.Embedding)]
+        # Linear and embedding layers hold nearly all weights; what is left is cheap (`direct`).
         for layer in tapped:
             layer.register_forward_pre_hook(self._collect)
             layer.register_forward_hook(self._tap)
@@ -66,6 +68,8 @@ class Chunk(nn.Module):
         """Parameters whose gradients B gives along the way: those of the norms, which are small."""
 
     def _tap(self, layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        # Evaluation leaves no tap, nor does the second forward of a recomputation: it has a graph
+        # of its own, inside B.
         if output.requires_grad and self._again is None:
             # An embedding's input is no activation, and its piece of the graph may never be run.
             holds = self._holds_inputs or isinstance(layer, nn.Embedding)
@@ -121,5 +125,6 @@ class Chunk(nn.Module):
 
     def take_taps(self) -> list[Tap]:
         """Return the taps since the last call."""
+        # In the order in which the layers ran, by which `backward_input` matches them.
         taps, self.taps = self.taps, []
         return taps

@@ -82,6 +82,7 @@ class RecordingStage(PipelineStage):
 
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
+        # Without a split it is B and W at once: full_backward, which PyTorch takes as the default.
         result = super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
         if self.has_backward:
             self._record(Op.BW if options.get("full_backward", True) else Op.B, bwd_chunk_id, start)
@@ -93,6 +94,7 @@ class RecordingStage(PipelineStage):
         self._record(Op.W, bwd_chunk_id, start)
 
     def _record(self, op: Op, micro_batch: int, start: float) -> None:
+        # The action before had ended then; what lies between is the wait for a message.
         ready = self._events[-1].end_seconds if self._events else start
         self._events.append(
             Event(Action(op, micro_batch, self._chunk), ready, start, time.perf_counter())
@@ -127,6 +129,7 @@ class PipeliningEngine(PlainEngine):
             RecordingStage(part, k, ours.num_virtual_stages, device, chunk, self._events)
             for chunk, (k, part) in enumerate(zip(indices, units, strict=True))
         ]
+        # These two are written for one stage per rank; the others take a list of chunks.
         takes_one = kind in (ScheduleGPipe, Schedule1F1B)
         self._schedule = (kind or _PipelineScheduleRuntime)(
             stages[0] if takes_one else stages, m, loss_fn=self._micro_batch_loss, scale_grads=False
@@ -135,6 +138,8 @@ class PipeliningEngine(PlainEngine):
             _load(self._schedule, ours)
         self._location = ours.location
         self._is_first, self._is_last = 0 in indices, ours.num_virtual_stages - 1 in indices
+        # Where the token embedding and the tied head lie. Every rank has to make the group, though
+        # only these two use it.
         ends = sorted({ours.location[0][0], ours.location[-1][0]})
         self._tied_group = (
             distributed.new_group(ends) if config.model.tied_head and len(ends) == 2 else None
@@ -146,6 +151,7 @@ class PipeliningEngine(PlainEngine):
         self._events.clear()
         self._num_tokens = batch.num_tokens
         tokens, targets, samples = self._tensors(batch)
+        # PyTorch takes tokens on the rank of the first stage alone, targets on that of the last.
         losses: list[Tensor] = []
         last: dict[str, Any] = {"target": targets, "losses": losses} if self._is_last else {}
         self._schedule.step(
@@ -156,6 +162,8 @@ class PipeliningEngine(PlainEngine):
 
     def apply_gradients(self, step: int) -> float:
         names = [item.name for item in self._named if not item.is_copy]
+        # One number for each tensor of the model, in canonical order: the sum has the same bits as
+        # that of an engine whose stages are threads.
         own = dict(zip(names, self._optimizer.squared_norms(), strict=True))
         squares = self._sum_over_ranks(
             [own.get(name, 0.0) for name in parameter_shapes(self.config.model)]
@@ -178,7 +186,7 @@ class PipeliningEngine(PlainEngine):
         logits = self._forward(batch)
         if logits is None:
             logits = self._empty(*inputs.shape, self.config.model.vocab_size)
-        distributed.broadcast(logits, src=self._location[-1][0])
+        distributed.broadcast(logits, src=self._location[-1][0])  # every rank gets all
         return to_array(logits)
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
@@ -204,6 +212,7 @@ class PipeliningEngine(PlainEngine):
 
         (`eval` of PyTorch's ZBV schedule fails.)
         """
+        # Every rank takes part in every broadcast, whoever needs the result.
         x, _, samples = self._tensors(batch)
         for holder, chunk in self._location[:-1]:
             if holder == self.devices[0]:

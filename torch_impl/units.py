@@ -45,5 +45,6 @@ class Units(nn.Module):
         return x
 
     def _dropout(self, key: int, samples: Tensor) -> DropoutContext:
+        # Only PyTorch's own masks need it on the host, where reading it waits for a GPU.
         first = 0 if self._generator is None else int(samples[0])
         return DropoutContext(key, samples, first, self._elements, self._generator)

@@ -25,4 +25,4 @@ def free_workspaces(used: Iterable[torch.device]) -> None:
         global workspaces_freed
         workspaces_freed += 1
         torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # they go back to the allocator, and from there to the driver

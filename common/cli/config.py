@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 from common.cli.options import TITLES, add_config, add_option
+from common.cli.python import add_python, check_names, named_pythons, with_python
 from common.cli.settings import (
     FIELDS,
     PLURALS,
@@ -53,9 +54,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check everything, print the partition plans and schedules, run nothing",
     )
+    add_python(groups["bench"])
     defaults = base_settings("small")
     for key in dict.fromkeys((*reversed(GRID), *FIELDS)):
         section, name = key
+        if name == "python":
+            continue
         group = groups["grid" if key in GRID else section]
         names = [PLURALS[name], name] if name in PLURALS else [name]
         add_option(group, key, defaults.value(*key), names, many=key in GRID)
@@ -64,12 +68,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def read_bench(arguments: argparse.Namespace) -> Bench:
     """Return the benchmark that the command line and its TOML file ask for. Raises UsageError."""
     file, line = read_given(arguments, PLURALS)
+    line.update(named_pythons(arguments))
     settings = layered(base_settings(read_preset(file, line) or "small"), file, line)
     options = validated(BenchOptions, settings)
     points, left_out = _grid(settings)
     if options.baselines:
         points = tuple(dict.fromkeys((*points, *_baselines(points))))
     _check_bench(options, points, settings)
+    check_names(points)
     check_corpora(points)
     return Bench(options, points, bool(arguments.dry_run), left_out)
 
@@ -94,7 +100,7 @@ def _grid(settings: Settings) -> tuple[tuple[RunConfig, ...], str]:
         place = choice | {SCHEDULE: "all"}
         chosen = {key: Setting(value, settings[key].where) for key, value in choice.items()}
         try:
-            points.append(make_run(settings | chosen))
+            points.append(make_run(with_python(settings | chosen)))
             fitting.append(place)
         except UsageError as error:
             errors.append((place, choice[SCHEDULE], str(error)))

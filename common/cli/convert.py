@@ -22,14 +22,14 @@ from common.checkpoint.foreign.gpt2 import NOT_IN_THE_WEIGHTS, read_gpt2
 from common.checkpoint.foreign.llama import read_llama, write_llama
 from common.checkpoint.foreign.source import Source, find
 from common.cli.options import add_run_options, flag, read_model
+from common.cli.python import add_python, checked_pythons, named_pythons
 from common.cli.settings import Settings, read_given, read_native_dropout, validated
+from common.harness.interpreters import interpreter, worker_command, worker_environment
 from common.harness.launch import (
     IMPLEMENTATIONS,
     Implementation,
     last_error,
     require,
-    worker_command,
-    worker_environment,
 )
 from common.io.edges import whole_number
 from common.io.usage import UsageError
@@ -67,6 +67,7 @@ def register(
     export.add_argument("--to", choices=(*FORMATS, LLAMA), required=True, help="the kind of file")
     written = "the file to write; of a Llama, the folder"
     export.add_argument("--out", metavar="FILE", required=True, help=written)
+    add_python(export)
     export.set_defaults(run=lambda arguments: _export(arguments, implementations))
 
     importer = subcommands.add_parser(
@@ -120,8 +121,9 @@ def _export(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
             write_llama(saved.manifest.model, saved.weights, temporary)
             status = EXIT_OK
         else:
-            implementation = implementations[FORMATS[arguments.to]]
-            status = _convert(implementation, "export", str(folder), str(temporary))
+            framework = FORMATS[arguments.to]
+            argv = ["export", str(folder), str(temporary)]
+            status = _convert(arguments, framework, implementations, *argv)
         if status == EXIT_OK:
             temporary.rename(out)
             print(out)
@@ -156,7 +158,7 @@ def _import(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
             place.write_bytes(tokenizer or b"")
             told = [str(place)] if tokenizer is not None else []
             argv = ["import", str(path), str(out), spec.model_dump_json(), *told]
-            status = _convert(implementations[FORMATS[arguments.origin]], *argv)
+            status = _convert(arguments, FORMATS[arguments.origin], implementations, *argv)
         if status != EXIT_OK:
             return status
     print(f"{out}: {_words(spec)}")
@@ -210,7 +212,8 @@ def _read_pretrained(
     with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
         # PyTorch alone reads these; the rest goes on as for any other file.
         merged = Path(folder) / "model.safetensors"
-        if _convert(implementations["torch"], "tensors", str(merged), *pickled) != EXIT_OK:
+        argv = ["tensors", str(merged), *pickled]
+        if _convert(arguments, "torch", implementations, *argv) != EXIT_OK:
             raise UsageError(f"{pickled[0]}: cannot be read")
         others = [file for file in source.files if file.suffix == ".safetensors"]
         return read(source, said, [merged, *others])
@@ -252,16 +255,24 @@ def _words(spec: TransformerSpec) -> str:
     )
 
 
-def _convert(implementation: Implementation, *argv: str) -> int:
+def _convert(
+    arguments: argparse.Namespace,
+    framework: str,
+    implementations: Mapping[str, Implementation],
+    *argv: str,
+) -> int:
     """Run the framework's own converter in a worker process and pass its notes on.
 
     Raises UsageError with its line for wrong input.
     """
-    require(implementation)
+    implementation = implementations[framework]
+    named = checked_pythons(named_pythons(arguments)).get(framework)
+    require(implementation, python=named)
     module = f"{implementation.module}.convert"
+    python = interpreter(module, named)
     worker = subprocess.run(
-        worker_command(module, *argv),
-        env=worker_environment(module),
+        worker_command(module, *argv, python=python),
+        env=worker_environment(module, python),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",

@@ -1,34 +1,39 @@
-"""The subcommand doctor: how fast each framework's kernels are here, and its settings."""
+"""The subcommand doctor: what is installed, where it computes, and how fast its kernels are."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from common.cli.drift import chosen
-from common.cli.numbers import positive
+from common.cli.numbers import natural
 from common.cli.options import add_run_options, file_to_write, read_run
+from common.cli.python import check_names, chosen_frameworks
+from common.harness.interpreters import Installation, installation
 from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.harness.roofline import Measured, measure
-from common.io.console import make_console, say
+from common.io.console import make_console
 from common.io.edges import write_file
 from common.report.machine import this_machine
+from common.report.names import framework_name
 from common.runtime.roofline import PEAKS, Kernel, kernels
-from common.spec.gpus import Gpu, visible_gpus
+from common.spec.gpus import Gpu, counted, visible_gpus
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec
 
-EXIT_OK, EXIT_NOTHING_MEASURED = 0, 1
+EXIT_OK, EXIT_NOTHING_THERE = 0, 1
 SLOW = 0.5
-"""A share of the fastest framework's rate; slower ones are marked."""
+"""A share of the rate of the fastest framework on the same device; slower ones are marked."""
 PRESET = "small"
-USED = ("dtype", "batch_size", "micro_batches")
-"""What of the training decides shapes; of a run itself nothing does: it is always one thread of the
+USED = ("dtype", "batch_size", "micro_batches", "device")
+"""What of the training decides shapes, and where it is computed: on a GPU, or one thread of the
 CPU.
 """
 
@@ -37,42 +42,139 @@ def register(subcommands: Any) -> None:
     """Add the subcommand to argparse's subparsers."""
     parser = subcommands.add_parser(
         "doctor",
-        description="On one thread, at the shapes of one micro-batch: matrix products and their "
-        "gradients in GFLOP/s, and what only reads and writes in GB/s, with the machine's own "
-        "rates. A framework below half of the fastest is marked. Exit status: 0, or 1 where no "
-        "framework could be measured, 2 wrong input.",
+        description="For each framework: whether it is there, in which Python, which version, for "
+        "which CUDA, and what to do. Then its kernels at the shapes of one micro-batch, on a GPU "
+        "or one thread: matrix products and their gradients in GFLOP/s, and what only reads and "
+        "writes in GB/s, with the machine's own rates. A framework below half of the fastest is "
+        "marked. Exit status: 0, or 1 where no framework is there, 2 wrong input.",
     )
-    unused = {*RunConfig.model_fields, *TrainSpec.model_fields, "dropout"} - {*USED}
-    add_run_options(parser, without=[*unused], preset=PRESET)
-    which, rounds = "which ones (default %(default)s)", "turns of each framework (default 5)"
-    parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), metavar="F,..", help=which)
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help=rounds)
-    parser.add_argument("--json", metavar="FILE", help="also write what was measured to FILE")
+    add_run_options(
+        parser,
+        without=[
+            name
+            for name in (*RunConfig.model_fields, *TrainSpec.model_fields, "dropout")
+            if name not in USED
+        ],
+        preset=PRESET,
+    )
+    parser.add_argument(
+        "--frameworks",
+        default=",".join(FRAMEWORKS),
+        metavar="F,..",
+        help="which ones (default %(default)s); torch@PATH: in this Python",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=natural,
+        default=5,
+        metavar="N",
+        help="turns of each framework; 0 measures nothing (default %(default)s)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write what was found to FILE")
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(
     arguments: argparse.Namespace, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS
 ) -> int:
-    frameworks = chosen(arguments.frameworks, FRAMEWORKS, "--frameworks")
     config = read_run(arguments, reads_text=False)
+    runs = [
+        config.model_copy(update={"framework": framework, "python": python})
+        for framework, python in chosen_frameworks(arguments.frameworks, arguments, "--frameworks")
+    ]
+    check_names(runs)
+    named = {framework_name(run): run for run in runs}
     path = file_to_write(arguments.json, "--json") if arguments.json else None
-    found = measure(config, frameworks, arguments.rounds, implementations)
+    console, gpus = make_console(), visible_gpus()
+    there = {name: look_for(run, gpus, implementations) for name, run in named.items()}
+    show_installed(console, there, gpus)
+    found: dict[str, Measured] = {}
+    if arguments.rounds:
+        measured = {name: run for name, run in named.items() if there[name].version}
+        if measured:
+            found = measure(measured, arguments.rounds, implementations)
+            show_kernels(console, config, found)
     if path is not None:
-        write(path, kernels(config), found)
-    show(make_console(), config, found)
-    measured = [name for name in frameworks if not found[name].error]
-    return EXIT_OK if measured else EXIT_NOTHING_MEASURED
+        write(path, kernels(config), found, there)
+    works = [name for name in named if there[name].version]
+    if arguments.rounds:
+        works = [name for name in works if not found[name].error]
+    return EXIT_OK if works else EXIT_NOTHING_THERE
 
 
-def write(path: Path, rows: Sequence[Kernel], found: Mapping[str, Measured]) -> None:
-    """Return seconds by framework and kernel, with each framework's environment."""
+def look_for(
+    run: RunConfig, gpus: Sequence[Gpu], implementations: Mapping[str, Implementation]
+) -> Installation:
+    """Look for the framework of a run."""
+    one = implementations[run.framework]
+    return installation(one.module, one.package, one.install, run.python, gpus)
+
+
+def write(
+    path: Path,
+    rows: Sequence[Kernel],
+    found: Mapping[str, Measured],
+    there: Mapping[str, Installation],
+) -> None:
+    """Write what is installed, and seconds by framework and kernel with its environment."""
     said = {
         name: {"error": one.error, "environment": one.environment, "seconds": one.seconds}
         for name, one in found.items()
     }
     work = {kernel.name: {"work": kernel.work, "unit": kernel.unit} for kernel in (*rows, *PEAKS)}
-    write_file(path, json.dumps({"kernels": work, "measured": said}, indent=1, default=str) + "\n")
+    content = {
+        "installed": {name: asdict(one) for name, one in there.items()},
+        "kernels": work,
+        "measured": said,
+    }
+    write_file(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+# ------------------------------------------------------------------------------- what is installed
+
+
+def _cards(gpus: Sequence[Gpu]) -> str:
+    """The GPUs, as their driver says."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    limited = "" if hidden is None else f"; CUDA_VISIBLE_DEVICES = {hidden!r}"
+    if not gpus:
+        return f"GPUs: none that an NVIDIA driver shows (nvidia-smi){limited}"
+    cards = ", ".join(f"{gpu.name} with {gpu.memory_bytes / 2**30:.0f} GiB" for gpu in gpus)
+    return f"GPUs: {cards}; driver {gpus[0].driver}{limited}"
+
+
+def show_installed(
+    console: Console, there: Mapping[str, Installation], gpus: Sequence[Gpu]
+) -> None:
+    """Print the machine, a line for each framework, and what to do."""
+    console.print(this_machine().one_line, soft_wrap=True, markup=False)
+    console.print(_cards(gpus), soft_wrap=True, markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("framework", "version", "Python", "CUDA", "NCCL", "computes on", "interpreter"):
+        table.add_column(title, no_wrap=True, overflow="fold")
+    for name, one in there.items():
+        answer = one.answer if one.version else None
+        cells = [
+            name,
+            one.version or "not found",
+            answer.python if answer else "",
+            (answer.cuda or "CPU build") if answer else "",
+            answer.nccl if answer else "",
+            _computes_on(one, gpus) if answer else "",
+            one.interpreter,
+        ]
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    for name, one in there.items():
+        if one.advice:
+            console.print(f"{name}: {one.advice}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _computes_on(one: Installation, gpus: Sequence[Gpu]) -> str:
+    return counted(gpus) if gpus and not one.advice else "CPU"
+
+
+# -------------------------------------------------------------------------------------- its kernels
 
 
 def rate(kernel: Kernel, seconds: float) -> float:
@@ -81,50 +183,63 @@ def rate(kernel: Kernel, seconds: float) -> float:
 
 
 def slow(kernel: Kernel, found: Mapping[str, Measured]) -> list[str]:
-    """Return the frameworks that take more than twice as long as the fastest."""
+    """Return the frameworks that take more than twice as long as the fastest on such a device."""
     seconds = {
-        name: one.seconds[kernel.name] for name, one in found.items() if kernel.name in one.seconds
+        name: (device_of(one), one.seconds[kernel.name])
+        for name, one in found.items()
+        if kernel.name in one.seconds
     }
-    return [name for name, own in seconds.items() if min(seconds.values()) / own < SLOW]
+    fastest: dict[str, float] = {}
+    for device, own in seconds.values():
+        fastest[device] = min(own, fastest.get(device, own))
+    return [name for name, (device, own) in seconds.items() if fastest[device] / own < SLOW]
 
 
-def _cards(gpus: Sequence[Gpu]) -> str:
-    """The GPUs, as their driver says; what each framework makes of them stands in its own line."""
-    if not gpus:
-        return "GPUs: none that an NVIDIA driver shows (nvidia-smi)"
-    cards = ", ".join(f"{gpu.name} with {gpu.memory_bytes / 2**30:.0f} GiB" for gpu in gpus)
-    return f"GPUs: {cards}; driver {gpus[0].driver}; the kernels below are those of the CPU"
+def device_of(one: Measured) -> str:
+    """Return the card's name, or "CPU"."""
+    said = one.environment
+    return str(said.get("device_name")) if "cuda" in str(said.get("device_kind")) else "CPU"
 
 
-def show(console: Console, config: RunConfig, found: Mapping[str, Measured]) -> None:
+def show_kernels(console: Console, config: RunConfig, found: Mapping[str, Measured]) -> None:
     """Print the table, what the mark means, and every environment."""
     rows = kernels(config)
     frameworks = [name for name in found if name != "machine" and not found[name].error]
-    say(console, f"{this_machine().one_line}; one thread, {config.train.dtype}")
-    say(console, _cards(visible_gpus()))
+    console.print(f"\nkernels on a GPU or one thread, {config.train.dtype}")
     peaks = found["machine"]
     for kernel in PEAKS if not peaks.error else ():
         console.print(
             f"NumPy: {rate(kernel, peaks.seconds[kernel.name]):.1f} {kernel.unit} ({kernel.name})"
         )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("kernel", "unit", *frameworks):
-        table.add_column(title, justify="left" if title == "kernel" else "right")
+    titles = [f"{name} ({device_of(found[name])})" for name in frameworks]
+    for title in ("kernel", "unit", *titles):
+        table.add_column(Text(title), justify="left" if title == "kernel" else "right")
     for kernel in rows:
         marked = slow(kernel, found)
-        rates = {name: rate(kernel, found[name].seconds[kernel.name]) for name in frameworks}
-        cells = (f"{r:.1f}{' slow' if name in marked else ''}" for name, r in rates.items())
+        cells = [
+            f"{rate(kernel, found[name].seconds[kernel.name]):.1f}{' slow' if name in marked else ''}"  # noqa: E501
+            for name in frameworks
+        ]
         table.add_row(kernel.name, kernel.unit, *cells)
-    sums = (sum(k.calls * found[f].seconds[k.name] for k in rows) for f in frameworks)
-    cells = (f"{1e3 * seconds:.1f}" for seconds in sums)
-    table.add_row("all, as often as a micro-batch needs them", "ms", *cells)
+    sums = {
+        name: sum(one.calls * found[name].seconds[one.name] for one in rows) for name in frameworks
+    }
+    table.add_row(
+        "all, as often as a micro-batch needs them",
+        "ms",
+        *(f"{1e3 * sums[f]:.1f}" for f in frameworks),
+    )
     if frameworks:
         console.print(table)
-        why = "that is the framework's kernel, not the pipeline"
-        say(console, f"slow: below {SLOW} of the fastest framework; {why}.")
+        console.print(
+            f"slow: below {SLOW} of the fastest framework on the same device; that is the "
+            "framework's kernel, not the pipeline.",
+            soft_wrap=True,
+        )
     for name, one in found.items():
         said = one.error or ", ".join(
             f"{key} {value}" for key, value in one.environment.items() if key != "framework"
         )
         if name != "machine":
-            say(console, f"{name}: {said}")
+            console.print(f"{name}: {said}", soft_wrap=True, markup=False)

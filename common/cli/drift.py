@@ -15,6 +15,7 @@ from rich.table import Table
 
 from common.cli.numbers import add_timeout, positive
 from common.cli.options import check_writable, file_to_write
+from common.cli.python import add_python, checked_pythons, named_pythons
 from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.harness.zoo import base_config, run_zoo
 from common.io.console import make_console, say
@@ -62,6 +63,7 @@ def register(subcommands: Any) -> None:
     source = "run nothing; take the result of an earlier --json"
     parser.add_argument("--from", dest="source", metavar="FILE", help=source)
     add_timeout(parser)
+    add_python(parser)
     parser.set_defaults(run=run, **RUN_OPTIONS)
 
 
@@ -118,6 +120,7 @@ def _run(
     names = [drift.name for drift in DRIFTS]
     rows = names if arguments.rows == "all" else chosen(arguments.rows, names, "--rows")
     steps = _steps(arguments.steps)
+    pythons = checked_pythons(named_pythons(arguments))
     with tempfile.TemporaryDirectory() as folder:
         found, spread, versions = run_zoo(
             Path(folder),
@@ -128,6 +131,7 @@ def _run(
             arguments.timeout,
             steps_shown(console),
             implementations,
+            pythons,
         )
     return Zoo(
         rows=found,

@@ -29,6 +29,7 @@ from common.harness.launch import (
 from common.io.console import make_console, say
 from common.io.edges import from_command_line, number, whole_number
 from common.io.usage import UsageError
+from common.report.names import framework_name
 from common.runtime.inference import Evaluated, Generated
 from common.runtime.job import Generation, Job
 from common.runtime.text import write_text
@@ -234,7 +235,7 @@ def _run(
 ) -> Found | int:
     """Return the worker process' result, or an exit status after a line that says why none."""
     implementation = implementations[job.config.framework]
-    require(implementation, job.config.executor)
+    require(implementation, job.config.executor, job.config.python)
     with tempfile.TemporaryDirectory(prefix="triptych-") as temporary, stop_on_signals() as stopped:
         folder = Path(temporary)
         text = None if corpus is None else write_text(corpus, folder)
@@ -254,4 +255,4 @@ def _run(
 def _where(config: RunConfig) -> str:
     m = config.train.micro_batches
     size = f"{config.stages} stages, {config.schedule_name}, {m} micro-batch{'es' * (m > 1)}"
-    return f"{config.framework}, {size}"
+    return f"{framework_name(config)}, {size}"

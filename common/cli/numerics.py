@@ -24,7 +24,7 @@ from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, require, run_j
 from common.io.console import make_console, say
 from common.io.edges import write_file
 from common.io.usage import UsageError
-from common.report.names import variant_of
+from common.report.names import framework_name, variant_of
 from common.report.result import RunResult
 from common.runtime.job import Job
 from common.spec.data import load_corpus
@@ -107,7 +107,7 @@ def make_dump(
     name, module = (ORACLE, ORACLE_MODULE)
     if not oracle:
         implementation = IMPLEMENTATIONS[config.framework]
-        require(implementation, executor)
+        require(implementation, executor, config.python)
         name, module = describe(config), implementation.module
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
@@ -125,7 +125,8 @@ def describe(config: RunConfig) -> str:
     """Describe the run in words."""
     chunks = f" v={config.chunks}" if config.chunks > 1 else ""
     size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
-    return " ".join([f"{config.framework} {config.schedule_name} {size}", *variant_of(config)])
+    name = framework_name(config)
+    return " ".join([f"{name} {config.schedule_name} {size}", *variant_of(config)])
 
 
 # ------------------------------------------------------------------------------------------- bisect

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from common.cli.python import SECTION, add_python, named_pythons, with_python
 from common.cli.saved import Saved
 from common.cli.settings import (
     FIELDS,
@@ -102,13 +103,14 @@ def add_run_options(
     `also`. `defaults` is what the help shows instead of the values of `preset`, which applies if
     the user names none.
     """
-    keys = [key for key in FIELDS if key[0] in sections and key[1] not in without]
+    keys = [key for key in FIELDS if key[0] in sections and key[1] not in (*without, "python")]
     if only_placement:
         wanted = [*(("run", name) for name in (*PLACEMENT, *also)), ("train", "micro_batches")]
         keys = [key for key in wanted if key in keys]
     else:
         add_option(parser, ("bench", "preset"), preset, ["preset"], many=False)
         add_config(parser)
+    add_python(parser)
     below = base_settings(preset)
     groups: dict[str, Any] = {}
     for section, name in keys:
@@ -133,7 +135,7 @@ def read_run(
     names one. The text is looked at too, if the subcommand `reads_text`, unless there is a
     checkpoint: `load_text` knows which one belongs to it.
     """
-    settings = _settings(arguments, saved, defaults)
+    settings = with_python(_settings(arguments, saved, defaults))
     for key, setting in settings.items():
         if isinstance(setting.value, list) and Ellipsis not in kinds_of(FIELDS[key].annotation):
             what = "expected one value, not a list"
@@ -153,8 +155,9 @@ def _settings(
     arguments: argparse.Namespace, saved: Saved | None, defaults: Mapping[Key, Any]
 ) -> Settings:
     file, line = read_given(arguments, plurals={})
+    line.update(named_pythons(arguments))
     for key, setting in file.items():
-        if key not in arguments.taken:
+        if key not in arguments.taken and key[0] != SECTION:
             what = "not a setting of this command; expected those that its --help lists"
             raise UsageError(f"{setting.where}: {what}")
     preset = read_preset(file, line)

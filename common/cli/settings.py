@@ -140,14 +140,19 @@ def read_toml(path: Path) -> Settings:
         table |= dict.fromkeys((name, PLURALS.get(name, name)), (section, name))
     places = {"model": "under [model]", "train": "under [train]"}
     entries: list[tuple[str, str, Any]] = []
+    settings = Settings()
     for name, value in content.items():
-        if name not in places:
+        if name == "python" and isinstance(value, dict):  # for each run, one (`common.cli.python`)
+            for framework, each in value.items():
+                settings[name, framework] = Setting(each, f"{path}: [python] {framework}")
+        elif name == "python":
+            raise UsageError(f"{path}: python = {value!r}; expected a table [python]")
+        elif name not in places:
             entries.append(("", name, value))
         elif isinstance(value, dict):
             entries += [(name, inner, each) for inner, each in value.items()]
         else:
             raise UsageError(f"{path}: {name} = {value!r}; expected a table [{name}]")
-    settings = Settings()
     for table_name, name, value in entries:
         where = f"{path}: [{table_name}] {name}" if table_name else f"{path}: {name}"
         key = known[table_name].get(name)

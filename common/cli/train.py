@@ -114,7 +114,7 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
         if directory is not None:
             _check_room(directory, None if arguments.weights else resume)
         implementation = implementations[config.framework]
-        require(implementation, config.executor)
+        require(implementation, config.executor, config.python)
         folder = make_folder(Path(arguments.out), "train")
         name = run_name(config)
         say(console, f"results in {folder / name}/")

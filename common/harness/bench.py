@@ -30,7 +30,7 @@ from common.report.collect import collect
 from common.report.facts import fallbacks, parity_verdict
 from common.report.grid import Grid
 from common.report.machine import Machine, git_commit, this_machine
-from common.report.names import variant_of
+from common.report.names import framework_name, variant_of
 from common.report.progress import PlainProgress, progress_view
 from common.report.result import IS_ORACLE, Parity, RunResult, measured
 from common.runtime.job import Job
@@ -107,7 +107,8 @@ def run_name(config: RunConfig, repeat: int | None = None) -> str:
     """Return the run's folder name: framework, schedule, and what distinguishes it in its grid."""
     # A schedule file's name may be of any length; a folder's may not.
     schedule = printable(Path(config.schedule.removeprefix("file:")).stem, 48)
-    name = f"{config.framework}-{schedule}-p{config.stages}-m{config.train.micro_batches}"
+    framework = framework_name(config).replace("/", "-")
+    name = f"{framework}-{schedule}-p{config.stages}-m{config.train.micro_batches}"
     name += f"-v{config.chunks}" if config.chunks > 1 else ""
     name += f"-{config.executor}" if config.executor != "table" else ""
     name = "-".join([name, *(word.replace("=", "-") for word in variant_of(config))])
@@ -119,7 +120,7 @@ def describe(config: RunConfig) -> str:
     chunks = f" v={config.chunks}" if config.chunks > 1 else ""
     executor = f" {config.executor}" if config.executor != "table" else ""
     size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
-    name = f"{config.framework} {config.schedule_name}{executor} {size}"
+    name = f"{framework_name(config)} {config.schedule_name}{executor} {size}"
     return " ".join([name, *variant_of(config)])
 
 
@@ -167,7 +168,7 @@ class _Session:
             name += "-other"
         self.view.start(describe(config), config.train.steps)
         implementation = self.implementations[config.framework]
-        missing = why_missing(implementation, config.executor)
+        missing = why_missing(implementation, config.executor, config.python)
         if missing is None:
             outcome = self._child(implementation.module, config, name)
         else:

@@ -2,7 +2,8 @@
 every job.
 
     [1] write jobs.json; make each job's folder and the board that its devices are watched by
-    [2] start `python -m <implementation> jobs.json`, in a session of its own
+    [2] start `python -m <implementation> jobs.json`, in a session of its own, with the Python that
+        has the framework (`common.harness.interpreters`)
     [3] until it ends: has the user stopped it? is the time over? is there progress? new losses?
     [4] end every process of its group, whatever happened
     [5] read what it left, and make one `Outcome` per job
@@ -17,15 +18,11 @@ whatever way, is an `Outcome` that says so; only the user's own stop is an excep
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
 import signal
-import site
 import subprocess
-import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,19 +33,22 @@ from types import FrameType
 import psutil
 from pydantic import ValidationError
 
+from common.harness.interpreters import (
+    interpreter,
+    why_lacking,
+    worker_command,
+    worker_environment,
+)
 from common.io.usage import UsageError
-from common.runtime import inherited
 from common.runtime.job import Job, JobFile, Part
 from common.runtime.loopback import why_no_loopback
 from common.runtime.outcome import Outcome
-from common.runtime.parent import PARENT
 from common.runtime.patience import Patience
 from common.runtime.text import with_texts
 from common.runtime.watch import Board
 
 ORACLE_MODULE = "common.runtime.oracle_worker"
 ROUNDED_ORACLE_MODULE = "common.runtime.rounded_oracle"
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 ENDED_BY = "was ended by"
 """The words in which `common.runtime.ranks` reports a stage's process that got a signal."""
@@ -121,17 +121,24 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def why_missing(implementation: Implementation, executor: str = "") -> str | None:
-    """Return why this implementation cannot start, and what to do; None if it can. Import
-    nothing."""
-    if importlib.util.find_spec(implementation.package) is None:
-        return f"{implementation.package} is not installed; {implementation.install}"
-    return why_no_loopback() if executor in implementation.process_executors else None
+def why_missing(
+    implementation: Implementation, executor: str = "", python: str | None = None
+) -> str | None:
+    """Return why this implementation cannot start, and what to do; None if it can.
+
+    Imports nothing: the interpreter that runs it is asked (`interpreters`).
+    """
+    lacking = why_lacking(
+        implementation.module, implementation.package, implementation.install, python
+    )
+    if lacking is not None or executor not in implementation.process_executors:
+        return lacking
+    return why_no_loopback()
 
 
-def require(implementation: Implementation, executor: str = "") -> None:
+def require(implementation: Implementation, executor: str = "", python: str | None = None) -> None:
     """Raise UsageError if this implementation cannot start."""
-    if missing := why_missing(implementation, executor):
+    if missing := why_missing(implementation, executor, python):
         raise UsageError(missing)
 
 
@@ -161,6 +168,8 @@ def run_jobs_in_worker(
     """
     with contextlib.ExitStack() as texts:
         jobs = texts.enter_context(with_texts(jobs, folder))
+        is_oracle = module in (ORACLE_MODULE, ROUNDED_ORACLE_MODULE)
+        python = interpreter(module, None if is_oracle else jobs[0].config.python)
         # [1]
         folder.mkdir(parents=True, exist_ok=True)
         for job in jobs:
@@ -178,11 +187,11 @@ def run_jobs_in_worker(
         with log.open("wb") as output:
             # [2] No stdin: a framework that asks something would wait for ever.
             child = subprocess.Popen(
-                worker_command(module, str(job_file)),
+                worker_command(module, str(job_file), python=python),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=worker_environment(module),
+                env=worker_environment(module, python),
                 start_new_session=True,
             )
             # At first START_SECONDS at least: importing a framework makes no progress on the board.
@@ -256,39 +265,6 @@ def _members(child: subprocess.Popen[bytes]) -> list[int]:
             if os.getpgid(process.pid) == child.pid and process.status() != psutil.STATUS_ZOMBIE:
                 living.append(process.pid)
     return living
-
-
-def worker_command(module: str, *arguments: str) -> list[str]:
-    """Start a module of this project. -P: not one of that name in the working directory, nor a
-    `queue.py` there.
-    """
-    return [sys.executable, "-P", "-m", module, *arguments]
-
-
-def worker_environment(module: str) -> dict[str, str]:
-    """Return the parent's environment but for what changes numbers (`inherited`), with this project
-    importable from anywhere.
-
-    PYTHONPATH makes this project importable from anywhere. If it is installed, it is found without:
-    its folder then has other packages too, which must not come before Python's own modules.
-    """
-    # In site-packages, the folder's other packages would come before Python's own modules.
-    is_installed = str(PROJECT_ROOT) in (sysconfig.get_path("purelib"), site.getusersitepackages())
-    paths = [] if is_installed else [str(PROJECT_ROOT)]
-    paths += os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    # OpenBLAS' threads wait busily: on a machine with other work, two are five times slower than
-    # one. A variable that the user has set stays. Frameworks set their own threads.
-    is_numpy = module in (ORACLE_MODULE, ROUNDED_ORACLE_MODULE)
-    return {
-        **({"OPENBLAS_NUM_THREADS": "1"} if is_numpy else {}),
-        **inherited.kept(os.environ),
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONFAULTHANDLER": "1",
-        # of the log, whatever the parent's terminal has
-        "PYTHONIOENCODING": "utf-8:backslashreplace",
-        PARENT: str(os.getpid()),
-    }
 
 
 class _Progress:

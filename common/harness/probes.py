@@ -96,7 +96,7 @@ def expected(
     """
     # All that changes how a run is computed and not what, so that one oracle serves all of them.
     uncut = {"stages": 1, "chunks": 1, "partition": "even", "schedule": "gpipe"}
-    plain = {"framework": "torch", "recompute": "none", "drift": None}
+    plain = {"framework": "torch", "recompute": "none", "drift": None, "python": None}
     neutral = config.model_copy(update=uncut | plain)
     steps = config.train.steps if steps is None else steps
     return _expected(neutral.model_dump_json(), noise, steps, stores_float32)

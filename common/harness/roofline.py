@@ -6,15 +6,15 @@ Whatever else the machine does then affects all frameworks alike.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from common.harness.launch import IMPLEMENTATIONS, PROJECT_ROOT, Implementation, why_missing
+from common.harness.interpreters import interpreter, worker_command, worker_environment
+from common.harness.launch import IMPLEMENTATIONS, Implementation, why_missing
 from common.spec.run import RunConfig
 
 MODULE = "common.runtime.roofline"
@@ -32,23 +32,26 @@ class Measured:
 
 
 def measure(
-    config: RunConfig,
-    frameworks: Sequence[str],
+    runs: Mapping[str, RunConfig],
     rounds: int,
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
 ) -> dict[str, Measured]:
-    """Measure by framework, and "machine", each in a child of its own, in turns, `rounds` times."""
+    """Measure the kernels of runs by name, and those of "machine", each in a worker process of its
+    own, in turns, `rounds` times.
+    """
     found: dict[str, Measured] = {}
     children: dict[str, subprocess.Popen[str]] = {}
     seen: dict[str, list[Mapping[str, float]]] = {}
     try:
-        for name in ("machine", *frameworks):
-            missing = None if name == "machine" else why_missing(implementations[name])
+        children["machine"] = _start(MODULE, next(iter(runs.values())), sys.executable)
+        for name, config in runs.items():
+            implementation = implementations[config.framework]
+            missing = why_missing(implementation, python=config.python)
             if missing:
                 found[name] = Measured({}, {}, missing)
                 continue
-            module = MODULE if name == "machine" else f"{implementations[name].module}.roofline"
-            children[name] = _start(module, config)
+            module = f"{implementation.module}.roofline"
+            children[name] = _start(module, config, interpreter(module, config.python))
         # All have started and imported at the same time; only now does one wait for the other.
         for name, child in list(children.items()):
             said = _read(child)
@@ -75,13 +78,12 @@ def measure(
     return found
 
 
-def _start(module: str, config: RunConfig) -> subprocess.Popen[str]:
-    """The child, with one thread for whatever library it loads."""
+def _start(module: str, config: RunConfig, python: str) -> subprocess.Popen[str]:
+    """The worker process, with one thread for whatever library it loads."""
     single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     return subprocess.Popen(
-        [sys.executable, "-m", module, config.model_dump_json()],
-        cwd=PROJECT_ROOT,
-        env=os.environ | single,
+        worker_command(module, config.model_dump_json(), python=python),
+        env=worker_environment(module, python) | single,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

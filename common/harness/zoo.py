@@ -70,18 +70,27 @@ def run_zoo(
     timeout_seconds: float,
     on_step: Callable[[str, int], None] = lambda framework, done: None,
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
+    pythons: Mapping[str, str] | None = None,
 ) -> tuple[list[Row], list[float], dict[str, str]]:
-    """Run everything in `folder`; return rows, the spread's curve and all versions."""
+    """Run everything in `folder`; return rows, the spread's curve and all versions.
+
+    `pythons` names interpreters, by framework.
+    """
     last = max(steps)
+
+    def run_of(drift: Drift, framework: str, on: bool, seed: int = 0) -> RunConfig:
+        config = config_of(drift, framework, last, on, seed)
+        return config.model_copy(update={"python": (pythons or {}).get(framework)})
+
     wished = [drift for drift in DRIFTS if drift.name in names]
     chosen = [(drift, f) for drift in wished for f in frameworks if f in drift.frameworks]
     on_cpu = [(drift, f) for drift, f in chosen if drift.run.get("device") != "cuda"]
     runnable = chosen if has_cuda() else on_cpu
-    wanted = [config_of(drift, f, last, on) for drift, f in runnable for on in (False, True)]
+    wanted = [run_of(drift, f, on) for drift, f in runnable for on in (False, True)]
     home = "torch" if "torch" in frameworks else frameworks[0]
 
     def seeded(drift: Drift) -> list[RunConfig]:
-        return [config_of(drift, home, last, on=False, seed=seed) for seed in range(seeds)]
+        return [run_of(drift, home, on=False, seed=seed) for seed in range(seeds)]
 
     for drift, _ in runnable:
         wanted += seeded(drift)
@@ -97,7 +106,7 @@ def run_zoo(
         if (drift, framework) not in runnable:
             rows.append(_row(drift, framework, "needs CUDA"))
             continue
-        pair = [outcomes[config_of(drift, framework, last, on)] for on in (False, True)]
+        pair = [outcomes[run_of(drift, framework, on)] for on in (False, True)]
         rows.append(_judged(drift, framework, pair[0], pair[1], spread_of(drift), steps))
     plain = [drift for drift, _ in runnable if not (drift.model or drift.train or drift.run)]
     curves = [strided(run.losses) for drift in plain[:1] for run in spread_of(drift)]
@@ -125,13 +134,14 @@ def run_all(
         # Differs: a Paddle rank is a process and fleet starts once, so runs of one p share them.
         stages = config.stages if config.framework == "paddle" else 0
         alone = config.drift if config.drift in PROCESS_WIDE else None
-        groups.setdefault((config.framework, stages, config.device, alone), []).append(config)
+        shared = (config.framework, config.python, stages, config.device, alone)
+        groups.setdefault(shared, []).append(config)
     outcomes: dict[RunConfig, Run | str] = {}
     done: dict[str, int] = {}
     for number, together in enumerate(groups.values()):
         framework = together[0].framework
         implementation = implementations[framework]
-        if missing := why_missing(implementation, together[0].executor):
+        if missing := why_missing(implementation, together[0].executor, together[0].python):
             outcomes |= dict.fromkeys(together, f"skipped: {missing}")
             continue
         home = folder / f"{number}-{framework}"

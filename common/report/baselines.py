@@ -31,8 +31,8 @@ class BaselineRatio:
 
 
 def baseline_ratios(collection: Collection) -> list[BaselineRatio]:
-    """Return every ranked row of ours with every ranked baseline of the same framework, precision
-    and benchmark.
+    """Return every ranked row of ours with every ranked baseline of the same framework, device,
+    precision and benchmark.
     """
     found = []
     for ours, group in collection.pairs:

@@ -128,7 +128,7 @@ def judge_together(results: Sequence[RunResult]) -> list[Parity]:
     alike: dict[RunConfig, list[int]] = {}
     for number, result in enumerate(results):
         if result.parity.errors and result.parity.status != "FAIL":
-            key = result.config.model_copy(update={"framework": "torch"})
+            key = result.config.model_copy(update={"framework": "torch", "python": None})
             alike.setdefault(key, []).append(number)
     # Say the gradient errors of one model are 0.010 (torch), 0.012 (paddle) and 0.035 (tensorflow).
     # The smallest is 0.010, so 0.030 is allowed: tensorflow fails by its margin of 0.035 / 0.030.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from common.report.collect import Collection
+from common.report.collect import Collection, RowRuns
 from common.report.grid import Grid
 from common.report.statistics import (
     LEAST_REPEATS,
@@ -18,6 +18,7 @@ from common.report.statistics import (
     speed_ratio,
 )
 from common.report.tables import Row, number, seconds_per_token
+from common.spec.run import RunConfig
 
 NOT_COMPARED = "not compared"
 
@@ -82,32 +83,64 @@ class ComparedRuns:
 
 
 def compare_collections(before: Collection, after: Collection) -> ComparedRuns:
-    """Match rows by their whole configuration."""
-    old = {group.results[0].config: (row, group) for row, group in before.pairs}
-    new = {group.results[0].config: (row, group) for row, group in after.pairs}
+    """Match rows by their whole configuration; their speeds count on one kind of device only."""
+    old, new = before.pairs, after.pairs
     changes = []
-    # The whole configuration is the key: a row with another dtype or threads is another row.
-    for config in old.keys() & new.keys():
-        (row, group), (after_row, after_group) = old[config], new[config]
-        both = row.ranked and after_row.ranked
+    matched = _matched(old, new)
+    for (row, group), (after_row, after_group) in matched:
+        both = row.ranked and after_row.ranked and row.device == after_row.device
         a, b = seconds_per_token(group.results), seconds_per_token(after_group.results)
-        changes.append(
-            Change(
-                row.name, row, after_row, speed_ratio(b, a, same_session=False) if both else None
-            )
-        )
-    order = [row.name for row in before.rows]
+        ratio = speed_ratio(b, a, same_session=False) if both else None
+        name = row.name if row.name == after_row.name else f"{row.name} -> {after_row.name}"
+        changes.append(Change(name, row, after_row, ratio))
+    lefts, rights = ([pair[side] for pair in matched] for side in (0, 1))
     return ComparedRuns(
-        changes=tuple(sorted(changes, key=lambda change: order.index(change.name))),
-        only_before=tuple(row.name for config, (row, _) in old.items() if config not in new),
-        only_after=tuple(row.name for config, (row, _) in new.items() if config not in old),
-        notes=tuple(_notes(before, after)),
+        changes=tuple(changes),
+        only_before=tuple(row.name for row, group in old if (row, group) not in lefts),
+        only_after=tuple(row.name for row, group in new if (row, group) not in rights),
+        notes=tuple(_notes(before, after, changes)),
     )
 
 
-def _notes(before: Collection, after: Collection) -> list[str]:
+_Pair = tuple[Row, RowRuns]
+
+
+def _matched(old: Sequence[_Pair], new: Sequence[_Pair]) -> list[tuple[_Pair, _Pair]]:
+    """Rows of the same configuration, in the order of A.
+
+    Where an interpreter lies does not matter, only its name; and not that, where each side has one
+    row left: two versions of a framework may be what is compared.
+    """
+
+    # The whole configuration is the key: a row with another dtype or threads is another row.
+    def key(pair: _Pair, named: bool) -> tuple[RunConfig, str]:
+        row, group = pair
+        config = group.results[0].config.model_copy(update={"python": None})
+        return config, row.python if named else ""
+
+    found: dict[int, _Pair] = {}
+    for named in (True, False):
+        left = [pair for index, pair in enumerate(old) if index not in found]
+        right = [pair for pair in new if pair not in found.values()]
+        for index, pair in enumerate(old):
+            alike = [other for other in right if key(other, named) == key(pair, named)]
+            rivals = [other for other in left if key(other, named) == key(pair, named)]
+            if index not in found and len(alike) == len(rivals) == 1:
+                found[index] = alike[0]
+    return [(old[index], found[index]) for index in sorted(found)]
+
+
+def _notes(before: Collection, after: Collection, changes: Sequence[Change]) -> list[str]:
     """List what weakens the comparison."""
     notes = []
+    devices = dict.fromkeys(
+        f"{change.before.device} against {change.after.device}"
+        for change in changes
+        if change.before.ranked and change.after.ranked
+        if change.before.device != change.after.device
+    )
+    if devices:
+        notes.append(f"different devices, whose speeds are not compared: {', '.join(devices)}")
     machines = [{result.machine.one_line for result in each.results} for each in (before, after)]
     if machines[0] != machines[1]:
         notes.append(

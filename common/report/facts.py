@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from common.report.collect import Collection
-from common.report.names import dropout_words
+from common.report.names import dropout_words, framework_name
 from common.report.result import RunResult
 from common.spec.run import RunConfig
 
@@ -65,7 +65,9 @@ def parity_verdict(collection: Collection) -> Verdict:
 
 def timing_note(collection: Collection) -> str:
     """Say how close the simulator comes, and why no closer."""
-    timings = [group.timing for group in collection.groups if group.timing]
+    timings = [
+        group.timing for row, group in collection.pairs if group.timing and not row.shares_gpu
+    ]
     if not timings:
         return ""
     differences = [abs(timing.step_difference) for timing in timings]
@@ -114,6 +116,7 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
         ),
         ("Kernels", _kernels(results)),
         *_gpus(results),
+        *_pythons(results),
         ("Machine", _distinct(result.machine.one_line for result in results)),
         ("Corpus", f"SHA-256 {', '.join(digests)}" if digests else "not read"),
         ("Commit", _distinct(result.git_commit or "unknown" for result in results)),
@@ -123,10 +126,28 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
 
 def _kernels(results: Sequence[RunResult]) -> str:
     """The libraries and instructions that ran, as every framework said itself."""
-    said = [(result.config.framework, result.environment.get("kernels")) for result in results]
+    said = [
+        (framework_name(result.config), result.environment.get("kernels")) for result in results
+    ]
     return (
         _distinct(f"{framework} {kernels}" for framework, kernels in said if kernels) or "not known"
     )
+
+
+def _pythons(results: Sequence[RunResult]) -> list[tuple[str, str]]:
+    """The interpreters of runs that another one than the benchmark's own ran."""
+    lines = [
+        " ".join(
+            [
+                f"{framework_name(result.config)} {result.version}: Python {python}",
+                *filter(None, [result.config.python]),
+            ]
+        )
+        for result in results
+        if (python := result.environment.get("python"))
+        and (result.config.python is not None or python != result.machine.python)
+    ]
+    return [("Interpreters", _distinct(lines))] if lines else []
 
 
 def _gpus(results: Sequence[RunResult]) -> list[tuple[str, str]]:

@@ -98,5 +98,5 @@ def _environments(collection: Collection) -> list[tuple[str, str]]:
         if group.trained and group.trained.environment:
             text = json.dumps(group.trained.environment, indent=1, default=str)
             executor = "" if row.executor == "table" else f" {row.executor}"
-            found.setdefault(text, row.framework + executor)
+            found.setdefault(text, row.framework_name + executor)
     return [(name, text) for text, name in found.items()]

@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
 from common.spec.run import RunConfig
+
+COMMON_FOLDERS = ("venv", "env")
+"""Names that so many environments have that they tell nothing."""
+
+
+def interpreter_name(python: str | None) -> str:
+    """Return a short name for an interpreter: its environment's folder, or its own if it lies in
+    none; empty for none.
+    """
+    if python is None:
+        return ""
+    path = PurePosixPath(python)
+    folder = path.parent.parent
+    if path.parent.name != "bin" or folder.name in ("", "usr", "local"):
+        return path.name
+    if folder.name.startswith(".") or folder.name in COMMON_FOLDERS:
+        return "/".join(folder.parts[-2:]).lstrip("/")
+    return folder.name
+
+
+def framework_name(config: RunConfig) -> str:
+    """Return `torch`, or `torch@NAME` where the user has named an interpreter."""
+    return "@".join(filter(None, [config.framework, interpreter_name(config.python)]))
 
 
 def dropout_words(config: RunConfig) -> str:

@@ -103,7 +103,9 @@ def draw_throughput(collection: Collection) -> Figure:
         axes.plot(row.throughput_range, [place, place], color=RANGE_COLOR, linewidth=1.5)
         beside = axes.get_yaxis_transform()  # x: a share of the axes' width
         axes.text(1.01, place, f"{speed:,.0f}", transform=beside, va="center")
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    one_device = len({row.device for row in rows}) < 2
+    names = [row.name if one_device else f"{row.name}, {row.device}" for row in rows]
+    axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row above
     axes.set_xlabel("tokens/s, with the 10th to 90th percentile of the steps")
     return figure
@@ -141,7 +143,8 @@ def draw_sweep(curves: Sequence[Curve]) -> Figure:
         speed = curve.tokens_per_second
         axes.plot(curve.x, speed, **style, marker="o", markersize=4, label=curve.name)
         axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.12, linewidth=0)
-        axes.plot(curve.x, curve.ideal, ":", color=color, linewidth=1)
+        if curve.ideal:
+            axes.plot(curve.x, curve.ideal, ":", color=color, linewidth=1)
         if curve.knee is not None:
             at = speed[curve.x.index(curve.knee)]
             axes.plot([curve.knee], [at], "o", markersize=11, fillstyle="none", color=color)

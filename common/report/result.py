@@ -155,6 +155,27 @@ class RunResult(BaseModel):
     def version(self) -> str:
         return str(self.environment.get("version", ""))
 
+    @property
+    def device(self) -> str:
+        """What computed, as the worker processes said: cpu, or the card's name, all of them where
+        they differ; empty for a run that did not get so far.
+        """
+        if self.environment.get("device_kind", "cpu") == "cpu":
+            return "cpu" if self.environment else ""
+        names = self.environment.get("device_name", "cuda")
+        return ", ".join(dict.fromkeys(map(str, names if isinstance(names, list) else [names])))
+
+    @property
+    def gpus(self) -> int:
+        """Cards that the stages lie on; 0 on the CPU, and where nobody has said."""
+        on_cards = self.device not in ("", "cpu")
+        return len(set(map(str, self.environment.get("stage_devices", [])))) if on_cards else 0
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether stages take turns on a card: its idle time is then no bubble of any of them."""
+        return 0 < self.gpus < self.config.stages
+
     def write(self, path: Path) -> None:
         derived = {
             "first_step_seconds": self.first_step_seconds,

@@ -125,6 +125,7 @@ def _timing(collection: Collection) -> Grid:
         )  # fmt: skip
         pipeline, simulated, replayed, step, simulated_step = (f"{s * 1e3:,.1f}" for s in seconds)
         bubbles = [f"{t.measured_bubble_fraction:.1%}", f"{t.simulated_bubble_fraction:.1%}"]
+        bubbles = ["shared GPU"] * 2 if row.shares_gpu else bubbles
         steps = [step, simulated_step, f"{t.step_difference:+.1%}", f"{t.hop_seconds * 1e3:.2f}"]
         cells.append([row.name, pipeline, simulated, replayed, *bubbles, *steps])
         styles.append("" if abs(t.step_difference) <= 0.05 else "red")

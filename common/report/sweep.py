@@ -29,7 +29,7 @@ class Curve:
     high: tuple[float, ...]
     ideal: tuple[float, ...]
     """The first point's throughput scaled by the ideal efficiency: what the bubble alone would
-    leave."""
+    leave. Empty where stages share a GPU: it is not the bubble that limits them."""
 
     is_judged: bool = True
     """Whether every point has enough samples for a verdict."""
@@ -105,7 +105,9 @@ def curves(rows: Sequence[Row], axis: Axis) -> list[Curve]:
                 tokens_per_second=tuple(throughput),
                 low=low,
                 high=high,
-                ideal=tuple(throughput[0] * each / efficiency[0] for each in efficiency),
+                ideal=()
+                if any(row.shares_gpu for row in same)
+                else tuple(throughput[0] * each / efficiency[0] for each in efficiency),
                 is_judged=all(
                     row.repeats >= LEAST_REPEATS and row.timed_steps >= LEAST_STEPS for row in same
                 ),

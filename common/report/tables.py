@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.measure import Measurement
 
 from common.report.grid import Grid
-from common.report.names import dropout_words, variant
+from common.report.names import dropout_words, interpreter_name, variant
 from common.report.result import RunResult
 from common.report.statistics import (
     LEAST_FOR_PERCENTILES,
@@ -62,7 +62,7 @@ class Row:
     step_ms_p90: float | None
     first_step_seconds: float | None
     bubble_fraction: float | None
-    """Measured; median over the repeats."""
+    """Measured; median over the repeats. None where stages share a GPU, as what follows."""
     simulated_bubble_fraction: float | None
     simulated_step_difference: float | None
     """Simulated over measured step time, less 1; median over the repeats."""
@@ -83,7 +83,9 @@ class Row:
     sequence_lengths: str = "full"
     drift: str = ""
     device: str = "cpu"
-    """cpu, or the card's name."""
+    """cpu, or the card's name; empty where no repeat got so far."""
+    python: str = ""
+    """The interpreter that the user has named, in short; empty for the default."""
     gpus: int = 0
     """Cards that the stages lie on; 0 on the CPU, and where nobody has said."""
 
@@ -106,9 +108,18 @@ class Row:
         return self.status == "ok" and self.parity not in ("FAIL", "not comparable")
 
     @property
+    def framework_name(self) -> str:
+        """The framework, and which of several interpreters had it."""
+        return "@".join(filter(None, [self.framework, self.python]))
+
+    @property
     def name(self) -> str:
         """The row in words, as in the progress bar."""
-        words = [self.framework, self.schedule, self.executor if self.executor != "table" else ""]
+        words = [
+            self.framework_name,
+            self.schedule,
+            self.executor if self.executor != "table" else "",
+        ]
         words += [
             f"p={self.stages}",
             f"v={self.chunks}" if self.chunks > 1 else "",
@@ -135,10 +146,10 @@ class Row:
 
 
 KIND = (
-    *("framework", "dtype", "track", "source"),
+    *("framework", "python", "device", "dtype", "track", "source"),
     *("recompute", "dropout", "sequence_lengths", "drift"),
 )
-"""Fields that rows share which train the same in one framework."""
+"""Fields that rows share which train the same in one framework, on one kind of device."""
 
 
 def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
@@ -147,12 +158,13 @@ def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
     """
     groups = [group for group in groups if group]
     rows = [_row(group) for group in groups]
-    # By track and device: when the first ranked row began, and its samples. Rows on other devices
-    # have a baseline of their own; a ratio between a CPU and a GPU would say nothing.
-    baselines: dict[tuple[str, str], tuple[str, Samples]] = {}
+    # By track, device and CPU: when the first ranked row began, and its samples. Rows on other
+    # devices have a baseline of their own; a ratio between a CPU and a GPU would say nothing.
+    baselines: dict[tuple[str, str, str], tuple[str, Samples]] = {}
     rated = []
     for row, group in zip(rows, groups, strict=True):
-        samples, kind = seconds_per_token(group), (row.track, row.device)
+        cpu = group[0].machine.cpu if row.device == "cpu" else ""
+        samples, kind = seconds_per_token(group), (row.track, row.device, cpu)
         if not (row.ranked and samples):
             rated.append(row)
         elif kind not in baselines:
@@ -183,8 +195,8 @@ def _row(repeats: Sequence[RunResult]) -> Row:
     config = repeats[0].config
     good = [result for result in repeats if result.status == "ok"]
     step = summarize([second * 1e3 for result in good for second in result.steady_seconds])
-    timings = [result.timing for result in good if result.timing]
-    device, gpus = _device(good)
+    alone = [result.timing for result in good if result.timing and not result.shares_gpu]
+    device, gpus = (good[0].device, good[0].gpus) if good else ("", 0)
     return Row(
         framework=config.framework,
         version=next((result.version for result in good), ""),
@@ -210,9 +222,9 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         step_ms_p10=step.p10 if step else None,
         step_ms_p90=step.p90 if step else None,
         first_step_seconds=_median([result.first_step_seconds for result in good]),
-        bubble_fraction=_median([timing.measured_bubble_fraction for timing in timings]),
-        simulated_bubble_fraction=_median([timing.simulated_bubble_fraction for timing in timings]),
-        simulated_step_difference=_median([timing.step_difference for timing in timings]),
+        bubble_fraction=_median([timing.measured_bubble_fraction for timing in alone]),
+        simulated_bubble_fraction=_median([timing.simulated_bubble_fraction for timing in alone]),
+        simulated_step_difference=_median([timing.step_difference for timing in alone]),
         peak_memory_mb=max(
             (sum(result.peak_memory_bytes.values()) / 1e6 for result in good), default=None
         ),
@@ -225,20 +237,8 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         sequence_lengths=config.sequence_lengths,
         drift=config.drift or "",
         device=device,
+        python=interpreter_name(config.python),
         gpus=gpus,
-    )
-
-
-def _device(good: Sequence[RunResult]) -> tuple[str, int]:
-    """The kind of device and how many cards, as the children said; where processes differ, all that
-    they said.
-    """
-    said = good[0].environment if good else {}
-    if said.get("device_kind", "cpu") == "cpu":
-        return "cpu", 0
-    name, places = said.get("device_name", "cuda"), said.get("stage_devices", [])
-    return (", ".join(dict.fromkeys(map(str, name))) if isinstance(name, list) else str(name)), len(
-        set(map(str, places))
     )
 
 
@@ -309,7 +309,7 @@ def _bubble(row: Row) -> str:
 
 COLUMNS: tuple[Column, ...] = (
     Column("run", lambda row: row.source, numeric=False),
-    Column("framework", lambda row: row.framework, numeric=False),
+    Column("framework", lambda row: row.framework_name, numeric=False),
     Column("version", lambda row: row.version, numeric=False, keep=3),
     Column("schedule", lambda row: row.schedule, numeric=False),
     Column("stages", lambda row: str(row.stages)),
@@ -358,7 +358,7 @@ def columns_for(rows: Sequence[Row]) -> list[Column]:
     constant = {
         "run": all(not row.source for row in rows),
         "chunks": all(row.chunks == 1 for row in rows),
-        "device": all(row.device == "cpu" for row in rows),
+        "device": all(row.device in ("", "cpu") for row in rows),
         "dtype": len({row.dtype for row in rows}) == 1,
         "executor": all(row.executor == "table" for row in rows),
         "recompute": all(row.recompute == "none" for row in rows),
@@ -366,7 +366,7 @@ def columns_for(rows: Sequence[Row]) -> list[Column]:
         and len({row.dropout for row in rows}) == 1,
         "lengths": all(row.sequence_lengths == "full" for row in rows),
         "drift": not any(row.drift for row in rows),
-        "bubble / sim.": all(row.bubble_fraction is None for row in rows),
+        "bubble / sim.": all(row.bubble_fraction is None and not row.shares_gpu for row in rows),
         "sim. step": all(row.simulated_step_difference is None for row in rows),
         "held MB": all(row.held_activation_mb is None for row in rows),
     }

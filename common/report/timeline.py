@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from common.io.edges import write_file
+from common.report.names import framework_name
 from common.report.result import RunResult
 from common.report.timing import executed, executed_schedule, simulated
 from common.schedule.picture import draw_pictures
@@ -31,7 +32,8 @@ def timelines(result: RunResult) -> dict[str, Simulation]:
         events, config.schedule_name, config.train.micro_batches, config.chunks, timing.placement
     )
     charts = {"measured": executed(schedule, events), "simulated": simulated(schedule, timing)}
-    return {_title(config.framework, kind, chart): chart for kind, chart in charts.items()}
+    name = framework_name(config)
+    return {_title(name, kind, chart, result.shares_gpu): chart for kind, chart in charts.items()}
 
 
 def draw_timelines(charts: Mapping[str, Simulation], folder: Path | None) -> Figure:
@@ -53,8 +55,6 @@ def hints(simulation: Simulation) -> list[str]:
     return found
 
 
-def _title(framework: str, kind: str, chart: Simulation) -> str:
-    return (
-        f"{framework} {chart.schedule.name}, {kind}: {chart.makespan:,.0f} ms, bubble "
-        f"{chart.bubble_fraction:.1%}"
-    )
+def _title(framework: str, kind: str, chart: Simulation, shares_gpu: bool) -> str:
+    bubble = "stages share a GPU" if shares_gpu else f"bubble {chart.bubble_fraction:.1%}"
+    return f"{framework} {chart.schedule.name}, {kind}: {chart.makespan:,.0f} ms, {bubble}"

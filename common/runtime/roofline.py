@@ -1,4 +1,4 @@
-"""How fast a framework runs the kernels of a run, on one thread: a limit for any pipeline.
+"""How fast a framework runs the kernels of a run, on one thread or a GPU: a limit for any pipeline.
 
 Each framework has a worker process (`python -m torch_impl.roofline CONFIG`) that answers each line
 it reads with one round: the seconds of every kernel. `common.harness.roofline` makes them take
@@ -23,7 +23,7 @@ COPIES = 8
 
 
 ROUND_SECONDS = 0.02
-"""The least CPU time for which a round measures each kernel."""
+"""The least time for which a round measures each kernel."""
 
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -102,25 +102,29 @@ def answer(
     for operation in operations.values():
         operation()  # traces, and fills caches
     print(json.dumps({"environment": environment}, default=str), flush=True)
+    # A GPU computes while its process sleeps.
+    on_gpu = environment.get("device_kind", "cpu") != "cpu"
+    clock = time.perf_counter if on_gpu else time.process_time
     for _ in sys.stdin:
         print(
-            json.dumps({name: seconds_of(operation) for name, operation in operations.items()}),
+            json.dumps({name: seconds_of(each, clock) for name, each in operations.items()}),
             flush=True,
         )
     return 0
 
 
-def seconds_of(operation: Callable[[], object]) -> float:
-    """Return the CPU time of one of the `COPIES`, the median over three calls at least.
+def seconds_of(operation: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Return the time of one of the `COPIES`, the median over three calls at least.
 
-    Other processes disturb CPU time less than elapsed time.
+    The clock is that of CPU time where a CPU computes: other processes disturb it less than elapsed
+    time.
     """
     taken: list[float] = []
-    begun = time.process_time()
-    while len(taken) < 3 or time.process_time() - begun < ROUND_SECONDS:
-        start = time.process_time()
+    begun = clock()
+    while len(taken) < 3 or clock() - begun < ROUND_SECONDS:
+        start = clock()
         operation()
-        taken.append(time.process_time() - start)
+        taken.append(clock() - start)
     return statistics.median(taken) / COPIES
 
 

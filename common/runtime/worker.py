@@ -18,6 +18,7 @@ from common.runtime import inherited
 from common.runtime.dumping import dump
 from common.runtime.engine import Engine
 from common.runtime.inference import evaluate, generate, load_weights
+from common.runtime.installed import build_file, cuda_in
 from common.runtime.job import Job, JobFile, Part, StepRecord
 from common.runtime.text import open_text
 from common.runtime.training import held_out_batch, named, probe, start, starting_weights, train
@@ -118,6 +119,7 @@ def _part(
     corpus: Corpus | None,
 ) -> Part:
     said = engine.environment()
+    cuda = cuda_in(build_file(config.framework) or "")
     return Part(
         devices=engine.devices,
         steps=steps,
@@ -126,7 +128,7 @@ def _part(
         peak_memory_bytes=engine.peak_memory_bytes(),
         held_activation_peak_bytes=engine.held_bytes_peak(),
         in_flight_peak=engine.in_flight_peak(),
-        environment=said | STARTED_IN | fell_back(config.device, said),
+        environment=said | STARTED_IN | fell_back(config.device, said, cuda),
         corpus_digest="" if corpus is None else corpus.digest,
         corpus_bytes=0 if corpus is None else corpus.num_bytes,
         tokenizer_digest="" if corpus is None else corpus.tokenizer_digest,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +14,10 @@ QUERY = (
     "--query-gpu=index,uuid,name,memory.total,driver_version",
     "--format=csv,noheader,nounits",
 )
+
+LEAST_DRIVERS = {"13": 580, "12": 525, "11": 450}
+"""By CUDA's major version: the oldest branch of drivers that runs it (NVIDIA, CUDA Compatibility,
+Minor Version Compatibility, table 1)."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,39 @@ def gpus_of_stages(stages: int, gpus: int) -> list[int]:
     return [stage * used // stages for stage in range(stages)]
 
 
-def fell_back(device: str, environment: Mapping[str, Any]) -> dict[str, str]:
+def why_no_gpu(cuda: str, gpus: Sequence[Gpu]) -> str | None:
+    """Return why a framework that was built for this CUDA cannot use these GPUs, and what to do.
+
+    None if nothing speaks against it. `cuda` is empty for a CPU build.
+    """
+    if not gpus:
+        return "no NVIDIA driver shows a GPU"
+    if not cuda:
+        return "it is a CPU build; expected one for CUDA (make install GPU=1)"
+    least, driver = LEAST_DRIVERS.get(cuda.partition(".")[0], 0), gpus[0].driver
+    if driver.partition(".")[0].isdecimal() and int(driver.partition(".")[0]) < least:
+        return f"the driver {driver} is too old for CUDA {cuda}; expected {least} or later"
+    return None
+
+
+def fell_back(device: str, environment: Mapping[str, Any], cuda: str) -> dict[str, str]:
     """Return the part of a run's `environment` that says why a CPU computed what was left to choose
     from it and the GPUs there.
 
-    `environment` is what the framework has said of itself.
+    `environment` is what the framework has said of itself, `cuda` what it was built for.
     """
     gpus = visible_gpus() if device == "auto" and environment.get("device_kind") == "cpu" else ()
     if not gpus:
         return {}
-    why = (
-        f"sees no GPU though the driver {gpus[0].driver} has {len(gpus)}; `triptych doctor` "
-        "says more"
-    )
-    return {"fell_back": f"{environment.get('framework')} {environment.get('version')} {why}"}
+    fits = f"CUDA {cuda} and the driver {gpus[0].driver} fit, its libraries may not be there"
+    why = why_no_gpu(cuda, gpus) or f"{fits}; `triptych doctor` says more"
+    name = f"{environment.get('framework')} {environment.get('version')}"
+    return {"fell_back": f"{name} uses none of {counted(gpus)}: {why}"}
+
+
+def counted(gpus: Sequence[Gpu]) -> str:
+    """Return `1 GPU` or `2 GPUs`."""
+    return f"{len(gpus)} GPU" if len(gpus) == 1 else f"{len(gpus)} GPUs"
 
 
 def _chosen(said: str, wanted: str | None) -> tuple[Gpu, ...]:

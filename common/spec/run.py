@@ -228,7 +228,9 @@ class TrainSpec(Frozen):
 class RunConfig(Frozen):
     """One run: a model, its training, one framework, one partition, one schedule."""
 
-    framework: Framework = Field("torch", description="which implementation runs")
+    framework: Framework = Field(
+        "torch", description="which implementation runs; torch@PATH: with this Python"
+    )
     model: TransformerSpec = TransformerSpec()
     train: TrainSpec = TrainSpec()
     stages: int = Field(2, ge=1, description="devices in the pipeline (p)")
@@ -243,6 +245,9 @@ class RunConfig(Frozen):
         description="table: our schedule tables; native: the framework's own pipeline "
         "(torch.distributed.pipelining, "
         "Paddle's fleet); plain: a simple loop on one device, as its users would write it",
+    )
+    python: OsText | None = Field(
+        None, min_length=1, description="the Python that has the framework; default: this one"
     )
     track: Literal["matched", "best"] = Field(
         "matched",

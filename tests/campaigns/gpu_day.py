@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.harness.interpreters import interpreter
+from common.harness.launch import IMPLEMENTATIONS
 from common.spec.gpus import visible_gpus
 from common.spec.rules import BFLOAT16
 
@@ -368,7 +370,10 @@ def probe(framework: str) -> tuple[int, str]:
     """Return how many GPUs the framework sees here, and its versions or why it cannot be used."""
     try:
         done = subprocess.run(
-            (sys.executable, "-c", PROBES[framework]), capture_output=True, text=True, timeout=120
+            (interpreter(IMPLEMENTATIONS[framework].module), "-c", PROBES[framework]),
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
     except subprocess.TimeoutExpired:
         return 0, "does not start within 120 s"

@@ -165,7 +165,8 @@ def _relay(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
     base = read_run(arguments, defaults={**DEFAULTS, **warmup})
     configs = [_config(base, leg) for leg in plans]
     for config in configs:
-        if missing := why_missing(implementations[config.framework], config.executor):
+        missing = why_missing(implementations[config.framework], config.executor, config.python)
+        if missing:
             raise UsageError(missing)
     folder = make_folder(Path(arguments.out), "relay")
     _say(console, f"results in {folder}/")

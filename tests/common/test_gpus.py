@@ -8,7 +8,7 @@ import pytest
 
 from common.spec import gpus as machine
 from common.spec import rules
-from common.spec.gpus import Gpu, _chosen, fell_back, gpus_of_stages
+from common.spec.gpus import Gpu, _chosen, fell_back, gpus_of_stages, why_no_gpu
 from common.spec.run import RunConfig
 
 SAID = """0, GPU-aa11, NVIDIA H200, 143771, 580.95.05
@@ -96,9 +96,37 @@ def test_who_computes_on_the_cpu_beside_a_gpu_says_why(
     gpus: int, device: str, kind: str, says: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "visible_gpus", lambda: (H200,) * gpus)
-    said = fell_back(device, {"framework": "torch", "version": "2.13.0+cpu", "device_kind": kind})
+    said = {"framework": "torch", "version": "2.13.0+cpu", "device_kind": kind}
     why = (
-        "torch 2.13.0+cpu sees no GPU though the driver 580.95.05 has 1; `triptych doctor` "
-        "says more"
+        "torch 2.13.0+cpu uses none of 1 GPU: it is a CPU build; expected one for CUDA "
+        "(make install GPU=1)"
     )
-    assert said == ({"fell_back": why} if says else {})
+    assert fell_back(device, said, "") == ({"fell_back": why} if says else {})
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "why"),
+    [
+        ("", "580.95.05", "it is a CPU build; expected one for CUDA (make install GPU=1)"),
+        ("13.0", "580.65.06", None),
+        (
+            "13.0",
+            "575.57.08",
+            "the driver 575.57.08 is too old for CUDA 13.0; expected 580 or later",
+        ),
+        ("12.6", "525.60.13", None),
+        ("12.6", "470.1", "the driver 470.1 is too old for CUDA 12.6; expected 525 or later"),
+        ("14.1", "580.95.05", None),
+        ("13.0", "[N/A]", None),
+    ],
+)
+def test_a_driver_is_held_against_what_a_wheel_was_built_for(
+    cuda: str, driver: str, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = (Gpu("NVIDIA H200", 0, driver),) * 2
+    assert why_no_gpu(cuda, gpus) == why
+    assert why_no_gpu(cuda, ()) == "no NVIDIA driver shows a GPU"
+    monkeypatch.setattr(machine, "visible_gpus", lambda: gpus)
+    said = fell_back("auto", {"framework": "a", "version": "1", "device_kind": "cpu"}, cuda)
+    assert (why or f"CUDA {cuda} and the driver {driver} fit") in said["fell_back"]
+    assert said["fell_back"].startswith("a 1 uses none of 2 GPUs: ")

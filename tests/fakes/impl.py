@@ -7,6 +7,7 @@ happens in step 1.
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -83,6 +84,7 @@ class FakeEngine(OracleEngine):
         return {
             "framework": self.config.framework,
             "version": "0.0",
+            "python": platform.python_version(),
             "device": "cpu",
             "numpy": np.__version__,
         }

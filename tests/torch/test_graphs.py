@@ -193,6 +193,38 @@ def test_what_cannot_be_recorded_names_the_option_and_leaves_nothing(make: Make)
     assert different(train(engine, range(1, 5)), train(eager, range(1, 5))) == []
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_recording_that_cannot_end_gives_its_memory_back(
+    make: Make, ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, whether it is CUDA that cannot end it or PyTorch that gets nothing from it."""
+    calls: list[tuple[str, Any]] = []
+
+    def end_allocating(device: int | None, pool: Any) -> None:
+        calls.append(("end", pool))
+        if ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    def fails(graph: Graph) -> None:
+        graph.__exit__(None, None, None)
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocating)
+    monkeypatch.setattr(
+        torch._C, "_cuda_releasePool", lambda device, pool: calls.append(("release", pool))
+    )
+    engine = make(1)
+    train(engine, range(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Graph, "capture_end", fails)
+        with pytest.raises(StageFailure, match=r"previous error during capture; .*graphs off runs"):
+            engine.forward_backward(batch(engine))
+    (end, pool), (release, released) = calls
+    assert (end, release) == ("end", "release") and pool == released is not None
+    train(engine, range(1, 4))  # a recording that ends well gives nothing back by hand
+    assert len(calls) == 2
+
+
 def test_a_closed_engine_keeps_no_recording(make: Make) -> None:
     engine = make(2)
     train(engine, range(3))

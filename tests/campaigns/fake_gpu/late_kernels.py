@@ -119,7 +119,11 @@ def late(op: Any) -> Callable[..., Any]:
         if returns and not written:
             shapes = op(*tree.tree_map(as_meta, args), **tree.tree_map(as_meta, kwargs))
             made = tree.tree_map(
-                lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device),
+                lambda x: (
+                    None  # a gradient that nobody has asked for
+                    if x is None
+                    else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+                ),
                 shapes,
             )
             places = tree.tree_leaves(tree.tree_map(as_cpu, made))
@@ -135,7 +139,8 @@ def late(op: Any) -> Callable[..., Any]:
             for place, result in zip(
                 places, tree.tree_leaves(op(*cpu_args, **cpu_kwargs)), strict=False
             ):
-                place.copy_(result)
+                if place is not None:
+                    place.copy_(result)
 
         queue(device, kernel)
         return made

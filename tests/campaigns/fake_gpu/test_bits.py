@@ -19,7 +19,9 @@ from common.runtime.job import Generation, Job
 from common.schedule.action import Action
 from tests.campaigns.fake_gpu.late_kernels import queue
 from tests.engines import ELSEWHERE, Arrays, Make, batch, check_resumes, different, train
+from tests.kernels import check_kernels
 from torch_impl import streams
+from torch_impl.roofline import prepare
 
 DEEP: dict[str, Any] = {"num_layers": 6}
 VEE: dict[str, Any] = {"run": {"chunks": 2}, **DEEP}
@@ -131,3 +133,8 @@ def test_pytorchs_own_sanitizer_finds_no_race(
     engine = on_gpus(1)(3, "zb-h1", tied_head=True, num_layers=4)
     train(engine, range(2))
     assert engine.evaluate(batch(engine)) > 0
+
+
+def test_the_doctor_measures_a_gpus_kernels() -> None:
+    environment = check_kernels(prepare, "torch", "float32")
+    assert environment["device_kind"] == "cuda"
