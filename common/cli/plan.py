@@ -25,6 +25,7 @@ from common.io.usage import UsageError, known_word
 from common.report import plan as shown
 from common.report.collect import collect
 from common.schedule.generators import GENERATORS
+from common.spec.efficiency import model_flops_per_token
 from common.spec.plan import Plans, make_plans
 from common.spec.run import RunConfig
 from common.spec.unit_times import UnitTimes, counted_times
@@ -169,6 +170,9 @@ def as_data(plans: Plans) -> dict[str, Any]:
                 "step_seconds": plan.step_seconds,
                 "tokens_per_second": plan.tokens_per_second,
                 "bubble_fraction": plan.bubble_fraction,
+                "model_flops_per_token": model_flops_per_token(plan.config),
+                "model_flops_per_second_per_device": plan.model_flops_per_device,
+                "mfu": plan.mfu,
                 "memory": [vars(each) | {"total_bytes": each.total_bytes} for each in plan.memory],
             }
             for plan in plans.found

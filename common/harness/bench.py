@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -23,6 +24,7 @@ from common.harness.launch import (
     why_missing,
 )
 from common.harness.options import Bench
+from common.harness.peak import Probe, peak_of
 from common.io.edges import printable
 from common.io.usage import UsageError
 from common.report import compare, tables
@@ -32,7 +34,7 @@ from common.report.grid import Grid
 from common.report.machine import Machine, git_commit, this_machine
 from common.report.names import framework_name, variant_of
 from common.report.progress import PlainProgress, progress_view
-from common.report.result import IS_ORACLE, Parity, RunResult, measured
+from common.report.result import IS_ORACLE, Parity, Peak, RunResult, measured
 from common.runtime.job import Job
 from common.runtime.outcome import Outcome
 from common.runtime.text import Texts
@@ -139,6 +141,8 @@ class _Session:
     commit: str | None = field(default_factory=git_commit)
     results: dict[RunConfig, list[RunResult]] = field(default_factory=dict)
     oracles: dict[RunConfig, tuple[RunResult, Path]] = field(default_factory=dict)
+    peaks: dict[tuple[int, Probe], tuple[float | None, str]] = field(default_factory=dict)
+    """By repeat: the machine may slow down, and its peak with it."""
 
     def __post_init__(self) -> None:
         self.texts = Texts(self.folder)
@@ -200,8 +204,10 @@ class _Session:
         )[0]
 
     def _result(self, config: RunConfig, outcome: Outcome, repeat: int, name: str) -> RunResult:
+        known = measured(outcome, config, self.bench.options.untimed_steps)
         result = RunResult(
-            **measured(outcome, config, self.bench.options.untimed_steps),
+            **known,
+            peak=self._peak(config, known.get("environment", {}), repeat),
             log=None if outcome.log is None else str(outcome.log.relative_to(self.folder)),
             preset=self.bench.options.preset,
             row=self.bench.points.index(config) if config in self.bench.points else 0,
@@ -221,6 +227,14 @@ class _Session:
         result = result.model_copy(update={"parity": verdict})
         result.write(self.folder / name / "result.json")
         return result
+
+    def _peak(self, config: RunConfig, environment: Mapping[str, Any], repeat: int) -> Peak | None:
+        probe = None if self.stopped() else Probe.of_run(config, environment)
+        if probe is None:
+            return None
+        if (repeat, probe) not in self.peaks:
+            self.peaks[repeat, probe] = probe.measure()
+        return peak_of(probe, self.peaks[repeat, probe], environment)
 
     def _parity(self, result: RunResult, folder: Path) -> Parity:
         if result.status != "ok":

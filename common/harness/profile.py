@@ -14,10 +14,12 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from common.harness.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_worker
+from common.harness.peak import Probe, peak_of
 from common.io.usage import UsageError
 from common.report.machine import this_machine
 from common.report.result import measured
@@ -126,7 +128,18 @@ def profile(
         [(run, result["timing"]) for run, result in zip(runs, results, strict=True)],
         f"measured with {config.framework} {version} on {devices} devices of {machine}",
     )
+    times = times.model_copy(update={"peak_flops_per_device": _peak(results[0], runs[0])})
     return Profile(machine=machine, version=version, devices=devices, config=config, times=times)
+
+
+def _peak(result: Mapping[str, Any], run: RunConfig) -> float | None:
+    """Return what one stage could multiply: its card, or its share of a card or of the CPU."""
+    said = result["environment"]
+    probe = Probe.of_run(run, said)
+    if probe is None:
+        return None
+    together = peak_of(probe, probe.measure(), said).measured_flops_per_second
+    return together and together / run.stages
 
 
 def unit_times(timings: Iterable[tuple[RunConfig, Timing]], source: str) -> UnitTimes:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from common.io.figure import new_figure
 from common.report.result import RunResult
+from common.spec.efficiency import model_flops_per_token
 from common.spec.memory import DeviceMemory
 from common.spec.plan import Plan, Plans, Refused
 
@@ -29,7 +30,18 @@ def size(count: float) -> str:
 def table_of(plans: Sequence[Plan]) -> Table:
     """Return one row per plan."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    titles = ("schedule", "p", "v", "m", "recompute", "partition", "step ms", "tokens/s", "bubble")
+    titles = (
+        "schedule",
+        "p",
+        "v",
+        "m",
+        "recompute",
+        "partition",
+        "step ms",
+        "tokens/s",
+        "bubble",
+        "MFU",
+    )
     for title in (*titles, "fullest device"):
         table.add_column(
             title, justify="left" if title in ("schedule", "recompute", "partition") else "right"
@@ -46,9 +58,20 @@ def table_of(plans: Sequence[Plan]) -> Table:
             f"{plan.step_seconds * 1e3:,.1f}",
             f"{plan.tokens_per_second:,.0f}",
             f"{plan.bubble_fraction:.1%}",
+            "-" if plan.mfu is None else f"{plan.mfu:.0%}",
             size(plan.peak_bytes),
         )
     return table
+
+
+def efficiency(plan: Plan) -> str:
+    """Say what a plan computes, counted as the report counts it."""
+    flops = model_flops_per_token(plan.config)
+    words = f"model FLOPs: {flops / 1e6:,.2f} million a token"
+    words += f", {plan.model_flops_per_device / 1e12:,.4g} TFLOP/s per device"
+    if plan.peak_flops_per_device is None:
+        return words
+    return f"{words}, MFU {plan.mfu:.1%} of {plan.peak_flops_per_device / 1e12:,.4g} TFLOP/s"
 
 
 def memory_table(memory: Sequence[DeviceMemory]) -> Table:
@@ -120,6 +143,7 @@ def show(console: Console, plans: Plans, unlimited: Plans) -> None:
     console.print(table_of(list(plans.best_per_schedule().values())), soft_wrap=True)
     console.print(f"\nbest: {describe(best)}", highlight=False)
     console.print(memory_table(best.memory))
+    console.print(efficiency(best), highlight=False, soft_wrap=True)
     console.print(f"limited by {what_binds(plans, unlimited)}", highlight=False, soft_wrap=True)
     nearest: dict[str, Refused] = {}
     for refused in plans.refused:

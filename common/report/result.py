@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +19,16 @@ from common.runtime.job import EventRecord
 from common.runtime.outcome import Outcome, Status
 from common.schedule.action import Placement, ScheduleError
 from common.schedule.generators import make_schedule
+from common.spec.efficiency import model_flops_per_token
 from common.spec.run import RunConfig
 
 IS_ORACLE = "this is the oracle"
 
 MAX_RESULT_BYTES = 256 * 2**20
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """2 added the timing, the held activations, the untimed steps, and the events of the median step in
 place of the last. 3 added the verdict "not comparable", errors in bfloat16, and recomputation,
-ragged sequences and drift.
+ragged sequences and drift. 4 added the peak.
 """
 
 
@@ -63,6 +64,18 @@ class Parity(BaseModel):
     """In bfloat16: the relative errors per check, to be judged beside other frameworks'."""
     curve_floor: float = 0.0
     """In bfloat16: the loss curve's error from rounded weights alone, in any framework."""
+
+
+class Peak(BaseModel):
+    """What all devices of a run together could multiply; None where nobody knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    measured_flops_per_second: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Large matrix products in the run's dtype, between the runs of the same benchmark."""
+    published_flops_per_second: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """The cards' data sheets."""
+    measured_by: str = ""
 
 
 class RunResult(BaseModel):
@@ -104,6 +117,8 @@ class RunResult(BaseModel):
     """
     in_flight_peak: dict[int, int] = {}
     """By device: the most chunks of micro-batches held at once, as the executor counted them."""
+    peak: Peak | None = None
+    """What its devices could do, beside `model_flops_per_second`."""
     corpus_digest: str | None = None
     corpus_bytes: int | None = None
     tokenizer_digest: str | None = None
@@ -146,6 +161,26 @@ class RunResult(BaseModel):
             if self.steady_seconds
             else None
         )
+
+    @property
+    def model_flops_per_second(self) -> float | None:
+        """Over all devices, without recomputation (`common.spec.efficiency`)."""
+        speed = self.tokens_per_second
+        return None if speed is None else speed * model_flops_per_token(self.config)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilization: the share of the measured peak."""
+        return self._share(self.peak.measured_flops_per_second if self.peak else None)
+
+    @property
+    def published_mfu(self) -> float | None:
+        """The same of the cards' data sheets."""
+        return self._share(self.peak.published_flops_per_second if self.peak else None)
+
+    def _share(self, peak: float | None) -> float | None:
+        done = self.model_flops_per_second
+        return None if peak is None or done is None else done / peak
 
     @property
     def final_loss(self) -> float | None:
@@ -201,7 +236,7 @@ class RunResult(BaseModel):
             raise ResultError(f"{path}: not a result ({type(error).__name__}: {error})") from None
         if found == 1:
             content = _from_version_1(content)
-        elif found not in (2, SCHEMA_VERSION):
+        elif found not in (2, 3, SCHEMA_VERSION):
             raise ResultError(
                 f"{path}: schema_version = {found}; this program reads 1 to {SCHEMA_VERSION}"
             )
@@ -298,6 +333,17 @@ def _placement(config: RunConfig) -> Placement:
     return make_schedule(
         config.schedule, config.stages, config.train.micro_batches, config.chunks
     ).placement
+
+
+def cards_of(environment: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Return the names of the cards that a run's worker processes named, each once, and how many
+    cards the stages lie on; none on a CPU.
+    """
+    if environment.get("device_kind", "cpu") == "cpu":
+        return [], 0
+    name, places = environment.get("device_name", "cuda"), environment.get("stage_devices", [])
+    names = name if isinstance(name, list) else [name]
+    return list(dict.fromkeys(map(str, names))), len(set(map(str, places)))
 
 
 def _by_device(parts: Iterable[dict[int, int]]) -> dict[int, int]:

@@ -67,6 +67,9 @@ def sections(collection: Collection, swept: Mapping[Axis, Sequence[Curve]]) -> l
         note = f"{IDEAL}{' x p' if axis == 'stages' else ''}{LEFT_OUT}"
         title, picture = f"Throughput over {name}", f"sweep_{axis}"
         found.append(Section(f"sweep-{name}", title, "", None, picture, None, words, note))
+    if any(row.model_tflops_per_device for row in collection.rows):
+        grid = _efficiency(collection.rows)
+        found.append(Section("efficiency", "Efficiency", "", grid, note=EFFICIENCY))
     if any(group.shown for group in collection.groups):
         found.append(Section("memory", "Memory", "", _memory(collection), note=MEMORY))
     return found
@@ -85,6 +88,39 @@ MEMORY = (
     "process, under its first device (threads of one process share it); on CUDA the allocator's "
     "peak of the device. MB: 10^6 bytes."
 )
+
+EFFICIENCY = (
+    "Model FLOPs: the matrix products of forward and backward, 6 N + 12 L S D a token for N "
+    "weights that multiply, L blocks, S positions, width D; recomputation is not counted, and a "
+    "multiply-add is 2. A device is a card, on the CPU a stage. Peak: large matrix products in "
+    "the run's dtype, measured between the runs, of all devices together. MFU (model FLOPs "
+    "utilization): the share of the peak that the model FLOPs are; published: of the cards' data "
+    "sheets."
+)
+
+
+def _efficiency(rows: Sequence[tables.Row]) -> Grid:
+    """One line per row that was timed; what nobody measured has no column."""
+    cells = [
+        [
+            row.name,
+            f"{row.model_flops_per_token / 1e6:,.2f}",
+            tables.number(row.model_tflops_per_device, ",.4g"),
+            tables.number(row.peak_tflops, ",.4g"),
+            tables.number(row.mfu, ".1%"),
+            tables.number(row.published_peak_tflops, ",.4g"),
+            tables.number(row.published_mfu, ".1%"),
+            row.peak_measured_by,
+        ]
+        for row in rows
+        if row.model_tflops_per_device is not None
+    ]
+    titles = (
+        "row", "model MFLOP/token", "TFLOP/s per device", "peak TFLOP/s", "MFU",
+        "published TFLOP/s", "published MFU", "measured by",
+    )  # fmt: skip
+    empty = [title for i, title in enumerate(titles) if not any(line[i] for line in cells)]
+    return Grid(titles, cells, ("row", "measured by")).without(empty)
 
 
 def _parity(collection: Collection) -> Grid:

@@ -25,6 +25,7 @@ from common.report.statistics import (
     speed_ratio,
     summarize,
 )
+from common.spec.efficiency import model_flops_per_token
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,18 @@ class Row:
     """The interpreter that the user has named, in short; empty for the default."""
     gpus: int = 0
     """Cards that the stages lie on; 0 on the CPU, and where nobody has said."""
+    model_flops_per_token: float = 0.0
+    """Forward and backward, without recomputation (`common.spec.efficiency`)."""
+    model_tflops_per_device: float | None = None
+    """10^12 model FLOPs a second per card, on the CPU per stage; median over the repeats."""
+    peak_tflops: float | None = None
+    """Measured matrix products of all devices together; median over the repeats."""
+    mfu: float | None = None
+    """Model FLOPs utilization: a fraction of the measured peak; median over the repeats."""
+    published_peak_tflops: float | None = None
+    """Of the cards' data sheets."""
+    published_mfu: float | None = None
+    peak_measured_by: str = ""
 
     @property
     def shares_gpu(self) -> bool:
@@ -197,6 +210,8 @@ def _row(repeats: Sequence[RunResult]) -> Row:
     step = summarize([second * 1e3 for result in good for second in result.steady_seconds])
     alone = [result.timing for result in good if result.timing and not result.shares_gpu]
     device, gpus = (good[0].device, good[0].gpus) if good else ("", 0)
+    peaks = [result.peak for result in good if result.peak]
+    flops = _median([result.model_flops_per_second for result in good])
     return Row(
         framework=config.framework,
         version=next((result.version for result in good), ""),
@@ -239,6 +254,13 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         device=device,
         python=interpreter_name(config.python),
         gpus=gpus,
+        model_flops_per_token=model_flops_per_token(config),
+        model_tflops_per_device=_tera(flops, gpus or config.stages),
+        peak_tflops=_tera(_median([peak.measured_flops_per_second for peak in peaks])),
+        mfu=_median([result.mfu for result in good]),
+        published_peak_tflops=_tera(_median([peak.published_flops_per_second for peak in peaks])),
+        published_mfu=_median([result.published_mfu for result in good]),
+        peak_measured_by=next((peak.measured_by for peak in peaks), ""),
     )
 
 
@@ -259,6 +281,10 @@ def _parity(good: Sequence[RunResult]) -> str:
 def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
+
+
+def _tera(value: float | None, devices: int = 1) -> float | None:
+    return None if value is None else value / 1e12 / devices
 
 
 # ------------------------------------------------------------------------------------------ columns
@@ -330,6 +356,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("ratio [95 %]", _ratio, keep=10),
     Column("verdict", lambda row: row.verdict, numeric=False, keep=9),
     Column("step ms [p10, p90]", _step, keep=7),
+    Column("MFU", lambda row: number(row.mfu, ".0%"), keep=6),
     Column("first step s", lambda row: number(row.first_step_seconds, ".2f"), keep=6),
     Column("bubble / sim.", _bubble, keep=5),
     Column("sim. step", lambda row: number(row.simulated_step_difference, "+.1%"), keep=4),
@@ -347,9 +374,9 @@ LEGEND = (
     "fails parity, or has nothing to be compared with, is not ranked. Parity: against the float64 "
     "NumPy oracle, loss of every step and all gradients. Bubble: idle share of all stages, "
     "measured / simulated from the run's own costs; sim. step: simulated step time against the "
-    "measured median; where stages share a GPU there is no bubble to speak of. Peak MB: 10^6 "
-    "bytes, all processes of a run; held MB: activations held for the backward, on the stage that "
-    "holds most."
+    "measured median; where stages share a GPU there is no bubble to speak of. MFU: FLOPs that the "
+    "model needs, as a share of what the devices can multiply (measured). Peak MB: 10^6 bytes, all "
+    "processes of a run; held MB: activations held for the backward, on the stage that holds most."
 )
 
 
@@ -368,6 +395,7 @@ def columns_for(rows: Sequence[Row]) -> list[Column]:
         "drift": not any(row.drift for row in rows),
         "bubble / sim.": all(row.bubble_fraction is None and not row.shares_gpu for row in rows),
         "sim. step": all(row.simulated_step_difference is None for row in rows),
+        "MFU": all(row.mfu is None for row in rows),
         "held MB": all(row.held_activation_mb is None for row in rows),
     }
     return [column for column in COLUMNS if not constant.get(column.title, False)]

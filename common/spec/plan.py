@@ -22,6 +22,7 @@ from common.schedule.action import Op, Schedule, ScheduleError
 from common.schedule.generators import GENERATORS, SEARCH, make_schedule
 from common.schedule.play import play
 from common.schedule.table import OPS, Table, tabulate
+from common.spec.efficiency import model_flops_per_token
 from common.spec.memory import DeviceMemory, Memory, kinds_of
 from common.spec.memory_limit import balanced_within
 from common.spec.parameters import unit_names
@@ -41,6 +42,19 @@ class Plan:
     step_seconds: float
     bubble_fraction: float
     memory: tuple[DeviceMemory, ...]
+    peak_flops_per_device: float | None
+
+    @property
+    def model_flops_per_device(self) -> float:
+        """Model FLOPs a second, without recomputation (`common.spec.efficiency`)."""
+        flops = self.tokens_per_second * model_flops_per_token(self.config)
+        return flops / self.config.stages
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilization; None where the peak is not known."""
+        peak = self.peak_flops_per_device
+        return None if peak is None else self.model_flops_per_device / peak
 
     @property
     def tokens_per_second(self) -> float:
@@ -133,7 +147,7 @@ def plan_one(config: RunConfig, times: UnitTimes, memory_limit_bytes: float) -> 
             final = tried.model_copy(update={"partition": boundaries})
             parameters = max(each.parameters for each in memory)
             step, bubble = _step(final, schedule, parts, parameters, times)
-            return Plan(final, step, bubble, tuple(memory))
+            return Plan(final, step, bubble, tuple(memory), times.peak_flops_per_device)
         if nearest is None or missing < nearest.missing_bytes:
             nearest = Refused(tried, device, int(missing))
     assert nearest is not None

@@ -16,7 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from common.schedule.action import Op
 from common.spec.partition import unit_costs
@@ -40,6 +40,8 @@ class UnitTimes(BaseModel):
     """A step outside the pipeline, whatever the model: batch in, loss out."""
     optimizer_seconds_per_parameter: float = 0.0
     """The norm, clipping and the update, on the device that has the most parameters."""
+    peak_flops_per_device: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """What a device could multiply in a second; None where nobody measured it."""
 
     def of(self, unit: str, op: Op, sequences: int) -> float:
         """Return the seconds of one operation of one unit."""
@@ -75,4 +77,5 @@ def counted_times(config: RunConfig, flops_per_second: float) -> UnitTimes:
             }
             for kind in KINDS
         },
+        peak_flops_per_device=flops_per_second,
     )

@@ -77,7 +77,7 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     result().write(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    with pytest.raises(ResultError, match=r"schema_version = 99; this program reads 1 to 3"):
+    with pytest.raises(ResultError, match=r"schema_version = 99; this program reads 1 to 4"):
         RunResult.read(path)
     for text in ("{}", "[]", "not JSON", '{"schema_version": 1}'):
         path.write_text(text)

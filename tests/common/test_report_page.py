@@ -328,7 +328,7 @@ def test_compare_fails_on_a_row_that_broke(
 
 WRONG = {
     "report {tmp}/none": "holds no */result.json",
-    "report {tmp}/future": "schema_version = 99; this program reads 1 to 3",
+    "report {tmp}/future": "schema_version = 99; this program reads 1 to 4",
     "report {run} {tmp}/future": "add --out FOLDER",
     "report {run} {run} --out {tmp}/both": "the same run twice",
     "compare {run}": "RUN_B",

@@ -1,0 +1,81 @@
+"""Measure the matrix products that a run's devices could do at most, in a process of its own.
+
+NumPy measures a CPU, for all frameworks alike, with as many threads as the run has. Cards, and
+bfloat16, are measured by PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.harness.launch import worker_command, worker_environment
+from common.report.result import Peak, cards_of
+from common.runtime.cpus import threads_per_stage, usable_cpus
+from common.spec.efficiency import published_flops_per_second
+from common.spec.run import RunConfig
+
+PATIENCE_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is to be measured; runs with the same one share its answer."""
+
+    dtype: str
+    threads: int
+    device: str
+    """cpu or cuda."""
+
+    @classmethod
+    def of_run(cls, config: RunConfig, environment: Mapping[str, Any]) -> Probe | None:
+        """Return that of a run; None where its worker process has not said so, or named
+        a device that is neither a CPU nor an NVIDIA card."""
+        kind = str(environment.get("device_kind"))
+        if kind != "cpu" and "cuda" not in kind:
+            return None
+        threads = config.stages * threads_per_stage(config.stages, config.threads)
+        device = "cpu" if kind == "cpu" else "cuda"
+        return cls(config.train.dtype, min(threads, usable_cpus()), device)
+
+    def measure(self) -> tuple[float | None, str]:
+        """Return the FLOP/s of one card, or of the CPU's threads together, and what multiplied;
+        None where that could not be measured.
+        """
+        module, arguments = "common.runtime.matmul_peak", [self.dtype, str(self.threads)]
+        if self.device == "cuda" or self.dtype == "bfloat16":
+            module, arguments = "torch_impl.matmul_peak", [*arguments, self.device]
+        try:
+            said = subprocess.run(
+                worker_command(module, *arguments),
+                env=worker_environment(module),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE_SECONDS,
+                check=True,
+            ).stdout
+            answer = json.loads(said.splitlines()[-1])
+            return float(answer["flops_per_second"]), str(answer["by"])
+        except (OSError, ValueError, LookupError, subprocess.SubprocessError):
+            return None, ""
+
+
+def peak_of(
+    probe: Probe, measured: tuple[float | None, str], environment: Mapping[str, Any]
+) -> Peak:
+    """Return the peak of all devices of a run together: its cards, or the CPU."""
+    rate, by = measured
+    if probe.device == "cpu":
+        words = f"{by}, {probe.dtype}, {probe.threads} threads" if by else ""
+        return Peak(measured_flops_per_second=rate, measured_by=words)
+    names, cards = cards_of(environment)
+    one = published_flops_per_second(names[0], probe.dtype) if len(names) == 1 else None
+    return Peak(
+        measured_flops_per_second=rate and rate * cards,
+        published_flops_per_second=one and one * cards,
+        measured_by=f"{by}, {probe.dtype}, one card" if by else "",
+    )
