@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from common.harness.launch import worker_command, worker_environment
+from common.harness.interpreters import worker_command, worker_environment
 from common.report.result import Peak, cards_of
 from common.runtime.cpus import threads_per_stage, usable_cpus
 from common.spec.efficiency import published_flops_per_second
