@@ -6,7 +6,8 @@ import keras
 import pytest
 
 from common.spec.run import TransformerSpec
-from tf_impl.layers import Head, build_unit
+from tf_impl import layers
+from tf_impl.layers import build_unit
 from tf_impl.weights import named_parameters
 
 SHAPE = (None, TransformerSpec().context_length, TransformerSpec().d_model)
@@ -14,7 +15,7 @@ SHAPE = (None, TransformerSpec().context_length, TransformerSpec().d_model)
 
 def test_another_norm_of_the_head_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        Head, "layer_norm", lambda self, name: keras.layers.RMSNormalization(name=name)
+        layers, "norm", lambda spec, name, dtype: keras.layers.RMSNormalization(name=name)
     )
     head = build_unit(TransformerSpec(), "head", "float32")
     head.build(SHAPE)
