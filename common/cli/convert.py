@@ -117,6 +117,7 @@ def _export(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
     temporary = out.with_name(f".{os.getpid()}.{out.name}")
     try:
         if makes_folder:
+            _check_no_python(arguments, f"--to {LLAMA}")
             saved = checkpoint.load(folder, with_moments=False)
             write_llama(saved.manifest.model, saved.weights, temporary)
             status = EXIT_OK
@@ -208,6 +209,7 @@ def _read_pretrained(
     said = _said(read_native_dropout(line, Settings()))
     pickled = [str(file) for file in source.files if file.suffix != ".safetensors"]
     if not pickled:
+        _check_no_python(arguments, f"--from {arguments.origin} of safetensors")
         return read(source, said, list(source.files))
     with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
         # PyTorch alone reads these; the rest goes on as for any other file.
@@ -253,6 +255,11 @@ def _words(spec: TransformerSpec) -> str:
         f"{spec.d_ff}, vocabulary {spec.vocab_size}, context {spec.context_length}, "
         f"{spec.norm}-norm, {spec.activation}"
     )
+
+
+def _check_no_python(arguments: argparse.Namespace, what: str) -> None:
+    for text in arguments.python:
+        raise UsageError(f"--python {text}: {what} starts no framework; expected without it")
 
 
 def _convert(

@@ -242,6 +242,20 @@ def test_its_tokenizer_goes_with_it(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "exists; expected a new folder" in capsys.readouterr().err
 
 
+def test_no_python_is_named_where_no_framework_starts(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python, out = f"torch={sys.executable}", tmp_path / "out"
+    argvs = (
+        ("export", tmp_path / "saved", "--to", "llama", "--out", out, "--python", python),
+        ("import", small, "--from", "llama", "--out", out, "--python", python),
+    )
+    for argv in argvs:
+        assert run(*argv) == 2
+        assert "starts no framework; expected without it" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_another_model_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for field, value in {"norm": "post", "activation": "gelu", "biases": True}.items():
         spec = MODEL.model_copy(update={field: value})
