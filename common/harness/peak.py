@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from common.harness.interpreters import worker_command, worker_environment
+from common.harness.interpreters import interpreter, worker_command, worker_environment
 from common.report.result import Peak, cards_of
 from common.runtime.cpus import threads_per_stage, usable_cpus
 from common.spec.efficiency import published_flops_per_second
@@ -29,6 +29,14 @@ class Probe:
     threads: int
     device: str
     """cpu or cuda."""
+    python: str | None = None
+    """PyTorch's interpreter, where the user has named one and PyTorch multiplies."""
+
+    @property
+    def module(self) -> str:
+        """What multiplies."""
+        needs_torch = self.device == "cuda" or self.dtype == "bfloat16"
+        return "torch_impl.matmul_peak" if needs_torch else "common.runtime.matmul_peak"
 
     @classmethod
     def of_run(cls, config: RunConfig, environment: Mapping[str, Any]) -> Probe | None:
@@ -39,19 +47,22 @@ class Probe:
             return None
         threads = config.stages * threads_per_stage(config.stages, config.threads)
         device = "cpu" if kind == "cpu" else "cuda"
-        return cls(config.train.dtype, min(threads, usable_cpus()), device)
+        probe = cls(config.train.dtype, min(threads, usable_cpus()), device)
+        takes_its_own = config.framework == "torch" and probe.module.startswith("torch_impl")
+        return replace(probe, python=config.python) if takes_its_own else probe
 
     def measure(self) -> tuple[float | None, str]:
         """Return the FLOP/s of one card, or of the CPU's threads together, and what multiplied;
         None where that could not be measured.
         """
-        module, arguments = "common.runtime.matmul_peak", [self.dtype, str(self.threads)]
-        if self.device == "cuda" or self.dtype == "bfloat16":
-            module, arguments = "torch_impl.matmul_peak", [*arguments, self.device]
+        arguments = [self.dtype, str(self.threads)]
+        if self.module.startswith("torch_impl"):
+            arguments.append(self.device)
+        python = interpreter(self.module, self.python)
         try:
             said = subprocess.run(
-                worker_command(module, *arguments),
-                env=worker_environment(module),
+                worker_command(self.module, *arguments, python=python),
+                env=worker_environment(self.module, python),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

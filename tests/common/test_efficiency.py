@@ -76,6 +76,17 @@ def test_peaks_are_of_all_devices_together() -> None:
     assert unknown == Peak()
 
 
+def test_pytorch_multiplies_in_the_interpreter_that_its_user_has_named() -> None:
+    named = RunConfig(python="/envs/new/bin/python")
+    other = named.model_copy(update={"framework": "paddle"})
+    probes = [
+        Probe.of_run(run, {"device_kind": kind})
+        for run in (named, other)
+        for kind in ("cpu", "cuda")
+    ]
+    assert [probe and probe.python for probe in probes] == [None, named.python, None, None]
+
+
 def test_a_row_has_its_share_of_the_peak(tmp_path: Path) -> None:
     flops = model_flops_per_token(CONFIG)
     per_second = 128 / 0.1 * flops  # 128 tokens in 100 ms
