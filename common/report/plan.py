@@ -94,7 +94,7 @@ def memory_table(memory: Sequence[DeviceMemory]) -> Table:
 
 
 def boundaries(plan: Plan) -> str:
-    return ",".join(map(str, plan.config.partition)) if plan.config.stages > 0 else ""
+    return ",".join(map(str, plan.config.partition))
 
 
 def _size(plan: Plan) -> tuple[str, int, int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.runtime.parent import end_with_parent
-from common.spec.run import RunConfig
+from common.spec.run import ELEMENT_BYTES, RunConfig
 
 COPIES = 8
 """Inputs that one call works through, so that the cost of a call itself counts little."""
@@ -24,9 +24,6 @@ COPIES = 8
 
 ROUND_SECONDS = 0.02
 """The least time for which a round measures each kernel."""
-
-
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 Operations = Mapping[str, Callable[[], object]]
@@ -75,7 +72,7 @@ def kernels(config: RunConfig) -> list[Kernel]:
         "layer norm and gradient": (n * d, 2 * layers + 1),
         "loss and gradient": (n * model.vocab_size, 1),
     }
-    size = BYTES[train.dtype]
+    size = ELEMENT_BYTES[train.dtype]
     return found + [
         Kernel(name, 4 * count * size, "GB/s", calls) for name, (count, calls) in passes.items()
     ]

@@ -27,7 +27,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from common.spec.run import RunConfig
+from common.spec.run import ELEMENT_BYTES, RunConfig
 
 HELD = """
 framework   unit       where                 between F and B                          between B and W
@@ -125,14 +125,10 @@ def _rows() -> list[tuple[str, str, str, list[str], list[str]]]:
     return rows
 
 
-def element_bytes(dtype: str) -> int:
-    return {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
-
-
 def _value(term: str, config: RunConfig, sequences: int) -> int:
     """Return the bytes of a term such as `8e bSD`."""
     model = config.model
-    element = element_bytes(config.train.dtype)
+    element = ELEMENT_BYTES[config.train.dtype]
     letters = {
         "b": sequences,
         "S": model.context_length,

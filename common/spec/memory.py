@@ -21,10 +21,10 @@ from common.schedule.action import Schedule
 from common.schedule.generators import make_schedule
 from common.schedule.occupancy import occupancy
 from common.schedule.table import IntArray
-from common.spec.activation_memory import HeldBytes, element_bytes, unit_held_bytes
+from common.spec.activation_memory import HeldBytes, unit_held_bytes
 from common.spec.parameters import parameter_shapes, unit_of
 from common.spec.partition import plan_partition
-from common.spec.run import RunConfig
+from common.spec.run import ELEMENT_BYTES, RunConfig
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Memory:
         kinds = {kind for part in parts for kind in part}
         if model.tied_head and "head" in kinds and "embedding" not in kinds:
             parameters += model.vocab_size * model.d_model  # the head's copy of the embedding
-        master = element_bytes(config.train.master_dtype)
-        copy = element_bytes(config.train.dtype) if config.train.dtype == "bfloat16" else 0
+        master = ELEMENT_BYTES[config.train.master_dtype]
+        copy = ELEMENT_BYTES[config.train.dtype] if config.train.dtype == "bfloat16" else 0
         moments = {"adamw": 2, "sgd": int(config.train.momentum > 0)}[config.train.optimizer]
         return DeviceMemory(
             parameters,
@@ -134,11 +134,8 @@ class Memory:
 
     @cached_property
     def _kind_of(self) -> list[tuple[int, bool]]:
-        train = self.config.train
-        small, larger = divmod(train.batch_size, train.micro_batches)
-        return [
-            (small + (i < larger), self.config.recomputes(i)) for i in range(train.micro_batches)
-        ]
+        sizes = self.config.train.micro_batch_sizes
+        return [(size, self.config.recomputes(i)) for i, size in enumerate(sizes)]
 
     @cached_property
     def _occupancy(self) -> list[IntArray]:
@@ -162,7 +159,7 @@ class Memory:
             model, pieces = self.config.model, self._pieces(part)
             inputs = sum(piece[0] != "embedding" for piece in pieces)
             tokens = sequences * model.context_length
-            forward = inputs * tokens * model.d_model * element_bytes(self.config.train.dtype)
+            forward = inputs * tokens * model.d_model * ELEMENT_BYTES[self.config.train.dtype]
             forward += (part[0] == "embedding") * OF_RECOMPUTED_TOKENS.get(self.config.framework, 0)
         return forward, sum(held.waiting for held in units)
 

@@ -24,7 +24,7 @@ from heapq import heappop, heapreplace
 
 from common.schedule.generators import make_schedule
 from common.spec.parameters import parameter_shapes, unit_names, unit_of
-from common.spec.run import RunConfig, TrainSpec, TransformerSpec
+from common.spec.run import ELEMENT_BYTES, RunConfig, TrainSpec, TransformerSpec
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def unit_costs(model: TransformerSpec, train: TrainSpec) -> list[UnitCost]:
     if model.tied_head:
         products["head"] = model.d_model * model.vocab_size  # its weight counts as the embedding's
     tokens = train.micro_batch_size * model.context_length
-    element_bytes = {"bfloat16": 2, "float32": 4, "float64": 8}[train.dtype]
+    element_bytes = ELEMENT_BYTES[train.dtype]
     costs = []
     for unit in size:
         flops = 2 * products[unit] * tokens

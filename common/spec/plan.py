@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from common.schedule.action import Op, Schedule, ScheduleError
 from common.schedule.generators import GENERATORS, SEARCH, make_schedule
 from common.schedule.play import play
-from common.schedule.table import OPS, Table, tabulate
+from common.schedule.table import OP_CODE, OPS, Table, tabulate
 from common.spec.efficiency import model_flops_per_token
 from common.spec.memory import DeviceMemory, Memory, kinds_of
 from common.spec.memory_limit import balanced_within
@@ -32,6 +32,10 @@ from common.spec.unit_times import KINDS, UnitTimes
 
 RECOMPUTE = ("none", "except-last", "every-1", "full")
 """From the one that costs least time to the one that holds least."""
+
+
+_BACKWARD = [OP_CODE[op] for op in (Op.B, Op.BW)]
+"""What takes the forward's time too, where it is computed again."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def candidates(base: RunConfig, devices: int, schedules: Iterable[str]) -> Itera
     batch, units = base.train.batch_size, len(unit_names(base.model))
     counts = {m for m in range(1, batch + 1) if batch % m == 0}
     counts |= {devices * k for k in range(1, 9) if devices * k <= batch}
-    for stages in range(1, devices + 1):
+    for stages in range(1, min(devices, units) + 1):
         for name in schedules:
             chunks = GENERATORS[name].chunks
             for v in [chunks] if chunks else [2, 3, 4]:
@@ -224,19 +228,14 @@ def _step(
     """Return the seconds of a step and the bubble fraction. The optimizer waits for the device with
     the most parameters."""
     table, train = _table(schedule), config.train
-    small, larger = divmod(train.batch_size, train.micro_batches)
-    of_size = {b: _costs(parts, times, b, config) for b in {small + (larger > 0), small} if b}
+    sizes = np.array(train.micro_batch_sizes)[table.micro_batch]  # (n,)
+    recomputed = [config.recomputes(i) for i in range(train.micro_batches)]
+    again = np.array(recomputed)[table.micro_batch] & np.isin(table.op, _BACKWARD)  # (n,)
     spent = np.empty(table.num_rows)
-    for b, (plain, again) in of_size.items():
-        sizes = small + (table.micro_batch < larger)
-        rows = sizes == b
-        recomputed = np.array([config.recomputes(i) for i in range(train.micro_batches)])
-        cost = np.where(
-            recomputed[table.micro_batch],
-            again[table.op, table.virtual_stage],
-            plain[table.op, table.virtual_stage],
-        )
-        spent[rows] = cost[rows]
+    for size in set(train.micro_batch_sizes):
+        cost, rows = _costs(parts, times, size), sizes == size
+        place = table.virtual_stage[rows]
+        spent[rows] = cost[table.op[rows], place] + again[rows] * cost[OP_CODE[Op.F], place]
     spent[table.leads + 1] += spent[table.leads]  # two that overlap: the second takes both times
     spent[table.leads] = 0.0
     played = play(table, spent.tolist(), [times.hop_seconds] * table.num_rows)
@@ -246,15 +245,8 @@ def _step(
     return makespan + optimizer + times.rest_seconds, bubble
 
 
-def _costs(
-    parts: Sequence[Sequence[str]], times: UnitTimes, sequences: int, config: RunConfig
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return (4, K): the seconds of every operation on every part; and with recomputation."""
-    plain = np.array(
+def _costs(parts: Sequence[Sequence[str]], times: UnitTimes, sequences: int) -> NDArray[np.float64]:
+    """Return (4, K): the seconds of every operation on every part."""
+    return np.array(
         [[sum(times.of(unit, op, sequences) for unit in part) for part in parts] for op in OPS]
     )
-    again = plain.copy()
-    for row, op in enumerate(OPS):
-        if op in (Op.B, Op.BW):
-            again[row] += plain[OPS.index(Op.F)]
-    return plain, again

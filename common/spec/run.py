@@ -43,6 +43,10 @@ Framework = Literal["torch", "tensorflow", "paddle"]
 FRAMEWORKS: tuple[Framework, ...] = ("torch", "tensorflow", "paddle")
 
 
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+"""By `TrainSpec.dtype`."""
+
+
 class Frozen(BaseModel):
     """Base of all specifications: no unknown fields, no changes after construction."""
 
@@ -194,6 +198,12 @@ class TrainSpec(Frozen):
         have one fewer.
         """
         return -(-self.batch_size // self.micro_batches)
+
+    @property
+    def micro_batch_sizes(self) -> tuple[int, ...]:
+        """Sequences in every micro-batch: 10 in 4 are 3, 3, 2, 2."""
+        size, larger = divmod(self.batch_size, self.micro_batches)
+        return tuple(size + (i < larger) for i in range(self.micro_batches))
 
     @property
     def micro_batches_are_equal(self) -> bool:

@@ -25,7 +25,7 @@ from common.schedule.action import Op
 from common.schedule.generators import make_schedule
 from common.schedule.occupancy import occupancy
 from common.spec.plan import Plan, plan_one
-from common.spec.run import FRAMEWORKS, RunConfig, preset
+from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec, preset
 from common.spec.unit_times import UnitTimes
 from tests.campaigns.make_schedules import fill
 
@@ -37,16 +37,11 @@ GB_AT_4 = 2.0
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb-h2": 1}
 
 
-def pieces(m: int) -> list[int]:
-    """The sequences of every micro-batch: 64 in 12 pieces are four of 6 and eight of 5."""
-    small, larger = divmod(BATCH, m)
-    return [small + (i < larger) for i in range(m)]
-
-
 def peak_gb(name: str, m: int, fixed_batch: bool) -> float:
     """Stage 0's activations at their fullest, played by the schedule."""
     schedule = make_schedule(name, STAGES, m, SCHEDULES[name])
-    sizes = pieces(m) if fixed_batch else [BATCH // 4] * m
+    fixed = TrainSpec(batch_size=BATCH, micro_batches=m).micro_batch_sizes
+    sizes = fixed if fixed_batch else [BATCH // 4] * m
     kinds = sorted(set(sizes))
     counts = occupancy(schedule, [kinds.index(size) for size in sizes])[0]
     gb = [GB_AT_4 * size / (BATCH // 4) / SCHEDULES[name] for size in kinds]

@@ -206,6 +206,11 @@ def plan(*words: str) -> int:
     return main(["plan", *words])
 
 
+def test_more_devices_than_units_are_left_idle() -> None:
+    names = [name for name in GENERATORS if name != SEARCH]
+    assert list(candidates(SMALL, 10**18, names)) == list(candidates(SMALL, 8 * 10**8, names))
+
+
 def test_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
