@@ -98,6 +98,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         for option in ("json", "output", "profile")
         if (path := getattr(arguments, option))
     }
+    if "output" in outputs and outputs["output"].suffix.lower() not in (".png", ".svg"):
+        raise UsageError(f"--output {outputs['output']}: expected a picture, .png or .svg")
     if arguments.verify and not (arguments.profile or arguments.costs):
         raise UsageError("--verify: counted costs are no seconds; expected --profile or --costs")
     console = make_console()

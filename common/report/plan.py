@@ -116,9 +116,9 @@ def what_binds(plans: Plans, unlimited: Plans) -> str:
         for plan in unlimited.found
         if plan.config.train.micro_batches > m and _size(plan) == _size(best)
     ]
-    if not finer:
+    if m == best.config.train.batch_size:
         return f"granularity: m = {m} is one sequence in every micro-batch"
-    if finer[0].bubble_fraction < best.bubble_fraction:
+    if finer and finer[0].bubble_fraction < best.bubble_fraction:
         return (
             f"granularity: m = {finer[0].config.train.micro_batches} has a smaller bubble "
             f"({finer[0].bubble_fraction:.1%}), and takes "

@@ -34,6 +34,9 @@ RECOMPUTE = ("none", "except-last", "every-1", "full")
 """From the one that costs least time to the one that holds least."""
 
 
+MOST_PER_DEVICE = 64
+"""Micro-batches: more would only make the table longer."""
+
 _BACKWARD = [OP_CODE[op] for op in (Op.B, Op.BW)]
 """What takes the forward's time too, where it is computed again."""
 
@@ -116,12 +119,15 @@ def make_plans(
 def candidates(base: RunConfig, devices: int, schedules: Iterable[str]) -> Iterator[RunConfig]:
     """Yield the runs to compare, not yet cut. [1]
 
-    m: the divisors of the mini-batch, and multiples of the devices, whose pieces may be uneven.
+    m: the divisors of the mini-batch, and multiples of the devices, whose pieces may be uneven; at
+    most `MOST_PER_DEVICE` for each, where 1f1b's bubble is below 1/64.
     """
     batch, units = base.train.batch_size, len(unit_names(base.model))
-    counts = {m for m in range(1, batch + 1) if batch % m == 0}
-    counts |= {devices * k for k in range(1, 9) if devices * k <= batch}
-    for stages in range(1, min(devices, units) + 1):
+    used = min(devices, units)
+    most = min(batch, MOST_PER_DEVICE * used)
+    counts = {m for m in range(1, most + 1) if batch % m == 0}
+    counts |= {used * k for k in range(1, 9) if used * k <= most}
+    for stages in range(1, used + 1):
         for name in schedules:
             chunks = GENERATORS[name].chunks
             for v in [chunks] if chunks else [2, 3, 4]:

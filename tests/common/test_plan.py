@@ -206,6 +206,12 @@ def plan(*words: str) -> int:
     return main(["plan", *words])
 
 
+def test_a_huge_mini_batch_is_cut_into_no_more_than_makes_sense() -> None:
+    train = SMALL.train.model_copy(update={"batch_size": 2**20})
+    found = candidates(SMALL.model_copy(update={"train": train}), 2, ["1f1b"])
+    assert max(config.train.micro_batches for config in found) == 128
+
+
 def test_more_devices_than_units_are_left_idle() -> None:
     names = [name for name in GENERATORS if name != SEARCH]
     assert list(candidates(SMALL, 10**18, names)) == list(candidates(SMALL, 8 * 10**8, names))
@@ -243,6 +249,7 @@ def test_the_command_line(
         (["--costs", __file__], "not a profile"),
         (["--stages", "2"], "unknown option"),
         (["--devices", "0"], "at least 1"),
+        (["--output", "plan.xyz"], "expected a picture, .png or .svg"),
     ],
 )
 def test_wrong_input_is_one_line(
