@@ -93,3 +93,11 @@ def check_file(
         with pytest.raises(ExchangeError, match=r"\w"):
             convert.read_weights(spec, hostile)
     assert not (place / "harmed").exists() and not (place / "wrong").exists()
+
+
+def same_weights(a: Path, b: Path) -> None:
+    """Two checkpoints hold the same model, to the bit."""
+    one, other = checkpoint.load(a), checkpoint.load(b)
+    assert one.manifest.model == other.manifest.model
+    for name, value in one.weights.items():
+        np.testing.assert_array_equal(value, other.weights[name], err_msg=name)

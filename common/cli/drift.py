@@ -20,7 +20,7 @@ from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.harness.zoo import base_config, run_zoo
 from common.io.console import make_console, say
 from common.io.edges import whole_number
-from common.io.usage import UsageError, known_word
+from common.io.usage import UsageError, chosen
 from common.report.machine import this_machine
 from common.report.zoo import GOOD, Zoo
 from common.report.zoo_page import print_zoo, write_page
@@ -154,14 +154,6 @@ def steps_shown(console: Console) -> Callable[[str, int], None]:
             console.print(f"{framework}: {done} steps")
 
     return stepped
-
-
-def chosen(text: str, known: tuple[str, ...] | list[str], option: str) -> list[str]:
-    """Return the words of a comma list. Raises UsageError for an unknown one."""
-    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-    if not words:
-        raise UsageError(f"{option}: nothing named; expected some of {', '.join(known)}")
-    return [known_word(option, word, known) for word in words]
 
 
 def _steps(text: str) -> list[int]:

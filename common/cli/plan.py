@@ -21,7 +21,7 @@ from common.harness.profile import Profile, profile
 from common.io.bounded import read_text
 from common.io.console import make_console, say
 from common.io.edges import number, write_file
-from common.io.usage import UsageError, known_word
+from common.io.usage import UsageError, chosen
 from common.report import plan as shown
 from common.report.collect import collect
 from common.schedule.generators import GENERATORS
@@ -92,7 +92,8 @@ def read_size(text: str) -> float:
 
 def _plan(arguments: argparse.Namespace) -> int:
     config = read_run(arguments, reads_text=bool(arguments.profile))
-    schedules = _schedules(arguments.schedules)
+    named = arguments.schedules
+    schedules = [] if named is None else chosen(named, GENERATORS, "--schedules")
     outputs = {
         option: file_to_write(path, f"--{option}")
         for option in ("json", "output", "profile")
@@ -137,11 +138,6 @@ def _verify(arguments: argparse.Namespace, plans: Plans, console: Console) -> in
     results = collect(sorted(set(out.iterdir()) - before)).results
     console.print(shown.verified(best, results))
     return status
-
-
-def _schedules(text: str | None) -> list[str]:
-    names = [] if text is None else dict.fromkeys(text.split(","))
-    return [known_word("--schedules", name, GENERATORS) for name in names]
 
 
 def _times(arguments: argparse.Namespace, config: RunConfig, outputs: dict[str, Path]) -> UnitTimes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 class UsageError(ValueError):
@@ -29,3 +29,11 @@ def closest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     if otherwise:
         return f"; {otherwise}"
     return f"; expected one of {', '.join(names)}"
+
+
+def chosen(text: str, known: Collection[str], option: str) -> list[str]:
+    """Return the words of a comma list. Raises UsageError for an unknown one."""
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise UsageError(f"{option}: nothing named; expected some of {', '.join(known)}")
+    return [known_word(option, word, known) for word in words]

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.cli.drift import chosen, steps_shown
+from common.cli.drift import steps_shown
 from common.cli.numbers import add_timeout, positive
 from common.cli.options import file_to_write
 from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.io.console import make_console
 from common.io.edges import write_file
+from common.io.usage import chosen
 from common.report.machine import this_machine
 from common.spec.run import FRAMEWORKS
 from tests.campaigns.margins import REFUSED, Margins, measure

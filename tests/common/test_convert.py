@@ -26,6 +26,7 @@ from common.runtime.oracle_worker import OracleEngine
 from common.spec.parameters import random_arrays
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 from tests.campaigns import fuzz_importers
+from tests.converting import same_weights
 from tests.program import assert_refused, call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,13 +115,6 @@ def test_gpt2_continues_as_the_library_does(gpt2: Path, framework: str, tmp_path
     assert outcome.reason == ""
     found = json.loads((tmp_path / "generation.json").read_text())
     assert found["tokens"] == [text[4:]] and found["closest_call"] > 1e-6
-
-
-def same_weights(a: Path, b: Path) -> None:
-    one, other = checkpoint.load(a), checkpoint.load(b)
-    assert one.manifest.model == other.manifest.model
-    for name, value in one.weights.items():
-        np.testing.assert_array_equal(value, other.weights[name], err_msg=name)
 
 
 @pytest.fixture

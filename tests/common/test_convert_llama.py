@@ -24,6 +24,7 @@ from common.report.result import RunResult
 from common.spec.data import Batch
 from common.spec.parameters import initial_weights
 from common.spec.run import TrainSpec, TransformerSpec
+from tests.converting import same_weights
 from tests.program import call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +82,7 @@ def test_the_library_loads_what_is_exported(llama: Path, tmp_path: Path) -> None
         out = llama / f"{name}-exported"
         assert run("export", llama / f"{name}-imported", "--to", "llama", "--out", out) == 0
         assert load(out, tmp_path / name) == 0  # and so do we
-        same(llama / f"{name}-imported", tmp_path / name)
+        same_weights(llama / f"{name}-imported", tmp_path / name)
     llama_reference("check", llama)
 
 
@@ -110,13 +111,6 @@ MODEL = TransformerSpec(
 )
 
 
-def same(a: Path, b: Path) -> None:
-    one, other = checkpoint.load(a), checkpoint.load(b)
-    assert one.manifest.model == other.manifest.model
-    for name, value in one.weights.items():
-        np.testing.assert_array_equal(value, other.weights[name], err_msg=name)
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """A folder as `export` makes it, whose checkpoint is `saved`."""
@@ -134,7 +128,7 @@ def test_it_is_found_wherever_its_users_have_it(llama: Path, small: Path, tmp_pa
         shutil.copy(small / name, tmp_path / "models--llama" / "blobs" / f"b{number}")
         (revision / name).symlink_to(Path("../../blobs") / f"b{number}")
     assert load(revision, tmp_path / "cached") == 0
-    same(tmp_path / "saved", tmp_path / "cached")
+    same_weights(tmp_path / "saved", tmp_path / "cached")
     assert load(llama / "bfloat16", tmp_path / "bfloat16") == 0
     low, high = (checkpoint.load(p) for p in (tmp_path / "bfloat16", llama / "tied-imported"))
     assert low.manifest.dtype == "float32" and low.manifest.model == high.manifest.model
