@@ -258,8 +258,8 @@ def _simulate(
 ) -> Simulation:
     """Plays the table with a cost for each (virtual stage, operation); times are seconds x `unit`.
 
-    Differs from `common.schedule.simulate` in the costs alone: there they are per device, here per
-    virtual stage, since the embedding's and the head's chunks are unlike the others.
+    Differs from `common.schedule.simulate` in the costs alone: there BW takes what B and W take,
+    here what it has taken, and a schedule may have all three.
     """
     stages = table.virtual_stage.tolist()
     spent = [unit * cost[k, OPS[op].value] for k, op in zip(stages, table.op.tolist(), strict=True)]
