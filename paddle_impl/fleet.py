@@ -231,7 +231,7 @@ def build_pipeline(config: RunConfig, layers: StageLayers, schedule: Schedule) -
     strategy = fleet.fleet._user_defined_strategy
     strategy.pipeline_configs = {
         "accumulate_steps": config.train.micro_batches,
-        "micro_batch_size": config.train.micro_batch_size,
+        "micro_batch_size": config.micro_batch_sizes[0],
     }
     chosen = NativePipeline if config.executor == "native" else TablePipeline
     pipeline = chosen(layers, fleet.get_hybrid_communicate_group(), strategy)

@@ -17,6 +17,7 @@ from common.runtime.engine import Engine
 from common.runtime.job import Job
 from common.runtime.ranks import Ranks
 from common.runtime.ranks import run_on_ranks as run
+from common.runtime.world import World
 from common.spec.run import RunConfig
 from paddle_impl import devices
 
@@ -83,13 +84,13 @@ def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
     paddle.set_device(used[rank])  # for the backend gloo, fleet has chosen the CPU
 
 
-def _join(rank: int, endpoints: Sequence[str], config: RunConfig) -> Callable[[RunConfig], Engine]:
+def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
     devices.configure(
         config.stages, config.threads, config.device
     )  # a spawned rank knows nothing of its parent's
     from paddle_impl.engine import build_engine
 
-    join_pipeline(rank, endpoints, config.device)
+    join_pipeline(world.rank, world.endpoints, config.device)
     return build_engine
 
 

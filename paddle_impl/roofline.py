@@ -30,7 +30,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
     devices.check_dtype(config.train.dtype)
     paddle.set_default_dtype(config.train.dtype)
     model = config.model
-    b, s = config.train.micro_batch_size, model.context_length
+    b, s = config.micro_batch_sizes[0], model.context_length
     n, d, f, v, h = b * s, model.d_model, model.d_ff, model.vocab_size, model.num_heads
     norm = nn.LayerNorm(d, model.norm_epsilon)
     targets = paddle.zeros([b, s], "int64")

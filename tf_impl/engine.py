@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -157,6 +157,9 @@ class PipelineEngine:
 
     def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
         load_gradients(self._named, gradients, self.model.gradient_of)
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        return list(values)
 
     def events(self) -> dict[int, list[Event]]:
         return self.model.events

@@ -32,7 +32,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
 
     model, dtype = config.model, tf.as_dtype(config.train.dtype)
     wide = tf.float64 if dtype == tf.float64 else tf.float32
-    b, s = config.train.micro_batch_size, model.context_length
+    b, s = config.micro_batch_sizes[0], model.context_length
     n, d, f, v, h = b * s, model.d_model, model.d_ff, model.vocab_size, model.num_heads
     norm = keras.layers.LayerNormalization(epsilon=model.norm_epsilon, dtype=dtype.name)
     norm.build((n, d))

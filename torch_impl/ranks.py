@@ -17,6 +17,7 @@ from common.runtime.job import Job
 from common.runtime.ranks import Ranks
 from common.runtime.ranks import run_on_ranks as run
 from common.runtime.worker import Switch
+from common.runtime.world import World
 from common.spec.rules import why_too_few_gpus
 from common.spec.run import RunConfig
 from torch_impl import devices
@@ -38,7 +39,7 @@ def run_on_ranks(jobs: Sequence[Job], switch: Switch) -> int:
     )
 
 
-def _join(rank: int, endpoints: Sequence[str], config: RunConfig) -> Callable[[RunConfig], Engine]:
+def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
     devices.configure(
         config.stages, config.threads, config.device
     )  # a spawned rank knows nothing of its parent's
@@ -47,11 +48,14 @@ def _join(rank: int, endpoints: Sequence[str], config: RunConfig) -> Callable[[R
     from torch_impl import streams
     from torch_impl.engine import build_engine
 
-    device = devices.stage_devices(config.stages, config.device)[rank]
+    device = devices.stage_devices(config.stages, config.device)[world.rank]
     streams.prepare_thread(device, threads_per_stage(config.stages, config.threads))
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(
-        backend, init_method=f"tcp://{endpoints[0]}", rank=rank, world_size=len(endpoints)
+        backend,
+        init_method=f"tcp://{world.endpoints[0]}",
+        rank=world.rank,
+        world_size=world.size,
     )
     return build_engine
 

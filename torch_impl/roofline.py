@@ -26,7 +26,7 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
     from torch_impl.precision import LayerNorm
 
     model, dtype = config.model, getattr(torch, config.train.dtype)
-    b, s = config.train.micro_batch_size, model.context_length
+    b, s = config.micro_batch_sizes[0], model.context_length
     n, d, f, v, h = b * s, model.d_model, model.d_ff, model.vocab_size, model.num_heads
     device = devices.stage_devices(1, config.device)[0]
     norm = LayerNorm(d, model.norm_epsilon, dtype=dtype).to(device)

@@ -257,7 +257,7 @@ class _Session:
 
 
 def _drop_tensors(folder: Path) -> None:
-    for path in folder.glob("part-*.safetensors"):
+    for path in folder.rglob("part-*.safetensors"):
         path.unlink()
 
 
@@ -341,8 +341,7 @@ def print_dry_run(bench: Bench, console: Console) -> None:
 
 def _sizes(config: RunConfig) -> str:
     """Return the sequences in a micro-batch: `4`, or `6 or 5` if they differ."""
-    size = config.train.micro_batch_size
-    return f"{size}" if config.train.micro_batches_are_equal else f"{size} or {size - 1}"
+    return " or ".join(map(str, sorted(set(config.micro_batch_sizes), reverse=True)))
 
 
 def _devices(config: RunConfig) -> list[int]:

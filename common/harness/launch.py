@@ -17,6 +17,7 @@ whatever way, is an `Outcome` that says so; only the user's own stop is an excep
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -172,13 +173,14 @@ def run_jobs_in_worker(
         python = interpreter(module, None if is_oracle else jobs[0].config.python)
         # [1]
         folder.mkdir(parents=True, exist_ok=True)
-        for job in jobs:
-            Path(job.out).mkdir(parents=True, exist_ok=True)
+        folders = [(job, out) for job in jobs for out in job.folders]
+        for _, out in folders:
+            out.mkdir(parents=True, exist_ok=True)
         job_file, log = folder / "jobs.json", log or folder / "worker.log"
         JobFile(jobs=tuple(jobs)).write(job_file)
         # Losses come from a file that grows; what each device does, from its board.
         progress = [_Progress(Path(job.out) / "progress.jsonl") for job in jobs]
-        boards = [Board(Path(job.out), job.config) for job in jobs]
+        boards = [Board(out, job.config) for job, out in folders]
         began = time.monotonic()
         # Without a limit of the user's, computing for however long is no hang: a step may be slow.
         idle_seconds = HANG_SECONDS if hang_seconds is None else hang_seconds
@@ -208,7 +210,7 @@ def run_jobs_in_worker(
                     if patience.is_over():
                         ended_because = (
                             f"no progress for {patience.idle_seconds:g} s "
-                            f"(--hang-timeout): {_where(jobs, boards)}"
+                            f"(--hang-timeout): {_where(folders, boards)}"
                         )
                         break
                     for number, file in enumerate(progress):
@@ -231,12 +233,12 @@ def run_jobs_in_worker(
         return [_outcome(job, log, why, seconds / len(jobs)) for job in jobs]
 
 
-def _where(jobs: Sequence[Job], boards: Sequence[Board]) -> str:
-    """Return what the devices of the first unfinished job are doing."""
-    for job, board in zip(jobs, boards, strict=True):
-        out = Path(job.out)
+def _where(folders: Sequence[tuple[Job, Path]], boards: Sequence[Board]) -> str:
+    """Return what the devices of the first unfinished job, or replica of one, are doing."""
+    for (job, out), board in zip(folders, boards, strict=True):
         if not any([*out.glob("part-*.json"), *out.glob("failed-*.txt")]):
-            return board.explain()
+            where = "" if job.config.replicas == 1 else f"replica {job.folders.index(out)}: "
+            return where + board.explain()
     return "all jobs have ended, but not the worker process"
 
 
@@ -295,9 +297,8 @@ class _Progress:
 
 
 def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outcome:
-    out = Path(job.out)
     reason = ""
-    failures = sorted(out.glob("failed-*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    failures = sorted(_files(job, "failed-*.txt"), key=lambda path: path.stat().st_mtime_ns)
     parts: list[Part] = []
     if failures:
         # The first to fail is the cause. But a process that was killed writes nothing: another one
@@ -306,20 +307,26 @@ def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outco
         reason = next((line for line in reasons if ENDED_BY in line), reasons[0])
     else:
         try:
-            parts = [Part.model_validate_json(_text(path)) for path in out.glob("part-*.json")]
+            parts = [Part.model_validate_json(_text(path)) for path in _files(job, "part-*.json")]
         except ValidationError as error:
             reason = f"a part of the result cannot be read: {error}".splitlines()[0]
         parts.sort(key=lambda part: part.devices)
         # Every device must be in some part: a rank that is gone without a word leaves a gap.
-        found = {device for part in parts for device in part.devices}
-        lacking = set(range(job.config.stages)) - found
+        found = collections.Counter(device for part in parts for device in part.devices)
+        lacking = [d for d in range(job.config.stages) if found[d] < job.config.replicas]
         if lacking and not reason:
             reason = why_child_ended
             if parts:
-                reason += f"; no result from device {', '.join(map(str, sorted(lacking)))}"
+                reason += f"; no result from device {', '.join(map(str, lacking))}"
     if reason:
         return Outcome("failed", reason, log, (), seconds)
-    return Outcome("ok", "", log, tuple(parts), seconds)
+    # The replicas' have the same losses, and times that their sums of gradients have made equal.
+    return Outcome("ok", "", log, tuple(part for part in parts if part.replica == 0), seconds)
+
+
+def _files(job: Job, pattern: str) -> list[Path]:
+    """Return the files of all replicas."""
+    return [path for out in job.folders for path in out.glob(pattern)]
 
 
 def _why_it_ended(return_code: int, log: Path) -> str:

@@ -55,17 +55,18 @@ def read_probe(folder: Path, same_copies: bool = True) -> Run:
     """
     parts = [
         Part.model_validate_json(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("part-*.json"))
+        for path in sorted(folder.glob("part-*.json"))  # those of replica 0
     ]
     tensors: Tensors = {}
-    for path in sorted(folder.glob("part-*.safetensors")):
+    for path in sorted(folder.rglob("part-*.safetensors")):
         try:
             arrays = load_file(path)
         except TypeError as error:
             raise ValueError(f"{path.name}: {error}") from None
         for text, value in arrays.items():
             key = TensorKey.parse(text)
-            # A tied weight lies on the first and the last stage, and both saved it.
+            # A tied weight lies on the first and the last stage, and both saved it; and every
+            # replica has all weights.
             twin = next((k for k in tensors if k._replace(stage=key.stage) == key), None)
             if same_copies and twin is not None and not np.array_equal(value, tensors[twin]):
                 raise ValueError(f"the copies of {key} differ")

@@ -150,7 +150,7 @@ def unit_times(timings: Iterable[tuple[RunConfig, Timing]], source: str) -> Unit
     hops, optimizer = [], []
     for run, timing in timings:
         units = [part[0] for part in plan_partition(run).parts]
-        sequences = run.train.micro_batch_size
+        sequences = run.micro_batch_sizes[0]
         for cost in timing.costs:
             known = found[units[cost.virtual_stage].partition(".")[0]][cost.op]
             known.setdefault(sequences, []).append(cost.seconds)

@@ -33,6 +33,10 @@ class BaselineEngine:
             f"executor = {self.config.executor} does not run units alone; expected table"
         )
 
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Return `values`: a baseline has no replicas."""
+        return list(values)
+
     def events(self) -> dict[int, list[Event]]:
         """Return what was recorded, which for a plain loop is nothing."""
         return {self.devices[0]: list(self._events)}

@@ -1,8 +1,11 @@
 """What the harness asks of an implementation: `build_engine(config) -> Engine` in its `engine.py`.
 
-An engine holds some of the pipeline's devices: all of them where stages are threads (PyTorch,
-TensorFlow), one where a stage is a process (Paddle). Where stages are processes, all ranks call the
-same methods in the same order.
+An engine holds some of the pipeline's devices: all of them where stages are threads (PyTorch and
+TensorFlow with one replica on one host), one where a stage is a process (Paddle, and everybody with
+replicas or over hosts). Where stages are processes, all ranks call the same methods in the same
+order, and each reads the whole mini-batch: a replica takes its own micro-batches of it
+(`Batch.share`), divides by the tokens of all and numbers samples over all, so that gradients are
+simply added up over the replicas.
 
 One training step is `forward_backward`, then `apply_gradients`. The rest reads, replaces or checks:
 
@@ -20,7 +23,7 @@ Letters in shapes: B samples, S positions, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -64,6 +67,8 @@ class Engine(Protocol):
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
         """Return the output of every unit for every micro-batch, (B, S, D), of the head (B, S, V).
+
+        Replica r's micro-batches are those from r x m on, of all that the mini-batch is cut into.
 
         Keys are (step, "forward", stage, micro-batch, unit, "output").
         """
@@ -127,6 +132,11 @@ class Engine(Protocol):
 
     def events(self) -> dict[int, list[Event]]:
         """Return what the last `forward_backward` did, per device."""
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of `values`, place by place, over all processes of the run; every one
+        calls it, with as many. Alone: `values` themselves.
+        """
 
     def environment(self) -> dict[str, Any]:
         """Return versions, devices, threads and flags, as the framework itself reports them."""

@@ -7,6 +7,7 @@ part-<device>.json    one `Part` per process, named after its first device
 part-<device>.safetensors   step 0's gradients; for a probe also activations, one optimizer step, trained weights
 evaluation.json, generation.json   what inference found, from the process that holds device 0
 failed-<device>.txt   the traceback, where a job failed
+replica-<r>/          the same files from the processes of replica r, from 1 on; replica 0 is the run that reports show
 """  # noqa: E501
 
 from __future__ import annotations
@@ -95,6 +96,24 @@ class Job(BaseModel):
     batches: int | None = None
     """evaluate: mini-batches of the held-out text; default: all of it."""
     generation: Generation | None = None
+    replica: int = 0
+    """Which one's the job is (`of_replica`)."""
+
+    def of_replica(self, replica: int) -> Job:
+        """Return the job as a replica's processes do it: those after the first write into folders
+        of their own, and save nothing, since their weights are the same.
+        """
+        if replica == 0:
+            return self
+        out = str(self.folders[replica])
+        own = {"replica": replica, "out": out, "saving": None, "fault": None}
+        return self.model_copy(update=own)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folder of every replica; the first is the job's own."""
+        out = Path(self.out)
+        return [out, *(out / f"replica-{r}" for r in range(1, self.config.replicas))]
 
 
 class JobFile(BaseModel):
@@ -161,6 +180,7 @@ class Part(BaseModel):
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
     devices: tuple[int, ...]
+    replica: int = 0
     steps: list[StepRecord]
     held_out_loss: float
     """NaN where nothing was evaluated."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,8 @@ class OracleEngine:
         self.config = config
         self.devices = tuple(range(config.stages))
         self.on_action: Callable[[int, Action | None], None] = unwatched
+        # Micro-batches of all replicas: it computes the whole mini-batch at once.
+        self._pieces = config.replicas * config.train.micro_batches
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         self.oracle = Oracle(self.config.model, self.config.train, dict(weights))
@@ -64,7 +66,7 @@ class OracleEngine:
         return self.oracle.forward(batch, training=False)[0]
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
-        return dict(self.oracle.unit_outputs(batch, self.config.train.micro_batches))
+        return dict(self.oracle.unit_outputs(batch, self._pieces))
 
     def probe_units(
         self,
@@ -72,18 +74,17 @@ class OracleEngine:
         inputs: Mapping[str, NDArray[Any]],
         output_gradients: Mapping[str, NDArray[Any]],
     ) -> dict[TensorKey, NDArray[Any]]:
-        pieces = self.config.train.micro_batches
         found: dict[TensorKey, NDArray[Any]] = {}
         for unit in unit_names(self.config.model):
             output, input_gradient, gradients = self.oracle.probe_unit(
                 batch, unit, inputs.get(unit), output_gradients[unit]
             )
             key = TensorKey(batch.step, "unit_forward", 0, -1, unit, "output")
-            for i, piece in enumerate(np.array_split(output, pieces)):
+            for i, piece in enumerate(np.array_split(output, self._pieces)):
                 found[key._replace(micro_batch=i)] = piece
             key = key._replace(phase="unit_backward", tensor="input_gradient")
             if input_gradient is not None:  # the embedding's input is tokens
-                for i, piece in enumerate(np.array_split(input_gradient, pieces)):
+                for i, piece in enumerate(np.array_split(input_gradient, self._pieces)):
                     found[key._replace(micro_batch=i)] = piece
             found |= {key._replace(tensor=name): gradient for name, gradient in gradients.items()}
         return found
@@ -115,6 +116,9 @@ class OracleEngine:
 
     def events(self) -> dict[int, list[Event]]:
         return {device: [] for device in self.devices}
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        return list(values)
 
     def environment(self) -> dict[str, Any]:
         version = f"numpy {np.__version__}"

@@ -1,4 +1,4 @@
-"""One process per stage: started together, ended together.
+"""One process per stage and replica: started together, ended together.
 
 The framework is imported once and then forked, which starts two stages in about half the time of
 its own launcher; for GPUs every rank is spawned. A rank dies with its parent; if one rank fails,
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any, Literal
 
 from common.io.edges import write_file
@@ -26,7 +25,9 @@ from common.runtime.engine import Engine
 from common.runtime.job import Job, JobFile
 from common.runtime.patience import Patience
 from common.runtime.worker import Switch, no_drift, run_jobs
+from common.runtime.world import World
 from common.schedule import generators
+from common.spec.mesh import Mesh
 from common.spec.run import RunConfig
 
 GRACE_SECONDS = 5.0
@@ -42,10 +43,8 @@ class Ranks:
 
     name: str
     """Of the implementation, for messages."""
-    join: Callable[[int, Sequence[str], RunConfig], Callable[[RunConfig], Engine]]
-    """(rank, addresses of all ranks as host:port, first config) -> build_engine; returns when all
-    have joined.
-    """
+    join: Callable[[World, RunConfig], Callable[[RunConfig], Engine]]
+    """(this process among all, first config) -> build_engine; returns when all have joined."""
     wait_for_all: Callable[[int], None]
     """(number of ranks): returns when all have called it."""
     start_method: Literal["fork", "spawn"] = "fork"
@@ -54,8 +53,8 @@ class Ranks:
 
 
 def run_on_ranks(ranks: Ranks, jobs: Sequence[Job], switch: Switch = no_drift) -> int:
-    """Run the jobs, which share `stages` and `device`, on one process per stage. Returns the exit
-    status.
+    """Run the jobs, which share `stages`, `replicas` and `device`, on one process per stage and
+    replica. Returns the exit status.
 
     `switch` is that of `common.runtime.worker.run_jobs`; every rank calls it.
     """
@@ -72,15 +71,15 @@ def run_on_ranks(ranks: Ranks, jobs: Sequence[Job], switch: Switch = no_drift) -
 def _run_until_failure(ranks: Ranks, jobs: Sequence[Job], switch: Switch) -> int | None:
     """Return the index of the first job that failed, or None."""
     context: Any = multiprocessing.get_context(ranks.start_method)
-    stages = jobs[0].config.stages
-    endpoints = _free_endpoints(stages)
+    size = mesh_of(jobs).size
+    endpoints = _free_endpoints(size)
     # Shared memory: the job that each rank is at. A rank that is killed cannot say so any more, and
     # the smallest entry is the first job that not all ranks have ended.
-    progress = context.Array("i", stages, lock=False)
+    progress = context.Array("i", size, lock=False)
     arguments = (ranks, jobs, switch, dict(generators.kept), endpoints, os.getpid(), progress)
     processes = [
         context.Process(target=_rank_main, args=(rank, *arguments), daemon=True)
-        for rank in range(stages)
+        for rank in range(size)
     ]
     try:
         for process in processes:
@@ -95,6 +94,11 @@ def _run_until_failure(ranks: Ranks, jobs: Sequence[Job], switch: Switch) -> int
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+def mesh_of(jobs: Sequence[Job]) -> Mesh:
+    """Return who computes what in these jobs, which share it."""
+    return Mesh(jobs[0].config.stages, jobs[0].config.replicas)
 
 
 def _all_end_well(processes: Sequence[Any]) -> bool:
@@ -122,9 +126,11 @@ def _report(name: str, job: Job, processes: Sequence[Any]) -> None:
     """Report which rank was ended from outside, since it could not do so itself."""
     for rank, process in enumerate(processes):
         if process.exitcode is not None and process.exitcode < 0:
-            line = f"stage {rank} was ended by {signal.Signals(-process.exitcode).name}"
+            stage, replica = mesh_of([job]).place(rank)
+            who = f"stage {stage}" + (f" of replica {replica}" if job.config.replicas > 1 else "")
+            line = f"{who} was ended by {signal.Signals(-process.exitcode).name}"
             print(f"{name}: {line}", file=sys.stderr, flush=True)
-            write_file(Path(job.out) / f"failed-{rank}.txt", line + "\n")
+            write_file(job.folders[replica] / f"failed-{stage}.txt", line + "\n")
 
 
 def _rank_main(
@@ -139,12 +145,15 @@ def _rank_main(
 ) -> None:
     """Run one rank. It ends with status 1 at the first job that fails here or on another rank."""
     _die_with(parent)
+    world = World(rank, tuple(endpoints))
+    stage, replica = mesh_of(jobs).place(rank)
     try:
         generators.kept.update(schedules)  # a spawned rank has none
-        build_engine = ranks.join(rank, endpoints, jobs[0].config)
+        build_engine = ranks.join(world, jobs[0].config)
         for index, job in enumerate(jobs):
             progress[rank] = index
-            if run_jobs(JobFile(jobs=(job,)), build_engine, first_device=rank, switch=switch):
+            own = JobFile(jobs=(job.of_replica(replica),))
+            if run_jobs(own, build_engine, first_device=stage, switch=switch):
                 # Not sys.exit: whoever waits for this rank is to know now, and what the framework
                 # would say to the other ranks at exit could hang.
                 sys.stdout.flush()
@@ -154,7 +163,7 @@ def _rank_main(
     except Exception:
         text = traceback.format_exc()
         print(text, flush=True)
-        write_file(Path(jobs[progress[rank]].out) / f"failed-{rank}.txt", text)
+        write_file(jobs[progress[rank]].folders[replica] / f"failed-{stage}.txt", text)
         sys.stdout.flush()
         os._exit(1)
 

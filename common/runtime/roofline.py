@@ -48,7 +48,7 @@ def kernels(config: RunConfig) -> list[Kernel]:
     A product (n, a) x (a, b) has 2 n a b operations, and so has each of its gradients.
     """
     model, train = config.model, config.train
-    sequences, layers = train.micro_batch_size, model.num_layers
+    sequences, layers = config.micro_batch_sizes[0], model.num_layers
     n, d, f = sequences * model.context_length, model.d_model, model.d_ff
     products = {
         "query, key, value, output": (2 * n * d * d, 4 * layers),

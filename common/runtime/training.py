@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from common import checkpoint
 from common.checkpoint import CheckpointError, CheckpointWriter
 from common.io.edges import write_file
+from common.runtime.agreement import check_replicas
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event
 from common.runtime.faults import Fault
 from common.runtime.job import EventRecord, Job, Saving, StepRecord
 from common.runtime.watch import Watch
 from common.spec.data import Batch, Corpus
+from common.spec.mesh import Mesh
 from common.spec.parameters import (
     TensorKey,
     initial_weights,
@@ -139,6 +141,10 @@ def train(
             watch.enter("save", step)
             _save(engine, job, job.saving, corpus, batch)
     watch.enter("end", end)
+    if config.replicas > 1:
+        mesh = Mesh(config.stages, config.replicas)
+        rank = mesh.rank(engine.devices[0], job.replica)
+        check_replicas(mesh, rank, engine.weights(), end, engine.sum_over_ranks)
     return records
 
 

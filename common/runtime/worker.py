@@ -72,11 +72,11 @@ def _run_job(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
             load_weights(engine, job)
             built = time.perf_counter() - began
             generate(engine, job)
-            part = _part(job.config, engine, [], math.nan, built, None)
+            part = _part(job, engine, [], math.nan, built, None)
         elif job.kind == "evaluate":
             load_weights(engine, job)
             built = time.perf_counter() - began
-            part = _part(job.config, engine, [], evaluate(engine, job, corpus).loss, built, corpus)
+            part = _part(job, engine, [], evaluate(engine, job, corpus).loss, built, corpus)
         else:
             part = _train_job(engine, job, corpus, began)
         # Last, so that a part file says that the job ended well.
@@ -107,21 +107,22 @@ def _train_job(engine: Engine, job: Job, corpus: Corpus, began: float) -> Part:
     # safetensors wants tensors in one piece: a transposed view would be saved the wrong way round.
     tensors = {str(key): np.ascontiguousarray(value) for key, value in arrays.items()}
     save_file(tensors, Path(job.out) / f"part-{engine.devices[0]}.safetensors")
-    return _part(config, engine, steps, held_out_loss, build_seconds, corpus)
+    return _part(job, engine, steps, held_out_loss, build_seconds, corpus)
 
 
 def _part(
-    config: RunConfig,
+    job: Job,
     engine: Engine,
     steps: list[StepRecord],
     held_out_loss: float,
     build_seconds: float,
     corpus: Corpus | None,
 ) -> Part:
-    said = engine.environment()
+    said, config = engine.environment(), job.config
     cuda = cuda_in(build_file(config.framework) or "")
     return Part(
         devices=engine.devices,
+        replica=job.replica,
         steps=steps,
         held_out_loss=held_out_loss,
         build_seconds=build_seconds,

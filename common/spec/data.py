@@ -79,6 +79,13 @@ class Batch:
         )
         return [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
 
+    def share(self, replica: int, replicas: int, count: int) -> list[MicroBatch]:
+        """Return the `count` micro-batches of one of `replicas`: the mini-batch is cut into those
+        of all of them, so every row is dealt once, and a row keeps its number wherever it goes.
+        """
+        first = replica * count
+        return self.micro_batches(replicas * count)[first : first + count]
+
 
 @dataclass(frozen=True)
 class MicroBatch:

@@ -134,7 +134,7 @@ class Memory:
 
     @cached_property
     def _kind_of(self) -> list[tuple[int, bool]]:
-        sizes = self.config.train.micro_batch_sizes
+        sizes = self.config.micro_batch_sizes
         return [(size, self.config.recomputes(i)) for i, size in enumerate(sizes)]
 
     @cached_property
@@ -165,7 +165,7 @@ class Memory:
 
     def _again(self, part: Part) -> int:
         """Return what B computes again at once: the largest piece, of the largest micro-batch."""
-        sequences = self.config.train.micro_batch_size
+        sequences = self.config.micro_batch_sizes[0]
         return max(
             sum(self._unit(unit, sequences).forward for unit in piece)
             for piece in self._pieces(part)

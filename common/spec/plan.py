@@ -187,7 +187,7 @@ def _cut(
     """Return the parts of the fastest cut that fits, or of the fastest of all if none does."""
     memory = Memory(config, schedule)
     units, layers = unit_names(config.model), config.model.num_layers
-    sequences = config.train.micro_batch_size
+    sequences = config.micro_batch_sizes[0]
     embedding, block, head = (
         times.of(unit, Op.F, sequences) + times.of(unit, Op.BW, sequences) for unit in KINDS
     )
@@ -234,11 +234,11 @@ def _step(
     """Return the seconds of a step and the bubble fraction. The optimizer waits for the device with
     the most parameters."""
     table, train = _table(schedule), config.train
-    sizes = np.array(train.micro_batch_sizes)[table.micro_batch]  # (n,)
+    sizes = np.array(config.micro_batch_sizes)[table.micro_batch]  # (n,)
     recomputed = [config.recomputes(i) for i in range(train.micro_batches)]
     again = np.array(recomputed)[table.micro_batch] & np.isin(table.op, _BACKWARD)  # (n,)
     spent = np.empty(table.num_rows)
-    for size in set(train.micro_batch_sizes):
+    for size in set(config.micro_batch_sizes):
         cost, rows = _costs(parts, times, size), sizes == size
         place = table.virtual_stage[rows]
         spent[rows] = cost[table.op[rows], place] + again[rows] * cost[OP_CODE[Op.F], place]

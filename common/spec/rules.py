@@ -51,6 +51,7 @@ def why_impossible(config: RunConfig) -> Impossible | None:
         or _precision(config)
         or _drift(config)
         or _executor(config)
+        or _replicas(config)
     )
 
 
@@ -122,6 +123,13 @@ def _executor(config: RunConfig) -> Impossible | None:
         return Impossible("recompute", f" = {config.recompute}: {why}")
     why_not = _why_not_native(config) if config.executor == "native" else None
     return None if why_not is None else Impossible("executor", f" = native: {why_not}")
+
+
+def _replicas(config: RunConfig) -> Impossible | None:
+    if config.replicas == 1 or config.executor == "table":
+        return None
+    why = f"executor = {config.executor} has one pipeline; expected 1, or executor = table"
+    return Impossible("replicas", f" = {config.replicas}: {why}")
 
 
 def why_too_few_gpus(stages: int, gpus: int) -> str | None:

@@ -247,6 +247,17 @@ class RunConfig(Frozen):
     chunks: int = Field(
         1, ge=1, description="model chunks per device (v), for interleaved schedules"
     )
+    replicas: int = Field(
+        1,
+        ge=1,
+        description="pipelines (d) that share every mini-batch, each stage a process of its own; "
+        "micro_batches is the number for each",
+    )
+    reduce: Literal["overlap", "flush"] = Field(
+        "overlap",
+        description="replicas add up a chunk's gradients as soon as they are whole (overlap), or "
+        "all behind the last action (flush)",
+    )
     schedule: OsText = Field(
         "1f1b", min_length=1, description="name of the pipeline schedule, or file:PATH"
     )
@@ -342,6 +353,14 @@ class RunConfig(Frozen):
             int(self.recompute.removeprefix("every-")) if self.recompute.startswith("every-") else 0
         )
 
+    @property
+    def micro_batch_sizes(self) -> tuple[int, ...]:
+        """Sequences in the micro-batches of replica 0, which has the largest: 10 sequences for 2
+        replicas of 2 micro-batches are 3, 3 and 2, 2.
+        """
+        size, larger = divmod(self.train.batch_size, self.replicas * self.train.micro_batches)
+        return tuple(size + (i < larger) for i in range(self.train.micro_batches))
+
     def recomputes(self, micro_batch: int) -> bool:
         """Return whether the backward of this micro-batch computes its forward again."""
         return recompute.recomputes(self.recompute, micro_batch, self.train.micro_batches)
@@ -381,6 +400,13 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"stages x chunks x micro_batches = {parts * self.train.micro_batches}; expected "
                 f"at most {MAX_PLACES}"
+            )
+        pieces = self.replicas * self.train.micro_batches
+        if self.replicas > 1 and pieces > self.train.batch_size:
+            raise ValueError(
+                f"replicas x micro_batches = {pieces} is more than batch_size = "
+                f"{self.train.batch_size}, and a micro-batch has at least one sequence; expected "
+                f"at most {self.train.batch_size}"
             )
         if self.executor == "plain" and parts > 1:
             raise ValueError(
