@@ -29,13 +29,15 @@ def main(arguments: list[str]) -> int:
         )
     except ValueError as error:
         return _refuse(str(error))
-    native = [job for job in jobs.jobs if job.config.executor == "native"]
+    in_ranks = [
+        job for job in jobs.jobs if job.config.executor == "native" or job.config.replicas > 1
+    ]
     status = 0
-    for stages in sorted(
-        {job.config.stages for job in native}
-    ):  # first, since a process with threads must not fork
-        status |= run_on_ranks([job for job in native if job.config.stages == stages], switch)
-    others = [job for job in jobs.jobs if job not in native]
+    # First, since a process with threads must not fork.
+    for mesh in sorted({(job.config.stages, job.config.replicas) for job in in_ranks}):
+        own = [job for job in in_ranks if (job.config.stages, job.config.replicas) == mesh]
+        status |= run_on_ranks(own, switch)
+    others = [job for job in jobs.jobs if job not in in_ranks]
     return status | run_jobs(JobFile(jobs=tuple(others)), build_engine, switch=switch)
 
 

@@ -55,44 +55,63 @@ def build_engine(config: RunConfig) -> Engine:
 
 
 class PipelineEngine:
-    """All stages in this process, each with a thread of its own (`common.runtime.engine.Engine`).
+    """The stages of this process, each with a thread of its own (`common.runtime.engine.Engine`):
+    all of them, unless a subclass (`torch_impl.rank_engine`) holds one.
 
     PyTorch's operators release Python's lock, so the threads compute at the same time.
     """
 
+    replica = 0
+
     def __init__(self, config: RunConfig) -> None:
+        self._build(
+            config,
+            tuple(range(config.stages)),
+            devices.stage_devices(config.stages, config.device),
+            threads_per_stage(config.stages, config.threads),
+        )
+
+    def _build(
+        self,
+        config: RunConfig,
+        own: tuple[int, ...],
+        torch_devices: list[torch.device],
+        threads: int,
+    ) -> None:
+        """Make the stages that this process holds; `torch_devices` are those of all stages."""
         self.config = config
         self.schedule = make_schedule(
             config.schedule, config.stages, config.train.micro_batches, config.chunks
         )
-        self.devices = tuple(range(config.stages))
+        self.devices = own
         self.on_action: Callable[[int, Action | None], None] = unwatched
-        self._torch_devices = devices.stage_devices(config.stages, config.device)
-        self._copy_streams = streams.copy_streams(self._torch_devices)
+        self._torch_devices = torch_devices
+        self._copy_streams = streams.copy_streams(torch_devices)
         parts = plan_partition(config).parts
-        threads = threads_per_stage(config.stages, config.threads)
         # One thread for each stage, for good: PyTorch's number of threads and current stream belong
         # to the thread that has set them.
-        self._threads = [
-            ThreadPoolExecutor(
-                1, f"stage-{d}", streams.prepare_thread, (self._torch_devices[d], threads)
+        self._threads = {
+            d: ThreadPoolExecutor(
+                1, f"stage-{d}", streams.prepare_thread, (torch_devices[d], threads)
             )
-            for d in self.devices
-        ]
-        self.stages = self._on_all(
+            for d in own
+        }
+        made = self._on_all(
             lambda d: Stage(
                 config,
                 [parts[self.schedule.virtual_stage(d, chunk)] for chunk in range(config.chunks)],
-                self._torch_devices[d],
+                torch_devices[d],
+                self.replica,
             )
         )
+        self.stages = dict(zip(own, made, strict=True))
         # Empty where nothing is recorded; else `walk` takes these in the stages' place.
         self._graphed = (
-            [GraphedStage(stage) for stage in self.stages]
-            if graphs.why_eager(config, self._torch_devices[0]) is None
-            else []
+            {d: GraphedStage(stage) for d, stage in self.stages.items()}
+            if graphs.why_eager(config, torch_devices[own[0]]) is None
+            else {}
         )
-        self._named = [item for stage in self.stages for item in stage.named]
+        self._named = [item for stage in made for item in stage.named]
         self._events: dict[int, list[Event]] = {}
         self._earlier_peaks: dict[torch.device, int] = {}
         self._reset_optimizers()
@@ -112,7 +131,8 @@ class PipelineEngine:
         """As the protocol says. The gradients are clipped in place: read them before."""
         squares = self._on_all(lambda d: self._optimizers[d].squared_norms())
         # Added on the host in the order of the model, whatever the partition.
-        norm = global_norm([square for stage in squares for square in stage])
+        own = [square for stage in squares for square in stage]
+        norm = global_norm(self._everybodys(own if self.replica == 0 else []))
         scale = clip_scale(norm, self.config.train.clip_norm)
         self._on_all(lambda d: self._optimizers[d].step(step, scale))
         return norm
@@ -124,16 +144,17 @@ class PipelineEngine:
         self._run(self.schedule.only_forward(), batch, Mode.RECORD)
         where = {
             key: (d, tensor)
-            for d, stage in enumerate(self.stages)
+            for d, stage in self.stages.items()
             for key, tensor in stage.outputs.items()
         }
-        outputs = {}
+        outputs, m = {}, self.config.train.micro_batches
         for unit in unit_names(self.config.model):
-            for i in range(self.config.train.micro_batches):
-                device, tensor = where[unit, i]
-                outputs[TensorKey(batch.step, "forward", device, i, unit, "output")] = to_array(
-                    tensor
-                )
+            for i in range(m):
+                if (unit, i) in where:
+                    device, tensor = where[unit, i]
+                    number = self.replica * m + i
+                    key = TensorKey(batch.step, "forward", device, number, unit, "output")
+                    outputs[key] = to_array(tensor)
         self._drop_outputs()
         return outputs
 
@@ -152,7 +173,9 @@ class PipelineEngine:
         self._run(
             self.schedule.only_forward(), Batch(0, inputs, np.zeros_like(inputs)), Mode.PREDICT
         )
-        logits = {i: tensor for stage in self.stages for (_, i), tensor in stage.outputs.items()}
+        logits = {
+            i: tensor for stage in self.stages.values() for (_, i), tensor in stage.outputs.items()
+        }
         self._drop_outputs()
         return np.concatenate([to_array(logits[i]) for i in range(len(logits))])
 
@@ -164,7 +187,7 @@ class PipelineEngine:
             key: merged[key]
             for m in moments
             for name in parameter_shapes(self.config.model)
-            if (key := f"{m}/{name}")
+            if (key := f"{m}/{name}") in merged
         }
 
     def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
@@ -187,7 +210,7 @@ class PipelineEngine:
         return self._events
 
     def environment(self) -> dict[str, Any]:
-        said = self._on(0, lambda: devices.environment(self._torch_devices))
+        said = self._on(self.devices[0], lambda: devices.environment(self._torch_devices))
         return (
             said
             | devices.best_track(self.config)
@@ -201,20 +224,21 @@ class PipelineEngine:
         peaks = {
             self._torch_devices.index(device): max(
                 self._earlier_peaks.get(device, 0),
-                torch.cuda.max_memory_allocated(device) + graphs.idle_bytes(self._graphed, device),
+                torch.cuda.max_memory_allocated(device)
+                + graphs.idle_bytes(self._graphed.values(), device),
             )
             for device in self._cuda_devices()
         }
         return peaks or {0: peak_resident_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
-        return {d: stage.held.peak_bytes for d, stage in enumerate(self.stages)}
+        return {d: stage.held.peak_bytes for d, stage in self.stages.items()}
 
     def in_flight_peak(self) -> dict[int, int]:
-        return {d: stage.held.peak_in_flight for d, stage in enumerate(self.stages)}
+        return {d: stage.held.peak_in_flight for d, stage in self.stages.items()}
 
     def close(self) -> None:
-        for thread in self._threads:
+        for thread in self._threads.values():
             thread.shutdown()
         self._drop_recordings()
         workspaces.free_workspaces(self._torch_devices)
@@ -223,7 +247,7 @@ class PipelineEngine:
         """Every stage walks its line of the schedule. Returns the mean loss; raises the first
         stage's failure.
         """
-        channel = Channel(self._torch_devices, self._copy_streams)
+        channel = self._open_channel(schedule, mode)
         clocks: list[StreamClock] = []
 
         def walk(d: int) -> tuple[list[Event], list[float]]:
@@ -234,6 +258,7 @@ class PipelineEngine:
 
             def before(action: Action) -> None:
                 channel.check()  # another stage may have failed: stop between two actions
+                self._ahead()
                 note(action)
 
             try:
@@ -245,6 +270,7 @@ class PipelineEngine:
                     clocks.append(clock)
                     note = clock.begin
                 events = run_stage(schedule, d, walker, channel, before, clock)
+                self._behind()
                 self.on_action(d, None)
                 return events, stage.losses()
             except Exception as error:
@@ -260,14 +286,29 @@ class PipelineEngine:
         if channel.failure is not None:
             self._drop_recordings()  # some may be half a step
             raise channel.failure
-        if any(stage.records for stage in self._graphed):
+        if any(stage.records for stage in self._graphed.values()):
             self._reset_peaks(
                 {device: torch.cuda.max_memory_allocated(device) for device in self._cuda_devices()}
             )
         if mode is Mode.TRAIN:
-            self._events = {d: events for d, (events, _) in enumerate(results)}
+            self._events = {d: events for d, (events, _) in zip(self.devices, results, strict=True)}
         # fsum is exact, so that the order of the micro-batches changes nothing.
-        return math.fsum(loss for _, losses in results for loss in losses)
+        own = [loss for _, losses in results for loss in losses]
+        return math.fsum(self._everybodys(own))
+
+    def _open_channel(self, schedule: Schedule, mode: Mode) -> Channel:
+        """What carries the tensors of one pass."""
+        return Channel(self._torch_devices, self._copy_streams)
+
+    def _ahead(self) -> None:
+        """What else happens ahead of every action."""
+
+    def _behind(self) -> None:
+        """And behind the last."""
+
+    def _everybodys(self, values: list[float]) -> list[float]:
+        """The values of all processes, in any order: losses of micro-batches, or squared norms."""
+        return values
 
     def _add_tied_gradients(self) -> None:
         """The token embedding's gradient: that of its own use plus that of the head's copy, put in
@@ -276,7 +317,7 @@ class PipelineEngine:
         own, copy = (
             next(
                 (d, gradient_of(item.parameter))
-                for d, stage in enumerate(self.stages)
+                for d, stage in self.stages.items()
                 for item in stage.named
                 if item.name == TOKEN_EMBEDDING and item.is_copy == is_copy
             )
@@ -293,10 +334,10 @@ class PipelineEngine:
                 gradient_of(item.parameter).zero_()
             return StageOptimizer(self.config.train, stage.named)
 
-        self._optimizers = self._on_all(reset)
+        self._optimizers = dict(zip(self.devices, self._on_all(reset), strict=True))
 
     def _drop_recordings(self) -> None:
-        for stage in self._graphed:
+        for stage in self._graphed.values():
             stage.drop()
 
     def _reset_peaks(self, earlier: dict[torch.device, int]) -> None:
@@ -308,7 +349,7 @@ class PipelineEngine:
             torch.cuda.reset_peak_memory_stats(device)
 
     def _drop_outputs(self) -> None:
-        for stage in self.stages:
+        for stage in self.stages.values():
             stage.outputs = {}
 
     def _submit(self, device: int, work: Callable[[], _Result]) -> Future[_Result]:
@@ -333,7 +374,7 @@ class PipelineEngine:
     def _in_order(self, found: list[Arrays]) -> Arrays:
         """The arrays of all devices in canonical order."""
         merged = {name: array for arrays in found for name, array in arrays.items()}
-        return {name: merged[name] for name in parameter_shapes(self.config.model)}
+        return {n: merged[n] for n in parameter_shapes(self.config.model) if n in merged}
 
     def _cuda_devices(self) -> set[torch.device]:
         return {device for device in self._torch_devices if device.type == "cuda"}

@@ -1,8 +1,7 @@
-"""One process per stage (`common.runtime.ranks`), as PyTorch joins them.
+"""One process per stage and replica (`common.runtime.ranks`), as torch.distributed joins them.
 
-Only its own pipeline (`torch_pipelining.py`) needs it.
-
-Differs: TensorFlow runs stages as threads only, and so does our own executor with PyTorch.
+Replicas need it, and PyTorch's own pipeline (`torch_pipelining.py`). Without either, our executor
+runs all stages as threads of one process.
 """
 
 from __future__ import annotations
@@ -24,15 +23,16 @@ from torch_impl import devices
 
 
 def run_on_ranks(jobs: Sequence[Job], switch: Switch) -> int:
-    """Run the jobs, which share `stages` and `device`, on one process per stage. Returns the exit
-    status.
+    """Run the jobs, which share `stages`, `replicas` and `device`, on one process per stage and
+    replica. Returns the exit status.
     """
     config = jobs[0].config
-    used = devices.stage_devices(config.stages, config.device)
+    size = config.stages * config.replicas
+    used = devices.stage_devices(size, config.device)
     on_gpus = used[0].type == "cuda"
-    if on_gpus and (why := why_too_few_gpus(config.stages, len(set(used)))):
+    if on_gpus and (why := why_too_few_gpus(size, len(set(used)))):
         for job in jobs:
-            write_file(Path(job.out) / "failed-0.txt", f"ValueError: executor = native: {why}\n")
+            write_file(Path(job.out) / "failed-0.txt", f"ValueError: {why}\n")
         return 1
     return run(
         Ranks("torch_impl", _join, _wait_for_all, "spawn" if on_gpus else "fork"), jobs, switch
@@ -40,16 +40,16 @@ def run_on_ranks(jobs: Sequence[Job], switch: Switch) -> int:
 
 
 def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
-    devices.configure(
-        config.stages, config.threads, config.device
-    )  # a spawned rank knows nothing of its parent's
+    # A spawned rank knows nothing of its parent's settings.
+    devices.configure(world.local_size, config.threads, config.device)
     from torch import distributed
 
     from torch_impl import streams
     from torch_impl.engine import build_engine
+    from torch_impl.rank_engine import RankEngine
 
-    device = devices.stage_devices(config.stages, config.device)[world.rank]
-    streams.prepare_thread(device, threads_per_stage(config.stages, config.threads))
+    device = devices.device_of_rank(world, config.device)
+    streams.prepare_thread(device, threads_per_stage(world.local_size, config.threads))
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(
         backend,
@@ -57,7 +57,11 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
         rank=world.rank,
         world_size=world.size,
     )
-    return build_engine
+
+    def build(config: RunConfig) -> Engine:
+        return RankEngine(config, world) if config.executor == "table" else build_engine(config)
+
+    return build
 
 
 def _wait_for_all(stages: int) -> None:

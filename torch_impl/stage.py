@@ -50,13 +50,19 @@ class Stage:
     another.
 
     `parts` names the units of each chunk; the stage that holds the head computes the loss.
+    `replica` is the one whose micro-batches go through here.
     """
 
     def __init__(
-        self, config: RunConfig, parts: Sequence[Sequence[str]], device: torch.device
+        self,
+        config: RunConfig,
+        parts: Sequence[Sequence[str]],
+        device: torch.device,
+        replica: int = 0,
     ) -> None:
         self.config = config
         self.device = device
+        self._replica = replica
         self.chunks = [Chunk(config, part, device) for part in parts]
         self.named = [item for chunk in self.chunks for item in chunk.named]
         self._gradients = [gradient_of(item.parameter) for item in self.named]
@@ -74,14 +80,18 @@ class Stage:
 
     def begin(self, batch: Batch, mode: Mode) -> None:
         """Make ready for a pass over `batch`; a training pass starts with zero gradients."""
-        samples = [piece.samples for piece in batch.micro_batches(self.config.train.micro_batches)]
+        # What is predicted goes through every replica, so that each has all of it.
+        share = (0, 1) if mode is Mode.PREDICT else (self._replica, self.config.replicas)
+        pieces = batch.share(*share, self.config.train.micro_batches)
+        samples = [piece.samples for piece in pieces]
+        self._rows = slice(int(samples[0][0]), int(samples[-1][-1]) + 1)
         units = [unit for chunk in self.chunks for unit in chunk.part]
         self.now = Pass(
             mode,
             batch.num_tokens,
             [len(piece) for piece in samples],
-            self._micro_batches(batch.inputs) if "embedding" in units else [],
-            self._micro_batches(batch.targets) if "head" in units else [],
+            self.micro_batches_of(batch.inputs) if "embedding" in units else [],
+            self.micro_batches_of(batch.targets) if "head" in units else [],
             self._contexts(batch, samples)
             if mode.has_dropout and self.config.model.dropout
             else [None] * len(samples),
@@ -96,11 +106,11 @@ class Stage:
         if mode is Mode.TRAIN:
             torch._foreach_zero_(self._gradients)
 
-    def _micro_batches(self, array: NDArray[Any]) -> list[Tensor]:
-        """The rows (B, ...) on the stage's device, cut into micro-batches. One copy, which the host
-        does not wait for.
+    def micro_batches_of(self, array: NDArray[Any]) -> list[Tensor]:
+        """Return this replica's rows of a whole mini-batch's (B, ...), on the stage's device and
+        cut into micro-batches. One copy, which the host does not wait for.
         """
-        whole = torch.from_numpy(array)
+        whole = torch.from_numpy(array[self._rows])
         if self.device.type == "cuda":
             whole = whole.pin_memory().to(self.device, non_blocking=True)
         return list(whole.tensor_split(self.config.train.micro_batches))
@@ -109,7 +119,7 @@ class Stage:
         self, batch: Batch, samples: Sequence[NDArray[Any]]
     ) -> list[DropoutContext | None]:
         key = step_key(self.config.train.seed, batch.step)
-        moved = self._micro_batches(np.concatenate(samples))
+        moved = self.micro_batches_of(np.arange(len(batch.inputs)))
         return [
             self._dropout(key, rows, int(piece[0]))
             for rows, piece in zip(moved, samples, strict=True)

@@ -98,6 +98,7 @@ def expected(
     # All that changes how a run is computed and not what, so that one oracle serves all of them.
     uncut = {"stages": 1, "chunks": 1, "partition": "even", "schedule": "gpipe"}
     plain = {"framework": "torch", "recompute": "none", "drift": None, "python": None}
+    plain |= {"reduce": "overlap"}
     neutral = config.model_copy(update=uncut | plain)
     steps = config.train.steps if steps is None else steps
     return _expected(neutral.model_dump_json(), noise, steps, stores_float32)
@@ -114,7 +115,7 @@ def _expected(text: str, noise: float, steps: int, stores_float32: bool) -> Expe
     probe.apply_gradients(0)
     oracle = Oracle(model, train, weights)
     first = corpus.training_batch(config, 0)
-    unit_outputs = oracle.unit_outputs(first, train.micro_batches)
+    unit_outputs = oracle.unit_outputs(first, config.replicas * train.micro_batches)
     oracle.forward_backward(first)
     gradients = dict(oracle.gradients)
     losses = []

@@ -255,7 +255,7 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         python=interpreter_name(config.python),
         gpus=gpus,
         model_flops_per_token=model_flops_per_token(config),
-        model_tflops_per_device=_tera(flops, gpus or config.stages),
+        model_tflops_per_device=_tera(flops, gpus or config.stages * config.replicas),
         peak_tflops=_tera(_median([peak.measured_flops_per_second for peak in peaks])),
         mfu=_median([result.mfu for result in good]),
         published_peak_tflops=_tera(_median([peak.published_flops_per_second for peak in peaks])),

@@ -32,6 +32,10 @@ BFLOAT16 = tuple(name for name in FRAMEWORKS if name != "paddle")
 """Frameworks that can compute this model in bfloat16; see `paddle_impl.devices.check_dtype`."""
 
 
+REPLICATED: tuple[str, ...] = ("torch",)
+"""Frameworks that train replicas."""
+
+
 class Impossible(NamedTuple):
     """A rule that a run breaks."""
 
@@ -126,7 +130,12 @@ def _executor(config: RunConfig) -> Impossible | None:
 
 
 def _replicas(config: RunConfig) -> Impossible | None:
-    if config.replicas == 1 or config.executor == "table":
+    if config.replicas == 1:
+        return None
+    if config.framework not in REPLICATED:
+        why = f"{config.framework} has one pipeline; expected {' or '.join(REPLICATED)}"
+        return Impossible("replicas", f" = {config.replicas}: {why}")
+    if config.executor == "table":
         return None
     why = f"executor = {config.executor} has one pipeline; expected 1, or executor = table"
     return Impossible("replicas", f" = {config.replicas}: {why}")

@@ -6,6 +6,7 @@ from numpy.testing import assert_array_equal
 
 from common.runtime.agreement import Disagreement, check_replicas, gather
 from common.runtime.reduce import Reduction
+from common.schedule.action import Action, Op
 from common.schedule.generators import make_schedule
 from common.spec.data import IGNORED, Batch
 from common.spec.mesh import Mesh, Place
@@ -55,15 +56,19 @@ def test_too_many_replicas_are_refused() -> None:
 def test_a_chunk_is_reduced_behind_the_action_that_completes_it() -> None:
     schedule = make_schedule("zb-v", 2, 4, 2)
     for device, actions in enumerate(schedule.devices):
+        done: list[Action] = []
         when: dict[int, int] = {}
-        done = 0
-        reduction = Reduction(actions, lambda chunk: when.update({chunk: done}), overlap=True)  # noqa: B023
-        for done in range(len(actions)):
+
+        def start(chunk: int, done: list[Action] = done, when: dict[int, int] = when) -> None:
+            when[chunk] = len(done)
+
+        reduction = Reduction(actions, start, overlap=True)
+        for action in actions:
             reduction.before()
-        done = len(actions)
+            done.append(action)
         reduction.finish()
         # Every chunk once; the one whose gradient is whole first does not wait for the end.
-        last = {a.chunk: n + 1 for n, a in enumerate(actions) if a.op.value in ("W", "BW")}
+        last = {a.chunk: n + 1 for n, a in enumerate(actions) if a.op in (Op.W, Op.BW)}
         assert when == last, device
 
 

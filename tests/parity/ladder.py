@@ -22,6 +22,7 @@ import numpy as np
 import common.harness.probes
 from common.harness.probes import Expected, Run, read_probe
 from common.runtime.job import Job, JobFile
+from common.spec import rules
 from common.spec.run import RunConfig
 
 ROOT = Path(__file__).parent.parent.parent
@@ -63,6 +64,7 @@ def config(
     recompute: str = "none",
     uneven: bool = False,
     batch_size: int = 8,
+    replicas: int = 1,
 ) -> RunConfig:
     """One run, with one CPU thread per stage: a kernel splits its sums by the number of threads, so
     bits depend on it.
@@ -75,7 +77,8 @@ def config(
             "schedule": schedule,
             "partition": partition,
             "device": "cpu",
-            "threads": p,
+            "threads": p * replicas,
+            "replicas": replicas,
             "executor": executor,
             "recompute": recompute,
             **(UNEVEN if uneven else {}),
@@ -128,9 +131,32 @@ CASES: dict[str, tuple[Any, ...]] = {
 }
 
 
+# d and the sequences of a mini-batch; then as above, m for each replica.
+REPLICATED: dict[str, tuple[int, int, tuple[Any, ...]]] = {
+    "d2-1-2-float64": (2, 8, (1, 2, "float64", "tied", "post", "gelu", "even", 0.1, "1f1b")),
+    "d2-2-2-float64": (2, 8, (2, 2, "float64", "tied", "pre", "gelu", "even", 0.1, "zb-h1")),
+    # 3 and 2, 1 and 1 sequences: in each replica, and between them.
+    "d2-2-2-float64-seven": (2, 7, (2, 2, "float64", "untied", "pre", "relu", "1", 0.1, "1f1b")),
+    "d2-2-2-float64-uneven": (2, 8, (2, 2, "float64", "tied", "pre", "gelu", "even", 0.1, "gpipe")),
+    "d2-2-2-float32-llama": (
+        2,
+        8,
+        (2, 2, "float32", "untied", "pre", "llama", "even", 0.0, "1f1b"),
+    ),
+    "d3-1-3-float64": (3, 11, (1, 3, "float64", "untied", "pre", "gelu", "even", 0.1, "1f1b")),
+}
+CASES |= {name: run for name, (_, _, run) in REPLICATED.items()}
+
+
 def case_config(framework: str, case: str) -> RunConfig:
     """The run of a ladder case."""
     p, *_ = CASES[case]
+    if case in REPLICATED:
+        d, sequences, run = REPLICATED[case]
+        uneven = case.endswith("uneven")
+        return config(
+            framework, *run, uneven=uneven, num_layers=2, batch_size=sequences, replicas=d
+        )
     return config(
         framework, *CASES[case], uneven=case.endswith("uneven"), num_layers=4 if p == 4 else 2
     )
@@ -183,6 +209,10 @@ placement: 0 1 | 2 3
 """,
 }
 MODELS: dict[str, tuple[str, str, str, str, int, tuple[str, ...]]] = {
+    "d2": (
+        *("float32", "tied", "pre", "gelu", 18),
+        ("one-stage", "rerun", "rerun-again", "uneven", "gpipe", "zb-v", "recompute-full-split"),
+    ),
     "float32": ("float32", "tied", "pre", "gelu", 10, tuple(VARIANTS)),
     "llama": (
         *("float32", "untied", "pre", "llama", 10),
@@ -236,6 +266,7 @@ def variant_configs(framework: str, model: str, folder: Path) -> dict[str, RunCo
             num_layers=2,
             recompute=recompute,
             batch_size=batch_size,
+            replicas=2 if model == "d2" else 1,
         )
 
     found = {name: of(VARIANTS[name][0], 4, *VARIANTS[name][1:]) for name in names}
@@ -252,7 +283,9 @@ def run_ladder(framework: str, folder: Path) -> dict[str, Probed]:
     configs = {name: case_config(framework, name) for name in CASES} | {
         "extreme": extreme_config(framework)
     }
-    for model in MODELS:
+    if framework not in rules.REPLICATED:
+        configs = {name: one for name, one in configs.items() if one.replicas == 1}
+    for model in MODELS if framework in rules.REPLICATED else set(MODELS) - {"d2"}:
         configs |= {
             f"{model}/{name}": one
             for name, one in variant_configs(framework, model, folder).items()
@@ -288,10 +321,11 @@ def _run_child(
 ) -> None:
     jobs = []
     for name, one in configs.items():
-        (folder / name).mkdir(parents=True)
-        jobs.append(
-            Job(config=one, out=str(folder / name), kind="probe", noise=noises.get(name, NOISE))
-        )
+        noise = noises.get(name, NOISE)
+        job = Job(config=one, out=str(folder / name), kind="probe", noise=noise)
+        for out in job.folders:
+            out.mkdir(parents=True)
+        jobs.append(job)
     path = folder / f"jobs-{group}.json"
     JobFile(jobs=tuple(jobs)).write(path)
     log = folder / f"log-{group}.txt"

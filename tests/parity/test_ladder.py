@@ -9,6 +9,7 @@ import pytest
 from common.harness.probes import compare_probe
 from common.oracle.limits import Comparison, compare
 from common.schedule.generators import make_schedule
+from common.spec.rules import REPLICATED
 from common.spec.run import RunConfig
 from tests.parity.ladder import (
     CASES,
@@ -24,6 +25,13 @@ Ladder = dict[str, Probed]
 Judge = Callable[[str, str, Comparison], None]
 
 every_case = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture(autouse=True)
+def _has_replicas(request: pytest.FixtureRequest, framework: str) -> None:
+    what = request.node.callspec.params.get("case") or request.node.callspec.params.get("model", "")
+    if str(what).startswith("d") and framework not in REPLICATED:
+        pytest.skip(f"{framework} has no replicas")
 
 
 @every_case

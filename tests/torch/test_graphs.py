@@ -106,7 +106,7 @@ def test_replayed_steps_have_the_eager_ones_bits(
     actions = sum(map(len, engine.schedule.devices))
     assert [graph.replays for graph in Graph.made] == [1] * actions
     calls: list[str] = []
-    for stage in engine.stages:
+    for stage in engine.stages.values():
         for chunk in stage.chunks:
             chunk.units[0].register_forward_hook(lambda *_: calls.append("F"))
     assert different(eager, first | train(engine, range(2, 5))) == []
@@ -182,7 +182,7 @@ def test_it_starts_over(make: Make, done: int, interrupt: Any) -> None:
 
 def test_what_cannot_be_recorded_names_the_option_and_leaves_nothing(make: Make) -> None:
     engine, eager = make(2), make(2, run=OFF)
-    norm = engine.stages[-1].chunks[-1].units[-1].norm
+    norm = engine.stages[engine.devices[-1]].chunks[-1].units[-1].norm
     norm.register_forward_hook(lambda layer, inputs, output: float(output.sum()) and None)
     train(engine, range(1)), train(eager, range(1))
     with pytest.raises(

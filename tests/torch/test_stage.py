@@ -27,7 +27,12 @@ def test_split_backward_gives_the_bits_of_the_merged_one_and_runs_no_second_forw
     found = []
     for stages, schedule in ((1, "gpipe"), (2, f"file:{tmp_path / 'split.txt'}")):
         engine, calls = make(stages, schedule, dropout=0.1), []
-        units = [unit for stage in engine.stages for chunk in stage.chunks for unit in chunk.units]
+        units = [
+            unit
+            for stage in engine.stages.values()
+            for chunk in stage.chunks
+            for unit in chunk.units
+        ]
         for unit in units:
             unit.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         found.append(train(engine, range(3)))
@@ -87,7 +92,7 @@ def test_micro_batches_in_flight_are_as_many_as_the_schedule_says(
 ) -> None:
     engine = make(2, schedule)
     seen: list[list[int]] = [[], []]
-    for stage, counts in zip(engine.stages, seen, strict=True):
+    for stage, counts in zip(engine.stages.values(), seen, strict=True):
 
         def forward(
             *arguments: Any, stage: Any = stage, counts: Any = counts, original: Any = stage.forward
@@ -107,7 +112,7 @@ def test_tied_copies_stay_equal_and_do_not_depend_on_the_partition(make: Make) -
         engine = make(stages, tied_head=True)
         found.append(train(engine, range(3)))
         first = engine.stages[0].chunks[0].units[0].token.weight
-        last = engine.stages[-1].chunks[-1].units[-1].output.weight
+        last = engine.stages[engine.devices[-1]].chunks[-1].units[-1].output.weight
         assert first is not last and torch.equal(first, last) and torch.equal(first.grad, last.grad)
     assert different(*found) == []
 
@@ -118,7 +123,7 @@ def test_a_failing_stage_ends_the_step_with_its_own_error(make: Make) -> None:
     """
     engine = make(4, num_layers=4)
     expected = engine.forward_backward(batch(engine))
-    head = engine.stages[-1].chunks[-1].units[-1]
+    head = engine.stages[engine.devices[-1]].chunks[-1].units[-1]
 
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("injected")
