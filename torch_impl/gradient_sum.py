@@ -1,0 +1,56 @@
+"""The sum of a chunk's gradients over its replicas, begun while the pipeline still computes.
+
+The sum is in the order of the ranks, so that its bits depend on the number of replicas alone, and
+not on how gradients are laid out. Gloo's own all-reduce adds the pieces of a buffer in different
+orders from 3 ranks on: of 95 tensors, 82 differed between p = 1 and p = 2. So each rank adds up one
+slice for all:
+
+    rank 0   a0 a1 a2         a0+b0+c0                     all three slices
+    rank 1   b0 b1 b2   ──►   a1+b1+c1               ──►   everywhere
+    rank 2   c0 c1 c2         a2+b2+c2
+             all-to-all       added in rank order    all-gather
+
+With 2 ranks the order makes no difference, and the all-reduce is faster: 13 ms against 30 for 16
+MB, with gloo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.nn.functional import pad
+
+
+class GradientSum:
+    """Starts on construction; `finish` puts the sums into the gradients."""
+
+    def __init__(self, gradients: Sequence[Tensor], group: Any) -> None:
+        self._gradients, self._group = gradients, group
+        self._count = distributed.get_world_size(group)
+        self._flat = torch.cat([gradient.reshape(-1) for gradient in gradients])  # (n,)
+        if self._count == 2:
+            self._work = distributed.all_reduce(self._flat, group=group, async_op=True)
+            return
+        slices = -(-len(self._flat) // self._count) * self._count
+        self._sent = pad(self._flat, (0, slices - len(self._flat)))  # (count * slice,)
+        self._got = torch.empty_like(self._sent)
+        self._work = distributed.all_to_all_single(
+            self._got, self._sent, group=group, async_op=True
+        )
+
+    def finish(self) -> None:
+        """Wait for the other replicas; the gradients are then the sums, with equal bits on all."""
+        self._work.wait()
+        if self._count > 2:
+            first, *others = self._got.view(self._count, -1)  # (slice,) from every rank
+            total = first.clone()
+            for other in others:
+                total += other
+            distributed.all_gather_into_tensor(self._sent, total, group=self._group)
+            self._flat = self._sent[: len(self._flat)]
+        sizes = [gradient.numel() for gradient in self._gradients]
+        for gradient, piece in zip(self._gradients, self._flat.split(sizes), strict=True):
+            gradient.copy_(piece.view_as(gradient))
