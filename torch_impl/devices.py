@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.runtime.cpus import threads_per_stage
-from common.runtime.world import World
 from common.spec.gpus import gpus_of_stages, visible_gpus
 from common.spec.run import RunConfig
 
@@ -53,11 +52,6 @@ def stage_devices(stages: int, device: str) -> list[torch.device]:
     if device == "cpu" or not count:
         return [torch.device("cpu")] * stages
     return [torch.device("cuda", gpu) for gpu in gpus_of_stages(stages, count)]
-
-
-def device_of_rank(world: World, device: str) -> torch.device:
-    """Return the device of this process: the GPUs of a host are dealt to its processes in turn."""
-    return stage_devices(world.local_size, device)[world.local_rank]
 
 
 def fused_attention(config: RunConfig) -> bool:

@@ -12,6 +12,8 @@ slice for all:
 
 With 2 ranks the order makes no difference, and the all-reduce is faster: 13 ms against 30 for 16
 MB, with gloo.
+
+Differs: Paddle's group over sockets (`paddle_impl/sockets.py`) adds in that order itself.
 """
 
 from __future__ import annotations

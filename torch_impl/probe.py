@@ -29,12 +29,7 @@ def probe_units(
     autograd.
     """
     stage.begin(batch, Mode.RECORD)
-    tied_head, dtype = stage.config.model.tied_head, getattr(torch, stage.config.train.dtype)
-
-    def piece(array: NDArray[Any], micro_batch: int) -> Tensor:
-        """The micro-batch's rows of a tensor of the whole mini-batch, in the stage's precision."""
-        return stage.micro_batches_of(array)[micro_batch].to(dtype)
-
+    tied_head = stage.config.model.tied_head
     found: dict[TensorKey, NDArray[Any]] = {}
     for chunk in stage.chunks:
         for name, unit in zip(chunk.part, chunk.units, strict=True):
@@ -44,13 +39,13 @@ def probe_units(
             backward = forward._replace(phase="unit_backward", tensor="input_gradient")
             for i, (tokens, context) in enumerate(_micro_batches(stage)):
                 # (b, S, D), but the embedding's are tokens (b, S)
-                x = piece(inputs[name], i).requires_grad_() if name in inputs else tokens
+                x = _piece(stage, inputs[name], i).requires_grad_() if name in inputs else tokens
                 output = unit(x, context)  # (b, S, D), or the head's logits (b, S, V)
                 wanted = [x] if x is not None and x.requires_grad else []
                 gradients = torch.autograd.grad(
                     output,
                     [*wanted, *(item.parameter for item in named)],
-                    piece(output_gradients[name], i),
+                    _piece(stage, output_gradients[name], i),
                 )
                 found[forward._replace(micro_batch=i)] = to_array(output)
                 if wanted:
@@ -69,3 +64,12 @@ def _micro_batches(stage: Stage) -> list[tuple[Tensor | None, DropoutContext | N
     now = stage.now
     tokens: Sequence[Tensor | None] = now.tokens or [None] * len(now.contexts)
     return list(zip(tokens, now.contexts, strict=True))
+
+
+def _piece(stage: Stage, array: NDArray[Any], micro_batch: int) -> Tensor:
+    """The micro-batch's rows of a tensor of the whole mini-batch, on the stage's device in its
+    precision.
+    """
+    rows = torch.from_numpy(array[stage.now.rows])
+    piece = rows.tensor_split(stage.config.train.micro_batches)[micro_batch]
+    return piece.to(stage.device, getattr(torch, stage.config.train.dtype))

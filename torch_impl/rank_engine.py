@@ -33,7 +33,6 @@ from common.spec.data import Batch
 from common.spec.mesh import Mesh
 from common.spec.parameters import TOKEN_EMBEDDING
 from common.spec.run import RunConfig
-from torch_impl import devices
 from torch_impl.engine import PipelineEngine
 from torch_impl.gradient_sum import GradientSum
 from torch_impl.gradients import gradient_of
@@ -45,10 +44,9 @@ from torch_impl.weights import to_array
 class RankEngine(PipelineEngine):
     """One stage of one replica (`common.runtime.engine.Engine`)."""
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(self, config: RunConfig, world: World, device: torch.device) -> None:
         self._mesh = mesh = Mesh(config.stages, config.replicas)
         self._stage, self.replica = mesh.place(world.rank)
-        device = devices.device_of_rank(world, config.device)
         threads = threads_per_stage(world.local_size, config.threads)
         self._build(config, (self._stage,), [device] * config.stages, threads)
         self._ranks = mesh.pipeline(self.replica)

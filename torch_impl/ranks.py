@@ -2,6 +2,8 @@
 
 Replicas need it, and PyTorch's own pipeline (`torch_pipelining.py`). Without either, our executor
 runs all stages as threads of one process.
+
+Differs: TensorFlow runs stages as threads only.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
     from torch_impl.engine import build_engine
     from torch_impl.rank_engine import RankEngine
 
-    device = devices.device_of_rank(world, config.device)
+    # A host's GPUs are dealt to its processes in turn.
+    device = devices.stage_devices(world.local_size, config.device)[world.local_rank]
     streams.prepare_thread(device, threads_per_stage(world.local_size, config.threads))
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(
@@ -59,7 +62,11 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
     )
 
     def build(config: RunConfig) -> Engine:
-        return RankEngine(config, world) if config.executor == "table" else build_engine(config)
+        return (
+            RankEngine(config, world, device)
+            if config.executor == "table"
+            else build_engine(config)
+        )
 
     return build
 

@@ -39,6 +39,8 @@ class Pass:
     mode: Mode
     num_tokens: int
     sequences: list[int]
+    rows: slice
+    """This replica's, of those of the mini-batch."""
     tokens: list[Tensor]  # (b, S) each; none where the embedding is elsewhere
     targets: list[Tensor]  # (b, S) each; none where the head is elsewhere
     contexts: list[DropoutContext | None]
@@ -84,14 +86,15 @@ class Stage:
         share = (0, 1) if mode is Mode.PREDICT else (self._replica, self.config.replicas)
         pieces = batch.share(*share, self.config.train.micro_batches)
         samples = [piece.samples for piece in pieces]
-        self._rows = slice(int(samples[0][0]), int(samples[-1][-1]) + 1)
+        rows = slice(int(samples[0][0]), int(samples[-1][-1]) + 1)
         units = [unit for chunk in self.chunks for unit in chunk.part]
         self.now = Pass(
             mode,
             batch.num_tokens,
             [len(piece) for piece in samples],
-            self.micro_batches_of(batch.inputs) if "embedding" in units else [],
-            self.micro_batches_of(batch.targets) if "head" in units else [],
+            rows,
+            self._micro_batches(batch.inputs[rows]) if "embedding" in units else [],
+            self._micro_batches(batch.targets[rows]) if "head" in units else [],
             self._contexts(batch, samples)
             if mode.has_dropout and self.config.model.dropout
             else [None] * len(samples),
@@ -106,11 +109,11 @@ class Stage:
         if mode is Mode.TRAIN:
             torch._foreach_zero_(self._gradients)
 
-    def micro_batches_of(self, array: NDArray[Any]) -> list[Tensor]:
-        """Return this replica's rows of a whole mini-batch's (B, ...), on the stage's device and
-        cut into micro-batches. One copy, which the host does not wait for.
+    def _micro_batches(self, array: NDArray[Any]) -> list[Tensor]:
+        """The rows (B, ...) on the stage's device, cut into micro-batches. One copy, which the host
+        does not wait for.
         """
-        whole = torch.from_numpy(array[self._rows])
+        whole = torch.from_numpy(array)
         if self.device.type == "cuda":
             whole = whole.pin_memory().to(self.device, non_blocking=True)
         return list(whole.tensor_split(self.config.train.micro_batches))
@@ -119,7 +122,7 @@ class Stage:
         self, batch: Batch, samples: Sequence[NDArray[Any]]
     ) -> list[DropoutContext | None]:
         key = step_key(self.config.train.seed, batch.step)
-        moved = self.micro_batches_of(np.arange(len(batch.inputs)))
+        moved = self._micro_batches(np.concatenate(samples))
         return [
             self._dropout(key, rows, int(piece[0]))
             for rows, piece in zip(moved, samples, strict=True)

@@ -141,13 +141,13 @@ def _replicas(config: RunConfig) -> Impossible | None:
     return Impossible("replicas", f" = {config.replicas}: {why}")
 
 
-def why_too_few_gpus(stages: int, gpus: int) -> str | None:
-    """Return why a process per stage cannot run on so many GPUs; None if it can."""
-    if gpus >= stages:
+def why_too_few_gpus(processes: int, gpus: int) -> str | None:
+    """Return why a process per stage and replica cannot run on so many GPUs; None if it can."""
+    if gpus >= processes:
         return None
     return (
-        f"NCCL takes one process per GPU, and {stages} stages have {gpus}; expected stages = "
-        f"{gpus}, or device = cpu"
+        f"NCCL takes one process per GPU, and {processes} have {gpus}; expected stages x replicas "
+        f"= {gpus}, or device = cpu"
     )
 
 

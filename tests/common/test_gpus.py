@@ -77,8 +77,8 @@ def test_a_process_per_stage_needs_a_gpu_per_stage(
         {"stages": 2, "schedule": "1f1b", "executor": "native"} | options
     )
     expected = (
-        "executor = native: NCCL takes one process per GPU, and 2 stages have 1; expected "
-        "stages = 1, or device = cpu"
+        "executor = native: NCCL takes one process per GPU, and 2 have 1; expected "
+        "stages x replicas = 1, or device = cpu"
     )
     assert str(rules.why_impossible(config)) == (expected if refused else "None")
 

@@ -229,7 +229,7 @@ def test_a_closed_engine_keeps_no_recording(make: Make) -> None:
     engine = make(2)
     train(engine, range(3))
     engine.close()
-    assert [(stage.pool, stage._actions) for stage in engine._graphed] == [(None, {})] * 2
+    assert [(stage.pool, stage._actions) for stage in engine._graphed.values()] == [(None, {})] * 2
 
 
 @pytest.mark.parametrize(
