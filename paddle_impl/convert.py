@@ -1,5 +1,5 @@
 """Weights as a Paddle state dict, and back: `python -m paddle_impl.convert`
-(`common.checkpoint.foreign.child`).
+(`common.checkpoint.foreign.converter`).
 
 The state dict is that of `plain_model`, an ordinary layer without a pipeline:
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from paddle import Tensor, nn
 
 from common.checkpoint import Arrays
-from common.checkpoint.foreign.child import check_names, check_tied, in_one_line, main
+from common.checkpoint.foreign.converter import check_names, check_tied, in_one_line, main
 from common.checkpoint.foreign.errors import ExchangeError, note
 from common.checkpoint.foreign.names import unwrapped, weights_in
 from common.spec.parameters import TOKEN_EMBEDDING, unit_names

@@ -19,11 +19,11 @@ os.environ.pop(
     "COLUMNS", None
 )  # of the terminal that the tests were started in; tables would be folded to fit it
 
-# Tests send these to children, who would inherit that they are ignored (nohup, a script's job in
+# Tests send these to workers, who would inherit that they are ignored (nohup, a script's job in
 # the background).
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, lambda *_: None)  # which no child inherits
+        signal.signal(number, lambda *_: None)  # which no worker inherits
 
 settings.register_profile(
     "default", deadline=None

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from common import checkpoint
-from common.checkpoint.foreign.child import ExchangeError, main
+from common.checkpoint.foreign.converter import ExchangeError, main
 from common.runtime.oracle_worker import OracleEngine
 from common.spec.parameters import random_arrays
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec

@@ -330,7 +330,7 @@ def habits_here(
     build_engine: Callable[[RunConfig], Any],
     switch: Switch,
 ) -> dict[str, str]:
-    """The zoo's verdict on each habit, with the runs in this process and not in a child, and one
+    """The zoo's verdict on each habit, with the runs in this process and not in a worker, and one
     block instead of two.
     """
 

@@ -31,10 +31,10 @@ def test_its_own_tests_pass(framework: str, pytestconfig: pytest.Config) -> None
     ]
     command = [sys.executable, "-m", "pytest", "-v", *options, f"tests/{framework}"]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
             print(
                 line, end="", flush=True
             )  # as it comes, so that a failure of any kind shows how far it got
-    assert child.returncode == 0
+    assert process.returncode == 0

@@ -21,7 +21,7 @@ LONG_SECONDS = 100_000
 
 
 def time_jumps(monkeypatch: pytest.MonkeyPatch, happened: Callable[[], Any]) -> None:
-    """For the parent of a child `LONG_SECONDS` are over at once when it has happened, and never
+    """For the parent of a worker `LONG_SECONDS` are over at once when it has happened, and never
     before.
     """
     so_far: list[bool] = []

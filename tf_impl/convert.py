@@ -1,5 +1,5 @@
 """Weights as Keras' own file, and back: `python -m tf_impl.convert`
-(`common.checkpoint.foreign.child`).
+(`common.checkpoint.foreign.converter`).
 
 The file is that of `plain_model`, an ordinary Keras model without a pipeline:
 
@@ -22,7 +22,7 @@ import keras
 from numpy.typing import NDArray
 
 from common.checkpoint import Arrays
-from common.checkpoint.foreign.child import (
+from common.checkpoint.foreign.converter import (
     OVERHEAD_BYTES,
     check_tied,
     in_one_line,

@@ -1,5 +1,5 @@
 """Weights as a plain PyTorch state dict, and back: `python -m torch_impl.convert`
-(`common.checkpoint.foreign.child`).
+(`common.checkpoint.foreign.converter`).
 
 The state dict is that of `plain_model`, an ordinary module without a pipeline:
 
@@ -25,7 +25,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.checkpoint import Arrays, opened, read_header
-from common.checkpoint.foreign.child import check_names, check_tied, in_one_line, main, note_dtypes
+from common.checkpoint.foreign.converter import (
+    check_names,
+    check_tied,
+    in_one_line,
+    main,
+    note_dtypes,
+)
 from common.checkpoint.foreign.errors import ExchangeError
 from common.checkpoint.foreign.names import unwrapped, weights_in
 from common.checkpoint.foreign.source import find

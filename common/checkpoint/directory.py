@@ -120,7 +120,7 @@ def _owner(lock: Path) -> _Owner:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what dead processes left half-written. For the lock's holder, with no child."""
+    """Remove what dead processes left half-written. For the lock's holder, with no worker."""
     for path in directory.glob(".step-*"):
         if (
             re.fullmatch(r"\.step-[0-9]{8,18}\.([0-9a-f]+\.partial|deleted)", path.name)

@@ -157,7 +157,7 @@ class _Session:
 
         needed, free = oracle_worker.memory_bytes(config), psutil.virtual_memory().available
         if needed < free:
-            outcome = self._child(module, config, name)
+            outcome = self._worker(module, config, name)
         else:
             (self.folder / name).mkdir()
             reason = f"needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
@@ -174,7 +174,7 @@ class _Session:
         implementation = self.implementations[config.framework]
         missing = why_missing(implementation, config.executor, config.python)
         if missing is None:
-            outcome = self._child(implementation.module, config, name)
+            outcome = self._worker(implementation.module, config, name)
         else:
             (self.folder / name).mkdir()
             outcome = Outcome("skipped", missing, None, (), 0.0)
@@ -188,7 +188,7 @@ class _Session:
             _drop_tensors(folder)
         self.texts.drop()
 
-    def _child(self, module: str, config: RunConfig, name: str) -> Outcome:
+    def _worker(self, module: str, config: RunConfig, name: str) -> Outcome:
         if self.stopped():
             raise Interrupted
         logs = self.folder / "logs"
@@ -252,7 +252,7 @@ class _Session:
         rounded = found[0] if found else None
         try:
             return compare.parity(result, folder, oracle, oracle_folder, rounded)
-        except (ValueError, OSError) as error:  # a child that leaves other files than it should
+        except (ValueError, OSError) as error:  # a worker that leaves other files than it should
             return Parity(status="FAIL", reason=f"cannot be compared: {error}")
 
 

@@ -8,9 +8,9 @@ every job.
     [4] end every process of its group, whatever happened
     [5] read what it left, and make one `Outcome` per job
 
-A child leads a session, and with it a process group, that holds all it starts (Paddle's ranks, for
-one), so [4] reaches all of them. The child has no channel back to the parent but files: whatever
-kills it, what it has written stays, and a missing file is the finding. A child that dies, in
+A worker leads a session, and with it a process group, that holds all it starts (Paddle's ranks, for
+one), so [4] reaches all of them. The worker has no channel back to the parent but files: whatever
+kills it, what it has written stays, and a missing file is the finding. A worker that dies, in
 whatever way, is an `Outcome` that says so; only the user's own stop is an exception
 (`Interrupted`).
 """
@@ -56,11 +56,11 @@ ENDED_BY = "was ended by"
 
 POLL_SECONDS = 0.1
 HANG_SECONDS = 600.0
-"""A child that has computed nothing for this long hangs."""
+"""A worker that has computed nothing for this long hangs."""
 START_SECONDS = 120.0
-"""The least that a child gets to import its framework and build the model before it can hang."""
+"""The least that a worker gets to import its framework and build the model before it can hang."""
 TERMINATE_SECONDS = 3.0
-"""How long a child may take to end after SIGTERM, before SIGKILL."""
+"""How long a worker may take to end after SIGTERM, before SIGKILL."""
 KILL_SECONDS = 60.0
 """How long to wait for processes after SIGKILL; the system may be slow to remove them."""
 
@@ -158,13 +158,13 @@ def run_jobs_in_worker(
     Makes the jobs' folders; writes `jobs.json` and, unless `log` is another place, `worker.log`
     into `folder`. `on_step(job, step, loss)` is called as steps end.
 
-    `timeout_seconds` is for the whole child, however busy the machine. A hang is something else: no
-    device makes progress, and either nothing is computed for `hang_seconds` (a deadlock), or one
+    `timeout_seconds` is for the whole worker, however busy the machine. A hang is something else:
+    no device makes progress, and either nothing is computed for `hang_seconds` (a deadlock), or one
     thread computes that long, and START_SECONDS at least (an endless loop). Before a device has
-    begun, START_SECONDS is the least. Without `hang_seconds` only a child that computes nothing
+    begun, START_SECONDS is the least. Without `hang_seconds` only a worker that computes nothing
     hangs, after HANG_SECONDS.
 
-    Raises Interrupted, with the child ended, once `stopped()` is true; CorpusError and
+    Raises Interrupted, with the worker ended, once `stopped()` is true; CorpusError and
     TokenizerError for jobs whose text cannot be read.
     """
     with contextlib.ExitStack() as texts:
@@ -188,7 +188,7 @@ def run_jobs_in_worker(
         ended_because = None
         with log.open("wb") as output:
             # [2] No stdin: a framework that asks something would wait for ever.
-            child = subprocess.Popen(
+            worker = subprocess.Popen(
                 worker_command(module, str(job_file), python=python),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -197,10 +197,10 @@ def run_jobs_in_worker(
                 start_new_session=True,
             )
             # At first START_SECONDS at least: importing a framework makes no progress on the board.
-            patience = Patience(child.pid, max(idle_seconds, START_SECONDS), busy_seconds)
+            patience = Patience(worker.pid, max(idle_seconds, START_SECONDS), busy_seconds)
             try:
-                while child.poll() is None:  # [3]
-                    if stopped():  # `finally` ends the child first
+                while worker.poll() is None:  # [3]
+                    if stopped():  # `finally` ends the worker first
                         raise Interrupted
                     if time.monotonic() - began > timeout_seconds:
                         ended_because = f"no result within {timeout_seconds:g} s (--timeout)"
@@ -217,19 +217,19 @@ def run_jobs_in_worker(
                         for step, loss in file.new_steps():
                             on_step(number, step, loss)
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        child.wait(POLL_SECONDS)
+                        worker.wait(POLL_SECONDS)
             finally:
-                # [4] After a good end too: nothing that the child started may outlive it.
-                end_group(child)
+                # [4] After a good end too: nothing that the worker started may outlive it.
+                end_group(worker)
                 for board in boards:
                     board.remove()
         # Steps that ended since the last look.
         for number, file in enumerate(progress):
             for step, loss in file.new_steps():
                 on_step(number, step, loss)
-        # [5] A child runs its jobs one after another and is timed as a whole: equal shares.
+        # [5] A worker runs its jobs one after another and is timed as a whole: equal shares.
         seconds = time.monotonic() - began
-        why = ended_because or _why_it_ended(child.returncode, log)
+        why = ended_because or _why_it_ended(worker.returncode, log)
         return [_outcome(job, log, why, seconds / len(jobs)) for job in jobs]
 
 
@@ -242,29 +242,29 @@ def _where(folders: Sequence[tuple[Job, Path]], boards: Sequence[Board]) -> str:
     return "all jobs have ended, but not the worker process"
 
 
-def end_group(child: subprocess.Popen[bytes]) -> None:
-    """End every process of the child's group: SIGTERM, a moment, SIGKILL. [4]"""
+def end_group(worker: subprocess.Popen[bytes]) -> None:
+    """End every process of the worker's group: SIGTERM, a moment, SIGKILL. [4]"""
     for signal_number, seconds in (
         (signal.SIGTERM, TERMINATE_SECONDS),
         (signal.SIGKILL, KILL_SECONDS),
     ):
-        if not _members(child):
+        if not _members(worker):
             break
         with contextlib.suppress(ProcessLookupError):  # the last one may end by itself just now
-            os.killpg(child.pid, signal_number)
+            os.killpg(worker.pid, signal_number)
         deadline = time.monotonic() + seconds
-        while _members(child) and time.monotonic() < deadline:
+        while _members(worker) and time.monotonic() < deadline:
             time.sleep(0.02)
-    child.wait()
+    worker.wait()
 
 
-def _members(child: subprocess.Popen[bytes]) -> list[int]:
-    """Return the living processes of the child's group. A zombie is dead, if not yet collected."""
-    child.poll()  # collects the child, if it has ended
+def _members(worker: subprocess.Popen[bytes]) -> list[int]:
+    """Return the living processes of the worker's group. A zombie is dead, if not yet collected."""
+    worker.poll()  # collects the worker, if it has ended
     living = []
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess, PermissionError):
-            if os.getpgid(process.pid) == child.pid and process.status() != psutil.STATUS_ZOMBIE:
+            if os.getpgid(process.pid) == worker.pid and process.status() != psutil.STATUS_ZOMBIE:
                 living.append(process.pid)
     return living
 
@@ -296,7 +296,7 @@ class _Progress:
 # ---------------------------------------------------------------------------------- the outcome [5]
 
 
-def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outcome:
+def _outcome(job: Job, log: Path, why_worker_ended: str, seconds: float) -> Outcome:
     reason = ""
     failures = sorted(_files(job, "failed-*.txt"), key=lambda path: path.stat().st_mtime_ns)
     parts: list[Part] = []
@@ -315,7 +315,7 @@ def _outcome(job: Job, log: Path, why_child_ended: str, seconds: float) -> Outco
         found = collections.Counter(device for part in parts for device in part.devices)
         lacking = [d for d in range(job.config.stages) if found[d] < job.config.replicas]
         if lacking and not reason:
-            reason = why_child_ended
+            reason = why_worker_ended
             if parts:
                 reason += f"; no result from device {', '.join(map(str, lacking))}"
     if reason:

@@ -1,4 +1,4 @@
-"""Training that survives its child: when one dies, the next continues from the last checkpoint."""
+"""Training that survives its worker: when one dies, the next continues from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Training:
     module: str
     """The implementation's, as `launch.IMPLEMENTATIONS` names it."""
     folder: Path
-    """Each child gets a folder in it: attempt-1, attempt-2, ..."""
+    """Each worker gets a folder in it: attempt-1, attempt-2, ..."""
     directory: Path
     text: JobText | None = None
-    """Read once, for all children; None: each child's is read before it starts."""
+    """Read once, for all workers; None: each worker's is read before it starts."""
     resume: Path | None = None
     weights_alone: bool = False
     """Whether only the weights of `resume` are used."""
@@ -41,11 +41,11 @@ class Training:
     keep: int = 3
     max_restarts: int = 0
     timeout_seconds: float = float("inf")
-    """Of one child."""
+    """Of one worker."""
     hang_seconds: float = float("inf")
-    """How long a child may go without progress of any device."""
+    """How long a worker may go without progress of any device."""
     faults: tuple[str, ...] = ()
-    """To make on purpose (`common.runtime.faults`): the first by the first child, and so on."""
+    """To make on purpose (`common.runtime.faults`): the first by the first worker, and so on."""
 
 
 @dataclass
@@ -55,11 +55,11 @@ class Trained:
     outcome: Outcome = field(
         default_factory=lambda: Outcome("failed", "not started", None, (), 0.0)
     )
-    """Of the last child; `wall_seconds` are of all children."""
+    """Of the last worker; `wall_seconds` are of all workers."""
     steps: list[StepRecord] = field(default_factory=list)
-    """The joined record of all children: every step once, in order, without the events."""
+    """The joined record of all workers: every step once, in order, without the events."""
     restarts: list[str] = field(default_factory=list)
-    """One line for every child that died and was followed by another."""
+    """One line for every worker that died and was followed by another."""
     interrupted: bool = False
 
 
@@ -69,9 +69,9 @@ def train(
     report: Callable[[str], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Run children until one ends well.
+    """Run workers until one ends well.
 
-    Stops early if restarts are used up, or if the next child would fail in the same way.
+    Stops early if restarts are used up, or if the next worker would fail in the same way.
     """
     trained, seconds, resume = Trained(), 0.0, training.resume
     for attempt in range(1, training.max_restarts + 2):
@@ -99,7 +99,7 @@ def train(
         # A restart takes up the same numbers, so what was not finite would not be finite again.
         if cause or attempt > training.max_restarts:
             break
-        # Half a checkpoint of the dead child would be in the next one's way.
+        # Half a checkpoint of the dead worker would be in the next one's way.
         checkpoint.remove_leftovers(training.directory)
         resume = checkpoint.newest(training.directory, report) or training.resume
         start = "its beginning" if resume is None else resume.name
@@ -132,20 +132,20 @@ def _job(training: Training, folder: Path, resume: Path | None, attempt: int) ->
 
 
 def _joined(before: list[StepRecord], progress: Path) -> list[StepRecord]:
-    """Join the record so far with the last child's, so that no step is in it twice."""
+    """Join the record so far with the last worker's, so that no step is in it twice."""
     after = []
     if progress.exists():
-        # What follows the last newline was cut off by the child's death.
+        # What follows the last newline was cut off by the worker's death.
         for line in progress.read_bytes().split(b"\n")[:-1]:
             with contextlib.suppress(ValidationError):
                 after.append(StepRecord.model_validate(json.loads(line) | {"events": {}}))
-    # A child that died after step 7 had last saved step 5: the next one does 6 and 7 again, and its
-    # records of them, which are the same to the bit, take the place of the first one's.
+    # A worker that died after step 7 had last saved step 5: the next one does 6 and 7 again, and
+    # its records of them, which are the same to the bit, take the place of the first one's.
     return [record for record in before if not after or record.step < after[0].step] + after
 
 
 def not_finite(folder: Path) -> str | None:
-    """Return where a child stopped at a non-finite number: the step and the first such tensor."""
+    """Return where a worker stopped at a non-finite number: the step and the first such tensor."""
     texts = (path.read_text(encoding="utf-8") for path in folder.glob("not-finite-*.json"))
     first = min(map(json.loads, texts), key=lambda note: note["order"], default=None)
     if first is None:

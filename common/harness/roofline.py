@@ -23,7 +23,7 @@ MODULE = "common.runtime.roofline"
 
 @dataclass(frozen=True)
 class Measured:
-    """What one child said."""
+    """What one worker said."""
 
     environment: Mapping[str, Any]
     seconds: Mapping[str, float]
@@ -40,10 +40,10 @@ def measure(
     own, in turns, `rounds` times.
     """
     found: dict[str, Measured] = {}
-    children: dict[str, subprocess.Popen[str]] = {}
+    workers: dict[str, subprocess.Popen[str]] = {}
     seen: dict[str, list[Mapping[str, float]]] = {}
     try:
-        children["machine"] = _start(MODULE, next(iter(runs.values())), sys.executable)
+        workers["machine"] = _start(MODULE, next(iter(runs.values())), sys.executable)
         for name, config in runs.items():
             implementation = implementations[config.framework]
             missing = why_missing(implementation, python=config.python)
@@ -51,26 +51,26 @@ def measure(
                 found[name] = Measured({}, {}, missing)
                 continue
             module = f"{implementation.module}.roofline"
-            children[name] = _start(module, config, interpreter(module, config.python))
+            workers[name] = _start(module, config, interpreter(module, config.python))
         # All have started and imported at the same time; only now does one wait for the other.
-        for name, child in list(children.items()):
-            said = _read(child)
+        for name, worker in list(workers.items()):
+            said = _read(worker)
             found[name] = Measured(said.get("environment", {}), {}, str(said.get("error", "")))
             if found[name].error:
-                children.pop(name).wait()
+                workers.pop(name).wait()
         for _ in range(rounds):
-            for name, child in children.items():
+            for name, worker in workers.items():
                 if found[name].error:
                     continue
-                said = _ask(child)
+                said = _ask(worker)
                 if "error" in said:
                     found[name] = Measured({}, {}, said["error"])
                 else:
                     seen.setdefault(name, []).append(said)
     finally:
-        for child in children.values():
-            child.kill()
-            child.wait()
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
     for name, each in seen.items():
         if not found[name].error:
             medians = {kernel: statistics.median(one[kernel] for one in each) for kernel in each[0]}
@@ -91,20 +91,20 @@ def _start(module: str, config: RunConfig, python: str) -> subprocess.Popen[str]
     )
 
 
-def _ask(child: subprocess.Popen[str]) -> dict[str, Any]:
-    assert child.stdin is not None
+def _ask(worker: subprocess.Popen[str]) -> dict[str, Any]:
+    assert worker.stdin is not None
     try:
-        child.stdin.write("\n")
-        child.stdin.flush()
+        worker.stdin.write("\n")
+        worker.stdin.flush()
     except BrokenPipeError:
         return {"error": "its process has ended"}
-    return _read(child)
+    return _read(worker)
 
 
-def _read(child: subprocess.Popen[str]) -> dict[str, Any]:
+def _read(worker: subprocess.Popen[str]) -> dict[str, Any]:
     """Read the next answer; other output of a framework is no JSON object and is skipped."""
-    assert child.stdout is not None
-    for line in child.stdout:
+    assert worker.stdout is not None
+    for line in worker.stdout:
         if line.startswith("{"):
             return dict(json.loads(line))
-    return {"error": f"its process has ended (status {child.wait()})"}
+    return {"error": f"its process has ended (status {worker.wait()})"}

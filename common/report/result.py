@@ -87,14 +87,14 @@ class RunResult(BaseModel):
     status: Status
     reason: str = ""
     log: OsText | None = None
-    """Path of the child's log or traceback, relative to the folder of the whole benchmark."""
+    """Path of the worker's log or traceback, relative to the folder of the whole benchmark."""
     preset: str
     row: int = 0
     """Place in the table of its benchmark, from 0."""
     repeat: int = 0
     config: RunConfig
     environment: dict[str, Any] = {}
-    """Versions, devices, threads and flags as the child read them back."""
+    """Versions, devices, threads and flags as the worker read them back."""
     steps: tuple[Step, ...] = ()
     held_out_loss: float | None = None
     build_seconds: float | None = None
@@ -127,7 +127,7 @@ class RunResult(BaseModel):
     resumed_from: OsText | None = None
     """The checkpoint that the run continued from; its first step is that of `steps[0]`."""
     restarts: tuple[str, ...] = ()
-    """One line for every child that died and was followed by another; `steps` are of all of them
+    """One line for every worker that died and was followed by another; `steps` are of all of them
     together.
     """
     command: OsText
@@ -257,7 +257,7 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured(outcome: Outcome, config: RunConfig, untimed_steps: int) -> dict[str, Any]:
-    """Return the fields of a `RunResult` that come from the child."""
+    """Return the fields of a `RunResult` that come from the worker."""
     fields: dict[str, Any] = {
         "status": outcome.status,
         "reason": outcome.reason,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 IGNORED = "TRIPTYCH_IGNORED"
-"""The environment variable that tells children what their parent has dropped."""
+"""The environment variable that tells workers what their parent has dropped."""
 
 LEFT_BEHIND = re.compile(
     r"""
@@ -34,7 +34,7 @@ REPORTED = re.compile(
 
 
 def kept(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for a child, without the dropped variables, which `IGNORED` lists.
+    """Return the environment for a worker, without the dropped variables, which `IGNORED` lists.
 
     Keras reads no keras.json: its folder is a device, in which there can be none.
     """

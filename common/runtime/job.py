@@ -1,4 +1,4 @@
-"""What the parent hands to a child: a list of jobs in a JSON file. What the child hands back: files
+"""What the parent hands to a worker: a list of jobs in a JSON file. What the worker hands back: files
 in each job's folder.
 
 progress.jsonl        lines as they happen, from the process that holds device 0 (read by the progress bar)

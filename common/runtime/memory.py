@@ -11,8 +11,8 @@ from pathlib import Path
 def peak_resident_bytes() -> int:
     """Return the peak resident size of this process.
 
-    On Linux from `VmHWM`, which starts anew with every program. `ru_maxrss` does not: a child that
-    a large parent starts reports its parent's size until it has outgrown it.
+    On Linux from `VmHWM`, which starts anew with every program. `ru_maxrss` does not: a process
+    that a large parent starts reports its parent's size until it has outgrown it.
     """
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""A child that does not outlive its parent."""
+"""A worker that does not outlive its parent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 
 PARENT = "TRIPTYCH_PARENT"
-"""The environment variable that tells children their parent's process id."""
+"""The environment variable that tells workers their parent's process id."""
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:

@@ -1,6 +1,6 @@
-"""The text of a job in tokens, from parent to children by files: children never read or tokenize.
+"""The text of a job in tokens, from parent to workers by files: workers never read or tokenize.
 
-So all children of a run see the same text, whatever happens to its files, and its tokenizer can be
+So all workers of a run see the same text, whatever happens to its files, and its tokenizer can be
 saved with the weights.
 """
 
@@ -67,7 +67,7 @@ def drop_tokens(text: JobText) -> None:
 
 
 def open_text(text: JobText) -> Corpus:
-    """Open the text in a child: tokens are memory-mapped, not read."""
+    """Open the text in a worker: tokens are memory-mapped, not read."""
     tokenizer = None if text.tokenizer is None else Path(text.tokenizer).read_bytes()
     return Corpus(np.load(text.tokens, mmap_mode="r"), text.digest, text.num_bytes, tokenizer)
 

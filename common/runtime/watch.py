@@ -1,6 +1,6 @@
 """What every device is doing right now, so that a parent can say who waits for whom in a hang.
 
-    child                               shared file `watch`        parent
+    worker                              shared file `watch`        parent
     [1] Watch notes the next action ──► one line per device,  ──►  [2] Board.changed: progress?
         (about 1 microsecond)           mapped into memory         [3] explain: who waits for whom
 
@@ -36,7 +36,7 @@ _LINE = struct.Struct(
 
 
 class Watch:
-    """The child side: notes what this process' devices do, and triggers the job's injected fault.
+    """The worker side: notes what this process' devices do, and triggers the job's injected fault.
     [1]"""
 
     def __init__(self, folder: Path, devices: Sequence[int], fault: Fault | None = None) -> None:
@@ -45,7 +45,7 @@ class Watch:
         try:
             with (folder / FILE).open("r+b") as file:
                 self._memory: mmap.mmap | None = mmap.mmap(file.fileno(), 0)
-        except (OSError, ValueError):  # a child that nobody watches
+        except (OSError, ValueError):  # a worker that nobody watches
             self._memory = None
 
     def enter(self, phase: Phase, step: int) -> None:

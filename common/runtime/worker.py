@@ -1,4 +1,4 @@
-"""The child side of a run: build the engine, do the job, write the results. Shared by all."""
+"""The worker side of a run: build the engine, do the job, write the results. Shared by all."""
 
 from __future__ import annotations
 

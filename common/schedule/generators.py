@@ -175,12 +175,12 @@ def _from_file(path: Path, p: int, m: int, chunks: int) -> Schedule:
 
 kept: dict[str, str] = {}
 """Texts of schedules by path, which count instead of the files (`keep_schedule`, and
-`common.runtime.job` in a child).
+`common.runtime.job` in a worker).
 """
 
 
 def keep_schedule(name: str) -> None:
-    """Read the schedule of `file:PATH` now, for this process and its children, whatever happens to
+    """Read the schedule of `file:PATH` now, for this process and its workers, whatever happens to
     the file later.
     """
     if name.startswith("file:"):

@@ -1,7 +1,7 @@
 """What no run can be: the combinations of valid options that a framework, or an executor, does not
 offer.
 
-`why_impossible` is asked wherever a run is put together, before a child starts, so that whatever
+`why_impossible` is asked wherever a run is put together, before a worker starts, so that whatever
 passes here runs. The rules within one specification (`common.spec.run`) are its own.
 """
 

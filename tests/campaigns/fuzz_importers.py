@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 from common.checkpoint import CheckpointError
-from common.checkpoint.foreign.child import check_size, checked
+from common.checkpoint.foreign.converter import check_size, checked
 from common.checkpoint.foreign.errors import ExchangeError
 from common.report.grid import Grid
 from common.spec.parameters import initial_weights
@@ -129,18 +129,18 @@ def run_all(module: str, seed: int, inputs: int) -> tuple[Counter[str], list[str
         reached = None
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as child:
-            assert child.stdout is not None
-            for line in child.stdout:
+        ) as worker:
+            assert worker.stdout is not None
+            for line in worker.stdout:
                 if line.startswith("["):
                     reached, came = json.loads(line)
                     if came is not None:
                         note(reached, came)
                         first = reached + 1
-        if child.returncode:
+        if worker.returncode:
             if reached is None:
                 raise RuntimeError(f"{module} does not start: {' '.join(command)}")
-            note(reached, f"the process ended with status {child.returncode}")
+            note(reached, f"the process ended with status {worker.returncode}")
             first = reached + 1
     return counts, findings
 

@@ -331,7 +331,7 @@ class Day:
     def _run(self, command: tuple[str, ...], folder: Path, ends: float) -> tuple[int | None, str]:
         """Exit status, None if it was ended, and output."""
         environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-        child = subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=folder,
             env=environment,
@@ -341,29 +341,29 @@ class Day:
             errors="replace",
             start_new_session=True,
         )
-        self._living.add(child)
+        self._living.add(process)
         try:
-            said = child.communicate(timeout=max(ends - time.monotonic(), 1))[0]
-            return child.returncode, said
+            said = process.communicate(timeout=max(ends - time.monotonic(), 1))[0]
+            return process.returncode, said
         except subprocess.TimeoutExpired:
-            self._end(child)
-            return None, child.communicate()[0]
+            self._end(process)
+            return None, process.communicate()[0]
         finally:
-            self._living.discard(child)
+            self._living.discard(process)
 
-    def _end(self, child: subprocess.Popen[str]) -> None:
-        """Politely, so that a benchmark ends its own children; then not."""
-        child.send_signal(signal.SIGINT)
+    def _end(self, process: subprocess.Popen[str]) -> None:
+        """Politely, so that a benchmark ends its own processes; then not."""
+        process.send_signal(signal.SIGINT)
         try:
-            child.wait(10)
+            process.wait(10)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """End what runs and begins nothing more."""
         self._stopped = True
-        for child in tuple(self._living):
-            self._end(child)
+        for process in tuple(self._living):
+            self._end(process)
 
 
 def probe(framework: str) -> tuple[int, str]:

@@ -2,11 +2,11 @@
 nothing is lost.
 
 A trial trains one small model with `triptych train --save-every 5 --max-restarts N`. Again and
-again a random process of it (the parent, the child, with Paddle also a stage's process) gets a
+again a random process of it (the parent, the worker, with Paddle also a stage's process) gets a
 random signal (SIGKILL, SIGTERM, SIGINT) at a random moment: while it starts, between steps, or
-while it saves. A dead child is started again by the parent; a dead parent by hand, with `--resume
+while it saves. A dead worker is started again by the parent; a dead parent by hand, with `--resume
 latest`. After every kill: a dead parent leaves no process behind, every checkpoint can be read. At
-the end of a trial: every loss that any child ever reported, the held-out loss, the weights and the
+the end of a trial: every loss that any worker ever reported, the held-out loss, the weights and the
 moments are, to the bit, those of a run that nothing disturbed; nothing half-written is left, and no
 shared memory.
 
@@ -149,10 +149,10 @@ class Trial:
         assert self.parent is not None
         roles: dict[str, list[int]] = {"parent": [self.parent.pid]}
         with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(self.parent.pid).children():
-                if "_impl" not in " ".join(child.cmdline()):
+            for worker in psutil.Process(self.parent.pid).children():
+                if "_impl" not in " ".join(worker.cmdline()):
                     continue
-                for role, those in (("child", [child]), ("rank", child.children())):
+                for role, those in (("worker", [worker]), ("rank", worker.children())):
                     living = [p.pid for p in those if p.status() != psutil.STATUS_ZOMBIE]
                     roles[role] = roles.get(role, []) + living
         return roles
@@ -163,7 +163,7 @@ class Trial:
         """One kill. False if the run was over before."""
         moment = self.random.choices(["start", "step", "save"], [2, 4, 3])[0]
         role = self.random.choice(
-            ["parent", "child", "rank"] if self.framework == "paddle" else ["parent", "child"]
+            ["parent", "worker", "rank"] if self.framework == "paddle" else ["parent", "worker"]
         )
         number = self.random.choice(SIGNALS)
         if not self.wait_for(moment, role):
@@ -217,7 +217,7 @@ class Trial:
         return list(self.out.glob("*/*/attempt-*/progress.jsonl"))
 
     def position(self) -> int:
-        """Lines of progress over all children: grows with every step, also with those that are done
+        """Lines of progress over all workers: grows with every step, also with those that are done
         again.
         """
         total = 0

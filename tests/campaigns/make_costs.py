@@ -127,8 +127,8 @@ def main() -> None:
     found = {}
     for framework in FRAMEWORKS:
         command = [sys.executable, __file__, framework]
-        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[framework] = json.loads(child.stdout.splitlines()[-1])
+        worker = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[framework] = json.loads(worker.stdout.splitlines()[-1])
         print(framework, found[framework], flush=True)
     fill("costs", f"{table(found)}\n\nMeasured on {this_machine().one_line}.", PAGE)
 

@@ -37,7 +37,7 @@ TRAIN = TrainSpec(batch_size=4, micro_batches=2, dtype="float64")
 
 
 def gpt2_reference(*argv: Any) -> str:
-    command = [sys.executable, "-m", "tests.children.gpt2_reference", *map(str, argv)]
+    command = [sys.executable, "-m", "tests.references.gpt2_reference", *map(str, argv)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     return done.stdout

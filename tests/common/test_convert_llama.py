@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def llama_reference(*argv: Any) -> None:
-    command = [sys.executable, "-m", "tests.children.llama_reference", *map(str, argv)]
+    command = [sys.executable, "-m", "tests.references.llama_reference", *map(str, argv)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 

@@ -78,7 +78,7 @@ def given(*faults: str) -> list[str]:
     return [word for fault in faults for word in ("--fault", fault)]
 
 
-# ------------------------------------------------------------------------------- the oracle's child
+# ------------------------------------------------------------------------------ the oracle's worker
 
 
 def test_every_fault_in_every_kind_of_action_loses_nothing(tmp_path: Path) -> None:
@@ -130,15 +130,15 @@ def test_a_signal_given_twice_while_a_save_hangs(tmp_path: Path, number: int) ->
         lambda: [b.count(b"\n") for b in map(Path.read_bytes, tmp_path.glob(PROGRESS))] == [4],
         parent,
     )
-    children = psutil.Process(parent.pid).children(recursive=True)
-    assert children
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    assert workers
     parent.send_signal(number)
     time.sleep(0.01)
     parent.send_signal(number)
     output, _ = parent.communicate()
     assert parent.returncode == 130, output
     assert "interrupted" in output and "Traceback" not in output
-    assert not [p for p in children if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not [p for p in workers if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert bits(tmp_path)
     assert checkpoint.newest(tmp_path / "saves") == tmp_path / "saves" / "step-00000002"
 
@@ -150,7 +150,7 @@ def test_a_second_run_in_the_same_directory_is_refused(
         assert_refused(run(tmp_path), f"in use by process {os.getpid()} on ", capsys)
 
 
-def test_what_a_dead_child_left_half_written_is_gone_when_the_run_ends(tmp_path: Path) -> None:
+def test_what_a_dead_worker_left_half_written_is_gone_when_the_run_ends(tmp_path: Path) -> None:
     saves = tmp_path / "saves"
     with checkpoint.locked(saves):
         (saves / f".step-00000002.{'a1' * 16}.partial").mkdir()
@@ -159,15 +159,15 @@ def test_what_a_dead_child_left_half_written_is_gone_when_the_run_ends(tmp_path:
     assert {path.name for path in saves.iterdir()} == {".lock", "mine"}
 
 
-def test_a_child_whose_parent_ended_before_it_began_ends_too() -> None:
+def test_a_worker_whose_parent_ended_before_it_began_ends_too() -> None:
     code = "from common.runtime.parent import end_with_parent; end_with_parent(); print('alive')"
     for parent, ended in (("1", (143, "")), (str(os.getpid()), (0, "alive\n"))):
         command = [sys.executable, "-c", code]
         environment = os.environ | {PARENT: parent}
-        child = subprocess.run(
+        worker = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
-        assert (child.returncode, child.stdout) == ended
+        assert (worker.returncode, worker.stdout) == ended
 
 
 # ----------------------------------------------------------------------------------- the frameworks
@@ -318,7 +318,7 @@ def test_the_parent_sees_what_the_devices_do(tmp_path: Path) -> None:
     Watch(tmp_path, [0]).enter("save", 1)  # nobody watches: nothing happens
 
 
-def test_a_child_that_never_begins_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_never_begins_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "START_SECONDS", 1.0)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "endless.py").write_text("while True: pass")

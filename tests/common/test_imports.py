@@ -14,7 +14,7 @@ FRAMEWORK_OF = {
     "tf_impl": {"tensorflow", "keras"},
     "paddle_impl": {"paddle"},
 }
-ALONE = ("children", "campaigns")
+ALONE = ("references", "campaigns")
 """Folders whose files run in processes of their own."""
 
 FRAMEWORKS = set().union(*FRAMEWORK_OF.values())

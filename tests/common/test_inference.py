@@ -191,7 +191,7 @@ def test_wrong_input_is_one_line(
     assert run("generate", "--checkpoint", saved, "--prompt", "") == 2
 
 
-def test_a_failed_child_is_said_so(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_worker_is_said_so(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = dict.fromkeys(FRAMEWORKS, Implementation("no_such_module", "numpy", ""))
     argv = ("generate", "--checkpoint", saved, "--prompt", "x")
     assert run(*argv, implementations=broken) == 1

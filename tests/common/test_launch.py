@@ -1,4 +1,4 @@
-"""Children that end well, raise, crash, hang, are killed, or leave something behind."""
+"""Workers that end well, raise, crash, hang, are killed, or leave something behind."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run(
     return run_jobs_in_worker("fakes.impl", jobs, tmp_path, timeout_seconds)[0]
 
 
-def no_child_left() -> bool:
+def no_worker_left() -> bool:
     return not psutil.Process().children(recursive=True) and not marked(MARK)
 
 
@@ -76,7 +76,7 @@ def test_a_good_run_has_all_parts_and_reports_its_steps(tmp_path: Path) -> None:
 def test_a_schedule_in_a_file_is_the_one_that_the_parent_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever happens to the file while the children of a benchmark start one after another."""
+    """Whatever happens to the file while the workers of a benchmark start one after another."""
     path = tmp_path / "mine.txt"
     path.write_text("0: F0 BW0\n1: F0 BW0\n")
     config = CONFIG.model_copy(update={"schedule": f"file:{path}"})
@@ -86,13 +86,13 @@ def test_a_schedule_in_a_file_is_the_one_that_the_parent_read(
     path.write_text("0: F0 F1 BW0 BW1\n1: F0 BW0 F1 BW1\n")
     JobFile(jobs=(Job(config=config, out=str(tmp_path)),)).write(tmp_path / "jobs.json")
     assert make_schedule(config.schedule, 2, 1) == asked
-    generators.kept.clear()  # as in a child
+    generators.kept.clear()  # as in a worker
     JobFile.read(tmp_path / "jobs.json")
     path.unlink()
     assert make_schedule(config.schedule, 2, 1) == asked
 
 
-def test_the_oracle_runs_as_a_child(tmp_path: Path) -> None:
+def test_the_oracle_runs_as_a_worker(tmp_path: Path) -> None:
     jobs = [Job(config=CONFIG, out=str(tmp_path / "job"), kind="probe", noise=0.1)]
     assert run_jobs_in_worker(ORACLE_MODULE, jobs, tmp_path)[0].status == "ok"
     assert (tmp_path / "job" / "part-0.safetensors").exists()
@@ -112,7 +112,7 @@ def test_the_oracle_knows_what_memory_it_needs() -> None:
         ("exit", "SomeError: gave up"),
     ],
 )
-def test_a_dying_child_is_a_failed_outcome(
+def test_a_dying_worker_is_a_failed_outcome(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, reason: str
 ) -> None:
     outcome = run(tmp_path, monkeypatch, fault)
@@ -129,14 +129,14 @@ def test_a_hang_is_ended_with_all_its_processes(
     time_jumps(monkeypatch, lambda: marked(MARK))
     outcome = run(tmp_path, monkeypatch, fault, LONG_SECONDS)
     assert (outcome.status, outcome.reason) == ("failed", "no result within 100000 s (--timeout)")
-    assert no_child_left()
+    assert no_worker_left()
 
 
-def test_what_a_good_child_leaves_behind_is_ended(
+def test_what_a_good_worker_leaves_behind_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(tmp_path, monkeypatch, "orphan").status == "ok"
-    assert no_child_left()
+    assert no_worker_left()
 
 
 def test_a_missing_part_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,11 +145,11 @@ def test_a_missing_part_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "job" / "part-0.json"
     path.write_text(path.read_text().replace('"devices":[0,1]', '"devices":[0]'))
     job = Job(config=CONFIG, out=str(tmp_path / "job"))
-    outcome = launch._outcome(job, tmp_path / "child.log", "ended", 1.0)
+    outcome = launch._outcome(job, tmp_path / "worker.log", "ended", 1.0)
     assert (outcome.status, outcome.reason) == ("failed", "ended; no result from device 1")
 
 
-def test_a_stop_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_ends_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_FAULTS", "torch=hang")
     stop: list[bool] = []
     jobs = [Job(config=CONFIG, out=str(tmp_path / "job"))]
@@ -157,10 +157,10 @@ def test_a_stop_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         run_jobs_in_worker(
             "fakes.impl", jobs, tmp_path, math.inf, lambda *_: stop.append(True), lambda: bool(stop)
         )
-    assert no_child_left()
+    assert no_worker_left()
 
 
-def test_the_working_directory_is_not_on_a_childs_path(
+def test_the_working_directory_is_not_on_a_workers_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("common/__init__.py", "fakes.py", "queue.py", "random.py", "numpy.py"):
@@ -216,7 +216,7 @@ def test_cpus_are_those_of_the_affinity_or_of_a_cgroups_quota(
     assert cpus.threads_per_stage(2, 6) == 3
 
 
-def test_no_loopback_interface_is_known_before_a_child_starts(
+def test_no_loopback_interface_is_known_before_a_worker_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def unreachable(*_: object) -> NoReturn:

@@ -1,4 +1,4 @@
-"""A parent that is killed outright, so that it can end nothing itself, leaves no child behind."""
+"""A parent that is killed outright, so that it can end nothing itself, leaves no worker behind."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.waiting import wait_for_end
 
 PARENT = """
 import signal, subprocess, sys
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and a shell that ignores and blocks what a child is to end by
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and a shell that ignores and blocks what a worker is to end by
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-child = subprocess.Popen([sys.executable, "-m", sys.argv[1], sys.argv[2]], start_new_session=True)
-print(child.pid, flush=True)
+worker = subprocess.Popen([sys.executable, "-m", sys.argv[1], sys.argv[2]], start_new_session=True)
+print(worker.pid, flush=True)
 sys.stdin.read()
 """  # noqa: E501
 
@@ -33,10 +33,10 @@ def test_a_killed_parent_leaves_no_process(module: str, tmp_path: Path) -> None:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, **pipes) as parent:
         assert parent.stdout is not None
-        child = psutil.Process(int(parent.stdout.readline()))
+        worker = psutil.Process(int(parent.stdout.readline()))
         while not (tmp_path / "progress.jsonl").exists():
-            assert child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+            assert worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
             time.sleep(0.1)
-        family = [child, *child.children(recursive=True)]
+        family = [worker, *worker.children(recursive=True)]
         parent.kill()
         wait_for_end(family)

@@ -293,10 +293,10 @@ def test_what_imported_tokens_mean_is_never_guessed(capsys: pytest.CaptureFixtur
     assert unknown in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------------------- children
+# ----------------------------------------------------------------------------------------- workers
 
 
-def test_children_read_no_text_and_train_no_tokenizer(tmp_path: Path) -> None:
+def test_workers_read_no_text_and_train_no_tokenizer(tmp_path: Path) -> None:
     model = {"vocab_size": 300, "context_length": 8, "d_model": 8}
     train = {"steps": 2, "batch_size": 4, "micro_batches": 2}
     config = RunConfig.model_validate(

@@ -249,17 +249,17 @@ def test_an_interruption_leaves_a_checkpoint_and_no_process(tmp_path: Path) -> N
     )
     argv = words("--out {home}/a --save-dir {home}/saves --save-every 1", home=tmp_path)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    child = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", code, *argv],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"FAKE_DEATHS": "hang@3", "PYTHONPATH": paths},
     )
-    wait_until((tmp_path / "saves" / "step-00000003").exists, child)
-    child.send_signal(signal.SIGTERM)
-    output, _ = child.communicate()
-    assert child.returncode == 130
+    wait_until((tmp_path / "saves" / "step-00000003").exists, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 130
     assert "interrupted" in output and "Traceback" not in output
     assert result(tmp_path / "a").reason == "interrupted" and len(result(tmp_path / "a").steps) == 3
     assert checkpoint.newest(tmp_path / "saves") == tmp_path / "saves" / "step-00000003"

@@ -49,20 +49,20 @@ def start(folder: Path, *configs: RunConfig) -> subprocess.Popen[str]:
 
 def start_training(folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """A run that is far from its end, once it has begun; and its two ranks."""
-    child = start(folder, small("paddle", 2, train={"steps": 1_000_000}))
-    wait_until((folder / "0" / "progress.jsonl").exists, child)
-    ranks = psutil.Process(child.pid).children()
+    worker = start(folder, small("paddle", 2, train={"steps": 1_000_000}))
+    wait_until((folder / "0" / "progress.jsonl").exists, worker)
+    ranks = psutil.Process(worker.pid).children()
     assert len(ranks) == 2
-    return child, ranks
+    return worker, ranks
 
 
 def test_fleets_own_pipeline_and_our_executor_give_the_same_bits(tmp_path: Path) -> None:
     options = {"dtype": "float64", "tied_head": True, "dropout": 0.1}
-    child = start(
+    worker = start(
         tmp_path, *(small("paddle", 2, run={"executor": e}, **options) for e in ("native", "table"))
     )
-    log, _ = child.communicate()
-    assert child.returncode == 0, log
+    log, _ = worker.communicate()
+    assert worker.returncode == 0, log
     planned = [list(map(str, row)) for row in make_schedule("1f1b", 2, 4).devices]
     for rank in range(2):
         table, native = (
@@ -81,10 +81,10 @@ def test_fleets_own_pipeline_and_our_executor_give_the_same_bits(tmp_path: Path)
 
 
 def test_a_killed_rank_ends_the_run_and_says_so(tmp_path: Path) -> None:
-    child, ranks = start_training(tmp_path)
+    worker, ranks = start_training(tmp_path)
     ranks[1].kill()
-    log, _ = child.communicate()
-    assert child.returncode == 1 and not list(tmp_path.glob("0/part-*"))
+    log, _ = worker.communicate()
+    assert worker.returncode == 1 and not list(tmp_path.glob("0/part-*"))
     assert not any(process.is_running() for process in ranks)
     assert log.splitlines()[-1] == "paddle_impl: stage 1 was ended by SIGKILL"
     told = {path.name: path.read_text().splitlines()[-1] for path in tmp_path.glob("0/failed-*")}
@@ -93,17 +93,17 @@ def test_a_killed_rank_ends_the_run_and_says_so(tmp_path: Path) -> None:
 
 
 def test_no_rank_outlives_the_process_that_started_it(tmp_path: Path) -> None:
-    child, ranks = start_training(tmp_path)
-    child.kill()
-    child.communicate()
+    worker, ranks = start_training(tmp_path)
+    worker.kill()
+    worker.communicate()
     wait_for_end(ranks)
 
 
 def test_a_job_that_fails_on_one_rank_ends_on_all_and_the_next_one_runs(tmp_path: Path) -> None:
     (tmp_path / "0" / "part-1.json").mkdir(parents=True)  # rank 1 cannot write its result
-    child = start(tmp_path, small("paddle", 2), small("paddle", 2))
-    child.communicate()
-    assert child.returncode == 1
+    worker = start(tmp_path, small("paddle", 2), small("paddle", 2))
+    worker.communicate()
+    assert worker.returncode == 1
     reason = (tmp_path / "0" / "failed-1.txt").read_text().splitlines()[-1]
     assert reason.startswith("IsADirectoryError")
     assert sorted(path.name for path in tmp_path.glob("1/part-*.json")) == [

@@ -1,4 +1,4 @@
-"""Paddle's habits in the drift zoo. Its stages are processes, so these runs are in a child."""
+"""Paddle's habits in the drift zoo. Its stages are processes, so these runs are in a worker."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 import pytest
 
-from common.checkpoint.foreign.child import checked
+from common.checkpoint.foreign.converter import checked
 from common.spec.parameters import random_arrays
 from common.spec.run import TransformerSpec
 from paddle_impl.convert import _TIED, plain_model, read_weights

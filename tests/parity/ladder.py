@@ -308,11 +308,11 @@ def run_probes(
     groups = {config.stages if framework == "paddle" else 0 for config in configs.values()}
     for group in sorted(groups):
         chosen = {n: c for n, c in configs.items() if framework != "paddle" or c.stages == group}
-        _run_child(MODULE[framework], chosen, folder, group, noises or {})
+        _run_worker(MODULE[framework], chosen, folder, group, noises or {})
     return {name: read_probe(folder / name) for name in configs}
 
 
-def _run_child(
+def _run_worker(
     module: str,
     configs: dict[str, RunConfig],
     folder: Path,

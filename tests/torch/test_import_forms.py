@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.checkpoint.foreign.child import checked
+from common.checkpoint.foreign.converter import checked
 from common.checkpoint.foreign.errors import ExchangeError
 from common.spec.parameters import random_arrays
 from common.spec.run import TransformerSpec

@@ -24,7 +24,7 @@ from pydantic import AliasChoices, BaseModel, Field
 from safetensors.numpy import save_file
 
 from common.checkpoint import Arrays
-from common.checkpoint.foreign.child import checked
+from common.checkpoint.foreign.converter import checked
 from common.checkpoint.foreign.errors import ExchangeError
 from common.checkpoint.foreign.pretrained import HEAD, Tensors, read_config, read_weights
 from common.checkpoint.foreign.source import Source

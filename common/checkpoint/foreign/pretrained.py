@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 
 from common.checkpoint import HeaderEntry, opened, read_header
-from common.checkpoint.foreign.child import check_names
+from common.checkpoint.foreign.converter import check_names
 from common.checkpoint.foreign.errors import ExchangeError, note
 from common.checkpoint.foreign.names import unwrapped
 from common.checkpoint.foreign.source import Source, read_bounded

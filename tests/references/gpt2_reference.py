@@ -1,4 +1,4 @@
-"""`python -m tests.children.gpt2_reference make FOLDER`: the transformers library's own GPT-2, with
+"""`python -m tests.references.gpt2_reference make FOLDER`: the transformers library's GPT-2, with
 random weights.
 
 `check FOLDER`: the same logits from the checkpoint that was imported, through our pipeline of two

@@ -1,4 +1,4 @@
-"""The child side of import and export: `python -m <implementation>.convert`, which alone may import
+"""The worker side of import and export: `python -m <implementation>.convert`, which alone may import
 its framework.
 
     export CHECKPOINT FILE          writes the framework's own file

@@ -1,4 +1,4 @@
-"""`python -m tests.children.llama_reference make FOLDER`: the transformers library's own Llama,
+"""`python -m tests.references.llama_reference make FOLDER`: the transformers library's Llama,
 with random weights; its logits and gradients, as it comes and in float64 throughout.
 
 `check FOLDER`: the library loads what `triptych export` made of it, with the same logits.
