@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from paddle import Tensor, nn
 
 from common.oracle.reference import clip_scale, global_norm
-from common.runtime.baseline import BaselineEngine
+from common.runtime.baseline_engine import BaselineEngine
 from common.runtime.cpus import threads_per_stage
 from common.runtime.engine import Arrays, Engine
 from common.spec.data import Batch

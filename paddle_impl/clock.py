@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import paddle
 from paddle.device import Event
 
-from common.runtime.clock import DeviceClock
+from common.runtime.device_clock import DeviceClock
 from common.runtime.executor import Clock, HostClock
 from common.schedule.action import Action
 

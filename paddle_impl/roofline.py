@@ -1,5 +1,5 @@
 """`python -m paddle_impl.roofline CONFIG`: the kernels of a run one by one, on one thread
-or a GPU (`common.harness.roofline`).
+or a GPU (`common.harness.kernel_times`).
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from common.runtime.roofline import COPIES, Operations, answer
+from common.runtime.kernels import COPIES, Operations, answer
 from common.spec.run import RunConfig
 from paddle_impl import devices
 
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
-    """Return the operations by the names of `common.runtime.roofline.kernels`, and the environment.
+    """Return the operations by the names of `common.runtime.kernels.kernels`, and the environment.
 
     Raises ValueError, ImportError.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from common.runtime.roofline import kernels
+from common.runtime.kernels import kernels
 from common.spec.run import preset
 
 

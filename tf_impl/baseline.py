@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from common.runtime.baseline import BaselineEngine
+from common.runtime.baseline_engine import BaselineEngine
 from common.runtime.engine import Arrays, Engine
 from common.runtime.memory import peak_resident_bytes
 from common.spec.data import IGNORED, Batch, MicroBatch

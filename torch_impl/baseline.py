@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.oracle.reference import clip_scale, global_norm
-from common.runtime.baseline import BaselineEngine
+from common.runtime.baseline_engine import BaselineEngine
 from common.runtime.cpus import threads_per_stage
 from common.runtime.engine import Arrays, Engine
 from common.runtime.memory import peak_resident_bytes

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from common.runtime.clock import DeviceClock
+from common.runtime.device_clock import DeviceClock
 from common.schedule.action import Action
 
 

@@ -18,13 +18,13 @@ from common.cli.numbers import natural
 from common.cli.options import add_run_options, file_to_write, read_run
 from common.cli.python import check_names, chosen_frameworks
 from common.harness.interpreters import Installation, installation
+from common.harness.kernel_times import Measured, measure
 from common.harness.launch import IMPLEMENTATIONS, Implementation
-from common.harness.roofline import Measured, measure
 from common.io.console import make_console
 from common.io.edges import write_file
 from common.report.machine import this_machine
 from common.report.names import framework_name
-from common.runtime.roofline import PEAKS, Kernel, kernels
+from common.runtime.kernels import PEAKS, Kernel, kernels
 from common.spec.gpus import Gpu, counted, visible_gpus
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec
 

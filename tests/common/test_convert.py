@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from common import checkpoint
 from common.checkpoint.foreign.gpt2 import foreign_shapes
-from common.cli import convert
+from common.cli import exchange
 from common.harness.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_worker
 from common.runtime.job import Generation, Job
 from common.runtime.oracle_worker import OracleEngine
@@ -44,7 +44,7 @@ def gpt2_reference(*argv: Any) -> str:
 
 
 def run(*argv: Any, implementations: Mapping[str, Implementation] = IMPLEMENTATIONS) -> int:
-    return call(argv, implementations, convert)
+    return call(argv, implementations, exchange)
 
 
 def import_gpt2(place: Path, out: Path, *argv: Any) -> int:

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 
 from common import checkpoint
 from common.checkpoint.foreign.llama import canonical
-from common.cli import convert, train
+from common.cli import exchange, train
 from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.oracle.reference import Oracle
 from common.report.result import RunResult
@@ -37,7 +37,7 @@ def llama_reference(*argv: Any) -> None:
 
 
 def run(*argv: Any) -> int:
-    return call(argv, IMPLEMENTATIONS, convert)
+    return call(argv, IMPLEMENTATIONS, exchange)
 
 
 def load(source: Path, out: Path, *argv: Any) -> int:

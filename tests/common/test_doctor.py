@@ -11,9 +11,9 @@ from common.cli import doctor
 from common.cli.main import main
 from common.harness import interpreters
 from common.harness.interpreters import Answer
+from common.harness.kernel_times import Measured, measure
 from common.harness.launch import IMPLEMENTATIONS, Implementation
-from common.harness.roofline import Measured, measure
-from common.runtime.roofline import Kernel, kernels
+from common.runtime.kernels import Kernel, kernels
 from common.spec.gpus import Gpu
 from common.spec.run import RunConfig, preset
 

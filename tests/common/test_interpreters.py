@@ -181,8 +181,8 @@ def test_an_interpreter_without_an_answer_is_ended(
 
 def test_what_a_worker_needs_is_what_it_imports() -> None:
     code = (
-        "import sys, common.runtime.worker, common.runtime.ranks, common.runtime.baseline, "
-        "common.runtime.roofline; print(*sys.modules)"
+        "import sys, common.runtime.worker, common.runtime.ranks, common.runtime.baseline_engine, "
+        "common.runtime.kernels; print(*sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common import checkpoint
 from common.checkpoint.foreign.gpt2 import foreign_shapes
-from common.cli import convert, inference, main, train
+from common.cli import exchange, inference, main, train
 from common.harness.launch import ORACLE_MODULE, run_jobs_in_worker
 from common.report.result import RunResult
 from common.runtime.job import Job
@@ -46,7 +46,7 @@ def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def run(*argv: Any) -> int:
     if argv[0] in ("dump", "bisect"):
         return main.main(list(map(str, argv)))
-    return call(argv, MORTAL, train, inference, convert)
+    return call(argv, MORTAL, train, inference, exchange)
 
 
 def trained(folder: str, steps: int, *argv: Any) -> tuple[Path, list[float]]:

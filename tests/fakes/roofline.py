@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from common.runtime.roofline import Operations, answer, kernels
+from common.runtime.kernels import Operations, answer, kernels
 from common.spec.run import RunConfig
 
 

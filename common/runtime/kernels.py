@@ -1,7 +1,7 @@
 """How fast a framework runs the kernels of a run, on one thread or a GPU: a limit for any pipeline.
 
 Each framework has a worker process (`python -m torch_impl.roofline CONFIG`) that answers each line
-it reads with one round: the seconds of every kernel. `common.harness.roofline` makes them take
+it reads with one round: the seconds of every kernel. `common.harness.kernel_times` makes them take
 turns. This module by itself measures the machine, with NumPy.
 """
 

@@ -1,4 +1,4 @@
-"""Start the kernel measurements of `common.runtime.roofline` in turns, and collect the results.
+"""Start the kernel measurements of `common.runtime.kernels` in turns, and collect the results.
 
 Whatever else the machine does then affects all frameworks alike.
 """
@@ -17,7 +17,7 @@ from common.harness.interpreters import interpreter, worker_command, worker_envi
 from common.harness.launch import IMPLEMENTATIONS, Implementation, why_missing
 from common.spec.run import RunConfig
 
-MODULE = "common.runtime.roofline"
+MODULE = "common.runtime.kernels"
 """The machine itself: NumPy on one thread."""
 
 
