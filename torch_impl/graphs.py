@@ -109,6 +109,8 @@ class GraphedStage:
         self._run = self._eager
         if mode is not Mode.TRAIN:
             return
+        # The first pass of a shape is eager. The second records; its tokens' memory becomes static.
+        # From the third on new tokens are copied there and everything is replayed.
         shape = (batch.num_tokens, batch.inputs.shape, workspaces.workspaces_freed)
         if shape != self._shape:
             self.drop()

@@ -149,6 +149,7 @@ class Stage:
         saved: list[Tensor] = []
         again: list[list[Tensor]] = []
         with torch.set_grad_enabled(training), saved_tensors(saved) if measures else nullcontext():
+            # Here the stage's graph begins: `x` comes without one, and B asks for its gradient.
             y = now.tokens[micro_batch] if x is None else x.requires_grad_(training)
             if training and self.config.recomputes(micro_batch):
                 for piece in module.recomputed_pieces:
@@ -161,6 +162,7 @@ class Stage:
         if has_head and now.mode is not Mode.PREDICT:
             now.losses.append(y.detach())
         if training:
+            # The edge keeps the graph alive without `y`, which belongs to the next stage.
             self.in_flight[micro_batch, chunk] = Forward(
                 x, get_gradient_edge(y), module.take_taps(), again, module.direct
             )

@@ -134,6 +134,7 @@ def train(
         # A long run's events would fill the memory; a report needs only those of one step.
         if job.saving is not None and len(records) > EVENTS_KEPT:
             records[-1 - EVENTS_KEPT].events.clear()
+        # One process speaks for all: every process has the same loss, since they exchange it.
         if 0 in engine.devices:
             with (out / "progress.jsonl").open("a", encoding="utf-8") as progress:
                 progress.write(json.dumps(record.model_dump(exclude={"events"})) + "\n")

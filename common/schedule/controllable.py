@@ -96,7 +96,12 @@ def _fill(slots: Slots) -> NDArray[np.int64]:
     forwards, backwards = (
         np.bincount(np.concatenate(times), minlength=size) for times in (slots[:2], slots[2:4])
     )
-    # A B adds 1 to those that wait and a free slot takes 1 away, unless there is none.
+    # A B adds 1 to those that wait and a free slot takes 1 away, unless there is none. Device 0 at
+    # the top of this file:
+    #     slot       0   1   2   3   4   5   6   7
+    #     total      0  -1  -2  -2  -1  -2  -3  -2    if every free slot took 1 away
+    #     waiting    0   0   0   0   1   0   0   1    what total is above its lowest value so far
+    #     done       0   0   0   0   0   1   1   1    the W of B0.1 in slot 5, that of B0 in slot 8
     total = np.cumsum(2 * backwards + forwards - 1)
     waiting = total - np.minimum.accumulate(np.minimum(total, 0))
     done = np.cumsum(backwards) - waiting
@@ -125,6 +130,8 @@ def _moved(devices: list[Slots], with_weights: bool) -> list[Slots]:
         for kind, times in enumerate(slots)
         for i, slot in enumerate(times.tolist())
     ):
+        # The fill ends when the first micro-batch is through, with B0 on device 0; the drain begins
+        # when the last one has entered, with its F0.
         if phase == "fill" and (d, kind) == (0, 3):
             phase = "steady"
         if phase == "drain" or (phase == "fill" and with_weights):
@@ -149,6 +156,7 @@ def _earliest(devices: list[Slots], d: int, kind: int, i: int) -> int:
         needs.append(np.sort(np.concatenate(slots[2:4]))[i])  # the i-th W is of the i-th B
     elif kind:
         needs.append(slots[kind - 1][i])
+    # F0 and B0.1 come down the V from the device before, F0.1 and B0 up from the one after.
     neighbour = d - 1 if kind in (0, 2) else d + 1
     if kind < 4 and 0 <= neighbour < len(devices):
         needs.append(devices[neighbour][kind][i])

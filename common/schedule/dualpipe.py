@@ -32,6 +32,12 @@ def dualpipev(p: int, m: int) -> Schedule:
 
 
 def _row(p: int, m: int, d: int) -> tuple[Action, ...]:
+    # `plan` has the eight steps of the authors' program, one after another. On device 0 of 2 with 4
+    # micro-batches (.1 is chunk 1):
+    #     nF0      nF0F1      nB1W1F1           nF0B1F1B0                 nB1F1B0
+    #     F0 F1    F2 F0.1    B0.1 W0.1 F1.1    (F3&BW1.1) (F2.1&BW0)     BW2.1 (F3.1&BW1)
+    #     nB1B0       nWB0     nW
+    #     BW3.1 B2    W2 B3    W3
     below = p - 1 - d
     pairs = (m - 2 * p + d + 1) * [F0, WITH_BW1, F1, WITH_BW0]
     if below == 0:

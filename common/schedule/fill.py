@@ -45,6 +45,7 @@ def fill(shop: Shop, rows: Rows, targets: int = TARGETS) -> Rows | None:
     if best is None or latest <= earliest + ROUNDING:
         return None if best is None else best[1]
     latest = min(latest, attempt(earliest))
+    # Bisection: a target that was kept could be earlier still, one that was missed is too early.
     for _ in range(targets):
         target = (earliest + latest) / 2
         if attempt(target) <= target + ROUNDING:
@@ -52,6 +53,7 @@ def fill(shop: Shop, rows: Rows, targets: int = TARGETS) -> Rows | None:
         else:
             earliest = target
         latest = min(latest, best[0])
+    # A later target does not always end later, so what bisection has passed over is looked at too.
     earliest, latest = max(shop.never_idle), best[0]
     for n in range(1, targets):
         attempt(earliest + (latest - earliest) * n / targets)
@@ -66,7 +68,7 @@ def fill_by(shop: Shop, rows: Rows, target: float) -> Rows | None:
     held, clock, reached = [0.0] * shop.p, [0.0] * shop.p, [0] * shop.p
     ends_by = list(shop.never_idle)  # each device's share of the value if it is not idle again
     end = [-1.0] * shop.num_actions
-    waiting: dict[int, int] = {}  # action: device
+    waiting: dict[int, int] = {}  # action: the device whose next action waits for it
 
     def run(d: int, a: int) -> None:
         clock[d] = end[a] = clock[d] + shop.duration[a]
@@ -93,7 +95,7 @@ def fill_by(shop: Shop, rows: Rows, target: float) -> Rows | None:
                     break
                 run(d, backlog[d].popleft())
             if held[d] + shop.holds[a] > shop.memory_limit[d]:
-                return None
+                return None  # every W is done, and there is still no room for this F
             if filled[d]:  # before its first forward no device counts as idle
                 ends_by[d] += max(ready - clock[d], 0.0)
             clock[d] = max(ready, clock[d])

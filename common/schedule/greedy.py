@@ -25,6 +25,9 @@ def greedy(shop: Shop, handicaps: tuple[float, float], in_flight: int) -> Rows |
     micro-batches are between their first F and their last B on device d.
     """
     p, m, v, stages = shop.p, shop.m, shop.v, shop.stages
+    # A stream is one operation of one virtual stage, which takes the micro-batches in turn: stream
+    # code * stages + k has the actions from stream * m on. Of equally good ones `choose` takes the
+    # first in this list: B before F and W, later stages before earlier ones. [3]
     streams: list[list[int]] = [[] for _ in range(p)]
     for code in (1, 0, 2):
         for k in reversed(range(stages)):
@@ -41,6 +44,9 @@ def greedy(shop: Shop, handicaps: tuple[float, float], in_flight: int) -> Rows |
         first = streams[d][v - 1]  # the B of the device's first virtual stage
         if not forwards[d][i] and i - done[first] >= in_flight * (p - d):
             return False
+        # Say v = 2, with room for 2 chunks, and micro-batch 0 has been through one of them. An F of
+        # micro-batch 1 would take the other place for good: micro-batch 0 could never come to its
+        # second F here, so no B would ever free anything.
         reserved = v - forwards[d][oldest[d]] if i > oldest[d] else 0
         return held[d] + 1 + reserved <= shop.memory_limit[d]
 
@@ -68,7 +74,7 @@ def greedy(shop: Shop, handicaps: tuple[float, float], in_flight: int) -> Rows |
     while events:
         start, d, a = heapq.heappop(events)  # [4]
         if a != chosen[d] or end[a] >= 0 or start < free[d]:
-            continue  # the device has changed its choice
+            continue  # the device has chosen anew since; a heap cannot take the old entry back
         stream, i = divmod(a, m)
         free[d] = end[a] = start + shop.duration[a]
         held[d] += shop.holds[a]

@@ -127,6 +127,12 @@ def rows(
     weights = [Action(Op.W, i, c) for i, c in order]
     together = [replace(each, overlaps=True) for each in backwards] if overlap else backwards
 
+    # Device 0 of 2 with 3 micro-batches. The columns of `turns`, from left to right, are the row
+    # after its warm-up:
+    #     1f1b, warm-up F0:                     zb, warm-up F0 and a delay of 1:
+    #     forwards    F1   F2   ·                forwards    F1   F2   ·    ·
+    #     backwards   BW0  BW1  BW2              backwards   B0   B1   B2   ·
+    #                                            late        ·    W0   W1   W2
     def row(d: int) -> tuple[Action, ...]:
         first = min(warmup(d), len(forwards))
         pairs = len(forwards) - first

@@ -81,10 +81,13 @@ def search(
     starts = [(shop, rows) for shop in pipelines for rows in _starts(shop, named, actions_to_try)]
     starts.sort(key=lambda start: start[0].value(start[1], start[0].play(start[1])))
     searches = [Tabu(shop, rows, seed) for shop, rows in starts[:WIDTH]]
+    # Successive halving: 8 starts, then 4, 2, 1. Each round gets a quarter of the work, so
+    # the last one alone gets as much as all 8 did in the first round.
     width = WIDTH
     while width:
         del searches[width:]
         for each in searches:
+            # Once one has the lowest bound of all shapes, nothing can be better.
             if min(other.value for other in searches) > min(bounds.values()) + ROUNDING:
                 share = actions_to_try // (WIDTH.bit_length() * len(searches))
                 each.run(max(1, share // each.shop.num_actions), bounds[each.shop])
@@ -148,6 +151,8 @@ def limits(p: int, m: int, memory_limit: Sequence[float]) -> list[float]:
 
 def _starts(shop: Shop, named: Sequence[Schedule], actions_to_try: int) -> Iterator[Rows]:
     """Yield orders that fit: [1], each also as [2] has it. Few for a size that takes long."""
+    # How often the budget could play a whole order. Of 100,000 actions that is 40 times; then there
+    # are 2 greedy starts, and `fill` tries the two extreme targets alone.
     layouts = actions_to_try // shop.num_actions
     orders: list[Rows | None] = [
         shop.rows(schedule)

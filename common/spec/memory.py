@@ -100,6 +100,8 @@ class Memory:
         if model.tied_head and "head" in kinds and "embedding" not in kinds:
             parameters += model.vocab_size * model.d_model  # the head's copy of the embedding
         master = ELEMENT_BYTES[config.train.master_dtype]
+        # AdamW in bfloat16: 4 + 2 bytes of weights, 4 of gradients and 8 of moments make 18 a
+        # parameter; in float32 there is no copy, which leaves 16.
         copy = ELEMENT_BYTES[config.train.dtype] if config.train.dtype == "bfloat16" else 0
         moments = {"adamw": 2, "sgd": int(config.train.momentum > 0)}[config.train.optimizer]
         return DeviceMemory(
@@ -107,6 +109,7 @@ class Memory:
             parameters * (master + copy),
             parameters * master,
             parameters * master * moments,
+            # The fullest moment of the device, not the sum of its chunks' own fullest ones.
             int(np.sum([chunk.held for chunk in chunks], axis=0).max()),
             max(chunk.again for chunk in chunks),
         )
@@ -115,6 +118,8 @@ class Memory:
         """Return what chunk c adds to its device, whatever the other chunks hold."""
         key = device, c, part
         if key not in self._chunks:
+            # (rows, kinds, 2) counts times (kinds, 2) bytes. 1F1B, device 0 of 2: the one row is 2
+            # between F and B and 0 between B and W, so the chunk holds twice what one F leaves.
             sizes = np.array([self._sizes(part, *kind) for kind in self._kinds])  # (kinds, 2)
             self._chunks[key] = _Chunk(
                 sum(self._parameters[kind] for kind in part),
@@ -172,6 +177,7 @@ class Memory:
         )
 
     def _pieces(self, part: Part) -> list[Part]:
+        # What is recomputed at once: `every-1` a unit, `full` all units of the chunk.
         step = self.config.recomputed_units or len(part)
         return [part[i : i + step] for i in range(0, len(part), step)]
 

@@ -123,7 +123,7 @@ def candidates(base: RunConfig, devices: int, schedules: Iterable[str]) -> Itera
     most `MOST_PER_DEVICE` for each, where 1f1b's bubble is below 1/64.
     """
     batch, units = base.train.batch_size, len(unit_names(base.model))
-    used = min(devices, units)
+    used = min(devices, units)  # a stage without a unit does nothing
     most = min(batch, MOST_PER_DEVICE * used)
     counts = {m for m in range(1, most + 1) if batch % m == 0}
     counts |= {used * k for k in range(1, 9) if used * k <= most}
@@ -158,6 +158,7 @@ def plan_one(config: RunConfig, times: UnitTimes, memory_limit_bytes: float) -> 
             parameters = max(each.parameters for each in memory)
             step, bubble = _step(final, schedule, parts, parameters, times)
             return Plan(final, step, bubble, tuple(memory), times.peak_flops_per_device)
+        # Not always the last: what a piece computes again is held too, and the largest with `full`.
         if nearest is None or missing < nearest.missing_bytes:
             nearest = Refused(tried, device, int(missing))
     assert nearest is not None
@@ -211,6 +212,8 @@ def _cut(
 
     last = len(devices) - 1
 
+    # The limit changes the cut: the first device has the most micro-batches in flight and the last
+    # one the logits, so both may have to do with fewer blocks than would be fastest.
     def fits(device: int, counts: tuple[int, ...]) -> bool:
         own = [
             ("embedding",) * (k == 0) + ("block",) * n + ("head",) * (k == last)
@@ -247,6 +250,7 @@ def _step(
     played = play(table, spent.tolist(), [times.hop_seconds] * table.num_rows)
     makespan = max(played.end)
     optimizer = parameters * times.optimizer_seconds_per_parameter
+    # All devices together have p x makespan seconds. What no action fills of them is the bubble.
     bubble = 1 - float(spent.sum()) / (schedule.num_devices * makespan)
     return makespan + optimizer + times.rest_seconds, bubble
 

@@ -9,6 +9,9 @@ Its value at size 0 is what a micro-batch costs however small it is, which is wh
                  ·
              a0 ┤
                 └────┴────┴────────┴──  sequences b
+
+Measured 2, 3 and 5 ms for 1, 2 and 4 sequences: a block takes 4 ms for 3 and 9 ms for 8, and 1 ms
+is there whatever the size. 8 micro-batches of 1 then take 16 ms where one of 8 takes 9.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class UnitTimes(BaseModel):
         """Return the seconds of one operation of one unit."""
         known = self.seconds[unit.partition(".")[0]][op.value]
         sizes = sorted(known)
-        if len(sizes) == 1:
+        if len(sizes) == 1:  # no slope is known: in proportion, as counted FLOPs are
             return known[sizes[0]] * sequences / sizes[0]
         # The neighbours of `sequences`, or the two sizes at the nearer end.
         right = min(max(bisect_left(sizes, sequences), 1), len(sizes) - 1)
