@@ -15,9 +15,8 @@ from common.spec import tokenizer
 
 pytest_plugins = ["tests.watchdog"]
 
-os.environ.pop(
-    "COLUMNS", None
-)  # of the terminal that the tests were started in; tables would be folded to fit it
+# That of the terminal that the tests were started in; tables would be folded to fit it.
+os.environ.pop("COLUMNS", None)
 
 # Tests send these to workers, who would inherit that they are ignored (nohup, a script's job in
 # the background).
@@ -25,9 +24,8 @@ for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)  # which no worker inherits
 
-settings.register_profile(
-    "default", deadline=None
-)  # examples are slow on a busy machine, not wrong
+# An example that is slow on a busy machine is not wrong.
+settings.register_profile("default", deadline=None)
 settings.load_profile("default")
 
 

@@ -17,9 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_its_own_tests_pass(framework: str, pytestconfig: pytest.Config) -> None:
-    sooner = (
-        float(pytestconfig.getini("hang_seconds")) / 2
-    )  # than this test, which would say less about a hang
+    # Sooner than this test's own limit, which would say less about a hang.
+    sooner = float(pytestconfig.getini("hang_seconds")) / 2
     options = [
         "-p",
         "no:xdist",
@@ -34,7 +33,6 @@ def test_its_own_tests_pass(framework: str, pytestconfig: pytest.Config) -> None
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            print(
-                line, end="", flush=True
-            )  # as it comes, so that a failure of any kind shows how far it got
+            # Line by line, so that a failure of any kind shows how far it got.
+            print(line, end="", flush=True)
     assert process.returncode == 0

@@ -108,7 +108,6 @@ def write_file(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        error.filename = error.filename or str(
-            path
-        )  # a full disk does not say which file it has no room for
+        # A full disk does not say which file it has no room for.
+        error.filename = error.filename or str(path)
         raise

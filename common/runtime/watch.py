@@ -30,9 +30,8 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 OPS = tuple(Op)
 
 FILE = "watch"
-_LINE = struct.Struct(
-    "<6q"
-)  # changes so far, phase, step, operation (-1: none), micro-batch, chunk
+# Changes so far, phase, step, operation (-1: none), micro-batch, chunk.
+_LINE = struct.Struct("<6q")
 
 
 class Watch:

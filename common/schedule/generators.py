@@ -145,9 +145,8 @@ def default_chunks(name: str) -> int:
     """Return the chunks per device of a schedule (by name or `file:PATH`) if the user gives
     none."""
     if name.startswith("file:"):
-        with contextlib.suppress(
-            ScheduleError
-        ):  # `make_schedule` will say what is wrong with the file
+        # `make_schedule` will say what is wrong with the file.
+        with contextlib.suppress(ScheduleError):
             return _read(Path(name.removeprefix("file:"))).num_chunks
     known = GENERATORS.get(name)
     return (known.chunks or known.usual_chunks) if known else 1
@@ -186,9 +185,8 @@ def keep_schedule(name: str) -> None:
     if name.startswith("file:"):
         path = Path(name.removeprefix("file:"))
         kept.pop(str(path), None)
-        with contextlib.suppress(
-            OSError, UnicodeDecodeError
-        ):  # `make_schedule` will say what is wrong with the file
+        # `make_schedule` will say what is wrong with the file.
+        with contextlib.suppress(OSError, UnicodeDecodeError):
             kept[str(path)] = read_text(path)
 
 

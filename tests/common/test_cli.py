@@ -98,11 +98,8 @@ def test_precedence_is_preset_then_file_then_command_line(tmp_path: Path) -> Non
     toml += "[train]\nsteps = 7\nclip_norm = 'none'\n"
     found = bench("--config", config_file(tmp_path, toml), "--steps", "5")
     config = found.points[0]
-    assert (config.model.num_layers, config.model.d_model, config.train.steps) == (
-        2,
-        48,
-        5,
-    )  # preset, file, line
+    # From the preset, the file and the command line.
+    assert (config.model.num_layers, config.model.d_model, config.train.steps) == (2, 48, 5)
     assert (config.train.clip_norm, found.options.repeats, {c.stages for c in found.points}) == (
         None,
         3,

@@ -106,9 +106,8 @@ def test_a_public_name_that_not_all_have_is_listed_with_a_reason() -> None:
         found = set()
         for own in IMPLEMENTATIONS:
             for name in set(public_names(own, module)) - everywhere:
-                owner = name.split(".")[
-                    0
-                ]  # a class that not all have is one difference, with all its methods
+                # A class that not all have is one difference, with all its methods.
+                owner = name.split(".")[0]
                 found.add(name if owner in classes else owner)
         assert found == set(listed), module
         assert all(listed.values())

@@ -66,9 +66,8 @@ def test_margins_are_over_the_limit() -> None:
 def test_errors_in_bfloat16_are_judged_by_the_smallest() -> None:
     errors = [{"loss": 0.0, "gradient": 0.01}, {"loss": 2 * LOSS_ERROR_FLOOR, "gradient": 0.02}]
     best, second = relative_margins([*errors, {"loss": 1e-9, "gradient": 0.031}])[:2]
-    assert (
-        best["loss"] == 1 / BFLOAT16_FACTOR
-    )  # a loss that is right by luck is no better than the floor
+    # A loss that is right by luck is no better than the floor.
+    assert best["loss"] == 1 / BFLOAT16_FACTOR
     assert math.isclose(best["gradient"], 1 / BFLOAT16_FACTOR)
     assert math.isclose(second["loss"], 2 / 3) and math.isclose(second["gradient"], 2 / 3)
     assert relative_margins([*errors, {"loss": 1e-9, "gradient": 0.031}])[2]["gradient"] > 1

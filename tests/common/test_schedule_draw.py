@@ -83,9 +83,8 @@ def test_cells_stand_where_the_simulator_says() -> None:
     schedule = make_schedule("interleaved", 3, 5, 2)
     simulation = simulate(schedule)
     lines = draw_text(schedule).splitlines()
-    width = lines[0].index("0.5") - lines[0].index(
-        "0"
-    )  # half a unit: the shortest action, a chunk's forward
+    # Half a unit: the shortest action, a chunk's forward.
+    width = lines[0].index("0.5") - lines[0].index("0")
     head = lines[0].index("0")
     for row in range(simulation.table.num_rows):
         line = lines[1 + simulation.table.device[row]]

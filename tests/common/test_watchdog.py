@@ -54,8 +54,6 @@ def test_a_hang_is_told_from_work(tmp_path: Path) -> None:
             ("FAILED", "test_looks_again_and_again_for_what_never_comes"),
         ], said
         assert said.count("the test hangs: nothing was computed for 4 s") >= 2
-        stacks = (
-            "in test_waits_for_a_child",
-            'File "<string>", line 1 in <module>',
-        )  # the test's, and its child's
+        # The test's own, and that of its child.
+        stacks = ("in test_waits_for_a_child", 'File "<string>", line 1 in <module>')
         assert all(stack in said for stack in stacks), said

@@ -41,9 +41,8 @@ def judge() -> Callable[[str, str, Comparison], None]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(
-        session.config, "workeroutput"
-    ):  # a worker of pytest-xdist: the summary is printed elsewhere
+    # In a worker of pytest-xdist: the summary is printed elsewhere.
+    if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["margins"] = [(*key, worst) for key, worst in MARGINS.items()]
 
 

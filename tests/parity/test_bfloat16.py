@@ -33,17 +33,15 @@ def comparison(framework: str, run: Run) -> Comparison:
     return compare_probe(run, expected(one, NOISE), "bfloat16")
 
 
-@pytest.mark.parametrize(
-    "mine", FRAMEWORKS
-)  # not "framework": each is judged beside the others, so all run in one worker
+# Not "framework": each is judged beside the others, so all run in one worker.
+@pytest.mark.parametrize("mine", FRAMEWORKS)
 def test_below_the_ceiling_and_near_the_best(
     mine: str, outcomes: dict[str, Run | str], judge: Judge
 ) -> None:
     outcome = outcomes[mine]
     if isinstance(outcome, str):
-        assert outcome.startswith("failed: ValueError: "), (
-            outcome
-        )  # a refusal in one clear line, and nothing else
+        # A refusal in one clear line, and nothing else.
+        assert outcome.startswith("failed: ValueError: "), outcome
         pytest.skip(outcome)
     compared = {
         name: comparison(name, run) for name, run in outcomes.items() if isinstance(run, Run)

@@ -103,9 +103,8 @@ def test_errors_of_bfloat16_have_no_sign() -> None:
         tf.cast(tf.matmul(a, b), tf.float64),
         tf.matmul(tf.cast(a, tf.float64), tf.cast(b, tf.float64)),
     )
-    assert products_are_rounded() == (own < 0.2), (
-        own
-    )  # TensorFlow's own product, -0.7 without oneDNN
+    # TensorFlow's own product, -0.7 without oneDNN.
+    assert products_are_rounded() == (own < 0.2), own
 
 
 @pytest.mark.parametrize("compiled_first", [False, True])

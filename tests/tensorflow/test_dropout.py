@@ -46,6 +46,5 @@ def test_native_masks_keep_the_share_they_should_and_differ_by_site_step_and_mic
     assert (first > 0).mean() == pytest.approx(0.7, abs=0.01)
     assert first.mean() == pytest.approx(1, abs=0.02)
     rarely = native_dropout(tf.cast(ones, tf.bfloat16), 0.01, 0, context).numpy()
-    assert (rarely == 0).mean() == pytest.approx(
-        0.01, abs=0.002
-    )  # TensorFlow's own op drops 0.016 in bfloat16
+    # TensorFlow's own op drops 0.016 in bfloat16.
+    assert (rarely == 0).mean() == pytest.approx(0.01, abs=0.002)

@@ -61,11 +61,8 @@ def test_a_keras_user_gets_what_plain_keras_gives(schedule: str, tmp_path: Path)
     model.set_weights(plain.get_weights())
     epochs: list[int] = []
     callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append(epoch))
-    options: dict[str, Any] = {
-        "epochs": 3,
-        "verbose": 0,
-        "validation_data": data(20),
-    }  # 20: not 48, nor 4 pieces
+    # 20 samples: neither 48 nor 4 equal pieces.
+    options: dict[str, Any] = {"epochs": 3, "verbose": 0, "validation_data": data(20)}
     history = model.fit(data(16), callbacks=[callback], **options).history
     expected = plain.fit(data(16), **options).history
     assert set(history) == set(expected) == {"loss", "accuracy", "val_loss", "val_accuracy"}
@@ -85,9 +82,8 @@ def test_a_keras_user_gets_what_plain_keras_gives(schedule: str, tmp_path: Path)
     ]
 
     model.save_weights(tmp_path / "model.weights.h5")
-    other = GPipeModel(
-        layers(), num_stages=2, num_micro_batches=4
-    )  # as many: predictions go through in micro-batches
+    # With as many micro-batches, since predictions go through in micro-batches too.
+    other = GPipeModel(layers(), num_stages=2, num_micro_batches=4)
     other.build((None, FEATURES))
     other.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(prediction, other.predict(data(20), verbose=0))

@@ -25,9 +25,8 @@ SEQUENCES = GENERATOR.normal(size=(B, S, 5)).astype("float32")
 COLUMN = GENERATOR.normal(size=(B, 1)).astype("float32")
 LABELS = GENERATOR.integers(0, CLASSES, B)
 WEIGHT = GENERATOR.uniform(0.2, 2.0, B)
-TOKENS = GENERATOR.integers(1, 9, (B, S)) * (
-    np.arange(S) < GENERATOR.integers(1, S + 1, (B, 1))
-)  # 0 behind the end
+# 0 behind the end.
+TOKENS = GENERATOR.integers(1, 9, (B, S)) * (np.arange(S) < GENERATOR.integers(1, S + 1, (B, 1)))
 OF_TOKENS = GENERATOR.integers(0, CLASSES, (B, S))
 PER_TOKEN = GENERATOR.uniform(0.2, 2.0, (B, S))
 
@@ -83,9 +82,8 @@ def train_twins(
 ) -> Any:
     twins, histories = pair(layers, x), []
     for one in twins:
-        one.compile(
-            **{"optimizer": optimizers.SGD(0.1), "run_eagerly": True} | compiled()
-        )  # faster for a few steps
+        # Faster for a few steps.
+        one.compile(**{"optimizer": optimizers.SGD(0.1), "run_eagerly": True} | compiled())
         histories.append(fit(one, x, y, **options))
     assert list(histories[0]) == list(histories[1])
     assert difference(histories[0].values(), histories[1].values()) < 1e-5
@@ -137,10 +135,8 @@ def test_sample_weights_of_every_rank(reduction: str, rank: int) -> None:
 
 def test_class_weights_metrics_and_the_weight_of_the_loss() -> None:
     compiled = {"loss": SPARSE(True), "loss_weights": 2.5, "weighted_metrics": ["accuracy"]}
-    compiled["metrics"] = [
-        "accuracy",
-        keras.metrics.SparseTopKCategoricalAccuracy(2),
-    ]  # one object for both twins
+    # One object for both twins.
+    compiled["metrics"] = ["accuracy", keras.metrics.SparseTopKCategoricalAccuracy(2)]
     train_twins(
         classes,
         X,
@@ -171,10 +167,8 @@ def test_uneven_pieces_are_traced_twice_at_most() -> None:
     model.evaluate(X, COLUMN, batch_size=B, verbose=0)
     model.predict(X, batch_size=B, verbose=0)
     assert {len(set(map(id, chunk.functions))) for chunk in model.chunks} == {2}
-    assert [chunk.evaluate.experimental_get_tracing_count() for chunk in model.chunks] == [
-        3,
-        3,
-    ]  # one for model(x[:1])
+    # One for model(x[:1]).
+    assert [chunk.evaluate.experimental_get_tracing_count() for chunk in model.chunks] == [3, 3]
 
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
@@ -235,9 +229,8 @@ def test_training_goes_on_from_a_file_bit_by_bit(how: str, tmp_path: Path) -> No
     assert difference(model.get_weights(), other.get_weights()) == 0
     slots = [[variable.numpy() for variable in one.optimizer.variables] for one in (model, other)]
     assert difference(*slots) == 0
-    assert len(slots[0]) == 3 + 2 * len(
-        model.weights
-    )  # iterations, rate, Nadam's product; two moments
+    # Iterations, rate, Nadam's product; two moments.
+    assert len(slots[0]) == 3 + 2 * len(model.weights)
 
 
 def test_backup_and_restore_loses_nothing(tmp_path: Path) -> None:

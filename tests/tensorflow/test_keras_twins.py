@@ -151,9 +151,8 @@ def fitted(
     """Losses and metrics of a step with each batch size, of an evaluation, a prediction and the
     weights.
     """
-    eager = (
-        {"run_eagerly": True} if isinstance(model, keras.Sequential) else {}
-    )  # many small models: faster so
+    # Many small models: faster so.
+    eager = {"run_eagerly": True} if isinstance(model, keras.Sequential) else {}
     metrics = {name: given for name, given in options.items() if name != "sample_weight"}
     model.compile(keras.optimizers.SGD(0.05), loss, **metrics, **eager)
     weight = options.get("sample_weight")

@@ -78,10 +78,8 @@ def test_every_form_of_a_state_dict_is_the_same_weights(
         torch.save({name: untied[name] for name in part}, tmp_path / f"part-{n}.bin")
     index = {"weight_map": {name: f"part-{n % 2}.bin" for n, name in enumerate(untied)}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    for place in (
-        tmp_path,
-        tmp_path / "pytorch_model.bin.index.json",
-    ):  # the folder: its safetensors file comes first
+    # The folder: its safetensors file comes first.
+    for place in (tmp_path, tmp_path / "pytorch_model.bin.index.json"):
         for key, value in read(place).items():
             np.testing.assert_array_equal(value, WEIGHTS[key])
 

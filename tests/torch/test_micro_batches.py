@@ -33,6 +33,5 @@ def test_each_micro_batch_holds_what_its_size_needs(recompute: str) -> None:
     three, two = (held_bytes(3 * size, "gpipe", recompute) / 3 for size in (3, 2))
     assert three > two > 0
     assert held_bytes(8, "gpipe", recompute) == 2 * three + two
-    assert held_bytes(8, "zb-h1", recompute) == held_bytes(
-        9, "zb-h1", recompute
-    )  # one at a time, the largest first
+    # One at a time, the largest first.
+    assert held_bytes(8, "zb-h1", recompute) == held_bytes(9, "zb-h1", recompute)

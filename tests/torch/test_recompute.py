@@ -27,13 +27,9 @@ def test_recomputation_gives_the_same_bits(make: Make, recompute: str, dropout: 
 def test_recomputation_holds_the_input_of_each_piece_and_nothing_else(make: Make) -> None:
     held = {kind: held_bytes(make, kind) for kind in ("none", "full", "except-last", "every-1")}
     one = ACTIVATION_BYTES
-    assert held["full"] == {
-        0: 0,
-        1: one,
-    }  # stage 0 takes tokens; 1f1b has one micro-batch in flight on stage 1
-    assert held["every-1"] == {
-        0: 2 * one,
-        1: 2 * one,
-    }  # stage 0 holds block 0's input for two micro-batches
+    # Stage 0 takes tokens; 1f1b has one micro-batch in flight on stage 1.
+    assert held["full"] == {0: 0, 1: one}
+    # Stage 0 holds block 0's input for two micro-batches.
+    assert held["every-1"] == {0: 2 * one, 1: 2 * one}
     assert held["except-last"][1] == held["none"][1] > 10 * one
     assert held["full"][0] < held["except-last"][0] < held["none"][0]

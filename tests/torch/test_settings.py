@@ -55,10 +55,8 @@ def test_ranks_on_gpus_are_spawned(kind: str, method: str, monkeypatch: pytest.M
     monkeypatch.setattr(ranks, "run", lambda how, jobs, switch: started.append(how) or 0)
     assert ranks.run_on_ranks([Job(config=small("torch", 2), out="")], switch) == 0
     assert [how.start_method for how in started] == [method]
-    assert pickle.loads(pickle.dumps((started[0], switch))) == (
-        started[0],
-        switch,
-    )  # what a spawned rank is given
+    # What a spawned rank is given.
+    assert pickle.loads(pickle.dumps((started[0], switch))) == (started[0], switch)
 
 
 @pytest.mark.parametrize(("threads", "per_stage"), [(2, 1), (4, 2)])

@@ -65,9 +65,8 @@ def test_tapped_gradients_are_those_of_plain_autograd(make: Make) -> None:
 
 def test_b_frees_the_graph_and_w_frees_the_rest(make: Make) -> None:
     engine = make(2)
-    engine.forward_backward(
-        batch(engine)
-    )  # in its first forward a stage looks at the saved tensors itself
+    # In its first forward a stage looks at the saved tensors itself.
+    engine.forward_backward(batch(engine))
     stage = engine.stages[0]
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
 

@@ -157,9 +157,8 @@ def _spec(tensors: Tensors, config: _Config, said: Mapping[str, Any]) -> Transfo
 
 
 def _shown(value: Any) -> str:
-    return (
-        f"{value:g}" if isinstance(value, float) else str(value)
-    )  # float32's 1e-05 has more digits
+    # Shorter: float32's 1e-05 has many more digits as float64.
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def foreign_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:

@@ -104,9 +104,8 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def _shard(index: Path, name: str, folder: Path, home: Path) -> Path:
-    inside = os.path.normpath(
-        name.replace("\\", "/")
-    )  # written on Windows, a name may have the other slash
+    # Written on Windows, a name may have the other slash.
+    inside = os.path.normpath(name.replace("\\", "/"))
     where = f"{index}: shard {printable(name)!r}"
     if (
         "\0" in name

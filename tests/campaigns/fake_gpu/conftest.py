@@ -21,9 +21,8 @@ else:
     from tests.campaigns.fake_gpu import late_kernels
     from torch_impl import devices
 
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # PyTorch says for each kernel that it is replaced
+    # PyTorch warns of each kernel that is replaced.
+    with warnings.catch_warnings(action="ignore"):
         LIBRARY = late_kernels.install()
     devices.configure(1, 1, "cuda")  # one thread a kernel: a sum's bits depend on it
 

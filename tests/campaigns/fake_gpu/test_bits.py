@@ -118,9 +118,8 @@ def test_pytorchs_own_sanitizer_finds_no_race(
     """It calls a race what no event orders; on one GPU only, since it misses the events inside a
     copy between two.
     """
-    from torch.cuda._sanitizer import (
-        CUDASanitizerDispatchMode,
-    )  # traces all CUDA calls from here on: last in this file
+    # Its import traces all CUDA calls from here on, so this test is the last in this file.
+    from torch.cuda._sanitizer import CUDASanitizerDispatchMode
 
     sanitizer = CUDASanitizerDispatchMode()
     prepare = streams.prepare_thread
