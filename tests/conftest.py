@@ -14,6 +14,7 @@ from hypothesis import settings
 from common.spec import tokenizer
 
 pytest_plugins = ["tests.watchdog"]
+pytest.register_assert_rewrite("tests.engines", "tests.every_framework")
 
 # That of the terminal that the tests were started in; tables would be folded to fit it.
 os.environ.pop("COLUMNS", None)

@@ -1,30 +1,11 @@
-"""Numbers beyond the parity ladder against the oracle: short batches, units alone, predictions."""
+"""Numbers beyond the parity ladder against the oracle: the best track, predictions."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from tests.engines import (
-    Make,
-    assert_within,
-    batch,
-    check_predictions,
-    check_short_batch,
-    check_units_alone,
-    oracle_of,
-    train,
-)
-
-every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
-
-
-@every_dtype
-@pytest.mark.parametrize("micro_batches", [1, 3, 4, 8])
-def test_ignored_labels_and_missing_sequences_count_for_nothing(
-    make: Make, dtype: str, micro_batches: int
-) -> None:
-    check_short_batch(make, dtype, micro_batches)
+from tests.engines import Make, assert_within, batch, check_predictions, oracle_of, train
 
 
 @pytest.mark.parametrize("batch_size", [6, 7])  # 7: micro-batches of 3, 2 and 2
@@ -35,15 +16,6 @@ def test_the_best_track_has_the_oracles_gradients(make: Make, batch_size: int) -
         losses = [{"loss": one.forward_backward(batch(engine, step))} for one in (engine, oracle)]
         assert_within(*losses, "loss", "float32")
         assert_within(engine.gradients(), oracle.gradients(), "gradient", "float32")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "norm", "tied_head"), [("float32", "pre", True), ("float64", "post", False)]
-)
-def test_units_alone_are_the_oracles_and_leave_the_engine_as_it_was(
-    make: Make, dtype: str, norm: str, tied_head: bool
-) -> None:
-    check_units_alone(make, dtype, norm, tied_head)
 
 
 @pytest.mark.parametrize(

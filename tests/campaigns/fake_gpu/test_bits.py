@@ -19,7 +19,7 @@ from common.runtime.job import Generation, Job
 from common.schedule.action import Action
 from tests.campaigns.fake_gpu.late_kernels import queue
 from tests.engines import ELSEWHERE, Arrays, Make, batch, check_resumes, different, train
-from tests.kernels import check_kernels
+from tests.every_framework import check_kernels
 from torch_impl import streams
 from torch_impl.roofline import prepare
 
@@ -118,7 +118,7 @@ def test_pytorchs_own_sanitizer_finds_no_race(
     """It calls a race what no event orders; on one GPU only, since it misses the events inside a
     copy between two.
     """
-    # Its import traces all CUDA calls from here on, so this test is the last in this file.
+    # Its import traces all CUDA calls from here on.
     from torch.cuda._sanitizer import CUDASanitizerDispatchMode
 
     sanitizer = CUDASanitizerDispatchMode()
