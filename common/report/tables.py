@@ -443,10 +443,6 @@ def print_table(rows: Sequence[Row], console: Console) -> bool:
         dropped = True
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    return grid(rows).markdown()
-
-
 def csv_table(rows: Sequence[Row]) -> str:
     """Return every value in full, one line per row."""
     text = io.StringIO(newline="")

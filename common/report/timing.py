@@ -99,10 +99,6 @@ class Timing(BaseModel):
         """Simulated over measured step time, less 1."""
         return self.simulated_step_seconds / self.measured_step_seconds - 1
 
-    @property
-    def pipeline_difference(self) -> float:
-        return self.simulated_pipeline_seconds / self.measured_pipeline_seconds - 1
-
 
 @dataclass(frozen=True)
 class _Step:

@@ -17,7 +17,7 @@ from common.report import facts
 from common.report.compare import compare_runs, oracle_config, rounded_oracle_config
 from common.report.machine import this_machine
 from common.report.result import SCHEMA_VERSION, Parity, ResultError, RunResult, Step, measured
-from common.report.tables import csv_table, make_rows, markdown_table, print_table
+from common.report.tables import csv_table, grid, make_rows, print_table
 from common.runtime.job import EventRecord, Part, StepRecord
 from common.runtime.outcome import Outcome
 from common.spec.parameters import TensorKey, parameter_shapes, random_arrays, unit_of
@@ -127,7 +127,7 @@ def test_a_table_from_known_results() -> None:
     assert rows[1].step_ms_median == pytest.approx(200)
     assert rows[1].first_step_seconds == pytest.approx(0.8)
     assert rows[1].peak_memory_mb == pytest.approx(200)
-    lines = markdown_table(rows).splitlines()
+    lines = grid(rows).markdown().splitlines()
     assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
     row = "| tensorflow | 1.0 | 1f1b | 2 | 4 | ok | pass | 4.40000 | 4.50000 | 1,280 |"
     assert f"{row} 2.00 [1.05, 4.00] | faster |" in lines[-1]
@@ -141,7 +141,7 @@ def test_a_row_that_fails_parity_is_shown_and_not_ranked() -> None:
     rows = make_rows([[wrong, result("torch")], [result("tensorflow")]])
     assert (rows[0].parity, rows[0].ratio, rows[1].ratio) == ("FAIL", None, 1.0)
     assert rows[0].tokens_per_second is not None
-    assert "not ranked" in markdown_table(rows)
+    assert "not ranked" in grid(rows).markdown()
 
 
 def on_cards(name: str, *places: str) -> dict[str, object]:
@@ -162,13 +162,13 @@ def test_cards_have_names_and_no_ratio_leaves_its_kind_of_device() -> None:
     assert [row.is_baseline for row in rows] == [True, True, False, True, False]
     assert rows[2].ratio == pytest.approx(0.5)
     assert [row.shares_gpu for row in rows] == [False, False, True, False, False]
-    lines = markdown_table(rows).splitlines()
+    lines = grid(rows).markdown().splitlines()
     for line, device in zip(lines[2:5], ("| cpu |", "| 2 x A |", "| 1 x A |"), strict=True):
         assert device in line
-    assert "| device |" in lines[0] and "| device |" not in markdown_table(rows[:1])
+    assert "| device |" in lines[0] and "| device |" not in grid(rows[:1]).markdown()
     shared = replace(rows[2], bubble_fraction=0.5, simulated_bubble_fraction=0.4)
-    assert "| shared GPU |" in markdown_table([shared])
-    assert "50.0%" in markdown_table([replace(shared, gpus=2)])
+    assert "| shared GPU |" in grid([shared]).markdown()
+    assert "50.0%" in grid([replace(shared, gpus=2)]).markdown()
 
 
 def test_facts_say_whether_graphs_were_used_and_who_fell_back() -> None:
