@@ -129,25 +129,6 @@ def test_advice(
     assert (found.version, found.answer) == ("9", answer)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--frameworks", "jax"], "--frameworks = 'jax': unknown"),
-        (["--rounds", "-1"], "'-1'; expected a whole number, at least 0"),
-        (["--rounds", "²"], "'²'; expected a whole number, at least 0"),
-        (["--d-model", "33"], "num_heads"),
-        (["--schedule", "1f1b"], "--schedule: unknown option"),
-        (["--json", "no/such/folder/x.json"], "--json"),
-    ],
-)
-def test_wrong_input_is_one_line(
-    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["doctor", *options]) == 2
-    printed = capsys.readouterr()
-    assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
-
-
 def test_every_implementation_has_its_list() -> None:
     root = Path(__file__).parents[2]
     assert all((root / one.module / "roofline.py").exists() for one in IMPLEMENTATIONS.values())

@@ -17,6 +17,7 @@ from common.harness.interpreters import NEEDED, InterpreterError, ask, interpret
 from common.report.names import framework_name, interpreter_name
 from common.runtime.installed import cuda_in, version_in
 from common.spec.run import preset
+from tests.program import assert_refused
 
 ROOT = Path(__file__).parents[2]
 ALL = dict.fromkeys(("torch", "tensorflow", "paddle", *NEEDED), "2.0")
@@ -89,10 +90,9 @@ def test_a_wrong_interpreter_is_one_line_before_a_worker_starts(
     (tmp_path / "number.toml").write_text("python = 3")
     (tmp_path / "wrong.toml").write_text('[python]\ntroch = "good"')
     (tmp_path / "none.toml").write_text('[python]\npaddle = "none"')
-    assert main(["bench", "--preset", "tiny", "--python", *value.split()]) == 2
-    printed = capsys.readouterr()
-    assert said.replace("{}", str(tmp_path)) in printed.err
-    assert printed.err.count("\n") == 1 and not (tmp_path / "results").exists()
+    status = main(["bench", "--preset", "tiny", "--python", *value.split()])
+    assert_refused(status, said.replace("{}", str(tmp_path)), capsys)
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,7 @@ def test_every_subcommand_that_starts_a_framework_takes_it(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(line.split()) == 2
-    said = capsys.readouterr().err
-    assert "none: no such file; expected a Python" in said and said.count("\n") == 1
+    assert_refused(main(line.split()), "none: no such file; expected a Python", capsys)
 
 
 def test_two_versions_of_a_framework_are_two_rows_of_one_benchmark(tmp_path: Path) -> None:

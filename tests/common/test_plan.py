@@ -28,7 +28,6 @@ from common.spec.partition import plan_partition
 from common.spec.plan import candidates, make_plans, plan_one
 from common.spec.run import RunConfig, preset
 from common.spec.unit_times import UnitTimes, counted_times
-from tests.program import with_defaults
 
 SMALL = preset("small")
 
@@ -237,27 +236,6 @@ def test_the_command_line(
     assert main(shlex.split(line.removeprefix("run it: triptych "))) == 0
     (arguments,) = parsed
     assert read_run(arguments, reads_text=False).stages == found[0]["config"]["stages"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--memory-limit", "3 parsecs"], "expected a size such as 32GB"),
-        (["--memory-limit", "0GB"], "expected a size such as 32GB"),
-        (["--schedules", "zb-9"], "'zb-9': unknown"),
-        (["--costs", "nowhere.json"], "nowhere.json: No such file"),
-        (["--costs", __file__], "not a profile"),
-        (["--stages", "2"], "unknown option"),
-        (["--devices", "0"], "at least 1"),
-        (["--output", "plan.xyz"], "expected a picture, .png or .svg"),
-    ],
-)
-def test_wrong_input_is_one_line(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert plan(*with_defaults({"--devices": 2}, words)) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
 
 
 def test_a_profile_of_another_run_is_refused(

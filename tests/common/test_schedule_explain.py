@@ -77,21 +77,3 @@ def test_where_a_formula_does_not_hold(
     line: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said in explained(capsys, *line.split())
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("zb-h9", "zb-h9 has no explanation; expected one of naive, gpipe"),
-        ("zb-v --chunks 3", "schedule zb-v has 2 chunks per device, not 3"),
-        ("1f1b --stages 0", "expected a whole number, at least 1"),
-        ("1f1b --memory-limit 2", "--memory-limit: only schedule search"),
-    ],
-)
-def test_wrong_input_is_one_line(
-    line: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["explain", *line.split()]) == 2
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err.count("\n")) == ("", 1)
-    assert message in captured.err
