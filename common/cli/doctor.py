@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from common.cli.numbers import natural
 from common.cli.options import add_run_options, file_to_write, read_run
@@ -20,8 +18,9 @@ from common.cli.python import check_names, chosen_frameworks
 from common.harness.interpreters import Installation, installation
 from common.harness.kernel_times import Measured, measure
 from common.harness.launch import IMPLEMENTATIONS, Implementation
-from common.io.console import make_console
+from common.io.console import make_console, say
 from common.io.edges import write_file
+from common.report.grid import Grid
 from common.report.machine import this_machine
 from common.report.names import framework_name
 from common.runtime.kernels import PEAKS, Kernel, kernels
@@ -147,27 +146,20 @@ def show_installed(
     console: Console, there: Mapping[str, Installation], gpus: Sequence[Gpu]
 ) -> None:
     """Print the machine, a line for each framework, and what to do."""
-    console.print(this_machine().one_line, soft_wrap=True, markup=False)
-    console.print(_cards(gpus), soft_wrap=True, markup=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("framework", "version", "Python", "CUDA", "NCCL", "computes on", "interpreter"):
-        table.add_column(title, no_wrap=True, overflow="fold")
+    say(console, this_machine().one_line)
+    say(console, _cards(gpus))
+    titles = ("framework", "version", "Python", "CUDA", "NCCL", "computes on", "interpreter")
+    rows = []
     for name, one in there.items():
-        answer = one.answer if one.version else None
-        cells = [
-            name,
-            one.version or "not found",
-            answer.python if answer else "",
-            (answer.cuda or "CPU build") if answer else "",
-            answer.nccl if answer else "",
-            _computes_on(one, gpus) if answer else "",
-            one.interpreter,
-        ]
-        table.add_row(*map(Text, cells))
-    console.print(table)
+        said = ["not found", "", "", "", ""]
+        if one.version and one.answer:
+            build = (one.answer.cuda or "CPU build", one.answer.nccl)
+            said = [one.version, one.answer.python, *build, _computes_on(one, gpus)]
+        rows.append([name, *said, one.interpreter])
+    console.print(Grid(titles, rows, titles).rich())
     for name, one in there.items():
         if one.advice:
-            console.print(f"{name}: {one.advice}", soft_wrap=True, markup=False, highlight=False)
+            say(console, f"{name}: {one.advice}")
 
 
 def _computes_on(one: Installation, gpus: Sequence[Gpu]) -> str:
@@ -211,35 +203,28 @@ def show_kernels(console: Console, config: RunConfig, found: Mapping[str, Measur
         console.print(
             f"NumPy: {rate(kernel, peaks.seconds[kernel.name]):.1f} {kernel.unit} ({kernel.name})"
         )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    titles = [f"{name} ({device_of(found[name])})" for name in frameworks]
-    for title in ("kernel", "unit", *titles):
-        table.add_column(Text(title), justify="left" if title == "kernel" else "right")
+    cells = []
     for kernel in rows:
         marked = slow(kernel, found)
-        cells = [
-            f"{rate(kernel, found[name].seconds[kernel.name]):.1f}{' slow' if name in marked else ''}"  # noqa: E501
+        rates = [
+            f"{rate(kernel, found[name].seconds[kernel.name]):.1f}" + " slow" * (name in marked)
             for name in frameworks
         ]
-        table.add_row(kernel.name, kernel.unit, *cells)
-    sums = {
-        name: sum(one.calls * found[name].seconds[one.name] for one in rows) for name in frameworks
-    }
-    table.add_row(
-        "all, as often as a micro-batch needs them",
-        "ms",
-        *(f"{1e3 * sums[f]:.1f}" for f in frameworks),
-    )
+        cells.append([kernel.name, kernel.unit, *rates])
+    sums = [sum(one.calls * found[name].seconds[one.name] for one in rows) for name in frameworks]
+    needed = [f"{1e3 * seconds:.1f}" for seconds in sums]
+    cells.append(["all, as often as a micro-batch needs them", "ms", *needed])
     if frameworks:
-        console.print(table)
-        console.print(
+        titles = [f"{name} ({device_of(found[name])})" for name in frameworks]
+        console.print(Grid(["kernel", "unit", *titles], cells, ["kernel"]).rich())
+        say(
+            console,
             f"slow: below {SLOW} of the fastest framework on the same device; that is the "
             "framework's kernel, not the pipeline.",
-            soft_wrap=True,
         )
     for name, one in found.items():
         said = one.error or ", ".join(
             f"{key} {value}" for key, value in one.environment.items() if key != "framework"
         )
         if name != "machine":
-            console.print(f"{name}: {said}", soft_wrap=True, markup=False)
+            say(console, f"{name}: {said}")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common.io.console import make_console
+from common.io.console import make_console, say
 from common.io.edges import number
 from common.io.usage import UsageError
 from common.report import tables
@@ -88,10 +88,10 @@ def _report(arguments: argparse.Namespace) -> int:
     for rows in tables.by_track(collection.rows).values():
         tables.print_table(rows, console)
         console.print()
-    console.print(parity_verdict(collection).text, soft_wrap=True)
+    say(console, parity_verdict(collection).text)
     for line in fallbacks(collection.results):
-        console.print(line, soft_wrap=True)
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+        say(console, line)
+    say(console, f"report: {folder / 'report.html'}")
     return EXIT_OK
 
 
@@ -108,5 +108,5 @@ def _compare(arguments: argparse.Namespace) -> int:
         )
     failures = [] if arguments.fail_on is None else compared.failures(arguments.fail_on)
     for line in failures:
-        console.print(f"fails: {line}", soft_wrap=True)
+        say(console, f"fails: {line}")
     return EXIT_SLOWER if failures else EXIT_OK

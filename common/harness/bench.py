@@ -25,6 +25,7 @@ from common.harness.launch import (
 )
 from common.harness.options import Bench
 from common.harness.peak import Probe, peak_of
+from common.io.console import say
 from common.io.edges import printable
 from common.io.usage import UsageError
 from common.report import compare, tables
@@ -41,7 +42,7 @@ from common.runtime.text import Texts
 from common.schedule.action import ScheduleError
 from common.schedule.draw import draw_color
 from common.schedule.generators import make_schedule
-from common.spec.partition import plan_partition, unit_costs
+from common.spec.partition import plan_partition, schedule_of, unit_costs
 from common.spec.run import RunConfig
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
@@ -65,7 +66,7 @@ def run_bench(
     # Most rows share an oracle: framework, partition and schedule do not change the numbers.
     oracles = list(dict.fromkeys(map(compare.oracle_config, compared)))
     oracles += list(dict.fromkeys(filter(None, map(compare.rounded_oracle_config, compared))))
-    console.print(f"results in {folder}/", highlight=False, soft_wrap=True)
+    say(console, f"results in {folder}/")
     runs = len(bench.points) * bench.options.repeats
     with stop_on_signals() as stopped:
         with progress_view(console, len(oracles) + runs) as view:
@@ -292,16 +293,16 @@ def _report(session: _Session, console: Console) -> bool:
         dropped |= tables.print_table(rows, console)
         console.print()
     for line in collection.problems:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(parity_verdict(collection).text, highlight=False, soft_wrap=True)
+        say(console, line)
+    say(console, parity_verdict(collection).text)
     for line in fallbacks(collection.results):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
     if dropped:
         console.print("This terminal is too narrow for all columns.")
     from common.report.publish import publish  # imported here, with all that draws
 
     publish(collection, session.folder, session.bench.options.sweep)
-    console.print(f"report: {session.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    say(console, f"report: {session.folder / 'report.html'}")
     results = [*collection.results, *(run.result for run in collection.oracles)]
     return any(result.status == "failed" or result.parity.status == "FAIL" for result in results)
 
@@ -318,10 +319,10 @@ def print_dry_run(bench: Bench, console: Console) -> None:
     for config in plans.values():
         console.print(_plan_table(config))
         console.print()
-    console.print(
+    say(
+        console,
         "MB: parameters alone; forward MFLOP and what a stage sends on are for the first "
         "micro-batch\n",
-        soft_wrap=True,
     )
     schedules = {(c.schedule, c.stages, c.train.micro_batches, c.chunks) for c in bench.points}
     for name, stages, micro_batches, chunks in sorted(schedules):
@@ -332,11 +333,11 @@ def print_dry_run(bench: Bench, console: Console) -> None:
             schedule = make_schedule(name, stages, micro_batches, chunks)
             console.print(draw_color(schedule, None, console.width, console.options.ascii_only))
         except ScheduleError as error:
-            console.print(f"not drawn: {error}\n", highlight=False)
+            say(console, f"not drawn: {error}\n")
     repeats = f" x {bench.options.repeats} repeats" if bench.options.repeats > 1 else ""
-    console.print(f"runs ({len(bench.points)}{repeats}):", highlight=False)
+    say(console, f"runs ({len(bench.points)}{repeats}):")
     for config in bench.points:
-        console.print(f"  {describe(config)}", highlight=False)
+        say(console, f"  {describe(config)}")
 
 
 def _sizes(config: RunConfig) -> str:
@@ -346,8 +347,7 @@ def _sizes(config: RunConfig) -> str:
 
 def _devices(config: RunConfig) -> list[int]:
     """The device of every virtual stage."""
-    size = (config.stages, config.train.micro_batches, config.chunks)
-    return [device for device, _ in make_schedule(config.schedule, *size).location]
+    return [device for device, _ in schedule_of(config).location]
 
 
 def _plan_table(config: RunConfig) -> Table:

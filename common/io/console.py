@@ -16,7 +16,7 @@ MIN_WIDTH = 20
 
 def say(console: Console, line: str) -> None:
     """Print a line as it is, however long."""
-    console.print(line, soft_wrap=True)
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def make_console() -> Console:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from common.io.console import say
 from common.report.collect import Collection, RowRuns
 from common.report.grid import Grid
 from common.report.statistics import (
@@ -176,9 +177,9 @@ def print_comparison(compared: ComparedRuns, console: Console) -> None:
     _print_names("only in A", compared.only_before, console)
     _print_names("only in B", compared.only_after, console)
     for note in compared.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"note: {note}")
 
 
 def _print_names(what: str, names: Sequence[str], console: Console) -> None:
     if names:
-        console.print(f"{what}: {', '.join(names)}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{what}: {', '.join(names)}")

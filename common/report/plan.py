@@ -9,7 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from common.io.console import say
 from common.io.figure import new_figure
+from common.report.grid import Grid
 from common.report.result import RunResult
 from common.spec.efficiency import model_flops_per_token
 from common.spec.memory import DeviceMemory
@@ -29,39 +31,25 @@ def size(count: float) -> str:
 
 def table_of(plans: Sequence[Plan]) -> Table:
     """Return one row per plan."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    titles = (
-        "schedule",
-        "p",
-        "v",
-        "m",
-        "recompute",
-        "partition",
-        "step ms",
-        "tokens/s",
-        "bubble",
-        "MFU",
-    )
-    for title in (*titles, "fullest device"):
-        table.add_column(
-            title, justify="left" if title in ("schedule", "recompute", "partition") else "right"
-        )
-    for plan in plans:
-        config = plan.config
-        table.add_row(
-            config.schedule,
-            str(config.stages),
-            str(config.chunks),
-            str(config.train.micro_batches),
-            config.recompute,
+    words = ("schedule", "recompute", "partition")
+    titles = ("schedule", "p", "v", "m", *words[1:], "step ms", "tokens/s", "bubble", "MFU")
+    cells = [
+        [
+            plan.config.schedule,
+            str(plan.config.stages),
+            str(plan.config.chunks),
+            str(plan.config.train.micro_batches),
+            plan.config.recompute,
             boundaries(plan) or "-",
             f"{plan.step_seconds * 1e3:,.1f}",
             f"{plan.tokens_per_second:,.0f}",
             f"{plan.bubble_fraction:.1%}",
             "-" if plan.mfu is None else f"{plan.mfu:.0%}",
             size(plan.peak_bytes),
-        )
-    return table
+        ]
+        for plan in plans
+    ]
+    return Grid((*titles, "fullest device"), cells, words).rich()
 
 
 def efficiency(plan: Plan) -> str:
@@ -76,21 +64,15 @@ def efficiency(plan: Plan) -> str:
 
 def memory_table(memory: Sequence[DeviceMemory]) -> Table:
     """Return the bytes of every device, by what they are for."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
     titles = ("device", "weights", "gradients", "moments", "activations", "recomputation", "total")
-    for title in titles:
-        table.add_column(title, justify="right")
+    cells = []
     for device, each in enumerate(memory):
         parts = (
-            each.weights_bytes,
-            each.gradients_bytes,
-            each.moments_bytes,
-            each.activations_bytes,
-            each.recompute_bytes,
-            each.total_bytes,
+            *(each.weights_bytes, each.gradients_bytes, each.moments_bytes),
+            *(each.activations_bytes, each.recompute_bytes, each.total_bytes),
         )
-        table.add_row(str(device), *(size(part) if part else "-" for part in parts))
-    return table
+        cells.append([str(device), *(size(part) if part else "-" for part in parts)])
+    return Grid(titles, cells, ()).rich()
 
 
 def boundaries(plan: Plan) -> str:
@@ -141,37 +123,31 @@ def show(console: Console, plans: Plans, unlimited: Plans) -> None:
     """Print the best plan with its reasons, the best of every schedule, and why others are out."""
     best = plans.found[0]
     console.print(table_of(list(plans.best_per_schedule().values())), soft_wrap=True)
-    console.print(f"\nbest: {describe(best)}", highlight=False)
+    say(console, f"\nbest: {describe(best)}")
     console.print(memory_table(best.memory))
-    console.print(efficiency(best), highlight=False, soft_wrap=True)
-    console.print(f"limited by {what_binds(plans, unlimited)}", highlight=False, soft_wrap=True)
+    say(console, efficiency(best))
+    say(console, f"limited by {what_binds(plans, unlimited)}")
     nearest: dict[str, Refused] = {}
     for refused in plans.refused:
         nearest.setdefault(refused.config.schedule, refused)
     for name, refused in nearest.items():
         out = sum(each.config.schedule == name for each in plans.refused)
-        console.print(
-            f"left out: {name}, {out} of them; {missing(refused)}", highlight=False, soft_wrap=True
-        )
+        say(console, f"left out: {name}, {out} of them; {missing(refused)}")
 
 
 def verified(plans: Sequence[Plan], results: Sequence[RunResult]) -> Table:
     """Return predicted beside measured steps (medians), and predicted over measured, less 1."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("plan", "predicted ms", "measured ms", "difference"):
-        table.add_column(title, justify="left" if title == "plan" else "right")
+    cells = []
     for plan in plans:
         runs = [result for result in results if result.config == plan.config]
         passed = all(result.parity.status == "pass" for result in runs)
         steps = [seconds for result in runs for seconds in result.steady_seconds if passed]
         predicted, measured = plan.step_seconds, statistics.median(steps) if steps else None
-        table.add_row(
-            describe(plan),
-            f"{predicted * 1e3:,.1f}",
-            "-" if measured is None else f"{measured * 1e3:,.1f}",
-            "-" if measured is None else f"{predicted / measured - 1:+.1%}",
-        )
-    return table
+        seen = ("-", "-")
+        if measured is not None:
+            seen = f"{measured * 1e3:,.1f}", f"{predicted / measured - 1:+.1%}"
+        cells.append([describe(plan), f"{predicted * 1e3:,.1f}", *seen])
+    return Grid(("plan", "predicted ms", "measured ms", "difference"), cells, ("plan",)).rich()
 
 
 def missing(refused: Refused) -> str:

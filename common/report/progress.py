@@ -8,6 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from common.io.console import say
+
 PLAIN_SECONDS = 10.0
 """Seconds between two lines of one run if there is no terminal."""
 
@@ -41,7 +43,7 @@ class PlainProgress:
         self._line(f"      {summary}")
 
     def _line(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
 
 class LiveProgress(PlainProgress):

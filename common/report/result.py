@@ -17,9 +17,9 @@ from common.report.machine import Machine
 from common.report.timing import Timing, executed_schedule, measure
 from common.runtime.job import EventRecord
 from common.runtime.outcome import Outcome, Status
-from common.schedule.action import Placement, ScheduleError
-from common.schedule.generators import make_schedule
+from common.schedule.action import ScheduleError
 from common.spec.efficiency import model_flops_per_token
+from common.spec.partition import schedule_of
 from common.spec.run import RunConfig
 
 IS_ORACLE = "this is the oracle"
@@ -195,16 +195,13 @@ class RunResult(BaseModel):
         """What computed, as the worker processes said: cpu, or the card's name, all of them where
         they differ; empty for a run that did not get so far.
         """
-        if self.environment.get("device_kind", "cpu") == "cpu":
-            return "cpu" if self.environment else ""
-        names = self.environment.get("device_name", "cuda")
-        return ", ".join(dict.fromkeys(map(str, names if isinstance(names, list) else [names])))
+        names, _ = cards_of(self.environment)
+        return ", ".join(names) or ("cpu" if self.environment else "")
 
     @property
     def gpus(self) -> int:
         """Cards that the stages lie on; 0 on the CPU, and where nobody has said."""
-        on_cards = self.device not in ("", "cpu")
-        return len(set(map(str, self.environment.get("stage_devices", [])))) if on_cards else 0
+        return cards_of(self.environment)[1]
 
     @property
     def shares_gpu(self) -> bool:
@@ -322,17 +319,11 @@ def _timing(
             config.schedule_name,
             config.train.micro_batches,
             config.chunks,
-            _placement(config),
+            schedule_of(config).placement,
         )
         return measure(events, [step.seconds for step in steps], schedule, untimed_steps)
     except ScheduleError:
         return None
-
-
-def _placement(config: RunConfig) -> Placement:
-    return make_schedule(
-        config.schedule, config.stages, config.train.micro_batches, config.chunks
-    ).placement
 
 
 def cards_of(environment: Mapping[str, Any]) -> tuple[list[str], int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from common.io.console import say
 from common.io.edges import write_file
 from common.io.figure import log_y, new_figure
 from common.report.grid import Grid
@@ -119,7 +120,7 @@ def summary(zoo: Zoo) -> str:
 def print_zoo(zoo: Zoo, console: Console) -> None:
     grid = _grid(zoo)
     console.print(grid.without(["whose"]).rich())
-    console.print(summary(zoo), highlight=False, soft_wrap=True)
+    say(console, summary(zoo))
 
 
 def _grid(zoo: Zoo, titled: bool = False) -> Grid:

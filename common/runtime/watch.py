@@ -22,7 +22,7 @@ from common.runtime.executor import Message
 from common.runtime.faults import Fault
 from common.schedule.action import Action, Op, Schedule, ScheduleError
 from common.schedule.dependencies import MESSAGE_OFFSET
-from common.schedule.generators import make_schedule
+from common.spec.partition import schedule_of
 from common.spec.run import RunConfig
 
 Phase = Literal["start", "schedule", "optimizer", "save", "end"]
@@ -135,8 +135,7 @@ class Board:
 def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
     """Return one line per device: what it does, waits for, or hangs in."""
     try:
-        size = (config.stages, config.train.micro_batches, config.chunks)
-        schedule = make_schedule(config.schedule, *size)
+        schedule = schedule_of(config)
     except ScheduleError:  # a schedule's file may be gone by now
         schedule = None
     lines = []

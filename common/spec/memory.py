@@ -18,12 +18,11 @@ from functools import cached_property
 import numpy as np
 
 from common.schedule.action import Schedule
-from common.schedule.generators import make_schedule
 from common.schedule.occupancy import occupancy
 from common.schedule.table import IntArray
 from common.spec.activation_memory import HeldBytes, unit_held_bytes
 from common.spec.parameters import parameter_shapes, unit_of
-from common.spec.partition import plan_partition
+from common.spec.partition import plan_partition, schedule_of
 from common.spec.run import ELEMENT_BYTES, RunConfig
 
 
@@ -82,9 +81,7 @@ class Memory:
     @staticmethod
     def of_run(config: RunConfig) -> list[DeviceMemory]:
         """Return the memory of every device of a run as it stands."""
-        schedule = make_schedule(
-            config.schedule, config.stages, config.train.micro_batches, config.chunks
-        )
+        schedule = schedule_of(config)
         parts, memory = plan_partition(config).parts, Memory(config, schedule)
         return [
             memory.of_device(d, [kinds_of(parts[k]) for k in own])

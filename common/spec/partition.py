@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heapreplace
 
+from common.schedule.action import Schedule
 from common.schedule.generators import make_schedule
 from common.spec.parameters import parameter_shapes, unit_names, unit_of
 from common.spec.run import ELEMENT_BYTES, RunConfig, TrainSpec, TransformerSpec
@@ -51,6 +52,12 @@ class PartitionPlan:
 
     def part_of(self, unit: str) -> int:
         return next(k for k, part in enumerate(self.parts) if unit in part)
+
+
+def schedule_of(config: RunConfig) -> Schedule:
+    """Return the schedule of a run. Raises ScheduleError if there is none of its size."""
+    size = config.stages, config.train.micro_batches, config.chunks
+    return make_schedule(config.schedule, *size)
 
 
 def unit_costs(model: TransformerSpec, train: TrainSpec) -> list[UnitCost]:
@@ -101,10 +108,7 @@ def plan_partition(config: RunConfig) -> PartitionPlan:
             if config.chunks == 1:
                 devices = list(range(parts))
             else:
-                schedule = make_schedule(
-                    config.schedule, config.stages, config.train.micro_batches, config.chunks
-                )
-                devices = [device for device, _ in schedule.location]
+                devices = [device for device, _ in schedule_of(config).location]
             inner = balanced(costs, devices)
         case boundaries:  # the user's own, validated by `RunConfig`
             inner = list(boundaries)

@@ -17,6 +17,7 @@ from common.schedule.generators import make_schedule
 from common.schedule.validate import validate
 from common.spec import habits
 from common.spec.gpus import visible_gpus
+from common.spec.partition import schedule_of
 from common.spec.run import FRAMEWORKS, RunConfig
 
 NATIVE_SCHEDULES: Mapping[str, tuple[str, ...]] = {
@@ -68,9 +69,7 @@ def has_cuda() -> bool:
 
 def _schedule(config: RunConfig) -> Impossible | None:
     try:
-        schedule = make_schedule(
-            config.schedule, config.stages, config.train.micro_batches, config.chunks
-        )
+        schedule = schedule_of(config)
     except ScheduleError as error:
         return Impossible("schedule", f": {' '.join(str(error).split())}")
     violations = validate(schedule)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from common.io.console import say
 from common.oracle.limits import BFLOAT16_FACTOR
 from common.report.grid import Grid
 from tests.campaigns.margins import ROOM, Margin, Margins
@@ -77,7 +78,7 @@ def _grid(found: Margins) -> Grid:
 def print_margins(found: Margins, console: Console) -> None:
     console.print(_grid(found).rich())
     for line in (*found.problems, verdict(found.margins)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
 
 
 def page(found: Margins, explanation: str = "") -> str:

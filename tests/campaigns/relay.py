@@ -29,7 +29,7 @@ from common.harness.launch import (
     why_missing,
 )
 from common.harness.restarts import Trained, Training
-from common.io.console import make_console
+from common.io.console import make_console, say
 from common.io.edges import whole_number, write_file
 from common.io.usage import UsageError, closest
 from common.report.compare import oracle_config, why_not_comparable
@@ -169,13 +169,13 @@ def _relay(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
         if missing:
             raise UsageError(missing)
     folder = make_folder(Path(arguments.out), "relay")
-    _say(console, f"results in {folder}/")
+    say(console, f"results in {folder}/")
     runs = _run(configs, plans, folder, implementations, arguments.timeout, console)
     oracle, legs = runs[0], runs[1:]
     if any(run.interrupted for run in runs):
         return EXIT_INTERRUPTED
     if len(legs) < len(plans) or any(run.outcome.status != "ok" for run in runs):
-        _say(console, f"failed: {runs[-1].outcome.reason} (log: {runs[-1].outcome.log})")
+        say(console, f"failed: {runs[-1].outcome.reason} (log: {runs[-1].outcome.log})")
         return EXIT_FAILED
     relay = _judged(configs, plans, oracle, legs, folder, arguments.command)
     write_file(folder / "relay.json", relay.model_dump_json(indent=1) + "\n")
@@ -280,20 +280,16 @@ def _judged(
     )
 
 
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
 def _show(relay: Relay, folder: Path, console: Console) -> None:
     console.print(Grid(report.TITLES, report.summary(relay), report.TITLES).rich())
     worst = max(relay.legs, key=lambda leg: leg.loss_difference)
     weights = max(leg.weight_difference for leg in relay.legs)
     verdict = "pass" if relay.passed else "FAIL"
-    _say(
+    say(
         console,
         f"{verdict}: losses differ from {len(relay.oracle_losses)} uninterrupted steps of the "
         f"oracle by at most {worst.loss_difference:.1e} (step {worst.loss_difference_step}, "
         f"{worst.config.framework}; limit {relay.loss_limit:g}), weights by at most {weights:.1e} "
         f"(limit {relay.weight_limit:g})",
     )
-    _say(console, f"curve: {folder / 'relay.png'}; numbers: {folder / 'relay.json'}")
+    say(console, f"curve: {folder / 'relay.png'}; numbers: {folder / 'relay.json'}")
