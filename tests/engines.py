@@ -55,22 +55,15 @@ def small(
     **model: Any,
 ) -> RunConfig:
     """A run of the preset `tiny` with clipping and one thread per stage."""
-    return RunConfig.model_validate(
-        {
-            "framework": framework,
-            "stages": stages,
-            "schedule": schedule,
-            "threads": stages,
-            "device": "cpu",
-        }
-        | {"model": TransformerSpec(**PRESETS["tiny"]["model"] | model)}
-        | {
-            "train": TrainSpec(
-                **PRESETS["tiny"]["train"] | {"clip_norm": 0.5, "dtype": dtype} | dict(train or {})
-            )
-        }
-        | dict(run or {})
-    )
+    tiny = PRESETS["tiny"]
+    parts = {
+        "model": TransformerSpec(**tiny["model"] | model),
+        "train": TrainSpec(
+            **tiny["train"] | {"clip_norm": 0.5, "dtype": dtype} | dict(train or {})
+        ),
+    }
+    cut = {"stages": stages, "schedule": schedule, "threads": stages, "device": "cpu"}
+    return RunConfig.model_validate({"framework": framework} | cut | parts | dict(run or {}))
 
 
 def maker(framework: str, build_engine: Callable[[RunConfig], Any]) -> Iterator[Make]:

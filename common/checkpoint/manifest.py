@@ -135,7 +135,7 @@ def check_contents(manifest: Manifest, folder: Path) -> None:
     """Check that the tensors match the specification, and the files the tensors.
 
     Each tensor is in one of the files, and no file is larger than its tensors make it. Raises
-    SnapshotError.
+    CheckpointError.
     """
 
     def wrong(text: str) -> CheckpointError:

@@ -143,7 +143,7 @@ def write_weights(
     CheckpointError.
 
     `tokenizer` is the content of their tokenizer.json, empty for bytes, None if unknown. Raises
-    SnapshotError, also if `folder` exists.
+    CheckpointError, also if `folder` exists.
     """
     with as_checkpoint_error(f"cannot write {folder}"):
         if folder.exists():

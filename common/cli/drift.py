@@ -21,7 +21,6 @@ from common.harness.zoo import base_config, run_zoo
 from common.io.console import make_console, say
 from common.io.edges import whole_number
 from common.io.usage import UsageError, chosen
-from common.report.grid import Grid
 from common.report.machine import this_machine
 from common.report.zoo import GOOD, Zoo
 from common.report.zoo_page import print_zoo, write_page
@@ -166,8 +165,8 @@ def _steps(text: str) -> list[int]:
 
 def _listed() -> Table:
     titles = ("name", "what", "frameworks", "first failing check", "place", "whose")
-    cells = []
+    table = Table(*titles, box=None, pad_edge=False)
     for drift in DRIFTS:
         where, whose = ", ".join(drift.frameworks), drift.default_of or "a common mistake"
-        cells.append([drift.name, drift.title, where, drift.check, drift.place, whose])
-    return Grid(titles, cells, titles).rich()
+        table.add_row(drift.name, drift.title, where, drift.check, drift.place, whose)
+    return table

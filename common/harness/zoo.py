@@ -11,6 +11,7 @@ import fnmatch
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -126,15 +127,18 @@ def run_all(
     timeout_seconds: float,
     on_step: Callable[[str, int], None] = lambda framework, done: None,
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
-    noise: float = NOISE,
+    noises: Mapping[RunConfig, float] = MappingProxyType({}),
 ) -> dict[RunConfig, Run | str]:
-    """Run all probes, in as few worker processes as possible; for a failed one, say why."""
+    """Run all probes, in as few worker processes as possible; for a failed one, say why.
+
+    The initial weights of a run get its noise of `noises`, else `NOISE`.
+    """
     groups: dict[tuple[object, ...], list[RunConfig]] = {}
     for config in configs:
-        # Differs: a Paddle rank is a process and fleet starts once, so runs of one p share them.
-        stages = config.stages if config.framework == "paddle" else 0
+        # Differs: a Paddle rank is a process and fleet starts once, so runs of one mesh share them.
+        mesh = (config.stages, config.replicas) if config.framework == "paddle" else None
         alone = config.drift if config.drift in PROCESS_WIDE else None
-        shared = (config.framework, config.python, stages, config.device, alone)
+        shared = (config.framework, config.python, mesh, config.device, alone)
         groups.setdefault(shared, []).append(config)
     outcomes: dict[RunConfig, Run | str] = {}
     done: dict[str, int] = {}
@@ -147,7 +151,10 @@ def run_all(
         home = folder / f"{number}-{framework}"
         outs = [str(home / str(number)) for number in range(len(together))]
         probes = zip(together, outs, strict=True)
-        jobs = [Job(config=c, out=out, kind="probe", noise=noise) for c, out in probes]
+        jobs = [
+            Job(config=config, out=out, kind="probe", noise=noises.get(config, NOISE))
+            for config, out in probes
+        ]
 
         def stepped(job: int, step: int, loss: float, framework: str = framework) -> None:
             done[framework] = done.get(framework, 0) + 1

@@ -9,7 +9,7 @@ that is tight: it would have to know how many roundings lie between a weight and
 verdict there has two parts:
 
     ceiling   `LIMITS`, wide: three implementations that are all wrong must not pass
-    peers     `relative_margins`: the frameworks round the same model in the same places, so their
+    others    `relative_margins`: the frameworks round the same model in the same places, so their
               errors against the oracle have the same size; one that is 3 times off is wrong
 
     For example, gradient errors of 0.010, 0.012 and 0.031 against the oracle: all are below the

@@ -10,7 +10,7 @@ simply added up over the replicas.
 One training step is `forward_backward`, then `apply_gradients`. The rest reads, replaces or checks:
 
     training       reset, forward_backward, apply_gradients, evaluate
-    saved state    weights, optimizer_state, load_optimizer_state
+    checkpoints    weights, optimizer_state, load_optimizer_state
     inference      predict
     parity         unit_outputs, probe_units, gradients, set_gradients
     measurement    events, environment, peak_memory_bytes, held_bytes_peak, in_flight_peak
@@ -103,7 +103,7 @@ class Engine(Protocol):
         may differ from the training batch; S is at most `context_length`. Every process gets all.
         """
 
-    # Saved state, and gradients for the parity tests.
+    # What checkpoints hold, and gradients for the parity tests.
 
     def optimizer_state(self) -> Arrays:
         """Return the moments: "first_moment/<name>" and, for AdamW, "second_moment/<name>".

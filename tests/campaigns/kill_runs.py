@@ -33,14 +33,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from common import checkpoint
-from common.checkpoint import Checkpoint, CheckpointError
+from common.checkpoint import CheckpointError
 from common.report.grid import Grid
 from common.report.result import RunResult
 from common.spec.run import FRAMEWORKS
+from tests.checkpoints import same, tensors_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 300
@@ -287,15 +287,9 @@ class Trial:
         losses, undisturbed = [r.held_out_loss for r in results], self.reference.held_out_loss
         if undisturbed not in losses:
             raise Lost(f"held-out loss {losses}, undisturbed {undisturbed}")
-        last = checkpoint.load(checkpoint.checkpoints_in(self.saves)[-1])
+        last = tensors_of(checkpoint.checkpoints_in(self.saves)[-1])
         if not same(last, self.reference.last):
             raise Lost("weights or moments differ from those of the undisturbed run")
-
-
-def same(a: Checkpoint, b: Checkpoint) -> bool:
-    """Return whether both hold the same bits."""
-    one, two = {**a.weights, **a.optimizer_state}, {**b.weights, **b.optimizer_state}
-    return set(one) == set(two) and all(np.array_equal(one[name], two[name]) for name in one)
 
 
 class Reference:
@@ -309,7 +303,7 @@ class Reference:
         result = RunResult.read(next(out.glob("*/*/result.json")))
         self.losses = [step.loss for step in result.steps]
         self.held_out_loss = result.held_out_loss
-        self.last = checkpoint.load(checkpoint.checkpoints_in(saves)[-1])
+        self.last = tensors_of(checkpoint.checkpoints_in(saves)[-1])
 
 
 def shared_memory() -> set[str]:

@@ -247,7 +247,7 @@ def test_files_from_elsewhere_are_one_clear_line(
         assert_refused(status, expected, capsys, silent=True)
 
 
-def test_the_verb_prints_a_tree_and_writes_json(
+def test_the_subcommand_prints_a_tree_and_writes_json(
     right: Dump, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, one in (("a", right), ("b", dumped(config(), Transposed))):

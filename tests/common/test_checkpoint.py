@@ -131,8 +131,6 @@ HOLD = """
 import sys
 from pathlib import Path
 from common import checkpoint
-from common.checkpoint import header as header_module
-from common.checkpoint import write as write_module
 with checkpoint.locked(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()

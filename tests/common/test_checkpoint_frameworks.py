@@ -25,35 +25,25 @@ MODEL = TransformerSpec(
     context_length=24, num_layers=2, d_model=16, num_heads=2, d_ff=24, tied_head=True, dropout=0.1
 )
 TRAIN = TrainSpec(
-    steps=6,
-    batch_size=4,
-    micro_batches=2,
-    learning_rate_schedule="cosine",
-    warmup_steps=2,
-    dtype="float32",
+    steps=6, batch_size=4, micro_batches=2, learning_rate_schedule="cosine", warmup_steps=2
 )
 GREEDY = Generation(prompt=tuple(b"Hello, "), tokens=30, samples=1)
-SAMPLED = Generation(
-    prompt=tuple(b"Hello, "), tokens=30, samples=3, temperature=0.9, top_k=40, seed=11
-)
+SAMPLED = GREEDY.model_copy(update={"samples": 3, "temperature": 0.9, "top_k": 40, "seed": 11})
 
 
 def config(framework: str, **changes: Any) -> RunConfig:
-    return RunConfig(framework=framework, model=MODEL, train=TRAIN, stages=2, threads=2).model_copy(
-        update=changes
-    )
+    base = RunConfig(framework=framework, model=MODEL, train=TRAIN, stages=2, threads=2)
+    return base.model_copy(update=changes)
 
 
 @pytest.fixture(scope="session")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of weights with enough noise for every token to matter."""
     noise = random_arrays(MODEL, 5, "float32", 0.5)
-    weights = {
-        name: value + noise[name] for name, value in initial_weights(MODEL, 0, "float32").items()
-    }
-    return checkpoint.write_weights(
-        tmp_path_factory.mktemp("noisy") / "saved", MODEL, weights, "a test"
-    )
+    initial = initial_weights(MODEL, 0, "float32")
+    weights = {name: value + noise[name] for name, value in initial.items()}
+    folder = tmp_path_factory.mktemp("noisy")
+    return checkpoint.write_weights(folder / "saved", MODEL, weights, "a test")
 
 
 @pytest.fixture(scope="session")
@@ -67,45 +57,25 @@ def done(tmp_path_factory: pytest.TempPathFactory, noisy: Path) -> Any:
 
         def training(name: str, config: RunConfig, directory: str, **fields: Any) -> Job:
             saving = Saving(directory=str(folder / directory), every=None, keep=9, token="a1")
-            return Job(
-                config=config, out=str(folder / name), saving=saving, must_be_finite=True, **fields
-            )
+            fields |= {"saving": saving, "must_be_finite": True}
+            return Job(config=config, out=str(folder / name), **fields)
+
+        def asked(name: str, config: RunConfig, **fields: Any) -> Job:
+            return Job(config=config, out=str(folder / name), resume=str(noisy), **fields)
 
         # Differs: Paddle's processes are one pipeline, so all its jobs have two stages.
         elsewhere = {"stages": 4, "threads": 4} if framework != "paddle" else {}
         middle = str(folder / "parts" / "step-00000003")
         again = config(framework, schedule="gpipe", **elsewhere)
-        narrow = one.model_copy(
-            update={"train": TRAIN.model_copy(update={"batch_size": 1, "micro_batches": 1})}
-        )
-        wide = one.model_copy(
-            update={"train": TRAIN.model_copy(update={"batch_size": 4, "micro_batches": 2})}
-        )
+        single = TRAIN.model_copy(update={"batch_size": 1, "micro_batches": 1})
+        narrow = one.model_copy(update={"train": single})
         jobs = [
             training("whole", one, "whole-checkpoints"),
             training("first", one, "parts", stop_at=3),
             training("second", again, "parts", resume=middle),
-            Job(
-                config=narrow,
-                out=str(folder / "greedy"),
-                kind="generate",
-                resume=str(noisy),
-                generation=GREEDY,
-            ),
-            Job(
-                config=wide,
-                out=str(folder / "sampled"),
-                kind="generate",
-                resume=str(noisy),
-                generation=SAMPLED,
-            ),
-            Job(
-                config=one,
-                out=str(folder / "evaluated"),
-                kind="evaluate",
-                resume=str(noisy),
-                batches=3,
-            ),
+            asked("greedy", narrow, kind="generate", generation=GREEDY),
+            asked("sampled", one, kind="generate", generation=SAMPLED),
+            asked("evaluated", one, kind="evaluate", batches=3),
         ]
         return folder, run_jobs_in_worker(IMPLEMENTATIONS[framework].module, jobs, folder)
 
@@ -116,18 +86,16 @@ def done(tmp_path_factory: pytest.TempPathFactory, noisy: Path) -> Any:
 def test_a_run_goes_on_to_the_bit(framework: str, done: Any) -> None:
     folder, outcomes = done(framework)
     assert [outcome.reason for outcome in outcomes[:3]] == [""] * 3
-    whole, first, second = (
-        [step.loss for step in outcome.parts[0].steps] for outcome in outcomes[:3]
-    )
+    losses = [[step.loss for step in outcome.parts[0].steps] for outcome in outcomes[:3]]
+    whole, first, second = losses
     assert len(first) == 3 and first + second == whole
-    saved = [
+    one, other = (
         checkpoint.load(folder / name / "step-00000006") for name in ("whole-checkpoints", "parts")
-    ]
-    for name, value in {**saved[0].weights, **saved[0].optimizer_state}.items():
-        np.testing.assert_array_equal(
-            {**saved[1].weights, **saved[1].optimizer_state}[name], value, name
-        )
-    assert saved[0].manifest.written_by["framework"]
+    )
+    expected = {**other.weights, **other.optimizer_state}
+    for name, value in {**one.weights, **one.optimizer_state}.items():
+        np.testing.assert_array_equal(value, expected[name], name)
+    assert one.manifest.written_by["framework"]
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -144,14 +112,10 @@ def test_the_tokens_are_the_oracles(framework: str, done: Any, noisy: Path, tmp_
         assert len({token for sample in found.tokens for token in sample}) > 5
         # Far enough from every other choice for float32 to make the same: its logits differ by some
         # 1e-5 here.
-        assert want.closest_call > 1e-5 and found.closest_call == pytest.approx(
-            want.closest_call, rel=0.2
-        )
+        assert want.closest_call > 1e-5
+        assert found.closest_call == pytest.approx(want.closest_call, rel=0.2)
         assert found.tokens_per_second > 0
-    want_loss = evaluate(
-        oracle, Job(config=one, out=str(tmp_path), batches=3), load_corpus(one)
-    ).loss
-    found_loss = Evaluated.model_validate_json(
-        (folder / "evaluated" / "evaluation.json").read_text()
-    ).loss
-    assert found_loss == pytest.approx(want_loss, rel=1e-5)
+    job = Job(config=one, out=str(tmp_path), batches=3)
+    want_loss = evaluate(oracle, job, load_corpus(one)).loss
+    text = (folder / "evaluated" / "evaluation.json").read_text()
+    assert Evaluated.model_validate_json(text).loss == pytest.approx(want_loss, rel=1e-5)

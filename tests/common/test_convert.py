@@ -26,7 +26,7 @@ from common.runtime.oracle_worker import OracleEngine
 from common.spec.parameters import random_arrays
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 from tests.campaigns import fuzz_importers
-from tests.converting import same_weights
+from tests.checkpoints import same_weights
 from tests.program import assert_refused, call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,9 @@ def logits_of(folder: Path, tokens: Any) -> Any:
     return engine.predict(tokens)
 
 
-def test_the_verbs_start_the_framework(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_subcommands_start_the_framework(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     saved = checkpoint.write_weights(
         tmp_path / "saved", MODEL, random_arrays(MODEL, 1, "float32", 0.5), "a test"
     )

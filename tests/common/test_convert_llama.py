@@ -24,7 +24,7 @@ from common.report.result import RunResult
 from common.spec.data import Batch
 from common.spec.parameters import initial_weights
 from common.spec.run import TrainSpec, TransformerSpec
-from tests.converting import same_weights
+from tests.checkpoints import same_weights
 from tests.program import assert_refused, call
 
 ROOT = Path(__file__).resolve().parents[2]

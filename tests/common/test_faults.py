@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
@@ -26,6 +25,7 @@ from common.runtime.parent import PARENT
 from common.runtime.watch import Board, Place, Watch, explain
 from common.schedule.action import parse_action
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec
+from tests.checkpoints import same, tensors_of
 from tests.program import SMALL, assert_refused, call, with_defaults
 from tests.waiting import wait_until
 
@@ -61,12 +61,7 @@ def bits(tmp_path: Path) -> dict[str, Any]:
     assert {path.name for path in saves.iterdir()} == {path.name for path in found} | {".lock"}
     for path in found:
         checkpoint.verify(path)
-    saved = checkpoint.load(found[-1])
-    return {**saved.weights, **saved.optimizer_state}
-
-
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return set(a) == set(b) and all(np.array_equal(a[name], b[name]) for name in a)
+    return tensors_of(found[-1])
 
 
 def shared_memory() -> set[Path]:

@@ -19,6 +19,7 @@ from common.cli import train
 from common.harness import launch
 from common.report.result import RunResult
 from common.spec.run import RunConfig, TrainSpec
+from tests.checkpoints import same, tensors_of
 from tests.program import MORTAL, SMALL, assert_refused, call, with_defaults, words
 from tests.waiting import LONG_SECONDS, time_jumps, wait_until
 
@@ -43,12 +44,7 @@ def result(out: Path) -> RunResult:
 
 
 def weights(directory: Path) -> dict[str, Any]:
-    saved = checkpoint.load(checkpoint.checkpoints_in(directory)[-1])
-    return {**saved.weights, **saved.optimizer_state}
-
-
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return set(a) == set(b) and all(np.array_equal(a[name], b[name]) for name in a)
+    return tensors_of(checkpoint.checkpoints_in(directory)[-1])
 
 
 @pytest.fixture

@@ -11,23 +11,20 @@ frameworks start slowly.
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import common.harness.probes
-from common.harness.probes import Expected, Run, read_probe
-from common.runtime.job import Job, JobFile
+from common.harness.probes import Expected, Run
+from common.harness.zoo import NOISE, run_all
 from common.spec import rules
 from common.spec.run import RunConfig
 
-ROOT = Path(__file__).parent.parent.parent
-MODULE = {"torch": "torch_impl", "tensorflow": "tf_impl", "paddle": "paddle_impl"}
-NOISE = 0.1
 EXTREME_NOISE = 2.0
 """Makes weights so large that logits and attention scores lie hundreds apart."""
 
@@ -175,7 +172,8 @@ VARIANTS: dict[str, tuple[int, str, str, int, str]] = {
     "one-stage": (1, "even", "gpipe", 1, "none"),
     "one-stage-1f1b": (1, "even", "1f1b", 1, "none"),
     "rerun": (2, "even", "1f1b", 1, "none"),
-    "rerun-again": (2, "even", "1f1b", 1, "none"),
+    # The same cut in other words: runs that are equal in all would be one run.
+    "rerun-again": (2, "2", "1f1b", 1, "none"),
     "naive": (2, "even", "naive", 1, "none"),
     "gpipe": (2, "even", "gpipe", 1, "none"),
     "split": (2, "even", "file:SPLIT", 1, "none"),
@@ -290,52 +288,28 @@ def run_ladder(framework: str, folder: Path) -> dict[str, Probed]:
             f"{model}/{name}": one
             for name, one in variant_configs(framework, model, folder).items()
         }
-    runs = run_probes(configs, folder, {"extreme": EXTREME_NOISE})
+    runs = run_probes(configs, folder, {configs["extreme"]: EXTREME_NOISE})
     return {name: Probed(one, runs[name]) for name, one in configs.items()}
 
 
 def run_probes(
-    configs: dict[str, RunConfig], folder: Path, noises: Mapping[str, float] | None = None
+    configs: Mapping[str, RunConfig],
+    folder: Path,
+    noises: Mapping[RunConfig, float] = MappingProxyType({}),
 ) -> dict[str, Run]:
-    """Runs all configurations of one framework in as few worker processes as it allows. Raises
+    """Runs all configurations in as few worker processes as their framework allows. Raises
     RuntimeError.
 
     `noises` are added to all initial weights, else `NOISE`.
     """
-    framework = next(iter(configs.values())).framework
-    # Differs: a Paddle rank is a process and fleet starts once, so only runs of one p share
-    # processes.
-    groups = {config.stages if framework == "paddle" else 0 for config in configs.values()}
-    for group in sorted(groups):
-        chosen = {n: c for n, c in configs.items() if framework != "paddle" or c.stages == group}
-        _run_worker(MODULE[framework], chosen, folder, group, noises or {})
-    return {name: read_probe(folder / name) for name in configs}
-
-
-def _run_worker(
-    module: str,
-    configs: dict[str, RunConfig],
-    folder: Path,
-    group: int,
-    noises: Mapping[str, float],
-) -> None:
-    jobs = []
+    outcomes = run_all(list(dict.fromkeys(configs.values())), folder, math.inf, noises=noises)
+    runs = {}
     for name, one in configs.items():
-        noise = noises.get(name, NOISE)
-        job = Job(config=one, out=str(folder / name), kind="probe", noise=noise)
-        for out in job.folders:
-            out.mkdir(parents=True)
-        jobs.append(job)
-    path = folder / f"jobs-{group}.json"
-    JobFile(jobs=tuple(jobs)).write(path)
-    log = folder / f"log-{group}.txt"
-    with log.open("w") as stream:
-        status = subprocess.run(
-            [sys.executable, "-m", module, str(path)],
-            cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, check=False,
-        ).returncode  # fmt: skip
-    if status:
-        raise RuntimeError(f"{module} ended with {status}:\n{log.read_text()[-4000:]}")
+        outcome = outcomes[one]
+        if isinstance(outcome, str):
+            raise RuntimeError(f"{name}: {outcome}")
+        runs[name] = outcome
+    return runs
 
 
 def expected(one: RunConfig, noise: float = NOISE) -> Expected:

@@ -24,7 +24,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run | str]:
         for f in FRAMEWORKS
     }
     folder = tmp_path_factory.mktemp("bfloat16")
-    found = run_all(list(configs.values()), folder, math.inf, noise=NOISE)
+    found = run_all(list(configs.values()), folder, math.inf)
     return {framework: found[one] for framework, one in configs.items()}
 
 
