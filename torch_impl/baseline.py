@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -43,9 +42,14 @@ from torch_impl.weights import (
 class PlainEngine(BaselineEngine):
     """The loop of every tutorial: the whole model, the whole mini-batch at once, `loss.backward()`."""  # noqa: E501
 
-    def __init__(self, config: RunConfig) -> None:
-        device = devices.stage_devices(1, config.device)[0]
-        streams.prepare_thread(device, threads_per_stage(1, config.threads))
+    replica = 0
+    """Whose rows of the mini-batch are computed here."""
+
+    def __init__(self, config: RunConfig, device: torch.device | None = None) -> None:
+        """`device` belongs to a process that shares the run (`torch_impl.data_parallel`)."""
+        if device is None:
+            device = devices.stage_devices(1, config.device)[0]
+            streams.prepare_thread(device, threads_per_stage(1, config.threads))
         part = unit_names(config.model)
         self.model = Units(config, part, device)
         named = named_parameters(part, list(self.model.units), config.model.tied_head)
@@ -86,18 +90,18 @@ class PlainEngine(BaselineEngine):
         self.model.outputs = []
         self._loss(batch)
         found, self.model.outputs = self.model.outputs, None
+        m = self.config.train.micro_batches
         return {
-            TensorKey(batch.step, "forward", 0, i, unit, "output"): piece.numpy()
+            TensorKey(batch.step, "forward", 0, self.replica * m + i, unit, "output"): piece.numpy()
             for unit, output in found
-            for i, piece in enumerate(output.cpu().tensor_split(self.config.train.micro_batches))
+            for i, piece in enumerate(output.cpu().tensor_split(m))
         }
 
     @torch.no_grad()
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
-        batch = Batch(0, inputs, np.zeros_like(inputs))
-        self._set_step_key(batch, training=False)
-        tokens, _, samples = self._tensors(batch)
-        return to_array(self.model(tokens, samples))
+        self._set_step_key(Batch(0, inputs, inputs), training=False)
+        tokens = torch.from_numpy(inputs).to(self._device)
+        return to_array(self.model(tokens, torch.arange(len(tokens), device=self._device)))
 
     def optimizer_state(self) -> Arrays:
         return self._optimizer.state()
@@ -147,11 +151,9 @@ class PlainEngine(BaselineEngine):
         self._reset_optimizer()
 
     def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, S), targets (B, S) and sample indices (B,) of the whole mini-batch."""
-        whole = batch.micro_batches(1)[0]
-        tokens, targets, samples = map(
-            torch.from_numpy, (whole.inputs, whole.targets, whole.samples)
-        )
+        """Tokens (B, S), targets (B, S) and sample indices (B,) of this replica."""
+        own = batch.share(self.replica, self.config.replicas, 1)[0]
+        tokens, targets, samples = map(torch.from_numpy, (own.inputs, own.targets, own.samples))
         return tokens.to(self._device), targets.to(self._device), samples.to(self._device)
 
     def _set_step_key(self, batch: Batch, training: bool) -> None:

@@ -82,7 +82,7 @@ class RankEngine(PipelineEngine):
         return to_array(logits)
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        return [sum(column) for column in zip(*_gathered(list(values)), strict=True)]
+        return [sum(column) for column in zip(*gathered(list(values)), strict=True)]
 
     def _run(self, schedule: Schedule, batch: Batch, mode: Mode) -> float:
         self._passes += 1
@@ -132,7 +132,7 @@ class RankEngine(PipelineEngine):
         self._sums.append(GradientSum(gradients, self._copies))
 
     def _everybodys(self, values: list[float]) -> list[float]:
-        return [value for row in _gathered(values) for value in row]
+        return [value for row in gathered(values) for value in row]
 
     def _add_tied_gradients(self) -> None:
         """As in one process; where the embedding and the head's copy are apart, their two ranks add
@@ -153,8 +153,8 @@ def _own_group(all_ranks: Sequence[Sequence[int]], own: int) -> Any:
     return [distributed.new_group(list(ranks)) for ranks in all_ranks][own]
 
 
-def _gathered(values: list[float]) -> list[list[float]]:
-    """Every rank's values, in the order of the ranks."""
+def gathered(values: list[float]) -> list[list[float]]:
+    """Return every rank's values, in the order of the ranks."""
     rows: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(rows, values)
     return rows

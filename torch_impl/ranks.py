@@ -47,6 +47,7 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
     from torch import distributed
 
     from torch_impl import streams
+    from torch_impl.data_parallel import DataParallelEngine
     from torch_impl.engine import build_engine
     from torch_impl.rank_engine import RankEngine
 
@@ -62,11 +63,11 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
     )
 
     def build(config: RunConfig) -> Engine:
-        return (
-            RankEngine(config, world, device)
-            if config.executor == "table"
-            else build_engine(config)
-        )
+        if config.executor == "table":
+            return RankEngine(config, world, device)
+        if config.executor == "plain":
+            return DataParallelEngine(config, world, device)
+        return build_engine(config)
 
     return build
 

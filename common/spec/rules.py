@@ -36,6 +36,9 @@ BFLOAT16 = tuple(name for name in FRAMEWORKS if name != "paddle")
 REPLICATED: tuple[str, ...] = ("torch",)
 """Frameworks that train replicas."""
 
+DATA_PARALLEL: tuple[str, ...] = ("torch",)
+"""Frameworks whose own data parallelism is a baseline: `executor = plain` with replicas."""
+
 
 class Impossible(NamedTuple):
     """A rule that a run breaks."""
@@ -134,7 +137,9 @@ def _replicas(config: RunConfig) -> Impossible | None:
     if config.framework not in REPLICATED:
         why = f"{config.framework} has one pipeline; expected {' or '.join(REPLICATED)}"
         return Impossible("replicas", f" = {config.replicas}: {why}")
-    if config.executor == "table":
+    if config.executor == "table" or (
+        config.executor == "plain" and config.framework in DATA_PARALLEL
+    ):
         return None
     why = f"executor = {config.executor} has one pipeline; expected 1, or executor = table"
     return Impossible("replicas", f" = {config.replicas}: {why}")
