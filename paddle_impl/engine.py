@@ -84,10 +84,7 @@ class PipelineEngine:
             DropoutContext(config.model.dropout_masks == "native"),
         )
         layers = StageLayers(config, plan, self.schedule, context)
-        parts = [
-            plan.parts[self.schedule.virtual_stage(self._rank, chunk)]
-            for chunk in range(config.chunks)
-        ]
+        parts = [plan.parts[k] for k in self.schedule.parts[self._rank]]
         chunks = layers.chunks()
         self._named = [
             item

@@ -12,6 +12,7 @@ layers with ours.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -41,8 +42,8 @@ from paddle_impl.stage import Channel, Stage
 class StageLayers(PipelineLayer):
     """This rank's units, cut by our plan instead of fleet's `seg_method`.
 
-    Fleet takes explicit boundaries for one chunk per rank only, and knows no "vee". So the cut is
-    made in the method that fleet calls for it.
+    Fleet takes explicit boundaries for one chunk per rank only, and no placement but the loop. So
+    the cut is made in the methods that fleet calls for it.
     """
 
     def __init__(
@@ -57,19 +58,27 @@ class StageLayers(PipelineLayer):
             topology=fleet.get_hybrid_communicate_group()._topo,
             # Looked up when it is called: the pipeline puts another one here for every pass.
             loss_fn=lambda logits, targets: self.loss(logits, targets),
-            # With several chunks any name will do: `_segment_network_for_interleave` cuts.
-            seg_method=list(plan.boundaries) if schedule.num_chunks == 1 else "layer:Block",
+            seg_method="layer:Block",  # any name will do: the cut is made below
             num_virtual_pipeline_stages=schedule.num_chunks,
         )
 
-    def _segment_network_for_interleave(self, seg_method: str) -> None:
+    def _segment_network(self, seg_method: str) -> None:
         # Units segment_parts[k] to segment_parts[k + 1] are virtual stage k; fleet builds those
-        # between the two lists' entries, chunk by chunk.
+        # between the two positions.
         self.segment_parts = list(self._plan.boundaries)
-        for chunk in range(self._schedule.num_chunks):
-            k = self._schedule.virtual_stage(self._stage_id, chunk)
+        (k,) = self._schedule.parts[self._stage_id]
+        self._start_pos, self._end_pos = self.segment_parts[k : k + 2]
+
+    def _segment_network_for_interleave(self, seg_method: str) -> None:
+        # With several chunks there are two lists of positions.
+        self.segment_parts = list(self._plan.boundaries)
+        for k in self._schedule.parts[self._stage_id]:
             self._start_poss.append(self.segment_parts[k])
             self._end_poss.append(self.segment_parts[k + 1])
+
+    def get_stage_from_index(self, layer_idx: int) -> int:
+        """Return the rank that has a unit; fleet asks for those that share a weight."""
+        return self._schedule.location[bisect_right(self.segment_parts, layer_idx) - 1][0]
 
     def chunks(self) -> list[list[nn.Layer]]:
         """Return the units of every chunk of this rank, in the order of the model."""

@@ -28,9 +28,10 @@ import numpy as np
 import tensorflow as tf
 
 from common.runtime.executor import Event, unwatched
-from common.schedule.action import Action, Schedule
+from common.schedule.action import Action, Schedule, ScheduleError
 from common.schedule.generators import make_schedule
 from common.schedule.recompute import WORDS, is_known
+from common.schedule.validate import require_valid
 from common.spec.dropout_masks import step_key
 from common.spec.parameters import unit_names
 from common.spec.run import TransformerSpec
@@ -118,11 +119,18 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
             schedule = made if schedule.startswith("file:") else schedule
         else:
             made = schedule
+        sizes = made.num_devices, made.num_micro_batches
+        if sizes != (num_stages, num_micro_batches):
+            raise ScheduleError(
+                f"schedule {made.name} has {sizes[0]} devices and {sizes[1]} micro-batches; "
+                f"expected {num_stages} and {num_micro_batches}"
+            )
+        require_valid(made)  # else stages may wait for one another for ever
         self.schedule = made
         if not is_known(str(recompute)):
             raise ValueError(f"recompute {recompute!r}; expected one of {WORDS}")
         self.recompute = recompute
-        edges = cut_row(self.spec, len(self.units), num_stages, made.num_chunks, partition)
+        edges = cut_row(self.spec, len(self.units), *made.grid, partition)
         names = devices.stage_devices(num_stages, device)
         strategies = executors.stage_strategies(names)
         # By virtual stage: with two devices and two chunks each, chunks 0 and 2 are on device 0.
@@ -137,10 +145,7 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
             for k in range(made.num_virtual_stages)
         ]
         # By device.
-        self.stages = [
-            Stage([self.chunks[made.virtual_stage(d, c)] for c in range(made.num_chunks)])
-            for d in range(num_stages)
-        ]
+        self.stages = [Stage([self.chunks[k] for k in made.parts[d]]) for d in range(num_stages)]
         self.stage_devices = names
         self.events: dict[int, list[Event]] = {}
         """What the last `forward_backward` did, per device, if `times_actions`."""

@@ -16,19 +16,18 @@ from common.schedule.action import Action
 
 
 class StreamClock(DeviceClock):
-    """The clock of a pass on the calling thread's stream, and where its GPU is."""
+    """The clock of a pass on the calling thread's streams, and where its GPU is."""
 
     def __init__(self, note: Callable[[Action], None]) -> None:
         super().__init__(note)
-        self._stream = torch.cuda.current_stream()
-        self._stream.synchronize()
+        torch.cuda.current_stream().synchronize()
         self._begin_seconds, self._begin = time.perf_counter(), self.mark()
 
     def mark(self) -> torch.cuda.Event:
         # blocking: who waits for it sleeps, so that a GPU that hangs is not taken for a host that
         # computes.
         self._last = torch.cuda.Event(enable_timing=True, blocking=True)
-        self._last.record(self._stream)
+        self._last.record(torch.cuda.current_stream())
         return self._last
 
     def seconds(self, mark: torch.cuda.Event) -> float:

@@ -31,6 +31,7 @@ from torch_impl.graphs import GraphedStage
 from torch_impl.optimizer import StageOptimizer
 from torch_impl.probe import probe_units
 from torch_impl.stage import Channel, Stage
+from torch_impl.streams import PairedStreams
 from torch_impl.weights import (
     export_gradients,
     export_weights,
@@ -99,7 +100,7 @@ class PipelineEngine:
         made = self._on_all(
             lambda d: Stage(
                 config,
-                [parts[self.schedule.virtual_stage(d, chunk)] for chunk in range(config.chunks)],
+                [parts[k] for k in self.schedule.parts[d]],
                 torch_devices[d],
                 self.replica,
             )
@@ -111,6 +112,20 @@ class PipelineEngine:
             if graphs.why_eager(config, torch_devices[own[0]]) is None
             else {}
         )
+        # By stage; None where one stream is enough.
+        pairs = self._on_all(
+            lambda d: (
+                PairedStreams(
+                    torch_devices[d],
+                    self.schedule.devices[d],
+                    [parameter for chunk in self.stages[d].chunks for parameter in chunk.direct],
+                )
+                if torch_devices[d].type == "cuda"
+                and any(action.overlaps for action in self.schedule.devices[d])
+                else None
+            )
+        )
+        self._pairs: dict[int, PairedStreams | None] = dict(zip(own, pairs, strict=True))
         self._named = [item for stage in made for item in stage.named]
         self._events: dict[int, list[Event]] = {}
         self._earlier_peaks: dict[torch.device, int] = {}
@@ -255,9 +270,12 @@ class PipelineEngine:
             # `note_again`, the one that the GPU has reached.
             note: Callable[[Action], None] = partial(self.on_action, d)
             clock = None
+            pairs = self._pairs[d] if mode is Mode.TRAIN else None
 
             def before(action: Action) -> None:
                 channel.check()  # another stage may have failed: stop between two actions
+                if pairs is not None:
+                    pairs.enter(action)
                 self._ahead()
                 note(action)
 
@@ -270,12 +288,17 @@ class PipelineEngine:
                     clocks.append(clock)
                     note = clock.begin
                 events = run_stage(schedule, d, walker, channel, before, clock)
+                if pairs is not None:
+                    pairs.leave()  # sums of gradients wait for both streams
                 self._behind()
                 self.on_action(d, None)
                 return events, stage.losses()
             except Exception as error:
                 channel.stop(error)  # wakes the stages that wait for a message of this one
                 return [], []
+            finally:
+                if pairs is not None:
+                    pairs.leave()
 
         walks = [self._submit(d, partial(walk, d)) for d in self.devices]
         # The host of a GPU has queued everything long before it is done, and then waits.

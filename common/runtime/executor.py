@@ -175,4 +175,10 @@ def run_stage(
                 f"device {device}, action {action}: {type(error).__name__}: {error}"
             ) from error
     # Only now are marks turned into times: asking a GPU for one earlier would wait for its queue.
-    return [Event(action, *map(clock.seconds, when)) for action, *when in marks]
+    events: list[Event] = []
+    for action, *when in marks:
+        times = [clock.seconds(mark) for mark in when]
+        if action.overlaps:  # counts from where the other half ended: no time is anybody's twice
+            times = [max(time, events[-1].end_seconds) for time in times]
+        events.append(Event(action, *times))
+    return events

@@ -127,6 +127,13 @@ class Schedule:
         where = {k: (d, c) for d, row in enumerate(self.parts) for c, k in enumerate(row)}
         return tuple(where[k] for k in range(len(where)))
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(devices, chunks on each); (virtual stages, 1) where devices have unlike numbers."""
+        stages = self.num_virtual_stages
+        size = self.num_devices, self.num_chunks
+        return size if stages == self.num_devices * self.num_chunks else (stages, 1)
+
     def virtual_stage(self, device: int, chunk: int) -> int:
         return self.parts[device][chunk]
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,10 +179,11 @@ def _squeezed(devices: list[Slots]) -> list[Slots]:
 
 def _in_order(devices: list[Slots], name: str) -> Schedule:
     """Return the schedule of these slots. A W's slot takes any W that waits, chunk 1's first."""
+    make = cache(Action)  # the devices share their actions, which are made and tabulated once
     rows = []
     for slots in devices:
         timed: list[tuple[int, Action | None]] = [
-            (slot, Action(op, i, chunk))
+            (slot, make(op, i, chunk))
             for (op, chunk), times in zip(KINDS, slots[:4], strict=True)
             for i, slot in enumerate(times.tolist())
         ]
@@ -190,7 +192,8 @@ def _in_order(devices: list[Slots], name: str) -> Schedule:
         row = []
         for _, action in sorted(timed, key=lambda pair: pair[0]):
             if action is None:
-                action = replace((waiting[1] or waiting[0]).popleft(), op=Op.W)
+                backward = (waiting[1] or waiting[0]).popleft()
+                action = make(Op.W, backward.micro_batch, backward.chunk)
             elif action.op is Op.B:
                 waiting[action.chunk].append(action)
             row.append(action)

@@ -164,11 +164,6 @@ def _from_file(path: Path, p: int, m: int, chunks: int) -> Schedule:
             raise ScheduleError(
                 f"schedule {path} has {what} = {has}, the run has {asked}; expected --{what} {has}"
             )
-    if len({len(parts) for parts in schedule.parts}) > 1:
-        counts = ", ".join(str(len(parts)) for parts in schedule.parts)
-        raise ScheduleError(
-            f"schedule {path} has {counts} chunks on its devices; a run takes as many on each"
-        )
     return schedule
 
 

@@ -91,22 +91,24 @@ def unit_costs(model: TransformerSpec, train: TrainSpec) -> list[UnitCost]:
 
 
 def plan_partition(config: RunConfig) -> PartitionPlan:
-    """Return the plan that `config.partition` asks for, over `stages * chunks` virtual stages.
+    """Return the plan that `config.partition` asks for, over the schedule's virtual stages.
 
     A balanced plan of several chunks depends on the devices that the schedule gives them. Raises
     ScheduleError if there is no such schedule.
     """
     units = unit_names(config.model)
-    parts = config.stages * config.chunks
     match config.partition:
         case "even":
-            inner = even_boundaries(config.model.num_layers, config.stages, config.chunks)
+            # Only a file's devices may hold unlike numbers of chunks.
+            is_file = config.schedule.startswith("file:")
+            grid = schedule_of(config).grid if is_file else (config.stages, config.chunks)
+            inner = even_boundaries(config.model.num_layers, *grid)
         case "balanced":
             # The backward costs twice the forward in every unit, so forward FLOPs alone order the
             # plans.
             costs = [cost.forward_flops for cost in unit_costs(config.model, config.train)]
             if config.chunks == 1:
-                devices = list(range(parts))
+                devices = list(range(config.stages))
             else:
                 devices = [device for device, _ in schedule_of(config).location]
             inner = balanced(costs, devices)
@@ -114,6 +116,10 @@ def plan_partition(config: RunConfig) -> PartitionPlan:
             inner = list(boundaries)
     edges = [0, *inner, len(units)]
     return PartitionPlan(tuple(tuple(units[a:b]) for a, b in itertools.pairwise(edges)))
+
+
+def _schedule(config: RunConfig) -> Schedule:
+    return make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
 
 
 def balanced(costs: Sequence[float], devices: Sequence[int]) -> list[int]:

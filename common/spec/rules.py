@@ -77,7 +77,8 @@ def _schedule(config: RunConfig) -> Impossible | None:
         return Impossible("schedule", f": {' '.join(str(error).split())}")
     violations = validate(schedule)
     if not violations:
-        return None
+        not_cut = config.why_not_cut(schedule.num_virtual_stages)
+        return None if not_cut is None else Impossible("schedule", f": {not_cut}")
     why = (
         f"breaks {len(violations)} rules, the first: {violations[0]}; `triptych validate FILE` "
         "lists them all"

@@ -389,13 +389,7 @@ class RunConfig(Frozen):
             )
         if self.tokenizer == "bytes" and self.tokenizer_file is not None:
             raise ValueError("tokenizer = bytes: needs no tokenizer_file; expected one of the two")
-        units, parts = self.model.num_layers + 2, self.stages * self.chunks
-        if parts > units:
-            raise ValueError(
-                f"stages x chunks = {parts} is more than the {units} units (embedding, "
-                f"{self.model.num_layers} blocks, "
-                f"head); expected at most {units}"
-            )
+        parts = self.stages * self.chunks
         if parts * self.train.micro_batches > MAX_PLACES:
             raise ValueError(
                 f"stages x chunks x micro_batches = {parts * self.train.micro_batches}; expected "
@@ -412,16 +406,30 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"stages x chunks = {parts}; executor = plain has 1, with all the threads"
             )
+        # A schedule's file says itself how many parts it has: `common.spec.rules` reads it.
+        if not self.schedule.startswith("file:") and (why := self.why_not_cut(parts)):
+            raise ValueError(why)
+        return self
+
+    def why_not_cut(self, parts: int) -> str | None:
+        """Return why the model cannot be cut into so many parts; None if it can."""
+        units = self.model.num_layers + 2
+        if parts > units:
+            return (
+                f"stages x chunks = {parts} is more than the {units} units (embedding, "
+                f"{self.model.num_layers} blocks, "
+                f"head); expected at most {units}"
+            )
         if isinstance(self.partition, tuple):
             edges = (0, *self.partition, units)
             if len(self.partition) != parts - 1 or any(
                 a >= b for a, b in itertools.pairwise(edges)
             ):
-                raise ValueError(
+                return (
                     f"partition = {self.partition} needs {parts - 1} increasing boundaries between "
                     f"1 and {units - 1}"
                 )
-        return self
+        return None
 
 
 LLAMA = {"norm_kind": "rms", "position": "rotary", "activation": "swiglu", "biases": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -10,6 +11,9 @@ from common.schedule.action import ScheduleError, format_schedule, parse_schedul
 from common.schedule.generators import make_schedule
 from common.schedule.simulate import Costs, per_stage, per_virtual_stage, simulate
 from common.schedule.validate import validate
+from common.spec.partition import plan_partition
+from common.spec.rules import why_impossible
+from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 
 UNEQUAL = """# schedule: unequal micro_batches=2
 placement: 0 1 4 | 2 3
@@ -45,10 +49,37 @@ def test_chunks_may_be_unequally_many() -> None:
     assert any("and chunks 0 to 1" in each for each in messages)
 
 
-def test_a_run_takes_as_many_chunks_on_every_device(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layers", "partition", "sizes", "why"),
+    [
+        (8, "even", [2, 2, 2, 2, 2], None),  # 1, 2, 2, 2 and 1 blocks, the embedding and the head
+        (8, (1, 3, 5, 9), [1, 2, 2, 4, 1], None),
+        (3, "balanced", [1, 1, 1, 1, 1], None),
+        (2, "even", [], "stages x chunks = 5 is more than the 4 units"),
+        (8, (1, 3, 5, 7, 9), [], "needs 4 increasing boundaries between 1 and 9"),
+    ],
+)
+def test_a_model_is_cut_into_as_many_parts_as_there_are_chunks(
+    tmp_path: Path,
+    layers: int,
+    partition: Literal["even", "balanced"] | tuple[int, ...],
+    sizes: list[int],
+    why: str | None,
+) -> None:
     (tmp_path / "unequal.txt").write_text(UNEQUAL)
-    with pytest.raises(ScheduleError, match="has 3, 2 chunks on its devices"):
-        make_schedule(f"file:{tmp_path / 'unequal.txt'}", 2, 2, 3)
+    config = RunConfig(
+        model=TransformerSpec(num_layers=layers),
+        train=TrainSpec(micro_batches=2),
+        stages=2,
+        chunks=3,
+        schedule=f"file:{tmp_path / 'unequal.txt'}",
+        partition=partition,
+    )
+    if why is not None:
+        assert why in str(why_impossible(config))
+        return
+    assert why_impossible(config) is None
+    assert [len(part) for part in plan_partition(config).parts] == sizes
 
 
 def test_a_placement_with_a_name_is_that() -> None:

@@ -190,6 +190,8 @@ VARIANTS: dict[str, tuple[int, str, str, int, str]] = {
     "v-min": (2, "even", "v-min", 2, "none"),
     "dualpipev": (2, "even", "dualpipev", 2, "none"),
     "own-placement": (2, "even", "file:PLACED", 2, "none"),
+    "unlike-chunks": (2, "even", "file:UNLIKE", 2, "none"),
+    "from-the-last-device": (2, "balanced", "file:TURNED", 1, "none"),
     "recompute-full": (2, "even", "1f1b", 1, "full"),
     "recompute-full-split": (2, "even", "zb-h1", 1, "full"),
     "recompute-every-1": (2, "even", "zb-h1", 1, "every-1"),
@@ -204,6 +206,16 @@ FILES = {
 placement: 0 1 | 2 3
 0: F0 F0.1 F1 F1.1 BW0.1 BW0 F2 (F2.1&BW1.1) BW1 F3 F3.1 BW2.1 BW2 BW3.1 BW3
 1: F0 F0.1 BW0.1 BW0 F1 F1.1 BW1.1 BW1 F2 F2.1 BW2.1 BW2 F3 F3.1 BW3.1 BW3
+""",
+    "UNLIKE": """# schedule: unlike micro_batches=4
+placement: 1 2 | 0
+0: F0 F0.1 F1 F1.1 BW0.1 BW0 F2 (F2.1&BW1.1) BW1 F3 F3.1 BW2.1 BW2 BW3.1 BW3
+1: F0 F1 F2 BW0 (F3&BW1) BW2 BW3
+""",
+    "TURNED": """# schedule: turned micro_batches=4
+placement: 1 | 0
+0: F0 BW0 F1 BW1 F2 BW2 F3 BW3
+1: F0 F1 BW0 F2 BW1 F3 BW2 BW3
 """,
 }
 MODELS: dict[str, tuple[str, str, str, str, int, tuple[str, ...]]] = {

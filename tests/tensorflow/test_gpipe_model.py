@@ -14,7 +14,8 @@ import pytest
 import tensorflow as tf
 
 from common.runtime.executor import StageFailure
-from common.schedule.action import Action, Op
+from common.schedule.action import Action, Op, ScheduleError, parse_schedule
+from common.schedule.generators import make_schedule
 from common.spec.run import TransformerSpec
 from tests.engines import Make, batch
 from tf_impl.gpipe_model import GPipeModel
@@ -125,12 +126,31 @@ def test_a_seed_on_another_device_neither_hangs_nor_stands_still(make: Make) -> 
             "2 increasing boundaries",
         ),
         (
+            lambda: GPipeModel(layers(), 2, 4, make_schedule("gpipe", 3, 4)),
+            ScheduleError,
+            "has 3 devices and 4 micro-batches; expected 2 and 4",
+        ),
+        (
+            lambda: GPipeModel(layers(), 2, 1, parse_schedule("F0 BW0\nBW0 F0")),
+            ScheduleError,
+            "breaks 1 rules",
+        ),
+        (
             lambda: GPipeModel(TransformerSpec(num_layers=1), 4, 4),
             ValueError,
             "4 virtual stages for 3 layers",
         ),
     ],
-    ids=["not compiled", "batch", "stages", "devices", "partition", "Transformer"],
+    ids=[
+        "not compiled",
+        "batch",
+        "stages",
+        "devices",
+        "partition",
+        "sizes",
+        "order",
+        "Transformer",
+    ],
 )
 def test_errors_say_what_is_wrong(
     work: Callable[[], Any], kind: type[Exception], message: str

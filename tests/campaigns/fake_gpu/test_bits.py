@@ -6,21 +6,25 @@ kernels.
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from common.runtime.executor import StageFailure, unwatched
 from common.runtime.inference import generate
 from common.runtime.job import Generation, Job
-from common.schedule.action import Action
+from common.schedule.action import Action, Op
 from tests.campaigns.fake_gpu.late_kernels import queue
 from tests.engines import ELSEWHERE, Arrays, Make, batch, check_resumes, different, train
 from tests.every_framework import check_kernels
-from torch_impl import streams
+from torch_impl import backward, streams
 from torch_impl.roofline import prepare
 
 DEEP: dict[str, Any] = {"num_layers": 6}
@@ -38,6 +42,12 @@ CASES: dict[str, tuple[int, int, str, dict[str, Any]]] = {
     "zb-h2": (4, 4, "zb-h2", LONG),
     "zb-v": (2, 2, "zb-v", VEE),
     "search": (2, 2, "search", {}),
+    "pairs": (2, 2, "dualpipev", {"dropout": 0.1, "tied_head": True, **VEE}),
+    "pairs of one chunk": (4, 4, "interleaved-overlap", LONG),
+    "pairs on one GPU": (
+        *(1, 2, "interleaved-overlap"),
+        {"num_layers": 6, "run": {"chunks": 2, "recompute": "every-1"}, "dropout": 0.1},
+    ),
     "eight GPUs": (8, 8, "1f1b", DEEP),
     "shared by two": (1, 2, "zb-h1", {}),
     "shared by some": (2, 3, "1f1b", {"tied_head": True, **DEEP}),
@@ -94,12 +104,12 @@ def test_the_watch_is_told_which_action_hangs_although_the_host_is_ahead(
     on_gpus: Callable[[int], Make],
 ) -> None:
     engine, goes_on, noted = on_gpus(2)(2), threading.Event(), list[str]()
-    stage, backward = engine.stages[1], engine.stages[1].backward
+    stage, whole_backward = engine.stages[1], engine.stages[1].backward
 
     def hang(micro_batch: int, *rest: Any) -> Any:
         if micro_batch == 1:
             queue(stage.device, goes_on.wait)
-        return backward(micro_batch, *rest)
+        return whole_backward(micro_batch, *rest)
 
     def on_action(device: int, action: Action | None) -> None:
         if device == 1:
@@ -110,6 +120,75 @@ def test_the_watch_is_told_which_action_hangs_although_the_host_is_ahead(
     stage.backward, engine.on_action = hang, on_action
     engine.forward_backward(batch(engine))  # ends only because BW1 was named again, once or more
     assert goes_on.is_set()
+
+
+def test_the_halves_of_a_pair_run_at_the_same_time(on_gpus: Callable[[int], Make]) -> None:
+    """Each F of a pair waits for the end of its BW here: in one stream it would wait in vain."""
+    engine, met = on_gpus(2)(2, "interleaved-overlap"), list[bool]()
+    stage, row = engine.stages[0], engine.schedule.devices[0]
+    is_over = {action: threading.Event() for action in row if action.overlaps}
+    beside = {first: second for first, second in itertools.pairwise(row) if second.overlaps}
+    forward, whole_backward = stage.forward, stage.backward
+
+    def late_forward(micro_batch: int, chunk: int, x: Any) -> Any:
+        other = beside.get(Action(Op.F, micro_batch, chunk))
+        if other is not None:
+            queue(stage.device, lambda: met.append(is_over[other].wait(60)))
+        return forward(micro_batch, chunk, x)
+
+    def noted_backward(micro_batch: int, chunk: int, gradient: Any) -> Any:
+        result = whole_backward(micro_batch, chunk, gradient)
+        if (action := Action(Op.BW, micro_batch, chunk, overlaps=True)) in is_over:
+            queue(stage.device, is_over[action].set)
+        return result
+
+    stage.forward, stage.backward = late_forward, noted_backward
+    engine.forward_backward(batch(engine))
+    assert beside and met == [True] * len(beside)
+    events = engine.events()[0]
+    assert all(one.end_seconds <= two.start_seconds for one, two in itertools.pairwise(events))
+
+
+@pytest.mark.parametrize(("schedule", "options"), [("interleaved-overlap", {}), ("dualpipev", VEE)])
+@pytest.mark.parametrize("late", ["_main", "_side"])
+def test_a_late_stream_is_waited_for(
+    late: str,
+    schedule: str,
+    options: dict[str, Any],
+    make: Make,
+    on_gpus: Callable[[int], Make],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    enter, weights = streams.PairedStreams.enter, backward.backward_weight
+    slow = set[torch.cuda.Stream]()
+
+    def pause() -> None:
+        if (here := torch.cuda.current_stream()) in slow:
+            queue(here.device, lambda: time.sleep(0.03))
+
+    def enter_late(pairs: Any, action: Action) -> None:
+        enter(pairs, action)
+        slow.add(getattr(pairs, late))
+        pause()
+
+    def weights_late(waiting: Any) -> None:
+        pause()
+        weights(waiting)
+
+    monkeypatch.setattr(streams.PairedStreams, "enter", enter_late)
+    monkeypatch.setattr(backward, "backward_weight", weights_late)
+    expected = train(make(2, schedule, **options), range(2))
+    engine = on_gpus(2)(2, schedule, **options)
+
+    def fail(device: int, action: Action | None) -> None:
+        if device == 1 and action == engine.schedule.devices[1][-1]:
+            raise RuntimeError("no memory left")
+
+    engine.on_action = fail
+    with pytest.raises(StageFailure, match="no memory left"):
+        engine.forward_backward(batch(engine))
+    engine.on_action = unwatched
+    assert different(expected, train(engine, range(2))) == []
 
 
 def test_pytorchs_own_sanitizer_finds_no_race(

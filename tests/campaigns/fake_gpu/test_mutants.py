@@ -72,12 +72,36 @@ MUTANTS = {
         "pass",
         "1f1b",
     ),
-    "marks are not recorded": ("clock.py", "self._last.record(self._stream)", "pass", "1f1b"),
+    "marks are not recorded": (
+        "clock.py",
+        "self._last.record(torch.cuda.current_stream())",
+        "pass",
+        "1f1b",
+    ),
+    "the first stream does not wait for the second": (
+        "streams.py",
+        "main.wait_stream(side)",
+        "pass",
+        "late",
+    ),
+    "the second stream does not wait for the first": (
+        "streams.py",
+        "side.wait_stream(main)",
+        "pass",
+        "late",
+    ),
+    "what follows a pass does not wait for the second stream": (
+        "streams.py",
+        "self._main.wait_stream(self._side)",
+        "pass",
+        "late",
+    ),
 }
 
-HARMLESS = {"self._stream.synchronize()", "torch.cuda.synchronize()"}
-"""Of the clock: without it only its zero would be wrong, by as long as the stream was busy. Of
-`roofline.py`: without it only the times of kernels would be wrong."""
+HARMLESS = {"torch.cuda.current_stream().synchronize()", "torch.cuda.synchronize()"}
+"""Of the clock (the engine's line reads the same): without it only its zero would be wrong, by as
+long as the stream was busy. Of `roofline.py`: without it only the times of kernels would be wrong.
+"""
 
 
 def test_the_list_names_every_call_that_orders_anything() -> None:
