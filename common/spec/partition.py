@@ -118,10 +118,6 @@ def plan_partition(config: RunConfig) -> PartitionPlan:
     return PartitionPlan(tuple(tuple(units[a:b]) for a, b in itertools.pairwise(edges)))
 
 
-def _schedule(config: RunConfig) -> Schedule:
-    return make_schedule(config.schedule, config.stages, config.train.micro_batches, config.chunks)
-
-
 def balanced(costs: Sequence[float], devices: Sequence[int]) -> list[int]:
     """Return the boundaries of the balanced plan. `devices[k]` is the device of part k.
 
