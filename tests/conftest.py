@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from common.spec import tokenizer
+from common.spec import kept
 
 pytest_plugins = ["tests.watchdog"]
 pytest.register_assert_rewrite("tests.engines", "tests.every_framework")
@@ -31,12 +31,12 @@ settings.load_profile("default")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _tokenizers_are_not_kept_in_the_users_home(
+def _nothing_is_kept_in_the_users_home(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("tokenizers")
-        patch.setattr(tokenizer, "kept_in", lambda: folder)
+        folder = tmp_path_factory.mktemp("kept")
+        patch.setattr(kept, "kept_in", lambda kind: folder / kind)
         yield
 
 

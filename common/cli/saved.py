@@ -11,9 +11,10 @@ from typing import Any
 from common.checkpoint import TOKENIZER, Manifest
 from common.cli.settings import Setting, Settings
 from common.io.usage import UsageError
+from common.spec.corpus_files import CorpusError
 from common.spec.data import Corpus, check_vocabulary, load_tokenizer, tokenize
 from common.spec.run import RunConfig
-from common.spec.text import CorpusError, read_texts
+from common.spec.text import read_texts
 from common.spec.tokenizer import FileTokenizer, Tokenizer, read_tokenizer
 
 KIND, FILE = ("run", "tokenizer"), ("run", "tokenizer_file")

@@ -41,12 +41,18 @@ class Texts:
 
 
 def write_text(corpus: Corpus, folder: Path, number: int = 0) -> JobText:
-    """Write the tokens and their tokenizer.json into a folder, which is made if it is missing."""
+    """Write the tokens and their tokenizer.json into a folder, which is made if it is missing.
+
+    Tokens that are kept in a file are a link to it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     suffix = f"-{number + 1}" if number else ""
     tokens, tokenizer = folder / f"tokens{suffix}.npy", folder / f"tokenizer{suffix}.json"
     try:
-        np.save(tokens, corpus.tokens)
+        tokens.unlink(missing_ok=True)  # or it would be written to what it is a link to
+        kept = getattr(corpus.tokens, "filename", None)  # NumPy's, where it has mapped a file
+        if kept is None or not _link(tokens, kept):
+            np.save(tokens, corpus.tokens)
     except OSError as error:  # NumPy says how many numbers found no room, and not where
         raise OSError(
             error.errno or errno.ENOSPC, os.strerror(error.errno or errno.ENOSPC), str(tokens)
@@ -54,11 +60,19 @@ def write_text(corpus: Corpus, folder: Path, number: int = 0) -> JobText:
     if corpus.tokenizer is not None:
         tokenizer.write_bytes(corpus.tokenizer)
     return JobText(
-        tokens=str(tokens.resolve()),
+        tokens=str(tokens.absolute()),  # `resolve` would name what it is a link to
         digest=corpus.digest,
         num_bytes=corpus.num_bytes,
         tokenizer=None if corpus.tokenizer is None else str(tokenizer.resolve()),
     )
+
+
+def _link(path: Path, target: str) -> bool:
+    """Make a link; not every disk has them."""
+    with contextlib.suppress(OSError):
+        path.symlink_to(target)
+        return True
+    return False
 
 
 def drop_tokens(text: JobText) -> None:

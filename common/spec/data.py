@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.spec.corpus_files import CorpusError as CorpusError
+from common.spec.kept import NO_CACHE, find_kept, keep
 from common.spec.run import RunConfig
-from common.spec.text import CorpusError as CorpusError
-from common.spec.text import Text, read_texts
+from common.spec.text import BLANK_LINE, LONG_BYTES, Advance, Text, read_texts
 from common.spec.tokenizer import (
     BYTES,
+    RECIPE,
     FileTokenizer,
     Tokenizer,
     TokenizerError,
-    blocks,
-    lines,
+    blocks_of,
+    lines_of,
     read_content,
     read_tokenizer,
     train_byte_pairs,
@@ -165,15 +169,14 @@ class Corpus:
         count = len(self.held_out) - 1
         rows = -(-count // context_length)
         rows += -rows % batch_size
-        inputs, targets = (
-            np.zeros(rows * context_length, np.int64),
-            np.full(rows * context_length, IGNORED),
-        )
-        inputs[:count], targets[:count] = self.held_out[:-1], self.held_out[1:]
-        for index, start in enumerate(range(0, rows * context_length, batch_size * context_length)):
-            piece = slice(start, start + batch_size * context_length)
-            shape = (batch_size, context_length)
-            yield Batch(index, inputs[piece].reshape(shape), targets[piece].reshape(shape))
+        size, shape = batch_size * context_length, (batch_size, context_length)
+        for index, start in enumerate(range(0, rows * context_length, size)):
+            tokens = self.held_out[
+                start : start + size + 1
+            ]  # as many as a batch needs, at the end fewer
+            inputs, targets = np.zeros(size, np.int64), np.full(size, IGNORED)
+            inputs[: len(tokens) - 1], targets[: len(tokens) - 1] = tokens[:-1], tokens[1:]
+            yield Batch(index, inputs.reshape(shape), targets.reshape(shape))
 
 
 def sequences_in(step: int, batch_size: int, sequences_per_epoch: int) -> int:
@@ -210,17 +213,80 @@ def tokenize(config: RunConfig, text: Text) -> Corpus:
 
 @functools.lru_cache(maxsize=2)  # for a process that first checks a text and then runs with it
 def _tokenized(text: Text, kind: str, content: bytes | None, where: str, vocab_size: int) -> Corpus:
-    if kind == "bytes":
-        return Corpus(np.frombuffer(text.data, np.uint8), text.digest, text.num_bytes)
-    decoded = text.decoded
-    tokenizer = (
-        FileTokenizer(content, where)
-        if content
-        else train_byte_pairs(decoded, vocab_size, text.digest)
-    )
-    check_vocabulary(tokenizer, vocab_size, where)
-    pieces = lines(decoded) if kind == "bpe" else blocks(decoded)
-    return Corpus(tokenizer.encode_all(pieces), text.digest, text.num_bytes, tokenizer.content)
+    tokenizer = None
+    if kind != "bytes":
+        tokenizer = FileTokenizer(content, where) if content else _byte_pairs(text, vocab_size)
+        check_vocabulary(tokenizer, vocab_size, where)
+
+    def encoded(advance: Advance) -> Iterator[NDArray[Any]]:
+        if tokenizer is None:
+            yield from (np.frombuffer(chunk, np.uint8) for chunk in text.data(advance))
+        else:
+            end = tokenizer.end_of_text
+            blocks = blocks_of(text.decoded(advance, end or BLANK_LINE), end)
+            yield from tokenizer.encode_all(lines_of(blocks) if kind == "bpe" else blocks)
+
+    def into(take: Callable[[NDArray[Any]], object]) -> None:
+        with text.bar("tokenizing the corpus") as advance:
+            for tokens in encoded(advance):
+                take(tokens)
+
+    dtype = np.uint8 if tokenizer is None else tokenizer.dtype
+    made = None if tokenizer is None else tokenizer.content
+    tokens = _kept_tokens(text, kind, made, dtype, into) if text.num_bytes >= LONG_BYTES else None
+    if tokens is None:
+        found: list[NDArray[Any]] = [np.zeros(0, dtype)]
+        into(found.append)
+        tokens = np.concatenate(found)
+    return Corpus(tokens, text.digest, text.num_bytes, made)
+
+
+def _kept_tokens(
+    text: Text,
+    kind: str,
+    tokenizer: bytes | None,
+    dtype: type[np.unsignedinteger[Any]],
+    into: Callable[[Callable[[NDArray[Any]], object]], None],
+) -> NDArray[Any] | None:
+    """Map a long text's tokens from their file in the cache folder, where `into` brings them the
+    first time; None where no file can be kept.
+    """
+    from tokenizers import __version__
+
+    made_of = (text.digest, kind, hashlib.sha256(tokenizer or b"").hexdigest(), __version__, RECIPE)
+    key = hashlib.sha256(" ".join(made_of).encode()).hexdigest()
+
+    def write(file: BufferedRandom) -> None:
+        count = 0
+
+        def take(tokens: NDArray[Any]) -> None:
+            nonlocal count
+            count += len(tokens)
+            file.write(tokens.data)
+
+        def write_header() -> None:  # NumPy leaves room in it for any count
+            what = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count,)}
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, what)
+
+        write_header()
+        into(take)
+        write_header()
+
+    try:
+        path = find_kept("tokens", key, ".npy") or keep("tokens", key, ".npy", write)
+        tokens: NDArray[Any] = np.load(path, mmap_mode="r")
+        return tokens
+    except NO_CACHE as error:
+        why = f"{getattr(error, 'strerror', None) or error}; XDG_CACHE_HOME names another folder"
+        print(f"note: the tokens of the corpus are not kept: {why}", file=sys.stderr)
+        return None
+
+
+def _byte_pairs(text: Text, vocab_size: int) -> FileTokenizer:
+    with text.bar("training byte pairs") as advance:
+        lines = lines_of(blocks_of(text.decoded(advance)))
+        return train_byte_pairs(lines, vocab_size, text.digest)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
@@ -239,8 +305,7 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
         return BYTES
     if config.tokenizer_file is not None:
         return read_tokenizer(Path(config.tokenizer_file))
-    text = read_texts(config.corpus)
-    return train_byte_pairs(text.decoded, config.model.vocab_size, text.digest)
+    return _byte_pairs(read_texts(config.corpus), config.model.vocab_size)
 
 
 def _windows(

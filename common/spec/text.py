@@ -1,16 +1,27 @@
-"""The text of a run: files, or the manual that every CPython carries, as they are and decoded."""
+"""The text of a run, as bytes and decoded: the files of a corpus, or the manual that every CPython
+carries.
+"""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import functools
 import hashlib
+import itertools
+import operator
 import pydoc_data.topics
-import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from common.io.usage import UsageError
+from common.io.progress import byte_bar
+from common.spec.corpus_files import (
+    CorpusError,
+    CorpusFile,
+    Document,
+    find_files,
+    read_documents,
+)
 
 MARKS = {  # the longer ones first, since they begin as the others
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -18,71 +29,124 @@ MARKS = {  # the longer ones first, since they begin as the others
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-
-
-class CorpusError(UsageError):
-    """A corpus that cannot be read or is too short."""
+LONG_BYTES = 2**24
+"""A text of so many bytes takes so long that its tokens are kept, and a bar is shown."""
+BLANK_LINE = "\n\n"
+Advance = Callable[[int], None]
+"""It is told how many more bytes of the files are read."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """The files of a corpus, or CPython's manual, as bytes."""
+    """The files of a corpus, or CPython's manual. It is read anew whenever it is asked for."""
 
     digest: str
-    """SHA-256 of all files, in order."""
+    """SHA-256 of all that `data` yields."""
     num_bytes: int = field(compare=False)
-    files: tuple[tuple[str, bytes], ...] = field(compare=False)
-    """By name, for errors."""
+    files: tuple[CorpusFile, ...] | None = field(compare=False)
+    """None: the manual."""
 
-    @property
-    def data(self) -> bytes:
-        return b"\n".join(data for _, data in self.files)
+    def bar(self, what: str) -> contextlib.AbstractContextManager[Advance]:
+        """Show on a terminal how much of the files is read, if they are long."""
+        return byte_bar(what, sum(file.num_bytes for file in self.files or ()), LONG_BYTES)
 
-    @property
-    def decoded(self) -> str:
-        """Raises CorpusError for what is not UTF-8."""
-        return "\n".join(_decoded(name, data) for name, data in self.files)
+    def data(self, advance: Advance) -> Iterator[bytes]:
+        """Yield all bytes, in pieces. Raises CorpusError."""
+        return (chunk for _, chunk in self._checked(advance))
+
+    def decoded(self, advance: Advance, end_of_document: str = BLANK_LINE) -> Iterator[str]:
+        """Yield the text, in pieces, with `end_of_document` where a document of a .jsonl begins or
+        ends.
+
+        Raises CorpusError for what is not UTF-8.
+        """
+        checked = self._checked(advance)
+        for document, pieces in itertools.groupby(checked, operator.itemgetter(0)):
+            chunks = (chunk for _, chunk in pieces)
+            if document is None:
+                for chunk in chunks:
+                    yield end_of_document if chunk == BLANK_LINE.encode() else chunk.decode()
+            elif document.is_record:
+                yield from (chunk.decode() for chunk in chunks)
+            else:
+                yield from _decoded(document.name, chunks)
+
+    def _checked(self, advance: Advance) -> Iterator[tuple[Document | None, bytes]]:
+        digest = hashlib.sha256()
+        for document, chunk in _pieces(self.files, advance):
+            digest.update(chunk)
+            yield document, chunk
+        if digest.hexdigest() != self.digest:
+            names = " ".join(file.path for file in self.files or ())
+            raise CorpusError(f"corpus {names}: changed while it was read; expected a text at rest")
 
 
-def read_texts(paths: Sequence[str]) -> Text:
-    """Read the files, in order. Raises CorpusError."""
-    if paths:
-        files = tuple((path, _read(path)) for path in paths)
-    else:
+def read_texts(names: Sequence[str]) -> Text:
+    """Find the files of a corpus, and read them once for their digest. Raises CorpusError."""
+    return _digested_once(find_files(names)) if names else _digested(None)
+
+
+@functools.lru_cache(maxsize=8)  # a subcommand asks more than once, and a gigabyte takes a while
+def _digested_once(files: tuple[CorpusFile, ...]) -> Text:
+    return _digested(files)
+
+
+def _digested(files: tuple[CorpusFile, ...] | None) -> Text:
+    digest, num_bytes = hashlib.sha256(), 0
+    with Text("", 0, files).bar("reading the corpus") as advance:
+        for _, chunk in _pieces(files, advance):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+    return Text(digest.hexdigest(), num_bytes, files)
+
+
+def _pieces(
+    files: tuple[CorpusFile, ...] | None, advance: Advance
+) -> Iterator[tuple[Document | None, bytes]]:
+    """Yield the documents in pieces, and under None what joins two of them.
+
+    Between plain files stands one line end: they may be parts of one text. A document of a .jsonl
+    is one by itself.
+    """
+    if files is None:
         topics: dict[str, str] = pydoc_data.topics.topics
-        files = (
-            ("the manual of CPython", "\n".join(topics[name] for name in sorted(topics)).encode()),
-        )
-    data = b"\n".join(data for _, data in files)
-    return Text(hashlib.sha256(data).hexdigest(), len(data), files)
+        manual = "\n".join(topics[name] for name in sorted(topics)).encode()
+        yield Document("the manual of CPython", False), manual
+        return
+    before: Document | None = None
+    for file in files:
+        for document, chunk in read_documents(file, advance):
+            if before is not None and document is not before:
+                apart = document.is_record or before.is_record
+                yield None, (BLANK_LINE if apart else "\n").encode()
+            yield document, chunk
+            before = document
 
 
-def _read(path: str) -> bytes:
-    reason = "not a plain file"
-    try:
-        if stat.S_ISREG(Path(path).stat().st_mode):  # a device or a pipe may never end
-            return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or str(error)
-    raise CorpusError(f"corpus {path}: {reason}; expected a readable text file")
-
-
-def _decoded(name: str, data: bytes) -> str:
-    """Decode the text without a byte order mark. Raises CorpusError at the first wrong byte."""
+def _decoded(name: str, chunks: Iterable[bytes]) -> Iterator[str]:
+    """Decode a file without its byte order mark. Raises CorpusError at the first wrong byte."""
     utf8 = "expected UTF-8, or --tokenizer bytes, which takes bytes as they are"
-    for mark, encoding in MARKS.items():
-        if data.startswith(mark):
-            raise CorpusError(f"corpus {name}: {encoding} by its byte order mark; {utf8}")
-    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-    text, wrong = "", data.find(b"\0")  # valid, but of no text: of UTF-16, say
-    try:
-        text = data[start:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        wrong = start + error.start if wrong < 0 else min(wrong, start + error.start)
-    if wrong >= 0:
-        line = data.count(b"\n", 0, wrong) + 1
-        raise CorpusError(
-            f"corpus {name}: not UTF-8 text at byte {wrong} (line {line}), "
-            f"0x{data[wrong]:02x}; {utf8}"
-        )
-    return text
+    place, line, held = 0, 1, b""  # `held` begins at byte `place`, in this line
+    for chunk in itertools.chain(chunks, [None]):
+        data = held + (chunk or b"")
+        if place == 0:
+            for mark, encoding in MARKS.items():
+                if data.startswith(mark):
+                    raise CorpusError(f"corpus {name}: {encoding} by its byte order mark; {utf8}")
+            if data.startswith(codecs.BOM_UTF8):
+                data, place = data[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
+        text, used = "", 0
+        wrong = data.find(b"\0")  # valid, but of no text: of UTF-16, say
+        try:
+            # A character may begin in one chunk and end in the next.
+            text, used = codecs.utf_8_decode(data, "strict", chunk is None)
+        except UnicodeDecodeError as error:
+            wrong = error.start if wrong < 0 else min(wrong, error.start)
+        if wrong >= 0:
+            line += data.count(b"\n", 0, wrong)
+            raise CorpusError(
+                f"corpus {name}: not UTF-8 text at byte {place + wrong} (line {line}), "
+                f"0x{data[wrong]:02x}; {utf8}"
+            )
+        yield text
+        place, line, held = place + used, line + data.count(b"\n", 0, used), data[used:]

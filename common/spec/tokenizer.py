@@ -8,9 +8,8 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,14 +18,19 @@ from numpy.typing import NDArray
 
 from common.io.bounded import read_text
 from common.io.usage import UsageError
+from common.spec.kept import NO_CACHE, find_kept, keep
 
 MAX_TOKENIZER_BYTES = 2**28
 BLOCK_CHARACTERS = 2**20
-"""Longer texts are cut (`_blocks`): the library takes some 100 bytes per token of a piece."""
+"""Longer texts are cut (`blocks_of`): the library takes some 100 bytes per token of a piece."""
 PIECES_AT_ONCE_CHARACTERS = 8 * BLOCK_CHARACTERS
 RECIPE = "lines, byte level"
 """How `train_byte_pairs` trains. A new way needs a new name, or cached tokenizers would be mistaken
 for it."""
+LONGEST_BLOCKS = 4
+"""A text without line ends is cut elsewhere, after so many blocks at most."""
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+"""As GPT-2, Llama 3, Llama 2 and Gemma call the token after a document."""
 UNKNOWN_TOKEN = "\N{REPLACEMENT CHARACTER}"
 """Shown for a token that the tokenizer lacks: the model's vocabulary may be padded."""
 
@@ -106,14 +110,26 @@ class FileTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(self._encoded([text])[0].ids)
 
-    def encode_all(self, pieces: Iterator[str]) -> NDArray[np.unsignedinteger[Any]]:
-        """Return the tokens of all pieces, in order. Raises TokenizerError."""
-        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-        found = []
+    @property
+    def dtype(self) -> type[np.uint16 | np.uint32]:
+        """The smallest that holds every token."""
+        return np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
+    @property
+    def end_of_text(self) -> str | None:
+        """The special token that stands after a document; None if it has none of the usual."""
+        added = self._library.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special}
+        return next((name for name in ENDS_OF_TEXT if name in special), None)
+
+    def encode_all(self, pieces: Iterator[str]) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
+        """Yield the tokens of all pieces, in order, by threads of the library, one a CPU.
+
+        Raises TokenizerError.
+        """
         for group in _groups(pieces):
-            ids = [encoding.ids for encoding in self._encoded(group)]
-            found.append(np.fromiter(itertools.chain.from_iterable(ids), dtype))
-        return np.concatenate(found) if found else np.zeros(0, dtype)
+            for encoding in self._encoded(group):
+                yield np.array(encoding.ids, self.dtype)
 
     def decode(self, tokens: Sequence[int]) -> str:
         runs = itertools.groupby(tokens, self._known.__contains__)
@@ -206,8 +222,9 @@ def read_content(path: Path) -> bytes:
     return text.encode()
 
 
-def train_byte_pairs(text: str, vocab_size: int, digest: str) -> FileTokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016) trained on a text of this digest; deterministic.
+def train_byte_pairs(lines: Iterator[str], vocab_size: int, digest: str) -> FileTokenizer:
+    """Byte-pair encoding (Sennrich et al. 2016) trained on the lines of a text of this digest;
+    deterministic.
 
     What was trained is kept in the user's cache folder, where there is one that can be written.
     """
@@ -217,35 +234,57 @@ def train_byte_pairs(text: str, vocab_size: int, digest: str) -> FileTokenizer:
         "tokenizer bpe",
         hashlib.sha256(f"{digest} {vocab_size} {__version__} {RECIPE}".encode()).hexdigest(),
     )
-    kept = _kept(key)
+    kept = find_kept("tokenizers", key, ".json")
     if kept is not None:
-        return FileTokenizer(kept, where)
+        return FileTokenizer(kept.read_bytes(), where)
     library: Any = ByteLevelBPETokenizer()
-    library.train_from_iterator(lines(text), vocab_size=vocab_size, show_progress=False)
+    library.train_from_iterator(lines, vocab_size=vocab_size, show_progress=False)
     content = str(library.to_str(pretty=True)).encode()
-    _keep(key, content)
+    with contextlib.suppress(*NO_CACHE):
+        keep("tokenizers", key, ".json", lambda file: file.write(content))
     return FileTokenizer(content, where)
 
 
-def lines(text: str) -> Iterator[str]:
+def lines_of(blocks: Iterable[str]) -> Iterator[str]:
     """Cut a text into lines, as for training byte pairs, and before using them."""
-    return iter(text.splitlines(keepends=True))
+    return (line for block in blocks for line in block.splitlines(keepends=True))
 
 
-def blocks(text: str) -> Iterator[str]:
-    """Return how a text is cut for a tokenizer of others: up to a mebibyte not at all, so that its
-    tokens are the library's.
+def blocks_of(text: Iterable[str], end_of_document: str | None = None) -> Iterator[str]:
+    """Cut a text, which comes in any pieces, for a tokenizer of others: up to a mebibyte not at
+    all, so that its tokens are the library's.
 
     A cut is after the end of a line that no white space follows, where every usual tokenizer has
-    one too.
+    one too, or after `end_of_document`, a token of its own; in a text without such places before a
+    space, or else anywhere.
     """
-    start = 0
-    for end in re.finditer(r"\n(?=\S)", text):
-        if end.end() - start >= BLOCK_CHARACTERS:
-            yield text[start : end.end()]
-            start = end.end()
-    if start < len(text):
-        yield text[start:]
+    end = re.compile(r"\n(?=\S)" + (f"|{re.escape(end_of_document)}" if end_of_document else ""))
+    pieces: list[str] = []
+    size, wanted = 0, BLOCK_CHARACTERS
+    for piece in itertools.chain(text, [None]):
+        pieces.append(piece or "")
+        size += len(pieces[-1])
+        if size > wanted or piece is None:
+            whole, start = "".join(pieces), 0
+            while cut := _cut(whole, start, end):
+                yield whole[start:cut]
+                start = cut
+            pieces, size = [whole[start:]], len(whole) - start
+            wanted = size + BLOCK_CHARACTERS  # not at every piece: that would take for ever
+    if size:
+        yield pieces[0]
+
+
+def _cut(text: str, start: int, end: re.Pattern[str]) -> int | None:
+    """Return where the block from `start` ends; None if more of the text is needed to say it."""
+    least, most = start + BLOCK_CHARACTERS, start + LONGEST_BLOCKS * BLOCK_CHARACTERS
+    for found in end.finditer(text, least - max(map(len, ENDS_OF_TEXT)), most + 1):
+        if least <= found.end() <= most:
+            return found.end()
+    if len(text) <= most:
+        return None
+    space = text.rfind(" ", least, most)
+    return most if space < 0 else space
 
 
 def _groups(pieces: Iterator[str]) -> Iterator[list[str]]:
@@ -259,36 +298,3 @@ def _groups(pieces: Iterator[str]) -> Iterator[list[str]]:
             group, size = [], 0
     if group:
         yield group
-
-
-# ------------------------------------------------------------------------------------- what is kept
-
-
-def kept_in() -> Path:
-    """Return the user's cache folder. Raises RuntimeError if there is no home."""
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych" / "tokenizers"
-    )
-
-
-def _kept(key: str) -> bytes | None:
-    """Return the path of a cached file. Its name has the content's digest, to detect damage."""
-    with contextlib.suppress(OSError, RuntimeError):
-        for path in kept_in().glob(f"{key}-*.json"):
-            content = path.read_bytes()
-            if path.name == f"{key}-{hashlib.sha256(content).hexdigest()}.json":
-                return content
-    return None
-
-
-def _keep(key: str, content: bytes) -> None:
-    with contextlib.suppress(OSError, RuntimeError):
-        folder = kept_in()
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{key}-{hashlib.sha256(content).hexdigest()}.json"
-        partial = folder / f".{path.name}.{os.getpid()}"
-        try:
-            partial.write_bytes(content)
-            partial.rename(path)
-        finally:
-            partial.unlink(missing_ok=True)

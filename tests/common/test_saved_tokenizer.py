@@ -38,7 +38,7 @@ def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setenv("FAKE_MARK", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    manual = read_texts(()).data.decode()
+    manual = "".join(read_texts(()).decoded(lambda more_bytes: None))
     Path("text").write_text(manual[:100_000])
     Path("other").write_text(manual[200_000:300_000])
 

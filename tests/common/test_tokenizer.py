@@ -5,6 +5,7 @@ with one is one line.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from tokenizers import (
     trainers,
 )
 
+from common.spec import kept as kept_files
 from common.spec import tokenizer as module
+from common.spec.corpus_files import CorpusError
 from common.spec.data import load_corpus
 from common.spec.run import RunConfig, TransformerSpec
-from common.spec.text import CorpusError
 from common.spec.tokenizer import (
     BYTES,
     FileTokenizer,
@@ -101,12 +103,21 @@ def test_a_long_text_is_cut_where_its_tokens_do_not_notice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = save(gpt2(), tmp_path / "tokenizer.json")
-    whole = ours.encode_all(iter([TEXT]))
     monkeypatch.setattr(module, "BLOCK_CHARACTERS", 100)
     monkeypatch.setattr(module, "PIECES_AT_ONCE_CHARACTERS", 300)
-    pieces = list(module.blocks(TEXT))
-    assert len(pieces) > 5 and "".join(pieces) == TEXT
-    np.testing.assert_array_equal(ours.encode_all(iter(pieces)), whole)
+    for text in (TEXT, TEXT.replace("\n", " "), "<|endoftext|>".join(TEXT.splitlines())):
+        end = "<|endoftext|>" if "<|" in text else None
+        pieces = list(module.blocks_of([text], end))
+        assert len(pieces) > 5 and "".join(pieces) == text
+        assert max(map(len, pieces)) <= 400
+        # Where the text is cut does not depend on the pieces in which it comes.
+        for size in (1, 7, 350):
+            come = [text[i : i + size] for i in range(0, len(text), size)]
+            assert list(module.blocks_of(come, end)) == pieces
+        found = np.concatenate(list(ours.encode_all(iter(pieces))))
+        np.testing.assert_array_equal(found, ours.encode(text))
+    assert "".join(module.blocks_of(["x" * 999])) == "x" * 999
+    assert list(module.lines_of(module.blocks_of([TEXT]))) == TEXT.splitlines(keepends=True)
 
 
 def test_tokens_that_nobody_has_are_shown_and_characters_without_a_token_named(
@@ -183,23 +194,27 @@ def test_what_is_no_tokenizer_is_one_line_that_says_what_to_do(tmp_path: Path) -
 # --------------------------------------------------------------------------------------- byte pairs
 
 
-KEPT_IN = module.kept_in
+KEPT_IN = kept_files.kept_in
+
+
+def lines() -> Iterator[str]:
+    return iter(TEXT.splitlines(keepends=True))
 
 
 def test_byte_pairs_are_kept_and_a_damaged_copy_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "kept_in", lambda: tmp_path / "triptych")
-    first = train_byte_pairs(TEXT, 280, "digest")
-    (kept,) = tmp_path.glob("triptych/*")
+    monkeypatch.setattr(kept_files, "kept_in", tmp_path.joinpath)
+    first = train_byte_pairs(lines(), 280, "digest")
+    (kept,) = tmp_path.glob("tokenizers/*.json")
     assert kept.read_bytes() == first.content
-    assert train_byte_pairs(TEXT, 290, "digest").vocab_size == 290
-    assert train_byte_pairs("another text", 280, "other digest").content != first.content
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "lines", lambda text: pytest.fail("trained again"))
-        assert train_byte_pairs(TEXT, 280, "digest").content == first.content
+    assert train_byte_pairs(lines(), 290, "digest").vocab_size == 290
+    assert train_byte_pairs(iter(["another text"]), 280, "other digest").content != first.content
+    unread = lines()
+    assert train_byte_pairs(unread, 280, "digest").content == first.content
+    assert next(unread) == next(lines())
     kept.write_bytes(first.content.replace(b'"!"', b'"?"'))
-    assert train_byte_pairs(TEXT, 280, "digest").content == first.content
+    assert train_byte_pairs(lines(), 280, "digest").content == first.content
 
 
 @pytest.mark.parametrize("home", ["/proc/none", "/dev/null", ""])
@@ -207,10 +222,10 @@ def test_byte_pairs_do_without_a_home(home: str, monkeypatch: pytest.MonkeyPatch
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(module, "kept_in", KEPT_IN)
+    monkeypatch.setattr(kept_files, "kept_in", KEPT_IN)
     monkeypatch.setenv("XDG_CACHE_HOME", home)
     monkeypatch.setattr(Path, "home", no_home)
-    assert train_byte_pairs(TEXT, 280, "digest").vocab_size == 280
+    assert train_byte_pairs(lines(), 280, "digest").vocab_size == 280
 
 
 # ---------------------------------------------------------------------------------- what is no text
