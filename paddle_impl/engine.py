@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import paddle
 from numpy.typing import NDArray
+from paddle import Tensor
 from paddle.distributed import fleet
 
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.cpus import threads_per_stage
+from common.runtime.decode import Extension, Feed, run_decoding
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, unwatched
 from common.runtime.mode import Mode
@@ -27,9 +30,11 @@ from common.spec.run import RunConfig
 from paddle_impl import devices, process
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.fleet import StageLayers, build_pipeline
+from paddle_impl.groups import connect_ring
 from paddle_impl.optimizer import StageOptimizer
 from paddle_impl.probe import probe_units
 from paddle_impl.programs import make_static, static_units
+from paddle_impl.ring import Ring
 from paddle_impl.stage import Stage
 from paddle_impl.weights import (
     export_gradients,
@@ -150,6 +155,20 @@ class PipelineEngine:
             group = self.pipeline.pp_group
             paddle.distributed.broadcast(logits, group.ranks[self.schedule.location[-1][0]], group)
         return to_array(logits)
+
+    def decode(self, feed: Feed) -> None:
+        forwards = self.schedule.only_forward()
+        connect_ring(forwards, self._rank)
+        ring = Ring(self._rank, self.config.model, self.config.train.dtype)
+
+        def fed(group: int, logits: Tensor | None) -> Extension | None:
+            return feed(group, None if logits is None else to_array(logits))
+
+        self.stage.begin_decoding()
+        run_decoding(
+            forwards, self._rank, self.stage, ring, fed, partial(self.on_action, self._rank)
+        )
+        self.on_action(self._rank, None)
 
     def optimizer_state(self) -> Arrays:
         return self._optimizer.state()

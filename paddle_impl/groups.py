@@ -35,15 +35,27 @@ both send first would wait for ever, as 1F1B has them (tests/common/test_nccl.py
 
 
 def connect(schedule: Schedule, device: int) -> None:
-    """Make the groups that the schedule's messages need; all ranks call it, with one schedule.
+    """Make the groups that the schedule's messages need; all ranks call it, with one schedule."""
+    everybody = range(schedule.num_devices)
+    _connect({(sender, to) for sender in everybody for _, to in sent_by(schedule, sender)}, device)
+
+
+def connect_ring(schedule: Schedule, device: int) -> None:
+    """Make those of generation, whose logits go from the last virtual stage to the first."""
+    holders = [holder for holder, _ in schedule.location]
+    _connect(set(zip(holders, holders[1:] + holders[:1], strict=True)), device)
+
+
+def _connect(pairs: set[tuple[int, int]], device: int) -> None:
+    """Make the groups of these (sender, receiver) that are not there yet.
 
     A communicator is made by the first message, and to make one, a rank waits for the other one's
     call. So that message is sent here: a sender in a pass does not wait. All ranks take the pairs
     in one order, so they never wait in a circle.
     """
-    everybody = range(schedule.num_devices)
-    pairs = {(sender, to) for sender in everybody for _, to in sent_by(schedule, sender)}
-    for sender, receiver in sorted(pairs - one_way.keys() - {(rank, rank) for rank in everybody}):
+    for sender, receiver in sorted(pairs - one_way.keys()):
+        if sender == receiver:  # where a V turns
+            continue
         group = one_way[sender, receiver] = paddle.distributed.new_group([sender, receiver])
         if device == sender:
             paddle.distributed.isend(paddle.zeros([1]), dst=receiver, group=group)

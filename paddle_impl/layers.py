@@ -20,6 +20,7 @@ from paddle.nn import functional
 from common.spec.data import IGNORED
 from common.spec.dropout_masks import site_number
 from common.spec.run import TransformerSpec
+from paddle_impl.cache import Cache
 from paddle_impl.dropout import DropoutContext, dropout
 from paddle_impl.split_linear import Linear, tied_projection
 
@@ -82,12 +83,13 @@ def _bias(spec: TransformerSpec) -> bool | None:
     return None if spec.biases else False
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E); the angles are
-    rounded once from float64.
+def rotate(x: Tensor, theta: float, start: int = 0) -> Tensor:
+    """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E); the first
+    position is `start`. The angles are rounded once from float64.
     """
     size, half = x.shape[2], x.shape[3] // 2
-    angles = np.arange(size)[:, None] * theta ** (-np.arange(half) / half)  # (S, E/2)
+    positions = np.arange(start, start + size)[:, None]  # (S, 1)
+    angles = positions * theta ** (-np.arange(half) / half)  # (S, E/2)
     cos, sin = (
         paddle.to_tensor(table).astype(x.dtype) for table in (np.cos(angles), np.sin(angles))
     )
@@ -106,10 +108,11 @@ class Embedding(nn.Layer):
         )
         self.dropout, self.context = spec.dropout, context
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         x = self.token(tokens)  # (B, S, D)
         if self.position is not None:
-            x = x + self.position(paddle.arange(tokens.shape[1]))
+            start = 0 if cache is None else cache.length
+            x = x + self.position(paddle.arange(start, start + tokens.shape[1]))
         return dropout(x, self.dropout, site_number("embedding", 0), self.context)
 
     @property
@@ -149,8 +152,9 @@ class Attention(nn.Layer):
             "causal", causal_mask(spec.context_length), persistable=False
         )  # (S, S)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         b, s, d = x.shape
+        start = 0 if cache is None else cache.length
 
         def split(y: Tensor) -> Tensor:
             return y.reshape([b, s, -1, self.d_head]).transpose([0, 2, 1, 3])
@@ -158,11 +162,14 @@ class Attention(nn.Layer):
         # (B, H, S, E), of keys and values (B, K, S, E)
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
         if self.rope_theta is not None:
-            q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
+            q, k = rotate(q, self.rope_theta, start), rotate(k, self.rope_theta, start)
+        if cache is not None:
+            k, v = cache.extend(self.site, k, v)  # (B, K, start + S, E)
         if self.group > 1:
             k, v = (y.repeat_interleave(self.group, 1) for y in (k, v))  # (B, H, S, E)
         q = q / math.sqrt(self.d_head)
-        scores = paddle.matmul(q, k, transpose_y=True) + self.causal[:s, :s]  # (B, H, S, S)
+        mask = self.causal[start : start + s, : start + s]
+        scores = paddle.matmul(q, k, transpose_y=True) + mask  # (B, H, S, S), (B, H, S, start + S)
         weights = dropout(
             functional.softmax(scores), self.dropout, self.site, self.context
         )  # (B, H, S, S)
@@ -207,9 +214,10 @@ class Block(nn.Layer):
         self.feed_forward = FeedForward(spec)
         self.pre_norm, self.dropout, self.context = spec.norm == "pre", spec.dropout, context
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         def attend(y: Tensor) -> Tensor:
-            return dropout(self.attention(y), self.dropout, self.attention_site, self.context)
+            z = self.attention(y, cache)
+            return dropout(z, self.dropout, self.attention_site, self.context)
 
         def feed(y: Tensor) -> Tensor:
             return dropout(self.feed_forward(y), self.dropout, self.feed_forward_site, self.context)
@@ -237,9 +245,12 @@ class Head(nn.Layer):
         else:
             self.output = Linear(spec.d_model, spec.vocab_size, bias_attr=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        if cache is not None:
+            x = x[:, -1]  # (B, D): nobody asks for what follows an earlier token
         x = self.norm(x)
-        return tied_projection(x, self.tied_weight) if self.tied else self.output(x)  # (B, S, V)
+        # (B, S, V), with a cache (B, V)
+        return tied_projection(x, self.tied_weight) if self.tied else self.output(x)
 
 
 def build_unit(spec: TransformerSpec, name: str, context: DropoutContext) -> nn.Layer:

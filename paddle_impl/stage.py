@@ -18,6 +18,7 @@ from functools import partial
 import paddle
 from paddle import Tensor, nn
 
+from common.runtime.decode import Extension
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
 from common.runtime.mode import Mode
@@ -26,6 +27,7 @@ from common.spec.data import Batch
 from common.spec.dropout_masks import step_key
 from common.spec.run import RunConfig
 from paddle_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
+from paddle_impl.cache import Cache
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.groups import one_way, sent_by
 from paddle_impl.held import SavedTensors, memory_bytes, saved_tensors
@@ -67,6 +69,8 @@ class Stage:
         """(chunk, kind of micro-batch) whose bytes `held` knows."""
         self.outputs: dict[tuple[str, int], Tensor] = {}
         """By (unit, micro-batch), where the mode keeps them."""
+        self._caches: dict[tuple[int, int], Cache] = {}
+        """By (group, chunk), while text is generated."""
 
     def begin(self, batch: Batch, mode: Mode) -> None:
         """Make ready for a pass over `batch`; a training pass starts without gradients."""
@@ -184,6 +188,25 @@ class Stage:
     def backward_weight(self, micro_batch: int, chunk: int) -> None:
         """W: adds the products that B left over to the weight gradients."""
         backward_weight(self.waiting.pop((micro_batch, chunk)))
+
+    def begin_decoding(self) -> None:
+        """Make ready for new texts."""
+        self._caches = {}
+        self._context.step_key = None  # no dropout
+
+    @paddle.no_grad()
+    def extend(self, group: int, chunk: int, extension: Extension, x: Tensor | None) -> Tensor:
+        """Run the chunk on new positions alone (`common.runtime.decode.Stage`)."""
+        if extension.rows is None:
+            self._caches[group, chunk] = Cache()
+        cache = self._caches[group, chunk]
+        if extension.rows is not None:
+            cache.keep(extension.rows)
+        y = paddle.to_tensor(extension.tokens) if x is None else x
+        for _, unit in self.chunks[chunk]:
+            y = unit(y, cache)  # (b, t, D), or the head's logits (b, V)
+        cache.length += extension.tokens.shape[1]
+        return y
 
 
 class Channel:

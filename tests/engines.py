@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from common.harness import zoo
 from common.harness.launch import _outcome
 from common.oracle.limits import compare
 from common.report.zoo import GOOD
-from common.runtime.job import Job, JobFile
+from common.runtime.decode import Extension
+from common.runtime.inference import Writing
+from common.runtime.job import Generation, Job, JobFile
 from common.runtime.oracle_worker import OracleEngine
 from common.runtime.outcome import Outcome
 from common.runtime.training import starting_weights
@@ -30,6 +33,7 @@ from common.spec.data import Batch, load_corpus
 from common.spec.memory import Memory
 from common.spec.parameters import Check, TensorKey, unit_names
 from common.spec.run import LLAMA, PRESETS, RunConfig, TrainSpec, TransformerSpec
+from tests import searches
 
 Arrays = dict[str, Any]
 Make = Callable[..., Any]
@@ -67,11 +71,13 @@ def small(
 
 
 def maker(framework: str, build_engine: Callable[[RunConfig], Any]) -> Iterator[Make]:
-    """The body of a fixture `make(stages, schedule, ...)`, whose arguments are those of `small`."""
+    """The body of a fixture `make(stages, schedule, ...)`, whose arguments are those of `small`, or
+    the whole `config`.
+    """
     with ExitStack() as engines:
 
         def make(*arguments: Any, **options: Any) -> Any:
-            config = small(framework, *arguments, **options)
+            config = options.get("config") or small(framework, *arguments, **options)
             engine = build_engine(config)
             engines.callback(engine.close)
             engine.reset(starting_weights(Job(config=config, out="", noise=0.1)))
@@ -188,6 +194,80 @@ def check_predictions(engine: Any, *shapes: tuple[int, int]) -> None:
         assert_within(
             logits, {"logits": oracle.predict(given)}, "activation", engine.config.train.dtype
         )
+
+
+def ask(engine: Any, work: Callable[..., Any], *arguments: Any) -> Any:
+    """`work(engine, *arguments)`, where stages are processes in each of them."""
+    return getattr(engine, "on_all", partial(_here, engine))(work, *arguments)
+
+
+def _here(engine: Any, work: Callable[..., Any], *arguments: Any) -> Any:
+    return work(engine, *arguments)
+
+
+def decoded(engine: Any, wish: Generation) -> Arrays:
+    """What `engine` generates; and, for every choice, the contexts and the logits behind them."""
+    model, m = engine.config.model, engine.config.train.micro_batches
+    writing, contexts, found = Writing(wish, model.context_length, m), {}, {}
+
+    def feed(group: int, logits: Any) -> Extension | None:
+        if logits is not None:
+            place = sum(key.startswith(f"logits {group} ") for key in found)
+            found[f"logits {group} {place}"] = logits
+            found[f"contexts {group} {place}"] = contexts[group]
+        extension = writing.feed(group, logits)
+        if extension is not None and extension.rows is None:
+            contexts[group] = extension.tokens
+        elif extension is not None:
+            before = contexts[group][list(extension.rows)]
+            contexts[group] = np.concatenate([before, extension.tokens], 1)  # (b, s)
+        return extension
+
+    engine.decode(feed)
+    return found | {"found": writing.found()} if 0 in engine.devices else {}
+
+
+DECODING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "greedy": ({}, {}),
+    "sampled": (
+        {**LLAMA, "num_kv_heads": 1},
+        {"temperature": 1.2, "top_k": 99, "top_p": 0.95, "samples": 5, "eos": 98},
+    ),
+    "beams": ({"norm": "post", "tied_head": True}, {"num_beams": 3, "samples": 2, "eos": 98}),
+}
+"""By kind of generation, a model and what is to be generated: 20 tokens, 8 of them where the
+window slides.
+"""
+
+
+def check_decoding(make: Make, kind: str, stages: int, schedule: str, **run: Any) -> None:
+    """The tokens are the oracle's, which has no cache; the logits those of the whole context."""
+    model, changes = DECODING[kind]
+    train = {"batch_size": 4, "micro_batches": 2}
+    engine = make(stages, schedule, dtype="float64", dropout=0.1, train=train, run=run, **model)
+    wish = Generation(prompt=(5, 98, 7, 250), tokens=20, **changes)
+    mine, right = ask(engine, decoded, wish), decoded(oracle_of(engine), wish)
+    assert mine.keys() == right.keys() and len(mine) > 20
+    assert mine["found"].tokens == right["found"].tokens
+    assert mine["found"].closest_call == pytest.approx(right["found"].closest_call, rel=1e-6)
+    tolerance = {"rtol": 0, "atol": 1e-12 * np.abs(right["logits 0 0"]).max()}
+    for key in (key for key in mine if key.startswith("logits")):
+        np.testing.assert_allclose(mine[key], right[key], **tolerance)
+    for place in (5, 15):  # within the context length, and where the window has slid
+        contexts, logits = mine[f"contexts 0 {place}"], mine[f"logits 0 {place}"]
+        whole = engine.predict(np.repeat(contexts, 2, 0))[::2, -1]
+        np.testing.assert_allclose(logits, whole, **tolerance)
+
+
+def check_searches(make: Make, framework: str, stages: int) -> None:
+    """Recorded searches of the transformers library, with some of its models."""
+    recorded = searches.recorded().searches
+    for model in (0, 1):
+        engine = make(config=searches.config(model, framework, stages))
+        engine.reset(searches.weights(model))
+        for search in [each for each in recorded if each.model == model][:4]:
+            found = ask(engine, decoded, search.wish)["found"]
+            assert searches.difference(search, found) is None
 
 
 def bfloat16_errors(engine: Any) -> tuple[float, float]:

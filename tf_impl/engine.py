@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from common.runtime.decode import Extension, Feed, run_decoding
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, unwatched
 from common.runtime.memory import peak_resident_bytes
@@ -24,6 +25,7 @@ from tf_impl.gpipe_model import GPipeModel
 from tf_impl.keras_optimizers import make_optimizer
 from tf_impl.optimizer import learning_rate
 from tf_impl.probe import probe_units
+from tf_impl.stage import Channel
 from tf_impl.weights import (
     export_gradients,
     export_weights,
@@ -134,6 +136,18 @@ class PipelineEngine:
 
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         return to_array(self.model.forward_only(inputs))
+
+    def decode(self, feed: Feed) -> None:
+        forwards = self.model.schedule.only_forward()
+
+        def fed(group: int, logits: tf.Tensor | None) -> Extension | None:
+            return feed(group, None if logits is None else to_array(logits))
+
+        def walk(d: int, channel: Channel, before: Callable[[Action], None]) -> None:
+            self.model.stages[d].begin_decoding()
+            run_decoding(forwards, d, self.model.stages[d], channel, fed, before)
+
+        self.model.walk_all(walk)
 
     def optimizer_state(self) -> Arrays:
         return {

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from common.spec.dropout_masks import site_number
 from common.spec.run import TransformerSpec
+from tf_impl.cache import Cache
 from tf_impl.dropout import DropoutContext, dropout, native_dropout
 from tf_impl.precision import Linear, RMSNorm, at_least_float32, product, softmax
 
@@ -74,14 +75,18 @@ def norm(spec: TransformerSpec, name: str, dtype: str) -> keras.layers.Layer:
     return keras.layers.LayerNormalization(center=spec.biases, **options)
 
 
-def rotate(x: tf.Tensor, theta: float) -> tf.Tensor:
-    """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E); the angles are
-    rounded once from float64.
+def rotate(x: tf.Tensor, theta: float, start: Any = 0) -> tf.Tensor:
+    """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E); the first
+    position is `start`. The angles are rounded once from float64.
     """
-    size, half = x.shape[2], x.shape[3] // 2
-    angles = np.arange(size)[:, None] * theta ** (-np.arange(half) / half)  # (S, E/2)
-    wide = at_least_float32(x)
-    cos, sin = tf.constant(np.cos(angles), wide.dtype), tf.constant(np.sin(angles), wide.dtype)
+    half = x.shape[3] // 2
+    positions: Any = np.arange(x.shape[2])[:, None]
+    turns = theta ** (-np.arange(half) / half)  # (E/2,)
+    wide, library = at_least_float32(x), np
+    if isinstance(start, tf.Tensor):  # in a trace for any length
+        positions, library = tf.cast(start, tf.float64) + positions, tf.math
+    angles = positions * turns  # (S, E/2)
+    cos, sin = (tf.cast(table(angles), wide.dtype) for table in (library.cos, library.sin))
     a, b = tf.split(wide, 2, -1)
     return tf.cast(tf.concat([a * cos - b * sin, b * cos + a * sin], -1), x.dtype)
 
@@ -136,10 +141,17 @@ class Embedding(Unit):
                 shape=(self.spec.context_length, d), initializer="random_normal", name="position"
             )
 
-    def call(self, tokens: tf.Tensor, context: DropoutContext | None = None) -> tf.Tensor:
+    def call(
+        self, tokens: tf.Tensor, context: DropoutContext | None = None, cache: Cache | None = None
+    ) -> tf.Tensor:
         x = tf.gather(self.token, tokens)  # (B, S, D)
         if self.position is not None:
-            x = x + self.position[: tokens.shape[1]]
+            size = tokens.shape[1], self.spec.d_model
+            x = x + (
+                self.position[: tokens.shape[1]]
+                if cache is None
+                else tf.slice(self.position, (cache.length, 0), size)
+            )
         return self.dropout(x, 0, context)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
@@ -171,8 +183,11 @@ class Attention(Unit):
         for layer in (self.query, self.key, self.value, self.projection):
             layer.build(input_shape)
 
-    def call(self, x: tf.Tensor, context: DropoutContext | None = None) -> tf.Tensor:
+    def call(
+        self, x: tf.Tensor, context: DropoutContext | None = None, cache: Cache | None = None
+    ) -> tf.Tensor:
         s, d, spec = x.shape[1], x.shape[2], self.spec
+        start = 0 if cache is None else cache.length
 
         def split(y: tf.Tensor) -> tf.Tensor:
             heads = y.shape[2] // spec.d_head
@@ -181,14 +196,19 @@ class Attention(Unit):
         # (B, H, S, E), of keys and values (B, K, S, E)
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
         if spec.position == "rotary":
-            q, k = rotate(q, spec.rope_theta), rotate(k, spec.rope_theta)
+            q, k = rotate(q, spec.rope_theta, start), rotate(k, spec.rope_theta, start)
+        if cache is not None:
+            k, v = cache.extend(self.unit_name, k, v)  # (B, K, start + S, E)
         if spec.kv_heads < spec.num_heads:
             group = spec.num_heads // spec.kv_heads
             k, v = tf.repeat(k, group, 1), tf.repeat(v, group, 1)  # (B, H, S, E)
         products = at_least_float32(product(q, k, transpose_b=True))  # (B, H, S, S)
         # Differs: the product is scaled and not the queries, which in bfloat16 would be rounded
         # once more.
-        scores = products / math.sqrt(spec.d_head) + causal_mask(s, products.dtype)  # (B, H, S, S)
+        mask = causal_mask(s, products.dtype)  # (S, S)
+        if cache is not None:
+            mask = tf.pad(mask, ((0, 0), (start, 0)))  # (S, start + S)
+        scores = products / math.sqrt(spec.d_head) + mask  # (B, H, S, S)
         weights = self.dropout(softmax(scores, q.dtype), 0, context)
         mixed = tf.reshape(tf.transpose(product(weights, v), (0, 2, 1, 3)), (-1, s, d))  # (B, S, D)
         return self.projection(mixed)
@@ -230,11 +250,16 @@ class Block(Unit):
         for layer in (self.norm_1, self.attention, self.norm_2, self.feed_forward):
             layer.build(input_shape)
 
-    def call(self, x: tf.Tensor, context: DropoutContext | None = None) -> tf.Tensor:
+    def call(
+        self, x: tf.Tensor, context: DropoutContext | None = None, cache: Cache | None = None
+    ) -> tf.Tensor:
+        def attend(y: tf.Tensor) -> tf.Tensor:
+            return self.dropout(self.attention(y, context, cache=cache), 1, context)
+
         if self.spec.norm == "pre":
-            x = x + self.dropout(self.attention(self.norm_1(x), context), 1, context)
+            x = x + attend(self.norm_1(x))
             return x + self.dropout(self.feed_forward(self.norm_2(x)), 2, context)
-        x = self.norm_1(x + self.dropout(self.attention(x, context), 1, context))
+        x = self.norm_1(x + attend(x))
         return self.norm_2(x + self.dropout(self.feed_forward(x), 2, context))
 
 
@@ -256,13 +281,17 @@ class Head(Unit):
             self.projection = self.linear(self.spec.vocab_size, "output", bias=False)
             self.projection.build(input_shape)
 
-    def call(self, x: tf.Tensor, context: DropoutContext | None = None) -> tf.Tensor:
+    def call(
+        self, x: tf.Tensor, context: DropoutContext | None = None, cache: Cache | None = None
+    ) -> tf.Tensor:
+        if cache is not None:
+            x = x[:, -1]  # (B, D): nobody asks for what follows an earlier token
         if self.norm is not None:
             x = self.norm(x)
         if not self.spec.tied_head:
-            return self.projection(x)  # (B, S, V)
-        logits = product(tf.reshape(x, (-1, x.shape[2])), self.token, transpose_b=True)  # (B S, V)
-        return tf.reshape(logits, (-1, x.shape[1], self.spec.vocab_size))  # (B, S, V)
+            return self.projection(x)  # (B, S, V), with a cache (B, V)
+        logits = product(tf.reshape(x, (-1, x.shape[-1])), self.token, transpose_b=True)  # (B S, V)
+        return tf.reshape(logits, (-1, *x.shape[1:-1], self.spec.vocab_size))  # as above
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return (*input_shape[:-1], self.spec.vocab_size)

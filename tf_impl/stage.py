@@ -16,13 +16,16 @@ from typing import Any
 
 import tensorflow as tf
 
+from common.runtime.decode import Extension
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
 from common.runtime.mailbox import Mailbox
 from tf_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
+from tf_impl.cache import Cache, Held
 from tf_impl.cut_graphs.functions import StageFunctions
 from tf_impl.effects import with_mask
 from tf_impl.keras_pipeline.chunk import Chunk
+from tf_impl.layers import Block
 
 
 class Stage:
@@ -33,6 +36,10 @@ class Stage:
         self.held = HeldActivations(
             len(chunks), lambda micro_batch: id(self._functions(micro_batch, 0))
         )
+        self._caches: dict[tuple[int, int], Cache] = {}
+        """By (group, chunk), while text is generated."""
+        self._extending: dict[tuple[int, int, bool], Any] = {}
+        """By chunk, number of new positions, and whether there are none before."""
         self.begin([], [], [])
 
     def begin(
@@ -105,6 +112,53 @@ class Stage:
     def backward_weight(self, micro_batch: int, chunk: int) -> None:
         """W: adds what B left over to the weight gradients."""
         backward_weight(self.waiting.pop((micro_batch, chunk)))
+
+    def begin_decoding(self) -> None:
+        """Make ready for new texts."""
+        self._caches = {}
+
+    def extend(
+        self, group: int, chunk: int, extension: Extension, x: tf.Tensor | None
+    ) -> tf.Tensor:
+        """Run the chunk on new positions alone (`common.runtime.decode.Stage`)."""
+        is_new = extension.rows is None
+        if is_new:
+            self._caches[group, chunk] = Cache()
+        cache = self._caches[group, chunk]
+        if extension.rows is not None:
+            cache.keep(extension.rows)
+        given = tf.constant(extension.tokens) if x is None else x
+        count = extension.tokens.shape[1]
+        length = tf.constant(cache.length, tf.int32)
+        y, cache.held = self._extend(chunk, count, is_new)(given, length, cache.held)
+        cache.length += count
+        return y
+
+    def _extend(self, chunk: int, count: int, is_new: bool) -> Any:
+        """What runs a chunk on `count` new positions, traced for any number of those before and of
+        sequences.
+        """
+        key = chunk, count, is_new
+        if key not in self._extending:
+            part = self.chunks[chunk]
+            spec, dtype = part.layers[0].spec, part.layers[0].compute_dtype
+            x = tf.TensorSpec((None, count, spec.d_model), dtype)
+            if part.is_first:
+                x = tf.TensorSpec((None, count), tf.int64)
+            one = tf.TensorSpec((None, spec.kv_heads, None, spec.d_head), dtype)  # (B, K, S, E)
+            blocks = [unit.unit_name for unit in part.layers if isinstance(unit, Block)]
+            held = {} if is_new else dict.fromkeys(blocks, (one, one))
+
+            def extend(x: tf.Tensor, length: tf.Tensor, held: Held) -> tuple[tf.Tensor, Held]:
+                cache = Cache(0 if is_new else length, held)
+                with tf.device(part.device):
+                    for unit in part.layers:
+                        x = unit(x, cache=cache)  # (b, t, D), or the head's logits (b, V)
+                return x, cache.held
+
+            signature = [x, tf.TensorSpec((), tf.int32), held]
+            self._extending[key] = tf.function(extend, signature, autograph=False)
+        return self._extending[key]
 
     def _functions(self, micro_batch: int, chunk: int) -> StageFunctions:
         return self.chunks[chunk].functions[micro_batch]

@@ -52,27 +52,40 @@ class StageThreads(keras.Model):
         """Walks `schedule` on all stages, `begin(device)` first. Returns the events; raises the
         first stage's failure.
         """
-        channel = Channel()
 
-        def walk(d: int) -> list[Event]:
+        def walk(d: int, channel: Channel, before: Callable[[Action], None]) -> list[Event]:
+            # `begin` is a step's Stage or a prediction's ForwardOnly: the walk is the same.
+            return run_stage(schedule, d, begin(d), channel, before, self._clock(d))
+
+        events = dict(enumerate(self.walk_all(walk)))
+        return events if self.times_actions else {}
+
+    def walk_all(
+        self, walk: Callable[[int, Channel, Callable[[Action], None]], Result]
+    ) -> list[Result]:
+        """Run `walk(device, channel, before)` on all stages at once, `before` ahead of each action.
+
+        Raises the first stage's failure.
+        """
+        channel = Channel()
+        results: dict[int, Result] = {}
+
+        def guarded(d: int) -> None:
             # [1] of the executor: a stage whose neighbour has failed would wait for ever.
             def before(action: Action) -> None:
                 channel.check()
                 self.on_action(d, action)
 
             try:
-                # `begin` is a step's Stage or a prediction's ForwardOnly: the walk is the same.
-                events = run_stage(schedule, d, begin(d), channel, before, self._clock(d))
+                results[d] = walk(d, channel, before)
                 self.on_action(d, None)  # done: whoever watches waits for no further action
-                return events
             except Exception as error:
                 channel.stop(error)
-                return []
 
-        events = dict(enumerate(self.on_all_stages(walk)))
+        self.on_all_stages(guarded)
         if channel.failure is not None:
             raise channel.failure
-        return events if self.times_actions else {}
+        return [results[d] for d in range(len(self.stages))]
 
     def _submit(self, d: int, work: Callable[[], Result]) -> Future[Result]:
         def on_device() -> Result:

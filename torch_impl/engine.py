@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.cpus import threads_per_stage
+from common.runtime.decode import Extension, Feed, run_decoding
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event, run_stage, unwatched
 from common.runtime.memory import peak_resident_bytes
@@ -194,6 +196,23 @@ class PipelineEngine:
         self._drop_outputs()
         return np.concatenate([to_array(logits[i]) for i in range(len(logits))])
 
+    def decode(self, feed: Feed) -> None:
+        forwards = self.schedule.only_forward()
+
+        def fed(group: int, logits: Tensor | None) -> Extension | None:
+            return feed(group, None if logits is None else to_array(logits))
+
+        def walk(d: int, channel: Channel) -> None:
+            def before(action: Action) -> None:
+                channel.check()  # as in `_run`
+                self.on_action(d, action)
+
+            self.stages[d].begin_decoding()
+            run_decoding(forwards, d, self.stages[d], channel, fed, before)
+            self.on_action(d, None)
+
+        self._walk_all(self._open_channel(forwards, Mode.PREDICT), walk)
+
     def optimizer_state(self) -> Arrays:
         found = self._on_all(lambda d: self._optimizers[d].state())
         merged = {key: array for arrays in found for key, array in arrays.items()}
@@ -262,10 +281,9 @@ class PipelineEngine:
         """Every stage walks its line of the schedule. Returns the mean loss; raises the first
         stage's failure.
         """
-        channel = self._open_channel(schedule, mode)
         clocks: list[StreamClock] = []
 
-        def walk(d: int) -> tuple[list[Event], list[float]]:
+        def walk(d: int, channel: Channel) -> tuple[list[Event], list[float]]:
             # On a GPU the clock notes the action that the host queues, and later, from
             # `note_again`, the one that the GPU has reached.
             note: Callable[[Action], None] = partial(self.on_action, d)
@@ -279,36 +297,31 @@ class PipelineEngine:
                 self._ahead()
                 note(action)
 
+            stage = self.stages[d]
+            walker = self._graphed[d] if self._graphed else stage
             try:
-                stage = self.stages[d]
-                walker = self._graphed[d] if self._graphed else stage
                 walker.begin(batch, mode)
                 if stage.device.type == "cuda":
                     clock = StreamClock(note)
                     clocks.append(clock)
                     note = clock.begin
                 events = run_stage(schedule, d, walker, channel, before, clock)
-                if pairs is not None:
-                    pairs.leave()  # sums of gradients wait for both streams
-                self._behind()
-                self.on_action(d, None)
-                return events, stage.losses()
-            except Exception as error:
-                channel.stop(error)  # wakes the stages that wait for a message of this one
-                return [], []
             finally:
                 if pairs is not None:
                     pairs.leave()
+            self._behind()
+            self.on_action(d, None)
+            return events, stage.losses()
 
-        walks = [self._submit(d, partial(walk, d)) for d in self.devices]
-        # The host of a GPU has queued everything long before it is done, and then waits.
-        while wait(walks, _POLL_SECONDS).not_done:
+        def note_again() -> None:
             for clock in tuple(clocks):
                 clock.note_again()
-        results = [one.result() for one in walks]
-        if channel.failure is not None:
+
+        try:
+            results = self._walk_all(self._open_channel(schedule, mode), walk, note_again)
+        except Exception:
             self._drop_recordings()  # some may be half a step
-            raise channel.failure
+            raise
         if any(stage.records for stage in self._graphed.values()):
             self._reset_peaks(
                 {device: torch.cuda.max_memory_allocated(device) for device in self._cuda_devices()}
@@ -332,6 +345,31 @@ class PipelineEngine:
     def _everybodys(self, values: list[float]) -> list[float]:
         """The values of all processes, in any order: losses of micro-batches, or squared norms."""
         return values
+
+    def _walk_all(
+        self,
+        channel: Channel,
+        walk: Callable[[int, Channel], _Result],
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> list[_Result]:
+        """Runs `walk(device, channel)` on all stages at once. Raises the first stage's failure."""
+        results: dict[int, _Result] = {}
+
+        def guarded(d: int) -> None:
+            try:
+                results[d] = walk(d, channel)
+            except Exception as error:
+                channel.stop(error)  # wakes the stages that wait for a message of this one
+
+        walks = [self._submit(d, partial(guarded, d)) for d in self.devices]
+        # The host of a GPU has queued everything long before it is done, and then waits.
+        while wait(walks, _POLL_SECONDS).not_done:
+            while_waiting()
+        if channel.failure is not None:
+            raise channel.failure
+        for one in walks:
+            one.result()
+        return [results[d] for d in self.devices]
 
     def _add_tied_gradients(self) -> None:
         """The token embedding's gradient: that of its own use plus that of the head's copy, put in

@@ -18,6 +18,7 @@ from torch.nn import functional
 from common.spec.data import IGNORED
 from common.spec.dropout_masks import site_number
 from common.spec.run import TransformerSpec
+from torch_impl.cache import Cache
 from torch_impl.dropout import DropoutContext, dropout
 from torch_impl.precision import LayerNorm, RMSNorm
 
@@ -72,10 +73,15 @@ def _rotary_angles(
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E)."""
+def rotate(x: Tensor, theta: float, start: int = 0) -> Tensor:
+    """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E); the first
+    position is `start`.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = _rotary_angles(x.shape[2], x.shape[3], theta, dtype, x.device)
+    end = start + x.shape[2]
+    # Of few sizes, while a text grows by one token at a time.
+    size = 1 << (end - 1).bit_length() if start else end
+    cos, sin = (y[start:end] for y in _rotary_angles(size, x.shape[3], theta, dtype, x.device))
     a, b = x.to(dtype).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -94,10 +100,13 @@ class Embedding(nn.Module):
         self.dropout = spec.dropout
         self.register_buffer("positions", torch.arange(spec.context_length), persistent=False)
 
-    def forward(self, tokens: Tensor, context: DropoutContext | None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, context: DropoutContext | None, cache: Cache | None = None
+    ) -> Tensor:
         x = self.token(tokens)  # (B, S, D)
         if self.position is not None:
-            x = x + self.position(self.positions[: tokens.shape[1]])
+            start = 0 if cache is None else cache.length
+            x = x + self.position(self.positions[start : start + tokens.shape[1]])
         return dropout(x, self.dropout, site_number("embedding", 0), context)
 
 
@@ -128,8 +137,11 @@ class Attention(nn.Module):
         self.dropout, self.site, self.fused = spec.dropout, site, fused
         self.register_buffer("causal", causal_mask(spec.context_length), persistent=False)
 
-    def forward(self, x: Tensor, context: DropoutContext | None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: DropoutContext | None, cache: Cache | None = None
+    ) -> Tensor:
         b, s, d = x.shape
+        start = 0 if cache is None else cache.length
 
         def split(y: Tensor) -> Tensor:
             return y.view(b, s, -1, self.d_head).transpose(1, 2)
@@ -137,15 +149,21 @@ class Attention(nn.Module):
         # (B, H, S, E), of keys and values (B, K, S, E)
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
         if self.rope_theta is not None:
-            q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
+            q, k = rotate(q, self.rope_theta, start), rotate(k, self.rope_theta, start)
+        if cache is not None:
+            k, v = cache.extend(self.site, k, v)  # (B, K, start + S, E)
         if self.group > 1:
             k, v = (y.repeat_interleave(self.group, dim=1) for y in (k, v))  # (B, H, S, E)
         if self.fused:
-            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, S, E)
+            # With a cache one new position sees all that is there: no mask.
+            mixed = functional.scaled_dot_product_attention(
+                q, k, v, is_causal=start == 0
+            )  # (B, H, S, E)
         else:
             scores = (
-                q / math.sqrt(self.d_head) @ k.transpose(-2, -1) + self.causal[:s, :s]
-            )  # (B, H, S, S)
+                q / math.sqrt(self.d_head) @ k.transpose(-2, -1)
+                + self.causal[start : start + s, : start + s]
+            )  # (B, H, S, S), with a cache (B, H, S, start + S)
             weights = dropout(
                 functional.softmax(scores, dim=-1), self.dropout, self.site, context
             )  # (B, H, S, S)
@@ -192,9 +210,12 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(spec)
         self.pre_norm, self.dropout = spec.norm == "pre", spec.dropout
 
-    def forward(self, x: Tensor, context: DropoutContext | None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: DropoutContext | None, cache: Cache | None = None
+    ) -> Tensor:
         def attend(y: Tensor) -> Tensor:
-            return dropout(self.attention(y, context), self.dropout, self.attention_site, context)
+            z = self.attention(y, context, cache)
+            return dropout(z, self.dropout, self.attention_site, context)
 
         def feed(y: Tensor) -> Tensor:
             return dropout(self.feed_forward(y), self.dropout, self.feed_forward_site, context)
@@ -218,8 +239,12 @@ class Head(nn.Module):
         self.norm = norm(spec) if spec.norm == "pre" else nn.Identity()
         self.output = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, context: DropoutContext | None) -> Tensor:
-        logits: Tensor = self.output(self.norm(x))  # (B, S, V)
+    def forward(
+        self, x: Tensor, context: DropoutContext | None, cache: Cache | None = None
+    ) -> Tensor:
+        if cache is not None:
+            x = x[:, -1]  # (B, D): nobody asks for what follows an earlier token
+        logits: Tensor = self.output(self.norm(x))  # (B, S, V), with a cache (B, V)
         return logits
 
 

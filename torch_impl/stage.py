@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from common.runtime.decode import Extension
 from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
 from common.runtime.mailbox import Mailbox
@@ -24,6 +25,7 @@ from common.spec.data import Batch
 from common.spec.dropout_masks import step_key
 from common.spec.run import RunConfig
 from torch_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
+from torch_impl.cache import Cache
 from torch_impl.dropout import DropoutContext, ElementHashes
 from torch_impl.gradients import gradient_of
 from torch_impl.held import memory_bytes, saved_tensors
@@ -79,6 +81,8 @@ class Stage:
         )
         self.outputs: dict[tuple[str, int], Tensor] = {}
         """By (unit, micro-batch), where the mode keeps them."""
+        self._caches: dict[tuple[int, int], Cache] = {}
+        """By (group, chunk), while text is generated."""
 
     def begin(self, batch: Batch, mode: Mode) -> None:
         """Make ready for a pass over `batch`; a training pass starts with zero gradients."""
@@ -205,6 +209,26 @@ class Stage:
     def backward_weight(self, micro_batch: int, chunk: int) -> None:
         """W: adds the products that B left over to the weight gradients."""
         backward_weight(self.waiting.pop((micro_batch, chunk)))
+
+    def begin_decoding(self) -> None:
+        """Make ready for new texts."""
+        self._caches = {}
+        for chunk in self.chunks:
+            chunk.cast_weights()
+
+    @torch.no_grad()
+    def extend(self, group: int, chunk: int, extension: Extension, x: Tensor | None) -> Tensor:
+        """Run the chunk on new positions alone (`common.runtime.decode.Stage`)."""
+        if extension.rows is None:
+            self._caches[group, chunk] = Cache()
+        cache = self._caches[group, chunk]
+        if extension.rows is not None:
+            cache.keep(extension.rows)
+        y = torch.from_numpy(extension.tokens).to(self.device) if x is None else x
+        for unit in self.chunks[chunk].units:
+            y = unit(y, None, cache)  # (b, t, D), or the head's logits (b, V)
+        cache.length += extension.tokens.shape[1]
+        return y
 
 
 class Channel(Mailbox):

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from common import checkpoint
-from common.cli.numbers import add_timeout, natural, positive
+from common.cli.numbers import add_timeout, at_least, natural, positive
 from common.cli.options import add_run_options, flag, read_run
 from common.cli.saved import Saved, load_text
 from common.harness.launch import (
@@ -40,6 +40,11 @@ from common.spec.tokenizer import BYTES
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 DEFAULT_TOKENS = 64
+LARGEST_PENALTY = 10
+"""Beyond it scores are no numbers any more."""
+EARLY = ("no", "yes", "never")
+CHOICES = ("temperature", "top_k", "top_p", "seed")
+"""Options of random choices."""
 
 Found = TypeVar("Found", bound=BaseModel)
 
@@ -59,9 +64,10 @@ def register(
     evaluate.add_argument("--batches", metavar="N", type=positive, help=batches)
     generate = subcommands.add_parser(
         "generate",
-        description="Continues a prompt. The three frameworks give the same tokens, greedy or "
-        "sampled; what decides is a number that depends on seed, sample and position only, and how "
-        "close the closest decision was is said.",
+        description="Continues a prompt, with a cache of keys and values on every stage. The three "
+        "frameworks give the same tokens, greedy, sampled or by beam search; what decides is a "
+        "number that depends on seed, sample and position only, and how close the closest decision "
+        "was is said.",
         usage="%(prog)s --checkpoint PATH --prompt TEXT [options]",
     )
     text = generate.add_argument_group("the text")
@@ -71,13 +77,26 @@ def register(
     )
     for option, metavar, kind, default, what in (
         ("--tokens", "N", positive, DEFAULT_TOKENS, f"new tokens (default: {DEFAULT_TOKENS})"),
-        ("--samples", "N", positive, 1, "continuations (default: 1)"),
+        ("--samples", "N", positive, 1, "continuations (default: 1); of beam search the best N"),
+        ("--eos", "TOKEN", natural, None, "the number of the token that ends a text"),
         ("--temperature", "T", _temperature, None, "divides the logits (default: 1)"),
         ("--top-k", "K", positive, None, "only the K likeliest tokens (default: all)"),
+        ("--top-p", "P", _top_p, None, "of these the fewest whose probabilities reach P"),
         ("--seed", "N", natural, None, "of the choices (default: 0)"),
+        ("--num-beams", "N", partial(at_least, 2), None, "beam search with N beams"),
+        ("--length-penalty", "X", _penalty, None, "score = sum of log-probabilities / tokens^X"),
     ):
         text.add_argument(option, metavar=metavar, type=kind, default=default, help=what)
     text.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    text.add_argument(
+        "--early-stopping",
+        metavar="|".join(EARLY),
+        type=_early,
+        nargs="?",
+        const="yes",
+        help="when beam search stops with N finished beams: no, when the best that goes on scores "
+        "less (default); yes, at once; never, when none can score more any more",
+    )
     for parser, run in ((evaluate, _evaluate), (generate, _generate)):
         parser.add_argument(
             "--checkpoint", metavar="PATH", required=True, help="a folder such as step-00000100"
@@ -94,6 +113,27 @@ def _temperature(text: str) -> float:
         what = "expected a number, more than 0 (for the likeliest: --greedy)"
         raise argparse.ArgumentTypeError(f"{text!r}; {what}")
     return value
+
+
+def _top_p(text: str) -> float:
+    value = number(text) or 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number, more than 0, at most 1")
+    return value
+
+
+def _penalty(text: str) -> float:
+    value = number(text)
+    if value is None or abs(value) > LARGEST_PENALTY:
+        what = f"expected a number from -{LARGEST_PENALTY} to {LARGEST_PENALTY}"
+        raise argparse.ArgumentTypeError(f"{text!r}; {what}")
+    return value
+
+
+def _early(text: str) -> str:
+    if text not in EARLY:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected one of {', '.join(EARLY)}")
+    return text
 
 
 def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
@@ -133,24 +173,25 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
 
 
 def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
-    if arguments.greedy:
-        for option in ("temperature", "top_k", "seed"):
-            if getattr(arguments, option) is not None:
-                what = "--greedy makes no random choice; expected one of them"
-                raise UsageError(f"{flag(option)}: {what}")
-    temperature = 1.0 if arguments.temperature is None else arguments.temperature
-    seed = arguments.seed or 0
+    _check_kind(arguments)
     folder = Path(arguments.checkpoint)
     saved = Saved(folder, checkpoint.verify(folder))
     config = _for_samples(read_run(arguments, saved), arguments)
     prompt, decode = _prompt(arguments, saved, config)
+    _check_vocabulary(arguments, config.model.vocab_size)
+    is_sampled = not (arguments.greedy or arguments.num_beams)
     wish = Generation(
         prompt=prompt,
         tokens=arguments.tokens,
         samples=arguments.samples,
-        temperature=None if arguments.greedy else temperature,
+        temperature=(arguments.temperature or 1.0) if is_sampled else None,
         top_k=arguments.top_k,
-        seed=seed,
+        top_p=arguments.top_p,
+        seed=arguments.seed or 0,
+        num_beams=arguments.num_beams,
+        length_penalty=1.0 if arguments.length_penalty is None else arguments.length_penalty,
+        early_stopping=arguments.early_stopping or "no",
+        eos=arguments.eos,
     )
     job = Job(config=config, out="", kind="generate", resume=str(folder.resolve()), generation=wish)
     console = make_console()
@@ -164,18 +205,58 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
         return EXIT_OK
     for sample, text in enumerate(texts):
         if len(texts) > 1:
-            say(console, f"--- sample {sample}")
+            score = "" if found.scores is None else f", score {found.scores[sample]:.6f}"
+            say(console, f"--- sample {sample}{score}")
         print(text)
-    kind = "greedy" if arguments.greedy else f"temperature {temperature:g}, seed {seed}"
+    kind = "greedy"
+    if found.scores is not None:
+        kind = f"{wish.num_beams} beams, score {found.scores[0]:.6f}"
+    elif wish.temperature is not None:
+        kind = f"temperature {wish.temperature:g}, seed {wish.seed}"
     speed = f"{found.tokens_per_second:,.1f} tokens/s"
     say(console, f"\n{kind}; closest call {found.closest_call:.1e}; {_where(config)}; {speed}")
     return EXIT_OK
 
 
+def _check_kind(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for options of two kinds of generation."""
+    kinds = [("--num-beams", "num_beams"), ("--greedy", "greedy")]
+    without_chance = [option for option, name in kinds if getattr(arguments, name)]
+    if len(without_chance) > 1:
+        raise UsageError(f"{' and '.join(without_chance)}: expected one of them")
+    for option in CHOICES:
+        if without_chance and getattr(arguments, option) is not None:
+            what = f"{without_chance[0]} makes no random choice; expected one of them"
+            raise UsageError(f"{flag(option)}: {what}")
+    for option in ("length_penalty", "early_stopping"):
+        if not arguments.num_beams and getattr(arguments, option) is not None:
+            raise UsageError(f"{flag(option)}: no beam search; expected --num-beams N with it")
+    if arguments.num_beams and arguments.samples > arguments.num_beams:
+        what = f"beam search has --num-beams {arguments.num_beams}; expected at most as many"
+        raise UsageError(f"--samples {arguments.samples}: {what}")
+
+
+def _check_vocabulary(arguments: argparse.Namespace, vocab_size: int) -> None:
+    """Raise UsageError for what this vocabulary does not have."""
+    if arguments.eos is not None and arguments.eos >= vocab_size:
+        raise UsageError(
+            f"--eos {arguments.eos}: the vocabulary has {vocab_size} tokens; expected 0 to "
+            f"{vocab_size - 1}"
+        )
+    # One that ends must leave as many that go on.
+    if arguments.num_beams and arguments.num_beams >= vocab_size:
+        raise UsageError(
+            f"--num-beams {arguments.num_beams}: the vocabulary has {vocab_size} tokens; expected "
+            f"at most {vocab_size - 1}"
+        )
+
+
 def _for_samples(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
     """Use as many micro-batches as stages if there are enough samples and nobody says otherwise."""
     said = hasattr(arguments, "train.micro_batches") or config.schedule.startswith("file:")
-    m = config.train.micro_batches if said else min(arguments.samples, config.stages)
+    # One search is one group.
+    groups = 1 if arguments.num_beams else min(arguments.samples, config.stages)
+    m = config.train.micro_batches if said else groups
     train = config.train.model_copy(
         update={"micro_batches": m, "batch_size": max(arguments.samples, m)}
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from common.runtime.decode import Feed
 from common.runtime.executor import Event
 from common.schedule.action import Action
 from common.spec.data import Batch
@@ -36,6 +37,10 @@ class BaselineEngine:
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Return `values`: a baseline has no replicas."""
         return list(values)
+
+    def decode(self, feed: Feed) -> None:
+        """Raise ValueError: a baseline trains."""
+        raise ValueError(f"executor = {self.config.executor} does not generate; expected table")
 
     def events(self) -> dict[int, list[Event]]:
         """Return what was recorded, which for a plain loop is nothing."""

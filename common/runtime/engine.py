@@ -11,7 +11,7 @@ One training step is `forward_backward`, then `apply_gradients`. The rest reads,
 
     training       reset, forward_backward, apply_gradients, evaluate
     checkpoints    weights, optimizer_state, load_optimizer_state
-    inference      predict
+    inference      predict, decode
     parity         unit_outputs, probe_units, gradients, set_gradients
     measurement    events, environment, peak_memory_bytes, held_bytes_peak, in_flight_peak
 
@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from common.runtime.decode import Feed
 from common.runtime.executor import Event
 from common.schedule.action import Action
 from common.spec.data import Batch
@@ -101,6 +102,14 @@ class Engine(Protocol):
 
         They go through the pipeline in micro-batches. B is at least the number of micro-batches and
         may differ from the training batch; S is at most `context_length`. Every process gets all.
+        """
+
+    def decode(self, feed: Feed) -> None:
+        """Let groups of sequences grow until `feed` has ended all of them, with a cache of keys and
+        values on every stage.
+
+        There are as many groups as micro-batches. Where stages are processes, `feed` is called in
+        that of the embedding alone.
         """
 
     # What checkpoints hold, and gradients for the parity tests.

@@ -34,7 +34,7 @@ class Message:
     """The address of a tensor in transit: its kind, its micro-batch, the virtual stage it goes
     to."""
 
-    kind: Literal["activation", "gradient"]
+    kind: Literal["activation", "gradient", "word"]
     micro_batch: int
     virtual_stage: int
 

@@ -1,10 +1,7 @@
 """Evaluating and generating in a worker process, through the pipeline, forward only.
 
-Which token comes next is decided here and not in a framework: from logits as NumPy arrays, by
-float64 arithmetic and a random number that is a function of (seed, sample, position) alone. So the
-frameworks give the same tokens as long as their logits are close enough, which `closest_call`
-measures: the smallest distance that any choice had to the next one, in logits (greedy, and the last
-of the top k) or in probability (sampled). A tie goes to the lower token.
+Which token comes next is decided by `runtime.sampling` and `runtime.beams`; what goes round in the
+pipeline by `runtime.decode`. Here the two meet.
 
 Logits of two frameworks differ by some 1e-15 (float64) or 1e-6 (float32) of their size. A closest
 call well above that means that no framework can have chosen otherwise; below it, the texts may part
@@ -24,14 +21,12 @@ from pydantic import BaseModel, ConfigDict
 
 from common import checkpoint
 from common.io.edges import write_file
+from common.runtime.beams import Beams
+from common.runtime.decode import Extension
 from common.runtime.engine import Engine
 from common.runtime.job import Generation, Job
+from common.runtime.sampling import Samples
 from common.spec.data import Corpus
-
-SHORTEST = 16
-"""Contexts are filled up to this length, twice this, and so on, so that few shapes are traced or
-compiled.
-"""
 
 
 class Evaluated(BaseModel):
@@ -56,9 +51,14 @@ class Generated(BaseModel):
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
     tokens: tuple[tuple[int, ...], ...]
+    """Of beam search the best ones, the best first."""
     closest_call: float
     tokens_per_second: float
-    """Of all samples together, without the first call at each length, which may trace."""
+    """Of all samples together, of a beam search those of all beams; without the calls that may
+    trace.
+    """
+    scores: tuple[float, ...] | None = None
+    """Of beam search: the sum of log-probabilities / (new tokens) ^ length penalty."""
 
 
 def load_weights(engine: Engine, job: Job) -> None:
@@ -88,92 +88,86 @@ def evaluate(engine: Engine, job: Job, corpus: Corpus) -> Evaluated:
 
 
 def generate(engine: Engine, job: Job) -> Generated:
-    """Generate `generation.tokens` new tokens for every sample.
+    """Generate `generation.tokens` new tokens for every sample, or fewer where one ends sooner.
 
-    A context beyond the model's length loses its beginning.
+    Where stages are processes, only that of the embedding knows what was found.
     """
-    wish, model, m = job.generation, job.config.model, job.config.train.micro_batches
-    if wish is None:
+    if job.generation is None:
         raise ValueError("a job that is to generate needs to know what")
-    # Every micro-batch needs at least one row; those beyond the samples are not looked at.
-    rows = max(wish.samples, m)
-    texts = [list(wish.prompt) for _ in range(rows)]
-    closest, seconds, first_of_length, lengths = math.inf, [], [], set()
-    for position in range(wish.tokens):
-        # Beyond the model's length the window slides: positions count anew in every context.
-        contexts = np.array([text[-model.context_length :] for text in texts])  # (B, s)
-        began = time.perf_counter()
-        logits = next_logits(engine, contexts, model.context_length)
-        seconds.append(time.perf_counter() - began)
-        length = padded_length(contexts.shape[1], model.context_length)
-        first_of_length += [position] if length not in lengths else []
-        lengths.add(length)
-        for sample in range(wish.samples):
-            token, call = pick(logits[sample], wish, sample, position)
-            texts[sample].append(token)
-            closest = min(closest, call)
-        for row in range(wish.samples, rows):
-            texts[row].append(0)
-    found = Generated(
-        tokens=tuple(tuple(text[len(wish.prompt) :]) for text in texts[: wish.samples]),
-        closest_call=closest,
-        tokens_per_second=_rate([wish.samples] * len(seconds), seconds, first_of_length),
-    )
+    model, m = job.config.model, job.config.train.micro_batches
+    writing = Writing(job.generation, model.context_length, m)
+    engine.decode(writing.feed)
+    found = writing.found()
     _write(engine, job, "generation.json", found)
     return found
 
 
-def padded_length(length: int, context_length: int) -> int:
-    """Return the next power of two from SHORTEST on, at most the context length."""
-    return min(context_length, max(SHORTEST, 1 << (length - 1).bit_length()))
+class Writing:
+    """What is generated, as the groups that go round in a pipeline (`runtime.decode.Feed`)."""
 
+    def __init__(self, wish: Generation, context_length: int, num_groups: int) -> None:
+        self._context_length = context_length
+        # Groups differ by at most one sample; one search is one group, since its beams are weighed
+        # against each other at every token.
+        pieces = np.array_split(range(wish.samples), num_groups)
+        self._groups: list[Samples | Beams] = (
+            [Samples(wish, piece.tolist()) for piece in pieces if len(piece)]
+            if wish.num_beams is None
+            else [Beams(wish)]
+        )
+        self._counts: list[int] = []
+        self._seconds: list[float] = []
+        self._warming_up: list[int] = []
+        self._seen: set[tuple[int, int]] = set()
+        """(group, new positions) of the calls so far; the first of each may trace."""
+        self._last: dict[int, Extension] = {}
+        self._began = time.perf_counter()
 
-def next_logits(
-    engine: Engine, contexts: NDArray[np.int64], context_length: int
-) -> NDArray[np.float64]:
-    """Return logits (B, V) after the last token of each context (B, s).
+    def feed(self, group: int, logits: NDArray[np.float64] | None) -> Extension | None:
+        """Return what `group` goes on with after `logits` (b, V), the first time after none.
 
-    Contexts are padded at the end, which no position before can see.
-    """
-    last = contexts.shape[1] - 1
-    # Zeros at the end: the causal mask hides them from `last`, and their own logits are unused.
-    inputs = np.pad(contexts, ((0, 0), (0, padded_length(last + 1, context_length) - last - 1)))
-    return np.asarray(engine.predict(inputs)[:, last], np.float64)
+        Raises FloatingPointError for logits that are not finite.
+        """
+        if group >= len(self._groups):
+            return None
+        rows = None
+        if logits is not None:
+            if not np.isfinite(logits).all():
+                raise FloatingPointError("logits that are not finite; expected a model that works")
+            rows = self._groups[group].choose(np.asarray(logits, np.float64))
+            self._note(group, logits)
+            if not rows:
+                return None
+        texts = self._groups[group].texts
+        if rows is not None and len(texts[0]) <= self._context_length:
+            found = Extension(np.array([text[-1:] for text in texts]), rows)
+        else:
+            # Beyond the model's length the window slides: positions count anew in every context, so
+            # no key and no value of the last one is of use.
+            found = Extension(np.array([text[-self._context_length :] for text in texts]), None)
+        self._last[group] = found
+        return found
 
+    def found(self) -> Generated:
+        """Return what the groups have; nothing where they were never fed."""
+        groups, began = self._groups, bool(self._seconds)
+        scores = [score for each in groups if isinstance(each, Beams) for score in each.scores()]
+        return Generated(
+            tokens=tuple(tuple(tokens) for each in groups for tokens in each.found()),
+            closest_call=min(each.closest_call for each in groups),
+            tokens_per_second=_rate(self._counts, self._seconds, self._warming_up) if began else 0,
+            scores=tuple(scores) or None,
+        )
 
-def pick(
-    logits: NDArray[np.float64], wish: Generation, sample: int, position: int
-) -> tuple[int, float]:
-    """Return the next token, and how close another one was."""
-    if wish.temperature is None:
-        best = int(np.argmax(logits))  # the first of equals
-        return best, float(logits[best] - np.delete(logits, best).max())
-    scaled = logits / wish.temperature
-    call = math.inf
-    kept = np.ones(len(scaled), bool)
-    # The k-th and the next: closer than the frameworks' logits are, they could change places.
-    if wish.top_k is not None and wish.top_k < len(scaled):
-        order = np.sort(scaled)[::-1]
-        kept = scaled >= order[wish.top_k - 1]
-        call = float(order[wish.top_k - 1] - order[wish.top_k]) * wish.temperature
-    weights = np.where(kept, np.exp(scaled - scaled.max()), 0.0)
-    # The edges are in the order of the tokens, not of the weights: two frameworks whose near-ties
-    # come out the other way round still cut [0, 1) at the same places. With weights 0.5, 0.3, 0.2
-    # the edges are 0.5, 0.8, 1.0, and a draw of 0.79 takes token 1, with a call of 0.01.
-    edges = np.cumsum(weights) / weights.sum()
-    draw = uniform(wish.seed, sample, position)
-    token = int(np.searchsorted(edges, draw, side="right"))
-    token = min(token, int(np.flatnonzero(kept)[-1]))  # the last edge may be rounded below 1
-    below = edges[token - 1] if token else 0.0
-    return token, min(call, float(min(draw - below, edges[token] - draw)))
-
-
-def uniform(seed: int, sample: int, position: int) -> float:
-    """Return a number in [0, 1) that depends on nothing else (Philox: Salmon et al. 2011)."""
-    philox = np.random.Philox(
-        key=np.array([seed, sample], np.uint64), counter=np.array([0, 0, 0, position], np.uint64)
-    )
-    return float(np.random.Generator(philox).random())
+    def _note(self, group: int, logits: NDArray[np.float64]) -> None:
+        """Note that so many tokens were chosen since the last call."""
+        now = time.perf_counter()
+        kind = group, self._last[group].tokens.shape[1]
+        self._warming_up += [] if kind in self._seen else [len(self._seconds)]
+        self._seen.add(kind)
+        self._counts.append(len(logits))
+        self._seconds.append(now - self._began)
+        self._began = now
 
 
 def _rate(counts: list[int], seconds: list[float], warming_up: list[int]) -> float:

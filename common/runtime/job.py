@@ -45,9 +45,16 @@ class Generation(BaseModel):
     """New ones, for each sample."""
     samples: int = 1
     temperature: float | None = None
-    """None: greedy."""
+    """None: greedy, or beam search."""
     top_k: int | None = None
+    top_p: float | None = None
     seed: int = 0
+    num_beams: int | None = None
+    """None: no beam search."""
+    length_penalty: float = 1.0
+    early_stopping: Literal["no", "yes", "never"] = "no"
+    eos: int | None = None
+    """The token that ends a sequence."""
 
 
 class JobText(BaseModel):

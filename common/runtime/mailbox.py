@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
+from common.runtime.decode import Extension
 from common.runtime.executor import Message
 
 
@@ -38,6 +40,15 @@ class Mailbox:
             self._changed.wait_for(lambda: message in self._mail or self.failure)
             self.check()
             return self._mail.pop(message)
+
+    def tell(self, message: Message, extension: Extension | None, device: int) -> None:
+        """As `common.runtime.decode.Channel`."""
+        self.put(replace(message, kind="word"), extension)
+
+    def hear(self, message: Message, device: int) -> Extension | None:
+        """As above. Raises PipelineStopped if a stage fails before it is there."""
+        extension: Extension | None = self.take(replace(message, kind="word"))
+        return extension
 
     def check(self) -> None:
         """Raise PipelineStopped once a stage has failed."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from common import checkpoint
 from common.oracle.reference import Oracle
+from common.runtime.decode import Feed
 from common.runtime.engine import Arrays
 from common.runtime.executor import Event, unwatched
 from common.runtime.job import JobFile
@@ -92,6 +93,18 @@ class OracleEngine:
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         nothing = Batch(0, inputs, np.zeros_like(inputs))
         return self.oracle.forward(nothing, training=False)[1]["head"]
+
+    def decode(self, feed: Feed) -> None:
+        """As the protocol says, one group after another, with no cache: the reference for those."""
+        for group in range(self.config.train.micro_batches):
+            texts, logits = np.zeros((0, 0), np.int64), None
+            while (extension := feed(group, logits)) is not None:
+                texts = (
+                    extension.tokens
+                    if extension.rows is None
+                    else np.concatenate([texts[list(extension.rows)], extension.tokens], 1)
+                )  # (b, s)
+                logits = self.predict(texts)[:, -1]
 
     def optimizer_state(self) -> Arrays:
         return {

@@ -16,9 +16,9 @@ import pytest
 from common import checkpoint
 from common.cli import inference
 from common.harness.launch import Implementation
-from common.runtime.inference import next_logits, padded_length, pick, uniform
 from common.runtime.job import Generation
 from common.runtime.oracle_worker import OracleEngine
+from common.runtime.sampling import kept_tokens, pick, uniform
 from common.spec.data import IGNORED, load_corpus, load_tokenizer
 from common.spec.parameters import initial_weights, random_arrays
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
@@ -74,6 +74,24 @@ def test_samples_follow_the_distribution() -> None:
     cold = drawn(4000, temperature=0.25, seed=3).count(0) / 4000
     np.testing.assert_allclose(cold, 0.5**4 / (0.5**4 + 0.3**4 + 0.2**4), atol=0.02)
     assert set(drawn(500, temperature=1.0, top_k=2)) == {0, 1}
+    assert set(drawn(500, temperature=1.0, top_p=0.6)) == {0, 1}
+    assert set(drawn(500, temperature=1.0, top_k=3, top_p=0.99)) == {0, 1, 3}
+
+
+def test_the_seeds_of_old_give_the_tokens_that_they_gave() -> None:
+    logits = np.random.default_rng(0).normal(0, 2, (6, 50))
+    options: dict[str, Any] = {"temperature": 0.8, "top_k": 20, "seed": 7}
+    found = [pick(row, wish(**options), 2, place)[0] for place, row in enumerate(logits)]
+    assert found == [41, 24, 39, 14, 47, 20]
+
+
+def test_top_p_says_how_close_the_next_token_was() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.2]))
+    kept, call = kept_tokens(logits, wish(temperature=1.0, top_p=0.79))
+    assert kept.tolist() == [True, True, False] and call == pytest.approx(0.01)
+    # A tie where the cut is: the lower token, by nothing.
+    kept, call = kept_tokens(np.zeros(4), wish(temperature=1.0, top_p=0.6))
+    assert kept.tolist() == [True, True, True, False] and call == 0
 
 
 def test_a_choice_depends_on_seed_sample_and_position_only() -> None:
@@ -81,16 +99,6 @@ def test_a_choice_depends_on_seed_sample_and_position_only() -> None:
     assert len(set(numbers.values())) == len(numbers)
     assert uniform(0, 1, 1) == numbers[0, 1, 1]
     assert uniform(7, 0, 3) == pytest.approx(0.4417, abs=1) and 0 <= uniform(7, 0, 3) < 1
-
-
-def test_what_fills_up_a_context_changes_nothing() -> None:
-    assert [padded_length(n, 24) for n in (1, 16, 17, 24)] == [16, 16, 24, 24]
-    assert [padded_length(n, 100) for n in (16, 17, 33, 65)] == [16, 32, 64, 100]
-    engine = OracleEngine(CONFIG)
-    engine.reset(weights())
-    context = np.arange(10).reshape(2, 5)
-    exact = engine.predict(context)[:, -1]
-    np.testing.assert_allclose(next_logits(engine, context, 24), exact, rtol=1e-12)
 
 
 def test_held_out_batches_ask_for_every_token_once() -> None:
@@ -155,6 +163,38 @@ def test_generate_slides_beyond_the_context_and_prints_text(
         assert line in text
 
 
+def test_generate_searches_by_beams_and_ends_at_the_end_of_sequence(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompted = words("generate --checkpoint {saved} --prompt 'The ' --tokens 12", saved=saved)
+    search = [*prompted, *words("--num-beams 4 --samples 2 --length-penalty 0.5")]
+    assert run(*search, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    engine = OracleEngine(CONFIG)
+    engine.reset(weights())
+    for tokens, score in zip(found["tokens"], found["scores"], strict=True):
+        logits = engine.predict(np.array([[*b"The ", *tokens]]))[0, 3:-1]
+        chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total = chances[np.arange(12), tokens].sum()
+        assert score == pytest.approx(total / 12**0.5, rel=1e-9)
+    assert found["scores"] == sorted(found["scores"], reverse=True)
+    first = found["tokens"][0]
+    ends = ["--eos", first[5], "--early-stopping"]
+    assert run(*search, *ends, "--json") == 0
+    ended = json.loads(capsys.readouterr().out)["tokens"]
+    assert all(len(tokens) == 12 or tokens[-1] == first[5] for tokens in ended)
+    assert min(map(len, ended)) < 12
+    assert run(*search) == 0
+    assert "4 beams, score -" in (text := capsys.readouterr().out) and "--- sample 1, score" in text
+    assert run(*prompted, "--greedy", "--json") == 0
+    greedy = json.loads(capsys.readouterr().out)
+    assert greedy["scores"] is None
+    eos = greedy["tokens"][0][4]
+    assert run(*prompted, "--greedy", "--eos", eos, "--json") == 0
+    shorter = json.loads(capsys.readouterr().out)["tokens"][0]
+    assert shorter == greedy["tokens"][0][: greedy["tokens"][0].index(eos) + 1]
+
+
 def test_a_schedule_from_a_file_says_how_many_micro_batches_the_samples_make(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,7 +214,29 @@ def test_fewer_mini_batches_than_asked_for_are_said(
 def test_wrong_input_is_one_line(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    ours = f"generate --checkpoint {saved} --prompt x "
+    beams = f"{ours} --num-beams 3 "
     wrong = {
+        f"{ours} --top-p 0": "--top-p: '0'; expected a number, more than 0, at most 1",
+        f"{ours} --top-p 1.5": "expected a number, more than 0, at most 1",
+        f"{ours} --top-p nan": "expected a number, more than 0, at most 1",
+        f"{ours} --eos 256": "--eos 256: the vocabulary has 256 tokens; expected 0 to 255",
+        f"{ours} --eos=-1": "expected a whole number, at least 0",
+        f"{ours} --num-beams 1": "expected a whole number, at least 2",
+        f"{ours} --num-beams 256": "--num-beams 256: the vocabulary has 256 tokens; expected at "
+        "most 255",
+        f"{beams} --samples 4": "--samples 4: beam search has --num-beams 3; expected at most as "
+        "many",
+        f"{beams} --greedy": "--num-beams and --greedy: expected one of them",
+        f"{beams} --temperature 2": "--temperature: --num-beams makes no random choice",
+        f"{beams} --top-p 0.5": "--top-p: --num-beams makes no random choice",
+        f"{beams} --seed 0": "--seed: --num-beams makes no random choice",
+        f"{beams} --length-penalty 11": "expected a number from -10 to 10",
+        f"{beams} --length-penalty inf": "expected a number from -10 to 10",
+        f"{beams} --early-stopping maybe": "'maybe'; expected one of no, yes, never",
+        f"{ours} --early-stopping": "--early-stopping: no beam search; expected --num-beams N",
+        f"{ours} --length-penalty 0": "--length-penalty: no beam search; expected --num-beams N",
+        f"{ours} --greedy --top-p 0.9": "--top-p: --greedy makes no random choice",
         "generate --prompt x --checkpoint /no/such": "expected a file of a checkpoint",
         f"generate --checkpoint {saved}": "expected one of --prompt TEXT and --prompt-tokens",
         f"generate --checkpoint {saved} --prompt-tokens 1,x": "expected numbers, such as 1,2,3",

@@ -26,6 +26,7 @@ DIFFERENCES = {
         "followed": "Paddle's `synchronize` holds the interpreter's lock, so a thread asks",
     },
     "baseline": {"PlainEngine.close": "Paddle's loop leaves nothing behind: its process ends"},
+    "cache": {"Held": "what goes into a traced function, and what comes out"},
     "convert": {"Transformer": "a Keras Sequential makes a model of layers without a class"},
     "devices": {
         "fused_attention": "the part of PyTorch's best track; TensorFlow's is a flag, Paddle's in "
