@@ -168,8 +168,10 @@ class Attention(nn.Layer):
         if self.group > 1:
             k, v = (y.repeat_interleave(self.group, 1) for y in (k, v))  # (B, H, S, E)
         q = q / math.sqrt(self.d_head)
-        mask = self.causal[start : start + s, : start + s]
-        scores = paddle.matmul(q, k, transpose_y=True) + mask  # (B, H, S, S), (B, H, S, start + S)
+        # (B, H, S, S), with a cache (B, H, S, start + S)
+        scores = paddle.matmul(q, k, transpose_y=True)
+        if s > 1:  # a single new position sees all that is there
+            scores = scores + self.causal[start : start + s, : start + s]
         weights = dropout(
             functional.softmax(scores), self.dropout, self.site, self.context
         )  # (B, H, S, S)

@@ -205,10 +205,10 @@ class Attention(Unit):
         products = at_least_float32(product(q, k, transpose_b=True))  # (B, H, S, S)
         # Differs: the product is scaled and not the queries, which in bfloat16 would be rounded
         # once more.
-        mask = causal_mask(s, products.dtype)  # (S, S)
-        if cache is not None:
-            mask = tf.pad(mask, ((0, 0), (start, 0)))  # (S, start + S)
-        scores = products / math.sqrt(spec.d_head) + mask  # (B, H, S, S)
+        scores = products / math.sqrt(spec.d_head)  # (B, H, S, S), with a cache S, start + S
+        if s > 1:  # a single new position sees all that is there
+            mask = causal_mask(s, products.dtype)  # (S, S)
+            scores = scores + (mask if cache is None else tf.pad(mask, ((0, 0), (start, 0))))
         weights = self.dropout(softmax(scores, q.dtype), 0, context)
         mixed = tf.reshape(tf.transpose(product(weights, v), (0, 2, 1, 3)), (-1, s, d))  # (B, S, D)
         return self.projection(mixed)

@@ -160,10 +160,10 @@ class Attention(nn.Module):
                 q, k, v, is_causal=start == 0
             )  # (B, H, S, E)
         else:
-            scores = (
-                q / math.sqrt(self.d_head) @ k.transpose(-2, -1)
-                + self.causal[start : start + s, : start + s]
-            )  # (B, H, S, S), with a cache (B, H, S, start + S)
+            # (B, H, S, S), with a cache (B, H, S, start + S)
+            scores = q / math.sqrt(self.d_head) @ k.transpose(-2, -1)
+            if s > 1:  # a single new position sees all that is there
+                scores = scores + self.causal[start : start + s, : start + s]
             weights = dropout(
                 functional.softmax(scores, dim=-1), self.dropout, self.site, context
             )  # (B, H, S, S)
