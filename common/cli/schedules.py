@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.table import Table as RichTable
 
 from common.cli.numbers import natural, positive
@@ -16,6 +17,7 @@ from common.io.bounded import read_stream, read_text
 from common.io.console import make_console, say
 from common.io.edges import number, printable, write_file
 from common.io.usage import UsageError
+from common.report.plan import size as size_in_words
 from common.schedule.action import (
     Op,
     Schedule,
@@ -44,6 +46,8 @@ from common.schedule.simulate import (
 from common.schedule.table import OP_CODE, tabulate
 from common.schedule.validate import validate
 from common.schedule.why import explain_gaps
+from common.spec.run import PRESETS, RunConfig, explain, preset
+from common.spec.traffic import between_hosts, blocks, traffic_bytes
 
 EXIT_VIOLATIONS = 1
 INTERLEAVED = "interleaved"
@@ -94,6 +98,12 @@ def register(subcommands: Any) -> None:
         "--formulas",
         action="store_true",
         help="print the textbook's formulas beside the simulation",
+    )
+    several = simulator.add_argument_group("what travels in a step, in bytes, over several hosts")
+    several.add_argument("--hosts", metavar="H", type=positive, help="hosts of equal size")
+    several.add_argument("--replicas", metavar="D", type=positive, help="pipelines (default 1)")
+    several.add_argument(
+        "--preset", choices=PRESETS, default="small", help="the model (default small)"
     )
     simulator.set_defaults(run=_simulate)
 
@@ -400,11 +410,15 @@ def _write_chart(schedule: Schedule, costs: Costs, path: Path, why: bool) -> Non
 def _simulate(arguments: argparse.Namespace) -> int:
     _name_schedule(arguments)
     if names := _several(arguments):
+        if arguments.hosts or arguments.replicas:
+            raise UsageError("--hosts, --replicas: of one schedule; expected one name")
         return _side_by_side(arguments, names)
     schedule, costs = plan(arguments.schedule, arguments)
     _check_overlap([schedule], arguments)
     simulation = _simulated(schedule, costs)
     result = _result(simulation, arguments)
+    if arguments.hosts or arguments.replicas:
+        result["bytes_per_step"] = _links(schedule, arguments)
     compared = textbook(simulation) if arguments.formulas else []
     if compared and arguments.json:
         result["formulas"] = [vars(each) | {"verdict": each.verdict} for each in compared]
@@ -415,6 +429,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result, indent=1))
         return 0
+    links = result.pop("bytes_per_step", {})
     for key, value in result.items():
         shown = ", ".join(map(_short, value)) if isinstance(value, list) else _short(value)
         print(f"{key.replace('_', ' '):34}{shown}")
@@ -423,7 +438,30 @@ def _simulate(arguments: argparse.Namespace) -> int:
             f"{each.name:12}{each.formula:36}= {each.value:<10.6g} simulated "
             f"{each.simulated:<10.6g} {each.verdict}"
         )
+    for link, count in links.items():
+        print(f"{link:34}{size_in_words(count)} a step")
     return 0
+
+
+def _links(schedule: Schedule, arguments: argparse.Namespace) -> dict[str, int]:
+    """What the preset's model sends, by link: within a host, and from host to host."""
+    base = preset(arguments.preset)
+    hosts, replicas = arguments.hosts or 1, arguments.replicas or 1
+    m, size = schedule.num_micro_batches, schedule.num_devices * replicas
+    if hosts > size:
+        why = f"more than the {size} processes of {replicas} x {schedule.num_devices} stages"
+        raise UsageError(f"--hosts {hosts}: {why}; expected at most {size}")
+    sequences = max(base.train.batch_size, replicas * m)
+    train = base.train.model_dump() | {"batch_size": sequences, "micro_batches": m}
+    run: dict[str, Any] = {"stages": schedule.num_devices, "chunks": schedule.num_chunks}
+    run |= {"replicas": replicas, "train": train, "schedule": schedule.name}
+    try:
+        config = RunConfig.model_validate(base.model_dump() | run)
+    except ValidationError as error:
+        raise UsageError(f"--preset {arguments.preset}: {explain(error).splitlines()[0]}") from None
+    sent = traffic_bytes(config, schedule)
+    links = between_hosts(sent, blocks(size, hosts))
+    return {a if a == b else f"{a} to {b}": links[a, b] for a, b in sorted(links)}
 
 
 def _several(arguments: argparse.Namespace) -> list[str]:

@@ -16,6 +16,7 @@ import collections
 import math
 from collections.abc import Mapping, Sequence
 
+from common.schedule.action import Schedule
 from common.schedule.dependencies import Step, sends_to
 from common.spec.mesh import Mesh
 from common.spec.parameters import parameter_shapes, unit_of
@@ -26,25 +27,27 @@ Edge = tuple[int, int]
 """(from, to): ranks, or numbers of hosts."""
 
 
-def traffic_bytes(config: RunConfig) -> dict[Edge, int]:
+def traffic_bytes(config: RunConfig, schedule: Schedule | None = None) -> dict[Edge, int]:
     """Return the bytes that each rank sends to each other one in a training step, headers aside.
+
+    `schedule` stands in for the one that `config` names.
 
     Example: 2 stages, 4 micro-batches of 2 sequences, S 16, D 32, float32: 4 x 2 x 16 x 32 x 4 =
     16,384 bytes from rank 0 to rank 1, and as many back.
     """
+    schedule = schedule or schedule_of(config)
     mesh = Mesh(config.stages, config.replicas)
     sent: collections.Counter[Edge] = collections.Counter()
-    for stages, count in _messages(config).items():
+    for stages, count in _messages(config, schedule).items():
         for replica in range(mesh.replicas):
             sent[mesh.rank(stages[0], replica), mesh.rank(stages[1], replica)] += count
-    gradients = _gradient_bytes(config)
+    gradients = _gradient_bytes(config, schedule)
     for stage in range(mesh.stages):
         for a in mesh.copies(stage):
             for b in mesh.copies(stage):
                 if a != b:
                     sent[a, b] += math.ceil(2 * gradients[stage] / mesh.replicas)
     if config.model.tied_head:
-        schedule = schedule_of(config)
         ends = schedule.location[0][0], schedule.location[-1][0]
         size = config.model.vocab_size * config.model.d_model
         for replica in range(mesh.replicas) if ends[0] != ends[1] else ():
@@ -67,9 +70,9 @@ def blocks(size: int, count: int) -> list[str]:
     return [f"host {rank * count // size}" for rank in range(size)]
 
 
-def _messages(config: RunConfig) -> dict[Edge, int]:
+def _messages(config: RunConfig, schedule: Schedule) -> dict[Edge, int]:
     """The bytes between two stages of replica 0, whose micro-batches are the largest."""
-    schedule, model = schedule_of(config), config.model
+    model = config.model
     position = model.context_length * model.d_model * ELEMENT_BYTES[config.train.dtype]
     sent: collections.Counter[Edge] = collections.Counter()
     for device, actions in enumerate(schedule.devices):
@@ -82,9 +85,9 @@ def _messages(config: RunConfig) -> dict[Edge, int]:
     return dict(sent)
 
 
-def _gradient_bytes(config: RunConfig) -> list[int]:
+def _gradient_bytes(config: RunConfig, schedule: Schedule) -> list[int]:
     """By stage, in the master precision; a tied head's copy counts where it is."""
-    model, schedule = config.model, schedule_of(config)
+    model = config.model
     size = collections.Counter[str]()
     for name, shape in parameter_shapes(model).items():
         size[unit_of(name)] += math.prod(shape)
