@@ -41,7 +41,7 @@ METAVARS = {
     "partition": "even|balanced|B1,B2,..",
     "recompute": recompute.WORDS,
     "dropout": "X|native[:X]",
-    "corpus": "FILE",
+    "corpus": "PATH",
     "tokenizer_file": "FILE",
 }
 MORE_HELP = {

@@ -310,7 +310,9 @@ class RunConfig(Frozen):
         "after each; without, a run has step times alone. All else is always timed",
     )
     corpus: tuple[OsText, ...] = Field(
-        (), description="text files; default: the manual that CPython carries"
+        (),
+        description="text files, folders and patterns such as 'texts/*.txt'; .jsonl (its field text) "
+        "and .gz too; default: the manual that CPython carries",
     )
     tokenizer: Literal["bytes", "bpe", "file"] = Field(
         "bytes",

@@ -127,9 +127,10 @@ class FileTokenizer:
 
         Raises TokenizerError.
         """
+        dtype = self.dtype
         for group in _groups(pieces):
-            for encoding in self._encoded(group):
-                yield np.array(encoding.ids, self.dtype)
+            ids = (encoding.ids for encoding in self._encoded(group))
+            yield np.fromiter(itertools.chain.from_iterable(ids), dtype)
 
     def decode(self, tokens: Sequence[int]) -> str:
         runs = itertools.groupby(tokens, self._known.__contains__)
