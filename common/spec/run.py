@@ -311,8 +311,8 @@ class RunConfig(Frozen):
     )
     corpus: tuple[OsText, ...] = Field(
         (),
-        description="text files, folders and patterns such as 'texts/*.txt'; .jsonl (its field text) "
-        "and .gz too; default: the manual that CPython carries",
+        description="text files, folders and patterns such as 'texts/*.txt'; .jsonl (its field "
+        "text) and .gz too; default: the manual that CPython carries",
     )
     tokenizer: Literal["bytes", "bpe", "file"] = Field(
         "bytes",
