@@ -370,6 +370,24 @@ def feed_forward_backward(
 # ------------------------------------------------------------------------------------------ model
 
 
+PIECE_BYTES = 2**32
+"""What the forward may save for the backward of one piece, unless one sequence alone takes more."""
+
+
+def saved_bytes(model: TransformerSpec, sequences: int) -> int:
+    """Estimate what the forward of so many sequences saves for the backward."""
+    # Per token and block: the attention's weights and mask (H x S each), the feed-forward layer's
+    # hidden and active values (F each), and about 12 tensors of the model's width.
+    per_block = 2 * model.num_heads * model.context_length + 2 * model.d_ff + 12 * model.d_model
+    per_token = model.num_layers * per_block + 4 * model.vocab_size
+    return 8 * sequences * model.context_length * per_token
+
+
+def pieces_of(model: TransformerSpec, sequences: int, piece_bytes: int = PIECE_BYTES) -> int:
+    """Return in how many pieces a mini-batch goes through the model."""
+    return min(sequences, -(-saved_bytes(model, sequences) // piece_bytes))
+
+
 @dataclass
 class Oracle:
     """The model with its optimizer state, all by canonical name (`common.spec.parameters`)."""
@@ -381,19 +399,24 @@ class Oracle:
     first_moment: Arrays = field(default_factory=dict)
     second_moment: Arrays = field(default_factory=dict)
     output_gradients: Arrays = field(default_factory=dict)
-    """By unit: the gradient of its output, from the last `forward_backward`."""
+    """By unit: the gradient of its output, from the last piece of `forward_backward`."""
+    piece_bytes: int = PIECE_BYTES
+    """What the forward may save; a larger mini-batch goes through in pieces."""
 
     def __post_init__(self) -> None:
         self.weights = {name: np.array(value, np.float64) for name, value in self.weights.items()}
         self.first_moment = {name: np.zeros_like(value) for name, value in self.weights.items()}
         self.second_moment = {name: np.zeros_like(value) for name, value in self.weights.items()}
 
-    def forward(self, batch: Batch, training: bool = True) -> tuple[float, dict[str, Array], Any]:
+    def forward(
+        self, batch: Batch, training: bool = True, first_sample: int = 0
+    ) -> tuple[float, dict[str, Array], Any]:
         """Return the mean loss per token, every unit's output, and what the backward needs.
 
         Outputs are (B, S, D), of the head (B, S, V). `training=False`: without dropout.
+        `first_sample` is the index of the first sequence in the mini-batch.
         """
-        masks = self._masks(batch, training)
+        masks = self._masks(batch, training, first_sample)
         outputs: dict[str, Array] = {}
         saved: dict[str, Any] = {}
 
@@ -414,9 +437,9 @@ class Oracle:
         picked = np.take_along_axis(shifted, targets, -1)  # (B, S, 1)
         return float((np.log(totals) - picked)[counts].sum() / batch.num_tokens), outputs, saved
 
-    def _masks(self, batch: Batch, training: bool) -> Masks:
+    def _masks(self, batch: Batch, training: bool, first_sample: int = 0) -> Masks:
         key = dropout_masks.step_key(self.train.seed, batch.step) if training else None
-        return Masks(self.model.dropout, key, np.arange(batch.inputs.shape[0]))
+        return Masks(self.model.dropout, key, first_sample + np.arange(batch.inputs.shape[0]))
 
     def _embedding(self, tokens: NDArray[np.int64], masks: Masks) -> tuple[Array, Any]:
         """x = (token[t] + position) * mask; rotary positions are the blocks' [1]"""
@@ -501,8 +524,50 @@ class Oracle:
         inner = attention_backward(grad * attention_mask, w, unit, m, attention_saved, grads)
         return grad + (of_norm(inner, 1) if m.norm == "pre" else inner)
 
+    def _pieces(self, batch: Batch) -> list[tuple[Batch, int, float]]:
+        """Cut a mini-batch so that what is saved of a piece fits; add its first sequence's index
+        and its share of the tokens.
+
+        A piece without any target that counts is left out: its loss and gradients are 0.
+        """
+        count = pieces_of(self.model, len(batch.inputs), self.piece_bytes)
+        if count == 1:
+            return [(batch, 0, 1.0)]
+        cut = batch.micro_batches(count)
+        parts = [(Batch(batch.step, one.inputs, one.targets), int(one.samples[0])) for one in cut]
+        return [
+            (part, first, part.num_tokens / batch.num_tokens)
+            for part, first in parts
+            if part.num_tokens
+        ]
+
+    def evaluate(self, batch: Batch) -> float:
+        """Return the mean loss per token, without dropout."""
+        return sum(
+            share * self.forward(part, training=False)[0] for part, _, share in self._pieces(batch)
+        )
+
     def forward_backward(self, batch: Batch) -> float:
         """Return the mean loss per token; `gradients` then holds every gradient by name.
+
+        Mean losses of pieces, and their gradients, add up by the pieces' shares of the tokens.
+        """
+        loss, sums = 0.0, None
+        for part, first_sample, share in self._pieces(batch):
+            loss += share * self._forward_backward(part, first_sample)
+            if share != 1:
+                for gradient in self.gradients.values():
+                    gradient *= share
+            if sums is None:
+                sums = self.gradients
+            else:
+                for name, gradient in self.gradients.items():
+                    sums[name] += gradient
+        self.gradients = sums or {}
+        return loss
+
+    def _forward_backward(self, batch: Batch, first_sample: int) -> float:
+        """Return the mean loss per token of a piece; `gradients` are those of that loss.
 
         dlogits = (softmax(logits) - onehot(target)) / number of tokens, 0 where the target is
         IGNORED
@@ -511,7 +576,7 @@ class Oracle:
         the second's -1 at the target. With probabilities 0.7, 0.2, 0.1 and target 1 that is
         0.7, -0.8, 0.1: the target's logit goes up, the others down, in sum nothing.
         """
-        loss, _, saved = self.forward(batch)
+        loss, _, saved = self.forward(batch, first_sample=first_sample)
         grads = self._no_gradients()
         grad = saved["loss"]  # (B, S, V), turned into dlogits in place
         targets = np.maximum(batch.targets, 0)[..., None]  # (B, S, 1)

@@ -10,6 +10,7 @@ any other implementation of the model can be fed with them.
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,8 @@ def reference_at(job: Job, corpus: Corpus, step: int) -> Reference:
         trained.train_step(corpus.training_batch(config, earlier))
     weights: Arrays = {name: value.astype(master) for name, value in trained.weights.items()}
     # From the rounded weights on, so that all that a run is fed with belongs together.
-    oracle = Oracle(config.model, config.train, weights)
+    # In one piece, whatever its size: every gradient of an output is looked at.
+    oracle = Oracle(config.model, config.train, weights, piece_bytes=sys.maxsize)
     batch = corpus.training_batch(config, step)
     _, outputs, _ = oracle.forward(batch)
     oracle.forward_backward(batch)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import checkpoint
-from common.oracle.reference import Oracle
+from common.oracle.reference import Oracle, pieces_of, saved_bytes
 from common.runtime.decode import Feed
 from common.runtime.engine import Arrays
 from common.runtime.executor import Event, unwatched
@@ -34,12 +34,11 @@ def memory_bytes(config: RunConfig) -> int:
 
     For the preset `small` this gives 0.92 GB; 0.90 GB were measured.
     """
-    model, tokens = config.model, config.train.batch_size * config.model.context_length
+    model, sequences = config.model, config.train.batch_size
     parameters = sum(math.prod(shape) for shape in parameter_shapes(model).values())
-    # Per token and block: the attention's weights and mask (H x S each), the feed-forward layer's
-    # hidden and active values (F each), and about 12 tensors of the model's width.
-    per_block = 2 * model.num_heads * model.context_length + 2 * model.d_ff + 12 * model.d_model
-    return 8 * (5 * parameters + tokens * (model.num_layers * per_block + 4 * model.vocab_size))
+    pieces = pieces_of(model, sequences)
+    copies = 5 if pieces == 1 else 6  # a piece's gradients beside their sum
+    return 8 * copies * parameters + saved_bytes(model, -(-sequences // pieces))
 
 
 class OracleEngine:
@@ -64,7 +63,7 @@ class OracleEngine:
         return self.oracle.apply_gradients(step)
 
     def evaluate(self, batch: Batch) -> float:
-        return self.oracle.forward(batch, training=False)[0]
+        return self.oracle.evaluate(batch)
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
         return dict(self.oracle.unit_outputs(batch, self._pieces))

@@ -513,6 +513,29 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "run": {"tokenizer": "bpe"},
     },
+    # The shape of small Llamas (100 M parameters).
+    "llama-100m": {
+        "model": {
+            "vocab_size": 32000,
+            "context_length": 1024,
+            "num_layers": 12,
+            "d_model": 768,
+            "num_heads": 12,
+            "num_kv_heads": 4,
+            "d_ff": 2048,
+            "tied_head": True,
+        }
+        | LLAMA,
+        "train": {
+            "steps": 10,
+            "batch_size": 8,
+            "micro_batches": 8,
+            "learning_rate": 6e-4,
+            "warmup_steps": 2,
+            "learning_rate_schedule": "cosine",
+        },
+        "run": {"tokenizer": "bpe"},
+    },
     # The textbook case: 48 layers over 4 stages with 4 micro-batches, narrow enough to run on a
     # laptop.
     "deep48": {

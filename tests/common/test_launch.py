@@ -100,7 +100,8 @@ def test_the_oracle_runs_as_a_worker(tmp_path: Path) -> None:
 
 def test_the_oracle_knows_what_memory_it_needs() -> None:
     assert memory_bytes(preset("small")) == pytest.approx(0.9e9, rel=0.05)  # measured
-    assert memory_bytes(preset("gpt2-small")) > 20e9
+    for name in ("gpt2-small", "llama-100m"):  # a sequence at a time
+        assert 5e9 < memory_bytes(preset(name)) < 15e9
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.oracle.reference import Oracle, clip_scale, global_norm
+from common.oracle.reference import Oracle, clip_scale, global_norm, pieces_of, saved_bytes
 from common.runtime.dumping import in_precision
 from common.runtime.rounded_oracle import RoundedOracleEngine
 from common.spec.data import load_corpus
@@ -162,3 +162,30 @@ def test_the_rounded_oracle_computes_at_rounded_weights_and_trains_their_masters
     before = engine.evaluate(batch)
     engine.apply_gradients(0)
     assert engine.evaluate(batch) < before
+
+
+def test_a_large_mini_batch_goes_through_in_pieces() -> None:
+    model = TransformerSpec(
+        num_layers=1, d_model=8, num_heads=2, d_ff=12, context_length=8, dropout=0.2, tied_head=True
+    )
+    train = {"batch_size": 7, "micro_batches": 2}
+    config = RunConfig.model_validate(
+        {"model": model, "train": train, "sequence_lengths": "random", "sequences_per_epoch": 6}
+    )
+    batch, weights = (
+        load_corpus(config).training_batch(config, 0),
+        initial_weights(model, 0, "float64"),
+    )
+    whole = Oracle(model, config.train, weights)
+    loss = whole.forward_backward(batch)
+    assert pieces_of(model, 7) == 1
+    for count in (2, 3, 7):  # the last of 7 pieces has no target
+        piece_bytes = saved_bytes(model, -(-7 // count))
+        assert pieces_of(model, 7, piece_bytes) == count
+        pieces = Oracle(model, config.train, weights, piece_bytes=piece_bytes)
+        assert pieces.forward_backward(batch) == pytest.approx(loss, rel=1e-14)
+        for name, gradient in whole.gradients.items():
+            np.testing.assert_allclose(
+                pieces.gradients[name], gradient, rtol=1e-11, atol=1e-17, err_msg=name
+            )
+        assert pieces.evaluate(batch) == pytest.approx(whole.evaluate(batch), rel=1e-14)
