@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +235,9 @@ def _tokenized(text: Text, kind: str, content: bytes | None, where: str, vocab_s
     made = None if tokenizer is None else tokenizer.content
     tokens = _kept_tokens(text, kind, made, dtype, into) if text.num_bytes >= LONG_BYTES else None
     if tokens is None:
-        found: list[NDArray[Any]] = [np.zeros(0, dtype)]
-        into(found.append)
-        tokens = np.concatenate(found)
+        memory = io.BytesIO()  # pieces of an array would take twice the memory when they are joined
+        into(memory.write)
+        tokens = np.frombuffer(memory.getbuffer(), dtype)
     return Corpus(tokens, text.digest, text.num_bytes, made)
 
 
@@ -256,13 +256,13 @@ def _kept_tokens(
     made_of = (text.digest, kind, hashlib.sha256(tokenizer or b"").hexdigest(), __version__, RECIPE)
     key = hashlib.sha256(" ".join(made_of).encode()).hexdigest()
 
-    def write(file: BufferedRandom) -> None:
+    def write(file: io.BufferedRandom) -> None:
         count = 0
 
         def take(tokens: NDArray[Any]) -> None:
             nonlocal count
             count += len(tokens)
-            file.write(tokens.data)
+            file.write(tokens)
 
         def write_header() -> None:  # NumPy leaves room in it for any count
             what = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count,)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,10 @@ from common.schedule.generators import make_schedule
 from common.schedule.pytorch_csv import format_csv, read_schedule
 from common.schedule.simulate import simulate
 from common.schedule.validate import validate
+from common.spec.corpus_files import CorpusError
 from common.spec.parameters import TensorKey, initial_weights
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
+from common.spec.text import read_texts
 from common.spec.tokenizer import TokenizerError, read_tokenizer
 
 MEMORY_BYTES = 512 * 2**20
@@ -430,6 +434,32 @@ def _tokenizers() -> list[bytes]:
     return found
 
 
+def _corpora() -> list[bytes]:
+    records = b"".join(b'{"text": "The class\\n", "n": [%d]}\n' % n for n in range(9))
+    return [
+        records,
+        gzip.compress(records),
+        gzip.compress("café\n".encode() * 99),
+        b"\xef\xbb\xbfa",
+    ]
+
+
+def _read_corpus(path: Path) -> None:
+    """Take the file for each kind of corpus that it may be."""
+    endings = (".gz", ".jsonl.gz") if path.read_bytes()[:2] == b"\x1f\x8b" else (".txt", ".jsonl")
+    found = []
+    for ending in endings:
+        link = path.with_name(f"corpus{ending}")
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
+        try:
+            "".join(read_texts([str(link)]).decoded(lambda more_bytes: None))
+        except CorpusError as error:
+            found.append(error)
+    if len(found) == len(endings):
+        raise found[-1]
+
+
 def _text(read: Callable[[str], object]) -> Callable[[Path], object]:
     return lambda path: read(path.read_bytes().decode(errors="replace"))
 
@@ -468,6 +498,7 @@ READERS: tuple[Reader, ...] = (
         lambda path: read_tokenizer(path).encode("The class"),
         TokenizerError,
     ),
+    _one_file("corpus", _corpora, _read_corpus, CorpusError, damaged=partial(mutated, text=False)),
     _one_file("job file", _job_files, JobFile.read, ValueError),
     _one_file("tensor key", lambda: KEYS, _text(TensorKey.parse), ValueError),
     _one_file("fault", lambda: FAULTS, _text(Fault.parse), FaultError),
