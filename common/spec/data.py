@@ -236,7 +236,7 @@ def _tokenized(text: Text, kind: str, content: bytes | None, where: str, vocab_s
     tokens = _kept_tokens(text, kind, made, dtype, into) if text.num_bytes >= LONG_BYTES else None
     if tokens is None:
         memory = io.BytesIO()  # pieces of an array would take twice the memory when they are joined
-        into(memory.write)
+        into(lambda piece: memory.write(piece.data))
         tokens = np.frombuffer(memory.getbuffer(), dtype)
     return Corpus(tokens, text.digest, text.num_bytes, made)
 
@@ -262,7 +262,7 @@ def _kept_tokens(
         def take(tokens: NDArray[Any]) -> None:
             nonlocal count
             count += len(tokens)
-            file.write(tokens)
+            file.write(tokens.data)
 
         def write_header() -> None:  # NumPy leaves room in it for any count
             what = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count,)}

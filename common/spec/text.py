@@ -41,7 +41,7 @@ class Text:
     """The files of a corpus, or CPython's manual. It is read anew whenever it is asked for."""
 
     digest: str
-    """SHA-256 of all that `data` yields."""
+    """SHA-256 of all that `data` yields, and of where documents end."""
     num_bytes: int = field(compare=False)
     files: tuple[CorpusFile, ...] | None = field(compare=False)
     """None: the manual."""
@@ -74,7 +74,7 @@ class Text:
     def _checked(self, advance: Advance) -> Iterator[tuple[Document | None, bytes]]:
         digest = hashlib.sha256()
         for document, chunk in _pieces(self.files, advance):
-            digest.update(chunk)
+            digest.update(_counted(document, chunk))
             yield document, chunk
         if digest.hexdigest() != self.digest:
             names = " ".join(file.path for file in self.files or ())
@@ -94,8 +94,8 @@ def _digested_once(files: tuple[CorpusFile, ...]) -> Text:
 def _digested(files: tuple[CorpusFile, ...] | None) -> Text:
     digest, num_bytes = hashlib.sha256(), 0
     with Text("", 0, files).bar("reading the corpus") as advance:
-        for _, chunk in _pieces(files, advance):
-            digest.update(chunk)
+        for document, chunk in _pieces(files, advance):
+            digest.update(_counted(document, chunk))
             num_bytes += len(chunk)
     return Text(digest.hexdigest(), num_bytes, files)
 
@@ -121,6 +121,12 @@ def _pieces(
                 yield None, (BLANK_LINE if apart else "\n").encode()
             yield document, chunk
             before = document
+
+
+def _counted(document: Document | None, chunk: bytes) -> bytes:
+    """A blank line in a file, and between two documents, where a tokenizer may put a token of its
+    own, make different texts: the latter counts with a byte that is not in UTF-8."""
+    return b"\xff" + chunk if document is None and chunk == BLANK_LINE.encode() else chunk
 
 
 def _decoded(name: str, chunks: Iterable[bytes]) -> Iterator[str]:
