@@ -6,9 +6,6 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 
 @contextlib.contextmanager
 def byte_bar(what: str, total_bytes: int, least_bytes: int) -> Iterator[Callable[[int], None]]:
@@ -19,6 +16,10 @@ def byte_bar(what: str, total_bytes: int, least_bytes: int) -> Iterator[Callable
     if total_bytes < least_bytes or not sys.stderr.isatty():
         yield lambda more_bytes: None
         return
+    # Only here: the Python of a worker process need not have it.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
