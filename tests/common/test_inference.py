@@ -16,6 +16,7 @@ import pytest
 from common import checkpoint
 from common.cli import inference
 from common.harness.launch import Implementation
+from common.runtime.inference import Writing
 from common.runtime.job import Generation
 from common.runtime.oracle_worker import OracleEngine
 from common.runtime.sampling import kept_tokens, pick, uniform
@@ -99,6 +100,13 @@ def test_a_choice_depends_on_seed_sample_and_position_only() -> None:
     assert len(set(numbers.values())) == len(numbers)
     assert uniform(0, 1, 1) == numbers[0, 1, 1]
     assert uniform(7, 0, 3) == pytest.approx(0.4417, abs=1) and 0 <= uniform(7, 0, 3) < 1
+
+
+def test_logits_that_are_not_finite_choose_no_token() -> None:
+    writing = Writing(wish(num_beams=2), 24, 1)
+    writing.feed(0, None)
+    with pytest.raises(FloatingPointError, match="logits that are not finite"):
+        writing.feed(0, np.array([[0.0, np.nan]]))
 
 
 def test_held_out_batches_ask_for_every_token_once() -> None:

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.runtime.job import Job, JobFile, Part
+from common.runtime.job import Generation, Job, JobFile, Part
 from common.runtime.patience import Patience
 from common.schedule.generators import GENERATORS, default_chunks
 from common.spec.run import RunConfig
-from tests.engines import Arrays, Make, batch, different, maker, small, train
+from tests.engines import Arrays, Make, ask, batch, decoded, different, maker, small, train
 from tests.paddle import fake_gpus
 from tests.paddle.ranks import Pipeline, Ranks
 
@@ -122,6 +122,19 @@ def test_gpus_give_the_bits_of_the_cpu(
     assert engine.environment()["stage_devices"] == [f"fakegpu:{i}" for i in range(stages)]
     if schedule == "1f1b":
         check_times(engine.events())
+
+
+@pytest.mark.parametrize(
+    ("stages", "schedule", "run"), [(3, "1f1b", {}), (2, "zb-v", {"chunks": 2})]
+)
+def test_what_is_generated_goes_round_on_gpus(
+    stages: int, schedule: str, run: dict[str, Any], make: Make, on_gpus: Callable[[int], Make]
+) -> None:
+    options = {"dtype": "float64", "num_layers": 4}
+    wish = Generation(prompt=(1, 2, 3), tokens=9, samples=3, temperature=1.0, eos=7)
+    cpu, gpus = make(1, "1f1b", **options), on_gpus(8)(stages, schedule, run=run, **options)
+    tokens = [ask(engine, decoded, wish)["found"].tokens for engine in (cpu, gpus)]
+    assert tokens[0] == tokens[1]
 
 
 def check_times(events: dict[int, list[Any]]) -> None:

@@ -6,20 +6,24 @@ from typing import Any
 
 import pytest
 
-from tests.engines import DECODING, Make, check_decoding, check_searches
+from tests.engines import Make, check_decoding, check_searches
 
 
 @pytest.mark.parametrize(
-    ("stages", "schedule", "run"),
-    [(1, "1f1b", {}), (2, "gpipe", {}), (2, "zb-v", {"chunks": 2})],
+    ("kind", "stages", "schedule", "run"),
+    [
+        ("greedy", 2, "gpipe", {}),
+        ("sampled", 1, "1f1b", {}),
+        ("sampled", 2, "zb-v", {"chunks": 2}),
+        ("beams", 1, "1f1b", {}),
+        ("beams", 2, "interleaved", {"chunks": 2}),
+    ],
 )
-@pytest.mark.parametrize("kind", DECODING)
 def test_tokens_are_the_oracles_and_logits_those_of_the_whole_context(
     make: Make, kind: str, stages: int, schedule: str, run: dict[str, Any]
 ) -> None:
     check_decoding(make, kind, stages, schedule, **run)
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_searches_find_what_the_transformers_library_found(make: Make, stages: int) -> None:
-    check_searches(make, "tensorflow", stages)
+def test_searches_find_what_the_transformers_library_found(make: Make) -> None:
+    check_searches(make, "tensorflow", 2)
