@@ -40,8 +40,8 @@ from common.spec.tokenizer import BYTES
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 DEFAULT_TOKENS = 64
-LARGEST_PENALTY = 10
-"""Beyond it scores are no numbers any more."""
+LEAST_TEMPERATURE, LARGEST_PENALTY = 1e-100, 10
+"""Beyond these, logits and scores are no numbers any more."""
 EARLY = ("no", "yes", "never")
 CHOICES = ("temperature", "top_k", "top_p", "seed")
 """Options of random choices."""
@@ -109,8 +109,9 @@ def register(
 
 def _temperature(text: str) -> float:
     value = number(text) or 0.0
-    if value <= 0:
-        what = "expected a number, more than 0 (for the likeliest: --greedy)"
+    if value < LEAST_TEMPERATURE:
+        least = f"at least {LEAST_TEMPERATURE}"
+        what = f"expected a number, more than 0, {least} (for the likeliest: --greedy)"
         raise argparse.ArgumentTypeError(f"{text!r}; {what}")
     return value
 

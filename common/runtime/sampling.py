@@ -78,13 +78,14 @@ def kept_tokens(scaled: NDArray[np.float64], wish: Generation) -> tuple[NDArray[
     kept = np.ones(len(scaled), bool)
     # The k-th and the next: closer than the frameworks' logits are, they could change places.
     if wish.top_k is not None and wish.top_k < len(scaled):
-        falling = np.sort(scaled)[::-1]
-        kept = scaled >= falling[wish.top_k - 1]
-        call = float(falling[wish.top_k - 1] - falling[wish.top_k]) * temperature
+        place = len(scaled) - wish.top_k
+        following, last = np.partition(scaled, (place - 1, place))[place - 1 : place + 1]
+        kept = scaled >= last
+        call = float(last - following) * temperature
     if wish.top_p is not None and wish.top_p < 1:
         # The fewest of the likeliest that make up p, as transformers' TopPLogitsWarper has it.
-        order = np.argsort(-np.where(kept, scaled, -np.inf), kind="stable")
-        order = order[: np.count_nonzero(kept)]
+        order = np.flatnonzero(kept)
+        order = order[np.argsort(-scaled[order], kind="stable")]
         weights = np.exp(scaled[order] - scaled[order[0]])
         totals = np.cumsum(weights) / weights.sum()
         count = min(int(np.searchsorted(totals, wish.top_p, side="left")) + 1, len(order))

@@ -251,6 +251,7 @@ def test_wrong_input_is_one_line(
         f"generate --checkpoint {saved} --prompt-tokens 256": "token 256; the vocabulary has 256",
         f"generate --checkpoint {saved} --prompt x "
         "--temperature 0": "expected a number, more than 0",
+        f"{ours} --temperature 1e-200": "expected a number, more than 0, at least 1e-100",
         f"generate --checkpoint {saved} --prompt x --tokenizer-file "
         f"{saved}/manifest.json": "expected a tokenizer.json",
         f"evaluate --checkpoint {saved} --batches 0": "expected a whole number, at least 1",
