@@ -1,7 +1,9 @@
 """The streams of GPUs: one or two for the computing of each stage's thread, two for the copies
 between two GPUs.
 
-Differs: TensorFlow and Paddle manage their streams themselves.
+Differs: TensorFlow and Paddle manage their streams themselves, so their pairs are F, then BW.
+Paddle takes a stream, but nothing shows without a GPU what its allocator and messages do with a
+second one.
 """
 
 from __future__ import annotations

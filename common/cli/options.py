@@ -45,7 +45,8 @@ METAVARS = {
     "tokenizer_file": "FILE",
 }
 MORE_HELP = {
-    "schedule": f": {', '.join(GENERATORS)}; or all of them that fit",
+    "schedule": f": {', '.join(GENERATORS)}; or all of them that fit. `triptych simulate --output "
+    "PATH` writes a file, with --group-size, --warm-up or costs of yours",
     "dropout": f"; native or native:X: by the framework's own masks, with X or {NATIVE_DROPOUT:g}",
 }
 
