@@ -372,7 +372,9 @@ def _plan_table(config: RunConfig) -> Table:
     titles = ("stage", "units", "parameters", "MB", "forward MFLOP", "share", "sends kB")
     table = Grid(titles, rows, ("units",)).rich()
     table.columns[1].no_wrap = False
-    chunks = f" of {config.chunks} chunks" if config.chunks > 1 else ""
+    alike = len(parts) == config.stages * config.chunks  # else a file has placed them
+    chunks = f" of {config.chunks} chunks" if alike else f", {len(parts)} chunks"
+    chunks = chunks if config.chunks > 1 else ""
     sizes = f"micro-batches of {_sizes(config)} sequences"
     table.title = f"{config.stages} stages{chunks}, partition {partition}, {sizes}"
     table.caption = f"largest stage: {max(loads) * config.stages / total:.3f} of the mean"
