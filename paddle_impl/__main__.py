@@ -1,7 +1,8 @@
 """`python -m paddle_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for
 what cannot start.
 
-Differs: this process only starts one process per stage and waits for them (`paddle_impl.ranks`).
+Differs: this process only starts one process per stage and replica, and waits for them
+(`paddle_impl.ranks`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 
 from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
+from common.runtime.ranks import mesh_of
 from paddle_impl.devices import configure
 from paddle_impl.ranks import run_on_ranks
 
@@ -21,13 +23,11 @@ def main(arguments: list[str]) -> int:
     try:
         jobs = JobFile.read(arguments[0]).jobs
         first = jobs[0].config
-        if any(
-            (job.config.stages, job.config.device) != (first.stages, first.device) for job in jobs
-        ):
+        if len({(job.config.stages, job.config.replicas, job.config.device) for job in jobs}) > 1:
             raise ValueError(
-                "the jobs of one file share stages and device; expected one file for each"
+                "the jobs of one file share stages, replicas and device; expected one file for each"
             )
-        configure(first.stages, first.threads, first.device)
+        configure(mesh_of(jobs).size, first.threads, first.device)
         import paddle_impl.engine  # noqa: F401  after `configure`, since it imports Paddle; the ranks inherit it
     except ImportError as error:
         return _refuse(

@@ -26,6 +26,7 @@ from common.spec.parameters import TensorKey, parameter_shapes, unit_names
 from common.spec.run import RunConfig
 from paddle_impl import devices, process
 from paddle_impl.dropout import DropoutContext
+from paddle_impl.groups import here
 from paddle_impl.layers import build_unit, summed_loss
 from paddle_impl.optimizer import StageOptimizer
 from paddle_impl.programs import make_static, static_units
@@ -46,12 +47,15 @@ class PlainEngine(BaselineEngine):
     It answers what the harness asks (`common.runtime.engine.Engine`).
     """
 
+    replica = 0
+    """Whose rows of the mini-batch are computed here."""
+
     def __init__(self, config: RunConfig) -> None:
         if config.recompute != "none":
             raise ValueError(f"recompute = {config.recompute}; executor = plain takes none")
         devices.check_dtype(config.train.dtype)
         self.config = config
-        process.set_threads(threads_per_stage(1, config.threads))
+        process.set_threads(threads_per_stage(here().world.local_size, config.threads))
         process.forget_peak_memory()
         paddle.set_default_dtype(config.train.dtype)
         self._context = DropoutContext(config.model.dropout_masks == "native")
@@ -66,6 +70,7 @@ class PlainEngine(BaselineEngine):
             head = self.units[-1]
             head.forward = lambda x: paddle.matmul(head.norm(x), token, transpose_y=True)
             self._named = [item for item in self._named if not item.is_copy]
+        self.model = self._outputs = _Units(self.units)
         self._optimizer = StageOptimizer(config.train, self._named)
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
@@ -73,8 +78,7 @@ class PlainEngine(BaselineEngine):
         self._optimizer = StageOptimizer(self.config.train, self._named)
 
     def forward_backward(self, batch: Batch) -> float:
-        for item in self._named:
-            item.parameter.clear_gradient(set_to_zero=False)
+        self._clear_gradients()
         loss = self._loss(batch, training=True)[0]
         loss.backward()
         return float(loss)
@@ -90,18 +94,19 @@ class PlainEngine(BaselineEngine):
 
     @paddle.no_grad()
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
+        outputs, m = self._loss(batch, training=True)[1], self.config.train.micro_batches
         return {
-            TensorKey(batch.step, "forward", 0, i, unit, "output"): piece.numpy().copy()
-            for unit, output in zip(
-                unit_names(self.config.model), self._loss(batch, training=True)[1], strict=True
+            TensorKey(batch.step, "forward", 0, self.replica * m + i, unit, "output"): (
+                piece.numpy().copy()
             )
-            for i, piece in enumerate(output.tensor_split(self.config.train.micro_batches))
+            for unit, output in zip(unit_names(self.config.model), outputs, strict=True)
+            for i, piece in enumerate(output.tensor_split(m))
         }
 
     @paddle.no_grad()
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
-        nothing = Batch(0, inputs, np.zeros_like(inputs))
-        return to_array(self._loss(nothing, training=False)[1][-1])
+        self._context.step_key = None
+        return to_array(self.model(paddle.to_tensor(inputs))[-1])
 
     def optimizer_state(self) -> Arrays:
         return self._optimizer.state()
@@ -127,23 +132,46 @@ class PlainEngine(BaselineEngine):
         return {0: process.peak_memory_bytes()}
 
     def _loss(self, batch: Batch, training: bool) -> tuple[Tensor, list[Tensor]]:
-        """The mean loss per token, and every unit's output."""
-        whole = batch.micro_batches(1)[0]
+        """This replica's share of the mean loss per token, and every unit's output for its rows."""
+        pieces = batch.share(self.replica, self.config.replicas, self.config.train.micro_batches)
+        inputs, targets, samples = (
+            np.concatenate([getattr(piece, name) for piece in pieces])
+            for name in ("inputs", "targets", "samples")
+        )
         self._context.step_key = step_key(self.config.train.seed, batch.step) if training else None
-        self._context.samples = whole.samples
-        outputs = [paddle.to_tensor(whole.inputs)]
-        for unit in self.units:
-            outputs.append(unit(outputs[-1]))
-        return summed_loss(outputs[-1], paddle.to_tensor(whole.targets), batch.num_tokens), outputs[
-            1:
-        ]
+        self._context.samples = samples
+        outputs = self._outputs(paddle.to_tensor(inputs))
+        return summed_loss(outputs[-1], paddle.to_tensor(targets), batch.num_tokens), outputs
+
+    def _clear_gradients(self) -> None:
+        for item in self._named:
+            item.parameter.clear_gradient(set_to_zero=False)
 
     def _in_order(self, found: Arrays) -> Arrays:
         return {name: found[name] for name in parameter_shapes(self.config.model)}
+
+
+class _Units(nn.Layer):
+    """All units, one after another."""
+
+    def __init__(self, units: nn.LayerList) -> None:
+        super().__init__()
+        self.units = units
+
+    def forward(self, tokens: Tensor) -> list[Tensor]:
+        """Return every unit's output."""
+        outputs = [tokens]
+        for unit in self.units:
+            outputs.append(unit(outputs[-1]))
+        return outputs[1:]
 
 
 def build_baseline(config: RunConfig) -> Engine:
     """Return the engine for `executor` = plain. (For native, `build_engine` takes fleet's pipeline
     in place of our table.)
     """
+    if config.replicas > 1:
+        from paddle_impl.data_parallel import DataParallelEngine  # which builds on this module
+
+        return DataParallelEngine(config)
     return PlainEngine(config)

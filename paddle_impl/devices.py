@@ -16,14 +16,14 @@ from common.spec.run import RunConfig
 from paddle_impl import mkl
 
 
-def configure(stages: int, threads: int | None, device: str) -> None:
-    """Set what must be set before Paddle computes anything. Raises ValueError for CUDA where there
-    is none.
+def configure(ranks: int, threads: int | None, device: str) -> None:
+    """Set what must be set before Paddle computes anything, in each of so many processes on this
+    host. Raises ValueError for CUDA where there is none.
 
     Paddle is imported in here, after the environment is set. (MKL's kernels were chosen by the
     package, `paddle_impl.mkl`.)
     """
-    count = str(threads_per_stage(stages, threads))
+    count = str(threads_per_stage(ranks, threads))
     os.environ.update(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count, OPENBLAS_NUM_THREADS=count)
     os.environ.update(
         NVIDIA_TF32_OVERRIDE="0", FLAGS_cudnn_deterministic="1", FLAGS_embedding_deterministic="1"
@@ -33,10 +33,7 @@ def configure(stages: int, threads: int | None, device: str) -> None:
     warnings.filterwarnings(
         "ignore", message="No ccache found"
     )  # said by the import, needed for C++ extensions only
-    if (
-        set(stage_devices(stages, device)) == {"cpu"}
-        and "FLAGS_use_stride_kernel" not in os.environ
-    ):
+    if set(stage_devices(ranks, device)) == {"cpu"} and "FLAGS_use_stride_kernel" not in os.environ:
         import paddle
 
         # A transposed tensor would be a view, which every product that reads it makes contiguous
@@ -44,19 +41,19 @@ def configure(stages: int, threads: int | None, device: str) -> None:
         paddle.set_flags({"FLAGS_use_stride_kernel": False})
 
 
-def stage_devices(stages: int, device: str) -> list[str]:
-    """One device per stage, by Paddle's names: "cpu", "gpu:0", or those of a plugin, "npu:0";
-    neighbours share one where there are fewer than stages. Raises ValueError.
+def stage_devices(ranks: int, device: str) -> list[str]:
+    """One device per process of this host, by Paddle's names: "cpu", "gpu:0", or those of a plugin,
+    "npu:0"; neighbours share one where there are fewer. Raises ValueError.
     """
     if device == "cpu":
-        return ["cpu"] * stages  # without asking CUDA, which does not survive the fork of the ranks
+        return ["cpu"] * ranks  # without asking CUDA, which does not survive the fork of the ranks
     import paddle
 
     plugins = [] if paddle.is_compiled_with_cuda() else paddle.device.get_all_custom_device_type()
     kind, count = (plugins or ["gpu"])[0], paddle.device.device_count()
     if device == "cuda" and (kind != "gpu" or not count):
         raise ValueError("device = cuda, but this Paddle sees no CUDA device; expected cpu or auto")
-    return [f"{kind}:{i}" for i in gpus_of_stages(stages, count)] if count else ["cpu"] * stages
+    return [f"{kind}:{i}" for i in gpus_of_stages(ranks, count)] if count else ["cpu"] * ranks
 
 
 def check_dtype(dtype: str) -> None:
@@ -139,14 +136,14 @@ def _gpu_environment(used: Sequence[str]) -> dict[str, Any]:
     """What only a run on GPUs has."""
     import paddle
 
-    from paddle_impl.groups import through_host
+    from paddle_impl.groups import here
 
     return {
         "stage_devices": list(used),
         "driver": next((gpu.driver for gpu in visible_gpus()), "unknown"),
         "cuda": paddle.version.cuda(),
         "nccl": paddle.version.nccl(),
-        "messages": "sockets" if through_host(used) else "the GPUs' own library",
+        "messages": "sockets" if here().through_host else "the GPUs' own library",
     }
 
 

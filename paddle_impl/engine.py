@@ -1,5 +1,5 @@
-"""The engine: this process' stage of fleet's pipeline. All processes call the same methods in the
-same order.
+"""The engine: this process' stage of one of fleet's pipelines. All processes call the same methods
+in the same order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import numpy as np
 import paddle
 from numpy.typing import NDArray
 from paddle import Tensor
-from paddle.distributed import fleet
 
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.cpus import threads_per_stage
@@ -24,13 +23,14 @@ from common.runtime.mode import Mode
 from common.schedule.action import Action
 from common.schedule.generators import make_schedule
 from common.spec.data import Batch
+from common.spec.mesh import Mesh
 from common.spec.parameters import TOKEN_EMBEDDING, TensorKey, parameter_shapes
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
 from paddle_impl import devices, process
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.fleet import StageLayers, build_pipeline
-from paddle_impl.groups import connect_ring
+from paddle_impl.groups import connect_ring, here, sum_over_ranks
 from paddle_impl.optimizer import StageOptimizer
 from paddle_impl.probe import probe_units
 from paddle_impl.programs import make_static, static_units
@@ -58,7 +58,7 @@ def build_engine(config: RunConfig) -> Engine:
 
 
 class PipelineEngine:
-    """One stage, in a process of its own (`common.runtime.engine.Engine`)."""
+    """One stage of one replica, in a process of its own (`common.runtime.engine.Engine`)."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -72,15 +72,16 @@ class PipelineEngine:
         if config.executor == "native" and config.recompute != "none":
             raise ValueError(f"recompute = {config.recompute}; executor = native takes none")
         devices.check_dtype(config.train.dtype)
-        group = fleet.get_hybrid_communicate_group()
-        if group.get_pipe_parallel_world_size() != config.stages:
+        joined = here()
+        if joined.mesh != Mesh(config.stages, config.replicas):
             raise ValueError(
-                f"stages = {config.stages}; the processes have joined a pipeline of another length"
+                f"stages = {config.stages}, replicas = {config.replicas}; the processes have "
+                "joined as others"
             )
-        self._rank: int = group.get_stage_id()
-        self.devices: tuple[int, ...] = (self._rank,)
+        self._stage, self._replica = joined.place
+        self.devices: tuple[int, ...] = (self._stage,)
         self.on_action: Callable[[int, Action | None], None] = unwatched
-        process.set_threads(threads_per_stage(config.stages, config.threads))
+        process.set_threads(threads_per_stage(joined.world.local_size, config.threads))
         gc.collect()  # an earlier engine of this process: fleet's objects refer to each other
         process.forget_peak_memory()
         paddle.set_default_dtype(config.train.dtype)
@@ -89,16 +90,16 @@ class PipelineEngine:
             DropoutContext(config.model.dropout_masks == "native"),
         )
         layers = StageLayers(config, plan, self.schedule, context)
-        parts = [plan.parts[k] for k in self.schedule.parts[self._rank]]
+        parts = [plan.parts[k] for k in self.schedule.parts[self._stage]]
         chunks = layers.chunks()
-        self._named = [
-            item
+        named = [
+            named_parameters(part, units, config.model.tied_head)
             for part, units in zip(parts, chunks, strict=True)
-            for item in named_parameters(part, units, config.model.tied_head)
         ]
         if static_units(config):
             make_static(unit for units in chunks for unit in units)
-        self.stage = Stage(config, parts, chunks, self._named, context)
+        self.stage = Stage(config, parts, chunks, named, context, self._replica)
+        self._named = self.stage.named
         self.pipeline = build_pipeline(config, layers, self.schedule)
         self._events: list[Event] = []
         self._optimizer = StageOptimizer(config.train, self._named)
@@ -116,7 +117,10 @@ class PipelineEngine:
 
     def apply_gradients(self, step: int) -> float:
         """As the protocol says. The gradients are clipped in place: read them before."""
-        norm = global_norm(self._squared_norms())
+        # Each tensor's square once, in canonical order: replicas have the same gradients.
+        own = self._optimizer.squared_norms() if self._replica == 0 else {}
+        names = parameter_shapes(self.config.model)
+        norm = global_norm(self.sum_over_ranks([own.get(name, 0.0) for name in names]))
         self._optimizer.step(step, clip_scale(norm, self.config.train.clip_norm))
         return norm
 
@@ -128,8 +132,9 @@ class PipelineEngine:
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
         self._begin(batch, Mode.RECORD)
         self.pipeline.walk(self.schedule.only_forward())
+        key = TensorKey(batch.step, "forward", self._stage, -1, "", "output")
         return {
-            TensorKey(batch.step, "forward", self._rank, i, unit, "output"): output.numpy().copy()
+            key._replace(micro_batch=self.stage.first + i, unit=unit): output.numpy().copy()
             for (unit, i), output in self.stage.outputs.items()
         }
 
@@ -139,7 +144,8 @@ class PipelineEngine:
         inputs: Mapping[str, NDArray[Any]],
         output_gradients: Mapping[str, NDArray[Any]],
     ) -> dict[TensorKey, NDArray[Any]]:
-        return probe_units(self.stage, self._rank, batch, inputs, output_gradients)
+        copies = self.pipeline.dp_group if self.config.replicas > 1 else None
+        return probe_units(self.stage, self._stage, batch, inputs, output_gradients, copies)
 
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         self._begin(Batch(0, inputs, np.zeros_like(inputs)), Mode.PREDICT)
@@ -158,17 +164,17 @@ class PipelineEngine:
 
     def decode(self, feed: Feed) -> None:
         forwards = self.schedule.only_forward()
-        connect_ring(forwards, self._rank)
-        ring = Ring(self._rank, self.config.model, self.config.train.dtype)
+        connect_ring(forwards)
+        ring = Ring(self._stage, self.config.model, self.config.train.dtype)
 
         def fed(group: int, logits: Tensor | None) -> Extension | None:
             return feed(group, None if logits is None else to_array(logits))
 
         self.stage.begin_decoding()
         run_decoding(
-            forwards, self._rank, self.stage, ring, fed, partial(self.on_action, self._rank)
+            forwards, self._stage, self.stage, ring, fed, partial(self.on_action, self._stage)
         )
-        self.on_action(self._rank, None)
+        self.on_action(self._stage, None)
 
     def optimizer_state(self) -> Arrays:
         return self._optimizer.state()
@@ -187,32 +193,32 @@ class PipelineEngine:
         load_gradients(self._named, gradients)
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        return list(values)
+        return sum_over_ranks(values)
 
     def events(self) -> dict[int, list[Event]]:
-        return {self._rank: self._events}
+        return {self._stage: self._events}
 
     def environment(self) -> dict[str, Any]:
-        used = devices.stage_devices(self.config.stages, self.config.device)
+        used = [here().devices[rank] for rank in here().pipeline]
         return devices.environment(used) | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
         """As the protocol says. CPU: since this engine was built, where Linux lets the peak be
         reset.
         """
-        return {self._rank: process.peak_memory_bytes()}
+        return {self._stage: process.peak_memory_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
         if self.config.executor == "native" or static_units(
             self.config
         ):  # a program's tensors are its own
             return {}
-        return {self._rank: self.stage.held.peak_bytes}
+        return {self._stage: self.stage.held.peak_bytes}
 
     def in_flight_peak(self) -> dict[int, int]:
-        return (
-            {} if self.config.executor == "native" else {self._rank: self.stage.held.peak_in_flight}
-        )
+        if self.config.executor == "native":
+            return {}
+        return {self._stage: self.stage.held.peak_in_flight}
 
     def close(self) -> None:
         self.stage.in_flight.clear()
@@ -226,19 +232,6 @@ class PipelineEngine:
         self.stage.begin(batch, mode)
         self.pipeline.on_action = self.on_action
         self.pipeline.begin_pass(self.stage)
-
-    def _squared_norms(self) -> list[float]:
-        """Every tensor's sum of squares, in canonical order, from all stages."""
-        own = self._optimizer.squared_norms()
-        squares = paddle.to_tensor(
-            [own.get(name, 0.0) for name in parameter_shapes(self.config.model)], "float64"
-        )
-        if self.config.stages > 1:
-            paddle.distributed.all_reduce(
-                squares, group=self.pipeline.pp_group
-            )  # all but one rank add 0
-        everybodys: list[float] = squares.tolist()
-        return everybodys
 
     def _add_tied_gradients(self) -> None:
         """The token embedding's gradient: that of its own use plus that of the head's copy, put in

@@ -12,6 +12,7 @@ layers with ours.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,13 +29,15 @@ from paddle.distributed.fleet.meta_parallel import (
 )
 
 from common.runtime.executor import Event, run_stage
+from common.runtime.reduce import Reduction
 from common.schedule.action import Action, Op, Schedule
 from common.spec.parameters import unit_names
 from common.spec.partition import PartitionPlan
 from common.spec.run import RunConfig, TransformerSpec
 from paddle_impl.clock import device_clock, followed
 from paddle_impl.dropout import DropoutContext
-from paddle_impl.groups import connect
+from paddle_impl.gradient_sum import GradientSum
+from paddle_impl.groups import connect, sum_over_ranks
 from paddle_impl.layers import Block, Embedding, Head
 from paddle_impl.stage import Channel, Stage
 
@@ -91,6 +94,18 @@ class StageLayers(PipelineLayer):
         """
         raise NotImplementedError
 
+    def finish_sums(self) -> None:
+        """Wait for what replicas add up; the pipeline puts that of its pass here."""
+
+    def allreduce_shared_weight_gradients(self) -> None:
+        """Add up a tied head's two ends, which both of fleet's schedule and ours end with.
+
+        Replicas add up before: so the embedding's own gradient, from all rows, is added to the
+        head's, and the bits are those of both on one rank.
+        """
+        self.finish_sums()
+        super().allreduce_shared_weight_gradients()
+
 
 def unit_descriptions(
     spec: TransformerSpec, context: DropoutContext, tied_over_ranks: bool
@@ -136,6 +151,10 @@ class NativePipeline(PipelineParallel):
     def begin_pass(self, stage: Stage) -> None:
         """Tie the pipeline to its stage, whose `begin` the engine has called."""
         self.stage, self._layers.loss = stage, stage.loss
+        self._layers.finish_sums = self._finish_sums
+        actions, overlaps = self.schedule.devices[self.stage_id], self.config.reduce == "overlap"
+        self._reduction = Reduction(actions, self._start_sum, overlaps)
+        self._sums: list[GradientSum] = []
         self._actions, self._clock = [], device_clock(partial(self.on_action, self.stage_id))
         self._ready = self._clock.mark()
 
@@ -143,13 +162,31 @@ class NativePipeline(PipelineParallel):
         """Return what the pass did; on a GPU when that is done."""
         return [Event(action, *map(self._clock.seconds, when)) for action, *when in self._actions]
 
-    def walk(self, schedule: Schedule) -> list[Event]:
-        """Run this rank's line of the schedule by our executor; return what it did."""
+    def _start_sum(self, chunk: int) -> None:
+        """Begin to add up a chunk's gradients over the replicas."""
+        if self.use_data_parallel:
+            gradients = [item.parameter.grad for item in self.stage.named_by_chunk[chunk]]
+            self._sums.append(GradientSum(gradients, self.dp_group))
+
+    def _finish_sums(self) -> None:
+        self._reduction.finish()
+        for each in self._sums:
+            each.finish()
+
+    def walk(self, schedule: Schedule, ahead: Callable[[], None] = lambda: None) -> list[Event]:
+        """Run this rank's line of the schedule by our executor; return what it did. `ahead` is
+        called before every action.
+        """
         shapes = [
             [*tokens.shape, self.config.model.d_model] for tokens in self.stage.tokens
         ]  # (b, S, D), at every cut
         channel = Channel(schedule, self.stage_id, shapes, self.config.train.dtype)
-        with followed(self._clock, partial(self.on_action, self.stage_id)) as before:
+        with followed(self._clock, partial(self.on_action, self.stage_id)) as note:
+
+            def before(action: Action) -> None:
+                ahead()
+                note(action)
+
             events = run_stage(schedule, self.stage_id, self.stage, channel, before, self._clock)
         self.on_action(self.stage_id, None)
         return events
@@ -193,16 +230,15 @@ class NativePipeline(PipelineParallel):
         self._ready = end
 
     def _broadcast_final_loss(self, return_micro_batch_loss: bool = False) -> Tensor:
-        """The mean loss () or, if asked, the micro-batches' shares of it (m,), float64, on every
+        """The mean loss () or, if asked, the micro-batches' shares of it (d m,), float64, on every
         rank.
         """
-        # One place for each, in order, so that the sum's bits do not depend on who adds when.
-        shares = paddle.zeros([self.accumulate_steps], "float64")
+        # One place for each, so that the sum's bits do not depend on who adds when.
+        shares = [0.0] * (self.config.replicas * self.accumulate_steps)
         for i, share in enumerate(self.stage.losses()):
-            shares[i] = share
-        if self.num_stages > 1:
-            paddle.distributed.all_reduce(shares, group=self.pp_group)  # all but one rank add 0
-        return shares if return_micro_batch_loss else shares.sum()
+            shares[self.stage.first + i] = share
+        shares = sum_over_ranks(shares)
+        return paddle.to_tensor(shares if return_micro_batch_loss else math.fsum(shares), "float64")
 
 
 class TablePipeline(NativePipeline):
@@ -227,8 +263,9 @@ class TablePipeline(NativePipeline):
         """
         if static_scheduler:
             return " ".join(map(str, self.schedule.devices[self.stage_id]))
-        self._walked = self.walk(self.schedule)
-        # A head tied to an embedding on another rank; fleet's own schedule ends like this too.
+        self._walked = self.walk(self.schedule, self._reduction.before)
+        # Replicas, and a head tied to an embedding on another rank; fleet's own schedule ends like
+        # this too.
         self._layers.allreduce_shared_weight_gradients()
         return self._broadcast_final_loss(return_micro_batch_loss)
 
@@ -245,5 +282,5 @@ def build_pipeline(config: RunConfig, layers: StageLayers, schedule: Schedule) -
     chosen = NativePipeline if config.executor == "native" else TablePipeline
     pipeline = chosen(layers, fleet.get_hybrid_communicate_group(), strategy)
     pipeline.config, pipeline.schedule = config, schedule
-    connect(schedule, pipeline.stage_id)  # fleet's own schedule, too, is evaluated by `walk`
+    connect(schedule)  # fleet's own schedule, too, is evaluated by `walk`
     return pipeline

@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import paddle
 from numpy.typing import NDArray
 from paddle import Tensor
+from paddle.distributed.communication.group import Group
 
 from common.runtime.mode import Mode
 from common.spec.data import Batch
 from common.spec.parameters import TensorKey
+from paddle_impl.gradient_sum import GradientSum
 from paddle_impl.stage import Stage
 from paddle_impl.weights import NamedParameter, export_gradients, named_parameters
 
@@ -23,9 +26,10 @@ def probe_units(
     batch: Batch,
     inputs: Mapping[str, NDArray[Any]],
     output_gradients: Mapping[str, NDArray[Any]],
+    copies: Group | None,
 ) -> dict[TensorKey, NDArray[Any]]:
     """`common.runtime.engine.Engine.probe_units` for the units of one device, by Paddle's plain
-    autograd.
+    autograd; `copies` are the replicas of the stage, where there are several.
     """
     stage.begin(batch, Mode.RECORD)
     found: dict[TensorKey, NDArray[Any]] = {}
@@ -39,10 +43,13 @@ def probe_units(
                 x = _piece(stage, inputs[name], i) if name in inputs else tokens
                 x.stop_gradient = name not in inputs
                 output = unit(x)  # (b, S, D), or (b, S, V)
-                found[forward._replace(micro_batch=i)] = output.numpy()
+                number = stage.first + i
+                found[forward._replace(micro_batch=number)] = output.numpy()
                 paddle.autograd.backward([output], [_piece(stage, output_gradients[name], i)])
                 if name in inputs:
-                    found[backward._replace(micro_batch=i)] = x.grad.numpy()
+                    found[backward._replace(micro_batch=number)] = x.grad.numpy()
+            if copies is not None:
+                GradientSum([item.parameter.grad for item in named], copies).finish()
             found |= {
                 backward._replace(tensor=key): array
                 for key, array in export_gradients(named).items()
@@ -74,5 +81,6 @@ def _no_gradients(named: Sequence[NamedParameter]) -> Iterator[None]:
 
 def _piece(stage: Stage, array: NDArray[Any], micro_batch: int) -> Tensor:
     """The micro-batch's rows of a tensor of the whole mini-batch, in the run's precision."""
-    whole = paddle.to_tensor(array, dtype=stage.config.train.dtype)
-    return whole.tensor_split(stage.config.train.micro_batches)[micro_batch]
+    count = stage.config.replicas * stage.config.train.micro_batches
+    piece = np.array_split(array, count)[stage.first + micro_batch]
+    return paddle.to_tensor(piece, dtype=stage.config.train.dtype)

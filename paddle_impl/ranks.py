@@ -1,9 +1,10 @@
-"""One process per stage (`common.runtime.ranks`), as Paddle joins them.
+"""One process per stage and replica (`common.runtime.ranks`), as Paddle joins them.
 
-`paddle.distributed.launch` takes 3 s to start two stages where this takes 1.4 s.
+`paddle.distributed.launch` takes 3 s to start two stages where this takes 1.4 s; over several hosts
+it is what starts the ranks.
 
-Differs: PyTorch needs it for its own pipeline alone, TensorFlow for nothing: their stages are
-threads.
+Differs: PyTorch needs it for its own pipeline and for replicas alone, TensorFlow for replicas:
+their stages are threads.
 """
 
 from __future__ import annotations
@@ -15,31 +16,37 @@ from typing import Literal
 
 from common.runtime.engine import Engine
 from common.runtime.job import Job
-from common.runtime.ranks import Ranks
+from common.runtime.ranks import Ranks, mesh_of
 from common.runtime.ranks import run_on_ranks as run
 from common.runtime.world import World
+from common.spec.mesh import Mesh
 from common.spec.run import RunConfig
 from paddle_impl import devices
 
 
 def run_on_ranks(jobs: Sequence[Job]) -> int:
-    """Run the jobs, which share `stages` and `device`, on one process per stage. Returns the exit
-    status.
+    """Run the jobs, which share `stages`, `replicas` and `device`, on one process per stage and
+    replica. Returns the exit status.
     """
     from paddle_impl.drift import switch  # after `devices.configure`, since it imports Paddle
 
-    config = jobs[0].config
-    on_cpu = devices.stage_devices(config.stages, config.device)[0] == "cpu"
+    size = mesh_of(jobs).size
+    on_cpu = devices.stage_devices(size, jobs[0].config.device)[0] == "cpu"
     start_method: Literal["fork", "spawn"] = "fork" if on_cpu else "spawn"
     return run(Ranks("paddle_impl", _join, _wait_for_all, start_method), jobs, switch)
 
 
-def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
-    """Make this process stage `rank` of a pipeline whose processes listen at `endpoints`
-    (host:port).
+def join_pipeline(world: World, mesh: Mesh, device: str) -> None:
+    """Make this process one of `mesh`, by fleet's hybrid groups; ranks may be on other hosts.
 
-    Waits until all have joined. Raises ConnectionError if one of them does not.
+    Waits until all have joined. Raises ConnectionError if one of them does not; ValueError if the
+    processes are not as many as the mesh has, or some compute on a GPU and others on a CPU.
     """
+    if world.size != mesh.size:
+        raise ValueError(
+            f"stages x replicas = {mesh.size}, but {world.size} processes were started; expected "
+            f"{mesh.size}"
+        )
     import paddle
     from paddle.distributed import fleet
     from paddle.distributed.fleet.utils.log_util import set_log_level
@@ -47,57 +54,85 @@ def join_pipeline(rank: int, endpoints: Sequence[str], device: str) -> None:
     from paddle_impl import groups, sockets
 
     set_log_level("ERROR")
-    warnings.filterwarnings(
-        "ignore", message="No shared comm will be constructed"
-    )  # any model without a tied head
-    if len(endpoints) == 1:
-        warnings.filterwarnings(
-            "ignore", message="Current(ly not a parallel execution| global rank 0 is not in group)"
-        )
+    for harmless in (
+        "No shared comm will be constructed",  # any model without a tied head
+        "Current(ly not a parallel execution| global rank \\d+ is not in group)",  # d or p = 1
+    ):
+        warnings.filterwarnings("ignore", message=harmless)
 
-    used = devices.stage_devices(len(endpoints), device)
-    kind, _, index = used[rank].partition(":")
+    own = devices.stage_devices(world.local_size, device)[world.local_rank]
+    kind, _, index = own.partition(":")
     os.environ.update(
-        PADDLE_TRAINER_ID=str(rank),
-        PADDLE_TRAINERS_NUM=str(len(endpoints)),
-        PADDLE_TRAINER_ENDPOINTS=",".join(endpoints),
-        PADDLE_CURRENT_ENDPOINT=endpoints[rank],
-        PADDLE_MASTER=endpoints[0],
+        PADDLE_TRAINER_ID=str(world.rank),
+        PADDLE_TRAINERS_NUM=str(world.size),
+        PADDLE_TRAINER_ENDPOINTS=",".join(world.endpoints),
+        PADDLE_CURRENT_ENDPOINT=world.endpoints[world.rank],
+        PADDLE_MASTER=world.endpoints[0],
     )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # another launcher's, which Paddle would prefer
+        os.environ.pop(name, None)
     if kind != "cpu":
         os.environ[f"FLAGS_selected_{kind}s"] = index  # what fleet asks for the GPU of a rank
-    if groups.through_host(used):
+    joined = groups.joined = groups.Joined(world, mesh, _devices_of_all(world, own))
+    if joined.through_host:
         os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
-        sockets.enable()
+        sockets.enable(mesh)
     else:
         os.environ["PADDLE_DISTRI_BACKEND"] = "nccl" if kind == "gpu" else "xccl"
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {
-        "dp_degree": 1,
+        # Outermost first, as `common.spec.mesh` numbers the ranks.
+        "order": ["pp", "dp", "sharding", "sep", "cp", "mp"],
+        "pp_degree": mesh.stages,
+        "dp_degree": mesh.replicas,
         "mp_degree": 1,
-        "pp_degree": len(endpoints),
         # Fleet would divide every micro-batch's loss by their number; ours is divided by the tokens
         # already.
         "pp_configs": {"delay_scale_loss": True},
     }
     fleet.init(is_collective=True, strategy=strategy, log_level="ERROR")
-    paddle.set_device(used[rank])  # for the backend gloo, fleet has chosen the CPU
+    paddle.set_device(own)  # for the backend gloo, fleet has chosen the CPU
+    # On GPUs this makes the communicator of all ranks, which the end of a pass would else wait for.
+    _wait_for_all(world.size)
 
 
 def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
-    devices.configure(
-        config.stages, config.threads, config.device
-    )  # a spawned rank knows nothing of its parent's
+    """Make this process a rank of `world`, whoever has started it; return `build_engine`.
+
+    Raises ConnectionError and ValueError as `join_pipeline` does.
+    """
+    # A spawned or launched rank knows nothing of a parent's settings.
+    devices.configure(world.local_size, config.threads, config.device)
     from paddle_impl.engine import build_engine
 
-    join_pipeline(world.rank, world.endpoints, config.device)
+    join_pipeline(world, Mesh(config.stages, config.replicas), config.device)
     return build_engine
 
 
-def _wait_for_all(stages: int) -> None:
+def _devices_of_all(world: World, own: str) -> tuple[str, ...]:
+    """What every rank computes on, which only its own host can say, by the store that fleet makes
+    its groups with.
+    """
+    if world.size == 1:
+        return (own,)
+    from paddle.base import core
+
+    from paddle_impl import sockets
+
+    sockets.wait_for_store(world)
+    store = core.create_or_get_global_tcp_store()
+    store.set(f"device/{world.rank}", own)
+    found = tuple(bytes(store.get(f"device/{rank}")).decode() for rank in range(world.size))
+    if len({name.partition(":")[0] for name in found}) > 1:
+        said = ", ".join(map("{} {}".format, world.hosts, found))
+        raise ValueError(f"the hosts compute on different devices ({said}); expected one kind")
+    return found
+
+
+def _wait_for_all(size: int) -> None:
     import paddle
 
-    if stages > 1:
+    if size > 1:
         everybody = paddle.zeros([1])
         paddle.distributed.all_reduce(everybody)
         everybody.item()  # a GPU has only queued it

@@ -17,7 +17,7 @@ from paddle import Tensor
 from common.runtime.decode import Extension
 from common.runtime.executor import Message
 from common.spec.run import TransformerSpec
-from paddle_impl.groups import one_way
+from paddle_impl.groups import receive, send
 
 
 class Ring:
@@ -44,7 +44,7 @@ class Ring:
         if device == self._device:
             self._tensors[message] = tensor
         else:
-            paddle.distributed.isend(tensor, dst=device, group=one_way[self._device, device])
+            send(tensor, device)
 
     def hear(self, message: Message, device: int) -> Extension | None:
         """Raises ConnectionError if the other process ends."""
@@ -66,10 +66,9 @@ class Ring:
         return self._tensors.pop(message)
 
     def _send(self, numbers: Sequence[int], device: int) -> None:
-        numbers = paddle.to_tensor(numbers, "int64")
-        paddle.distributed.isend(numbers, dst=device, group=one_way[self._device, device])
+        send(paddle.to_tensor(numbers, "int64"), device)
 
     def _receive(self, shape: Sequence[int], dtype: str, device: int) -> Tensor:
         tensor = paddle.zeros(shape, dtype)
-        paddle.distributed.recv(tensor, src=device, group=one_way[device, self._device])
+        receive(tensor, device)
         return tensor

@@ -7,35 +7,43 @@ ranks, blocks in send, and lets its groups race for the same keys of the store. 
 what fleet's dynamic-graph pipeline uses, and NCCL's meaning: sends are queued, and receives of a
 coalesced batch wait until all its sends are out.
 
-A peer that dies closes its sockets, so whoever waits for it gets a ConnectionError at once. For one
-that lives the ranks wait as long as it takes; that it hangs is for their parent to find
-(`common.harness.launch`). Sockets listen at the address of PADDLE_CURRENT_ENDPOINT (the loopback
-device, unless a launcher for several hosts says otherwise).
+A peer that dies closes its sockets, so whoever waits for it gets a ConnectionError at once; where
+its host or the network is gone, TCP's own probes find it out (`_watch`). For one that lives the
+ranks wait as long as it takes; that it hangs is for their parent to find (`common.harness.launch`).
+Sockets listen at the address of PADDLE_CURRENT_ENDPOINT (the loopback device, unless a launcher for
+several hosts says otherwise).
 
 Differs: PyTorch and TensorFlow hand tensors from thread to thread.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import queue
 import socket
 import threading
 import time
-from multiprocessing.util import Finalize
+from collections.abc import Callable
+from multiprocessing import util
 from typing import Any
 
+import numpy as np
 import paddle
+from numpy.typing import NDArray
 from paddle import Tensor
 from paddle.distributed import collective, parallel
 
-_REDUCTIONS = {
-    "SUM": paddle.add,
-    "MAX": paddle.maximum,
-    "MIN": paddle.minimum,
-    "PRODUCT": paddle.multiply,
-}
+from common.runtime.world import World
+from common.spec.mesh import Mesh
+
+_REDUCTIONS = {"SUM": np.add, "MAX": np.maximum, "MIN": np.minimum, "PRODUCT": np.multiply}
+
+JOIN_SECONDS = 900.0
+"""How long a rank waits for others to start, as Paddle's own store does."""
+SILENT_SECONDS = 30
+"""How long a host that answers nothing, not even TCP's probes, may be away."""
 
 
 class Done:
@@ -48,24 +56,53 @@ class Done:
         return True
 
 
+class Running(threading.Thread):
+    """The task of an operation in a thread of its own, behind the one before."""
+
+    def __init__(self, work: Callable[[], None], behind: threading.Thread | None) -> None:
+        super().__init__(daemon=True)
+        self._work, self._behind = work, behind
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            if self._behind is not None:
+                self._behind.join()
+            self._work()
+        except Exception as error:
+            self._error = error  # for `wait`: nobody looks at this thread
+
+    def wait(self, timeout: Any = None) -> bool:
+        """Raises what the operation did."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def is_completed(self) -> bool:
+        return not self.is_alive()
+
+
 class Link:
     """A connection to one peer. Messages arrive in the order in which they were sent; sends never
     wait.
 
-    A message is its length (8 bytes) and the tensor's memory.
+    A message is its length (8 bytes) and the tensor's memory. `peer` is its name in errors.
     """
 
-    def __init__(self, connection: socket.socket, peer: int) -> None:
+    def __init__(self, connection: socket.socket, peer: str) -> None:
         # A header is 8 bytes: without this, the system would wait for more to send with it.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _watch(connection)
         self._socket, self._peer = connection, peer
         # The sender's thread takes from here, so `send` returns at once; None ends it.
-        self._outbox: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Tensor | NDArray[Any] | None] = queue.SimpleQueue()
         self._error: OSError | None = None
         self._sender = threading.Thread(target=self._send_queued, name=f"link-{peer}", daemon=True)
         self._sender.start()
 
-    def send(self, tensor: Tensor) -> None:
+    def send(self, tensor: Tensor | NDArray[Any]) -> None:
         """Queue the tensor, which must not change afterwards. Raises ConnectionError if the peer is
         gone.
         """
@@ -73,7 +110,7 @@ class Link:
             raise self._broken(self._error)
         self._outbox.put(tensor)
 
-    def receive(self, tensor: Tensor) -> None:
+    def receive(self, tensor: Tensor | NDArray[Any]) -> None:
         """Fill the tensor. Raises ConnectionError, or ValueError if the message has another size."""  # noqa: E501
         memory = _memory(tensor)
         header = bytearray(8)
@@ -81,7 +118,7 @@ class Link:
         length = int.from_bytes(header, "big")
         if length != len(memory):
             raise ValueError(
-                f"stage {self._peer} sent {length} bytes, {len(memory)} expected: its shape or "
+                f"{self._peer} sent {length} bytes, {len(memory)} expected: its shape or "
                 "dtype differs"
             )
         self._fill(memory)
@@ -112,9 +149,7 @@ class Link:
             memory = memory[count:]
 
     def _broken(self, error: OSError | None) -> ConnectionError:
-        return ConnectionError(
-            f"stage {self._peer} has ended ({error or 'it closed the connection'})"
-        )
+        return ConnectionError(f"{self._peer} has ended ({error or 'it closed the connection'})")
 
 
 class SocketGroup:
@@ -122,17 +157,19 @@ class SocketGroup:
     in the group.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, group: int) -> None:
+    def __init__(self, store: Any, rank: int, size: int, group: int, mesh: Mesh) -> None:
         self._rank, self._size = rank, size
+        self._last: Running | None = None
+        """The operation that was put in the background last."""
         # While fleet collects a batch of sends and receives: the receives, to be done after all.
         self._batch: list[tuple[Tensor, int]] | None = None
         self._links = {
-            peer: Link(connection, peer)
-            for peer, connection in _connect(store, rank, size, group).items()
+            peer: Link(connection, mesh.name(rank_of_peer))
+            for peer, (connection, rank_of_peer) in _connect(store, rank, size, group).items()
         }
         # When nobody uses the group any more, or at the end: atexit would not run in a process made
         # by fork.
-        Finalize(self, _close, args=(self._links,), exitpriority=0)
+        util.Finalize(self, _close, args=(self._links,), exitpriority=0)
 
     def name(self) -> str:
         return "GLOO"  # fleet asks which backend this is; it knows no other for CPUs
@@ -177,25 +214,58 @@ class SocketGroup:
             self.send(copy, peer)
         return Done()
 
-    def all_reduce(self, tensor: Tensor, op: Any = None, sync_op: bool = True) -> Done:
-        """In rank order, on the first rank, so that the bits do not depend on who comes first."""
-        if self._rank:
-            self.send(tensor.clone(), 0)
-        else:
-            reduce = _REDUCTIONS[str(op).rsplit(".", 1)[-1]]  # "ReduceOp.SUM"
-            with paddle.no_grad():
-                for peer in range(1, self._size):
-                    other = paddle.zeros_like(tensor)
-                    self.recv(other, peer)
-                    tensor.copy_(reduce(tensor, other), True)
-        return self.broadcast(tensor, 0)
+    def all_reduce(self, tensor: Tensor, op: Any = None, sync_op: bool = True) -> Done | Running:
+        """Add up, or what `op` says, in the order of the ranks; each rank does one slice for all.
 
-    def barrier(self, *_: Any) -> Done:
+        rank 0   a0 a1 a2         a0+b0+c0                     all three slices
+        rank 1   b0 b1 b2   ──►   a1+b1+c1               ──►   everywhere
+        rank 2   c0 c1 c2         a2+b2+c2
+
+        So the bits depend neither on who comes first nor on what else is in the tensor, and no rank
+        sends more than twice the tensor, however many there are.
+        """
+        reduce = _REDUCTIONS[str(op).rsplit(".", 1)[-1]]  # "ReduceOp.SUM"
+        if sync_op or not tensor.place.is_cpu_place():  # else a GPU might not have computed it yet
+            if self._last is not None:
+                self._last.join()
+            self._all_reduce(tensor, reduce)
+            return Done()
+        self._last = Running(lambda: self._all_reduce(tensor, reduce), self._last)
+        return self._last
+
+    def _all_reduce(self, tensor: Tensor, reduce: np.ufunc) -> None:
+        in_memory = tensor.cpu()  # on a CPU the tensor itself
+        slices = np.array_split(_array(in_memory), self._size)
+        for peer, link in self._links.items():
+            link.send(slices[peer])
+        own = slices[self._rank]
+        total, other = np.empty_like(own), np.empty_like(own)
+        for rank in range(self._size):
+            if rank != self._rank:
+                self._links[rank].receive(other)
+            term = own if rank == self._rank else other
+            if rank == 0:
+                total[:] = term
+            else:
+                reduce(total, term, out=total)
+        own[:] = total
+        # Of memory of its own: the caller may change its tensor before this has left.
+        for link in self._links.values():
+            link.send(total)
+        for peer, link in self._links.items():
+            link.receive(slices[peer])
+        if in_memory is not tensor:
+            tensor.copy_(in_memory, True)
+
+    def barrier(self, *_: Any) -> Done | Running:
         return self.all_reduce(paddle.zeros([1], "int32"), "SUM")
 
 
-def enable() -> None:
+def enable(mesh: Mesh) -> None:
     """Give fleet `SocketGroup` for its process groups, in this process. Call before `fleet.init`."""  # noqa: E501
+    # What a launched process has queued must be sent before Paddle's own exit, registered earlier,
+    # frees it. (A rank that is forked ends by `Finalize` alone.)
+    atexit.register(util._run_finalizers, 0)  # type: ignore[attr-defined]
     parallel.ParallelEnv._device_id = 0  # PipelineLayer reads it; builds without CUDA never set it
 
     def new_group(
@@ -208,12 +278,10 @@ def enable() -> None:
         group_id: int = 0,
         **_: Any,
     ) -> SocketGroup:
-        return SocketGroup(store, rank, world_size, group_id)
+        return SocketGroup(store, rank, world_size, group_id, mesh)
 
     # The two modules have each imported the function by name.
     collective._new_process_group_impl = parallel._new_process_group_impl = new_group
-    if int(os.environ.get("PADDLE_TRAINER_ID", 0)) > 0:
-        _wait_for_store(os.environ["PADDLE_MASTER"])
 
 
 def _close(links: dict[int, Link]) -> None:
@@ -221,38 +289,69 @@ def _close(links: dict[int, Link]) -> None:
         link.close()
 
 
-def _wait_for_store(endpoint: str) -> None:
-    """Waits until rank 0 listens: Paddle's TCPStore would try again every 3 s only."""
-    host, port = endpoint.rsplit(":", 1)
-    while True:
+def wait_for_store(world: World) -> None:
+    """Wait until rank 0 listens: Paddle's TCPStore would try again every 3 s only.
+
+    Raises ConnectionError.
+    """
+    host, port = world.endpoints[0].rsplit(":", 1)
+    until = time.monotonic() + JOIN_SECONDS
+    while world.rank:
         try:
             socket.create_connection((host, int(port)), 1).close()
             return
-        except OSError:
+        except OSError as error:
+            if time.monotonic() > until:
+                why = f"rank 0 does not listen at {host}:{port} ({error.strerror or error})"
+                raise ConnectionError(f"{why} after {JOIN_SECONDS:g} s") from None
             time.sleep(0.02)
 
 
-def _connect(store: Any, rank: int, size: int, group: int) -> dict[int, socket.socket]:
-    """A connection to every other rank of the group: each rank calls those before it and is called
-    by those after.
+def _watch(connection: socket.socket) -> None:
+    """Make a connection fail, and not wait for ever, once the other host is gone (tcp(7))."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", SILENT_SECONDS // 3),
+        ("TCP_KEEPINTVL", SILENT_SECONDS // 6),
+        ("TCP_KEEPCNT", 4),
+        ("TCP_USER_TIMEOUT", SILENT_SECONDS * 1000),  # for bytes that are under way
+    ):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _connect(store: Any, rank: int, size: int, group: int) -> dict[int, tuple[socket.socket, int]]:
+    """By rank in the group, a connection to every other one and its rank in the run: each calls
+    those before it and is called by those after.
     """
     host = os.environ["PADDLE_CURRENT_ENDPOINT"].rsplit(":", 1)[0]
+    of_run = int(os.environ["PADDLE_TRAINER_ID"])
     connections = {}
     with socket.create_server((host, 0), backlog=size) as server:
-        store.set(f"socket_group/{group}/{rank}", f"{host}:{server.getsockname()[1]}".encode())
+        server.settimeout(JOIN_SECONDS)
+        own = f"{host}:{server.getsockname()[1]}:{of_run}"
+        store.set(f"socket_group/{group}/{rank}", own.encode())
         for peer in range(rank):
-            peer_host, port = (
-                bytes(store.get(f"socket_group/{group}/{peer}")).decode().rsplit(":", 1)
-            )
-            connections[peer] = socket.create_connection((peer_host, int(port)))
-            connections[peer].sendall(rank.to_bytes(4, "big"))  # who calls
+            told = bytes(store.get(f"socket_group/{group}/{peer}")).decode()
+            peer_host, port, name = told.rsplit(":", 2)
+            call = socket.create_connection((peer_host, int(port)))
+            call.sendall(rank.to_bytes(4, "big") + of_run.to_bytes(4, "big"))  # who calls
+            connections[peer] = call, int(name)
         while len(connections) < size - 1:
             caller = server.accept()[0]
-            connections[int.from_bytes(caller.recv(4, socket.MSG_WAITALL), "big")] = caller
+            said = caller.recv(8, socket.MSG_WAITALL)
+            connections[int.from_bytes(said[:4], "big")] = caller, int.from_bytes(said[4:], "big")
     return connections
 
 
-def _memory(tensor: Tensor) -> memoryview:
+def _memory(tensor: Tensor | NDArray[Any]) -> memoryview:
     """The tensor's own bytes, not a copy."""
+    if isinstance(tensor, np.ndarray):
+        return tensor.view(np.uint8).data
     size = tensor.size * tensor.element_size()
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """The tensor's own elements (n,), not a copy, while the tensor is there."""
+    return np.frombuffer(_memory(tensor), str(tensor.dtype).rpartition(".")[2])

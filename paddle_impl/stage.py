@@ -29,7 +29,7 @@ from common.spec.run import RunConfig
 from paddle_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
 from paddle_impl.cache import Cache
 from paddle_impl.dropout import DropoutContext
-from paddle_impl.groups import one_way, sent_by
+from paddle_impl.groups import receive, send, sent_by
 from paddle_impl.held import SavedTensors, memory_bytes, saved_tensors
 from paddle_impl.layers import Head, summed_loss
 from paddle_impl.recompute import recompute
@@ -40,9 +40,9 @@ class Stage:
     """The model chunks of one device (`common.runtime.executor.Stage`), for one mini-batch after
     another.
 
-    `chunks` are the units of each chunk, `parts` their names; the stage that holds the head
-    computes the loss. Differs: the units come from fleet's PipelineLayer, and `context` is the one
-    that they share.
+    `chunks` are the units of each chunk, `parts` their names, `named` their parameters; the stage
+    that holds the head computes the loss. `replica` is the one whose micro-batches go through here.
+    Differs: the units come from fleet's PipelineLayer, and `context` is the one that they share.
     """
 
     def __init__(
@@ -50,16 +50,21 @@ class Stage:
         config: RunConfig,
         parts: Sequence[Sequence[str]],
         chunks: Sequence[Sequence[nn.Layer]],
-        named: Sequence[NamedParameter],
+        named: Sequence[Sequence[NamedParameter]],
         context: DropoutContext,
+        replica: int = 0,
     ) -> None:
         self.config = config
+        self._replica = replica
+        self.first = replica * config.train.micro_batches
+        """The number of its first micro-batch among those of all replicas."""
         self.chunks = [
             list(zip(part, units, strict=True)) for part, units in zip(parts, chunks, strict=True)
         ]
         """The units of each chunk, by name."""
         self._context = context
-        self.named = named
+        self.named_by_chunk = named
+        self.named = [item for chunk in named for item in chunk]
         self.in_flight: dict[tuple[int, int], Forward] = {}
         """By (micro-batch, chunk): forward done, B not yet."""
         self.waiting: dict[tuple[int, int], Waiting] = {}
@@ -75,7 +80,9 @@ class Stage:
     def begin(self, batch: Batch, mode: Mode) -> None:
         """Make ready for a pass over `batch`; a training pass starts without gradients."""
         train = self.config.train
-        pieces = batch.micro_batches(train.micro_batches)
+        # What is predicted goes through every replica, so that each has all of it.
+        share = (0, 1) if mode is Mode.PREDICT else (self._replica, self.config.replicas)
+        pieces = batch.share(*share, train.micro_batches)
         self._mode = mode
         self._num_tokens = batch.num_tokens
         self._key = step_key(train.seed, batch.step) if mode.has_dropout else None
@@ -236,8 +243,7 @@ class Channel:
         if device == self._device:  # where a V turns
             self._arrived[message] = tensor
         else:
-            group = one_way[self._device, device]
-            paddle.distributed.isend(tensor, dst=device, group=group)
+            send(tensor, device)
 
     def receive(self, message: Message, device: int) -> Tensor:
         """Raises ConnectionError if the other process ends, KeyError for what `device` does not
@@ -249,7 +255,6 @@ class Channel:
             coming = self._coming[device].popleft()
             # Zeros, since what `empty` finds stops a run with FLAGS_check_nan_inf.
             tensor = paddle.zeros(self._shapes[coming.micro_batch], self._dtype)
-            group = one_way[device, self._device]
-            paddle.distributed.recv(tensor, src=device, group=group)
+            receive(tensor, device)
             self._arrived[coming] = tensor
         return self._arrived.pop(message)

@@ -127,8 +127,8 @@ def _report(name: str, job: Job, processes: Sequence[Any]) -> None:
     for rank, process in enumerate(processes):
         if process.exitcode is not None and process.exitcode < 0:
             stage, replica = mesh_of([job]).place(rank)
-            who = f"stage {stage}" + (f" of replica {replica}" if job.config.replicas > 1 else "")
-            line = f"{who} was ended by {signal.Signals(-process.exitcode).name}"
+            who, number = mesh_of([job]).name(rank), -process.exitcode
+            line = f"{who} was ended by {signal.Signals(number).name}"
             print(f"{name}: {line}", file=sys.stderr, flush=True)
             write_file(job.folders[replica] / f"failed-{stage}.txt", line + "\n")
 

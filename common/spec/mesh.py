@@ -49,6 +49,11 @@ class Mesh:
         """Return the ranks of one pipeline, in the order of its stages."""
         return [self.rank(stage, replica) for stage in range(self.stages)]
 
+    def name(self, rank: int) -> str:
+        """Return what messages call a process: `stage 1`, or `stage 1 of replica 0`."""
+        stage, replica = self.place(rank)
+        return f"stage {stage}" + (f" of replica {replica}" if self.replicas > 1 else "")
+
     def copies(self, stage: int) -> list[int]:
         """Return the ranks that hold the same stage, in the order of the replicas."""
         return [self.rank(stage, replica) for replica in range(self.replicas)]

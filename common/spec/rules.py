@@ -33,11 +33,15 @@ BFLOAT16 = tuple(name for name in FRAMEWORKS if name != "paddle")
 """Frameworks that can compute this model in bfloat16; see `paddle_impl.devices.check_dtype`."""
 
 
-REPLICATED: tuple[str, ...] = ("torch",)
+REPLICATED: tuple[str, ...] = ("torch", "paddle")
 """Frameworks that train replicas."""
 
-DATA_PARALLEL: tuple[str, ...] = ("torch",)
-"""Frameworks whose own data parallelism is a baseline: `executor = plain` with replicas."""
+REPLICATED_BASELINES: Mapping[str, tuple[str, ...]] = {
+    "torch": ("plain",),
+    "paddle": ("plain", "native"),
+}
+"""Executors of a framework's own that train replicas: its data parallelism around the plain loop,
+and fleet's pipeline."""
 
 
 class Impossible(NamedTuple):
@@ -138,9 +142,7 @@ def _replicas(config: RunConfig) -> Impossible | None:
     if config.framework not in REPLICATED:
         why = f"{config.framework} has one pipeline; expected {' or '.join(REPLICATED)}"
         return Impossible("replicas", f" = {config.replicas}: {why}")
-    if config.executor == "table" or (
-        config.executor == "plain" and config.framework in DATA_PARALLEL
-    ):
+    if config.executor in ("table", *REPLICATED_BASELINES.get(config.framework, ())):
         return None
     why = f"executor = {config.executor} has one pipeline; expected 1, or executor = table"
     return Impossible("replicas", f" = {config.replicas}: {why}")

@@ -64,9 +64,11 @@ def measure(framework: str) -> dict[str, Any]:
         configure_tensorflow(2, 2, "cpu")
         from tf_impl.engine import build_engine
     else:
+        from common.runtime.world import World
+        from common.spec.mesh import Mesh
         from paddle_impl.ranks import join_pipeline
 
-        join_pipeline(0, ["127.0.0.1:0"], "cpu")
+        join_pipeline(World(0, ("127.0.0.1:0",)), Mesh(1, 1), "cpu")
         from paddle_impl.engine import build_engine
     engines, found = {}, {}
     for name, changes in VARIANTS.items():

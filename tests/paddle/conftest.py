@@ -12,24 +12,27 @@ from paddle_impl import devices  # before Paddle: its package chooses the kernel
 
 pytest.importorskip("paddle")
 
+from common.runtime.world import World
+from common.spec.mesh import Mesh
 from common.spec.run import RunConfig
 from paddle_impl.ranks import join_pipeline
 from tests.engines import Make, maker
 from tests.paddle.ranks import Pipeline, Ranks
 
 devices.configure(1, 1, "cpu")
-join_pipeline(0, ["127.0.0.1:0"], "cpu")  # this process is a pipeline of one stage, for all tests
+# This process is a pipeline of one stage, for all tests.
+join_pipeline(World(0, ("127.0.0.1:0",)), Mesh(1, 1), "cpu")
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """By number of stages: processes that stay for all tests, since they start slowly."""
-    started: dict[int, Ranks] = {}
+def ranks() -> Iterator[Callable[[Mesh], Ranks]]:
+    """By their mesh: processes that stay for all tests, since they start slowly."""
+    started: dict[Mesh, Ranks] = {}
 
-    def of(stages: int) -> Ranks:
-        if stages not in started or not started[stages].alive:
-            started[stages] = Ranks(stages)
-        return started[stages]
+    def of(mesh: Mesh) -> Ranks:
+        if mesh not in started or not started[mesh].alive:
+            started[mesh] = Ranks(mesh)
+        return started[mesh]
 
     yield of
     for one in started.values():
@@ -37,13 +40,12 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
 
 
 @pytest.fixture
-def make(ranks: Callable[[int], Ranks]) -> Iterator[Make]:
+def make(ranks: Callable[[Mesh], Ranks]) -> Iterator[Make]:
     """One stage is in this process, more are in processes of their own."""
     from paddle_impl.engine import build_engine  # after `configure`, since it imports Paddle
 
     def build(config: RunConfig) -> object:
-        return (
-            build_engine(config) if config.stages == 1 else Pipeline(ranks(config.stages), config)
-        )
+        mesh = Mesh(config.stages, config.replicas)
+        return build_engine(config) if mesh.size == 1 else Pipeline(ranks(mesh), config)
 
     yield from maker("paddle", build)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial, reduce
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -15,29 +15,30 @@ from typing import Any
 import numpy as np
 
 from common.runtime.ranks import _free_endpoints
+from common.runtime.world import World
+from common.spec.mesh import Mesh
 from common.spec.run import RunConfig
 from tests.paddle import fake_gpus
 
 
 class Ranks:
-    """Processes that have joined one pipeline. On a CPU they are forked from one that has imported
-    Paddle and done nothing else; with a `plugin` for fake GPUs they are spawned.
+    """Processes that have joined the pipelines of a mesh. On a CPU they are forked from one that
+    has imported Paddle and done nothing else; with a `plugin` for fake GPUs they are spawned.
     """
 
-    def __init__(self, stages: int, plugin: Path | None = None) -> None:
+    def __init__(self, mesh: Mesh, plugin: Path | None = None) -> None:
         if plugin is None:
             start: Any = multiprocessing.get_context("forkserver")
             start.set_forkserver_preload(["paddle_impl.engine"])
         else:
             start = multiprocessing.get_context("spawn")
-        endpoints = _free_endpoints(stages)
+        self.mesh, endpoints = mesh, tuple(_free_endpoints(mesh.size))
         self._ends: list[Connection] = []
         self._processes = []
-        for rank in range(stages):
+        for rank in range(mesh.size):
             mine, theirs = start.Pipe()
-            process = start.Process(
-                target=_serve, args=(rank, endpoints, plugin, theirs), daemon=True
-            )
+            world = World(rank, endpoints)
+            process = start.Process(target=_serve, args=(world, mesh, plugin, theirs), daemon=True)
             process.start()
             theirs.close()
             self._ends.append(mine)
@@ -82,6 +83,17 @@ class Pipeline:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return partial(self.on_all, _call, name)
 
+    def events(self) -> Any:
+        return self._of_first_replica("events")
+
+    def held_bytes_peak(self) -> Any:
+        return self._of_first_replica("held_bytes_peak")
+
+    def _of_first_replica(self, name: str) -> Any:
+        """What is measured differs between replicas, as what they compute does not."""
+        answers = self._ranks.ask(_with_engine, id(self), _call, name)
+        return reduce(_joined, [answers[rank] for rank in self._ranks.mesh.pipeline(0)])
+
     def on_all(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """`work(engine, *arguments)`, a function of a module, on every rank. Raises AssertionError
         where answers differ.
@@ -113,12 +125,12 @@ def _joined(a: Any, b: Any) -> Any:
 ENGINES: dict[int, Any] = {}
 
 
-def _serve(rank: int, endpoints: Sequence[str], plugin: Path | None, end: Connection) -> None:
+def _serve(world: World, mesh: Mesh, plugin: Path | None, end: Connection) -> None:
     from paddle_impl.ranks import join_pipeline
 
     if plugin is not None:
         fake_gpus.complete(plugin)
-    join_pipeline(rank, endpoints, "auto" if plugin else "cpu")
+    join_pipeline(world, mesh, "auto" if plugin else "cpu")
     while True:
         try:
             work, arguments = end.recv()

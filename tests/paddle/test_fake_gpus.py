@@ -20,6 +20,7 @@ import pytest
 from common.runtime.job import Generation, Job, JobFile, Part
 from common.runtime.patience import Patience
 from common.schedule.generators import GENERATORS, default_chunks
+from common.spec.mesh import Mesh
 from common.spec.run import RunConfig
 from tests.engines import Arrays, Make, ask, batch, decoded, different, maker, small, train
 from tests.paddle import fake_gpus
@@ -49,6 +50,13 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "float64": (2, "1f1b", {"dtype": "float64"}),
 }
 
+REPLICATED: dict[str, tuple[int, int, str, dict[str, Any]]] = {
+    # replicas, stages, ...
+    "two of two": (2, 2, "1f1b", {"tied_head": True, "dropout": 0.1}),
+    "two of two, chunks": (2, 2, "zb-v", {"run": {"chunks": 2}, "train": {"micro_batches": 2}}),
+    "three": (3, 1, "gpipe", {"train": {"batch_size": 7, "micro_batches": 2}}),
+}
+
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -56,17 +64,17 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fake_ranks(plugin: Path) -> Iterator[Callable[[int, int], Ranks]]:
-    """By number of stages and of GPUs."""
-    started: dict[tuple[int, int], Ranks] = {}
+def fake_ranks(plugin: Path) -> Iterator[Callable[[Mesh, int], Ranks]]:
+    """By their mesh and the number of GPUs."""
+    started: dict[tuple[Mesh, int], Ranks] = {}
 
-    def of(stages: int, gpus: int) -> Ranks:
-        if (stages, gpus) not in started or not started[stages, gpus].alive:
+    def of(mesh: Mesh, gpus: int) -> Ranks:
+        if (mesh, gpus) not in started or not started[mesh, gpus].alive:
             with pytest.MonkeyPatch.context() as patch:
                 for name, value in fake_gpus.environment(plugin, gpus, late_us=200).items():
                     patch.setitem(os.environ, name, value)
-                started[stages, gpus] = Ranks(stages, plugin)
-        return started[stages, gpus]
+                started[mesh, gpus] = Ranks(mesh, plugin)
+        return started[mesh, gpus]
 
     yield of
     for one in started.values():
@@ -74,13 +82,14 @@ def fake_ranks(plugin: Path) -> Iterator[Callable[[int, int], Ranks]]:
 
 
 @pytest.fixture
-def on_gpus(fake_ranks: Callable[[int, int], Ranks]) -> Iterator[Callable[[int], Make]]:
+def on_gpus(fake_ranks: Callable[[Mesh, int], Ranks]) -> Iterator[Callable[[int], Make]]:
     """`on_gpus(n)` is a `make` whose ranks find `n` GPUs."""
     makers: list[Iterator[Make]] = []
 
     def of(gpus: int) -> Make:
         def build(config: RunConfig) -> Pipeline:
-            return Pipeline(fake_ranks(config.stages, gpus), config)
+            mesh = Mesh(config.stages, config.replicas)
+            return Pipeline(fake_ranks(mesh, gpus), config)
 
         makers.append(maker("paddle", build))
         make = next(makers[-1])
@@ -135,6 +144,16 @@ def test_what_is_generated_goes_round_on_gpus(
     cpu, gpus = make(1, "1f1b", **options), on_gpus(8)(stages, schedule, run=run, **options)
     tokens = [ask(engine, decoded, wish)["found"].tokens for engine in (cpu, gpus)]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("case", REPLICATED)
+def test_replicas_on_gpus_give_the_bits_of_those_on_cpus(
+    case: str, make: Make, on_gpus: Callable[[int], Make]
+) -> None:
+    replicas, stages, schedule, options = REPLICATED[case]
+    run = options.get("run", {}) | {"replicas": replicas, "threads": replicas * stages}
+    engines = [one(stages, schedule, **options | {"run": run}) for one in (make, on_gpus(8))]
+    assert different(*map(everything, engines)) == []
 
 
 def check_times(events: dict[int, list[Any]]) -> None:

@@ -92,6 +92,24 @@ def test_a_killed_rank_ends_the_run_and_says_so(tmp_path: Path) -> None:
     assert "stage 1 has ended" in told["failed-0.txt"]
 
 
+def test_a_killed_rank_of_a_replica_is_named(tmp_path: Path) -> None:
+    config = small("paddle", 2, train={"steps": 1_000_000}, run={"replicas": 2, "threads": 4})
+    for replica in range(2):
+        Job(config=config, out=str(tmp_path / "0")).folders[replica].mkdir(parents=True)
+    child = start(tmp_path, config)
+    wait_until((tmp_path / "0" / "progress.jsonl").exists, child)
+    ranks = psutil.Process(child.pid).children()
+    assert len(ranks) == 4
+    ranks[3].kill()  # the last in the mesh
+    log, _ = child.communicate()
+    assert child.returncode == 1
+    assert log.splitlines()[-1] == "paddle_impl: stage 1 of replica 1 was ended by SIGKILL"
+    told = [path.read_text().splitlines()[-1] for path in tmp_path.rglob("failed-*")]
+    assert "stage 1 of replica 1 was ended by SIGKILL" in told
+    assert any("stage 1 of replica 1 has ended" in line for line in told), told
+    assert not any(process.is_running() for process in ranks)
+
+
 def test_no_rank_outlives_the_process_that_started_it(tmp_path: Path) -> None:
     worker, ranks = start_training(tmp_path)
     worker.kill()
