@@ -6,11 +6,10 @@ import ast
 import io
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-IMPLEMENTATIONS = ("torch_impl", "tf_impl", "paddle_impl")
+from tests.common.test_mirror import IMPLEMENTATIONS, ROOT, in_all, public_names, shared_modules
+
 FOLDERS = ("common", *IMPLEMENTATIONS)
 LONG_LINE = 100
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -45,22 +44,13 @@ def long_lines(path: Path) -> int:
     return sum(len(line) > LONG_LINE for line in path.read_text(encoding="utf-8").splitlines())
 
 
-def public_names(path: Path) -> Iterator[str]:
-    """Yield a module's public names: functions, constants, classes and their methods."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            yield node.name
-            for inner in node.body if isinstance(node, ast.ClassDef) else ():
-                if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_"):
-                    yield f"{node.name}.{inner.name}"
-
-
-def shared_names() -> tuple[int, int]:
-    """Return how many public names all three have, and of how many, in the modules of all three."""
-    modules = [{path.stem: set(public_names(path)) for path in files(i)} for i in IMPLEMENTATIONS]
-    in_all = set.intersection(*(set(module) for module in modules))
-    each = [[module[name] for module in modules] for name in in_all]
-    return sum(len(set.intersection(*of)) for of in each), sum(len(set.union(*of)) for of in each)
+def shared_names(implementation: str) -> str:
+    """Return which share of its public names, in the modules of all three, all three have."""
+    shared, own = 0, 0
+    for module in shared_modules():
+        names = set(public_names(implementation, module))
+        shared, own = shared + len(names & in_all(module)), own + len(names)
+    return f"{100 * shared / own:.0f}"
 
 
 def main() -> None:
@@ -73,15 +63,13 @@ def main() -> None:
     ):
         rows.append((title, [per_100_lines(f, sum(map(count, files(f)))) for f in FOLDERS]))
     rows.append(("lines", [f"{lines(folder):,}" for folder in FOLDERS]))
+    rows.append(("public names shared by all three, %", ["-", *map(shared_names, IMPLEMENTATIONS)]))
     print(f"| | {' | '.join(FOLDERS)} |\n| --- |{' ---: |' * len(FOLDERS)}")
     for title, cells in rows:
         print(f"| {title} | {' | '.join(cells)} |")
-    same, all_names = shared_names()
-    share = f"{same} of {all_names}, {100 * same / all_names:.0f} %"
-    print(f"\npublic names that all three implementations share, in their common modules: {share}")
     stems = [path.stem for folder in FOLDERS for path in files(folder)]
     often = {name: n for name, n in Counter(stems).items() if n > 3 and name not in OF_A_PACKAGE}
-    print(f"modules of one name in more than three places: {often or 'none'}")
+    print(f"\nmodules of one name in more than three places: {often or 'none'}")
     top = list((ROOT / "common").glob("*.py"))
     rooms = [path for path in (ROOT / "common").iterdir() if (path / "__init__.py").exists()]
     print(f"files at the top of common/: {len(top)}, folders: {len(rooms)}")
