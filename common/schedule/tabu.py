@@ -105,6 +105,7 @@ class Tabu:
         best: tuple[float, _Move] | None = None
         for move in self._moves(self._critical_path()):
             value = self._guess(move, left)
+            # A forbidden move is made all the same where it beats the best order so far.
             if value is None or (
                 value >= self.value - ROUNDING
                 and any(self.forbidden.get((b, a), -1) >= self.steps for a, b in move.pairs())
@@ -149,6 +150,8 @@ class Tabu:
             start = n
             d, first = self.shop.device[block[0]], self.place[block[0]]
             last = len(block) - 1
+            # In a block of n: n - 1 swaps of neighbours; then each action but the last two behind
+            # the others, and each but the first two ahead of them. Those two would be swaps again.
             for x in range(last):
                 yield _Move(d, first + x, [block[x + 1], block[x]], block[x], True)
             for x in range(last - 1):
@@ -159,6 +162,8 @@ class Tabu:
     def _guess(self, move: _Move, left: list[float]) -> float | None:  # [3]
         """Return the value after the move, or a little less; None if it is not allowed."""
         shop, m = self.shop, self.shop.m
+        # Not allowed: another order of the micro-batches of one stream (a // m), and an action
+        # ahead of the one that it waits for.
         for a, b in move.pairs():
             if a // m == b // m or shop.before[b] == a:
                 return None
@@ -175,6 +180,9 @@ class Tabu:
                 now = max(now, ends.get(sender, end[sender]) + shop.delay[a])
             starts.append(now)
             ends[a] = now = now + shop.duration[a]
+        # So far: when each action could start if nothing else moved. Now, backwards from what
+        # follows, how much is still to come from each on. The largest sum of the two is the guess.
+        # What the move delays elsewhere, and thereby here again, is left out.
         stop = move.first + len(move.order)
         then = left[row[stop]] if stop < len(row) else shop.after_last[move.d]
         value = 0.0

@@ -43,6 +43,8 @@ def _gaps_of(simulation: Simulation, device: int) -> Iterator[Gap]:
     table, start, end = simulation.table, simulation.start, simulation.end
     done = 0.0
     for row in range(int(table.bounds[device]), int(table.bounds[device + 1])):
+        # It can only be a message that is late: the device is free, and what an action needs from
+        # its own device stands earlier in the list.
         if start[row] > done + _rounding(simulation):
             waiting, sender = _awaited(simulation, row)
             sent = f"{table.label(sender)} of device {table.device[sender]}"
@@ -82,6 +84,8 @@ def critical_path(simulation: Simulation) -> list[int]:
     row = int(end.argmax())
     path = [row]
     while start[row] > _rounding(simulation):
+        # Backwards from the action that ends last. In the chart above: BW1 of device 0 began when
+        # BW1 of device 1 had ended, that one when F1 before it had ended, and so on to F0.
         first = row - int(table.overlaps[row])
         follows = first > table.bounds[table.device[row]]
         if follows and end[first - 1] >= start[row] - _rounding(simulation):

@@ -68,12 +68,15 @@ def balanced_within(
             open_devices = [d for d in parts if has_room(d, blocks[d] + 1)]
             if not open_devices:
                 return float("inf"), blocks
+            # The device with the least work, not with the most room: memory only says who may.
             blocks[min(open_devices, key=lambda d: (load(d), d))] += 1
         return max(map(load, parts)), blocks
 
     best, _ = fill(float("inf"))
     if best == float("inf"):
         return None
+    # All sizes that a part can have. A lower bound on the parts can only make the largest device
+    # larger, so the smallest bound that leaves it as it is lies where the answer changes.
     bounds = sorted({o + n * block for o in own for n in range(num_layers + 1)})
     bound = bounds[bisect_left(bounds, True, key=lambda each: fill(each)[0] <= best)]  # [3]
     counts = [0] * (last + 1)

@@ -147,6 +147,8 @@ def plan_one(config: RunConfig, times: UnitTimes, memory_limit_bytes: float) -> 
     if schedule is None:
         raise ScheduleError(f"schedule {config.schedule} has no such size")
     nearest: Refused | None = None
+    # In this order they cost more and more time, so the first that fits is the fastest. If none
+    # does, the nearest one says how much is missing.
     for recompute in RECOMPUTE:
         tried = config.model_copy(update={"recompute": recompute, "partition": "balanced"})
         parts, memory = _cut(tried, schedule, times, memory_limit_bytes)
@@ -204,6 +206,7 @@ def _cut(
             for d, own in enumerate(schedule.parts)
         ]
 
+    # First without the limit: most candidates fit as they are, and what follows is slow.
     free = balanced([embedding, *[block] * layers, head], devices)
     parts = parts_of(free)
     found = measure(parts)

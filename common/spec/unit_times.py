@@ -53,6 +53,7 @@ class UnitTimes(BaseModel):
         if len(sizes) == 1:  # no slope is known: in proportion, as counted FLOPs are
             return known[sizes[0]] * sequences / sizes[0]
         # The neighbours of `sequences`, or the two sizes at the nearer end.
+        # Of 1, 2 and 4 measured: 3 lies between 2 and 4, and 8 on the same line beyond them.
         right = min(max(bisect_left(sizes, sequences), 1), len(sizes) - 1)
         low, high = sizes[right - 1], sizes[right]
         slope = (known[high] - known[low]) / (high - low)
