@@ -1,4 +1,4 @@
-"""Trains the same Transformer with every framework and compares them: `python bench_all.py --help`."""  # noqa: E501
+"""Trains one Transformer with every framework and compares them: `python bench_all.py --help`."""
 
 import sys
 

@@ -192,7 +192,7 @@ class NativePipeline(PipelineParallel):
         return events
 
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return what fleet's schedule reads. It reads once for the input and once for the target."""  # noqa: E501
+        """Return what fleet's schedule reads: once for the input, once for the target."""
         reads = self.is_pipeline_first_stage(ignore_virtual=True) + self.is_pipeline_last_stage(
             ignore_virtual=True
         )

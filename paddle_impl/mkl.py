@@ -72,7 +72,7 @@ def choose_kernels() -> None:
 
 
 def kernels() -> str | None:
-    """Return what MKL runs in this process, as it says itself; None for a Paddle without this MKL."""  # noqa: E501
+    """Return what MKL runs in this process, as it says; None for a Paddle without this MKL."""
     import paddle
 
     path = Path(paddle.__file__).parent / "libs" / "libmklml_intel.so"

@@ -99,7 +99,7 @@ class Stage:
                 item.parameter.clear_gradient(set_to_zero=False)
 
     def _kind(self, micro_batch: int) -> tuple[bool, int]:
-        """What decides how much a micro-batch holds: whether it is recomputed, and its sequences."""  # noqa: E501
+        """What decides how much a micro-batch holds: recomputed or not, and its sequences."""
         return self.config.recomputes(micro_batch), len(self.tokens[micro_batch])
 
     def losses(self) -> list[float]:

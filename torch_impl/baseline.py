@@ -40,7 +40,7 @@ from torch_impl.weights import (
 
 
 class PlainEngine(BaselineEngine):
-    """The loop of every tutorial: the whole model, the whole mini-batch at once, `loss.backward()`."""  # noqa: E501
+    """Every tutorial's loop: the whole model, the whole mini-batch at once, `loss.backward()`."""
 
     replica = 0
     """Whose rows of the mini-batch are computed here."""

@@ -136,7 +136,7 @@ class Stage:
         return DropoutContext(key, samples, first_sample, self._elements, self._generator)
 
     def _kind(self, micro_batch: int) -> tuple[bool, int]:
-        """What decides how much a micro-batch holds: whether it is recomputed, and its sequences."""  # noqa: E501
+        """What decides how much a micro-batch holds: recomputed or not, and its sequences."""
         return self.config.recomputes(micro_batch), self.now.sequences[micro_batch]
 
     def losses(self) -> list[float]:

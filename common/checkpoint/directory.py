@@ -25,7 +25,7 @@ def folder_name(steps_done: int) -> str:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """Return the checkpoints of a run, the newest last. Links, files and unfinished ones are none."""  # noqa: E501
+    """Return a run's checkpoints, the newest last. Links, files and unfinished ones are none."""
     if not directory.is_dir():
         return []
     found = [

@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Read everything once without keeping it: manifest, headers, digests. Raises CheckpointError."""  # noqa: E501
+    """Read manifest, headers and digests once, and keep nothing. Raises CheckpointError."""
     manifest = read_manifest(folder)
     for name in manifest.files:
         _verify_file(folder / name, manifest)
@@ -79,7 +79,7 @@ def verify(folder: Path) -> Manifest:
 
 
 def read_tokenizer(folder: Path) -> bytes | None:
-    """Read and check the checkpoint's tokenizer.json; None if it has none. Raises CheckpointError."""  # noqa: E501
+    """Read and check its tokenizer.json; None if it has none. Raises CheckpointError."""
     return _read_tokenizer(folder, read_manifest(folder))
 
 

@@ -117,7 +117,7 @@ class Row:
 
     @property
     def ranked(self) -> bool:
-        """Whether the throughput counts: every repeat ended well and none trained something else."""  # noqa: E501
+        """Whether the throughput counts: all repeats ended well, none trained something else."""
         return self.status == "ok" and self.parity not in ("FAIL", "not comparable")
 
     @property

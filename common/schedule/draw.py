@@ -27,7 +27,7 @@ STYLES[Op.BW] = "black on bright_yellow"
 
 @dataclass(frozen=True)
 class _Line:
-    """One line of the chart with the styles of its parts: (first column, last column + 1, style)."""  # noqa: E501
+    """A line of the chart with its parts' styles: (first column, last column + 1, style)."""
 
     text: str
     styles: list[tuple[int, int, str]]

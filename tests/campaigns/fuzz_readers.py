@@ -528,7 +528,7 @@ def bounded(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_corpora() -> Iterator[None]:
-    """Reading and tokenizing the text is most of a configuration's time and nothing of its file's."""  # noqa: E501
+    """Leave out reading and tokenizing the text, which would take most of the time."""
     before = configuration.check_corpora
     configuration.check_corpora = lambda points: None
     try:

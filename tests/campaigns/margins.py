@@ -56,7 +56,7 @@ class Margin(BaseModel):
 
     @property
     def has_room(self) -> bool:
-        """In bfloat16: keeps to the rule, which the best framework cannot have five times room to."""  # noqa: E501
+        """In bfloat16: keeps to the rule, to which the best framework has no room by definition."""
         return self.worst <= (1.0 if self.dtype == "bfloat16" else ROOM)
 
 

@@ -1,4 +1,4 @@
-"""A relay: one training that several frameworks do in turn, against the oracle that does all of it."""  # noqa: E501
+"""A relay: a training that frameworks do in turn, against the oracle, which does all of it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ PROGRAMS = {
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command), without what a comment or brackets say beside it; continued lines are one."""  # noqa: E501
+    """(page, command), without comments and brackets beside it; continued lines are one."""
     found = []
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8") if (ROOT / page).exists() else ""

@@ -1,4 +1,4 @@
-"""README.md and README.zh-CN.md: the same commands and figures, and the table of results/example."""  # noqa: E501
+"""README.md and README.zh-CN.md: the same commands and figures, those of results/example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracle against finite differences: every parameter, every variant of the model, with dropout."""  # noqa: E501
+"""The oracle against finite differences: every parameter and variant, with dropout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The specification: every wrong value is refused with its name, the value and what would be right."""  # noqa: E501
+"""The specification: a wrong value is refused with its name and what is expected."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Ranks:
 
 
 class Pipeline:
-    """An engine in every rank: a call is made on all of them, and what they answer is put together."""  # noqa: E501
+    """An engine in every rank: a call goes to all of them, and their answers are put together."""
 
     def __init__(self, ranks: Ranks, config: RunConfig) -> None:
         self.config, self._ranks = config, ranks

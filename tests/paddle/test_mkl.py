@@ -81,7 +81,7 @@ def test_what_ran_is_read_back_and_the_users_choice_stays() -> None:
 @needs_mkl
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_a_processor_of_another_vendor_gets_an_intel_ones_kernels(tmp_path: Path) -> None:
-    """MKL's own question for the vendor is answered with no, as an AMD processor would answer it."""  # noqa: E501
+    """MKL's question for an Intel processor is answered with no, as on one of AMD."""
     (tmp_path / "vendor.c").write_text("int mkl_serv_intel_cpu_true(void) { return 0; }\n")
     library = tmp_path / "vendor.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "vendor.c"], check=True)

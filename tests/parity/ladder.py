@@ -289,7 +289,7 @@ class Probed(NamedTuple):
 
 
 def run_ladder(framework: str, folder: Path) -> dict[str, Probed]:
-    """All runs of a framework: the cases by name, the variants as "model/variant", and "extreme"."""  # noqa: E501
+    """All runs of a framework: cases by name, variants as "model/variant", and "extreme"."""
     configs = {name: case_config(framework, name) for name in CASES} | {
         "extreme": extreme_config(framework)
     }

@@ -50,7 +50,7 @@ def apply_layer(
 
 
 def master_of(variable: keras.Variable) -> keras.Variable:
-    """Return a float32 variable of the same values for one in bfloat16, else the variable itself."""  # noqa: E501
+    """Return a float32 variable of the same values for one in bfloat16, else itself."""
     if variable.dtype != "bfloat16":
         return variable
     return keras.Variable(tf.cast(variable.value, tf.float32), dtype="float32", name=variable.name)
@@ -321,7 +321,7 @@ class Chunk:
             self._clear()
 
     def cast_masters(self) -> None:
-        """Make what the layers compute with from the masters, once for all micro-batches of a step."""  # noqa: E501
+        """Make what layers compute with from the masters, once for a step's micro-batches."""
         if self.copies:
             with tf.device(self.device):
                 self._cast()

@@ -82,7 +82,7 @@ def cut_row(
     chunks: int,
     partition: str | Sequence[int],
 ) -> list[int]:
-    """Return the first layer of every virtual stage, and the number of layers. Raises ValueError."""  # noqa: E501
+    """Return each virtual stage's first layer, and the number of layers. Raises ValueError."""
     parts = stages * chunks
     if parts > num_layers:
         raise ValueError(

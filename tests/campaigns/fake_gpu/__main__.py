@@ -33,7 +33,7 @@ def headers() -> Path | None:
 
 
 def build() -> Path:
-    """Compiles the runtime, which is the driver too. Raises SystemExit where something is missing."""  # noqa: E501
+    """Compile the runtime, which is the driver too. Raises SystemExit if something is missing."""
     include, torch = headers(), find_spec("torch")
     cuda_build = (
         Path(torch.origin or "").with_name("lib") / "libtorch_cuda.so" if torch else Path("none")
