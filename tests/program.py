@@ -14,7 +14,7 @@ from common.cli.parser import Parser
 from common.harness.launch import Implementation
 from common.spec.run import FRAMEWORKS
 
-MORTAL = {name: Implementation("fakes.mortal", "numpy", "") for name in FRAMEWORKS}
+MORTAL = {name: Implementation("tests.fakes.mortal", "numpy", "") for name in FRAMEWORKS}
 """The oracle in the place of every framework; it dies when a test says so."""
 SMALL: Mapping[str, object] = {
     **{"--d-model": 8, "--d-ff": 8, "--context-length": 8},

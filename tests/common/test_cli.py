@@ -471,12 +471,12 @@ def start(
     tmp_path: Path, *argv: str, shell: str = 'exec "$@"', **variables: str
 ) -> subprocess.Popen[str]:
     """The benchmark with fakes, started by a line of shell."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     options = with_defaults(QUICK | {"--out": tmp_path}, argv)
-    command = [sys.executable, "-m", "fakes.bench", *options]
+    command = [sys.executable, "-m", "tests.fakes.bench", *options]
     return subprocess.Popen(
         ["sh", "-c", shell, "sh", *command],
-        env=os.environ | {"PYTHONPATH": paths} | variables,
+        cwd=ROOT,
+        env=os.environ | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -608,8 +608,7 @@ def test_an_oracle_that_does_not_fit_is_skipped_and_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(oracle_worker, "memory_bytes", lambda config: 10**18)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
-    implementations = {"torch": Implementation("fakes.impl", "numpy", "")}
+    implementations = {"torch": Implementation("tests.fakes.impl", "numpy", "")}
     argv = with_defaults(QUICK, ["--frameworks", "torch", "--out", tmp_path])
     assert main.bench_main(argv, implementations) == 0
     assert (

@@ -131,13 +131,13 @@ def small(tmp_path: Path) -> Path:
     return folder
 
 
-def in_the_cache(small: Path, cache: Path) -> Path:
+def in_the_cache(small: Path, model: Path) -> Path:
     """The library's model as the Hugging Face cache keeps it; returns its revision's folder."""
-    revision = cache / "models--gpt2" / "snapshots" / "0123abc"
+    revision = model / "snapshots" / "0123abc"
     revision.mkdir(parents=True)
-    (cache / "models--gpt2" / "blobs").mkdir()
+    (model / "blobs").mkdir()
     for number, name in enumerate(("config.json", "model.safetensors")):
-        shutil.copy(small / name, cache / "models--gpt2" / "blobs" / f"b{number}")
+        shutil.copy(small / name, model / "blobs" / f"b{number}")
         (revision / name).symlink_to(Path("../../blobs") / f"b{number}")
     return revision
 
@@ -161,7 +161,7 @@ def in_shards(
 def test_gpt2_is_found_wherever_its_users_have_it(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    revision = in_the_cache(small, tmp_path / "hub")
+    revision = in_the_cache(small, tmp_path / "hub" / "models--gpt2")
     (tmp_path / "link.safetensors").symlink_to(small / "model.safetensors")
     in_shards(small, tmp_path / "shards", ("a.safetensors", "sub/b.safetensors"))
     cached = in_shards(small, tmp_path / "hub" / "models--gpt2" / "snapshots" / "456def")

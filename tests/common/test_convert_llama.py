@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from common.spec.data import Batch
 from common.spec.parameters import initial_weights
 from common.spec.run import TrainSpec, TransformerSpec
 from tests.checkpoints import same_weights
+from tests.common.test_convert import in_the_cache
 from tests.program import assert_refused, call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,11 +86,8 @@ def test_the_library_loads_what_is_exported(llama: Path, tmp_path: Path) -> None
     llama_reference("check", llama)
 
 
-def test_training_goes_on_from_it(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_goes_on_from_it(llama: Path, tmp_path: Path) -> None:
     """In PyTorch as in the oracle; the second step sees what the first one did to the weights."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     losses = []
     argv = ["train", "--weights", llama / "untied-imported", "--steps", 2, "--stages", 2]
     argv += ["--batch-size", 4, "--micro-batches", 2, "--dtype", "float64", "--threads", 2]
@@ -121,13 +118,7 @@ def small(tmp_path: Path) -> Path:
 
 
 def test_it_is_found_wherever_its_users_have_it(llama: Path, small: Path, tmp_path: Path) -> None:
-    revision = tmp_path / "models--llama" / "snapshots" / "0123abc"
-    revision.mkdir(parents=True)
-    (tmp_path / "models--llama" / "blobs").mkdir()
-    for number, name in enumerate(("config.json", "model.safetensors")):
-        shutil.copy(small / name, tmp_path / "models--llama" / "blobs" / f"b{number}")
-        (revision / name).symlink_to(Path("../../blobs") / f"b{number}")
-    assert load(revision, tmp_path / "cached") == 0
+    assert load(in_the_cache(small, tmp_path / "models--llama"), tmp_path / "cached") == 0
     same_weights(tmp_path / "saved", tmp_path / "cached")
     assert load(llama / "bfloat16", tmp_path / "bfloat16") == 0
     low, high = (checkpoint.load(p) for p in (tmp_path / "bfloat16", llama / "tied-imported"))

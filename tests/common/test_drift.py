@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,19 +24,16 @@ ROWS = "layer-norm-epsilon,default-betas,unscaled-micro-batches,onednn,tanh-gelu
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """Exit status and output folder of a small zoo."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PYTHONPATH", str(ROOT / "tests"))
     parser = argparse.ArgumentParser()
     subcommand.register(parser.add_subparsers())
     out = tmp_path_factory.mktemp("zoo")
     line = "drift --frameworks tensorflow --rows {rows} --steps 20,30 --seeds 3 --out {out}"
     arguments = parser.parse_args(words(line, rows=ROWS, out=out))
     arguments.command = "triptych drift"
-    fakes = {"tensorflow": Implementation("fakes.drifting", "numpy", "")}
-    yield subcommand.run(arguments, fakes), out
-    patch.undo()
+    fakes = {"tensorflow": Implementation("tests.fakes.drifting", "numpy", "")}
+    return subcommand.run(arguments, fakes), out
 
 
 def test_every_row_says_what_came_of_it(made: tuple[int, Path]) -> None:

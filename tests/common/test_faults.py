@@ -39,12 +39,6 @@ TRAINING = {
 CONFIG = RunConfig(stages=2, schedule="1f1b", train=TrainSpec(batch_size=4, micro_batches=4))
 
 
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Not its folder `tests`, in which `torch` is the tests' own.
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-
-
 def run(tmp_path: Path, *argv: Any, implementations: Any = FAULTY) -> int:
     places = {"--out": tmp_path / "out", "--save-dir": tmp_path / "saves"}
     return call(["train", *with_defaults(TRAINING | places, argv)], implementations, train)

@@ -31,7 +31,6 @@ CONFIG = RunConfig(model=MODEL, train=TrainSpec(batch_size=4, micro_batches=2, d
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setenv("FAKE_MARK", str(tmp_path))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tomllib
@@ -119,14 +118,11 @@ def test_two_versions_of_a_framework_are_two_rows_of_one_benchmark(tmp_path: Pat
     old, new = (environment(tmp_path / name) for name in ("old", "new"))
     (tmp_path / "run.toml").write_text(f'[python]\npaddle = "{old}"\ntorch = "/nowhere"')
     frameworks = f"torch,torch@{new},paddle"
-    command = [sys.executable, "-m", "fakes.bench", "--preset", "tiny", "--schedules", "1f1b"]
+    command = [sys.executable, "-m", "tests.fakes.bench", "--preset", "tiny", "--schedules", "1f1b"]
     command += ["--steps", "2", "--repeats", "1", "--out", str(tmp_path / "out")]
     command += ["--frameworks", frameworks, "--python", f"torch={old}"]
     command += ["--config", str(tmp_path / "run.toml")]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "out").iterdir()
     names = [f"{name}-1f1b-p2-m4" for name in ("torch@old", "torch@new", "paddle@old")]

@@ -40,11 +40,11 @@ CONFIG = RunConfig(
 
 
 MARK = uuid.uuid4().hex
+FAKE = "tests.fakes.impl"
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setenv("FAKE_MARK", MARK)
     monkeypatch.setattr(launch, "TERMINATE_SECONDS", 0.3)
 
@@ -55,7 +55,7 @@ def run(
     if fault:
         monkeypatch.setenv("FAKE_FAULTS", f"torch={fault}")
     jobs = [Job(config=CONFIG, out=str(tmp_path / "job"))]
-    return run_jobs_in_worker("fakes.impl", jobs, tmp_path, timeout_seconds)[0]
+    return run_jobs_in_worker(FAKE, jobs, tmp_path, timeout_seconds)[0]
 
 
 def no_worker_left() -> bool:
@@ -66,7 +66,7 @@ def test_a_good_run_has_all_parts_and_reports_its_steps(tmp_path: Path) -> None:
     jobs = [Job(config=CONFIG, out=str(tmp_path / name)) for name in ("a", "b")]
     seen: list[tuple[int, int]] = []
     outcomes = run_jobs_in_worker(
-        "fakes.impl", jobs, tmp_path, on_step=lambda job, step, loss: seen.append((job, step))
+        FAKE, jobs, tmp_path, on_step=lambda job, step, loss: seen.append((job, step))
     )
     assert [outcome.status for outcome in outcomes] == ["ok", "ok"]
     assert [part.devices for part in outcomes[1].parts] == [(0, 1)]
@@ -156,7 +156,7 @@ def test_a_stop_ends_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     jobs = [Job(config=CONFIG, out=str(tmp_path / "job"))]
     with pytest.raises(Interrupted):
         run_jobs_in_worker(
-            "fakes.impl", jobs, tmp_path, math.inf, lambda *_: stop.append(True), lambda: bool(stop)
+            FAKE, jobs, tmp_path, on_step=lambda *_: stop.append(True), stopped=lambda: bool(stop)
         )
     assert no_worker_left()
 
@@ -164,12 +164,12 @@ def test_a_stop_ends_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_working_directory_is_not_on_a_workers_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("common/__init__.py", "fakes.py", "queue.py", "random.py", "numpy.py"):
+    for name in ("common/__init__.py", "tests/__init__.py", "queue.py", "random.py", "numpy.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("raise RuntimeError('not this one')")
     monkeypatch.chdir(tmp_path)
     # An empty entry is the working directory too.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(Path(__file__).parents[1])]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep)
     assert run(tmp_path, monkeypatch, "").status == "ok"
 
 
@@ -224,7 +224,7 @@ def test_no_loopback_interface_is_known_before_a_worker_starts(
         raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
     monkeypatch.setattr(socket, "create_connection", unreachable)
-    paddle = Implementation("fakes.impl", "numpy", "", ("table",))
+    paddle = Implementation(FAKE, "numpy", "", ("table",))
     said = str(why_missing(paddle, "table"))
     assert said.startswith("no loopback interface, over which its stages talk")
     assert why_missing(replace(paddle, process_executors=("native",)), "table") is None
@@ -249,6 +249,6 @@ def test_a_wrong_job_file_is_one_line_in_every_implementation(
 
 
 def test_a_missing_framework_says_how_to_install_it() -> None:
-    reason = why_missing(Implementation("fakes.impl", "no_such_framework", "pip install it"))
+    reason = why_missing(Implementation(FAKE, "no_such_framework", "pip install it"))
     assert reason == "no_such_framework is not installed; pip install it"
-    assert why_missing(Implementation("fakes.impl", "numpy", "")) is None
+    assert why_missing(Implementation(FAKE, "numpy", "")) is None

@@ -17,10 +17,7 @@ from tests.program import assert_refused, words
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_page_is_made_and_keeps_what_is_written_by_hand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+def test_the_page_is_made_and_keeps_what_is_written_by_hand(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     subcommand.register(parser.add_subparsers())
     out = tmp_path / "margins.md"
@@ -28,8 +25,8 @@ def test_the_page_is_made_and_keeps_what_is_written_by_hand(
     line = "margins --repeats 1 --frameworks torch,paddle --dtypes float64,bfloat16 --out {out}"
     arguments = parser.parse_args(words(line, out=out))
     arguments.command = "python -m tests.campaigns margins"
-    fakes = {name: Implementation("fakes.drifting", "numpy", "") for name in ("torch", "paddle")}
-    assert subcommand.run(arguments, fakes) == 0
+    fake = Implementation("tests.fakes.drifting", "numpy", "")
+    assert subcommand.run(arguments, {"torch": fake, "paddle": fake}) == 0
     page = out.read_text()
     assert "| torch | float64 | gradient | 0.0000 | 0.0000 | 1 |" in page and "| old |" not in page
     # No error at all: the floor is the limit.

@@ -39,7 +39,6 @@ def test_three_frameworks_in_turn_train_as_the_oracle_does(tmp_path: Path) -> No
 def test_a_leg_that_trains_something_else_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setenv("FAKE_DEATHS", "wrong@3")
     assert run(MORTAL, "--legs", "torch:p=2:1f1b:2,paddle:gpipe:4", "--out", tmp_path / "out") == 1
     assert "FAIL: losses differ from 4 uninterrupted steps" in capsys.readouterr().out

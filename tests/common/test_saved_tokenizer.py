@@ -35,7 +35,6 @@ GREEDY = "generate --checkpoint {} --prompt {!r} --tokens {} --greedy --json"
 
 @pytest.fixture(autouse=True)
 def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setenv("FAKE_MARK", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     manual = "".join(read_texts(()).decoded(lambda more_bytes: None))

@@ -30,7 +30,6 @@ TRAINING = {**SMALL, "--steps": 8, "--dropout": 0.1}
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "marks").mkdir()
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setenv("FAKE_MARK", str(tmp_path / "marks"))
     monkeypatch.setattr(launch, "TERMINATE_SECONDS", 0.3)
 
@@ -197,8 +196,6 @@ def test_wrong_input_is_one_line_and_status_2(
     saves = tmp_path / "checkpoints"
     assert run("--out", tmp_path / "a", "--save-dir", saves, "--steps", 2) == 0
     last = saves / "step-00000002"
-    (tmp_path / "bench.toml").write_text("repeats = 3\n")
-    (tmp_path / "preset.toml").write_text('preset = "tinny"\n')
     capsys.readouterr()
     wrong = {
         f"--save-dir {saves}": "holds step-00000002 of an earlier run; expected --resume latest",
@@ -225,9 +222,6 @@ def test_wrong_input_is_one_line_and_status_2(
         "--fault kill@step=1 --fault kill@step=2": "--fault: 2 of them for 1 worker process; "
         "expected --max-restarts 1",
         "--keep 2 --keep 3": "--keep: given twice; expected once",
-        f"--config {tmp_path / 'bench.toml'}": "bench.toml: repeats: not a setting of this command",
-        f"--config {tmp_path / 'preset.toml'}": "preset.toml: preset = 'tinny': unknown; "
-        "expected tiny",
         "--save-every 0": "--save-every: '0'; expected a whole number, at least 1",
         "--framework jax": "--framework = 'jax': unknown; expected one of torch, "
         "tensorflow, paddle",
@@ -244,13 +238,12 @@ def test_an_interruption_leaves_a_checkpoint_and_no_process(tmp_path: Path) -> N
         "import sys; from tests.common import test_train; sys.exit(test_train.run(*sys.argv[1:]))"
     )
     argv = words("--out {home}/a --save-dir {home}/saves --save-every 1", home=tmp_path)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     process = subprocess.Popen(
         [sys.executable, "-c", code, *argv],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"FAKE_DEATHS": "hang@3", "PYTHONPATH": paths},
+        env=os.environ | {"FAKE_DEATHS": "hang@3"},
     )
     wait_until((tmp_path / "saves" / "step-00000003").exists, process)
     process.send_signal(signal.SIGTERM)

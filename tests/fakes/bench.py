@@ -1,4 +1,4 @@
-"""`python -m fakes.bench ARGS`: bench_all.py with the stand-in for every framework.
+"""`python -m tests.fakes.bench ARGS`: bench_all.py with the stand-in for every framework.
 
 The variable FAKE_MISSING names a framework that is to look as if it were not installed.
 """
@@ -16,7 +16,7 @@ from common.spec.run import FRAMEWORKS
 MISSING = os.environ.get("FAKE_MISSING")
 IMPLEMENTATIONS = {
     name: Implementation(
-        "fakes.impl", "no_such_package" if name == MISSING else "numpy", f"pip install {name}"
+        "tests.fakes.impl", "no_such_package" if name == MISSING else "numpy", f"pip install {name}"
     )
     for name in FRAMEWORKS
 }

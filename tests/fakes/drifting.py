@@ -1,5 +1,5 @@
-"""`python -m fakes.drifting JOBS.json`: the oracle in place of a framework, with some of the drift
-zoo's habits.
+"""`python -m tests.fakes.drifting JOBS.json`: the oracle in place of a framework, with some of the
+drift zoo's habits.
 """
 
 from __future__ import annotations

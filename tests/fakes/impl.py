@@ -1,4 +1,4 @@
-"""`python -m fakes.impl JOBS.json`: the oracle in place of a framework, with faults on request.
+"""`python -m tests.fakes.impl JOBS.json`: the oracle in place of a framework, with faults.
 
 The variable FAKE_FAULTS, such as `paddle=hang,tensorflow=crash`, gives a framework a fault; it
 happens in step 1.
