@@ -20,6 +20,7 @@ from common.harness.profile import Profile, profile
 from common.io.edges import write_file
 from common.io.figure import new_figure
 from common.report.collect import collect
+from common.report.grid import Grid
 from common.report.machine import this_machine
 from common.schedule.action import Op
 from common.schedule.generators import make_schedule
@@ -49,15 +50,18 @@ def peak_gb(name: str, m: int, fixed_batch: bool) -> float:
 
 
 def memory_table() -> str:
-    lines = [
-        f"| GB on stage 0 | {' | '.join(f'm = {m}' for m in COUNTS)} |",
-        f"| --- |{' ---: |' * len(COUNTS)}",
-    ]
+    rows = []
     for fixed, words in ((False, "every micro-batch 16 sequences"), (True, "64 sequences in all")):
         for name in SCHEDULES:
             cells = [f"{peak_gb(name, m, fixed):.1f}" for m in COUNTS]
-            lines.append(f"| {name}, {words} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([f"{name}, {words}", *cells])
+    return table("GB on stage 0", (), rows)
+
+
+def table(title: str, more: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table with a column for every m, and `more`."""
+    titles = (title, *(f"m = {m}" for m in COUNTS), *more)
+    return Grid(titles, rows, [title]).markdown().strip()
 
 
 def deep(framework: str, m: int) -> RunConfig:
@@ -96,10 +100,7 @@ def measured_steps(folder: Path) -> dict[tuple[str, int], float]:
 
 
 def knee_table(profiles: Mapping[str, Profile], steps: Mapping[tuple[str, int], float]) -> str:
-    lines = [
-        f"| step ms, predicted / measured | {' | '.join(f'm = {m}' for m in COUNTS)} | a | m* |",
-        f"| --- |{' ---: |' * (len(COUNTS) + 2)}",
-    ]
+    rows = []
     for framework, kept in profiles.items():
         cells = []
         for m in COUNTS:
@@ -108,8 +109,8 @@ def knee_table(profiles: Mapping[str, Profile], steps: Mapping[tuple[str, int], 
             cells.append(f"{1e3 * seconds:,.0f} / {text}")
         a = fixed_cost(kept.times)
         best = "any" if a == 0 else f"{(BATCH * (STAGES - 1) / a) ** 0.5:.0f}"
-        lines.append(f"| {framework} | {' | '.join(cells)} | {a:.1f} | {best} |")
-    return "\n".join(lines)
+        rows.append([framework, *cells, f"{a:.1f}", best])
+    return table("step ms, predicted / measured", ("a", "m*"), rows)
 
 
 def predicted(kept: Profile, framework: str, m: int) -> float:

@@ -23,6 +23,7 @@ from common.cli.config import add_options, read_bench
 from common.cli.main import main as triptych
 from common.cli.parser import Parser
 from common.io.usage import UsageError
+from common.report.grid import Grid
 from common.report.machine import this_machine
 from common.schedule.generators import GENERATORS, SEARCH, make_schedule
 from common.schedule.simulate import simulate
@@ -102,10 +103,6 @@ def page(rows: Sequence[Row]) -> str:
     places = sorted(
         {place(row) for row in rows}, key=lambda at: (at[0], list(GENERATORS).index(at[1]), at[2])
     )
-    lines = [
-        f"| p | schedule | v | F = B = W | {' | '.join(frameworks)} |",
-        f"| ---: | --- | ---: | ---: |{' ---: |' * len(frameworks)}",
-    ]
     best = {
         (at[0], framework): max(
             (row for (each, f), row in found.items() if (each[0], f) == (at[0], framework)),
@@ -114,15 +111,17 @@ def page(rows: Sequence[Row]) -> str:
         for at in places
         for framework in frameworks
     }
+    table = []
     for at in places:
         p, name, v = at
         cells = [cell(found.get((at, framework)), best[p, framework]) for framework in frameworks]
         schedule = make_schedule(name, p, int(rows[0]["micro_batches"]), v)
         busy = 1 - simulate(schedule).bubble_fraction
-        lines.append(f"| {p} | {name} | {v} | {busy:.2f} | {' | '.join(cells)} |")
+        table.append([str(p), name, str(v), f"{busy:.2f}", *cells])
     fastest = f"Fastest: {'; '.join(map(words, best.values()))}."
-    lines += ["", *textwrap.wrap(fastest, 120), "", *textwrap.wrap(legend(rows), 120)]
-    return "\n".join(lines)
+    titles = ("p", "schedule", "v", "F = B = W", *frameworks)
+    words_below = [*textwrap.wrap(fastest, 120), "", *textwrap.wrap(legend(rows), 120)]
+    return "\n".join([Grid(titles, table, ["schedule"]).markdown(), *words_below])
 
 
 def place(row: Row) -> tuple[int, str, int]:

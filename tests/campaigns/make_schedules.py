@@ -104,11 +104,7 @@ def searches() -> None:
     """The search's bubbles at several memory limits, the best named schedule that fits, and the
     lower bound.
     """
-    lines = [
-        "| p | m | memory | best named schedule | search | bound | zb-2p published | search, warm "
-        "| seconds |",
-        "| ---: |" + " ---: |" * 8,
-    ]
+    lines = []
     for row in rows():
         p, m, costs = row["stages"], row["micro_batches"], costs_of(row)
         if m > 24:  # the others say the same, in half an hour
@@ -126,12 +122,11 @@ def searches() -> None:
                 best = simulate(search(p, m, costs, limit, [1], "warm"), costs)
                 published = row["bubble_fraction"]["zb-2p"]
                 warm = (f"{published:.4f}", f"{best.warm_start_bubble_fraction:.4f}")
-            lines.append(
-                f"| {p} | {m} | {memory} | {name} {bubble:.4f} | {found.bubble_fraction:.4f} | "
-                f"{bound:.4f} | {' | '.join(warm)} | {seconds:.0f} |"
-            )
-            print(lines[-1], flush=True)
-    fill("searches", "\n".join(lines))
+            plain = (f"{name} {bubble:.4f}", f"{found.bubble_fraction:.4f}", f"{bound:.4f}")
+            lines.append([str(p), str(m), memory, *plain, *warm, f"{seconds:.0f}"])
+            print(*lines[-1], flush=True)
+    titles = ("p", "m", "memory", "best named schedule", "search", "bound", "zb-2p published")
+    fill_table("searches", (*titles, "search, warm", "seconds"), lines)
 
 
 def named_bubbles(

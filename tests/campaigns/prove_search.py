@@ -19,7 +19,7 @@ from ortools.sat.python import cp_model
 from common.schedule.search import limits, search, shops
 from common.schedule.shop import Objective, Shop
 from common.schedule.simulate import Costs, simulate
-from tests.campaigns.make_schedules import fill
+from tests.campaigns.make_schedules import fill_table
 
 UNITS = 100  # CP-SAT counts in whole numbers: costs have two decimals
 SECONDS, WORKERS = 60, 2
@@ -89,7 +89,7 @@ def prove(shop: Shop, seconds: float = SECONDS) -> tuple[float, float]:
     return best, solver.best_objective_bound / units
 
 
-def compare(case: Case, seed: int) -> str:
+def compare(case: Case, seed: int) -> list[str]:
     """Return one row of the table."""
     p, m, share, chunks, spread = case
     costs, limit = draw_costs(p, spread, seed), limits(p, m, [share])
@@ -102,22 +102,18 @@ def compare(case: Case, seed: int) -> str:
     answers = [prove(shop) for shop in shops(p, m, costs, limit, [chunks], objective)]
     best, bound = (min(each) for each in zip(*answers, strict=True))
     drawn = f"{spread[0]:g} to {spread[1]:g}, seed {seed}"
-    return (
-        f"| {p} | {m} | {share} | {chunks} | {drawn} | {objective} | {found:.2f} | {best:.2f} | "
-        f"{bound:.2f} | {seconds:.1f} |"
-    )
+    size = [str(p), str(m), str(share), str(chunks), drawn, objective]
+    return [*size, f"{found:.2f}", f"{best:.2f}", f"{bound:.2f}", f"{seconds:.1f}"]
 
 
 def main() -> None:
-    lines = [
-        "| p | m | memory | chunks | costs | objective | search | CP-SAT | its bound | seconds |",
-        "|" + " ---: |" * 10,
-    ]
+    rows = []
     for number, case in enumerate(CASES):
         for seed in (2 * number, 2 * number + 1):
-            lines.append(compare(case, seed))
-            print(lines[-1], flush=True)
-    fill("proved", "\n".join(lines))
+            rows.append(compare(case, seed))
+            print(*rows[-1], flush=True)
+    size = ("p", "m", "memory", "chunks", "costs", "objective")
+    fill_table("proved", (*size, "search", "CP-SAT", "its bound", "seconds"), rows)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ from common.report.plots import line_styles
 from common.report.publish import publish
 from common.report.result import IS_ORACLE, Parity, RunResult, measured
 from common.report.statistics import TOO_FEW
-from common.runtime.job import EventRecord, Part, StepRecord
+from common.runtime.job import Part, StepRecord
 from common.runtime.outcome import Outcome
 from common.schedule.generators import make_schedule
-from common.schedule.simulate import Costs, Simulation, simulate
+from common.schedule.simulate import Costs, simulate
 from common.spec.run import Framework, RunConfig, preset
+from tests.common.test_stats import played
 from tests.program import assert_refused, words
 
 STEPS = 7
@@ -39,27 +40,15 @@ def config(framework: Framework, **fields: Any) -> RunConfig:
     return RunConfig(**dict(preset("tiny")) | {"framework": framework} | fields)
 
 
-def lane(simulation: Simulation, device: int, begin: float, unit: float) -> list[EventRecord]:
-    """A device's actions at their simulated times; it is ready for one when the one before has
-    ended.
-    """
-    events, ready = [], begin
-    for row in range(*simulation.table.bounds[device : device + 2]):
-        start, end = (begin + unit * float(t[row]) for t in (simulation.start, simulation.end))
-        times = {"ready_seconds": ready, "start_seconds": start, "end_seconds": end}
-        events.append(EventRecord(action=str(simulation.table.action(row)), **times))
-        ready = end
-    return events
-
-
 def outcome(run: RunConfig, scale: float = 1.0, losses: float = 5.0) -> Outcome:
     """A run that went as simulated, `scale` ms per unit, but for a slower first step."""
     schedule = make_schedule(run.schedule, run.stages, run.train.micro_batches, run.chunks)
-    simulation = simulate(schedule, Costs.uniform(run.stages, communication=0.1))
+    costs = Costs.uniform(run.stages, communication=0.1)
+    simulation = simulate(schedule, costs)
     records = []
     for step in range(STEPS):
         unit = scale * 1e-3 * (5 if step == 0 else 1 + 0.01 * (step % 3))
-        events = {device: lane(simulation, device, step, unit) for device in range(run.stages)}
+        events = played(schedule, costs, unit, begin=step)
         seconds, loss = unit * (simulation.makespan + 1), losses - 0.1 * step
         records.append(
             StepRecord(step=step, loss=loss, gradient_norm=1.0, seconds=seconds, events=events)
