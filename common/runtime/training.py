@@ -88,6 +88,8 @@ def optimizer_test_gradients(config: RunConfig) -> Arrays:
 
 def probe(engine: Engine, job: Job, corpus: Corpus, weights: Arrays) -> dict[TensorKey, Any]:
     """Record activations, and weights after a step from a given gradient; then start over."""
+    # The gradients are the same given ones in every framework: were they each framework's own, a
+    # difference after the step could be the backward's as well as the optimizer's.
     arrays = dict(engine.unit_outputs(corpus.training_batch(job.config, 0)))
     engine.set_gradients(optimizer_test_gradients(job.config))
     engine.apply_gradients(0)

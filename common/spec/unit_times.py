@@ -66,6 +66,7 @@ def counted_times(config: RunConfig, flops_per_second: float) -> UnitTimes:
     A micro-batch then costs nothing by itself, so more of them always look better: only a profile
     sees what limits m.
     """
+    # One sequence is enough: FLOPs are in proportion, and `of` takes a single size for just that.
     one = config.model_copy(
         update={"train": config.train.model_copy(update={"batch_size": 1, "micro_batches": 1})}
     )
@@ -75,6 +76,7 @@ def counted_times(config: RunConfig, flops_per_second: float) -> UnitTimes:
     return UnitTimes(
         source=f"counted, at {flops_per_second / 1e9:,.0f} GFLOP/s",
         seconds={
+            # BW is B and W in one: twice a forward.
             kind: {
                 op.value: {1: flops[kind] / flops_per_second * (2 if op is Op.BW else 1)}
                 for op in Op
