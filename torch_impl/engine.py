@@ -114,20 +114,7 @@ class PipelineEngine:
             if graphs.why_eager(config, torch_devices[own[0]]) is None
             else {}
         )
-        # By stage; None where one stream is enough.
-        pairs = self._on_all(
-            lambda d: (
-                PairedStreams(
-                    torch_devices[d],
-                    self.schedule.devices[d],
-                    [parameter for chunk in self.stages[d].chunks for parameter in chunk.direct],
-                )
-                if torch_devices[d].type == "cuda"
-                and any(action.overlaps for action in self.schedule.devices[d])
-                else None
-            )
-        )
-        self._pairs: dict[int, PairedStreams | None] = dict(zip(own, pairs, strict=True))
+        self._pairs = dict(zip(own, self._on_all(self._paired_streams), strict=True))
         self._named = [item for stage in made for item in stage.named]
         self._events: dict[int, list[Event]] = {}
         self._earlier_peaks: dict[torch.device, int] = {}
@@ -335,6 +322,14 @@ class PipelineEngine:
     def _open_channel(self, schedule: Schedule, mode: Mode) -> Channel:
         """What carries the tensors of one pass."""
         return Channel(self._torch_devices, self._copy_streams)
+
+    def _paired_streams(self, device: int) -> PairedStreams | None:
+        """None where one stream is enough."""
+        stage, actions = self.stages[device], self.schedule.devices[device]
+        if stage.device.type != "cuda" or not any(action.overlaps for action in actions):
+            return None
+        direct = [parameter for chunk in stage.chunks for parameter in chunk.direct]
+        return PairedStreams(stage.device, actions, direct)
 
     def _ahead(self) -> None:
         """What else happens ahead of every action."""
