@@ -10,6 +10,7 @@ from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
 from tf_impl.devices import configure
+from tf_impl.ranks import run_on_ranks
 
 
 def main(arguments: list[str]) -> int:
@@ -18,7 +19,8 @@ def main(arguments: list[str]) -> int:
         return _refuse("usage: python -m tf_impl JOBS.json")
     try:
         jobs = JobFile.read(arguments[0])
-        largest = max((job.config for job in jobs.jobs), key=lambda config: config.stages)
+        in_ranks = [job for job in jobs.jobs if job.config.replicas > 1]
+        others = [job for job in jobs.jobs if job.config.replicas == 1]
         for field in ("track", "device"):  # TensorFlow's devices and kernels are a process' own
             if len({getattr(job.config, field) for job in jobs.jobs}) > 1:
                 raise ValueError(f"the jobs of one file share {field}; expected one file for each")
@@ -26,6 +28,14 @@ def main(arguments: list[str]) -> int:
             raise ValueError(
                 "drift = onednn is for a whole process; expected a file of jobs that all have it"
             )
+        status = 0
+        # First: a process that has started TensorFlow must not be forked.
+        for mesh in sorted({(job.config.stages, job.config.replicas) for job in in_ranks}):
+            own = [job for job in in_ranks if (job.config.stages, job.config.replicas) == mesh]
+            status |= run_on_ranks(own)
+        if not others:
+            return status
+        largest = max((job.config for job in others), key=lambda config: config.stages)
         onednn = largest.drift == "onednn"
         configure(largest.stages, largest.threads, largest.device, largest.track, onednn)
         from tf_impl.drift import switch  # after `configure`, since both import TensorFlow
@@ -36,7 +46,7 @@ def main(arguments: list[str]) -> int:
         )
     except ValueError as error:
         return _refuse(str(error))
-    return run_jobs(jobs, build_engine, switch=switch)
+    return status | run_jobs(JobFile(jobs=tuple(others)), build_engine, switch=switch)
 
 
 def _refuse(line: str) -> int:

@@ -18,6 +18,14 @@ from tf_impl import gpus
 from tf_impl.executors import one_core_per_stage
 
 
+def choose_kernels(track: str = "matched", onednn: bool = False) -> None:
+    """Set what TensorFlow reads when it is imported. As for `configure`, which does so itself."""
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1" if onednn or track == "best" else "0"
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's, for `visible_gpus`
+
+
 def configure(
     stages: int,
     threads: int | None = None,
@@ -35,10 +43,7 @@ def configure(
 
     Raises ValueError if `device` is "cuda" and TensorFlow sees no GPU.
     """
-    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1" if onednn or track == "best" else "0"
-    os.environ["KERAS_BACKEND"] = "tensorflow"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's, for `visible_gpus`
+    choose_kernels(track, onednn)
     import tensorflow as tf
 
     tf.get_logger().setLevel(

@@ -25,6 +25,7 @@ from tf_impl import engine, keras_optimizers, layers
 from tf_impl.dropout import native_dropout
 from tf_impl.gpipe_model import GPipeModel
 from tf_impl.keras_optimizers import SGD, make_optimizer
+from tf_impl.keras_pipeline.chunk import apply_layer
 from tf_impl.weights import NamedParameter, load_weights
 
 _Patches = list[AbstractContextManager[None]]
@@ -239,8 +240,13 @@ def _squared_rows(model: GPipeModel, x: Any, y: Any, step: int) -> tf.Tensor:
     ):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(token)
-            logits = model.unit_outputs(tokens, contexts[i] if contexts else ())[-1]
-            loss = model.summed_loss(logits, labels, count)
+            x = tokens
+            given = [tf.constant(value, tf.int64) for value in (contexts[i] if contexts else ())]
+            for chunk in model.chunks:
+                with tf.device(chunk.device):
+                    for layer in chunk.layers:
+                        x = apply_layer(layer, tf.identity(x), chunk._split(given)[1], True)
+            loss = model.summed_loss(x, labels, count)
         rows = tape.gradient(loss, token)  # tf.IndexedSlices
         total += tf.math.unsorted_segment_sum(tf.square(rows.values), rows.indices, token.shape[0])
     return total
@@ -263,8 +269,8 @@ def _untied_gradients(config: RunConfig) -> _Patches:
 def _local_dropout_samples(config: RunConfig) -> _Patches:
     shared = GPipeModel.dropout_context
 
-    def context(self: GPipeModel, batch_size: int, step: int) -> list[tuple[int, NDArray[Any]]]:
-        return [(key, samples - samples[0]) for key, samples in shared(self, batch_size, step)]
+    def context(self: GPipeModel, *arguments: int) -> list[tuple[int, NDArray[Any]]]:
+        return [(key, samples - samples[0]) for key, samples in shared(self, *arguments)]
 
     return [patch(GPipeModel, "dropout_context", context)]
 

@@ -46,17 +46,22 @@ def build_engine(config: RunConfig) -> Engine:
 
 
 class PipelineEngine:
-    """All stages in this process, each with a thread of its own (`common.runtime.engine.Engine`).
+    """The stages of this process, each with a thread of its own (`common.runtime.engine.Engine`):
+    all of them, unless a subclass (`tf_impl.rank_engine`) holds one.
 
     Differs: the stages, threads and optimizers are those of the Keras model, so that the harness
     measures what a Keras user gets.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    replica = 0
+
+    def __init__(
+        self, config: RunConfig, model_type: Callable[..., GPipeModel] = GPipeModel
+    ) -> None:
         self.config = config
         model, train = config.model, config.train
         plan = plan_partition(config)
-        self.model = GPipeModel(
+        self.model = model_type(
             model,
             config.stages,
             train.micro_batches,
@@ -67,12 +72,13 @@ class PipelineEngine:
             dtype=train.dtype,
             seed=train.seed,
         )
-        self.devices = tuple(range(config.stages))
+        self.devices = self.model.held
         self.on_action: Callable[[int, Action | None], None] = unwatched
         self.model.on_action = lambda device, action: self.on_action(device, action)
         self.model.times_actions |= config.action_times
         self.model.build((None, model.context_length))
-        named = named_parameters(unit_names(model), self.model.units, model.tied_head)
+        units = [unit for unit in self.model.units if unit.built]  # those that are here
+        named = named_parameters([unit.unit_name for unit in units], units, model.tied_head)
         # The harness sees what the optimizer updates: float32 where the layers have bfloat16.
         self._named = [
             item._replace(parameter=self.model.master_of(item.parameter)) for item in named
@@ -85,13 +91,14 @@ class PipelineEngine:
             dtype="float64" if train.dtype == "float64" else "float32",
         )
         self.model.compile(make_optimizer(train, not_decayed), loss)
-        self._stage_of = {unit: plan.part_of(unit) for unit in unit_names(model)}
+        self._part_of = {unit: plan.part_of(unit) for unit in unit_names(model)}
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         load_weights(self._named, weights)
         self.model.cast_masters()  # the layers' own copies, where they have less precise ones
-        for chunk in self.model.chunks:
-            chunk.clear_gradients()
+        for d in self.devices:
+            for chunk in self.model.stages[d].chunks:
+                chunk.clear_gradients()
         self.model.reset_optimizer()
         gpus.reset_peaks(self.model.stage_devices)
 
@@ -105,22 +112,27 @@ class PipelineEngine:
     def evaluate(self, batch: Batch) -> float:
         # Without labels in the pass itself: the last stage makes its part of the loss of each
         # prediction, (b, S, V), and keeps no more than that.
-        pieces = batch.micro_batches(self.config.train.micro_batches)
-        losses = self.model.forward_only(
-            batch.inputs,
+        pieces = batch.share(self.replica, self.config.replicas, self.config.train.micro_batches)
+        losses, _ = self.model.forward_pieces(
+            batch.inputs[self._rows(batch)],
             lambda i, logits: self.model.summed_loss(
                 logits, tf.constant(pieces[i].targets), batch.num_tokens
-            )[None],
+            ),
         )
-        return math.fsum(float(loss) for loss in losses)
+        return math.fsum(self._everybodys([float(loss) for loss in losses]))
 
     def unit_outputs(self, batch: Batch) -> dict[TensorKey, NDArray[Any]]:
-        found, contexts = {}, self.model.dropout_context(len(batch.inputs), batch.step)
-        for i, piece in enumerate(batch.micro_batches(self.config.train.micro_batches)):
-            outputs = self.model.unit_outputs(piece.inputs, contexts[i] if contexts else ())
-            for unit, output in zip(self._stage_of, outputs, strict=True):
-                stage = self.model.schedule.location[self._stage_of[unit]][0]
-                found[TensorKey(batch.step, "forward", stage, i, unit, "output")] = to_array(output)
+        inputs = tf.constant(batch.inputs[self._rows(batch)])
+        outputs = self.model.unit_outputs(inputs, self._context(batch))
+        found, first = {}, self.replica * self.config.train.micro_batches
+        for unit in self.model.units:
+            device = self.model.schedule.location[self._part_of[unit.unit_name]][0]
+            for i in range(self.config.train.micro_batches):
+                if (i, unit.name) in outputs:
+                    key = TensorKey(
+                        batch.step, "forward", device, first + i, unit.unit_name, "output"
+                    )
+                    found[key] = to_array(outputs[i, unit.name])
         return found
 
     def probe_units(
@@ -130,7 +142,9 @@ class PipelineEngine:
         output_gradients: Mapping[str, NDArray[Any]],
     ) -> dict[TensorKey, NDArray[Any]]:
         found = self.model.on_all_stages(
-            lambda d: probe_units(self.model, d, batch, inputs, output_gradients)
+            lambda d: probe_units(
+                self.model, d, batch, inputs, output_gradients, self.config.replicas
+            )
         )
         return {key: array for arrays in found for key, array in arrays.items()}
 
@@ -179,7 +193,7 @@ class PipelineEngine:
         return self.model.events
 
     def environment(self) -> dict[str, Any]:
-        used = self.model.stage_devices
+        used = [self.model.stage_devices[d] for d in self.devices]
         said = devices.environment(used) | devices.best_track(self.config)
         if said["device_kind"] == "cpu":
             return said
@@ -191,16 +205,31 @@ class PipelineEngine:
         """As the protocol says, by logical device: stages that share one are counted together,
         under the first of them.
         """
-        return gpus.peaks(self.model.stage_devices) or {0: peak_resident_bytes()}
+        return gpus.peaks(self.model.stage_devices) or {self.devices[0]: peak_resident_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
-        return {d: stage.held.peak_bytes for d, stage in enumerate(self.model.stages)}
+        return {d: self.model.stages[d].held.peak_bytes for d in self.devices}
 
     def in_flight_peak(self) -> dict[int, int]:
-        return {d: stage.held.peak_in_flight for d, stage in enumerate(self.model.stages)}
+        return {d: self.model.stages[d].held.peak_in_flight for d in self.devices}
 
     def close(self) -> None:
         self.model.close()
 
     def _in_order(self, found: Arrays) -> Arrays:
-        return {name: found[name] for name in parameter_shapes(self.config.model)}
+        return {n: found[n] for n in parameter_shapes(self.config.model) if n in found}
+
+    def _rows(self, batch: Batch) -> slice:
+        """This replica's share of a mini-batch's rows."""
+        pieces = batch.share(self.replica, self.config.replicas, self.config.train.micro_batches)
+        return slice(int(pieces[0].samples[0]), int(pieces[-1].samples[-1]) + 1)
+
+    def _context(self, batch: Batch) -> list[tuple[int, NDArray[Any]]]:
+        """`GPipeModel.dropout_context` of this replica's rows: samples are numbered over all."""
+        rows = self._rows(batch)
+        own = self.model.dropout_context(rows.stop - rows.start, batch.step)
+        return [(key, samples + rows.start) for key, samples in own]
+
+    def _everybodys(self, values: list[float]) -> list[float]:
+        """The values of all processes, in any order: losses of micro-batches, or squared norms."""
+        return values

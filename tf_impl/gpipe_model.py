@@ -40,8 +40,8 @@ from tf_impl.cut_graphs.functions import RECOMPUTED_EFFECT
 from tf_impl.effects import mask_of, with_mask
 from tf_impl.keras_optimizers import check_optimizer
 from tf_impl.keras_pipeline.batch import one_tensor, piece_sizes, unpacked
-from tf_impl.keras_pipeline.chunk import Chunk, apply_layer
-from tf_impl.keras_pipeline.forward_only import ForwardOnly, concatenated
+from tf_impl.keras_pipeline.chunk import Chunk, Elsewhere
+from tf_impl.keras_pipeline.forward_only import ForwardOnly, Recorded, concatenated
 from tf_impl.keras_pipeline.loss import BatchLoss, NoLoss, check_loss
 from tf_impl.keras_pipeline.row import check_numbers, cut_row, row_of
 from tf_impl.keras_pipeline.saving import SavedRow, schedule_text
@@ -66,7 +66,8 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
     `file:PATH`, or a `Schedule`. `recompute`: what the backward computes again instead of holding
     it (`common.schedule.recompute`; GPipe's choice is "full"). `dtype` and `seed` (of the dropout
     masks) are the Transformer's; ordinary layers have their own. One logical device per stage must
-    exist (`tf_impl.devices.configure`).
+    exist (`tf_impl.devices.configure`). `held`: the stages of a Transformer that this process
+    computes, where others have the rest (`tf_impl.rank_engine`).
 
     It gives what `keras.Sequential` gives with the same weights: masks, regularizers and `add_loss`
     included, where what is added is a mean or a sum over samples, or depends on the weights alone.
@@ -95,6 +96,7 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         device: str = "auto",
         dtype: str = "float32",
         seed: int = 0,
+        held: Sequence[int] | None = None,
         name: str | None = None,
     ) -> None:
         check_numbers(
@@ -131,11 +133,13 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
             raise ValueError(f"recompute {recompute!r}; expected one of {WORDS}")
         self.recompute = recompute
         edges = cut_row(self.spec, len(self.units), *made.grid, partition)
-        names = devices.stage_devices(num_stages, device)
+        self.held = tuple(range(num_stages) if held is None else held)
+        own = devices.stage_devices(len(self.held), device)
+        names = [own[self.held.index(d)] if d in self.held else own[0] for d in range(num_stages)]
         strategies = executors.stage_strategies(names)
         # By virtual stage: with two devices and two chunks each, chunks 0 and 2 are on device 0.
         self.chunks = [
-            Chunk(
+            (Chunk if made.location[k][0] in self.held else Elsewhere)(
                 self.units[edges[k] : edges[k + 1]],
                 strategies[made.location[k][0]],
                 is_first=k == 0,
@@ -160,7 +164,7 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         self._input: keras.KerasTensor | None = None
         self._strategies = strategies
         self._threads = [ThreadPoolExecutor(1, f"stage-{d}") for d in range(num_stages)]
-        self._optimizers: list[StageOptimizer] = []
+        self._optimizers: dict[int, StageOptimizer] = {}
         self._traced: dict[Any, Traced] = {}
         self._reports = False
         self._loss: BatchLoss | None = None
@@ -199,9 +203,9 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
             taken |= {id(v) for layer in chunk.layers for v in layer.variables}
         self._input, self._is_masked = start, mask_of(x) is not None
         self._check_effects()
-        if self._tied is not None:
-            own, copy = self._tied
-            copy.assign(own)  # two variables that begin and stay equal: `_add_tied_gradients`
+        if self._tied and all(end is not None for end in self._tied):
+            first, copy = self._tied
+            copy.assign(first)  # two variables that begin and stay equal: `_add_tied_gradients`
             self.cast_masters()
         self._claim_optimizer()
 
@@ -249,7 +253,7 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         )
         check_optimizer(self.optimizer)
         # The loss and the metrics are part of what is traced.
-        self._optimizers, self._traced, self._loss = [], {}, None
+        self._optimizers, self._traced, self._loss = {}, {}, None
         self._claim_optimizer()
         self._warn_of_states()
 
@@ -282,7 +286,8 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
 
     def test_step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = unpacked(data, self._needs_labels)
-        prediction, layer_losses = self._forward(x)
+        pieces, layer_losses = self.forward_pieces(x)
+        prediction = concatenated(pieces)
         loss = math.fsum(
             float(value)
             for value in (self._compile_loss(y, prediction, sample_weight), *layer_losses)
@@ -325,10 +330,25 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         # Of the whole mini-batch, and known before the first micro-batch: every micro-batch then
         # adds its part of the one loss, and the gradients simply add up.
         divisor = self._divisor(self._ensure_traced(x, labels), x, labels)
-        sizes = piece_sizes(len(x), m)
         context = self.dropout_context(
             len(x), int(self.optimizer.iterations) if step is None else step
         )
+        return math.fsum(self.run_schedule(x, labels, divisor, context))
+
+    def run_schedule(
+        self,
+        x: tf.Tensor,
+        labels: Sequence[tf.Tensor],
+        divisor: float,
+        context: Sequence[tuple[int, np.ndarray]],
+    ) -> list[float]:
+        """Run the schedule over a mini-batch, or a replica's share of it, replacing the gradients.
+        Returns the parts of the loss that are computed here.
+
+        `divisor`: that of the whole mini-batch's summed loss. `context`: as in `dropout_context`.
+        """
+        self._ensure_traced(x, labels)
+        sizes = piece_sizes(len(x), self.schedule.num_micro_batches)
 
         def begin(d: int) -> Stage:
             stage = self.stages[d]
@@ -350,9 +370,7 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         self._add_tied_gradients()
         # Here the host waits for the devices. `fsum` has no order, so no schedule changes the loss.
         losses = self.stages[self.schedule.location[-1][0]].losses()
-        return math.fsum(
-            [*losses, *(float(loss) for stage in self.stages for loss in stage.layer_losses)]
-        )
+        return [*losses, *(float(loss) for stage in self.stages for loss in stage.layer_losses)]
 
     def forward_only(
         self, x: Any, finish: Callable[[int, tf.Tensor], tf.Tensor] = lambda i, y: y
@@ -363,12 +381,14 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         `finish(micro_batch, prediction)` is called on the last stage, for what to keep instead.
         Raises a failed stage's StageFailure.
         """
-        return self._forward(x, finish)[0]
+        return concatenated(self.forward_pieces(x, finish)[0])
 
-    def _forward(
+    def forward_pieces(
         self, x: Any, finish: Callable[[int, tf.Tensor], tf.Tensor] = lambda i, y: y
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """As `forward_only`, and what the layers add to the loss of the mini-batch."""
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """As `forward_only`, by micro-batch, without any where another process has the last stage;
+        and what the layers add to the loss of the mini-batch.
+        """
         x = one_tensor(x, "x")
         self._ensure_built(x)
         # 3 samples for 4 micro-batches: three of one sample, and no action of the fourth.
@@ -386,9 +406,9 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
             return passes[d]
 
         self._run(replace(self.schedule, devices=forwards), begin)
-        found = passes[self.schedule.location[-1][0]].predictions
+        found = {i: y for p in passes.values() for i, y in p.predictions.items()}
         losses = [loss for p in passes.values() for loss in p.layer_losses]
-        return concatenated([found[i] for i in range(count)]), losses
+        return [found[i] for i in sorted(found)], losses
 
     def summed_loss(self, prediction: tf.Tensor, y: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
         """Return what a part of a mini-batch adds to its loss. `rest`: the sample weight, if there
@@ -399,21 +419,20 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         total = loss.numerator(y, prediction, *weight)
         return tf.math.divide_no_nan(total, tf.cast(divisor, total.dtype))
 
-    def unit_outputs(self, x: Any, context: Sequence[Any]) -> list[tf.Tensor]:
-        """Return the output of every layer for one micro-batch, with the dropout of a training step
-        (to compare them).
+    def unit_outputs(
+        self, x: tf.Tensor, context: Sequence[tuple[int, np.ndarray]]
+    ) -> dict[tuple[int, str], tf.Tensor]:
+        """Return the output of every layer that is here, by micro-batch and name, with the dropout
+        of a training step (to compare them).
 
-        `context`: what `dropout_context` has for this micro-batch, or nothing.
+        `context`: as `dropout_context` has it.
         """
-        given = [tf.constant(value, tf.int64) for value in context]
-        outputs = []
-        for chunk in self.chunks:
-            with tf.device(chunk.device):
-                for layer in chunk.layers:
-                    x = with_mask(tf.identity(x), mask_of(x))
-                    x = apply_layer(layer, x, chunk._split(given)[1], training=True)
-                    outputs.append(x)
-        return outputs
+        sizes = piece_sizes(len(x), self.schedule.num_micro_batches)
+        passes = {
+            d: Recorded(self.stages[d].chunks, tf.split(x, sizes), context) for d in self.held
+        }
+        self._run(self.schedule.only_forward(), passes.__getitem__)
+        return {key: y for each in passes.values() for key, y in each.outputs.items()}
 
     # --------------------------------------------------------------------------------------- inside
 
@@ -470,12 +489,16 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
                 stacklevel=2,
             )
 
-    def dropout_context(self, batch_size: int, step: int) -> list[tuple[int, np.ndarray]]:
-        """Key and sample indices of every micro-batch; nothing without dropout."""
+    def dropout_context(
+        self, batch_size: int, step: int, pieces: int | None = None
+    ) -> list[tuple[int, np.ndarray]]:
+        """Key and sample indices of every micro-batch, or of so many pieces; nothing without
+        dropout.
+        """
         if not self._has_dropout:
             return []
         # A mask depends on the sample's place in the mini-batch, not on how that is cut.
-        samples = np.array_split(np.arange(batch_size), self.schedule.num_micro_batches)
+        samples = np.array_split(np.arange(batch_size), pieces or self.schedule.num_micro_batches)
         return [(step_key(self.seed, step), piece) for piece in samples]
 
     def _collected_predictions(self) -> list[tf.Tensor]:

@@ -22,12 +22,14 @@ def probe_units(
     batch: Batch,
     inputs: Mapping[str, NDArray[Any]],
     output_gradients: Mapping[str, NDArray[Any]],
+    replicas: int = 1,
 ) -> dict[TensorKey, NDArray[Any]]:
     """`common.runtime.engine.Engine.probe_units` for the units of one device, by TensorFlow's plain
-    tape, run eagerly.
+    tape, run eagerly. Every replica takes the micro-batches of all, so none has to be added up.
     """
-    pieces = batch.micro_batches(model.schedule.num_micro_batches)
-    seeds = model.dropout_context(len(batch.inputs), batch.step)
+    count = replicas * model.schedule.num_micro_batches
+    pieces = batch.micro_batches(count)
+    seeds = model.dropout_context(len(batch.inputs), batch.step, count)
     found: dict[TensorKey, NDArray[Any]] = {}
     assert model.spec is not None  # the harness makes Transformers only
     for chunk in model.stages[device].chunks:

@@ -26,6 +26,8 @@ class StageThreads(keras.Model):
     """The part of a `GPipeModel` that runs work on its stages."""
 
     stages: list[Stage]
+    held: tuple[int, ...]
+    """The devices whose stages this process computes."""
     stage_devices: list[str]
     times_actions: bool
     on_action: Callable[[int, Action | None], None]
@@ -39,8 +41,8 @@ class StageThreads(keras.Model):
         return self._submit(d, work).result()
 
     def on_all_stages(self, work: Callable[[int], Result]) -> list[Result]:
-        """Run `work(device)` on the threads of all stages at once."""
-        futures = [self._submit(d, functools.partial(work, d)) for d in range(len(self.stages))]
+        """Run `work(device)` on the threads of all held stages at once."""
+        futures = [self._submit(d, functools.partial(work, d)) for d in self.held]
         return [future.result() for future in futures]
 
     def close(self) -> None:
@@ -57,7 +59,7 @@ class StageThreads(keras.Model):
             # `begin` is a step's Stage or a prediction's ForwardOnly: the walk is the same.
             return run_stage(schedule, d, begin(d), channel, before, self._clock(d))
 
-        events = dict(enumerate(self.walk_all(walk)))
+        events = dict(zip(self.held, self.walk_all(walk), strict=True))
         return events if self.times_actions else {}
 
     def walk_all(
@@ -67,17 +69,19 @@ class StageThreads(keras.Model):
 
         Raises the first stage's failure.
         """
-        channel = Channel()
+        channel = self._open_channel()
         results: dict[int, Result] = {}
 
         def guarded(d: int) -> None:
             # [1] of the executor: a stage whose neighbour has failed would wait for ever.
             def before(action: Action) -> None:
                 channel.check()
+                self._ahead()
                 self.on_action(d, action)
 
             try:
                 results[d] = walk(d, channel, before)
+                self._behind()
                 self.on_action(d, None)  # done: whoever watches waits for no further action
             except Exception as error:
                 channel.stop(error)
@@ -85,7 +89,17 @@ class StageThreads(keras.Model):
         self.on_all_stages(guarded)
         if channel.failure is not None:
             raise channel.failure
-        return [results[d] for d in range(len(self.stages))]
+        return [results[d] for d in self.held]
+
+    def _open_channel(self) -> Channel:
+        """What carries the tensors of one pass."""
+        return Channel()
+
+    def _ahead(self) -> None:
+        """What else happens ahead of every action."""
+
+    def _behind(self) -> None:
+        """And behind the last."""
 
     def _submit(self, d: int, work: Callable[[], Result]) -> Future[Result]:
         def on_device() -> Result:

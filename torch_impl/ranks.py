@@ -2,8 +2,6 @@
 
 Replicas need it, and PyTorch's own pipeline (`torch_pipelining.py`). Without either, our executor
 runs all stages as threads of one process.
-
-Differs: TensorFlow runs stages as threads only.
 """
 
 from __future__ import annotations

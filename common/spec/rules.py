@@ -33,7 +33,7 @@ BFLOAT16 = tuple(name for name in FRAMEWORKS if name != "paddle")
 """Frameworks that can compute this model in bfloat16; see `paddle_impl.devices.check_dtype`."""
 
 
-REPLICATED: tuple[str, ...] = ("torch", "paddle")
+REPLICATED: tuple[str, ...] = ("torch", "tensorflow", "paddle")
 """Frameworks that train replicas."""
 
 REPLICATED_BASELINES: Mapping[str, tuple[str, ...]] = {
@@ -141,6 +141,9 @@ def _replicas(config: RunConfig) -> Impossible | None:
         return None
     if config.framework not in REPLICATED:
         why = f"{config.framework} has one pipeline; expected {' or '.join(REPLICATED)}"
+        return Impossible("replicas", f" = {config.replicas}: {why}")
+    if config.drift is not None:
+        why = f"drift = {config.drift} is put back in one pipeline; expected 1"
         return Impossible("replicas", f" = {config.replicas}: {why}")
     if config.executor in ("table", *REPLICATED_BASELINES.get(config.framework, ())):
         return None

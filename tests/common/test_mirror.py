@@ -32,6 +32,7 @@ DIFFERENCES = {
         "fused_attention": "the part of PyTorch's best track; TensorFlow's is a flag, Paddle's in "
         "`programs.py`",
         "check_dtype": "only Paddle lacks bfloat16 kernels",
+        "choose_kernels": "TensorFlow reads them on import, which ranks inherit from their parent",
     },
     "dropout": {
         "ElementHashes": "PyTorch's belong to a stream; TensorFlow folds the constants, Paddle's "
@@ -48,6 +49,9 @@ DIFFERENCES = {
         "StageOptimizer.load_state": "as above",
         "StageOptimizer.share": "the counterpart: what is one number for all weights goes back to "
         "that optimizer",
+    },
+    "ranks": {
+        "join_pipeline": "a Paddle process alone is a pipeline too, for tests and measurements",
     },
     "stage": {
         "Pass": "a recorded graph reads what a pass over a mini-batch consists of",

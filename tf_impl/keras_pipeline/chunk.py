@@ -372,3 +372,30 @@ class Chunk:
         names = custom_gradients(tf.compat.v1.get_default_graph())
         weakref.finalize(self, forget_gradients, names)
         return x, mask_of(x), total(losses)
+
+
+class ElsewhereFunctions(NamedTuple):
+    """What stands for the functions of a chunk that another process has."""
+
+    handed_on: tuple[tf.TensorSpec, ...]
+
+    def made(self) -> dict[str, Any]:
+        return {}
+
+
+class Elsewhere(Chunk):
+    """A chunk of a Transformer's units that another process has: it has no weights here, and what
+    it hands on is known all the same.
+    """
+
+    def build(self, x: keras.KerasTensor) -> keras.KerasTensor:
+        """Return what the output for an input like `x` is like."""
+        shape = functools.reduce(
+            lambda s, layer: layer.compute_output_shape(s), self.layers, x.shape
+        )
+        return keras.KerasTensor(shape, self.layers[-1].compute_dtype)
+
+    def trace(self, received: Sequence[tf.TensorSpec], *_: Any, **__: Any) -> Any:
+        """Return functions that nobody calls."""
+        like = self.build(keras.KerasTensor(received[0].shape, received[0].dtype.name))
+        return ElsewhereFunctions((tf.TensorSpec(like.shape, like.dtype),))

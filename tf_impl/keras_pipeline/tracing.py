@@ -29,9 +29,9 @@ class Traced(NamedTuple):
     mask_parts: dict[int, list[Any]]
     """By the size of a micro-batch and by chunk, where predictions have a mask: what computes it.
     """
-    divisor: Callable[..., tf.Tensor]
+    divisor: Callable[..., tf.Tensor] | None
     """(mask of the predictions or None, y[, sample_weight]) of a mini-batch -> what the sum of its
-    losses is divided by.
+    losses is divided by. None where another process has the last chunk.
     """
 
 
@@ -162,9 +162,10 @@ class TracedRow(keras.Model):
         self._loss = found
         return found
 
-    def _traced_divisor(self, batch_size: int) -> Callable[..., tf.Tensor]:
+    def _traced_divisor(self, batch_size: int) -> Callable[..., tf.Tensor] | None:
+        if self._loss is None:  # the last chunk has been traced, if it is here
+            return None
         loss, like = self._loss, self._prediction
-        assert loss is not None  # the last chunk has been traced
 
         def divisor(mask: tf.Tensor | None, *labels: tf.Tensor) -> tf.Tensor:
             # Only its shape and its mask are read: no prediction is known yet.
@@ -176,6 +177,7 @@ class TracedRow(keras.Model):
 
     def _divisor(self, traced: Traced, x: tf.Tensor, labels: Sequence[tf.Tensor]) -> float:
         """What the sum of a mini-batch's losses is divided by."""
+        assert traced.divisor is not None
         return float(traced.divisor(self._prediction_mask(traced, x), *labels))
 
     def _prediction_mask(self, traced: Traced, x: tf.Tensor) -> np.ndarray | None:

@@ -11,6 +11,7 @@ weights, and copies in bfloat16.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -29,8 +30,9 @@ class UpdatedRow(keras.Model):
     spec: TransformerSpec | None
     chunks: list[Chunk]
     stages: list[Stage]
+    held: tuple[int, ...]
     _strategies: list[tf.distribute.Strategy]
-    _optimizers: list[StageOptimizer]
+    _optimizers: dict[int, StageOptimizer]
     """By device; none before the first step after `compile`."""
 
     def apply_gradients(self, step: int | None = None) -> float:
@@ -48,7 +50,7 @@ class UpdatedRow(keras.Model):
             norm, scales = self._clip(squares)
         self.on_all_stages(lambda d: self._optimizers[d].step(rate, scales[d]))
         # Every stage has advanced the same counters; any of them gives them back.
-        next(optimizer for optimizer in self._optimizers if not optimizer.is_empty).share()
+        next(each for each in self._optimizers.values() if not each.is_empty).share()
         self.cast_masters()
         return norm
 
@@ -88,17 +90,20 @@ class UpdatedRow(keras.Model):
         return next(w.gradient for w in self._weights if w.master is variable)
 
     @property
-    def _tied(self) -> tuple[keras.Variable, keras.Variable] | None:
-        """The token embedding and the tied head's copy of it: what the optimizer updates."""
+    def _tied(self) -> list[Any]:
+        """The token embedding and the tied head's copy of it: what the optimizer updates. Nothing
+        without a tied head; None for one that another process holds.
+        """
         if self.spec is None or not self.spec.tied_head:
-            return None
-        return self.master_of(self.units[0].token), self.master_of(self.units[-1].token)
+            return []
+        ends = (self.units[0], self.units[-1])
+        return [self.master_of(unit.token) if unit.built else None for unit in ends]
 
     def _add_tied_gradients(self) -> None:
         """The token embedding's gradient: that of its own use plus that of the head's copy, put in
         both.
         """
-        if self._tied is not None:
+        if self._tied:
             # Both optimizers then make the same step, and the two copies stay equal bit by bit.
             own, copy = (self.gradient_of(variable) for variable in self._tied)
             own.assign_add(copy)
@@ -109,7 +114,7 @@ class UpdatedRow(keras.Model):
         gradients by.
         """
         norm = global_norm([square for stage in squares for square in stage])
-        return norm, [clip_scale(norm, self.optimizer.global_clipnorm)] * len(squares)
+        return norm, [clip_scale(norm, self.optimizer.global_clipnorm)] * len(self.stages)
 
     def _make_optimizer(self, d: int) -> StageOptimizer:
         weights = [weight for chunk in self.stages[d].chunks for weight in chunk.updated()]
@@ -121,7 +126,8 @@ class UpdatedRow(keras.Model):
     def _ensure_optimizers(self) -> None:
         self._build_optimizer()
         if not self._optimizers:
-            self._optimizers = self.on_all_stages(self._make_optimizer)
+            made = self.on_all_stages(self._make_optimizer)
+            self._optimizers = dict(zip(self.held, made, strict=True))
 
     def _build_optimizer(self) -> None:
         if not self.optimizer.built:
