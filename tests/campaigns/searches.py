@@ -37,7 +37,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         numbers = [str(n) for n in (arguments.count, arguments.models, arguments.first)]
-        command = [sys.executable, "-m", "tests.children.search_reference", str(folder / "found")]
+        command = [sys.executable, "-m", "tests.references.search_reference", str(folder / "found")]
         subprocess.run([*command, *numbers], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
         text = (folder / "found").read_text(encoding="utf-8")
         recorded = searches.Recorded.model_validate_json(text)
