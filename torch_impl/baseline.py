@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -152,8 +153,11 @@ class PlainEngine(BaselineEngine):
 
     def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, S), targets (B, S) and sample indices (B,) of this replica."""
-        own = batch.share(self.replica, self.config.replicas, 1)[0]
-        tokens, targets, samples = map(torch.from_numpy, (own.inputs, own.targets, own.samples))
+        # Those that the table's replica has, all at once.
+        share = self.replica, self.config.replicas, self.config.train.micro_batches
+        samples = torch.from_numpy(np.concatenate([one.samples for one in batch.share(*share)]))
+        tokens, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
+        tokens, targets = tokens[samples], targets[samples]
         return tokens.to(self._device), targets.to(self._device), samples.to(self._device)
 
     def _set_step_key(self, batch: Batch, training: bool) -> None:
