@@ -6,7 +6,7 @@ its sender until it is received and asks the group's leader each time: 0.80 ms o
 took 603 ms with broadcasts and 573 with sockets, on a network of 5 ms and 200 Mbit/s 896 and 737.
 
     a stage's thread            of each link            of each link         a stage's thread
-    send ──► outbox ──► sending thread ──► socket ──► reading thread ──► mailbox ──► receive
+    send ──► outbox ──► sending thread ──► socket ──► reading thread ──► mail ──► receive
 
 So neither end waits for the other, and a message is there before it is asked for. It carries its
 pass and address: what arrives in another order is found all the same, what nobody asks for is never
@@ -32,7 +32,6 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from common.runtime.executor import Message
-from common.runtime.mailbox import Mailbox, PipelineStopped
 from tf_impl.stage import Channel
 
 Arrived = Callable[[int, Message, NDArray[Any]], None]
@@ -40,7 +39,7 @@ Arrived = Callable[[int, Message, NDArray[Any]], None]
 
 
 class Link:
-    """A connection to the process of another stage. Sends never wait.
+    """A connection to another rank. Sends never wait.
 
     A message is the length of its header (4 bytes), the header in JSON, and the tensor's memory.
     """
@@ -55,40 +54,49 @@ class Link:
         # A header is short: without this, the system would wait for more to send with it.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._peer, self._arrived, self._lost = connection, peer, arrived, lost
-        self._outbox: queue.SimpleQueue[tuple[int, Message, tf.Tensor]] = queue.SimpleQueue()
+        self._outbox: queue.Queue[tuple[int, Message, tf.Tensor]] = queue.Queue()
         for work in (self._send_queued, self._read):
-            threading.Thread(target=self._guarded, args=(work,), daemon=True).start()
+            threading.Thread(target=work, daemon=True).start()
 
     def send(self, number: int, message: Message, tensor: tf.Tensor) -> None:
         """Queue the tensor of pass `number`."""
         self._outbox.put((number, message, tensor))
+
+    def flush(self) -> None:
+        self._outbox.join()
 
     def close(self) -> None:
         self._socket.shutdown(socket.SHUT_RDWR)
 
     def _send_queued(self) -> None:
         while True:
-            number, message, tensor = self._outbox.get()
-            array = np.ascontiguousarray(tensor.numpy())  # waits for a GPU, where it is on one
-            address = [number, message.kind, message.micro_batch, message.virtual_stage]
-            header = json.dumps([*address, array.dtype.name, array.shape]).encode()
-            self._socket.sendall(len(header).to_bytes(4, "big") + header)
-            self._socket.sendall(array.reshape(-1).view(np.uint8).data)
+            try:
+                self._transmit(*self._outbox.get())
+            except Exception as error:  # nobody looks at this thread
+                self._end(error)
+            finally:
+                self._outbox.task_done()
+
+    def _transmit(self, number: int, message: Message, tensor: tf.Tensor) -> None:
+        array = np.ascontiguousarray(tensor.numpy())  # waits for a GPU, where it is on one
+        address = [number, message.kind, message.micro_batch, message.virtual_stage]
+        header = json.dumps([*address, array.dtype.name, array.shape]).encode()
+        self._socket.sendall(len(header).to_bytes(4, "big") + header)
+        self._socket.sendall(array.reshape(-1).view(np.uint8).data)
 
     def _read(self) -> None:
-        while True:
-            length = int.from_bytes(self._bytes(4), "big")
-            number, kind, i, k, dtype, shape = json.loads(bytes(self._bytes(length)))
-            kept = np.empty(shape, tf.as_dtype(dtype).as_numpy_dtype)
-            self._fill(kept.reshape(-1).view(np.uint8).data)
-            self._arrived(number, Message(kind, i, k), kept)
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        """Nobody looks at these threads: their errors go to who waits for a message."""
         try:
-            work()
+            while True:
+                length = int.from_bytes(self._bytes(4), "big")
+                number, kind, i, k, dtype, shape = json.loads(bytes(self._bytes(length)))
+                kept = np.empty(shape, tf.as_dtype(dtype).as_numpy_dtype)
+                self._fill(kept.reshape(-1).view(np.uint8).data)
+                self._arrived(number, Message(kind, i, k), kept)
         except Exception as error:
-            self._lost(ConnectionError(f"{self._peer} has ended ({error})"))
+            self._end(error)
+
+    def _end(self, error: Exception) -> None:
+        self._lost(ConnectionError(f"{self._peer} has ended ({error})"))
 
     def _bytes(self, count: int) -> bytearray:
         found = bytearray(count)
@@ -104,65 +112,90 @@ class Link:
 
 
 class Links:
-    """This process' links to the other stages of its pipeline, for all passes."""
+    """This process' links to the ranks that it talks to, for all passes."""
 
     def __init__(
-        self, own: int, hosts: Sequence[str], ports_of: Callable[[int], Sequence[int]]
+        self,
+        own: int,
+        peers: Sequence[int],
+        hosts: Sequence[str],
+        ports_of: Callable[[int], Sequence[int]],
+        name_of: Callable[[int], str],
     ) -> None:
-        """`hosts` has that of every stage; `ports_of(port)` tells all processes this one's, and
-        returns that of every stage.
+        """`hosts` has that of every rank; `ports_of(port)` tells all ranks this one's, and returns
+        that of every rank; `name_of(rank)` is for messages. Whoever is a peer of this rank has it
+        as one, too.
         """
-        self._mailbox = Mailbox()
+        self._mail: dict[tuple[int, Message], NDArray[Any]] = {}
+        self._lost: dict[int, Exception] = {}
+        """By peer: why nothing comes from it any more."""
+        self._changed = threading.Condition()
         self._links: dict[int, Link] = {}
+        self._name_of = name_of
         # On one machine nobody else can connect. Among hosts it is as with TensorFlow's own server:
         # the name that others have for this host need not be that of one of its interfaces.
         at = hosts[own] if len(set(hosts)) == 1 else ""
         with socket.create_server((at, 0), backlog=len(hosts)) as server:
             ports = ports_of(server.getsockname()[1])  # all listen before anybody has them
-            for stage in range(own):
-                connection = socket.create_connection((hosts[stage], ports[stage]))
+            for peer in (rank for rank in peers if rank < own):
+                connection = socket.create_connection((hosts[peer], ports[peer]))
                 connection.sendall(own.to_bytes(4, "big"))  # who calls
-                self._add(stage, connection)
-            while len(self._links) < len(hosts) - 1:
+                self._add(peer, connection)
+            while len(self._links) < len(peers):
                 connection = server.accept()[0]
-                self._add(int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big"), connection)
+                caller = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")
+                self._add(caller, connection)
 
-    def send(self, stage: int, number: int, message: Message, tensor: tf.Tensor) -> None:
-        self._links[stage].send(number, message, tensor)
+    def send(self, rank: int, number: int, message: Message, tensor: tf.Tensor) -> None:
+        self._links[rank].send(number, message, tensor)
 
-    def take(self, number: int, message: Message) -> NDArray[Any]:
-        """Wait for a message. Raises ConnectionError if its sender has ended."""
-        try:
-            found: NDArray[Any] = self._mailbox.take((number, message))
-        except PipelineStopped:
-            self.check()
-            raise
-        return found
+    def take(self, rank: int, number: int, message: Message) -> NDArray[Any]:
+        """Wait for a message of `rank`. Raises ConnectionError if it has ended before."""
+        address = number, message
+        with self._changed:
+            self._changed.wait_for(lambda: address in self._mail or rank in self._lost)
+            if address not in self._mail:
+                raise self._lost[rank]
+            return self._mail.pop(address)
 
     def check(self) -> None:
-        """Raise ConnectionError once another stage has ended."""
-        if self._mailbox.failure is not None:
-            raise self._mailbox.failure
+        """Raise ConnectionError once any of the ranks has ended."""
+        for error in tuple(self._lost.values()):
+            raise error
+
+    def flush(self) -> None:
+        """Wait until all that was sent is on its way, which it stays when this process ends."""
+        for link in self._links.values():
+            link.flush()
 
     def close(self) -> None:
         """End all links; the other ends notice."""
         for link in self._links.values():
             link.close()
 
-    def _add(self, stage: int, connection: socket.socket) -> None:
+    def _add(self, peer: int, connection: socket.socket) -> None:
         def arrived(number: int, message: Message, array: NDArray[Any]) -> None:
-            self._mailbox.put((number, message), array)
+            with self._changed:
+                self._mail[number, message] = array
+                self._changed.notify_all()
 
-        self._links[stage] = Link(connection, f"stage {stage}", arrived, self._mailbox.stop)
+        def lost(error: Exception) -> None:
+            with self._changed:
+                self._lost.setdefault(peer, error)
+                self._changed.notify_all()
+
+        self._links[peer] = Link(connection, self._name_of(peer), arrived, lost)
 
 
 class LinkedChannel(Channel):
     """Carries one pass between this process' stage and those of others."""
 
-    def __init__(self, links: Links, own: int, number: int) -> None:
-        """`number` is the pass', the same on all ranks."""
+    def __init__(self, links: Links, own: int, ranks: Sequence[int], number: int) -> None:
+        """`own` is this stage, `ranks` has that of every stage, `number` is the pass', the same on
+        all of them.
+        """
         super().__init__()
-        self._links, self._own, self._number = links, own, number
+        self._links, self._own, self._ranks, self._number = links, own, ranks, number
 
     def send(self, message: Message, tensor: Any, device: int) -> None:
         if device == self._own:  # where a V turns
@@ -170,13 +203,14 @@ class LinkedChannel(Channel):
             return
         # A forward hands on a list: its output and, where Keras has given it one, its mask.
         (content,) = tensor if message.kind == "activation" else [tensor]
-        self._links.send(device, self._number, message, content)
+        self._links.send(self._ranks[device], self._number, message, content)
 
     def receive(self, message: Message, device: int) -> Any:
-        """Raises ConnectionError if the sender has ended, PipelineStopped if this pass was."""
+        """Raises ConnectionError if the sender has ended."""
         if device == self._own:
             return super().receive(message, device)
-        tensor = tf.convert_to_tensor(self._links.take(self._number, message))
+        found = self._links.take(self._ranks[device], self._number, message)
+        tensor = tf.convert_to_tensor(found)
         return [tensor] if message.kind == "activation" else tensor
 
     def check(self) -> None:

@@ -53,13 +53,35 @@ class Ranks:
         self._rank, self._groups = world.rank, dict[range, Group]()
         self.passes = 0
         """Begun so far: the same number on all ranks, so it is part of a message's address."""
-        pipeline = mesh.pipeline(self.replica)
+        self.pipeline = mesh.pipeline(self.replica)
+        # Besides the stages of a pipeline, all talk to the first rank, at the end (`wait_for_all`).
+        peers = range(mesh.size) if world.rank == 0 else {*self.pipeline, 0}
+        self.links = Links(
+            world.rank,
+            sorted(set(peers) - {world.rank}),
+            world.hosts,
+            lambda port: [int(row[0]) for row in self.gathered([port])],
+            mesh.name,
+        )
 
-        def ports_of(port: int) -> list[int]:
-            ports = self.gathered([port])
-            return [int(ports[rank][0]) for rank in pipeline]
+    def wait_for_all(self) -> None:
+        """Return when all ranks have called it: each may then end.
 
-        self.links = Links(self.stage, [world.hosts[rank] for rank in pipeline], ports_of)
+        By messages, and not by a collective: that may be over here and still wait for an answer of
+        this process elsewhere.
+        """
+        self.passes += 1
+        come = [Message("word", rank, 0) for rank in range(self.mesh.size)]
+        nothing, others = tf.zeros(0), range(1, self.mesh.size)
+        if self._rank:
+            self.links.send(0, self.passes, come[self._rank], nothing)
+            self.links.take(0, self.passes, come[0])
+            return
+        for rank in others:
+            self.links.take(rank, self.passes, come[rank])
+        for rank in others:
+            self.links.send(rank, self.passes, come[0], nothing)
+        self.links.flush()
 
     def group(self, ranks: range) -> Group:
         """Return that of these ranks; all of them call it."""
@@ -113,7 +135,8 @@ class RankModel(GPipeModel):
 
     def _open_channel(self) -> Channel:
         self._ranks.passes += 1
-        return LinkedChannel(self._ranks.links, self._ranks.stage, self._ranks.passes)
+        own = self._ranks
+        return LinkedChannel(own.links, own.stage, own.pipeline, own.passes)
 
     def _ahead(self) -> None:
         if self._reduction is not None:
@@ -183,10 +206,10 @@ class RankEngine(PipelineEngine):
         # As if they went on to the virtual stage behind the last.
         logits = Message("activation", 0, self.model.schedule.num_virtual_stages)
         if self._ranks.stage != last:
-            return to_array(tf.constant(links.take(number, logits)))
+            return to_array(tf.constant(links.take(self._ranks.pipeline[last], number, logits)))
         found = tf.concat(pieces, 0)  # (B, S, V)
-        for stage in set(range(self.config.stages)) - {last}:
-            links.send(stage, number, logits, found)
+        for rank in set(self._ranks.pipeline) - {self._ranks.pipeline[last]}:
+            links.send(rank, number, logits, found)
         return to_array(found)
 
     def decode(self, feed: Feed) -> None:

@@ -101,7 +101,7 @@ def _own_gpu(world: World, gpus: int, listed: str | None) -> str:
 
 def _wait_for_all(ranks: int) -> None:
     """Return when all ranks have called it."""
-    _joined.gathered([0.0])
+    _joined.wait_for_all()
 
 
 def _switch(config: RunConfig) -> AbstractContextManager[Any]:

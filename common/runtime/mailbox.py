@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -16,21 +15,21 @@ class PipelineStopped(RuntimeError):
 
 
 class Mailbox:
-    """Hands objects from thread to thread by their addresses. Puts never wait."""
+    """Hands objects from thread to thread; made anew for every pass. Puts never wait."""
 
     def __init__(self) -> None:
-        self._mail: dict[Hashable, Any] = {}
+        self._mail: dict[Message, Any] = {}
         self._changed = threading.Condition()
         self.failure: BaseException | None = None
         """Why the pass was stopped: the first error of any stage."""
 
-    def put(self, message: Hashable, content: Any) -> None:
+    def put(self, message: Message, content: Any) -> None:
         """Leave `content` for whoever takes `message`."""
         with self._changed:
             self._mail[message] = content
             self._changed.notify_all()
 
-    def take(self, message: Hashable) -> Any:
+    def take(self, message: Message) -> Any:
         """Wait for a message and return its content.
 
         Raises PipelineStopped if a stage fails before it is there.

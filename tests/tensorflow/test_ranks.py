@@ -22,6 +22,7 @@ from common.runtime.executor import Message
 from common.runtime.job import Job, JobFile, Saving
 from common.runtime.worker import run_jobs
 from common.runtime.world import World
+from common.spec.mesh import Mesh
 from common.spec.run import RunConfig
 from tests.engines import Make, small
 from tests.parity.ladder import first_different_bits
@@ -30,6 +31,8 @@ from tf_impl import ranks
 from tf_impl.engine import build_engine
 from tf_impl.links import LinkedChannel, Links
 
+RANKS = (0, 1)
+"""Of the two stages of `linked`."""
 BATCH = {"batch_size": 7, "micro_batches": 3, "steps": 2}
 
 
@@ -62,7 +65,7 @@ def linked() -> list[Links]:
             both.wait()
             return ports
 
-        return Links(own, ["127.0.0.1"] * 2, ports_of)
+        return Links(own, [1 - own], ["127.0.0.1"] * 2, ports_of, Mesh(2, 1).name)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(end, range(2)))
@@ -150,14 +153,14 @@ def test_messages_are_found_by_their_pass_and_address() -> None:
     """In another order than they were sent; and who waits for an ended process is told so."""
     first, second = linked()
     x, y = Message("activation", 0, 1), Message("activation", 1, 1)
-    sender, receiver = LinkedChannel(first, 0, 7), LinkedChannel(second, 1, 7)
+    sender, receiver = LinkedChannel(first, 0, RANKS, 7), LinkedChannel(second, 1, RANKS, 7)
     for number, message in enumerate((x, y)):
         sender.send(message, [tf.fill((2, 3), tf.cast(number, tf.bfloat16))], 1)
-    LinkedChannel(first, 0, 8).send(x, [tf.fill((1,), 8.0)], 1)
+    LinkedChannel(first, 0, RANKS, 8).send(x, [tf.fill((1,), 8.0)], 1)
     for message, value in ((y, 1), (x, 0)):
         (found,) = receiver.receive(message, 0)
         assert found.dtype == tf.bfloat16 and np.all(found.numpy() == value)
-    (later,) = LinkedChannel(second, 1, 8).receive(x, 0)
+    (later,) = LinkedChannel(second, 1, RANKS, 8).receive(x, 0)
     assert later.numpy().tolist() == [8.0]
     first.close()
     with pytest.raises(ConnectionError, match="stage 0 has ended"):
