@@ -131,8 +131,20 @@ def causal_mask(size: int) -> Tensor:
     return paddle.full((size, size), _MASKED).triu(1)
 
 
+def share_heads(x: Tensor, group: int) -> Tensor:
+    """Repeat every head of keys or values for its group of query heads: (B, K, S, E) to (B, H, S,
+    E).
+    """
+    return x.repeat_interleave(group, 1)
+
+
+def scaled_products(q: Tensor, k: Tensor) -> Tensor:
+    """Return q k^T / sqrt(E): (B, H, S, S)."""
+    return paddle.matmul(q / math.sqrt(q.shape[-1]), k, transpose_y=True)
+
+
 class Attention(nn.Layer):
-    """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
+    """Self-attention (Vaswani et al. 2017, section 3.2), with an additive mask if causal.
 
     The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`). Where there are
     fewer heads of keys and values (K), a group of query heads shares each.
@@ -148,9 +160,8 @@ class Attention(nn.Layer):
         self.d_head, self.group = spec.d_head, spec.num_heads // spec.kv_heads
         self.rope_theta = spec.rope_theta if spec.position == "rotary" else None
         self.dropout, self.site, self.context = spec.dropout, site, context
-        self.register_buffer(
-            "causal", causal_mask(spec.context_length), persistable=False
-        )  # (S, S)
+        mask = causal_mask(spec.context_length) if spec.causal else None  # (S, S)
+        self.register_buffer("causal", mask, persistable=False)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         b, s, d = x.shape
@@ -166,11 +177,9 @@ class Attention(nn.Layer):
         if cache is not None:
             k, v = cache.extend(self.site, k, v)  # (B, K, start + S, E)
         if self.group > 1:
-            k, v = (y.repeat_interleave(self.group, 1) for y in (k, v))  # (B, H, S, E)
-        q = q / math.sqrt(self.d_head)
-        # (B, H, S, S), with a cache (B, H, S, start + S)
-        scores = paddle.matmul(q, k, transpose_y=True)
-        if s > 1:  # a single new position sees all that is there
+            k, v = share_heads(k, self.group), share_heads(v, self.group)  # (B, H, S, E)
+        scores = scaled_products(q, k)  # (B, H, S, S), with a cache (B, H, S, start + S)
+        if self.causal is not None and s > 1:  # a single new position sees all that is there
             scores = scores + self.causal[start : start + s, : start + s]
         weights = dropout(
             functional.softmax(scores), self.dropout, self.site, self.context

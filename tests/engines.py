@@ -362,6 +362,8 @@ MEMORY_GRID: tuple[tuple[int, str, dict[str, Any], dict[str, Any]], ...] = (
         {"chunks": 2, "track": "best"},
         {"num_layers": 4, "num_kv_heads": 1} | LLAMA,
     ),
+    (2, "1f1b", {}, {"causal": False, "norm": "post", "dropout": 0.1}),
+    (2, "1f1b", {"track": "best"}, {"causal": False, "position": "rotary"}),
 )
 """Stages, schedule, the rest of the run, and the model: runs whose held bytes are predicted."""
 

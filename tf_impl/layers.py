@@ -163,8 +163,24 @@ def causal_mask(size: int, dtype: tf.DType) -> tf.Tensor:
     return tf.constant(np.triu(np.full((size, size), -np.inf), 1), dtype)
 
 
+def share_heads(x: tf.Tensor, group: int) -> tf.Tensor:
+    """Repeat every head of keys or values for its group of query heads: (B, K, S, E) to (B, H, S,
+    E).
+    """
+    return tf.repeat(x, group, 1)
+
+
+def scaled_products(q: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
+    """Return q k^T / sqrt(E): (B, H, S, S), in float32 at least.
+
+    Differs: the product is scaled and not the queries, which in bfloat16 would be rounded once
+    more.
+    """
+    return at_least_float32(product(q, k, transpose_b=True)) / math.sqrt(q.shape[-1])
+
+
 class Attention(Unit):
-    """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
+    """Self-attention (Vaswani et al. 2017, section 3.2), with an additive mask if causal.
 
     Where there are fewer heads of keys and values (K), a group of query heads shares each.
 
@@ -201,13 +217,10 @@ class Attention(Unit):
             k, v = cache.extend(self.unit_name, k, v)  # (B, K, start + S, E)
         if spec.kv_heads < spec.num_heads:
             group = spec.num_heads // spec.kv_heads
-            k, v = tf.repeat(k, group, 1), tf.repeat(v, group, 1)  # (B, H, S, E)
-        products = at_least_float32(product(q, k, transpose_b=True))  # (B, H, S, S)
-        # Differs: the product is scaled and not the queries, which in bfloat16 would be rounded
-        # once more.
-        scores = products / math.sqrt(spec.d_head)  # (B, H, S, S), with a cache S, start + S
-        if s > 1:  # a single new position sees all that is there
-            mask = causal_mask(s, products.dtype)  # (S, S)
+            k, v = share_heads(k, group), share_heads(v, group)  # (B, H, S, E)
+        scores = scaled_products(q, k)  # (B, H, S, S), with a cache S, start + S
+        if spec.causal and s > 1:  # a single new position sees all that is there
+            mask = causal_mask(s, scores.dtype)  # (S, S)
             scores = scores + (mask if cache is None else tf.pad(mask, ((0, 0), (start, 0))))
         weights = self.dropout(softmax(scores, q.dtype), 0, context)
         mixed = tf.reshape(tf.transpose(product(weights, v), (0, 2, 1, 3)), (-1, s, d))  # (B, S, D)

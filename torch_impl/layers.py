@@ -115,15 +115,27 @@ def causal_mask(size: int) -> Tensor:
     return torch.full((size, size), -math.inf).triu(1)
 
 
+def share_heads(x: Tensor, group: int) -> Tensor:
+    """Repeat every head of keys or values for its group of query heads: (B, K, S, E) to (B, H, S,
+    E).
+    """
+    return x.repeat_interleave(group, dim=1)
+
+
+def scaled_products(q: Tensor, k: Tensor) -> Tensor:
+    """Return q k^T / sqrt(E): (B, H, S, S)."""
+    return q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)
+
+
 class Attention(nn.Module):
-    """Causal self-attention (Vaswani et al. 2017, section 3.2), with an additive mask.
+    """Self-attention (Vaswani et al. 2017, section 3.2), with an additive mask if causal.
 
     The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`). Where there are
     fewer heads of keys and values (K), a group of query heads shares each. `fused`: scores and
     softmax in one kernel that stores neither; it has no place for our dropout masks.
     """
 
-    causal: Tensor  # (S, S)
+    causal: Tensor | None  # (S, S)
 
     def __init__(self, spec: TransformerSpec, site: int, fused: bool) -> None:
         super().__init__()
@@ -135,7 +147,8 @@ class Attention(nn.Module):
         self.d_head, self.group = spec.d_head, spec.num_heads // spec.kv_heads
         self.rope_theta = spec.rope_theta if spec.position == "rotary" else None
         self.dropout, self.site, self.fused = spec.dropout, site, fused
-        self.register_buffer("causal", causal_mask(spec.context_length), persistent=False)
+        mask = causal_mask(spec.context_length) if spec.causal else None
+        self.register_buffer("causal", mask, persistent=False)
 
     def forward(
         self, x: Tensor, context: DropoutContext | None, cache: Cache | None = None
@@ -153,16 +166,15 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.site, k, v)  # (B, K, start + S, E)
         if self.group > 1:
-            k, v = (y.repeat_interleave(self.group, dim=1) for y in (k, v))  # (B, H, S, E)
+            k, v = share_heads(k, self.group), share_heads(v, self.group)  # (B, H, S, E)
         if self.fused:
             # With a cache one new position sees all that is there: no mask.
             mixed = functional.scaled_dot_product_attention(
-                q, k, v, is_causal=start == 0
+                q, k, v, is_causal=self.causal is not None and start == 0
             )  # (B, H, S, E)
         else:
-            # (B, H, S, S), with a cache (B, H, S, start + S)
-            scores = q / math.sqrt(self.d_head) @ k.transpose(-2, -1)
-            if s > 1:  # a single new position sees all that is there
+            scores = scaled_products(q, k)  # (B, H, S, S), with a cache (B, H, S, start + S)
+            if self.causal is not None and s > 1:  # a single new position sees all that is there
                 scores = scores + self.causal[start : start + s, : start + s]
             weights = dropout(
                 functional.softmax(scores, dim=-1), self.dropout, self.site, context

@@ -239,13 +239,13 @@ def _said(line: Settings) -> dict[str, Any]:
 def _say_what_no_file_says(arguments: argparse.Namespace, spec: TransformerSpec) -> None:
     """Note the defaults of options that no shape shows, but that change what weights mean."""
     given = {dest.rpartition(".")[2] for dest in vars(arguments) if "." in dest}
-    needed = (*NOT_IN_THE_WEIGHTS, *(["rope_theta"] if spec.position == "rotary" else []))
+    needed = (*NOT_IN_THE_WEIGHTS, *(["rope_theta"] if spec.position == "rotary" else []), "causal")
     unsaid = [name for name in needed if name not in given]
     if unsaid and arguments.config is None and "preset" not in given:
         values = ((name, getattr(spec, name)) for name in unsaid)
-        words = (
-            f"{flag(n)} {v:g}" if isinstance(v, float) else f"{flag(n)} {v}" for n, v in values
-        )
+        shown = {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in values}
+        shown["causal"] = ""  # a switch, on by default
+        words = (f"{flag(name)} {shown[name]}".rstrip() for name in unsaid)
         print(f"{NOTE}the file does not say {', '.join(words)}; taken as by default")
 
 
@@ -253,7 +253,7 @@ def _words(spec: TransformerSpec) -> str:
     return (
         f"{spec.num_layers} blocks, d_model {spec.d_model}, {spec.num_heads} heads, d_ff "
         f"{spec.d_ff}, vocabulary {spec.vocab_size}, context {spec.context_length}, "
-        f"{spec.norm}-norm, {spec.activation}"
+        f"{spec.norm}-norm, {spec.activation}{'' if spec.causal else ', encoder'}"
     )
 
 

@@ -57,7 +57,7 @@ def register(
         "evaluate",
         description="Loss per token and perplexity of a checkpoint over the held-out text, by a "
         "pipeline of forwards: the last tenth of its own text, or of another one that --corpus "
-        "names.",
+        "names. Of an encoder: per masked token, always the same ones.",
         usage="%(prog)s --checkpoint PATH [options]",
     )
     batches = "mini-batches of the held-out text (default: all of it)"
@@ -164,11 +164,13 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
         what = "the last tenth of another text than it was trained on"
         say(console, f"{what}: {' '.join(config.corpus)}")
     fewer = ", all there are" if found.batches < (arguments.batches or 0) else ""
-    say(console, f"held-out loss {found.loss:.6f} per token, perplexity {found.perplexity:.4f}")
+    masked = "" if config.model.causal else "masked "
+    of = f"{found.loss:.6f} per {masked}token"
+    say(console, f"held-out loss {of}, perplexity {found.perplexity:.4f}")
     say(
         console,
-        f"{found.tokens:,} tokens in {found.batches} mini-batches{fewer}; {_where(config)}; "
-        f"{found.tokens_per_second:,.0f} tokens/s",
+        f"{found.tokens:,} {masked}tokens in {found.batches} mini-batches{fewer}; "
+        f"{_where(config)}; {found.tokens_per_second:,.0f} tokens/s",
     )
     return EXIT_OK
 
@@ -177,6 +179,9 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
     _check_kind(arguments)
     folder = Path(arguments.checkpoint)
     saved = Saved(folder, checkpoint.verify(folder))
+    if not saved.manifest.model.causal:
+        what = "an encoder (causal = false), which fills in masked tokens and continues no text"
+        raise UsageError(f"--checkpoint {folder}: {what}; expected a causal model's")
     config = _for_samples(read_run(arguments, saved), arguments)
     prompt, decode = _prompt(arguments, saved, config)
     _check_vocabulary(arguments, config.model.vocab_size)

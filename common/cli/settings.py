@@ -24,7 +24,7 @@ from common.io.usage import UsageError, closest, known_word
 from common.schedule import recompute
 from common.schedule.generators import default_chunks, keep_schedule
 from common.spec import habits
-from common.spec.data import CorpusError, load_corpus
+from common.spec.data import CorpusError, load_corpus, text_key
 from common.spec.rules import BFLOAT16, why_impossible
 from common.spec.run import FRAMEWORKS, PRESETS, RunConfig, TrainSpec, TransformerSpec
 from common.spec.tokenizer import read_tokenizer
@@ -350,10 +350,7 @@ def _wrong(field: FieldInfo, item: Any) -> str:
 
 def check_corpora(points: Sequence[RunConfig]) -> None:
     """Read every corpus once, so that a wrong path or a short text is found before any run."""
-    distinct = {
-        (c.corpus, c.tokenizer, c.tokenizer_file, c.model.vocab_size, c.model.context_length): c
-        for c in points
-    }
+    distinct = {(*text_key(c), c.model.context_length): c for c in points}
     for config in distinct.values():
         try:
             load_corpus(config)

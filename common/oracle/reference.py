@@ -267,7 +267,7 @@ def rotate(x: Array, theta: float, sign: int = 1) -> Array:
 def attention(
     x: Array, w: Mapping[str, Array], unit: str, m: TransformerSpec, masks: Masks
 ) -> tuple[Array, Any]:
-    """Compute causal self-attention with dropout on its weights (Vaswani et al. 2017, section 3.2).
+    """Compute self-attention with dropout on its weights (Vaswani et al. 2017, section 3.2).
 
     P = softmax(q k^T / sqrt(E) + causal);  y = (P * mask) v, heads joined;  out = y @ W + b
 
@@ -285,8 +285,9 @@ def attention(
         q, k = rotate(q, m.rope_theta), rotate(k, m.rope_theta)
     group = m.num_heads // m.kv_heads
     k, v = k.repeat(group, 1), v.repeat(group, 1)  # (B, H, S, E)
-    # Position i sees 0 to i. Minus infinity above the diagonal becomes a weight of exactly 0.
-    causal = np.triu(np.full((s, s), -np.inf), 1)  # (S, S)
+    # Position i sees 0 to i. Minus infinity above the diagonal becomes a weight of exactly 0. An
+    # encoder sees all.
+    causal = np.triu(np.full((s, s), -np.inf), 1) if m.causal else 0.0  # (S, S)
     weights = softmax(q @ k.swapaxes(-1, -2) / math.sqrt(m.d_head) + causal)  # (B, H, S, S)
     mask = masks.at(unit, 0, weights.shape)  # (B, H, S, S), or 1.0
     mixed = ((weights * mask) @ v).transpose(0, 2, 1, 3).reshape(b, s, d)  # (B, S, D)

@@ -96,7 +96,8 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
         (
             "Model",
             f"{model.num_layers} blocks, d_model {model.d_model}, {model.num_heads} heads, d_ff "
-            f"{model.d_ff}, context {model.context_length}, vocabulary {model.vocab_size}",
+            f"{model.d_ff}, context {model.context_length}, vocabulary {model.vocab_size}"
+            f"{'' if model.causal else '; an encoder, trained on masked tokens'}",
         ),
         (
             "Training",
@@ -186,7 +187,7 @@ def fallbacks(results: Sequence[RunResult]) -> list[str]:
 
 
 def _lengths(config: RunConfig) -> str:
-    full = "every token counts"
+    full = "every token counts" if config.model.causal else "the masked tokens count, 15 %"
     if config.sequence_lengths == "random":
         full = "sequences end anywhere, tokens after the end are computed and not counted"
     epoch = config.sequences_per_epoch

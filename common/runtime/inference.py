@@ -35,7 +35,7 @@ class Evaluated(BaseModel):
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
     loss: float
-    """Mean per token."""
+    """Mean per token; of an encoder per masked token."""
     tokens: int
     batches: int
     tokens_per_second: float
@@ -69,19 +69,27 @@ def load_weights(engine: Engine, job: Job) -> None:
 
 
 def evaluate(engine: Engine, job: Job, corpus: Corpus) -> Evaluated:
-    """Return the loss over the held-out text, or its first `job.batches` mini-batches."""
-    train, length = job.config.train, job.config.model.context_length
-    losses, counts, seconds = [], [], []
-    for batch in islice(corpus.held_out_batches(train.batch_size, length), job.batches):
+    """Return the loss over the held-out text, or its first `job.batches` mini-batches.
+
+    An encoder's tokens are masked by a seed of their own: the same ones whatever was trained how.
+    """
+    train, model = job.config.train, job.config.model
+    losses, counts, seconds, read = [], [], [], []
+    batches = corpus.held_out_batches(train.batch_size, model.context_length)
+    for number, plain in enumerate(islice(batches, job.batches)):
+        batch = corpus.masked(plain, model, (0, 5), number * train.batch_size)
+        if not batch.num_tokens:  # the rest of the text fills no sequence of an encoder
+            continue
         began = time.perf_counter()
         losses.append(engine.evaluate(batch) * batch.num_tokens)
         seconds.append(time.perf_counter() - began)
         counts.append(batch.num_tokens)
+        read.append(plain.num_tokens)
     found = Evaluated(
         loss=math.fsum(losses) / sum(counts),
         tokens=sum(counts),
         batches=len(counts),
-        tokens_per_second=_rate(counts, seconds, [0]),
+        tokens_per_second=_rate(read, seconds, [0]),
     )
     _write(engine, job, "evaluation.json", found)
     return found

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from common.runtime.job import Job, JobText
-from common.spec.data import Corpus, load_corpus
+from common.spec.data import Corpus, load_corpus, text_key
 from common.spec.run import RunConfig
 
 
@@ -30,7 +30,7 @@ class Texts:
 
     def of(self, config: RunConfig) -> JobText:
         """Return the text of a run. Raises CorpusError and TokenizerError."""
-        key = (config.corpus, config.tokenizer, config.tokenizer_file, config.model.vocab_size)
+        key = text_key(config)
         if key not in self.written:
             self.written[key] = write_text(load_corpus(config), self.folder, len(self.written))
         return self.written[key]

@@ -217,9 +217,9 @@ def _is_bad(array: NDArray[Any]) -> bool:
 
 def held_out_batch(config: RunConfig, corpus: Corpus) -> Batch:
     """Return the mini-batch that every run is evaluated on at its end."""
-    return corpus.held_out_batch(
-        0, config.train.seed, config.train.batch_size, config.model.context_length
-    )
+    seed = config.train.seed
+    batch = corpus.held_out_batch(0, seed, config.train.batch_size, config.model.context_length)
+    return corpus.masked(batch, config.model, (seed, 4))
 
 
 def named(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from common.spec.corpus_files import CorpusError as CorpusError
 from common.spec.kept import NO_CACHE, find_kept, keep
-from common.spec.run import RunConfig
+from common.spec.masked_tokens import mask_tokens
+from common.spec.run import RunConfig, TransformerSpec
 from common.spec.text import BLANK_LINE, LONG_BYTES, Advance, Text, read_texts
 from common.spec.tokenizer import (
     BYTES,
@@ -40,6 +42,7 @@ __all__ = [
     "load_corpus",
     "load_tokenizer",
     "sequences_in",
+    "text_key",
     "tokenize",
 ]
 
@@ -47,12 +50,17 @@ HELD_OUT_FRACTION = 0.1
 """The end of the corpus, kept for evaluation."""
 
 IGNORED = -1
-"""A target that no loss includes: a position beyond the end of its sequence."""
+"""A target that no loss includes: a position beyond the end of its sequence, or one that an encoder
+is not asked for."""
+MASKS = ("[MASK]", "<mask>")
+"""What tokenizers call the token that masks."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One mini-batch. `targets[b, s]` is the token that follows `inputs[b, s]`, or IGNORED."""
+    """One mini-batch. `targets[b, s]` is the token that follows `inputs[b, s]`, or IGNORED; of an
+    encoder the one that was there before it was masked (`Corpus.masked`).
+    """
 
     step: int
     inputs: NDArray[np.int64]  # (B, S)
@@ -149,9 +157,45 @@ class Corpus:
         if config.sequences_per_epoch is not None:
             lengths[sequences_in(step, train.batch_size, config.sequences_per_epoch) :] = 0
         beyond = np.arange(length) >= lengths[:, None]  # (B, S)
-        return Batch(
+        batch = Batch(
             step, np.where(beyond, 0, batch.inputs), np.where(beyond, IGNORED, batch.targets)
         )
+        return self.masked(batch, config.model, (train.seed, 3, step))
+
+    def masked(
+        self, batch: Batch, model: TransformerSpec, key: tuple[int, ...], first_sample: int = 0
+    ) -> Batch:
+        """Return the mini-batch as the model trains on it: as it is, or with masked tokens.
+
+        What is masked is a function of (key, sample). A sequence with IGNORED targets is none of an
+        encoder's: it would see what fills it up.
+        """
+        if model.causal:
+            return batch
+        inputs, targets = batch.inputs.copy(), np.full_like(batch.targets, IGNORED)
+        for row in np.flatnonzero((batch.targets != IGNORED).all(1)):
+            random = _generator(key, first_sample + int(row))
+            seen, chosen = mask_tokens(
+                batch.inputs[row], self.mask_token(model), model.vocab_size, random
+            )
+            inputs[row], targets[row, chosen] = seen, batch.inputs[row, chosen]
+        return Batch(batch.step, inputs, targets)
+
+    def mask_token(self, model: TransformerSpec) -> int:
+        """Return the tokenizer's own, or else the last token of the vocabulary: of bytes 255, which
+        no UTF-8 has.
+        """
+        return model.vocab_size - 1 if self._own_mask is None else self._own_mask
+
+    @functools.cached_property
+    def _own_mask(self) -> int | None:
+        if self.tokenizer is None:
+            return None
+        file = json.loads(self.tokenizer)
+        words = file["model"].get("vocab")  # a list where tokens have scores
+        known = dict(words) if isinstance(words, dict) else {}
+        known |= {token["content"]: token["id"] for token in file.get("added_tokens", ())}
+        return next((known[name] for name in MASKS if name in known), None)
 
     def batch(self, step: int, seed: int, batch_size: int, context_length: int) -> Batch:
         """Return the mini-batch of `step`: random windows, a function of (seed, step)."""
@@ -185,6 +229,12 @@ def sequences_in(step: int, batch_size: int, sequences_per_epoch: int) -> int:
     return min(batch_size, sequences_per_epoch - step % steps_per_epoch * batch_size)
 
 
+def text_key(config: RunConfig) -> tuple[object, ...]:
+    """Return what the tokens of a run's text depend on."""
+    model = config.model
+    return (config.corpus, config.tokenizer, config.tokenizer_file, model.vocab_size, model.causal)
+
+
 def load_corpus(config: RunConfig) -> Corpus:
     """Read and tokenize the text of `config`. Raises CorpusError and TokenizerError."""
     return tokenize(config, read_texts(config.corpus))
@@ -200,6 +250,7 @@ def tokenize(config: RunConfig, text: Text) -> Corpus:
         content,
         f"tokenizer {path or config.tokenizer}",
         config.model.vocab_size,
+        _words(config),
     )
     needed = config.model.context_length + 1
     if min(len(corpus.train), len(corpus.held_out)) < needed:
@@ -208,14 +259,27 @@ def tokenize(config: RunConfig, text: Text) -> Corpus:
             f"{int(needed / HELD_OUT_FRACTION) + 1}, "
             f"so that a tenth of it holds one sequence of {needed}"
         )
+    mask = corpus.mask_token(config.model)
+    if not config.model.causal and mask == config.model.vocab_size - 1 == corpus.tokens.max():
+        raise CorpusError(
+            f"the text has token {mask}, the last one, which masks the others for an encoder; "
+            "expected a larger vocab_size, or UTF-8 where tokens are bytes"
+        )
     return corpus
 
 
+def _words(config: RunConfig) -> int:
+    """Return how many tokens byte pairs may make: an encoder's last one is the mask."""
+    return config.model.vocab_size - (not config.model.causal)
+
+
 @functools.lru_cache(maxsize=2)  # for a process that first checks a text and then runs with it
-def _tokenized(text: Text, kind: str, content: bytes | None, where: str, vocab_size: int) -> Corpus:
+def _tokenized(
+    text: Text, kind: str, content: bytes | None, where: str, vocab_size: int, words: int
+) -> Corpus:
     tokenizer = None
     if kind != "bytes":
-        tokenizer = FileTokenizer(content, where) if content else _byte_pairs(text, vocab_size)
+        tokenizer = FileTokenizer(content, where) if content else _byte_pairs(text, words)
         check_vocabulary(tokenizer, vocab_size, where)
 
     def encoded(advance: Advance) -> Iterator[NDArray[Any]]:
@@ -305,7 +369,7 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
         return BYTES
     if config.tokenizer_file is not None:
         return read_tokenizer(Path(config.tokenizer_file))
-    return _byte_pairs(read_texts(config.corpus), config.model.vocab_size)
+    return _byte_pairs(read_texts(config.corpus), _words(config))
 
 
 def _windows(
@@ -318,5 +382,5 @@ def _windows(
     return Batch(step, windows[:, :-1], windows[:, 1:])
 
 
-def _generator(key: tuple[int, int], step: int) -> np.random.Generator:
+def _generator(key: tuple[int, ...], step: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, step])))

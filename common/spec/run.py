@@ -56,7 +56,7 @@ class Frozen(BaseModel):
 
 
 class TransformerSpec(Frozen):
-    """A decoder-only causal Transformer language model.
+    """A Transformer: a causal language model, or an encoder that is trained on masked tokens.
 
     Pre-norm is GPT-2's (Radford et al. 2019): `x + f(norm(x))`, with a last norm in the head.
     Post-norm is the original (Vaswani et al. 2017): `norm(x + f(x))`, with none in the head. The
@@ -64,7 +64,9 @@ class TransformerSpec(Frozen):
     rounding noise of that 0 into full steps.
 
     A Llama block (Touvron et al. 2023) is pre-norm with `norm_kind = rms`, `position = rotary`,
-    `activation = swiglu`, `biases = false`, and often fewer `num_kv_heads`.
+    `activation = swiglu`, `biases = false`, and often fewer `num_kv_heads`. BERT's (Devlin et al.
+    2019) is post-norm with `causal = false`; what stands around its blocks (token types, a norm
+    after the embedding, a layer before the head) is not here.
     """
 
     vocab_size: int = Field(
@@ -81,6 +83,11 @@ class TransformerSpec(Frozen):
         "num_heads (default: num_heads)",
     )
     d_ff: int = Field(256, ge=1, le=2**22, description="width of the feed-forward layer")
+    causal: bool = Field(
+        True,
+        description="a token attends to itself and those before it; if not, to all: an encoder, "
+        "trained on masked tokens",
+    )
     norm: Literal["pre", "post"] = Field("pre", description="where the norms stand")
     norm_kind: Literal["layer", "rms"] = Field(
         "layer", description="layer: LayerNorm; rms: RMSNorm, which Llama has"
@@ -391,6 +398,11 @@ class RunConfig(Frozen):
             )
         if self.tokenizer == "bytes" and self.tokenizer_file is not None:
             raise ValueError("tokenizer = bytes: needs no tokenizer_file; expected one of the two")
+        if self.sequence_lengths == "random" and not self.model.causal:
+            raise ValueError(
+                "sequence_lengths = random: an encoder (causal = false) would see what fills a "
+                "sequence up; expected full"
+            )
         parts = self.stages * self.chunks
         if parts * self.train.micro_batches > MAX_PLACES:
             raise ValueError(
@@ -490,6 +502,19 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "learning_rate": 1e-3,
             "warmup_steps": 4,
         },
+    },
+    # BERT's block: every token attends to all, post-norm; trained on masked tokens.
+    "bert-tiny": {
+        "model": {
+            "context_length": 16,
+            "num_layers": 2,
+            "d_model": 32,
+            "num_heads": 2,
+            "d_ff": 64,
+            "causal": False,
+            "norm": "post",
+        },
+        "train": {"steps": 10, "batch_size": 8, "micro_batches": 4},
     },
     # The shape of GPT-2 small (124 M parameters); the vocabulary needs the bpe tokenizer.
     "gpt2-small": {

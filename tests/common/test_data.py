@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from common.spec.data import IGNORED, CorpusError, load_corpus, sequences_in
-from common.spec.run import RunConfig, TransformerSpec
+from common.spec.data import (
+    IGNORED,
+    Batch,
+    CorpusError,
+    load_corpus,
+    load_tokenizer,
+    sequences_in,
+)
+from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 
 
 def test_the_default_corpus_is_real_text_with_a_digest() -> None:
@@ -61,6 +70,74 @@ def test_byte_pairs_are_trained_at_run_time_and_repeat() -> None:
     corpus = load_corpus(config)
     assert corpus.train.max() < 400 and len(corpus.train) < corpus.num_bytes / 1.5
     np.testing.assert_array_equal(corpus.train, load_corpus(config).train)
+
+
+ENCODER = {"causal": False, "context_length": 12}
+
+
+def test_masked_tokens_are_those_of_bert() -> None:
+    """15 % are chosen, at least one; of these 80 % are masked, 10 % random, 10 % kept."""
+    config = RunConfig(
+        model=TransformerSpec.model_validate(ENCODER), train=TrainSpec(batch_size=500)
+    )
+    corpus = load_corpus(config)
+    plain = corpus.batch(3, 0, 500, 12)
+    batch = corpus.training_batch(config, 3)
+    chosen = batch.targets != IGNORED
+    np.testing.assert_array_equal(batch.targets[chosen], plain.inputs[chosen])
+    np.testing.assert_array_equal(batch.inputs[~chosen], plain.inputs[~chosen])
+    assert set(chosen.sum(1)) == {1, 2} and chosen.mean() == pytest.approx(0.15, abs=0.005)
+    assert np.abs(chosen.mean(0) - 0.15).max() < 0.07, "every place alike"
+    seen, right = batch.inputs[chosen], batch.targets[chosen]
+    masked, kept = (seen == 255).mean(), (seen == right).mean()
+    assert masked == pytest.approx(0.8, abs=0.05) and kept == pytest.approx(0.1, abs=0.04)
+    others = seen[(seen != 255) & (seen != right)]
+    assert len(others) / len(seen) == pytest.approx(0.1, abs=0.04) and others.max() > 200
+
+
+def test_what_is_masked_is_a_function_of_seed_step_and_sample() -> None:
+    def batch(size: int, step: int = 0, seed: int = 0, **run: Any) -> Batch:
+        train = TrainSpec(batch_size=size, micro_batches=1, seed=seed)
+        model = TransformerSpec.model_validate(ENCODER)
+        config = RunConfig(model=model, train=train, **run)
+        return load_corpus(config).training_batch(config, step)
+
+    eight = batch(8)
+    for other in (batch(8), batch(12).first(8)):
+        np.testing.assert_array_equal(other.targets[:8] != IGNORED, eight.targets != IGNORED)
+        np.testing.assert_array_equal(other.inputs[:8] == 255, eight.inputs == 255)
+    for other in (batch(8, step=1), batch(8, seed=1)):
+        assert not np.array_equal(other.targets != IGNORED, eight.targets != IGNORED)
+    short = batch(8, sequences_per_epoch=5)
+    np.testing.assert_array_equal(short.targets[:5], eight.targets[:5])
+    assert (short.targets[5:] == IGNORED).all()
+
+
+def test_the_mask_is_the_tokenizers_own_or_a_token_that_no_text_has(tmp_path: Path) -> None:
+    encoder = TransformerSpec(causal=False, vocab_size=400)
+    pairs = RunConfig(tokenizer="bpe", model=encoder)
+    corpus = load_corpus(pairs)
+    assert corpus.tokens.max() == 398 and corpus.mask_token(encoder) == 399
+    assert load_tokenizer(pairs).vocab_size == 399
+    assert corpus.tokenizer is not None
+    with_mask = json.loads(corpus.tokenizer)
+    with_mask["added_tokens"] = [
+        {"id": 399, "content": "[MASK]", "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(with_mask))
+    larger = encoder.model_copy(update={"vocab_size": 500})
+    path = str(tmp_path / "tokenizer.json")
+    own = RunConfig(tokenizer="file", tokenizer_file=path, model=larger)
+    assert load_corpus(own).mask_token(larger) == 399
+    (tmp_path / "latin-1").write_bytes(b"Stra\xdfe, \xff; " * 100)
+    with pytest.raises(CorpusError, match="has token 255, the last one, which masks"):
+        load_corpus(
+            RunConfig(
+                model=TransformerSpec(causal=False, context_length=8),
+                corpus=(str(tmp_path / "latin-1"),),
+            )
+        )
 
 
 def test_corpus_errors_say_what_is_wrong(tmp_path: Path) -> None:

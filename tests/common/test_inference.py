@@ -151,6 +151,28 @@ def test_evaluate_prints_loss_and_perplexity(
     assert "perplexity" in (text := capsys.readouterr().out) and "paddle, 1 stages, 1f1b" in text
 
 
+def test_an_encoder_is_evaluated_on_the_same_masked_tokens_and_generates_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = MODEL.model_copy(update={"causal": False})
+    encoder = checkpoint.write_weights(tmp_path / "encoder", model, weights(), "a test", b"")
+    assert run("evaluate", "--checkpoint", encoder, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    engine, corpus = OracleEngine(CONFIG.model_copy(update={"model": model})), load_corpus(CONFIG)
+    engine.reset(weights())
+    total, count = 0.0, 0
+    for index, plain in enumerate(corpus.held_out_batches(4, 24)):  # the subcommand has 8 at once
+        batch = corpus.masked(plain, model, (0, 5), 4 * index)
+        count += batch.num_tokens
+        total += engine.evaluate(batch) * batch.num_tokens if batch.num_tokens else 0
+    assert found["tokens"] == count == pytest.approx(0.15 * len(corpus.held_out), rel=0.02)
+    assert found["loss"] == pytest.approx(total / count, rel=1e-12)
+    assert run("evaluate", "--checkpoint", encoder, "--batches", 1) == 0
+    assert " per masked token, " in capsys.readouterr().out
+    line = words(f"generate --prompt x --checkpoint {encoder}")
+    assert_refused(run(*line), "an encoder (causal = false), which fills in masked tokens", capsys)
+
+
 def test_generate_slides_beyond_the_context_and_prints_text(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

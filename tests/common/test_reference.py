@@ -28,6 +28,8 @@ VARIANTS += [
     {"num_kv_heads": 1, "biases": False},
     {"norm_kind": "rms", "tied_head": True},
     {"position": "rotary", "num_kv_heads": 1},
+    {"causal": False, "norm": "post"},
+    {"causal": False, "tied_head": True} | LLAMA,
 ]
 
 
@@ -46,7 +48,8 @@ def test_gradients_equal_finite_differences(variant: dict[str, Any]) -> None:
     )
     weights, noise = initial_weights(model, 0, "float64"), random_arrays(model, 1, "float64", 0.3)
     oracle = Oracle(model, TrainSpec(), {name: weights[name] + noise[name] for name in weights})
-    batch = load_corpus(RunConfig()).batch(0, 0, 4, model.context_length)
+    config = RunConfig(model=model, train=TrainSpec(batch_size=4))
+    batch = load_corpus(config).training_batch(config, 0)
     oracle.forward_backward(batch)
     directions = random_arrays(model, 2, "float64", 1.0)
     for name, direction in directions.items():
@@ -59,6 +62,17 @@ def test_gradients_equal_finite_differences(variant: dict[str, Any]) -> None:
         assert slope == pytest.approx(
             float((oracle.gradients[name] * direction).sum()), rel=2e-6, abs=1e-9
         ), name
+
+
+def test_an_encoder_sees_what_follows_and_a_causal_model_does_not() -> None:
+    for causal in (True, False):
+        model = TransformerSpec(num_layers=1, d_model=8, num_heads=2, d_ff=8, causal=causal)
+        oracle = Oracle(model, TrainSpec(), initial_weights(model, 0, "float64"))
+        batch = load_corpus(RunConfig()).batch(0, 0, 2, 6)
+        before = oracle.forward(batch)[1]["head"]
+        batch.inputs[:, -1] += 1
+        first = np.abs(oracle.forward(batch)[1]["head"] - before)[:, 0]
+        assert (first.max() == 0) == causal
 
 
 def test_training_learns_the_text() -> None:

@@ -3,9 +3,10 @@ started.
 
 The cases cover every value of p, m and dtype, every combination of head, norm and activation, all
 kinds of partition, micro-batches with different numbers of tokens, or none, and of different sizes
-(8 sequences in 3 or 5). All train for 100 AdamW steps with clipping, warm-up and cosine: four
-blocks over four stages, else two blocks. The variants are runs of three steps whose bits must be
-equal. All runs of a framework share as few worker processes as the framework allows, since
+(8 sequences in 3 or 5). "bert" is an encoder, trained on masked tokens, so that its micro-batches
+have different numbers of targets. All train for 100 AdamW steps with clipping, warm-up and cosine:
+four blocks over four stages, else two blocks. The variants are runs of three steps whose bits must
+be equal. All runs of a framework share as few worker processes as the framework allows, since
 frameworks start slowly.
 """
 
@@ -40,7 +41,13 @@ LLAMA: dict[str, Any] = {
     "num_kv_heads": 1,
     "biases": False,
 }
-"""What stands for the activation "llama": Touvron et al. 2023, with grouped queries."""
+BLOCKS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "bert": {"activation": "gelu", "causal": False},
+    "bert-relu": {"activation": "relu", "causal": False},
+    "bert-llama": LLAMA | {"causal": False},
+}
+"""What stands for an "activation" that is more than one: Llama's block; encoders."""
 
 
 def config(
@@ -79,6 +86,7 @@ def config(
             "executor": executor,
             "recompute": recompute,
             **(UNEVEN if uneven else {}),
+            **({"sequence_lengths": "full"} if "bert" in activation else {}),
             "model": {
                 "context_length": 12,
                 "num_layers": num_layers,
@@ -87,7 +95,7 @@ def config(
                 "d_ff": 40,
                 "norm": norm,
                 "tied_head": head == "tied",
-                **(LLAMA if activation == "llama" else {"activation": activation}),
+                **BLOCKS.get(activation, {"activation": activation}),
                 "dropout": dropout,
             },
             "train": {
@@ -123,6 +131,10 @@ CASES: dict[str, tuple[Any, ...]] = {
     "2-4-float64-llama": (2, 4, "float64", "untied", "pre", "llama", "even", 0.1, "zb-h1"),
     "4-4-float32-llama": (4, 4, "float32", "tied", "pre", "llama", "even", 0.0, "1f1b"),
     "1-4-float64-llama-post": (1, 4, "float64", "tied", "post", "llama", "even", 0.0, "gpipe"),
+    "2-4-float64-bert": (2, 4, "float64", "tied", "post", "bert", "even", 0.1, "zb-h1"),
+    "4-4-float32-bert": (4, 4, "float32", "untied", "post", "bert", "1,2,5", 0.0, "1f1b"),
+    "2-3-float64-bert-uneven": (2, 3, "float64", "untied", "post", "bert-relu", "1", 0.1, "gpipe"),
+    "1-5-float32-bert": (1, 5, "float32", "tied", "pre", "bert-llama", "even", 0.1, "1f1b"),
     "2-4-float64-uneven": (2, 4, "float64", "tied", "pre", "gelu", "even", 0.1, "1f1b"),
     "2-4-float32-uneven": (2, 4, "float32", "untied", "post", "gelu", "even", 0.0, "zb-h1"),
 }
@@ -227,6 +239,10 @@ MODELS: dict[str, tuple[str, str, str, str, int, tuple[str, ...]]] = {
     "llama": (
         *("float32", "untied", "pre", "llama", 10),
         ("one-stage", "uneven", "four", "interleaved-zb", "zb-v", "recompute-full-split"),
+    ),
+    "bert": (
+        *("float64", "tied", "post", "bert", 10),
+        ("one-stage", "rerun", "uneven", "four", "interleaved-zb", "zb-v", "recompute-full-split"),
     ),
     "float64": (
         *("float64", "untied", "post", "gelu", 8),

@@ -51,6 +51,7 @@ FIXED: Mapping[str, Any] = {
     "position": "rotary",
     "activation": "swiglu",
     "biases": False,
+    "causal": True,
 }
 """What makes a model a Llama."""
 FIELDS: Mapping[str, str] = {
