@@ -4,6 +4,7 @@ decides otherwise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,9 +15,15 @@ from numpy.typing import NDArray
 from paddle import Tensor
 from paddle.nn import functional
 
-from common.runtime.habits import Habit, patch, switched
+from common.runtime.habits import (
+    Habit,
+    float32_rotary_angles,
+    patch,
+    swapped_swiglu,
+    switched,
+)
 from common.spec.data import IGNORED
-from common.spec.run import RunConfig
+from common.spec.run import RunConfig, TransformerSpec
 from paddle_impl import engine, layers, optimizer, stage
 from paddle_impl.dropout import DropoutContext, keep_mask, native_dropout
 from paddle_impl.engine import PipelineEngine
@@ -130,6 +137,63 @@ def _late_learning_rate(config: RunConfig) -> _Patches:
     ]
 
 
+# ------------------------------------------------------------------------------------------- layers
+
+
+def _attention_of(**changes: Any) -> Habit:
+    """An attention that reads these fields of the model otherwise."""
+    attention = layers.Attention
+
+    def habit(config: RunConfig) -> _Patches:
+        def build(spec: TransformerSpec, *options: Any) -> layers.Attention:
+            return attention(spec.model_copy(update=changes), *options)
+
+        return [patch(layers, "Attention", build)]
+
+    return habit
+
+
+def _moved_scale(config: RunConfig) -> _Patches:
+    def products(q: Tensor, k: Tensor) -> Tensor:
+        return paddle.matmul(q, k, transpose_y=True) / math.sqrt(q.shape[-1])
+
+    return [patch(layers, "scaled_products", products)]
+
+
+def _neighbouring_rotary_pairs(config: RunConfig) -> _Patches:
+    rotate = layers.rotate
+
+    def neighbours(x: Tensor, *options: Any) -> Tensor:
+        turned = rotate(paddle.concat([x[..., ::2], x[..., 1::2]], -1), *options)
+        return paddle.stack(turned.chunk(2, -1), -1).flatten(-2)
+
+    return [patch(layers, "rotate", neighbours)]
+
+
+def _float32_rotary_angles(config: RunConfig) -> _Patches:
+    def rotate(x: Tensor, theta: float, *_: int) -> Tensor:
+        tables = float32_rotary_angles(x.shape[2], x.shape[3] // 2, theta)
+        cos, sin = (paddle.to_tensor(table).astype(x.dtype) for table in tables)
+        a, b = x.chunk(2, -1)
+        return paddle.concat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    return [patch(layers, "rotate", rotate)]
+
+
+def _float32_rms_norm(config: RunConfig) -> _Patches:
+    class Float32RMSNorm(layers._RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            narrow = x.astype("float32")
+            square = (narrow * narrow).mean(-1, keepdim=True)
+            return self.weight * (narrow * (square + self.epsilon).rsqrt()).astype(x.dtype)
+
+    return [patch(layers, "norm", Float32RMSNorm)]
+
+
+def _tiled_kv_heads(config: RunConfig) -> _Patches:
+    return [patch(layers, "share_heads", lambda x, group: x.tile([1, group, 1, 1]))]
+
+
 # ------------------------------------------------------------------------------------------ weights
 
 
@@ -138,6 +202,13 @@ def _transposed_square_weight(config: RunConfig) -> _Patches:
 
     def load(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
         load_weights(named, {**arrays, name: np.ascontiguousarray(arrays[name].T)})
+
+    return [patch(engine, "load_weights", load)]
+
+
+def _swapped_swiglu(config: RunConfig) -> _Patches:
+    def load(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
+        load_weights(named, swapped_swiglu(arrays))
 
     return [patch(engine, "load_weights", load)]
 
@@ -195,6 +266,14 @@ HABITS: dict[str, Habit] = {
     "default-betas": _with_train(beta2=0.999),
     "late-learning-rate": _late_learning_rate,
     "transposed-square-weight": _transposed_square_weight,
+    "causal-encoder": _attention_of(causal=True),
+    "moved-scale": _moved_scale,
+    "neighbouring-rotary-pairs": _neighbouring_rotary_pairs,
+    "default-rotary-theta": _attention_of(rope_theta=10_000.0),
+    "float32-rotary-angles": _float32_rotary_angles,
+    "float32-rms-norm": _float32_rms_norm,
+    "tiled-kv-heads": _tiled_kv_heads,
+    "swapped-swiglu": _swapped_swiglu,
     "local-dropout-samples": _local_dropout_samples,
     "native-dropout": _native_dropout,
     "plain-dropout": _plain_dropout,

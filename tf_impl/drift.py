@@ -7,6 +7,7 @@ away again.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +19,13 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from common.oracle.reference import clip_scale, global_norm
-from common.runtime.habits import Habit, patch, switched
+from common.runtime.habits import (
+    Habit,
+    float32_rotary_angles,
+    patch,
+    swapped_swiglu,
+    switched,
+)
 from common.spec.data import IGNORED
 from common.spec.run import RunConfig, TransformerSpec
 from tf_impl import engine, keras_optimizers, layers
@@ -26,6 +33,7 @@ from tf_impl.dropout import native_dropout
 from tf_impl.gpipe_model import GPipeModel
 from tf_impl.keras_optimizers import SGD, make_optimizer
 from tf_impl.keras_pipeline.chunk import apply_layer
+from tf_impl.precision import RMSNorm, at_least_float32, product
 from tf_impl.weights import NamedParameter, load_weights
 
 _Patches = list[AbstractContextManager[None]]
@@ -56,6 +64,71 @@ def _layer_norm_epsilon(config: RunConfig) -> _Patches:
         return keras.layers.LayerNormalization(name=name, dtype=dtype)
 
     return [patch(layers, "norm", norm)]
+
+
+def _attention_of(**changes: Any) -> Habit:
+    """An attention that reads these fields of the model otherwise."""
+    attention = layers.Attention
+
+    def habit(config: RunConfig) -> _Patches:
+        def build(spec: TransformerSpec, *options: Any) -> keras.layers.Layer:
+            return attention(spec.model_copy(update=changes), *options)
+
+        return [patch(layers, "Attention", build)]
+
+    return habit
+
+
+def _moved_scale(config: RunConfig) -> _Patches:
+    def products(q: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
+        return at_least_float32(product(q / math.sqrt(q.shape[-1]), k, transpose_b=True))
+
+    return [patch(layers, "scaled_products", products)]
+
+
+def _neighbouring_rotary_pairs(config: RunConfig) -> _Patches:
+    rotate = layers.rotate
+
+    def neighbours(x: tf.Tensor, *options: Any) -> tf.Tensor:
+        turned = rotate(tf.concat([x[..., ::2], x[..., 1::2]], -1), *options)
+        return tf.reshape(tf.stack(tf.split(turned, 2, -1), -1), tf.shape(x))
+
+    return [patch(layers, "rotate", neighbours)]
+
+
+def _float32_rotary_angles(config: RunConfig) -> _Patches:
+    def rotate(x: tf.Tensor, theta: float, *_: Any) -> tf.Tensor:
+        tables = float32_rotary_angles(x.shape[2], x.shape[3] // 2, theta)
+        cos, sin = (tf.constant(table, x.dtype) for table in tables)
+        a, b = tf.split(x, 2, -1)
+        return tf.concat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    return [patch(layers, "rotate", rotate)]
+
+
+def _rms_norm_epsilon(config: RunConfig) -> _Patches:
+    def norm(spec: TransformerSpec, name: str, dtype: str) -> keras.layers.Layer:
+        return keras.layers.RMSNormalization(name=name, dtype=dtype)
+
+    return [patch(layers, "norm", norm)]
+
+
+def _float32_rms_norm(config: RunConfig) -> _Patches:
+    class Float32RMSNorm(RMSNorm):
+        def call(self, x: tf.Tensor) -> tf.Tensor:
+            narrow = tf.cast(x, tf.float32)
+            square = tf.reduce_mean(narrow * narrow, -1, keepdims=True)
+            normal = narrow * tf.math.rsqrt(square + self.epsilon)
+            return self.gamma * tf.cast(normal, x.dtype)
+
+    def norm(spec: TransformerSpec, name: str, dtype: str) -> keras.layers.Layer:
+        return Float32RMSNorm(spec.norm_epsilon, name=name, dtype=dtype)
+
+    return [patch(layers, "norm", norm)]
+
+
+def _tiled_kv_heads(config: RunConfig) -> _Patches:
+    return [patch(layers, "share_heads", lambda x, group: tf.tile(x, (1, group, 1, 1)))]
 
 
 def _onednn(config: RunConfig) -> _Patches:
@@ -263,6 +336,13 @@ def _untied_gradients(config: RunConfig) -> _Patches:
     return [patch(GPipeModel, "_add_tied_gradients", lambda self: None)]
 
 
+def _swapped_swiglu(config: RunConfig) -> _Patches:
+    def load(named: Sequence[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
+        load_weights(named, swapped_swiglu(arrays))
+
+    return [patch(engine, "load_weights", load)]
+
+
 # ------------------------------------------------------------------------------------------ dropout
 
 
@@ -296,6 +376,15 @@ HABITS: dict[str, Habit] = {
     "default-betas": _with_train(beta2=0.999),
     "late-learning-rate": _late_learning_rate,
     "transposed-square-weight": _transposed_square_weight,
+    "causal-encoder": _attention_of(causal=True),
+    "moved-scale": _moved_scale,
+    "neighbouring-rotary-pairs": _neighbouring_rotary_pairs,
+    "default-rotary-theta": _attention_of(rope_theta=10_000.0),
+    "float32-rotary-angles": _float32_rotary_angles,
+    "rms-norm-epsilon": _rms_norm_epsilon,
+    "float32-rms-norm": _float32_rms_norm,
+    "tiled-kv-heads": _tiled_kv_heads,
+    "swapped-swiglu": _swapped_swiglu,
     "local-dropout-samples": _local_dropout_samples,
     "native-dropout": _native_dropout,
     "untied-gradients": _untied_gradients,

@@ -7,19 +7,26 @@ away again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 import common.spec.run
 from common.oracle.reference import clip_scale, global_norm
-from common.runtime.habits import Habit, patch, switched
+from common.runtime.habits import (
+    Habit,
+    float32_rotary_angles,
+    patch,
+    swapped_swiglu,
+    switched,
+)
 from common.spec.data import IGNORED
-from common.spec.run import RunConfig, TrainSpec
+from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 from torch_impl import engine, layers, optimizer, stage, weights
 from torch_impl.dropout import DropoutContext
 from torch_impl.engine import PipelineEngine
@@ -148,6 +155,70 @@ def _inverted_attention_mask(config: RunConfig) -> _Patches:
     return [patch(layers, "causal_mask", mask)]
 
 
+def _attention_of(**changes: Any) -> Habit:
+    """An attention that reads these fields of the model otherwise."""
+    attention: Callable[..., layers.Attention] = layers.Attention
+
+    def habit(config: RunConfig) -> _Patches:
+        def build(spec: TransformerSpec, *options: Any) -> layers.Attention:
+            return attention(spec.model_copy(update=changes), *options)
+
+        return [patch(layers, "Attention", build)]
+
+    return habit
+
+
+def _moved_scale(config: RunConfig) -> _Patches:
+    def products(q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+
+    return [patch(layers, "scaled_products", products)]
+
+
+def _neighbouring_rotary_pairs(config: RunConfig) -> _Patches:
+    rotate = layers.rotate
+
+    def neighbours(x: Tensor, *options: Any) -> Tensor:
+        turned = rotate(torch.cat([x[..., ::2], x[..., 1::2]], -1), *options)
+        return torch.stack(turned.chunk(2, -1), -1).flatten(-2)
+
+    return [patch(layers, "rotate", neighbours)]
+
+
+def _float32_rotary_angles(config: RunConfig) -> _Patches:
+    def rotate(x: Tensor, theta: float, *_: int) -> Tensor:
+        tables = float32_rotary_angles(x.shape[2], x.shape[3] // 2, theta)
+        cos, sin = (torch.from_numpy(table).to(x) for table in tables)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    return [patch(layers, "rotate", rotate)]
+
+
+def _rms_norm_epsilon(config: RunConfig) -> _Patches:
+    return [patch(layers, "norm", lambda spec: nn.RMSNorm(spec.d_model))]
+
+
+def _float32_rms_norm(config: RunConfig) -> _Patches:
+    class Float32RMSNorm(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            normal = nn.functional.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+            return self.weight * normal.to(x.dtype)
+
+    return [patch(layers, "norm", lambda spec: Float32RMSNorm(spec.d_model, spec.norm_epsilon))]
+
+
+def _tiled_kv_heads(config: RunConfig) -> _Patches:
+    return [patch(layers, "share_heads", lambda x, group: x.repeat(1, group, 1, 1))]
+
+
+def _swapped_swiglu(config: RunConfig) -> _Patches:
+    def load(named: Sequence[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
+        load_weights(named, swapped_swiglu(arrays))
+
+    return [patch(engine, "load_weights", load)]
+
+
 def _local_dropout_samples(config: RunConfig) -> _Patches:
     def context(self: Stage, key: int, samples: Tensor, first_sample: int) -> DropoutContext:
         return shared_dropout(self, key, samples - first_sample, 0)
@@ -185,6 +256,15 @@ HABITS: dict[str, Habit] = {
     "late-learning-rate": _late_learning_rate,
     "transposed-square-weight": _transposed_square_weight,
     "inverted-attention-mask": _inverted_attention_mask,
+    "causal-encoder": _attention_of(causal=True),
+    "moved-scale": _moved_scale,
+    "neighbouring-rotary-pairs": _neighbouring_rotary_pairs,
+    "default-rotary-theta": _attention_of(rope_theta=10_000.0),
+    "float32-rotary-angles": _float32_rotary_angles,
+    "rms-norm-epsilon": _rms_norm_epsilon,
+    "float32-rms-norm": _float32_rms_norm,
+    "tiled-kv-heads": _tiled_kv_heads,
+    "swapped-swiglu": _swapped_swiglu,
     "local-dropout-samples": _local_dropout_samples,
     "native-dropout": _native_dropout,
     "untied-gradients": _untied_gradients,

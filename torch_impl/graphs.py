@@ -52,7 +52,8 @@ Work = Callable[[Tensor | None], Tensor | None]
 def why_eager(config: RunConfig, device: torch.device) -> str | None:
     """Return why training `config` on this device records nothing; None if it does."""
     epoch, batch_size = config.sequences_per_epoch, config.train.batch_size
-    ragged = config.sequence_lengths != "full" or (epoch is not None and epoch % batch_size > 0)
+    ragged = config.sequence_lengths != "full" or not config.model.causal
+    ragged |= epoch is not None and epoch % batch_size > 0
     reasons = {
         "no GPU": device.type != "cuda",
         "cuda_graphs = off": config.cuda_graphs == "off",

@@ -40,6 +40,8 @@ RUN_OPTIONS: Mapping[str, Any] = {
     "timeout": math.inf,
 }
 """Options that choose what is run, with their defaults."""
+CHOICES = ("rows", "frameworks", "timeout")
+"""Those of them that --from goes with."""
 
 
 def register(subcommands: Any) -> None:
@@ -60,7 +62,10 @@ def register(subcommands: Any) -> None:
     out = "write drift.md, drift.json and images/drift.png there"
     parser.add_argument("--out", metavar="FOLDER", help=out)
     parser.add_argument("--json", metavar="FILE", help="write the result to FILE")
-    source = "run nothing; take the result of an earlier --json"
+    source = (
+        "run nothing; take the result of an earlier --json. With --rows: run these, and take all "
+        "others from there"
+    )
     parser.add_argument("--from", dest="source", metavar="FILE", help=source)
     add_timeout(parser)
     add_python(parser)
@@ -77,10 +82,14 @@ def run(
     json_file = file_to_write(arguments.json, "--json") if arguments.json else None
     folder = _folder(Path(arguments.out)) if arguments.out else None
     if arguments.source:
+        zoo, adds = _read(Path(arguments.source)), arguments.rows != RUN_OPTIONS["rows"]
         for name, default in RUN_OPTIONS.items():
-            if getattr(arguments, name) != default:
-                raise UsageError(f"--{name}: --from runs nothing; expected without it")
-        zoo = _read(Path(arguments.source))
+            if getattr(arguments, name) != default and not (adds and name in CHOICES):
+                what = "takes this from the file" if adds else "runs nothing"
+                raise UsageError(f"--{name}: --from {what}; expected without it")
+        if adds:
+            arguments.steps, arguments.seeds = ",".join(map(str, zoo.steps)), zoo.seeds
+            zoo = _merged(zoo, _run(arguments, console, implementations))
     else:
         zoo = _run(arguments, console, implementations)
     print_zoo(zoo, console)
@@ -111,6 +120,25 @@ def _read(path: Path) -> Zoo:
         raise UsageError(f"--from {path}: {error.strerror}") from None
     except (ValidationError, UnicodeDecodeError):
         raise UsageError(f"--from {path}: expected a file that --json has written") from None
+
+
+def _merged(zoo: Zoo, more: Zoo) -> Zoo:
+    """Return the earlier result with the rows of `more` in place of its own, in the zoo's order."""
+    rows = {(row.name, row.framework): row for row in (*zoo.rows, *more.rows)}
+    order = [(drift.name, framework) for drift in DRIFTS for framework in FRAMEWORKS]
+    names = zoo.versions.keys() | more.versions.keys()
+    return zoo.model_copy(
+        update={
+            "rows": [rows[key] for key in order if key in rows],
+            "command": _both(zoo.command, more.command),
+            "machine": _both(zoo.machine, more.machine),
+            "versions": {n: _both(zoo.versions.get(n), more.versions.get(n)) for n in names},
+        }
+    )
+
+
+def _both(earlier: str | None, later: str | None) -> str:
+    return "; ".join(dict.fromkeys(filter(None, (earlier, later))))
 
 
 def _run(

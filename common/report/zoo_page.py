@@ -43,7 +43,8 @@ the float64 oracle. Three questions: does the parity ladder notice, does it name
 habit cost?
 
 `make drift` makes this page (`triptych drift --out docs`). `triptych drift --list` names the rows, and
-`python bench_all.py --drift NAME` runs one in the benchmark.
+`python bench_all.py --drift NAME` runs one in the benchmark. `triptych drift --rows NAME,.. --from docs/drift.json
+--out docs` runs some rows and keeps the others.
 
 """  # noqa: E501
 
@@ -57,9 +58,11 @@ its first {LADDER_STEPS} steps.
 framework: a cost well below it is real, and means nothing for the model.
 *Held-out*: the same for the held-out loss after the last step.
 
-Three rows want reading with care. `unscaled-micro-batches` reports m times the loss and `mean-over-all-labels` a part of
+Some rows want reading with care. `unscaled-micro-batches` reports m times the loss and `mean-over-all-labels` a part of
 it, so only their held-out losses say what they cost. `inverted-attention-mask` lets every token see those that it is to
-predict: a better loss, and a model that is worth nothing."""  # noqa: E501
+predict: a better loss, and a model that is worth nothing. `transposed-square-weight`, `swapped-swiglu`,
+`tiled-kv-heads` and the rotary rows cost little in a training from scratch, which learns other weights; they ruin
+weights that come from elsewhere."""  # noqa: E501
 
 
 def describe(row: Row) -> str:

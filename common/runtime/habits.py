@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from common.spec.run import RunConfig
 
 Habit = Callable[[RunConfig], Sequence[AbstractContextManager[Any]]]
@@ -25,6 +28,25 @@ def patch(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def float32_rotary_angles(
+    size: int, half: int, theta: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the cosines and sines (size, half), in float32 throughout."""
+    turns = 1 / np.float32(theta) ** (np.arange(half, dtype=np.float32) / np.float32(half))
+    angles = np.arange(size, dtype=np.float32)[:, None] * turns
+    return np.cos(angles), np.sin(angles)
+
+
+def swapped_swiglu(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return the weights with every gate for its partner `up`, and the other way round."""
+    swap = {".gate.": ".up.", ".up.": ".gate."}
+
+    def partner(name: str) -> str:
+        return next((name.replace(a, b) for a, b in swap.items() if a in name), name)
+
+    return {name: arrays[partner(name)] for name in arrays}
 
 
 @contextmanager

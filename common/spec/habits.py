@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.spec.parameters import Check
-from common.spec.run import Framework
+from common.spec.run import LLAMA, Framework, TransformerSpec
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Drift:
     dtype: str = "float32"
     """The precision in which it shows."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """What the model needs for the habit to show, in the baseline too."""
+    """What the model is for the habit to show, in the baseline too."""
+    needs: tuple[str, ...] = ()
+    """Those fields of `model` without which the habit changes nothing."""
     train: Mapping[str, Any] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
     ladder_steps: int = 100
@@ -45,7 +47,22 @@ class Drift:
     may_pass: str = ""
     """Why it may change bits and stay within every limit; otherwise it must fail."""
 
+    def lacks(self, model: TransformerSpec) -> str | None:
+        """Return the first field that this model lacks for the habit to show; None if it has all.
 
+        Numbers may be any but the default.
+        """
+        plain = TransformerSpec()
+        for name in self.needs:
+            value, shown = getattr(model, name), self.model[name]
+            is_number = isinstance(shown, float | int) and not isinstance(shown, bool)
+            if value == getattr(plain, name) if is_number else value != shown:
+                return name
+        return None
+
+
+TODAY = LLAMA | {"num_heads": 4, "num_kv_heads": 2, "rope_theta": 500_000.0}
+"""A small Llama 3, one for all habits of its block: they share their baselines."""
 EVERYWHERE: tuple[Framework, ...] = ("torch", "tensorflow", "paddle")
 
 DRIFTS: tuple[Drift, ...] = (
@@ -233,12 +250,104 @@ DRIFTS: tuple[Drift, ...] = (
         "nn.MultiheadAttention against scaled_dot_product_attention",
     ),
     Drift(
+        "causal-encoder",
+        "an encoder that keeps the causal mask",
+        EVERYWHERE,
+        "activation",
+        "block.0",
+        model={"causal": False, "norm": "post"},
+        needs=("causal",),
+    ),
+    Drift(
+        "moved-scale",
+        "1 / sqrt(E) on the product of queries and keys (TensorFlow: on the queries)",
+        EVERYWHERE,
+        "activation",
+        "block.0",
+        "transformers' Llama and BERT (Keras' and Paddle's MultiHeadAttention: the queries)",
+        may_pass="the same numbers, rounded elsewhere",
+    ),
+    Drift(
+        "neighbouring-rotary-pairs",
+        "rotary positions turn features 2i and 2i + 1, not i and i + E/2",
+        EVERYWHERE,
+        "activation",
+        "block.0",
+        "paddle.incubate's fused_rotary_position_embedding, transformers' GPT-J",
+        model=TODAY,
+        needs=("position",),
+    ),
+    Drift(
+        "default-rotary-theta",
+        "rotary theta 10,000 where the model has 500,000",
+        EVERYWHERE,
+        "activation",
+        "block.0",
+        "keras_hub's RotaryEmbedding, paddle.incubate's fused_rotary_position_embedding, "
+        "transformers",
+        model=TODAY,
+        needs=("position", "rope_theta"),
+    ),
+    Drift(
+        "float32-rotary-angles",
+        "rotary angles in float32",
+        EVERYWHERE,
+        "activation",
+        "block.0",
+        "transformers' LlamaRotaryEmbedding",
+        "float64",
+        model=TODAY,
+        needs=("position",),
+    ),
+    Drift(
+        "rms-norm-epsilon",
+        "RMSNorm's own epsilon (1.2e-7, Keras 1e-6)",
+        ("torch", "tensorflow"),
+        "activation",
+        "block.0",
+        "torch.nn.RMSNorm (finfo.eps), keras.layers.RMSNormalization",
+        model=TODAY,
+        needs=("norm_kind",),
+    ),
+    Drift(
+        "float32-rms-norm",
+        "RMSNorm in float32, cast back before it is scaled",
+        EVERYWHERE,
+        "activation",
+        "block.0",
+        "transformers' LlamaRMSNorm",
+        "float64",
+        model=TODAY,
+        needs=("norm_kind",),
+    ),
+    Drift(
+        "tiled-kv-heads",
+        "keys' and values' heads tiled (0 1 0 1), not repeated (0 0 1 1)",
+        EVERYWHERE,
+        "activation",
+        "block.0",
+        "torch.Tensor.repeat, tf.tile, paddle.tile",
+        model=TODAY,
+        needs=("num_kv_heads",),
+    ),
+    Drift(
+        "swapped-swiglu",
+        "SwiGLU's two matrices loaded the other way round",
+        EVERYWHERE,
+        "activation",
+        "block.0",
+        "glu of each framework: the second half is the gate",
+        model=TODAY,
+        needs=("activation",),
+    ),
+    Drift(
         "local-dropout-samples",
         "dropout masks by the row of the micro-batch, not of the mini-batch",
         EVERYWHERE,
         "activation",
         "embedding",
         model={"dropout": 0.1},
+        needs=("dropout",),
     ),
     Drift(
         "native-dropout",
@@ -248,6 +357,7 @@ DRIFTS: tuple[Drift, ...] = (
         "embedding",
         "each framework",
         model={"dropout": 0.1},
+        needs=("dropout",),
     ),
     Drift(
         "plain-dropout",
@@ -257,6 +367,7 @@ DRIFTS: tuple[Drift, ...] = (
         "embedding",
         "mode='downscale_in_infer'",
         model={"dropout": 0.1},
+        needs=("dropout",),
     ),
     Drift(
         "untied-gradients",
@@ -265,6 +376,7 @@ DRIFTS: tuple[Drift, ...] = (
         "gradient",
         "embedding.token.weight",
         model={"tied_head": True},
+        needs=("tied_head",),
     ),
     Drift(
         "tf32",

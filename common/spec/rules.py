@@ -116,11 +116,16 @@ def _precision(config: RunConfig) -> Impossible | None:
 def _drift(config: RunConfig) -> Impossible | None:
     if config.drift is None:
         return None
-    able = habits.by_name(config.drift).frameworks
+    drift = habits.by_name(config.drift)
+    able = drift.frameworks
     if config.framework not in able:
         why = f"{config.framework} has no such habit; expected --frameworks {','.join(able)}"
     elif config.executor != "table":
         why = f"executor = {config.executor} has no such habit; expected executor = table"
+    elif lacking := drift.lacks(config.model):
+        now, then = getattr(config.model, lacking), drift.model[lacking]
+        now, then = (str(value).lower() for value in (now, then))
+        why = f"changes nothing where {lacking} = {now}; expected for instance {then}"
     else:
         return None
     return Impossible("drift", f" = {config.drift}: {why}")

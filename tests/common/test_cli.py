@@ -288,6 +288,10 @@ WRONG = {
     "--drift nothing-like-it": "expected one of tanh-gelu, float32-gelu-constant",
     "--drift tanh-gelu --frameworks torch": "torch has no such habit; expected --frameworks "
     "tensorflow",
+    "--drift swapped-swiglu --activation relu": "--drift = swapped-swiglu: changes nothing where "
+    "activation = relu; expected for instance swiglu",
+    "--drift native-dropout --dropout 0": "changes nothing where dropout = 0.0; expected",
+    "--no-causal --sequence-lengths random": "would see what fills a sequence up; expected full",
     "--clip-norm 0": "expected a number, more than 0.0 or none",
     "--steps": "--steps: expected one argument",
     "--steps 3 --warmup-steps 4": "expected 0 to 3",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,17 +24,23 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS = "layer-norm-epsilon,default-betas,unscaled-micro-batches,onednn,tanh-gelu,keras-momentum"
 
 
+def zoo_of_fakes(line: str, **values: Any) -> int:
+    """Exit status of `triptych drift`, with the oracle for TensorFlow."""
+    parser = argparse.ArgumentParser()
+    subcommand.register(parser.add_subparsers())
+    arguments = parser.parse_args(words(f"drift --frameworks tensorflow {line}", **values))
+    arguments.command = "triptych drift"
+    return subcommand.run(
+        arguments, {"tensorflow": Implementation("tests.fakes.drifting", "numpy", "")}
+    )
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """Exit status and output folder of a small zoo."""
-    parser = argparse.ArgumentParser()
-    subcommand.register(parser.add_subparsers())
     out = tmp_path_factory.mktemp("zoo")
-    line = "drift --frameworks tensorflow --rows {rows} --steps 20,30 --seeds 3 --out {out}"
-    arguments = parser.parse_args(words(line, rows=ROWS, out=out))
-    arguments.command = "triptych drift"
-    fakes = {"tensorflow": Implementation("tests.fakes.drifting", "numpy", "")}
-    return subcommand.run(arguments, fakes), out
+    line = "--rows {rows} --steps 20,30 --seeds 3 --out {out}"
+    return zoo_of_fakes(line, rows=ROWS, out=out), out
 
 
 def test_every_row_says_what_came_of_it(made: tuple[int, Path]) -> None:
@@ -74,6 +81,18 @@ def test_the_page_and_the_picture_are_made_from_it(made: tuple[int, Path], tmp_p
     assert (again / "drift.md").read_text() == page
 
 
+def test_rows_are_run_again_or_added_and_the_others_are_taken_from_an_earlier_result(
+    made: tuple[int, Path], tmp_path: Path
+) -> None:
+    whole = Zoo.model_validate_json((made[1] / "drift.json").read_text())
+    without = [row for row in whole.rows if row.name != "default-betas"]
+    whole.model_copy(update={"rows": without}).write(tmp_path / "earlier.json")
+    line = "--from {earlier} --rows default-betas,onednn --json {json}"
+    json_file = tmp_path / "merged.json"
+    assert zoo_of_fakes(line, earlier=tmp_path / "earlier.json", json=json_file) == 1
+    assert Zoo.model_validate_json(json_file.read_text()) == whole
+
+
 def test_the_readme_counts_the_habits() -> None:
     assert f"a zoo of {len(DRIFTS)} habits" in (ROOT / "README.md").read_text()
 
@@ -94,6 +113,8 @@ def test_the_list_names_every_habit(capsys: pytest.CaptureFixture[str]) -> None:
         ("--from /nowhere", "No such file"),
         ("--json /no/such/place.json", "expected a path in a folder that exists"),
         (f"--out {__file__}/docs", "is a file; expected a folder"),
+        (f"--from {ROOT}/docs/drift.json --steps 9", "--steps: --from runs nothing"),
+        (f"--from {ROOT}/docs/drift.json --rows tf32 --seeds 9", "--seeds: --from takes this"),
         (f"--from {__file__}", "expected a file that --json has written"),
     ],
 )

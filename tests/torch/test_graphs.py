@@ -250,6 +250,12 @@ def test_a_closed_engine_keeps_no_recording(make: Make) -> None:
             "not used: not every step has the same number of tokens that count",
         ),
         (
+            {},
+            {"causal": False},
+            CUDA,
+            "not used: not every step has the same number of tokens that count",
+        ),
+        (
             {"sequences_per_epoch": 12},
             {},
             CUDA,
