@@ -28,7 +28,7 @@ def model_flops_per_token(config: RunConfig) -> float:
     implementation computes. A multiply-add is 2 FLOPs. Source: `unit_costs`.
     """
     forward = sum(cost.forward_flops for cost in unit_costs(config.model, config.train))
-    tokens = config.micro_batch_sizes[0] * config.model.context_length
+    tokens = config.train.micro_batch_size * config.model.context_length  # those of `unit_costs`
     return (1 + BACKWARD) * forward / tokens
 
 

@@ -33,7 +33,8 @@ def test_model_flops_are_6n_and_12lsd() -> None:
     matrices = {name: s for name, s in parameter_shapes(model).items() if len(s) == 2}
     lookups = {"embedding.token.weight", "embedding.position.weight"}
     assert weights == sum(a * b for name, (a, b) in matrices.items() if name not in lookups)
-    for same in ({"recompute": "full"}, {"train": TrainSpec(batch_size=64, dtype="float64")}):
+    other = TrainSpec(batch_size=64, dtype="float64")
+    for same in ({"recompute": "full"}, {"replicas": 2}, {"train": other}):
         assert model_flops_per_token(config.model_copy(update=same)) == flops
     tied = model.model_copy(update={"tied_head": True})
     assert model_flops_per_token(config.model_copy(update={"model": tied})) == flops
