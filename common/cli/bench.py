@@ -22,8 +22,8 @@ DESCRIPTION = (
 
 COMMON = (
     "--help --config --dry-run --preset --repeats --out "
-    "--frameworks --schedules --stages --micro-batches --chunks --dtype --recompute --device "
-    "--python --parity --baselines --sweep "
+    "--frameworks --schedules --stages --replicas --micro-batches --chunks --dtype --recompute "
+    "--device --python --parity --baselines --sweep "
     "--num-layers --d-model --num-heads --d-ff --context-length --dropout --tied-head "
     "--steps --batch-size --learning-rate --corpus --tokenizer-file --seed"
 )

@@ -33,7 +33,8 @@ SCHEDULE: Key = ("run", "schedule")
 # The last one changes fastest, so the frameworks of one schedule stand side by side.
 GRID: tuple[Key, ...] = (
     *(("run", "track"), ("train", "dtype"), ("run", "recompute"), ("run", "executor")),
-    *(("run", "chunks"), ("train", "micro_batches"), ("run", "stages"), SCHEDULE),
+    *(("run", "chunks"), ("train", "micro_batches"), ("run", "replicas"), ("run", "stages")),
+    SCHEDULE,
     ("run", "framework"),
 )
 
@@ -137,8 +138,9 @@ def _check_bench(options: BenchOptions, points: Sequence[RunConfig], settings: S
             f"{where} = {options.untimed_steps} leaves none of {steps} steps; expected 0 to "
             f"{steps - 1}"
         )
-    swept = {(point.stages, point.train.micro_batches) for point in points}
+    swept = {(point.stages, point.replicas, point.train.micro_batches) for point in points}
     if options.sweep and len(swept) < 2:
         raise UsageError(
-            "--sweep: one point only; give a list, --micro-batches 1,2,4 or --stages 1,2,4"
+            "--sweep: one point only; give a list, such as --micro-batches 1,2,4, --stages 1,2,4 "
+            "or --replicas 1,2"
         )

@@ -113,6 +113,7 @@ def run_name(config: RunConfig, repeat: int | None = None) -> str:
     framework = framework_name(config).replace("/", "-")
     name = f"{framework}-{schedule}-p{config.stages}-m{config.train.micro_batches}"
     name += f"-v{config.chunks}" if config.chunks > 1 else ""
+    name += f"-d{config.replicas}" if config.replicas > 1 else ""
     name += f"-{config.executor}" if config.executor != "table" else ""
     name = "-".join([name, *(word.replace("=", "-") for word in variant_of(config))])
     return name if repeat is None else f"{name}-r{repeat}"
@@ -122,7 +123,8 @@ def describe(config: RunConfig) -> str:
     """Describe the run in words, for the progress bar."""
     chunks = f" v={config.chunks}" if config.chunks > 1 else ""
     executor = f" {config.executor}" if config.executor != "table" else ""
-    size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
+    replicas = f" d={config.replicas}" if config.replicas > 1 else ""
+    size = f"p={config.stages}{chunks}{replicas} m={config.train.micro_batches}"
     name = f"{framework_name(config)} {config.schedule_name}{executor} {size}"
     return " ".join([name, *variant_of(config)])
 

@@ -49,6 +49,6 @@ class BenchOptions(Frozen):
     )
     sweep: bool = Field(
         False,
-        description="draw throughput against micro-batches, or stages, beside the ideal, and name "
-        "the knee",
+        description="draw throughput against micro-batches, stages or replicas, beside the ideal, "
+        "and name the knee",
     )

@@ -17,14 +17,14 @@ from common.report.markdown import markdown_report
 from common.report.sections import sections
 from common.report.sweep import Axis, Curve, curves
 
-AXES: tuple[Axis, ...] = ("micro_batches", "stages")
+AXES: tuple[Axis, ...] = ("micro_batches", "stages", "replicas")
 
 
 def publish(collection: Collection, folder: Path, sweep: bool = False) -> None:
     """Write report.html, report.md, table.csv, summary.json and pictures into `folder`.
 
     Timelines and traces go into the results' own folders. `sweep` adds throughput over
-    micro-batches and over stages, if several of them ran.
+    micro-batches, over stages and over replicas, if several of them ran.
     """
     swept = sweeps(collection) if sweep else {}
     folder.mkdir(parents=True, exist_ok=True)

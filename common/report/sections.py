@@ -12,6 +12,8 @@ from common.report.grid import Grid
 from common.report.plots import PART_COLORS
 from common.report.sweep import Axis, Curve
 from common.report.timeline import timelines
+from common.spec.mesh import Mesh
+from common.spec.traffic import traffic_bytes
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,14 @@ def sections(collection: Collection, swept: Mapping[Axis, Sequence[Curve]]) -> l
         )
     for axis, curves in swept.items():
         words, name = [curve.sentence for curve in curves], axis.replace("_", "-")
-        note = f"{IDEAL}{' x p' if axis == 'stages' else ''}{LEFT_OUT}"
+        note = f"{IDEAL}{SCALED.get(axis, '')}{LEFT_OUT}"
         title, picture = f"Throughput over {name}", f"sweep_{axis}"
         found.append(Section(f"sweep-{name}", title, "", None, picture, None, words, note))
     if any(row.model_tflops_per_device for row in collection.rows):
         grid = _efficiency(collection.rows)
         found.append(Section("efficiency", "Efficiency", "", grid, note=EFFICIENCY))
+    if any(row.stages * row.replicas > 1 for row in collection.rows):
+        found.append(Section("traffic", "Traffic", "", _traffic(collection), note=TRAFFIC))
     if any(group.shown for group in collection.groups):
         found.append(Section("memory", "Memory", "", _memory(collection), note=MEMORY))
     return found
@@ -80,6 +84,7 @@ PARITY = (
     "would fail."
 )
 IDEAL = "Dotted: the first point scaled by the ideal, m / (m + p - 1) for equal micro-batches"
+SCALED = {"stages": " x p", "replicas": " x d"}
 LEFT_OUT = ", which leaves out that small micro-batches compute less efficiently."
 MEMORY = (
     "In flight: chunks of micro-batches whose forward has run and whose backward has not, at "
@@ -87,6 +92,12 @@ MEMORY = (
     "kept for the backward, so that threads and processes compare. Peak: the resident size of the "
     "process, under its first device (threads of one process share it); on CUDA the allocator's "
     "peak of the device. MB: 10^6 bytes."
+)
+
+TRAFFIC = (
+    "What one step sends, by formulas and over all processes: activations and their gradients from "
+    "stage to stage (in threads of one process it is a pointer), gradients of parameters from "
+    "replica to replica, 2 (d - 1) times those of the model. MB: 10^6 bytes."
 )
 
 EFFICIENCY = (
@@ -179,6 +190,21 @@ def _stages(collection: Collection) -> Grid:
     return Grid(
         ["row", "stage", *(f"{part} ms" for part in PART_COLORS), "sum ms"], cells, ("row",)
     )
+
+
+def _traffic(collection: Collection) -> Grid:
+    """One line per row that sends anything."""
+    cells = []
+    for row, group in collection.pairs:
+        config = group.results[0].config
+        if config.executor == "plain" or config.stages * config.replicas == 1:
+            continue
+        mesh, both = Mesh(config.stages, config.replicas), [0, 0]
+        for (a, b), count in traffic_bytes(config).items():
+            both[mesh.place(a).stage == mesh.place(b).stage] += count
+        cells.append([row.name, *(f"{each / 1e6:,.2f}" for each in (*both, sum(both)))])
+    titles = ("row", "between stages MB", "between replicas MB", "sum MB a step")
+    return Grid(titles, cells, ("row",))
 
 
 def _memory(collection: Collection) -> Grid:

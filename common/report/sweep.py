@@ -1,4 +1,4 @@
-"""Throughput over micro-batches, or stages, beside what the bubble alone would leave of it."""
+"""Throughput over micro-batches, stages or replicas, beside what the bubble alone would leave."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.report.tables import KIND, Row
 
 KNEE_GAIN = 0.10
 
-Axis = Literal["micro_batches", "stages"]
+Axis = Literal["micro_batches", "stages", "replicas"]
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,21 @@ class Curve:
         )
 
 
-def ideal_efficiency(axis: Axis, stages: int, micro_batches: int, batch_size: int) -> float:
-    """m / (m + p - 1), the busy share of GPipe and 1F1B (Huang et al. 2019); times p where p is
-    what is varied.
+def ideal_efficiency(
+    axis: Axis, stages: int, micro_batches: int, batch_size: int, replicas: int = 1
+) -> float:
+    """m / (m + p - 1), the busy share of GPipe and 1F1B (Huang et al. 2019); times p or d where
+    that is what is varied.
 
     Where m does not divide the mini-batch, the first micro-batches have one sequence more, and they
     fill the pipeline.
     """
     # 16 sequences as 4 micro-batches over 4 stages: 4 + 3 slots of one micro-batch each, 4 of them
     # busy on every stage, so 4 / 7. Rounded up where they are unequal.
-    largest = -(-batch_size // micro_batches)
-    efficiency = batch_size / (batch_size + (stages - 1) * largest)
-    return efficiency * stages if axis == "stages" else efficiency
+    largest = -(-batch_size // (replicas * micro_batches))
+    own = batch_size / replicas
+    efficiency = own / (own + (stages - 1) * largest)
+    return efficiency * {"stages": stages, "replicas": replicas}.get(axis, 1)
 
 
 def curves(rows: Sequence[Row], axis: Axis) -> list[Curve]:
@@ -92,7 +95,8 @@ def curves(rows: Sequence[Row], axis: Axis) -> list[Curve]:
             continue
         throughput = [row.tokens_per_second or 0.0 for row in same]
         efficiency = [
-            ideal_efficiency(axis, row.stages, row.micro_batches, row.batch_size) for row in same
+            ideal_efficiency(axis, row.stages, row.micro_batches, row.batch_size, row.replicas)
+            for row in same
         ]
         low, high = zip(*(row.throughput_range for row in same), strict=True)
         words = same[0].name.split()
@@ -116,10 +120,10 @@ def curves(rows: Sequence[Row], axis: Axis) -> list[Curve]:
     return found
 
 
-_MARK = {"micro_batches": "m=", "stages": "p="}
+_MARK = {"micro_batches": "m=", "stages": "p=", "replicas": "d="}
 
 
 def _shared(row: Row, axis: Axis) -> tuple[object, ...]:
     """What the rows of one curve have in common."""
-    names = ("schedule", "stages", "chunks", "micro_batches", "executor", *KIND)
+    names = ("schedule", "stages", "chunks", "replicas", "micro_batches", "executor", *KIND)
     return tuple(getattr(row, name) for name in names if name != axis)

@@ -101,6 +101,7 @@ class Row:
     """Of the cards' data sheets."""
     published_mfu: float | None = None
     peak_measured_by: str = ""
+    replicas: int = 1
 
     @property
     def shares_gpu(self) -> bool:
@@ -136,6 +137,7 @@ class Row:
         words += [
             f"p={self.stages}",
             f"v={self.chunks}" if self.chunks > 1 else "",
+            f"d={self.replicas}" if self.replicas > 1 else "",
             f"m={self.micro_batches}",
         ]
         words += [self.source]
@@ -260,6 +262,7 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         mfu=_median([result.mfu for result in good]),
         published_peak_tflops=_tera(_median([peak.published_flops_per_second for peak in peaks])),
         published_mfu=_median([result.published_mfu for result in good]),
+        replicas=config.replicas,
         peak_measured_by=next((peak.measured_by for peak in peaks), ""),
     )
 
@@ -340,6 +343,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("schedule", lambda row: row.schedule, numeric=False),
     Column("stages", lambda row: str(row.stages)),
     Column("chunks", lambda row: str(row.chunks)),
+    Column("replicas", lambda row: str(row.replicas)),
     Column("micro-batches", lambda row: str(row.micro_batches), keep=4),
     Column("executor", lambda row: row.executor, numeric=False, keep=12),
     Column("device", _device_cell, numeric=False, keep=11),
@@ -376,7 +380,7 @@ LEGEND = (
     "measured / simulated from the run's own costs; sim. step: simulated step time against the "
     "measured median; where stages share a GPU there is no bubble to speak of. MFU: FLOPs that the "
     "model needs, as a share of what the devices can multiply (measured). Peak MB: 10^6 bytes, all "
-    "processes of a run; held MB: activations held for the backward, on the stage that holds most."
+    "processes of a replica; held MB: activations held for the backward, on the fullest stage."
 )
 
 
@@ -385,6 +389,7 @@ def columns_for(rows: Sequence[Row]) -> list[Column]:
     constant = {
         "run": all(not row.source for row in rows),
         "chunks": all(row.chunks == 1 for row in rows),
+        "replicas": all(row.replicas == 1 for row in rows),
         "device": all(row.device in ("", "cpu") for row in rows),
         "dtype": len({row.dtype for row in rows}) == 1,
         "executor": all(row.executor == "table" for row in rows),

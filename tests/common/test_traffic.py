@@ -1,5 +1,9 @@
 """What travels in a step: the formulas against a count by hand."""
 
+import pytest
+
+from common.harness.bench import describe, run_name
+from common.report.sweep import ideal_efficiency
 from common.spec.parameters import parameter_shapes
 from common.spec.run import RunConfig, preset
 from common.spec.traffic import between_hosts, blocks, traffic_bytes
@@ -42,3 +46,15 @@ def test_replicas_of_a_stage_share_a_host() -> None:
     # Only activations and their gradients cross: two micro-batches of 2 sequences, both replicas.
     assert links["host 0", "host 1"] == links["host 1", "host 0"] == 2 * 2 * 2 * 16 * 32 * 4
     assert links["host 0", "host 0"] > links["host 0", "host 1"]  # gradients stay within
+
+
+def test_a_run_is_named_after_its_replicas() -> None:
+    config = tiny(stages=2, replicas=2)
+    assert run_name(config) == "torch-1f1b-p2-m2-d2"
+    assert describe(config) == "torch 1f1b p=2 d=2 m=2"
+
+
+def test_the_ideal_over_replicas() -> None:
+    # 2 replicas of 4 sequences in 2 micro-batches: each pipeline is busy in 2 of 3 slots.
+    assert ideal_efficiency("replicas", 2, 2, 8, 2) == pytest.approx(2 * 2 / 3)
+    assert ideal_efficiency("replicas", 2, 4, 8, 1) == pytest.approx(4 / 5)
