@@ -1,6 +1,8 @@
 """`python -m paddle_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for
 what cannot start.
 
+`python -m paddle_impl train run.toml`, started by a launcher: one rank of a run over hosts.
+
 Differs: this process only starts one process per stage and replica, and waits for them
 (`paddle_impl.ranks`).
 """
@@ -13,13 +15,17 @@ from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
 from common.runtime.ranks import mesh_of
 from paddle_impl.devices import configure
-from paddle_impl.ranks import run_on_ranks
+from paddle_impl.ranks import RANKS, run_on_ranks
 
 
 def main(arguments: list[str]) -> int:
     end_with_parent()
+    if arguments[:1] == ["train"]:
+        from common.cli.rank import train_rank  # the command line is nothing to a job file
+
+        return train_rank("paddle", RANKS, arguments[1:])
     if len(arguments) != 1:
-        return _refuse("usage: python -m paddle_impl JOBS.json")
+        return _refuse("usage: python -m paddle_impl JOBS.json, or train [FILE.toml]")
     try:
         jobs = JobFile.read(arguments[0]).jobs
         first = jobs[0].config

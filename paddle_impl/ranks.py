@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from common.runtime.engine import Engine
@@ -33,7 +34,7 @@ def run_on_ranks(jobs: Sequence[Job]) -> int:
     size = mesh_of(jobs).size
     on_cpu = devices.stage_devices(size, jobs[0].config.device)[0] == "cpu"
     start_method: Literal["fork", "spawn"] = "fork" if on_cpu else "spawn"
-    return run(Ranks("paddle_impl", _join, _wait_for_all, start_method), jobs, switch)
+    return run(replace(RANKS, start_method=start_method), jobs, switch)
 
 
 def join_pipeline(world: World, mesh: Mesh, device: str) -> None:
@@ -136,3 +137,6 @@ def _wait_for_all(size: int) -> None:
         everybody = paddle.zeros([1])
         paddle.distributed.all_reduce(everybody)
         everybody.item()  # a GPU has only queued it
+
+
+RANKS = Ranks("paddle_impl", _join, _wait_for_all)

@@ -30,7 +30,7 @@ def call(
     subcommands = parser.add_subparsers(parser_class=Parser, prog="triptych")
     for module in modules:
         module.register(subcommands, implementations)
-    return main._run(parser, list(map(str, argv)))
+    return main.run(parser, list(map(str, argv)))
 
 
 def with_defaults(defaults: Mapping[str, object], argv: Iterable[object]) -> list[str]:

@@ -1,5 +1,7 @@
 """`python -m tf_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for what
 cannot start.
+
+`python -m tf_impl train run.toml`, started by a launcher: one rank of a run over hosts.
 """
 
 from __future__ import annotations
@@ -10,13 +12,17 @@ from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
 from tf_impl.devices import configure
-from tf_impl.ranks import run_on_ranks
+from tf_impl.ranks import RANKS, run_on_ranks
 
 
 def main(arguments: list[str]) -> int:
     end_with_parent()
+    if arguments[:1] == ["train"]:
+        from common.cli.rank import train_rank  # the command line is nothing to a job file
+
+        return train_rank("tensorflow", RANKS, arguments[1:])
     if len(arguments) != 1:
-        return _refuse("usage: python -m tf_impl JOBS.json")
+        return _refuse("usage: python -m tf_impl JOBS.json, or train [FILE.toml]")
     try:
         jobs = JobFile.read(arguments[0])
         in_ranks = [job for job in jobs.jobs if job.config.replicas > 1]

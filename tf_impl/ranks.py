@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from common.runtime.cpus import threads_per_stage
@@ -46,7 +47,7 @@ def run_on_ranks(jobs: Sequence[Job]) -> int:
         # not work after a fork.
         devices.choose_kernels(config.track, config.drift == "onednn")
         import tf_impl.rank_engine  # noqa: F401
-    return run(Ranks("tf_impl", _join, _wait_for_all, "spawn" if gpus else "fork"), jobs, _switch)
+    return run(replace(RANKS, start_method="spawn" if gpus else "fork"), jobs, _switch)
 
 
 def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
@@ -108,3 +109,6 @@ def _switch(config: RunConfig) -> AbstractContextManager[Any]:
     from tf_impl.drift import switch  # after `devices.configure`, since it imports TensorFlow
 
     return switch(config)
+
+
+RANKS = Ranks("tf_impl", _join, _wait_for_all)

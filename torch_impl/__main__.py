@@ -1,5 +1,7 @@
 """`python -m torch_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for
 what cannot start.
+
+`python -m torch_impl train run.toml`, started by a launcher: one rank of a run over hosts.
 """
 
 from __future__ import annotations
@@ -10,13 +12,17 @@ from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
 from torch_impl.devices import configure
-from torch_impl.ranks import run_on_ranks
+from torch_impl.ranks import RANKS, run_on_ranks
 
 
 def main(arguments: list[str]) -> int:
     end_with_parent()
+    if arguments[:1] == ["train"]:
+        from common.cli.rank import train_rank  # the command line is nothing to a job file
+
+        return train_rank("torch", RANKS, arguments[1:])
     if len(arguments) != 1:
-        return _refuse("usage: python -m torch_impl JOBS.json")
+        return _refuse("usage: python -m torch_impl JOBS.json, or train [FILE.toml]")
     try:
         jobs = JobFile.read(arguments[0])
         largest = max((job.config for job in jobs.jobs), key=lambda config: config.stages)

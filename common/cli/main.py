@@ -70,7 +70,7 @@ def main(
     else:
         for name, (_, text) in subcommands.items():
             known.add_parser(name, help=text)
-    return _run(parser, argv, named in LONG)
+    return run(parser, argv, named in LONG)
 
 
 def bench_main(
@@ -81,11 +81,11 @@ def bench_main(
 
     parser = Parser(prog="bench_all.py", description=bench.DESCRIPTION)
     bench.prepare(parser, implementations)
-    return _run(parser, sys.argv[1:] if argv is None else argv, is_long=True)
+    return run(parser, sys.argv[1:] if argv is None else argv, is_long=True)
 
 
-def _run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
-    """Parse and run; wrong input is one line on stderr, never a traceback."""
+def run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
+    """Parse and run; wrong input is one line on stderr, never a traceback. Return the status."""
 
     def notice(error: OSError) -> str:
         # A reader that has seen enough, such as head, is no error.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from common.report.result import Parity, RunResult, measured
 from common.runtime.faults import Fault
 from common.runtime.outcome import Outcome
 from common.runtime.text import drop_tokens, write_text
+from common.spec.data import Corpus
 from common.spec.run import RunConfig
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
@@ -47,7 +48,30 @@ def register(
 ) -> None:
     """Add the subcommand to argparse's subparsers."""
     parser = subcommands.add_parser("train", description=DESCRIPTION)
-    saving = parser.add_argument_group("checkpoints")
+    add_options(parser)
+    parser.add_argument(
+        "--max-restarts",
+        metavar="N",
+        type=natural,
+        default=0,
+        help="start a worker process that dies again, from the last checkpoint, up to N times "
+        "(default: 0)",
+    )
+    add_timeout(parser)
+    parser.add_argument(
+        "--hang-timeout",
+        metavar="SECONDS",
+        type=seconds,
+        default=600.0,
+        help="end a worker process that computes nothing and none of whose devices goes on for so "
+        "long, and say who waits for whom (default: 600)",
+    )
+    parser.set_defaults(run=lambda arguments: _train(arguments, implementations))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a training takes, whoever starts its processes."""
+    saving: Any = parser.add_argument_group("checkpoints")
     for option, metavar, kind, default, text in (
         ("--save-every", "N", positive, None, "save every N steps, and after the last"),
         ("--save-dir", "DIR", None, None, "where they go (default: in the run's own folder)"),
@@ -60,29 +84,14 @@ def register(
             *("--weights", "PATH", None, None),
             "start at step 0 from a checkpoint's weights alone, with any training and dropout",
         ),
-        (
-            *("--max-restarts", "N", natural, 0),
-            "start a worker process that dies again, from the last checkpoint, up to N times "
-            "(default: 0)",
-        ),
     ):
         saving.add_argument(option, metavar=metavar, type=kind, default=default, help=text)
-    add_timeout(parser)
-    parser.add_argument(
-        "--hang-timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=600.0,
-        help="end a worker process that computes nothing and none of whose devices goes on for so "
-        "long, and say who waits for whom (default: 600)",
-    )
     # For tests: a fault on purpose, such as kill@device=1,step=3,action=BW2 (docs/faults.md). Given
     # again: what the next worker process gets.
     parser.add_argument("--fault", type=_fault, action="append", default=[], help=argparse.SUPPRESS)
     where = "where the run's folder goes (default: results)"
     parser.add_argument("--out", metavar="FOLDER", default="results", help=where)
     add_run_options(parser)
-    parser.set_defaults(run=lambda arguments: _train(arguments, implementations))
 
 
 def _fault(text: str) -> str:
@@ -94,25 +103,12 @@ def _fault(text: str) -> str:
 
 def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
     console = make_console()
-    directory = None if arguments.save_dir is None else Path(arguments.save_dir)
-    if arguments.resume == "latest" and directory is None:
-        raise UsageError("--resume latest: of which run? add --save-dir DIR")
-    if arguments.resume is not None and arguments.weights is not None:
-        raise UsageError(
-            "--resume goes on with a training and --weights starts another; expected one of them"
-        )
+    directory = save_directory(arguments)
     with checkpoint.locked(directory) if directory else nullcontext():
-        resume = _resume(arguments.resume or arguments.weights, directory, console)
-        saved = None if resume is None else Saved(resume, checkpoint.read_manifest(resume))
-        config = read_run(arguments, saved)
-        _check_faults(arguments, config)
-        if saved is not None:
-            manifest = saved.manifest
-            manifest = manifest.without_training() if arguments.weights else manifest
-            check_resume(saved.folder, manifest, config)
-        corpus = load_text(config, saved, may_be_another=arguments.weights is not None)
+        resume = choose(arguments.resume or arguments.weights, directory, console)
+        config, corpus = read_training(arguments, resume, arguments.max_restarts + 1)
         if directory is not None:
-            _check_room(directory, None if arguments.weights else resume)
+            check_room(directory, None if arguments.weights else resume)
         implementation = implementations[config.framework]
         require(implementation, config.executor, config.python)
         folder = make_folder(Path(arguments.out), "train")
@@ -140,15 +136,43 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
             result = result_of(trained, training, arguments.command)
             result.write(folder / name / "result.json")
             drop_tensors(training)
-            _show(result, trained, training, console)
+            show(result, trained, training, console)
     if trained.interrupted:
         return EXIT_INTERRUPTED
     return EXIT_OK if result.status == "ok" else EXIT_FAILED
 
 
-def _check_faults(arguments: argparse.Namespace, config: RunConfig) -> None:
+def save_directory(arguments: argparse.Namespace) -> Path | None:
+    """Return the folder of --save-dir, if it is given. Raises UsageError if --resume lacks it."""
+    directory = None if arguments.save_dir is None else Path(arguments.save_dir)
+    if arguments.resume == "latest" and directory is None:
+        raise UsageError("--resume latest: of which run? add --save-dir DIR")
+    if arguments.resume is not None and arguments.weights is not None:
+        raise UsageError(
+            "--resume goes on with a training and --weights starts another; expected one of them"
+        )
+    return directory
+
+
+def read_training(
+    arguments: argparse.Namespace, resume: Path | None, attempts: int
+) -> tuple[RunConfig, Corpus]:
+    """Return what to train, and its text, from the command line and the checkpoint to start from.
+
+    `attempts` is the number of worker processes that may follow one another. Raises UsageError.
+    """
+    saved = None if resume is None else Saved(resume, checkpoint.read_manifest(resume))
+    config = read_run(arguments, saved)
+    _check_faults(arguments.fault, attempts, config)
+    if saved is not None:
+        manifest = saved.manifest
+        manifest = manifest.without_training() if arguments.weights else manifest
+        check_resume(saved.folder, manifest, config)
+    return config, load_text(config, saved, may_be_another=arguments.weights is not None)
+
+
+def _check_faults(faults: Sequence[str], attempts: int, config: RunConfig) -> None:
     """Refuse faults that would never happen. Raises UsageError."""
-    faults, attempts = arguments.fault, arguments.max_restarts + 1
     if len(faults) > attempts:
         raise UsageError(
             f"--fault: {len(faults)} of them for {attempts} worker process{'es' * (attempts > 1)}; "
@@ -166,7 +190,7 @@ def _check_faults(arguments: argparse.Namespace, config: RunConfig) -> None:
                 raise UsageError(f"--fault {fault}: {why}")
 
 
-def _resume(asked: str | None, directory: Path | None, console: Console) -> Path | None:
+def choose(asked: str | None, directory: Path | None, console: Console) -> Path | None:
     """Return the checkpoint to continue from; name newer damaged ones and set them aside."""
     if asked is not None and asked != "latest":
         path = Path(asked)
@@ -203,7 +227,7 @@ def check_resume(resume: Path, saved: Manifest, config: RunConfig) -> None:
         raise UsageError(f"--resume {resume}: {done}; use more --steps")
 
 
-def _check_room(directory: Path, resume: Path | None) -> None:
+def check_room(directory: Path, resume: Path | None) -> None:
     """Refuse to write over another run's checkpoints. Raises UsageError."""
     existing = checkpoint.checkpoints_in(directory)
     if existing and resume is None:
@@ -274,7 +298,7 @@ def drop_tensors(training: Training) -> None:
         drop_tokens(training.text)
 
 
-def _show(result: RunResult, trained: Trained, training: Training, console: Console) -> None:
+def show(result: RunResult, trained: Trained, training: Training, console: Console) -> None:
     every = max(1, -(-len(result.steps) // SHOWN_LOSSES))
     lines = [
         f"  step {s.step + 1:>6}  loss {s.loss:.6f}  gradient norm {s.gradient_norm:.4g}"

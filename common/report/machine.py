@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from pathlib import Path
@@ -56,6 +57,17 @@ def _cpu_model() -> str:
     # On ARM there is no model name; the platform's own words are better than nothing.
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def source_digest(*packages: str) -> str:
+    """Return a digest of the project's source: `common` and these packages. A commit alone says
+    nothing of files that were changed since, or of a project without git.
+    """
+    digest = hashlib.sha256()
+    for package in ("common", *packages):
+        for path in sorted((PROJECT_ROOT / package).rglob("*.py")):
+            digest.update(str(path.relative_to(PROJECT_ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def git_commit() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 IGNORED = "TRIPTYCH_IGNORED"
@@ -45,6 +45,16 @@ def kept(variables: Mapping[str, str]) -> dict[str, str]:
         IGNORED: " ".join(sorted(ignored)),
     }
     return {name: value for name, value in variables.items() if name not in ignored} | own
+
+
+def drop(variables: MutableMapping[str, str]) -> None:
+    """Make this the environment of a process that a launcher has started, once its variables are
+    read; the interface that the user has named for its messages stays.
+    """
+    found = kept(variables) | {n: v for n, v in variables.items() if n.endswith("_SOCKET_IFNAME")}
+    for name in set(variables) - set(found):
+        del variables[name]
+    variables.update(found)
 
 
 def report() -> dict[str, Any]:

@@ -23,7 +23,10 @@ from typing import Any, Literal
 from common.io.edges import write_file
 from common.runtime.engine import Engine
 from common.runtime.job import Job, JobFile
+from common.runtime.launchers import Launched
+from common.runtime.meeting import Store
 from common.runtime.patience import Patience
+from common.runtime.text_store import TextStore
 from common.runtime.worker import Switch, no_drift, run_jobs
 from common.runtime.world import World
 from common.schedule import generators
@@ -44,12 +47,16 @@ class Ranks:
     name: str
     """Of the implementation, for messages."""
     join: Callable[[World, RunConfig], Callable[[RunConfig], Engine]]
-    """(this process among all, first config) -> build_engine; returns when all have joined."""
+    """(this process among all, first config) -> build_engine; returns when all have joined, those
+    of a launcher's run through `World.room`."""
     wait_for_all: Callable[[int], None]
     """(number of ranks): returns when all have called it."""
     start_method: Literal["fork", "spawn"] = "fork"
     """spawn where the ranks use GPUs: CUDA, once it was asked anything, does not work after a fork.
     """
+    connect: Callable[[Launched, float], Store] = TextStore
+    """(this process as its launcher says, seconds to wait) -> the store of the run. Raises
+    UsageError."""
 
 
 def run_on_ranks(ranks: Ranks, jobs: Sequence[Job], switch: Switch = no_drift) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,12 @@ def probe(engine: Engine, job: Job, corpus: Corpus, weights: Arrays) -> dict[Ten
 
 
 def train(
-    engine: Engine, job: Job, corpus: Corpus, arrays: dict[TensorKey, Any], first_step: int = 0
+    engine: Engine,
+    job: Job,
+    corpus: Corpus,
+    arrays: dict[TensorKey, Any],
+    first_step: int = 0,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[StepRecord]:
     """Do the steps from `first_step` on.
 
@@ -140,6 +146,7 @@ def train(
         if 0 in engine.devices:
             with (out / "progress.jsonl").open("a", encoding="utf-8") as progress:
                 progress.write(json.dumps(record.model_dump(exclude={"events"})) + "\n")
+        on_step(step, loss)
         if job.saving is not None and _is_due(job.saving.every, step + 1, end):
             watch.enter("save", step)
             _save(engine, job, job.saving, corpus, batch)

@@ -54,7 +54,7 @@ def run_jobs(
     for job in jobs.jobs:
         try:
             with switch(job.config):
-                _run_job(job, build_engine)
+                run_job(job, build_engine)
         except Exception:
             status = 1
             text = traceback.format_exc()
@@ -63,8 +63,15 @@ def run_jobs(
     return status
 
 
-def _run_job(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
-    corpus = None if job.kind == "generate" else _corpus(job)  # the prompt comes in tokens
+def run_job(
+    job: Job,
+    build_engine: Callable[[RunConfig], Engine],
+    corpus: Corpus | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Part:
+    """Run one job, write what it found, and return it. `corpus` saves reading the text."""
+    if corpus is None and job.kind != "generate":  # whose prompt comes in tokens
+        corpus = _corpus(job)
     began = time.perf_counter()
     engine = build_engine(job.config)
     try:
@@ -78,9 +85,10 @@ def _run_job(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
             built = time.perf_counter() - began
             part = _part(job, engine, [], evaluate(engine, job, corpus).loss, built, corpus)
         else:
-            part = _train_job(engine, job, corpus, began)
+            part = _train_job(engine, job, corpus, began, on_step)
         # Last, so that a part file says that the job ended well.
         write_file(Path(job.out) / f"part-{engine.devices[0]}.json", part.model_dump_json())
+        return part
     finally:
         engine.close()
 
@@ -90,7 +98,13 @@ def _corpus(job: Job) -> Corpus:
     return load_corpus(job.config) if job.text is None else open_text(job.text)
 
 
-def _train_job(engine: Engine, job: Job, corpus: Corpus, began: float) -> Part:
+def _train_job(
+    engine: Engine,
+    job: Job,
+    corpus: Corpus,
+    began: float,
+    on_step: Callable[[int, float], None],
+) -> Part:
     """Do a job that trains, and write the tensors of its kind."""
     config = job.config
     first_step = start(engine, job, corpus)
@@ -98,7 +112,7 @@ def _train_job(engine: Engine, job: Job, corpus: Corpus, began: float) -> Part:
     arrays: dict[TensorKey, Any] = {}
     if job.kind == "probe":
         arrays |= probe(engine, job, corpus, starting_weights(job))
-    steps = train(engine, job, corpus, arrays, first_step)
+    steps = train(engine, job, corpus, arrays, first_step, on_step)
     if job.kind == "probe":
         arrays |= named(config, engine, engine.weights(), config.train.steps, "trained")
     if job.kind == "dump":

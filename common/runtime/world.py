@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.runtime.meeting import Room
+
 
 @dataclass(frozen=True)
 class World:
@@ -12,6 +14,8 @@ class World:
     rank: int
     endpoints: tuple[str, ...]
     """host:port of every rank."""
+    room: Room | None = None
+    """Where they have met, if a launcher has started them."""
 
     @property
     def size(self) -> int:

@@ -53,6 +53,6 @@ def test_it_is_understood(
     monkeypatch.chdir(tmp_path)
     if argv[0] not in QUICK and "--dry-run" not in argv:
         monkeypatch.setattr(
-            main, "_run", lambda parser, argv, is_long=False: parser.parse_args(argv) and 0
+            main, "run", lambda parser, argv, is_long=False: parser.parse_args(argv) and 0
         )
     assert PROGRAMS[program](argv) == 0

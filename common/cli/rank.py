@@ -1,0 +1,383 @@
+"""`python -m torch_impl train run.toml`, and the same with the others: one rank of a run whose
+processes a launcher starts (torchrun, paddle.distributed.launch, srun, or TF_CONFIG by hand).
+
+    [1] find      who am I? the launcher's variables             common/runtime/launchers.py
+    [2] meet      are all here? with one version?                common/runtime/meeting.py
+    [3] choose    rank 0: where results go, what to resume
+    [4] read      settings and text, on every host; equal?
+    [5] join      the framework's own process group              <implementation>/ranks.py
+    [6] train     with a sign of life every second               common/runtime/heartbeat.py
+    [7] report    rank 0, of all ranks' parts
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import socket
+import sys
+import time
+import traceback
+import uuid
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common import checkpoint
+from common.cli import main, train
+from common.cli.numbers import seconds
+from common.cli.parser import Parser
+from common.harness.bench import describe, make_folder, run_name
+from common.harness.restarts import Trained, Training, not_finite
+from common.io.console import make_console, say
+from common.io.edges import write_file
+from common.io.usage import UsageError
+from common.report.machine import git_commit, source_digest
+from common.report.progress import progress_view
+from common.runtime import inherited, launchers
+from common.runtime.agreement import clock_offset
+from common.runtime.engine import Engine
+from common.runtime.heartbeat import Heartbeat, end_process
+from common.runtime.installed import installed
+from common.runtime.job import Job, Part, Saving
+from common.runtime.launchers import Launched
+from common.runtime.meeting import POLL_SECONDS, Room, disagreement, meet
+from common.runtime.outcome import Outcome
+from common.runtime.ranks import Ranks
+from common.runtime.worker import run_job
+from common.runtime.world import World
+from common.spec.data import Corpus
+from common.spec.mesh import Mesh
+from common.spec.run import RunConfig
+
+MAY_DIFFER = ("corpus", "tokenizer_file", "python", "threads")
+"""Settings that hosts may have of their own: the texts are compared, not where they lie."""
+FAREWELL_SECONDS = 1.0
+"""How long rank 0, whose end may be the store's, lets the others read why."""
+SEEN_SECONDS = 5.0
+"""How long another host's file may take to show in a shared folder."""
+
+
+def train_rank(framework: str, ranks: Ranks, argv: Sequence[str]) -> int:
+    """Be one rank of a run. `argv` is what follows `train`. Never returns before the end of this
+    process but with its exit status.
+    """
+    parser = Parser(
+        prog=f"{ranks.name} train",
+        usage=f"LAUNCHER -m {ranks.name} train [FILE.toml] [options]",
+        description="One rank of a training whose processes a launcher starts, a process for each "
+        "stage of each replica (docs/hosts.md). Exit status as that of `triptych train`.",
+    )
+    parser.add_argument("file", nargs="?", metavar="FILE.toml", help="as --config")
+    parser.add_argument(
+        "--join-timeout",
+        metavar="SECONDS",
+        type=seconds,
+        default=300.0,
+        help="how long to wait for the other processes at the start (default: 300)",
+    )
+    train.add_options(parser)
+    parser.set_defaults(run=lambda arguments: _Rank(framework, ranks, arguments).run())
+    status = main.run(parser, argv, is_long=True)
+    # Threads of a framework that wait for a rank that is gone would keep this process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What rank 0 has chosen, the same for all."""
+
+    folder: Path
+    directory: Path
+    token: str
+    resume: Path | None
+
+    @property
+    def seen(self) -> Path:
+        """The file by which a host knows that the folder is rank 0's."""
+        return self.directory / f".seen-{self.token}"
+
+
+class _Rank:
+    """This process' part in a run."""
+
+    def __init__(self, framework: str, ranks: Ranks, arguments: Namespace) -> None:
+        self._framework, self._ranks, self._arguments = framework, ranks, arguments
+        self._console = Console(quiet=True)
+
+    def run(self) -> int:
+        launched = launchers.find(os.environ)  # [1]
+        inherited.drop(os.environ)
+        # One process speaks for all; the others say only what goes wrong.
+        self._console = make_console() if launched.world.rank == 0 else self._console
+        limit = self._arguments.join_timeout
+        with contextlib.ExitStack() as stack:
+            try:
+                store = self._ranks.connect(launched, limit)
+                world, names = self._meet(launched, store, limit)  # [2]
+                plan = self._choose(world, stack)  # [3]
+                config, corpus = self._read(world, plan)  # [4]
+            except UsageError:
+                if launched.world.rank == 0:
+                    time.sleep(FAREWELL_SECONDS)  # the store may end with this process
+                if launched.world.local_rank:  # one line for each host
+                    return main.EXIT_USAGE
+                raise
+            for line in Mesh(config.stages, config.replicas).describe(world.hosts):
+                say(self._console, line)
+            say(self._console, f"results in {plan.folder / run_name(config)}/")
+            assert world.room is not None
+            heart = Heartbeat(world.room, names, end_process(names[world.rank], stack.close))
+            return self._train(world, heart, plan, config, corpus)
+
+    def _meet(self, launched: Launched, store: Any, limit: float) -> tuple[World, list[str]]:
+        """Wait for all ranks; return where they are, and what to call them. Raises UsageError."""
+        world = launched.world
+        host = launchers.own_address(launched.master.rpartition(":")[0])
+        own = {"host": socket.gethostname(), "address": host}
+        versions = {
+            "commit": git_commit() or "unknown",
+            "source": source_digest(self._ranks.name),
+            "framework": str(installed([self._framework])["packages"]),
+        }
+        room, everybody = meet(store, world.rank, world.size, own | versions, limit)
+        ports = [endpoint.rpartition(":")[2] for endpoint in world.endpoints]
+        addresses = [facts["address"] for facts in everybody]
+        loops = [r for r, address in enumerate(addresses) if address.startswith("127.")]
+        if loops and len(set(addresses)) > 1:
+            raise UsageError(
+                f"rank {loops[0]} ({everybody[loops[0]]['host']}) knows the first host as "
+                f"{addresses[loops[0]]}, which the other hosts cannot reach; expected its address "
+                "in the network, not a name that stands for the loopback device in /etc/hosts"
+            )
+        found = [f"{address}:{port}" for address, port in zip(addresses, ports, strict=True)]
+        same = [{key: facts[key] for key in versions} for facts in everybody]
+        if why := disagreement(same, addresses):
+            raise UsageError(why)
+        names = [f"rank {r} ({address})" for r, address in enumerate(addresses)]
+        return World(world.rank, tuple(found), room), names
+
+    def _exchange(self, world: World, about: str, work: Any) -> list[dict[str, str]]:
+        """Do this rank's part, and return what all say. Raises UsageError where one could not."""
+        assert world.room is not None
+        try:
+            own = work()
+        except (UsageError, OSError) as error:
+            own = {"refused": " ".join(str(error).split())}
+        everybody = world.room.exchange(about, own)
+        for rank, facts in enumerate(everybody):
+            if "refused" in facts:
+                where = "" if rank == 0 else f"rank {rank} ({world.hosts[rank]}): "
+                raise UsageError(where + facts["refused"])
+        return everybody
+
+    def _choose(self, world: World, stack: contextlib.ExitStack) -> _Plan:
+        """Let rank 0 choose for all."""
+        arguments = self._arguments
+
+        def choose() -> dict[str, str]:
+            if world.rank != 0:
+                return {}
+            directory = train.save_directory(arguments)
+            asked, resume = arguments.resume or arguments.weights, None
+            if directory is not None:
+                stack.enter_context(checkpoint.locked(directory))
+            # A launcher that starts all anew repeats the command line of the first start.
+            if asked != "latest" or (directory and checkpoint.checkpoints_in(directory)):
+                resume = train.choose(asked, directory, self._console)
+            if directory is not None:
+                train.check_room(directory, None if arguments.weights else resume)
+            folder = make_folder(Path(arguments.out), "train").resolve()
+            directory = (directory or folder / "checkpoints").resolve()
+            token = uuid.uuid4().hex
+            directory.mkdir(parents=True, exist_ok=True)
+            write_file(directory / f".seen-{token}", "")
+            return {
+                "folder": str(folder),
+                "directory": str(directory),
+                "token": token,
+                "resume": "" if resume is None else str(resume.resolve()),
+            }
+
+        said = self._exchange(world, "plan", choose)[0]
+        resume = Path(said["resume"]) if said["resume"] else None
+        return _Plan(Path(said["folder"]), Path(said["directory"]), said["token"], resume)
+
+    def _read(self, world: World, plan: _Plan) -> tuple[RunConfig, Corpus]:
+        """Read settings and text, and see whether all ranks have the same."""
+        found: list[tuple[RunConfig, Corpus]] = []
+
+        def read() -> dict[str, str]:
+            self._settle_arguments()
+            config, corpus = train.read_training(self._arguments, plan.resume, attempts=1)
+            found.append((config, corpus))
+            self._check(config, world)
+            saves = Mesh(config.stages, config.replicas).place(world.rank).replica == 0
+            if saves and not _is_seen(plan):
+                raise UsageError(
+                    f"{plan.directory}: not the folder that rank 0 has there; expected one that "
+                    "all hosts of replica 0 share (--save-dir, or --out)"
+                )
+            return _settings(config) | {
+                "corpus": corpus.digest[:16],
+                "tokenizer.json": corpus.tokenizer_digest[:16],
+            }
+
+        everybody = self._exchange(world, "run", read)
+        if world.rank == 0:
+            plan.seen.unlink()
+        if why := disagreement(everybody, world.hosts):
+            raise UsageError(why)
+        return found[0]
+
+    def _settle_arguments(self) -> None:
+        """Lay what is the same in every rank's command line into the settings."""
+        arguments = self._arguments
+        if arguments.file is not None and arguments.config not in (None, arguments.file):
+            raise UsageError(f"{arguments.file}, --config {arguments.config}: expected one file")
+        arguments.config = arguments.file or arguments.config
+        if getattr(arguments, "run.framework", self._framework) != self._framework:
+            named = getattr(arguments, "run.framework")
+            raise UsageError(f"--framework = {named}: {self._ranks.name} is {self._framework}'s")
+        setattr(arguments, "run.framework", self._framework)
+
+    def _check(self, config: RunConfig, world: World) -> None:
+        size = config.stages * config.replicas
+        if size != world.size:
+            raise UsageError(
+                f"stages x replicas = {config.stages} x {config.replicas} takes {size} processes, "
+                f"the launcher started {world.size}; expected as many"
+            )
+        if config.executor == "plain":
+            raise UsageError("executor = plain is one process; expected table or native")
+        if config.drift is not None:
+            raise UsageError(f"drift = {config.drift}: expected none, or `triptych drift`")
+        if config.python is not None:
+            raise UsageError(f"python = {config.python}: the launcher has started this one")
+
+    def _train(
+        self, world: World, heart: Heartbeat, plan: _Plan, config: RunConfig, corpus: Corpus
+    ) -> int:
+        """Train, and report in rank 0. Whatever goes wrong is one line in every rank."""
+        assert world.room is not None
+        stage, replica = Mesh(config.stages, config.replicas).place(world.rank)
+        began = time.monotonic()
+        heart.start()
+        training = self._training(plan, config)
+        job = self._job(training, plan.token).of_replica(replica)
+        try:
+            Path(job.out).mkdir(parents=True, exist_ok=True)
+            build = self._ranks.join(world, config)  # [5]
+            offset = 0.0
+
+            def build_and_set_clocks(config: RunConfig) -> Engine:
+                nonlocal offset
+                engine = build(config)
+                offset = clock_offset(world.hosts, world.rank, engine.sum_over_ranks)
+                return engine
+
+            with progress_view(self._console, 1) as view:  # [6]
+                view.start(describe(config), config.train.steps)
+                part = run_job(job, build_and_set_clocks, corpus, view.step)
+                view.finish(f"{describe(config)}: ok, {time.monotonic() - began:.0f} s")
+            self._ranks.wait_for_all(world.size)
+            (Path(job.out) / f"part-{stage}.safetensors").unlink()  # gradients, large as the model
+            parts = _collect(world.room, _on_clock(part, offset), config)
+            heart.finish()
+        except Exception as error:
+            write_file(Path(job.out) / f"failed-{stage}.txt", traceback.format_exc())
+            line = not_finite(Path(job.out)) or _one_line(error)
+            heart.fail(line)
+            print(f"{heart.name}: {line}", file=sys.stderr)
+            return train.EXIT_FAILED
+        if parts:  # [7]
+            outcome = Outcome("ok", "", None, tuple(parts), time.monotonic() - began)
+            trained = Trained(outcome, part.steps)
+            result = train.result_of(trained, training, self._arguments.command)
+            result.write(training.folder / "result.json")
+            train.show(result, trained, training, self._console)
+        return train.EXIT_OK
+
+    def _training(self, plan: _Plan, config: RunConfig) -> Training:
+        return Training(
+            config=config,
+            module=self._ranks.name,
+            folder=plan.folder / run_name(config),
+            directory=plan.directory,
+            resume=plan.resume,
+            weights_alone=self._arguments.weights is not None,
+            save_every=self._arguments.save_every,
+            keep=self._arguments.keep,
+            # Once: a launcher that starts all anew repeats the command line.
+            faults=() if plan.resume else tuple(self._arguments.fault),
+        )
+
+    def _job(self, training: Training, token: str) -> Job:
+        saving = Saving(
+            directory=str(training.directory),
+            every=training.save_every,
+            keep=training.keep,
+            token=token,
+        )
+        return Job(
+            config=training.config,
+            out=str(training.folder),
+            resume=None if training.resume is None else str(training.resume),
+            weights_alone=training.weights_alone,
+            saving=saving,
+            fault=next(iter(training.faults), None),
+            must_be_finite=True,
+        )
+
+
+def _settings(config: RunConfig) -> dict[str, str]:
+    """Return every setting by its name, but for those that may differ from host to host."""
+    content = config.model_dump(mode="json")
+    model, train = content.pop("model"), content.pop("train")
+    flat = content | model | train
+    return {name: str(value) for name, value in flat.items() if name not in MAY_DIFFER}
+
+
+def _is_seen(plan: _Plan) -> bool:
+    """Whether the folder of checkpoints is here what it is in rank 0."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not (seen := plan.seen.exists()):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS)
+    return seen
+
+
+def _on_clock(part: Part, offset: float) -> Part:
+    """The part with its times on rank 0's clock."""
+    for step in part.steps:
+        for event in itertools.chain.from_iterable(step.events.values()):
+            event.ready_seconds -= offset
+            event.start_seconds -= offset
+            event.end_seconds -= offset
+    return part
+
+
+def _collect(room: Room, own: Part, config: RunConfig) -> list[Part]:
+    """Hand this rank's part over. Rank 0 waits for all, and returns those of replica 0."""
+    room.set(f"part/{room.rank}", own.model_dump_json())
+    if room.rank != 0:
+        return []
+    texts = []
+    for rank in range(room.size):
+        while (text := room.get(f"part/{rank}")) is None:
+            time.sleep(POLL_SECONDS)  # if that rank is lost, the heartbeat ends this one
+        texts.append(text)
+    first = Mesh(config.stages, config.replicas).pipeline(0)
+    return [Part.model_validate_json(texts[rank]) for rank in first]
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

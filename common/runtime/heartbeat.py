@@ -1,0 +1,140 @@
+"""A sign of life from every process of a run, and an end of all where one is missing.
+
+Frameworks notice a process that dies, since its connections break. They do not notice one that
+hangs, or a cut cable: gloo waits for half an hour. So every process has a thread that counts in the
+run's store, once a second:
+
+    every rank    beat/r = 17, 18, ...  ────►  rank 0 watches all counters
+    every rank    ends with it          ◄────  verdict = "lost rank 3 (host-b): ..."
+
+and every rank watches rank 0's. One that fails says why in place of its count, and rank 0 passes it
+on. Who cannot reach the store, or gets no answer, is cut off and ends too. The end is `os._exit`
+behind one line, since the main thread may wait inside the framework for ever; the launcher sees the
+status and may start all anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from common.runtime.meeting import POLL_SECONDS, Room
+
+BEAT_SECONDS = 1.0
+LOST_SECONDS = 15.0
+"""Without a sign of life for so long, a process is lost. torchrun gives its agents as long."""
+FAILED, DONE = "failed: ", "done"
+
+
+class Heartbeat:
+    """This process' part. `names` are those of the ranks in messages; `end` is called with the line
+    in the thread that finds something.
+    """
+
+    def __init__(self, room: Room, names: Sequence[str], end: Callable[[str], None]) -> None:
+        self._room, self._names, self._end = room, names, end
+        self.name = names[room.rank]
+        watched = range(1, room.size) if room.rank == 0 else range(1)
+        # By rank: what it said last, and when that was new.
+        self._last = {rank: ("", time.monotonic()) for rank in watched}
+        self._count, self._words, self._error = 0, "", ""
+        self._answered = time.monotonic()
+        self._stopped, self._said = threading.Event(), threading.Event()
+
+    def start(self) -> None:
+        for work in (self._beat, self._watch):
+            threading.Thread(target=work, name="heartbeat", daemon=True).start()
+
+    def fail(self, line: str) -> None:
+        """Tell the others, and return when all can have read it: a beat until rank 0 has, and
+        another until it has passed it on.
+        """
+        self._say(FAILED + line, 2 * BEAT_SECONDS)
+
+    def finish(self) -> None:
+        """Say that this process ends well, and stop; rank 0, whose end may be the store's, after
+        the others.
+        """
+        deadline = time.monotonic() + 5 * BEAT_SECONDS
+        while self._room.rank == 0 and self._last and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        self._say(DONE, 0)
+
+    def _say(self, words: str, linger_seconds: float) -> None:
+        self._words = words
+        self._said.clear()
+        if self._said.wait(3 * BEAT_SECONDS):
+            time.sleep(linger_seconds)
+        self._stopped.set()
+
+    def round(self, now: float) -> str | None:
+        """Give one sign of life and look at the others'; return why the run must end, or None."""
+        words, self._count = self._words, self._count + 1
+        self._room.set(f"beat/{self._room.rank}", words or str(self._count))
+        verdict = self._look(now) if self._room.rank == 0 else self._room.get("verdict")
+        if self._room.rank == 0 and (line := words.removeprefix(FAILED)) != words:
+            verdict = f"{self._names[0]}: {line}"
+        if self._room.rank == 0 and verdict:
+            self._room.set("verdict", verdict)
+        if self._room.rank != 0 and not verdict:
+            verdict = self._look(now)
+        self._answered = now
+        if words:
+            self._said.set()
+        return verdict
+
+    def _look(self, now: float) -> str | None:
+        for rank, (before, since) in list(self._last.items()):
+            said = self._room.get(f"beat/{rank}") or ""
+            if said == DONE:
+                del self._last[rank]
+            elif said.startswith(FAILED):
+                return f"{self._names[rank]}: {said.removeprefix(FAILED)}"
+            elif said != before:
+                self._last[rank] = said, now
+            elif now - since > LOST_SECONDS:
+                return f"lost {self._names[rank]}: no sign of life for {LOST_SECONDS:g} s"
+        return None
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(BEAT_SECONDS):
+            try:
+                verdict = self.round(time.monotonic())
+            except Exception as error:  # perhaps the next time it answers
+                self._error = f" ({_one_line(error)})"
+                continue
+            if verdict and not self._stopped.is_set() and not self._words:
+                self._end(verdict)
+                return
+
+    def _watch(self) -> None:
+        """In a thread of its own: a store behind a cut cable may not answer at all."""
+        while not self._stopped.wait(BEAT_SECONDS):
+            if time.monotonic() - self._answered > LOST_SECONDS:
+                self._end(
+                    f"the store of the run has not answered for {LOST_SECONDS:g} s{self._error}: "
+                    "this host, or that of the store, is cut off"
+                )
+                return
+
+
+def end_process(name: str, clean_up: Callable[[], None]) -> Callable[[str], None]:
+    """Return what ends this process, cleaned up, with a line on stderr and status 1."""
+
+    def end(line: str) -> None:
+        with contextlib.suppress(Exception):
+            clean_up()
+        with contextlib.suppress(OSError):
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    return end
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
