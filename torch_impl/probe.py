@@ -28,8 +28,12 @@ def probe_units(
     """`common.runtime.engine.Engine.probe_units` for the units of one device, by PyTorch's plain
     autograd.
     """
-    stage.begin(batch, Mode.RECORD)
-    tied_head = stage.config.model.tied_head
+    # The micro-batches of all replicas, so that each has the whole sums.
+    config = stage.config
+    stage.begin(
+        batch, Mode.RECORD, batch.micro_batches(config.replicas * config.train.micro_batches)
+    )
+    tied_head = config.model.tied_head
     found: dict[TensorKey, NDArray[Any]] = {}
     for chunk in stage.chunks:
         for name, unit in zip(chunk.part, chunk.units, strict=True):
@@ -70,6 +74,5 @@ def _piece(stage: Stage, array: NDArray[Any], micro_batch: int) -> Tensor:
     """The micro-batch's rows of a tensor of the whole mini-batch, on the stage's device in its
     precision.
     """
-    rows = torch.from_numpy(array[stage.now.rows])
-    piece = rows.tensor_split(stage.config.train.micro_batches)[micro_batch]
+    piece = torch.from_numpy(array).tensor_split(len(stage.now.sequences))[micro_batch]
     return piece.to(stage.device, getattr(torch, stage.config.train.dtype))

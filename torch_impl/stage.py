@@ -21,7 +21,7 @@ from common.runtime.executor import Message
 from common.runtime.held import HeldActivations
 from common.runtime.mailbox import Mailbox
 from common.runtime.mode import Mode
-from common.spec.data import Batch
+from common.spec.data import Batch, MicroBatch
 from common.spec.dropout_masks import step_key
 from common.spec.run import RunConfig
 from torch_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
@@ -84,11 +84,15 @@ class Stage:
         self._caches: dict[tuple[int, int], Cache] = {}
         """By (group, chunk), while text is generated."""
 
-    def begin(self, batch: Batch, mode: Mode) -> None:
-        """Make ready for a pass over `batch`; a training pass starts with zero gradients."""
+    def begin(self, batch: Batch, mode: Mode, pieces: Sequence[MicroBatch] | None = None) -> None:
+        """Make ready for a pass over `batch`; a training pass starts with zero gradients.
+
+        `pieces` are its micro-batches that go through here; by default those of this replica.
+        """
         # What is predicted goes through every replica, so that each has all of it.
         share = (0, 1) if mode is Mode.PREDICT else (self._replica, self.config.replicas)
-        pieces = batch.share(*share, self.config.train.micro_batches)
+        pieces = pieces or batch.share(*share, self.config.train.micro_batches)
+        self._count = len(pieces)
         samples = [piece.samples for piece in pieces]
         rows = slice(int(samples[0][0]), int(samples[-1][-1]) + 1)
         units = [unit for chunk in self.chunks for unit in chunk.part]
@@ -120,7 +124,7 @@ class Stage:
         whole = torch.from_numpy(array)
         if self.device.type == "cuda":
             whole = whole.pin_memory().to(self.device, non_blocking=True)
-        return list(whole.tensor_split(self.config.train.micro_batches))
+        return list(whole.tensor_split(self._count))
 
     def _contexts(
         self, batch: Batch, samples: Sequence[NDArray[Any]]
