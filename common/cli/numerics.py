@@ -116,7 +116,7 @@ def make_dump(
         if outcome.status != "ok":
             raise DumpError(f"{name}: {outcome.reason}")
         tensors: dict[TensorKey, Any] = {}
-        for part in sorted(out.glob("part-*.safetensors")):
+        for part in sorted(out.rglob("part-*.safetensors")):
             tensors |= {TensorKey.parse(text): array for text, array in load_file(part).items()}
         write_dump(path, tensors, config, name, outcome.parts[0].environment)
 
