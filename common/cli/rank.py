@@ -245,7 +245,10 @@ class _Rank:
         arguments.config = arguments.file or arguments.config
         if getattr(arguments, "run.framework", self._framework) != self._framework:
             named = getattr(arguments, "run.framework")
-            raise UsageError(f"--framework = {named}: {self._ranks.name} is {self._framework}'s")
+            own = self._framework
+            raise UsageError(
+                f"--framework = {named}: {self._ranks.name} runs {own}; expected {own}"
+            )
         setattr(arguments, "run.framework", self._framework)
 
     def _check(self, config: RunConfig, world: World) -> None:
