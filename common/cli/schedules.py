@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ from common.spec.traffic import between_hosts, blocks, traffic_bytes
 EXIT_VIOLATIONS = 1
 INTERLEAVED = "interleaved"
 MEMORY_LIMIT = (2.0,)
+MAX_PAIRS = 1_000_000
+"""Of processes that send each other gradients: a second or two."""
 # Options of one schedule; where several are compared, of that one among them.
 OPTIONS_OF = {
     SEARCH: ("memory_limit", "objective", "effort", "seed"),
@@ -451,6 +454,9 @@ def _links(schedule: Schedule, arguments: argparse.Namespace) -> dict[str, int]:
     if hosts > size:
         why = f"more than the {size} processes of {replicas} x {schedule.num_devices} stages"
         raise UsageError(f"--hosts {hosts}: {why}; expected at most {size}")
+    if size * replicas > MAX_PAIRS:
+        most = math.isqrt(MAX_PAIRS // schedule.num_devices)
+        raise UsageError(f"--replicas {replicas}: too many to list; expected at most {most}")
     sequences = max(base.train.batch_size, replicas * m)
     train = base.train.model_dump() | {"batch_size": sequences, "micro_batches": m}
     run: dict[str, Any] = {"stages": schedule.num_devices, "chunks": schedule.num_chunks}

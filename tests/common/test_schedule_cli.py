@@ -37,6 +37,9 @@ TIMES = [f"--{key.replace('_', '-')}={value}" for key, value in ROW["millisecond
         ("draw 1f1b --warm-up short", "--warm-up: only schedule interleaved has it, not 1f1b"),
         ("simulate gpipe,1f1b --overlap 2", "gpipe, 1f1b"),
         ("simulate zb-v --forward 1,2,3", "expected 1, 2 or 4"),
+        ("simulate 1f1b --hosts 3", "--hosts 3: more than the 2 processes of 1 x 2 stages"),
+        ("simulate 1f1b --replicas 5000", "too many to list; expected at most 707"),
+        ("simulate 1f1b,gpipe --hosts 2", "of one schedule; expected one name"),
     ],
 )
 def test_options_that_nothing_reads_are_refused(
@@ -106,6 +109,15 @@ def test_standard_input_that_does_not_end_is_refused(
         monkeypatch.setattr(sys, "stdin", endless)
         assert main(["validate", "-"]) == 2
     assert "more than 67108864 bytes" in capsys.readouterr().err
+
+
+def test_simulate_says_what_travels_between_hosts(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "1f1b --stages 2 --micro-batches 2 --replicas 2 --hosts 2 --preset tiny"
+    links = simulated(capsys, *words(line))["bytes_per_step"]
+    # The replicas of a stage share a host. What crosses: for each replica two micro-batches of two
+    # sequences, S 16, D 32, float32.
+    assert list(links) == ["host 0", "host 0 to host 1", "host 1 to host 0", "host 1"]
+    assert links["host 0 to host 1"] == links["host 1 to host 0"] == 2 * 2 * 2 * 16 * 32 * 4
 
 
 def test_simulate_takes_one_number_per_stage(capsys: pytest.CaptureFixture[str]) -> None:
