@@ -151,7 +151,7 @@ def _evaluate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
         return found
     if arguments.json:
         facts = {
-            "snapshot": str(folder),
+            "checkpoint": str(folder),
             "framework": config.framework,
             "steps_done": saved.manifest.steps_done,
             "corpus": list(config.corpus),
@@ -206,7 +206,7 @@ def _generate(arguments: argparse.Namespace, implementations: Mapping[str, Imple
         return found
     texts = [decode([*prompt, *tokens]) for tokens in found.tokens]
     if arguments.json:
-        facts = {"snapshot": str(folder), "framework": config.framework}
+        facts = {"checkpoint": str(folder), "framework": config.framework}
         print(json.dumps({**facts, "prompt": prompt, "texts": texts, **found.model_dump()}))
         return EXIT_OK
     for sample, text in enumerate(texts):
@@ -302,7 +302,8 @@ def _prompt(
         raise UsageError("--prompt: empty; expected at least one token")
     if max(tokens) >= config.model.vocab_size:
         raise UsageError(
-            f"--prompt: token {max(tokens)}; the vocabulary has {config.model.vocab_size}"
+            f"--prompt: token {max(tokens)}; the vocabulary has {config.model.vocab_size} tokens; "
+            f"expected 0 to {config.model.vocab_size - 1}"
         )
     return tuple(tokens), decode
 

@@ -158,6 +158,7 @@ def test_an_encoder_is_evaluated_on_the_same_masked_tokens_and_generates_nothing
     encoder = checkpoint.write_weights(tmp_path / "encoder", model, weights(), "a test", b"")
     assert run("evaluate", "--checkpoint", encoder, "--json") == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["checkpoint"] == str(encoder)
     engine, corpus = OracleEngine(CONFIG.model_copy(update={"model": model})), load_corpus(CONFIG)
     engine.reset(weights())
     total, count = 0.0, 0
@@ -179,6 +180,7 @@ def test_generate_slides_beyond_the_context_and_prints_text(
     prompted = words("generate --checkpoint {saved} --prompt 'The '", saved=saved)
     assert run(*prompted, *words("--tokens 30 --greedy --json")) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["checkpoint"] == str(saved)
     engine = OracleEngine(CONFIG)
     engine.reset(weights())
     text = list(b"The ")
@@ -269,7 +271,8 @@ def test_wrong_input_is_one_line(
         "generate --prompt x --checkpoint /no/such": "expected a file of a checkpoint",
         f"generate --checkpoint {saved}": "expected one of --prompt TEXT and --prompt-tokens",
         f"generate --checkpoint {saved} --prompt-tokens 1,x": "expected numbers, such as 1,2,3",
-        f"generate --checkpoint {saved} --prompt-tokens 256": "token 256; the vocabulary has 256",
+        f"generate --checkpoint {saved} --prompt-tokens 256": "the vocabulary has 256 tokens; expected 0 "
+        "to 255",
         f"generate --checkpoint {saved} --prompt x "
         "--temperature 0": "expected a number, more than 0",
         f"{ours} --temperature 1e-200": "expected a number, more than 0, at least 1e-100",
