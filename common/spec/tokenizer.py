@@ -24,9 +24,12 @@ MAX_TOKENIZER_BYTES = 2**28
 BLOCK_CHARACTERS = 2**20
 """Longer texts are cut (`blocks_of`): the library takes some 100 bytes per token of a piece."""
 PIECES_AT_ONCE_CHARACTERS = 8 * BLOCK_CHARACTERS
-RECIPE = "lines, byte level"
+RECIPE = "lines, long words cut, byte level"
 """How `train_byte_pairs` trains. A new way needs a new name, or cached tokenizers would be mistaken
 for it."""
+LONGEST_WORD = 1000
+"""Longer runs without white space, or of it, are cut before byte pairs are trained: the library's
+time grows with the square of a word's length, and a genome or base64 is a single word."""
 LONGEST_BLOCKS = 4
 """A text without line ends is cut elsewhere, after so many blocks at most."""
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -239,11 +242,24 @@ def train_byte_pairs(lines: Iterator[str], vocab_size: int, digest: str) -> File
     if kept is not None:
         return FileTokenizer(kept.read_bytes(), where)
     library: Any = ByteLevelBPETokenizer()
-    library.train_from_iterator(lines, vocab_size=vocab_size, show_progress=False)
+    pieces = without_long_words(lines)
+    library.train_from_iterator(pieces, vocab_size=vocab_size, show_progress=False)
     content = str(library.to_str(pretty=True)).encode()
     with contextlib.suppress(*NO_CACHE):
         keep("tokenizers", key, ".json", lambda file: file.write(content))
     return FileTokenizer(content, where)
+
+
+def without_long_words(lines: Iterable[str]) -> Iterator[str]:
+    """Cut lines within runs longer than LONGEST_WORD of what is white space, or of what is not."""
+    run = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
+    for line in lines:
+        start = 0
+        # Most lines are too short for such a word, and need no search.
+        for word in run.finditer(line) if len(line) > LONGEST_WORD else ():
+            yield line[start : word.end()]
+            start = word.end()
+        yield line[start:]
 
 
 def lines_of(blocks: Iterable[str]) -> Iterator[str]:

@@ -5,6 +5,7 @@ with one is one line.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from common.spec.tokenizer import (
     TokenizerError,
     read_tokenizer,
     train_byte_pairs,
+    without_long_words,
 )
 
 TEXT = "The class statement\n\n    defines  a class.\n  \nSchrödinger's  \n\tcat\n" * 40
@@ -269,3 +271,12 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     configs = [config | {"corpus": [str(path)]} for path in (plain, marked)]
     a, b = (load_corpus(RunConfig.model_validate(each)) for each in configs)
     np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def test_byte_pairs_are_trained_on_no_long_word() -> None:
+    ordinary = ["a line of many words " * 200 + "\n", "\n", "x" * 1000]
+    assert [piece for piece in without_long_words(ordinary) if piece] == ordinary
+    for line in ("acgt" * 5000, " " * 5000, "word " + "x" * 2500 + " " * 1001 + "end\n"):
+        pieces = list(without_long_words([line]))
+        assert "".join(pieces) == line
+        assert max(len(run) for piece in pieces for run in re.findall(r"\S+|\s+", piece)) == 1000
