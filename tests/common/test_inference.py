@@ -271,8 +271,7 @@ def test_wrong_input_is_one_line(
         "generate --prompt x --checkpoint /no/such": "expected a file of a checkpoint",
         f"generate --checkpoint {saved}": "expected one of --prompt TEXT and --prompt-tokens",
         f"generate --checkpoint {saved} --prompt-tokens 1,x": "expected numbers, such as 1,2,3",
-        f"generate --checkpoint {saved} --prompt-tokens 256": "the vocabulary has 256 tokens; expected 0 "
-        "to 255",
+        f"generate --checkpoint {saved} --prompt-tokens 256": "has 256 tokens; expected 0 to 255",
         f"generate --checkpoint {saved} --prompt x "
         "--temperature 0": "expected a number, more than 0",
         f"{ours} --temperature 1e-200": "expected a number, more than 0, at least 1e-100",
