@@ -88,7 +88,10 @@ def _read_run_or_oracle(arguments: argparse.Namespace) -> tuple[RunConfig, bool]
     oracle = getattr(arguments, "run.framework", None) == ORACLE
     if oracle:
         delattr(arguments, "run.framework")
-    return read_run(arguments), oracle
+    config = read_run(arguments)
+    if oracle and config.replicas > 1:
+        raise UsageError(f"replicas = {config.replicas}: the oracle has one pipeline; expected 1")
+    return config, oracle
 
 
 def make_dump(

@@ -247,6 +247,14 @@ def test_files_from_elsewhere_are_one_clear_line(
         assert_refused(status, expected, capsys, silent=True)
 
 
+def test_the_oracle_has_no_replicas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = "replicas = 2: the oracle has one pipeline; expected 1"
+    run = "framework=oracle,replicas=2"
+    assert_refused(main(["bisect", run, run]), message, capsys)
+    options = words("dump --framework oracle --replicas 2 --out {out}", out=tmp_path / "dump")
+    assert_refused(main(options), message, capsys)
+
+
 def test_the_subcommand_prints_a_tree_and_writes_json(
     right: Dump, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
