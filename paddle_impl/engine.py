@@ -117,10 +117,7 @@ class PipelineEngine:
 
     def apply_gradients(self, step: int) -> float:
         """As the protocol says. The gradients are clipped in place: read them before."""
-        # Each tensor's square once, in canonical order: replicas have the same gradients.
-        own = self._optimizer.squared_norms() if self._replica == 0 else {}
-        names = parameter_shapes(self.config.model)
-        norm = global_norm(self.sum_over_ranks([own.get(name, 0.0) for name in names]))
+        norm = global_norm(self._squared_norms())
         self._optimizer.step(step, clip_scale(norm, self.config.train.clip_norm))
         return norm
 
@@ -232,6 +229,14 @@ class PipelineEngine:
         self.stage.begin(batch, mode)
         self.pipeline.on_action = self.on_action
         self.pipeline.begin_pass(self.stage)
+
+    def _squared_norms(self) -> list[float]:
+        """Each tensor's sum of squares once, in canonical order, from all stages: replicas have the
+        same gradients.
+        """
+        own = self._optimizer.squared_norms() if self._replica == 0 else {}
+        names = parameter_shapes(self.config.model)
+        return self.sum_over_ranks([own.get(name, 0.0) for name in names])
 
     def _add_tied_gradients(self) -> None:
         """The token embedding's gradient: that of its own use plus that of the head's copy, put in

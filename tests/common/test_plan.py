@@ -231,7 +231,7 @@ def test_the_command_line(
     line = next(each for each in said.splitlines() if each.startswith("run it: triptych "))
     parsed: list[Any] = []
     monkeypatch.setattr(
-        cli, "_run", lambda parser, argv, is_long=False: parsed.append(parser.parse_args(argv)) or 0
+        cli, "run", lambda parser, argv, is_long=False: parsed.append(parser.parse_args(argv)) or 0
     )
     assert main(shlex.split(line.removeprefix("run it: triptych "))) == 0
     (arguments,) = parsed
