@@ -233,7 +233,7 @@ placement: 1 | 0
 MODELS: dict[str, tuple[str, str, str, str, int, tuple[str, ...]]] = {
     "d2": (
         *("float32", "tied", "pre", "gelu", 18),
-        ("one-stage", "rerun", "rerun-again", "uneven", "gpipe", "zb-v", "recompute-full-split"),
+        ("one-stage", "rerun", "rerun-again", "zb-v", "recompute-full-split"),
     ),
     "float32": ("float32", "tied", "pre", "gelu", 10, tuple(VARIANTS)),
     "llama": (
