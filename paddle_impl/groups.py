@@ -13,10 +13,9 @@ import paddle
 from paddle import Tensor
 from paddle.distributed.communication.group import Group
 
-from common.runtime.executor import Message
+from common.runtime.executor import sent_by
 from common.runtime.world import World
-from common.schedule.action import Op, Schedule
-from common.schedule.dependencies import Step, sends_to
+from common.schedule.action import Schedule
 from common.spec.mesh import Mesh, Place
 
 
@@ -111,20 +110,6 @@ def receive(tensor: Tensor, device: int) -> None:
     """Fill a tensor with what a device of this process' pipeline sends."""
     own, sender = here().world.rank, here().pipeline[device]
     paddle.distributed.recv(tensor, src=sender, group=one_way[sender, own])
-
-
-def sent_by(schedule: Schedule, device: int) -> list[tuple[Message, int]]:
-    """Return what `device` sends, in its order, each with the receiving device."""
-    sent = []
-    for action in schedule.devices[device]:
-        step = Step(action.op, action.micro_batch, schedule.virtual_stage(device, action.chunk))
-        to = sends_to(step, schedule.num_virtual_stages)
-        if to is not None:
-            message = Message(
-                "activation" if action.op is Op.F else "gradient", action.micro_batch, to
-            )
-            sent.append((message, schedule.location[to][0]))
-    return sent
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:

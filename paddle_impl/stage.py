@@ -19,7 +19,7 @@ import paddle
 from paddle import Tensor, nn
 
 from common.runtime.decode import Extension
-from common.runtime.executor import Message
+from common.runtime.executor import Message, sent_by
 from common.runtime.held import HeldActivations
 from common.runtime.mode import Mode
 from common.schedule.action import Schedule
@@ -29,7 +29,7 @@ from common.spec.run import RunConfig
 from paddle_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
 from paddle_impl.cache import Cache
 from paddle_impl.dropout import DropoutContext
-from paddle_impl.groups import receive, send, sent_by
+from paddle_impl.groups import receive, send
 from paddle_impl.held import SavedTensors, memory_bytes, saved_tensors
 from paddle_impl.layers import Head, summed_loss
 from paddle_impl.recompute import recompute

@@ -27,9 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from common.runtime.executor import Message
-from common.schedule.action import Op, Schedule
-from common.schedule.dependencies import Step, sends_to
+from common.runtime.executor import Message, sent_by
+from common.schedule.action import Schedule
 from torch_impl.stage import Channel
 
 AHEAD = 2
@@ -46,19 +45,6 @@ class Coming(NamedTuple):
     header: Tensor  # (4,)
     tensor: Tensor  # (b, S, D)
     works: tuple[Any, ...]
-
-
-def sent_by(schedule: Schedule, device: int) -> list[tuple[Message, int]]:
-    """Return what `device` sends in one pass, in order, and to which device."""
-    sent = []
-    for action in schedule.devices[device]:
-        step = Step(action.op, action.micro_batch, schedule.virtual_stage(device, action.chunk))
-        to = sends_to(step, schedule.num_virtual_stages)
-        if to is not None:
-            forward = action.op is Op.F
-            message = Message("activation" if forward else "gradient", action.micro_batch, to)
-            sent.append((message, schedule.location[to][0]))
-    return sent
 
 
 def directed_groups(schedule: Schedule, ranks: Sequence[int]) -> dict[tuple[int, int], Any]:

@@ -44,6 +44,19 @@ class Message:
         )
 
 
+def sent_by(schedule: Schedule, device: int) -> list[tuple[Message, int]]:
+    """Return what `device` sends in one pass, in order, each with the receiving device."""
+    sent = []
+    for action in schedule.devices[device]:
+        step = Step(action.op, action.micro_batch, schedule.virtual_stage(device, action.chunk))
+        to = sends_to(step, schedule.num_virtual_stages)
+        if to is not None:
+            forward = action.op is Op.F
+            message = Message("activation" if forward else "gradient", action.micro_batch, to)
+            sent.append((message, schedule.location[to][0]))
+    return sent
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One executed action. Times are of the monotonic clock, the same in all processes of a
