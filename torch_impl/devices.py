@@ -44,12 +44,14 @@ def stage_devices(stages: int, device: str) -> list[torch.device]:
     """
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # On the CPU CUDA is not even asked: a process that has asked it anything cannot be forked into
+    # ranks any more, whose optimizers ask it too.
+    count = 0 if device == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
     if device == "cuda" and not count:
         raise ValueError(
             "device = cuda, but this PyTorch sees no CUDA device; expected cpu or auto"
         )
-    if device == "cpu" or not count:
+    if not count:
         return [torch.device("cpu")] * stages
     return [torch.device("cuda", gpu) for gpu in gpus_of_stages(stages, count)]
 

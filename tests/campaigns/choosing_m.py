@@ -4,6 +4,8 @@
     python -m tests.campaigns.choosing_m --measure FOLDER    deep48 in all frameworks too, 15 min
     python -m tests.campaigns.choosing_m --read FOLDER       that part from an earlier run
 
+`--frameworks NAME,..` measures only these.
+
 Run it in the repository's root, with nothing else running: a stage wants a core to itself.
 """
 
@@ -21,7 +23,6 @@ from common.io.edges import write_file
 from common.io.figure import new_figure
 from common.report.collect import collect
 from common.report.grid import Grid
-from common.report.machine import this_machine
 from common.schedule.action import Op
 from common.schedule.generators import make_schedule
 from common.schedule.occupancy import occupancy
@@ -67,19 +68,20 @@ def table(title: str, more: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 def deep(framework: str, m: int) -> RunConfig:
     base = preset("deep48")
     train = base.train.model_copy(update={"batch_size": BATCH, "micro_batches": m})
-    run = {"framework": framework, "schedule": "1f1b", "stages": STAGES, "train": train}
-    return base.model_copy(update=run)
+    run = {"framework": framework, "schedule": "1f1b", "stages": STAGES, "device": "cpu"}
+    return base.model_copy(update=run | {"train": train})
 
 
-def measure(folder: Path) -> None:
+def measure(folder: Path, frameworks: Sequence[str]) -> None:
     """Keep a profile and a benchmark of deep48 for every framework."""
     folder.mkdir(parents=True, exist_ok=True)
-    for framework in FRAMEWORKS:
+    for framework in frameworks:
         made = profile(deep(framework, COUNTS[0]), STAGES)
         write_file(folder / f"profile-{framework}.json", made.model_dump_json(indent=1))
     options = ["--preset", "deep48", "--batch-size", str(BATCH), "--schedules", "1f1b"]
-    counts = ",".join(map(str, COUNTS))
-    triptych(["bench", *options, "--micro-batches", counts, "--out", str(folder / "bench")])
+    options += ["--device", "cpu", "--frameworks", ",".join(frameworks)]
+    options += ["--out", str(folder / "bench")]
+    triptych(["bench", *options, "--micro-batches", ",".join(map(str, COUNTS))])
 
 
 def fixed_cost(times: UnitTimes) -> float:
@@ -149,10 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--measure", type=Path, metavar="FOLDER")
     parser.add_argument("--read", type=Path, metavar="FOLDER")
+    parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), metavar="NAME,..")
     arguments = parser.parse_args(argv)
     fill("memory", memory_table(), PAGE)
     if arguments.measure:
-        measure(arguments.measure)
+        measure(arguments.measure, arguments.frameworks.split(","))
     folder, profiles, steps = arguments.measure or arguments.read, {}, {}
     if folder:
         profiles = {
@@ -160,9 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 (folder / f"profile-{framework}.json").read_text(encoding="utf-8")
             )
             for framework in FRAMEWORKS
+            if (folder / f"profile-{framework}.json").exists()
         }
         steps = measured_steps(folder)
-        fill("knee", f"{knee_table(profiles, steps)}\n\n{this_machine().one_line}.", PAGE)
+        machines = "; ".join(dict.fromkeys(kept.machine for kept in profiles.values()))
+        fill("knee", f"{knee_table(profiles, steps)}\n\n{machines}.", PAGE)
     picture(profiles, steps)
     return 0
 

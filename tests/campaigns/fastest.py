@@ -140,10 +140,10 @@ def cell(row: Row | None, best: Row) -> str:
         return "-"
     if not share(row):
         return "failed"
-    # A step that takes 1 % longer gives as many tokens less.
-    simulated = share(row) / (1 + float(row["simulated_step_difference"]))
     measured = f"**{share(row):.2f}**" if row is best else f"{share(row):.2f}"
-    return f"{measured} / {simulated:.2f}"
+    longer = row["simulated_step_difference"]  # none where stages share a GPU
+    # A step that takes 1 % longer gives as many tokens less.
+    return f"{measured} / {share(row) / (1 + float(longer)):.2f}" if longer else measured
 
 
 def words(row: Row) -> str:

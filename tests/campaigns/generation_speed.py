@@ -73,7 +73,9 @@ def compare(arguments: argparse.Namespace) -> None:
         commands = {LIBRARY: [*own, "--library", str(model)]}
         for framework in arguments.frameworks.split(","):
             for stages in arguments.stages.split(","):
-                where = ["--checkpoint", str(ours), "--framework", framework, "--stages", stages]
+                # On the CPU, as the library's.
+                where = ["--checkpoint", str(ours), "--framework", framework, "--device", "cpu"]
+                where += ["--stages", stages]
                 name = f"{framework}, {stages} stage{'s' * (stages != '1')}"
                 commands[name] = [*triptych, "generate", *where, *wish]
         for _ in range(arguments.repeats):

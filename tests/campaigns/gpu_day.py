@@ -330,7 +330,9 @@ class Day:
 
     def _run(self, command: tuple[str, ...], folder: Path, ends: float) -> tuple[int | None, str]:
         """Exit status, None if it was ended, and output."""
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        # Ours first, and what the user's own path adds to the environment behind it.
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": path, "COLUMNS": "200"}
         process = subprocess.Popen(
             command,
             cwd=folder,

@@ -59,6 +59,13 @@ def test_ranks_on_gpus_are_spawned(kind: str, method: str, monkeypatch: pytest.M
     assert pickle.loads(pickle.dumps((started[0], switch))) == (started[0], switch)
 
 
+def test_on_the_cpu_cuda_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that are forked from a process that has asked it fail in their optimizers."""
+    monkeypatch.setattr(torch.cuda, "is_available", None)
+    monkeypatch.setattr(torch.cuda, "device_count", None)
+    assert devices.stage_devices(2, "cpu") == [torch.device("cpu")] * 2
+
+
 @pytest.mark.parametrize(("threads", "per_stage"), [(2, 1), (4, 2)])
 def test_the_threads_are_shared_by_the_stages(make: Make, threads: int, per_stage: int) -> None:
     assert make(2, run={"threads": threads}).environment()["threads_per_stage"] == per_stage
