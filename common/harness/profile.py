@@ -1,15 +1,17 @@
 """Measure what every kind of unit takes in one framework, as it takes it in a pipeline.
 
-The profile is an ordinary run of a short model in which every chunk is one unit, on as many devices
-as the plan will have, so that stages disturb one another as they will then:
+The profile is an ordinary run of a short model on as many devices as the plan will have, so that
+stages disturb one another as they will then. Its chunks have one block or three:
 
-    2 devices, 2 chunks     embedding │ block.0 │ block.1 │ head
+    2 devices, 3 chunks     embedding │ block.0 │ block.1-3 │ block.4-6 │ block.7 │ head
 
-Every micro-batch size runs twice: with BW in one piece, and with B and W apart.
+Two more blocks take twice a block's time; what is left of one alone is an action's own. Every
+micro-batch size runs twice: with BW in one piece, and with B and W apart.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -29,9 +31,11 @@ from common.schedule.action import Op
 from common.spec.memory import Memory
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
-from common.spec.unit_times import KINDS, UnitTimes
+from common.spec.unit_times import ACTION, KINDS, UnitTimes
 
-CHUNKS, MICRO_BATCHES = 3, 8
+CHUNK_BLOCKS = (1, 3, 1)
+"""Blocks of a part, by chunk; the embedding and the head stand in for the first and the last."""
+MICRO_BATCHES = 8
 STEPS, UNTIMED_STEPS = 7, 2
 TOGETHER, APART = "interleaved", "interleaved-zb"
 """With BW as one action; with B and W."""
@@ -72,7 +76,8 @@ def micro_batch_sizes(batch_size: int) -> list[int]:
 
 def profile_config(config: RunConfig, devices: int, schedule: str, sequences: int) -> RunConfig:
     """Return the run that measures micro-batches of so many sequences."""
-    parts = devices * CHUNKS
+    parts = [number for number in CHUNK_BLOCKS for _ in range(devices)]
+    parts[0] = parts[-1] = 1
     train = {
         "batch_size": sequences * MICRO_BATCHES,
         "micro_batches": MICRO_BATCHES,
@@ -81,11 +86,11 @@ def profile_config(config: RunConfig, devices: int, schedule: str, sequences: in
     }
     run = {
         "stages": devices,
-        "chunks": CHUNKS,
+        "chunks": len(CHUNK_BLOCKS),
         "schedule": schedule,
-        "partition": tuple(range(1, parts)),
+        "partition": tuple(itertools.accumulate(parts[:-1])),
         "recompute": "none",
-        "model": config.model.model_copy(update={"num_layers": parts - 2}),
+        "model": config.model.model_copy(update={"num_layers": sum(parts) - 2}),
         "train": config.train.model_copy(update=train),
     }
     return RunConfig.model_validate(dict(config) | run)
@@ -143,29 +148,41 @@ def _peak(result: Mapping[str, Any], run: RunConfig) -> float | None:
 
 
 def unit_times(timings: Iterable[tuple[RunConfig, Timing]], source: str) -> UnitTimes:
-    """Put the timings of `profile_config`'s runs together. Blocks count as one, by their median."""
-    found: dict[str, dict[str, dict[int, list[float]]]] = {
-        kind: {op.value: {} for op in Op} for kind in KINDS
-    }
+    """Put the timings of `profile_config`'s runs together; of equal parts, the median counts."""
+    found: dict[tuple[str, int], dict[Op, dict[int, list[float]]]] = {}
     hops, optimizer = [], []
     for run, timing in timings:
-        units = [part[0] for part in plan_partition(run).parts]
+        parts = plan_partition(run).parts
         sequences = run.micro_batch_sizes[0]
         for cost in timing.costs:
-            known = found[units[cost.virtual_stage].partition(".")[0]][cost.op]
-            known.setdefault(sequences, []).append(cost.seconds)
+            part = parts[cost.virtual_stage]
+            of_part = found.setdefault((part[0].partition(".")[0], len(part)), {})
+            of_part.setdefault(Op(cost.op), {}).setdefault(sequences, []).append(cost.seconds)
         hops.append(timing.hop_seconds)
         rest = timing.measured_step_seconds - timing.measured_pipeline_seconds
         optimizer.append(rest / _most_parameters(run))
+    seconds: dict[str, dict[str, dict[int, float]]] = {
+        kind: {op.value: {} for op in Op} for kind in (*KINDS, ACTION)
+    }
+    most = max(CHUNK_BLOCKS)
+    for op, sizes in found["block", most].items():
+        for b in sizes:
+
+            def seen(kind: str, units: int, op: Op = op, b: int = b) -> float:
+                return statistics.median(found[kind, units][op][b])
+
+            several = seen("block", most)
+            # One device has no part of one block: nothing is known of its actions.
+            one = seen("block", 1) if ("block", 1) in found else several / most
+            block = min(max(0.0, (several - one) / (most - 1)), one)
+            times = {"block": block, ACTION: one - block}
+            for kind in ("embedding", "head"):
+                times[kind] = max(0.0, seen(kind, 1) - times[ACTION])
+            for kind, value in times.items():
+                seconds[kind][op.value][b] = value
     return UnitTimes(
         source=source,
-        seconds={
-            kind: {
-                op: {b: statistics.median(values) for b, values in sizes.items()}
-                for op, sizes in ops.items()
-            }
-            for kind, ops in found.items()
-        },
+        seconds=seconds,
         hop_seconds=statistics.median(hops),
         optimizer_seconds_per_parameter=statistics.median(optimizer),
     )

@@ -261,6 +261,4 @@ def _step(
 
 def _costs(parts: Sequence[Sequence[str]], times: UnitTimes, sequences: int) -> NDArray[np.float64]:
     """Return (4, K): the seconds of every operation on every part."""
-    return np.array(
-        [[sum(times.of(unit, op, sequences) for unit in part) for part in parts] for op in OPS]
-    )
+    return np.array([[times.of_part(part, op, sequences) for part in parts] for op in OPS])

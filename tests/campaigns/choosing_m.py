@@ -6,7 +6,8 @@
 
 `--frameworks NAME,..` measures only these.
 
-Run it in the repository's root, with nothing else running: a stage wants a core to itself.
+Run it in the repository's root, with nothing else running. A stage wants a core to itself: so many
+stages are measured as there are cores, 4 at most.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from common.io.edges import write_file
 from common.io.figure import new_figure
 from common.report.collect import collect
 from common.report.grid import Grid
+from common.runtime.cpus import usable_cpus
 from common.schedule.action import Op
 from common.schedule.generators import make_schedule
 from common.schedule.occupancy import occupancy
@@ -65,28 +67,30 @@ def table(title: str, more: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return Grid(titles, rows, [title]).markdown().strip()
 
 
-def deep(framework: str, m: int) -> RunConfig:
+def deep(framework: str, stages: int, m: int) -> RunConfig:
     base = preset("deep48")
     train = base.train.model_copy(update={"batch_size": BATCH, "micro_batches": m})
-    run = {"framework": framework, "schedule": "1f1b", "stages": STAGES, "device": "cpu"}
+    run = {"framework": framework, "schedule": "1f1b", "stages": stages, "device": "cpu"}
     return base.model_copy(update=run | {"train": train})
 
 
 def measure(folder: Path, frameworks: Sequence[str]) -> None:
     """Keep a profile and a benchmark of deep48 for every framework."""
     folder.mkdir(parents=True, exist_ok=True)
+    stages = min(STAGES, usable_cpus())
     for framework in frameworks:
-        made = profile(deep(framework, COUNTS[0]), STAGES)
+        made = profile(deep(framework, stages, COUNTS[0]), stages)
         write_file(folder / f"profile-{framework}.json", made.model_dump_json(indent=1))
     options = ["--preset", "deep48", "--batch-size", str(BATCH), "--schedules", "1f1b"]
     options += ["--device", "cpu", "--frameworks", ",".join(frameworks)]
-    options += ["--out", str(folder / "bench")]
+    options += ["--stages", str(stages), "--out", str(folder / "bench")]
     triptych(["bench", *options, "--micro-batches", ",".join(map(str, COUNTS))])
 
 
-def fixed_cost(times: UnitTimes) -> float:
-    """What a micro-batch costs a block by itself, in sequences: `a` in m* = sqrt(B (p-1) / a)."""
-    at = {b: times.of("block", Op.F, b) + times.of("block", Op.BW, b) for b in (4, 16)}
+def fixed_cost(times: UnitTimes, stages: int) -> float:
+    """What a micro-batch costs a stage by itself, in sequences: `a` in m* = sqrt(B (p-1) / a)."""
+    part = ["block.0"] * (preset("deep48").model.num_layers // stages)
+    at = {b: times.of_part(part, Op.F, b) + times.of_part(part, Op.BW, b) for b in (4, 16)}
     slope = (at[16] - at[4]) / 12
     return max(0.0, (at[4] - 4 * slope) / slope)
 
@@ -109,14 +113,14 @@ def knee_table(profiles: Mapping[str, Profile], steps: Mapping[tuple[str, int], 
             seconds, measured = predicted(kept, framework, m), steps.get((framework, m))
             text = "-" if measured is None else f"{1e3 * measured:,.0f}"
             cells.append(f"{1e3 * seconds:,.0f} / {text}")
-        a = fixed_cost(kept.times)
-        best = "any" if a == 0 else f"{(BATCH * (STAGES - 1) / a) ** 0.5:.0f}"
-        rows.append([framework, *cells, f"{a:.1f}", best])
+        a = fixed_cost(kept.times, kept.devices)
+        best = "any" if a == 0 else f"{(BATCH * (kept.devices - 1) / a) ** 0.5:.0f}"
+        rows.append([f"{framework}, p = {kept.devices}", *cells, f"{a:.1f}", best])
     return table("step ms, predicted / measured", ("a", "m*"), rows)
 
 
 def predicted(kept: Profile, framework: str, m: int) -> float:
-    plan = plan_one(deep(framework, m), kept.times, float("inf"))
+    plan = plan_one(deep(framework, kept.devices, m), kept.times, float("inf"))
     assert isinstance(plan, Plan)
     return plan.step_seconds
 

@@ -175,14 +175,20 @@ def test_every_candidate_is_planned_or_refused() -> None:
 
 
 def test_a_profile_is_put_together_from_runs() -> None:
-    def timing(seconds: float, split: bool) -> Timing:
+    def timing(seconds: float, split: bool, units: Sequence[int]) -> Timing:
+        """Every unit takes `seconds`, and every action a quarter of a second."""
         ops = ("F", "B", "W") if split else ("F", "BW")
         return Timing.model_construct(
             costs=tuple(
                 ActionCost(
-                    virtual_stage=k, op=op, seconds=seconds, p10_seconds=0, p90_seconds=0, count=1
+                    virtual_stage=k,
+                    op=op,
+                    seconds=0.25 + count * seconds,
+                    p10_seconds=0,
+                    p90_seconds=0,
+                    count=1,
                 )
-                for k in range(6)
+                for k, count in enumerate(units)
                 for op in ops
             ),
             hop_seconds=0.25,
@@ -190,14 +196,21 @@ def test_a_profile_is_put_together_from_runs() -> None:
             measured_pipeline_seconds=2.0,
         )
 
-    runs = [
-        (profile_config(SMALL, 2, name, b), timing(b + 1.0, split))
-        for b in (1, 2, 4)
-        for name, split in (("interleaved", False), ("interleaved-zb", True))
-    ]
-    times = unit_times(runs, "here")
+    def measured(devices: int, units: Sequence[int]) -> UnitTimes:
+        runs = [
+            (profile_config(SMALL, devices, name, b), timing(b + 1.0, split, units))
+            for b in (1, 2, 4)
+            for name, split in (("interleaved", False), ("interleaved-zb", True))
+        ]
+        assert all(tuple(map(len, plan_partition(run).parts)) == units for run, _ in runs)
+        return unit_times(runs, "here")
+
+    times = measured(2, (1, 1, 3, 3, 1, 1))
     assert times.of("block.3", Op.BW, 2) == 3.0 and times.of("head", Op.W, 3) == 4.0
     assert times.of("embedding", Op.F, 8) == 9.0  # on along the last line
+    assert times.of_part(["block.0"] * 12, Op.B, 1) == 0.25 + 12 * 2.0
+    alone = measured(1, (1, 3, 1))  # which sees no block by itself, and so no action
+    assert alone.of_part(["block.0"] * 3, Op.B, 1) == pytest.approx(0.25 + 3 * 2.0)
     assert times.hop_seconds == 0.25 and times.optimizer_seconds_per_parameter > 0
 
 
