@@ -160,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     fill("memory", memory_table(), PAGE)
     if arguments.measure:
         measure(arguments.measure, arguments.frameworks.split(","))
-    folder, profiles, steps = arguments.measure or arguments.read, {}, {}
+    folder = arguments.measure or arguments.read
+    profiles: dict[str, Profile] = {}
+    steps: dict[tuple[str, int], float] = {}
     if folder:
         profiles = {
             framework: Profile.model_validate_json(
