@@ -29,9 +29,9 @@ def main(arguments: list[str]) -> int:
     try:
         jobs = JobFile.read(arguments[0]).jobs
         first = jobs[0].config
-        if len({(job.config.stages, job.config.replicas, job.config.device) for job in jobs}) > 1:
+        if len({(mesh_of([job]), job.config.device) for job in jobs}) > 1:
             raise ValueError(
-                "the jobs of one file share stages, replicas and device; expected one file for each"
+                "the jobs of one file share their mesh and device; expected one file for each"
             )
         configure(mesh_of(jobs).size, first.threads, first.device)
         import paddle_impl.engine  # noqa: F401  after `configure`, since it imports Paddle; the ranks inherit it

@@ -73,12 +73,12 @@ class PipelineEngine:
             raise ValueError(f"recompute = {config.recompute}; executor = native takes none")
         devices.check_dtype(config.train.dtype)
         joined = here()
-        if joined.mesh != Mesh(config.stages, config.replicas):
+        if joined.mesh != Mesh.of(config):
             raise ValueError(
                 f"stages = {config.stages}, replicas = {config.replicas}; the processes have "
                 "joined as others"
             )
-        self._stage, self._replica = joined.place
+        self._stage, self._replica, _ = joined.place
         self.devices: tuple[int, ...] = (self._stage,)
         self.on_action: Callable[[int, Action | None], None] = unwatched
         process.set_threads(threads_per_stage(joined.world.local_size, config.threads))

@@ -35,7 +35,7 @@ class Joined:
     @property
     def pipeline(self) -> list[int]:
         """The ranks of this process' own pipeline."""
-        return self.mesh.pipeline(self.place.replica)
+        return self.mesh.pipeline(self.mesh.line(self.world.rank))
 
     @property
     def through_host(self) -> bool:
@@ -86,10 +86,10 @@ def _connect(pairs: set[tuple[int, int]]) -> None:
 
     A communicator is made by the first message, and to make one, a rank waits for the other one's
     call. So that message is sent here: a sender in a pass does not wait. All ranks take the pairs
-    in one order, those of other replicas too, so they never wait in a circle.
+    in one order, those of other lines too, so they never wait in a circle.
     """
     mesh, own = here().mesh, here().world.rank
-    for ranks in map(mesh.pipeline, range(mesh.replicas)):
+    for ranks in map(mesh.pipeline, range(mesh.lines)):
         # Where a V turns, a device sends to itself.
         needed = {(ranks[device], ranks[to]) for device, to in pairs if device != to}
         for sender, receiver in sorted(needed - one_way.keys()):

@@ -106,7 +106,7 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
     devices.configure(world.local_size, config.threads, config.device)
     from paddle_impl.engine import build_engine
 
-    join_pipeline(world, Mesh(config.stages, config.replicas), config.device)
+    join_pipeline(world, Mesh.of(config), config.device)
     return build_engine
 
 

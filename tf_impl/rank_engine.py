@@ -49,7 +49,7 @@ class Ranks:
 
     def __init__(self, world: World, mesh: Mesh) -> None:
         """Waits until all ranks have come."""
-        self.mesh, (self.stage, self.replica) = mesh, mesh.place(world.rank)
+        self.mesh, (self.stage, self.replica, _) = mesh, mesh.place(world.rank)
         self._rank, self._groups = world.rank, dict[range, Group]()
         self.passes = 0
         """Begun so far: the same number on all ranks, so it is part of a message's address."""

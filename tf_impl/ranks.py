@@ -57,7 +57,7 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
     Raises ValueError if the processes are not as many as the mesh has, and as `devices.configure`.
     """
     global _joined
-    mesh = Mesh(config.stages, config.replicas)
+    mesh = Mesh.of(config)
     if world.size != mesh.size:
         raise ValueError(
             f"stages x replicas = {mesh.size}, but {world.size} processes were started; expected "

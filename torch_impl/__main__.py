@@ -10,6 +10,7 @@ import sys
 
 from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
+from common.runtime.ranks import mesh_of
 from common.runtime.worker import run_jobs
 from torch_impl.devices import configure
 from torch_impl.ranks import RANKS, run_on_ranks
@@ -36,12 +37,12 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         return _refuse(str(error))
     in_ranks = [
-        job for job in jobs.jobs if job.config.executor == "native" or job.config.replicas > 1
+        job for job in jobs.jobs if job.config.executor == "native" or mesh_of([job]).lines > 1
     ]
     status = 0
     # First, since a process with threads must not fork.
-    for mesh in sorted({(job.config.stages, job.config.replicas) for job in in_ranks}):
-        own = [job for job in in_ranks if (job.config.stages, job.config.replicas) == mesh]
+    for mesh in dict.fromkeys(mesh_of([job]) for job in in_ranks):
+        own = [job for job in in_ranks if mesh_of([job]) == mesh]
         status |= run_on_ranks(own, switch)
     others = [job for job in jobs.jobs if job not in in_ranks]
     return status | run_jobs(JobFile(jobs=tuple(others)), build_engine, switch=switch)

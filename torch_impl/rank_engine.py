@@ -46,8 +46,8 @@ class RankEngine(PipelineEngine):
     """One stage of one replica (`common.runtime.engine.Engine`)."""
 
     def __init__(self, config: RunConfig, world: World, device: torch.device) -> None:
-        self._mesh = mesh = Mesh(config.stages, config.replicas)
-        self._stage, self.replica = mesh.place(world.rank)
+        self._mesh = mesh = Mesh.of(config)
+        self._stage, self.replica, self._shard = mesh.place(world.rank)
         threads = threads_per_stage(world.local_size, config.threads)
         self._build(config, (self._stage,), [device] * config.stages, threads)
         self._ranks = mesh.pipeline(self.replica)

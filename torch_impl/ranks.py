@@ -1,7 +1,7 @@
-"""One process per stage and replica (`common.runtime.ranks`), as torch.distributed joins them.
+"""One process per stage, replica and shard (`common.runtime.ranks`), joined by torch.distributed.
 
-Replicas need it, and PyTorch's own pipeline (`torch_pipelining.py`). Without either, our executor
-runs all stages as threads of one process.
+Replicas and shards need it, and PyTorch's own pipeline (`torch_pipelining.py`). Without them, our
+executor runs all stages as threads of one process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from common.runtime.engine import Engine
 from common.runtime.job import Job
 from common.runtime.launchers import Launched, interface_of
 from common.runtime.meeting import Store
-from common.runtime.ranks import Ranks
+from common.runtime.ranks import Ranks, mesh_of
 from common.runtime.ranks import run_on_ranks as run
 from common.runtime.text_store import TextStore
 from common.runtime.worker import Switch
@@ -29,11 +29,11 @@ from torch_impl import devices
 
 
 def run_on_ranks(jobs: Sequence[Job], switch: Switch) -> int:
-    """Run the jobs, which share `stages`, `replicas` and `device`, on one process per stage and
-    replica. Returns the exit status.
+    """Run the jobs, which share a mesh and `device`, on one process per stage, replica and shard.
+    Returns the exit status.
     """
     config = jobs[0].config
-    size = config.stages * config.replicas
+    size = mesh_of(jobs).size
     used = devices.stage_devices(size, config.device)
     on_gpus = used[0].type == "cuda"
     if on_gpus and (why := why_too_few_gpus(size, len(set(used)))):

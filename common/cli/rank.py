@@ -71,7 +71,7 @@ def train_rank(framework: str, ranks: Ranks, argv: Sequence[str]) -> int:
         prog=f"{ranks.name} train",
         usage=f"LAUNCHER -m {ranks.name} train [FILE.toml] [options]",
         description="One rank of a training whose processes a launcher starts, a process for each "
-        "stage of each replica (docs/hosts.md). Exit status as that of `triptych train`.",
+        "stage, replica and shard (docs/hosts.md). Exit status as that of `triptych train`.",
     )
     parser.add_argument("file", nargs="?", metavar="FILE.toml", help="as --config")
     parser.add_argument(
@@ -130,7 +130,7 @@ class _Rank:
                 if launched.world.local_rank:  # one line for each host
                     return main.EXIT_USAGE
                 raise
-            for line in Mesh(config.stages, config.replicas).describe(world.hosts):
+            for line in Mesh.of(config).describe(world.hosts):
                 say(self._console, line)
             say(self._console, f"results in {plan.folder / run_name(config)}/")
             assert world.room is not None
@@ -219,7 +219,7 @@ class _Rank:
             config, corpus = train.read_training(self._arguments, plan.resume, attempts=1)
             found.append((config, corpus))
             self._check(config, world)
-            saves = Mesh(config.stages, config.replicas).place(world.rank).replica == 0
+            saves = Mesh.of(config).line(world.rank) == 0
             if saves and not _is_seen(plan):
                 raise UsageError(
                     f"{plan.directory}: not the folder that rank 0 has there; expected one that "
@@ -252,11 +252,14 @@ class _Rank:
         setattr(arguments, "run.framework", self._framework)
 
     def _check(self, config: RunConfig, world: World) -> None:
-        size = config.stages * config.replicas
-        if size != world.size:
+        mesh = Mesh.of(config)
+        if mesh.size != world.size:
+            axes, sizes = "stages x replicas", f"{mesh.stages} x {mesh.replicas}"
+            if mesh.shards > 1:
+                axes, sizes = f"{axes} x tensor_parallel", f"{sizes} x {mesh.shards}"
             raise UsageError(
-                f"stages x replicas = {config.stages} x {config.replicas} takes {size} processes, "
-                f"the launcher started {world.size}; expected as many"
+                f"{axes} = {sizes} takes {mesh.size} processes, the launcher started "
+                f"{world.size}; expected as many"
             )
         if config.executor == "plain":
             raise UsageError("executor = plain is one process; expected table or native")
@@ -270,11 +273,12 @@ class _Rank:
     ) -> int:
         """Train, and report in rank 0. Whatever goes wrong is one line in every rank."""
         assert world.room is not None
-        stage, replica = Mesh(config.stages, config.replicas).place(world.rank)
+        mesh = Mesh.of(config)
+        stage = mesh.place(world.rank).stage
         began = time.monotonic()
         heart.start()
         training = self._training(plan, config)
-        job = self._job(training, plan.token).of_replica(replica)
+        job = self._job(training, plan.token).of_line(mesh.line(world.rank))
         try:
             Path(job.out).mkdir(parents=True, exist_ok=True)
             build = self._ranks.join(world, config)  # [5]
@@ -369,7 +373,7 @@ def _on_clock(part: Part, offset: float) -> Part:
 
 
 def _collect(room: Room, own: Part, config: RunConfig) -> list[Part]:
-    """Hand this rank's part over. Rank 0 waits for all, and returns those of replica 0."""
+    """Hand this rank's part over. Rank 0 waits for all, and returns those of line 0."""
     room.set(f"part/{room.rank}", own.model_dump_json())
     if room.rank != 0:
         return []
@@ -378,7 +382,7 @@ def _collect(room: Room, own: Part, config: RunConfig) -> list[Part]:
         while (text := room.get(f"part/{rank}")) is None:
             time.sleep(POLL_SECONDS)  # if that rank is lost, the heartbeat ends this one
         texts.append(text)
-    first = Mesh(config.stages, config.replicas).pipeline(0)
+    first = Mesh.of(config).pipeline(0)
     return [Part.model_validate_json(texts[rank]) for rank in first]
 
 

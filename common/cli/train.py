@@ -34,7 +34,15 @@ from common.spec.run import RunConfig
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 SHOWN_LOSSES = 12
-FREE = (*PLACEMENT[:-2], "replicas", "micro_batches", "recompute", *PLACEMENT[-2:])
+FREE = (
+    *PLACEMENT[:-2],
+    "replicas",
+    "tensor_parallel",
+    "vocab_parallel",
+    "micro_batches",
+    "recompute",
+    *PLACEMENT[-2:],
+)
 """What may change where a training goes on."""
 
 DESCRIPTION = (

@@ -47,6 +47,7 @@ from common.runtime.outcome import Outcome
 from common.runtime.patience import Patience
 from common.runtime.text import with_texts
 from common.runtime.watch import Board
+from common.spec.mesh import Mesh
 
 ORACLE_MODULE = "common.runtime.oracle_worker"
 ROUNDED_ORACLE_MODULE = "common.runtime.rounded_oracle"
@@ -234,10 +235,11 @@ def run_jobs_in_worker(
 
 
 def _where(folders: Sequence[tuple[Job, Path]], boards: Sequence[Board]) -> str:
-    """Return what the devices of the first unfinished job, or replica of one, are doing."""
+    """Return what the devices of the first unfinished job, or line of one, are doing."""
     for (job, out), board in zip(folders, boards, strict=True):
         if not any([*out.glob("part-*.json"), *out.glob("failed-*.txt")]):
-            where = "" if job.config.replicas == 1 else f"replica {job.folders.index(out)}: "
+            mesh, line = Mesh.of(job.config), job.folders.index(out)
+            where = "" if mesh.lines == 1 else f"{mesh.line_name(line)}: "
             return where + board.explain()
     return "all jobs have ended, but not the worker process"
 
@@ -313,19 +315,19 @@ def _outcome(job: Job, log: Path, why_worker_ended: str, seconds: float) -> Outc
         parts.sort(key=lambda part: part.devices)
         # Every device must be in some part: a rank that is gone without a word leaves a gap.
         found = collections.Counter(device for part in parts for device in part.devices)
-        lacking = [d for d in range(job.config.stages) if found[d] < job.config.replicas]
+        lacking = [d for d in range(job.config.stages) if found[d] < Mesh.of(job.config).lines]
         if lacking and not reason:
             reason = why_worker_ended
             if parts:
                 reason += f"; no result from device {', '.join(map(str, lacking))}"
     if reason:
         return Outcome("failed", reason, log, (), seconds)
-    # The replicas' have the same losses, and times that their sums of gradients have made equal.
-    return Outcome("ok", "", log, tuple(part for part in parts if part.replica == 0), seconds)
+    # All lines have the same losses, and times that their sums have made equal.
+    return Outcome("ok", "", log, tuple(part for part in parts if part.line == 0), seconds)
 
 
 def _files(job: Job, pattern: str) -> list[Path]:
-    """Return the files of all replicas."""
+    """Return the files of all lines."""
     return [path for out in job.folders for path in out.glob(pattern)]
 
 

@@ -55,7 +55,7 @@ def read_probe(folder: Path, same_copies: bool = True) -> Run:
     """
     parts = [
         Part.model_validate_json(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("part-*.json"))  # those of replica 0
+        for path in sorted(folder.glob("part-*.json"))  # those of line 0
     ]
     tensors: Tensors = {}
     for path in sorted(folder.rglob("part-*.safetensors")):

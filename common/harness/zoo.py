@@ -28,6 +28,7 @@ from common.report.zoo import AVERAGED_STEPS, CURVE_STRIDE, LADDER_STEPS, Row
 from common.runtime.job import Job
 from common.runtime.outcome import Outcome
 from common.spec.habits import DRIFTS, Drift
+from common.spec.mesh import Mesh
 from common.spec.rules import has_cuda
 from common.spec.run import RunConfig
 
@@ -136,7 +137,7 @@ def run_all(
     groups: dict[tuple[object, ...], list[RunConfig]] = {}
     for config in configs:
         # Differs: a Paddle rank is a process and fleet starts once, so runs of one mesh share them.
-        mesh = (config.stages, config.replicas) if config.framework == "paddle" else None
+        mesh = Mesh.of(config) if config.framework == "paddle" else None
         alone = config.drift if config.drift in PROCESS_WIDE else None
         shared = (config.framework, config.python, mesh, config.device, alone)
         groups.setdefault(shared, []).append(config)

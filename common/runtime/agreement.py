@@ -47,10 +47,11 @@ def clock_offset(hosts: Sequence[str], rank: int, add: Sum) -> float:
     return 0.0 if hosts[rank] == hosts[0] else now - first
 
 
-def check_replicas(
+def check_lines(
     mesh: Mesh, rank: int, weights: Mapping[str, NDArray[Any]], steps_done: int, add: Sum
 ) -> None:
-    """Raise Disagreement, in every process, if two replicas of a stage have different weights.
+    """Raise Disagreement, in every process, if two replicas or shards of a stage have different
+    weights (`Engine.weights`: what is cut, joined; what is not, each shard's own).
 
     They started from the same and added up the same gradients, so a single other bit means that a
     gradient or an update went wrong on one of them.
@@ -58,9 +59,9 @@ def check_replicas(
     own = digest_number(*(np.ascontiguousarray(array).tobytes() for array in weights.values()))
     digests = [row[0] for row in gather([own], rank, mesh.size, add)]
     for stage in range(mesh.stages):
-        for replica, other in enumerate(mesh.copies(stage)):
-            if digests[other] != digests[mesh.rank(stage, 0)]:
+        for line in range(1, mesh.lines):
+            if digests[mesh.pipeline(line)[stage]] != digests[mesh.rank(stage, 0)]:
                 raise Disagreement(
-                    f"stage {stage}: after {steps_done} steps replica {replica} has other weights "
-                    "than replica 0; expected equal bits"
+                    f"stage {stage}: after {steps_done} steps {mesh.line_name(line)} has other "
+                    f"weights than {mesh.line_name(0)}; expected equal bits"
                 )

@@ -7,7 +7,7 @@ part-<device>.json    one `Part` per process, named after its first device
 part-<device>.safetensors   step 0's gradients; for a probe also activations, one optimizer step, trained weights
 evaluation.json, generation.json   what inference found, from the process that holds device 0
 failed-<device>.txt   the traceback, where a job failed
-replica-<r>/          the same files from the processes of replica r, from 1 on; replica 0 is the run that reports show
+line-<n>/             the same files from the processes of line n (`common.spec.mesh`), from 1 on; line 0 is the run that reports show
 """  # noqa: E501
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from common.io.bounded import read_text
 from common.io.edges import OsText, write_file
 from common.schedule import generators
+from common.spec.mesh import Mesh
 from common.spec.run import RunConfig, explain
 
 
@@ -103,24 +104,26 @@ class Job(BaseModel):
     batches: int | None = None
     """evaluate: mini-batches of the held-out text; default: all of it."""
     generation: Generation | None = None
-    replica: int = 0
-    """Which one's the job is (`of_replica`)."""
+    line: int = 0
+    """Which one's the job is (`of_line`)."""
 
-    def of_replica(self, replica: int) -> Job:
-        """Return the job as a replica's processes do it: those after the first write into folders
-        of their own, and save nothing, since their weights are the same.
+    def of_line(self, line: int) -> Job:
+        """Return the job as a line's processes do it: those after the first write into folders of
+        their own, and no checkpoint. The shards of replica 0 join the weights of one, so they keep
+        `saving` and hand over theirs.
         """
-        if replica == 0:
+        if line == 0:
             return self
-        out = str(self.folders[replica])
-        own = {"replica": replica, "out": out, "saving": None, "fault": None}
+        own = {"line": line, "out": str(self.folders[line]), "fault": None}
+        if line >= Mesh.of(self.config).shards:
+            own["saving"] = None
         return self.model_copy(update=own)
 
     @property
     def folders(self) -> list[Path]:
-        """The folder of every replica; the first is the job's own."""
+        """The folder of every line; the first is the job's own."""
         out = Path(self.out)
-        return [out, *(out / f"replica-{r}" for r in range(1, self.config.replicas))]
+        return [out, *(out / f"line-{n}" for n in range(1, Mesh.of(self.config).lines))]
 
 
 class JobFile(BaseModel):
@@ -187,7 +190,7 @@ class Part(BaseModel):
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
     devices: tuple[int, ...]
-    replica: int = 0
+    line: int = 0
     steps: list[StepRecord]
     held_out_loss: float
     """NaN where nothing was evaluated."""

@@ -1,4 +1,4 @@
-"""One process per stage and replica: started together, ended together.
+"""One process per stage, replica and shard: started together, ended together.
 
 The framework is imported once and then forked, which starts two stages in about half the time of
 its own launcher; for GPUs every rank is spawned. A rank dies with its parent; if one rank fails,
@@ -60,8 +60,8 @@ class Ranks:
 
 
 def run_on_ranks(ranks: Ranks, jobs: Sequence[Job], switch: Switch = no_drift) -> int:
-    """Run the jobs, which share `stages`, `replicas` and `device`, on one process per stage and
-    replica. Returns the exit status.
+    """Run the jobs, which share a mesh and `device`, on one process per stage, replica and shard.
+    Returns the exit status.
 
     `switch` is that of `common.runtime.worker.run_jobs`; every rank calls it.
     """
@@ -105,7 +105,7 @@ def _run_until_failure(ranks: Ranks, jobs: Sequence[Job], switch: Switch) -> int
 
 def mesh_of(jobs: Sequence[Job]) -> Mesh:
     """Return who computes what in these jobs, which share it."""
-    return Mesh(jobs[0].config.stages, jobs[0].config.replicas)
+    return Mesh.of(jobs[0].config)
 
 
 def _all_end_well(processes: Sequence[Any]) -> bool:
@@ -133,11 +133,12 @@ def _report(name: str, job: Job, processes: Sequence[Any]) -> None:
     """Report which rank was ended from outside, since it could not do so itself."""
     for rank, process in enumerate(processes):
         if process.exitcode is not None and process.exitcode < 0:
-            stage, replica = mesh_of([job]).place(rank)
-            who, number = mesh_of([job]).name(rank), -process.exitcode
+            mesh = mesh_of([job])
+            who, number = mesh.name(rank), -process.exitcode
             line = f"{who} was ended by {signal.Signals(number).name}"
             print(f"{name}: {line}", file=sys.stderr, flush=True)
-            write_file(job.folders[replica] / f"failed-{stage}.txt", line + "\n")
+            failed = f"failed-{mesh.place(rank).stage}.txt"
+            write_file(job.folders[mesh.line(rank)] / failed, line + "\n")
 
 
 def _rank_main(
@@ -153,13 +154,14 @@ def _rank_main(
     """Run one rank. It ends with status 1 at the first job that fails here or on another rank."""
     _die_with(parent)
     world = World(rank, tuple(endpoints))
-    stage, replica = mesh_of(jobs).place(rank)
+    mesh = mesh_of(jobs)
+    stage, line = mesh.place(rank).stage, mesh.line(rank)
     try:
         generators.kept.update(schedules)  # a spawned rank has none
         build_engine = ranks.join(world, jobs[0].config)
         for index, job in enumerate(jobs):
             progress[rank] = index
-            own = JobFile(jobs=(job.of_replica(replica),))
+            own = JobFile(jobs=(job.of_line(line),))
             if run_jobs(own, build_engine, first_device=stage, switch=switch):
                 # Not sys.exit: whoever waits for this rank is to know now, and what the framework
                 # would say to the other ranks at exit could hang.
@@ -170,7 +172,7 @@ def _rank_main(
     except Exception:
         text = traceback.format_exc()
         print(text, flush=True)
-        write_file(jobs[progress[rank]].folders[replica] / f"failed-{stage}.txt", text)
+        write_file(jobs[progress[rank]].folders[line] / f"failed-{stage}.txt", text)
         sys.stdout.flush()
         os._exit(1)
 

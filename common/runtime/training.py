@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from common import checkpoint
 from common.checkpoint import CheckpointError, CheckpointWriter
 from common.io.edges import write_file
-from common.runtime.agreement import check_replicas
+from common.runtime.agreement import check_lines
 from common.runtime.engine import Arrays, Engine
 from common.runtime.executor import Event
 from common.runtime.faults import Fault
@@ -151,10 +151,9 @@ def train(
             watch.enter("save", step)
             _save(engine, job, job.saving, corpus, batch)
     watch.enter("end", end)
-    if config.replicas > 1:
-        mesh = Mesh(config.stages, config.replicas)
-        rank = mesh.rank(engine.devices[0], job.replica)
-        check_replicas(mesh, rank, engine.weights(), end, engine.sum_over_ranks)
+    if (mesh := Mesh.of(config)).lines > 1:
+        rank = mesh.pipeline(job.line)[engine.devices[0]]
+        check_lines(mesh, rank, engine.weights(), end, engine.sum_over_ranks)
     return records
 
 
@@ -175,6 +174,8 @@ def _save(engine: Engine, job: Job, saving: Saving, corpus: Corpus, batch: Batch
     if job.must_be_finite and any(map(_is_bad, [*weights.values(), *state.values()])):
         what = "the weights after it are not finite"
         raise _not_finite(engine, job, batch, what, loss_is_finite=True)
+    if job.line != 0:  # a shard, whose part line 0 has just joined
+        return
     writer = CheckpointWriter(Path(saving.directory), saving.keep, saving.token)
     held = (engine.devices, weights, state)
     said, tokenizer = engine.environment(), corpus.tokenizer

@@ -136,7 +136,7 @@ def _part(
     cuda = cuda_in(build_file(config.framework) or "")
     return Part(
         devices=engine.devices,
-        replica=job.replica,
+        line=job.line,
         steps=steps,
         held_out_loss=held_out_loss,
         build_seconds=build_seconds,

@@ -1,4 +1,5 @@
-"""Who computes what where a run has several processes: a mesh with the axes (stage, replica).
+"""Who computes what where a run has several processes: a mesh with the axes (stage, replica,
+shard).
 
 With 2 replicas of 3 stages, six processes, in the order of their ranks:
 
@@ -11,6 +12,11 @@ step, while two stages pass each other activations, which are smaller and can wa
 the processes of a host one after another, so the gradients stay on the fast links within a host
 (torchtitan, Megatron and DeepSpeed order their meshes the same way). Measured on two hosts over
 1 Gbit/s: 531 to 567 ms a step this way, 675 to 695 with the axes exchanged.
+
+The shards of a stage (`common.spec.shards`), which exchange sums several times a block, are the
+closest neighbours: rank = (stage x replicas + replica) x shards + shard. A *line* is one process of
+every stage, with the same replica and shard: what a process sends to the next stage stays in it.
+Line = replica x shards + shard, and the results of line 0 count.
 """
 
 from __future__ import annotations
@@ -20,43 +26,79 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from common.spec.run import RunConfig
+
 
 class Place(NamedTuple):
     """The coordinates of one process."""
 
     stage: int
     replica: int
+    shard: int = 0
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """`replicas` pipelines (d) of `stages` stages (p), one process for each stage of each."""
+    """`replicas` pipelines (d) of `stages` stages (p), each stage of each cut into `shards` (t); a
+    process for every shard.
+    """
 
     stages: int
     replicas: int
+    shards: int = 1
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Mesh:
+        """Return the processes of a run that has one for every stage.
+
+        TensorFlow's shards are devices of one process: its mesh has no third axis.
+        """
+        shards = 1 if config.framework == "tensorflow" else config.tensor_parallel
+        return cls(config.stages, config.replicas, shards)
+
+    @property
+    def lines(self) -> int:
+        return self.replicas * self.shards
 
     @property
     def size(self) -> int:
-        return self.stages * self.replicas
+        return self.stages * self.lines
 
     def place(self, rank: int) -> Place:
-        return Place(*divmod(rank, self.replicas))
+        stage, line = divmod(rank, self.lines)
+        return Place(stage, *divmod(line, self.shards))
 
-    def rank(self, stage: int, replica: int) -> int:
-        return stage * self.replicas + replica
+    def rank(self, stage: int, replica: int, shard: int = 0) -> int:
+        return (stage * self.replicas + replica) * self.shards + shard
 
-    def pipeline(self, replica: int) -> list[int]:
-        """Return the ranks of one pipeline, in the order of its stages."""
-        return [self.rank(stage, replica) for stage in range(self.stages)]
+    def line(self, rank: int) -> int:
+        return rank % self.lines
+
+    def pipeline(self, line: int) -> list[int]:
+        """Return the ranks of one line, in the order of its stages."""
+        return [stage * self.lines + line for stage in range(self.stages)]
 
     def name(self, rank: int) -> str:
-        """Return what messages call a process: `stage 1`, or `stage 1 of replica 0`."""
-        stage, replica = self.place(rank)
-        return f"stage {stage}" + (f" of replica {replica}" if self.replicas > 1 else "")
+        """Return what messages call a process: `stage 1`, or `stage 1 of replica 0`, and with
+        several shards `stage 1 of replica 0, shard 1`.
+        """
+        stage, replica, shard = self.place(rank)
+        of_replica = f" of replica {replica}" if self.replicas > 1 else ""
+        return f"stage {stage}{of_replica}" + (f", shard {shard}" if self.shards > 1 else "")
 
-    def copies(self, stage: int) -> list[int]:
-        """Return the ranks that hold the same stage, in the order of the replicas."""
-        return [self.rank(stage, replica) for replica in range(self.replicas)]
+    def line_name(self, line: int) -> str:
+        """Return what messages call a line: `replica 0`, `shard 1`, or `replica 0 shard 1`."""
+        replica, shard = divmod(line, self.shards)
+        of_shard = [f"shard {shard}"] if self.shards > 1 else []
+        return " ".join([f"replica {replica}"] * (self.replicas > 1 or not of_shard) + of_shard)
+
+    def copies(self, stage: int, shard: int = 0) -> list[int]:
+        """Return the ranks that hold the same shard of a stage, in the order of the replicas."""
+        return [self.rank(stage, replica, shard) for replica in range(self.replicas)]
+
+    def shard_group(self, stage: int, replica: int) -> list[int]:
+        """Return the ranks that share the matrices of a stage, in the order of the shards."""
+        return [self.rank(stage, replica, shard) for shard in range(self.shards)]
 
     def describe(self, hosts: Sequence[str]) -> list[str]:
         """Return a line for each host that says what it computes, such as `host-a: replica 0
@@ -64,12 +106,12 @@ class Mesh:
         """
         lines = []
         for host in dict.fromkeys(hosts):
-            own = [self.place(rank) for rank in range(self.size) if hosts[rank] == host]
-            by_replica = {
-                replica: [place.stage for place in own if place.replica == replica]
-                for replica in sorted({place.replica for place in own})
+            own = [rank for rank in range(self.size) if hosts[rank] == host]
+            by_line = {
+                line: [self.place(rank).stage for rank in own if self.line(rank) == line]
+                for line in sorted(map(self.line, own))
             }
-            words = [f"replica {r} {_ranges(stages)}" for r, stages in by_replica.items()]
+            words = [f"{self.line_name(n)} {_ranges(stages)}" for n, stages in by_line.items()]
             lines.append(f"{host}: {', '.join(words)}")
         return lines
 

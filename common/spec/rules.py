@@ -7,6 +7,7 @@ passes here runs. The rules within one specification (`common.spec.run`) are its
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,9 @@ REPLICATED_BASELINES: Mapping[str, tuple[str, ...]] = {
 """Executors of a framework's own that train replicas: its data parallelism around the plain loop,
 and fleet's pipeline."""
 
+TENSOR_PARALLEL: tuple[str, ...] = ()
+"""Frameworks that cut the matrices of a stage into shards."""
+
 
 class Impossible(NamedTuple):
     """A rule that a run breaks."""
@@ -64,6 +68,7 @@ def why_impossible(config: RunConfig) -> Impossible | None:
         or _drift(config)
         or _executor(config)
         or _replicas(config)
+        or _tensor_parallel(config)
     )
 
 
@@ -156,13 +161,41 @@ def _replicas(config: RunConfig) -> Impossible | None:
     return Impossible("replicas", f" = {config.replicas}: {why}")
 
 
+def _tensor_parallel(config: RunConfig) -> Impossible | None:
+    model, t = config.model, config.tensor_parallel
+    if t == 1:
+        if not config.vocab_parallel:
+            return None
+        return Impossible(
+            "vocab_parallel", ": cuts among shards; expected tensor_parallel = 2 or more"
+        )
+    sizes = {"num_heads": model.num_heads, "num_kv_heads": model.kv_heads, "d_ff": model.d_ff}
+    not_cut = [f"{name} = {size}" for name, size in sizes.items() if size % t]
+    if config.framework not in TENSOR_PARALLEL:
+        offered = " or ".join(TENSOR_PARALLEL) or "1"
+        why = f"{config.framework} does not cut matrices; expected {offered}"
+    elif config.executor != "table":
+        why = f"executor = {config.executor} has whole matrices; expected 1, or executor = table"
+    elif config.drift is not None:
+        why = f"drift = {config.drift} is put back where matrices are whole; expected 1"
+    elif not_cut:
+        common = math.gcd(*sizes.values())
+        fits = [n for n in range(1, common + 1) if common % n == 0]
+        why = f"does not divide {' and '.join(not_cut)}; expected one of {fits}"
+    elif config.vocab_parallel and t > model.vocab_size:
+        why = f"more than vocab_size = {model.vocab_size}; expected at most as many"
+    else:
+        return None
+    return Impossible("tensor_parallel", f" = {t}: {why}")
+
+
 def why_too_few_gpus(processes: int, gpus: int) -> str | None:
-    """Return why a process per stage and replica cannot run on so many GPUs; None if it can."""
+    """Return why so many processes cannot run on so many GPUs; None if they can."""
     if gpus >= processes:
         return None
     return (
         f"NCCL takes one process per GPU, and {processes} have {gpus}; expected stages x replicas "
-        f"= {gpus}, or device = cpu"
+        f"x tensor_parallel = {gpus}, or device = cpu"
     )
 
 

@@ -265,6 +265,16 @@ class RunConfig(Frozen):
         description="replicas add up a chunk's gradients as soon as they are whole (overlap), or "
         "all behind the last action (flush)",
     )
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="shards (t) that the matrices of every block are cut into, by heads and by "
+        "features of the feed-forward layer, each shard a device of its own",
+    )
+    vocab_parallel: bool = Field(
+        False,
+        description="shards cut the token embedding and the head too, over the vocabulary",
+    )
     schedule: OsText = Field(
         "1f1b", min_length=1, description="name of the pipeline schedule, or file:PATH"
     )

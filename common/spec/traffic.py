@@ -3,25 +3,32 @@
     from stage k to k + 1    b S D e         an activation, for each micro-batch
     back                     b S D e         its gradient
     within a stage           2 G / d         G bytes of gradients, each of d replicas to each other
+    among its shards         2 b S D e / t   a sum, each of t shards to each other: a block has two
+                                             in F and two in B, 4 b S D e with t = 2
     a tied head              V D e           the embedding's gradient, each end to the other
 
 b sequences of a micro-batch, S positions, D width, V vocabulary, e bytes of an element, of a
 gradient's sum in the master precision. An all-reduce needs no less than 2 G (d - 1) / d from each
-replica (Patarasuk and Yuan 2009), which is what d - 1 times 2 G / d is.
+replica (Patarasuk and Yuan 2009), which is what d - 1 times 2 G / d is. Every shard sends its whole
+activation to the next stage's, and G is what it has itself. Where the vocabulary is cut too, the
+embedding has a sum in F and the head one in B, and before the loss three numbers of every position
+go to every other shard.
 """
 
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from common.schedule.action import Schedule
+from common.schedule.action import Op, Schedule
 from common.schedule.dependencies import Step, sends_to
 from common.spec.mesh import Mesh
-from common.spec.parameters import parameter_shapes, unit_of
+from common.spec.parameters import TOKEN_EMBEDDING, parameter_shapes, unit_of
 from common.spec.partition import plan_partition, schedule_of
 from common.spec.run import ELEMENT_BYTES, RunConfig
+from common.spec.shards import own_tokens, shard_shape
 
 Edge = tuple[int, int]
 """(from, to): ranks, or numbers of hosts."""
@@ -36,24 +43,28 @@ def traffic_bytes(config: RunConfig, schedule: Schedule | None = None) -> dict[E
     16,384 bytes from rank 0 to rank 1, and as many back.
     """
     schedule = schedule or schedule_of(config)
-    mesh = Mesh(config.stages, config.replicas)
+    mesh = Mesh.of(config)
     sent: collections.Counter[Edge] = collections.Counter()
+    lines = [mesh.pipeline(line) for line in range(mesh.lines)]
     for stages, count in _messages(config, schedule).items():
-        for replica in range(mesh.replicas):
-            sent[mesh.rank(stages[0], replica), mesh.rank(stages[1], replica)] += count
-    gradients = _gradient_bytes(config, schedule)
-    for stage in range(mesh.stages):
-        for a in mesh.copies(stage):
-            for b in mesh.copies(stage):
-                if a != b:
-                    sent[a, b] += math.ceil(2 * gradients[stage] / mesh.replicas)
-    if config.model.tied_head:
-        ends = schedule.location[0][0], schedule.location[-1][0]
-        size = config.model.vocab_size * config.model.d_model
-        for replica in range(mesh.replicas) if ends[0] != ends[1] else ():
-            a, b = (mesh.rank(stage, replica) for stage in ends)
+        for ranks in lines:
+            sent[ranks[stages[0]], ranks[stages[1]]] += count
+    sums = _shard_sum_bytes(config, schedule) if mesh.shards > 1 else [0] * mesh.stages
+    for stage, shard in itertools.product(range(mesh.stages), range(mesh.shards)):
+        gradients = _gradient_bytes(config, schedule, stage, shard if mesh.shards > 1 else None)
+        for a, b in itertools.permutations(mesh.copies(stage, shard), 2):
+            sent[a, b] += math.ceil(2 * gradients / mesh.replicas)
+    for stage, replica in itertools.product(range(mesh.stages), range(mesh.replicas)):
+        for edge in itertools.permutations(mesh.shard_group(stage, replica), 2):
+            sent[edge] += sums[stage]
+    ends = schedule.location[0][0], schedule.location[-1][0]
+    if config.model.tied_head and ends[0] != ends[1]:
+        element = ELEMENT_BYTES[config.train.master_dtype] * config.model.d_model
+        for line, ranks in enumerate(lines):
+            rows = len(own_tokens(config, line % mesh.shards)) if mesh.shards > 1 else None
+            a, b = (ranks[stage] for stage in ends)
             for edge in ((a, b), (b, a)):
-                sent[edge] += size * ELEMENT_BYTES[config.train.master_dtype]
+                sent[edge] += element * (rows or config.model.vocab_size)
     return dict(sent)
 
 
@@ -85,14 +96,39 @@ def _messages(config: RunConfig, schedule: Schedule) -> dict[Edge, int]:
     return dict(sent)
 
 
-def _gradient_bytes(config: RunConfig, schedule: Schedule) -> list[int]:
-    """By stage, in the master precision; a tied head's copy counts where it is."""
-    model = config.model
-    size = collections.Counter[str]()
-    for name, shape in parameter_shapes(model).items():
-        size[unit_of(name)] += math.prod(shape)
-    if model.tied_head:
-        size["head"] += model.vocab_size * model.d_model
+def _gradient_bytes(config: RunConfig, schedule: Schedule, stage: int, shard: int | None) -> int:
+    """Of a stage, or of a shard of it, in the master precision; a tied head's copy counts where it
+    is.
+    """
     parts = plan_partition(config).parts
-    element = ELEMENT_BYTES[config.train.master_dtype]
-    return [element * sum(size[unit] for k in own for unit in parts[k]) for own in schedule.parts]
+    units = [unit for k in schedule.parts[stage] for unit in parts[k]]
+    size = collections.Counter[str]()
+    for name, shape in parameter_shapes(config.model).items():
+        own = shape if shard is None else shard_shape(config, name, shape, shard)
+        size[unit_of(name)] += math.prod(own)
+        if name == TOKEN_EMBEDDING and config.model.tied_head:
+            size["head"] += math.prod(own)
+    return ELEMENT_BYTES[config.train.master_dtype] * sum(size[unit] for unit in units)
+
+
+def _shard_sum_bytes(config: RunConfig, schedule: Schedule) -> list[int]:
+    """What each shard of a stage sends to each other one. Recomputation repeats the sums of F, but
+    not one whose result nothing is computed from; it is not counted.
+    """
+    model, t, parts = config.model, config.tensor_parallel, plan_partition(config).parts
+    element = ELEMENT_BYTES[config.train.dtype]
+    found = []
+    for device, actions in enumerate(schedule.devices):
+        count = 0
+        for action in actions:
+            units = parts[schedule.virtual_stage(device, action.chunk)]
+            sums = 2 * sum(unit.startswith("block") for unit in units)
+            end = "embedding" if action.op is Op.F else "head"
+            sums += config.vocab_parallel and end in units
+            positions = config.micro_batch_sizes[action.micro_batch] * model.context_length  # b S
+            if action.op is not Op.W:
+                count += 2 * sums * positions * model.d_model * element // t
+            if action.op is Op.F and config.vocab_parallel and "head" in units:
+                count += 3 * positions * max(element, ELEMENT_BYTES["float32"])
+        found.append(count)
+    return found

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from common.runtime.agreement import Disagreement, check_replicas, gather
+from common.runtime.agreement import Disagreement, check_lines, gather
 from common.runtime.reduce import Reduction
 from common.schedule.action import Action, Op
 from common.schedule.generators import make_schedule
@@ -82,4 +82,4 @@ def test_replicas_with_other_weights_are_named() -> None:
 
     assert gather([1.0], 0, 4, add) == numbers
     with pytest.raises(Disagreement, match="stage 1: after 3 steps replica 1 has other weights"):
-        check_replicas(mesh, 0, {"w": np.ones(3)}, 3, add)
+        check_lines(mesh, 0, {"w": np.ones(3)}, 3, add)

@@ -45,7 +45,7 @@ def make(ranks: Callable[[Mesh], Ranks]) -> Iterator[Make]:
     from paddle_impl.engine import build_engine  # after `configure`, since it imports Paddle
 
     def build(config: RunConfig) -> object:
-        mesh = Mesh(config.stages, config.replicas)
+        mesh = Mesh.of(config)
         return build_engine(config) if mesh.size == 1 else Pipeline(ranks(mesh), config)
 
     yield from maker("paddle", build)

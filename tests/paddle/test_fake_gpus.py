@@ -88,7 +88,7 @@ def on_gpus(fake_ranks: Callable[[Mesh, int], Ranks]) -> Iterator[Callable[[int]
 
     def of(gpus: int) -> Make:
         def build(config: RunConfig) -> Pipeline:
-            mesh = Mesh(config.stages, config.replicas)
+            mesh = Mesh.of(config)
             return Pipeline(fake_ranks(mesh, gpus), config)
 
         makers.append(maker("paddle", build))

@@ -43,7 +43,7 @@ def three(ranks: Callable[[Mesh], Ranks]) -> Ranks:
 def test_fleets_groups_are_those_of_the_mesh(ranks: Callable[[Mesh], Ranks]) -> None:
     mesh = Mesh(stages=2, replicas=2)
     for rank, found in enumerate(ranks(mesh).ask(_fleets_groups)):
-        stage, replica = mesh.place(rank)
+        stage, replica, _ = mesh.place(rank)
         assert found == (stage, replica, mesh.pipeline(replica), mesh.copies(stage))
 
 

@@ -1,0 +1,83 @@
+"""What tensor parallelism cuts, and how (Shoeybi et al. 2019, section 3): the one place that knows.
+
+A block on two shards, H heads and F features, each shard with half of them:
+
+                     columns         rows                        columns    rows
+    x ──f── norm_1 ─┬ Q K V 0 ─ heads 0 ─ output 0 ─┐  ┌─ norm_2 ─┬ up 0 ─ down 0 ─┐
+                    │                               g ─┤          │                g ─ + bias
+                    └ Q K V 1 ─ heads 1 ─ output 1 ─┘  └─ ...     └ up 1 ─ down 1 ─┘
+
+    f   forward: nothing            backward: the sum of dx over the shards
+    g   forward: the sum over the shards            backward: nothing
+
+Weights are canonical (in, out) everywhere outside an engine: cut on load (`shard_of`), joined on
+save (`joined`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.spec.parameters import TOKEN_EMBEDDING
+from common.spec.run import RunConfig
+
+Array = NDArray[Any]
+
+COLUMNS = ("query", "key", "value", "gate", "up")
+"""Layers whose outputs are cut: by heads, or by features of the feed-forward layer."""
+ROWS = ("output", "down")
+"""Layers whose inputs are cut. Their bias is whole, and added once, behind the sum."""
+
+
+def cut_axis(config: RunConfig, name: str) -> int | None:
+    """Return the axis along which a parameter of canonical `name` and shape is cut; None where
+    every shard has all of it.
+    """
+    if config.tensor_parallel == 1:
+        return None
+    if name in (TOKEN_EMBEDDING, "head.output.weight"):
+        return {TOKEN_EMBEDDING: 0}.get(name, 1) if config.vocab_parallel else None
+    *_, layer, kind = name.split(".")
+    if layer in COLUMNS:
+        return 1 if kind == "weight" else 0
+    return 0 if layer in ROWS and kind == "weight" else None
+
+
+def shard_of(array: Array, axis: int | None, shard: int, shards: int) -> Array:
+    """Return a shard's part of a whole array. Only the vocabulary may be cut unevenly: 10 tokens in
+    4 are 3, 3, 2, 2.
+    """
+    return array if axis is None else np.array_split(array, shards, axis)[shard]
+
+
+def shard_shape(config: RunConfig, name: str, shape: Sequence[int], shard: int) -> tuple[int, ...]:
+    """Return the shape of a shard's part of the parameter of canonical `name` and `shape`."""
+    axis = cut_axis(config, name)
+    size, larger = (0, 0) if axis is None else divmod(shape[axis], config.tensor_parallel)
+    return tuple(size + (shard < larger) if i == axis else n for i, n in enumerate(shape))
+
+
+def shards_of(config: RunConfig, arrays: Mapping[str, Array], shard: int) -> dict[str, Array]:
+    """Return a shard's part of arrays by canonical name, or by `first_moment/<name>`."""
+    return {
+        key: shard_of(array, cut_axis(config, key.split("/")[-1]), shard, config.tensor_parallel)
+        for key, array in arrays.items()
+    }
+
+
+def joined(pieces: Sequence[Array], axis: int) -> Array:
+    """Return the whole array of its pieces, in the order of the shards."""
+    return np.concatenate(pieces, axis)
+
+
+def own_tokens(config: RunConfig, shard: int) -> range:
+    """Return the tokens whose rows of the embedding, and columns of the head, a shard has."""
+    if not config.vocab_parallel:
+        return range(config.model.vocab_size)
+    size, larger = divmod(config.model.vocab_size, config.tensor_parallel)
+    first = shard * size + min(shard, larger)
+    return range(first, first + size + (shard < larger))
