@@ -33,7 +33,8 @@ SCHEDULE: Key = ("run", "schedule")
 # The last one changes fastest, so the frameworks of one schedule stand side by side.
 GRID: tuple[Key, ...] = (
     *(("run", "track"), ("train", "dtype"), ("run", "recompute"), ("run", "executor")),
-    *(("run", "chunks"), ("train", "micro_batches"), ("run", "replicas"), ("run", "stages")),
+    *(("run", "chunks"), ("train", "micro_batches"), ("run", "tensor_parallel")),
+    *(("run", "replicas"), ("run", "stages")),
     SCHEDULE,
     ("run", "framework"),
 )

@@ -33,7 +33,7 @@ from common.report.collect import collect
 from common.report.facts import fallbacks, parity_verdict
 from common.report.grid import Grid
 from common.report.machine import Machine, git_commit, this_machine
-from common.report.names import framework_name, variant_of
+from common.report.names import framework_name, shards_word, variant_of
 from common.report.progress import PlainProgress, progress_view
 from common.report.result import IS_ORACLE, Parity, Peak, RunResult, measured
 from common.runtime.job import Job
@@ -114,6 +114,7 @@ def run_name(config: RunConfig, repeat: int | None = None) -> str:
     name = f"{framework}-{schedule}-p{config.stages}-m{config.train.micro_batches}"
     name += f"-v{config.chunks}" if config.chunks > 1 else ""
     name += f"-d{config.replicas}" if config.replicas > 1 else ""
+    name += f"-{shards}" if (shards := shards_word(config).replace("=", "")) else ""
     name += f"-{config.executor}" if config.executor != "table" else ""
     name = "-".join([name, *(word.replace("=", "-") for word in variant_of(config))])
     return name if repeat is None else f"{name}-r{repeat}"
@@ -124,7 +125,8 @@ def describe(config: RunConfig) -> str:
     chunks = f" v={config.chunks}" if config.chunks > 1 else ""
     executor = f" {config.executor}" if config.executor != "table" else ""
     replicas = f" d={config.replicas}" if config.replicas > 1 else ""
-    size = f"p={config.stages}{chunks}{replicas} m={config.train.micro_batches}"
+    shards = f" {word}" if (word := shards_word(config)) else ""
+    size = f"p={config.stages}{chunks}{replicas}{shards} m={config.train.micro_batches}"
     name = f"{framework_name(config)} {config.schedule_name}{executor} {size}"
     return " ".join([name, *variant_of(config)])
 

@@ -49,6 +49,6 @@ def _is_baseline_of(ours: Row, baseline: Row) -> bool:
     def alike(names: Iterable[str]) -> bool:
         return all(getattr(ours, name) == getattr(baseline, name) for name in names)
 
-    sizes = ("schedule", "stages", "chunks", "replicas", "micro_batches")
+    sizes = ("schedule", "stages", "chunks", "replicas", "shards", "micro_batches")
     fits = baseline.executor == "plain" or (baseline.executor == "native" and alike(sizes))
     return baseline.ranked and fits and alike(KIND)

@@ -36,6 +36,12 @@ def dropout_words(config: RunConfig) -> str:
     return f"{model.dropout_masks} {model.dropout:.6g}" if model.dropout else "none"
 
 
+def shards_word(config: RunConfig) -> str:
+    """Return `t=2`, or `t=2-vocab` where the vocabulary is cut too; empty for whole matrices."""
+    t = config.tensor_parallel
+    return f"t={t}" + "-vocab" * config.vocab_parallel if t > 1 else ""
+
+
 def variant(
     dtype: str, track: str, recompute: str, dropout: str, sequence_lengths: str, drift: str
 ) -> list[str]:

@@ -72,7 +72,7 @@ def sections(collection: Collection, swept: Mapping[Axis, Sequence[Curve]]) -> l
     if any(row.model_tflops_per_device for row in collection.rows):
         grid = _efficiency(collection.rows)
         found.append(Section("efficiency", "Efficiency", "", grid, note=EFFICIENCY))
-    if any(row.stages * row.replicas > 1 for row in collection.rows):
+    if any(row.stages * row.replicas > 1 or row.shards for row in collection.rows):
         found.append(Section("traffic", "Traffic", "", _traffic(collection), note=TRAFFIC))
     if any(group.shown for group in collection.groups):
         found.append(Section("memory", "Memory", "", _memory(collection), note=MEMORY))
@@ -97,7 +97,8 @@ MEMORY = (
 TRAFFIC = (
     "What one step sends, by formulas and over all processes: activations and their gradients from "
     "stage to stage (in threads of one process it is a pointer), gradients of parameters from "
-    "replica to replica, 2 (d - 1) times those of the model. MB: 10^6 bytes."
+    "replica to replica, 2 (d - 1) times those of the model, sums within blocks from shard to "
+    "shard. MB: 10^6 bytes."
 )
 
 EFFICIENCY = (
@@ -197,14 +198,17 @@ def _traffic(collection: Collection) -> Grid:
     cells = []
     for row, group in collection.pairs:
         config = group.results[0].config
-        if config.executor == "plain" or config.stages * config.replicas == 1:
+        mesh = Mesh.of(config)
+        if config.executor == "plain" or mesh.size == 1:
             continue
-        mesh, both = Mesh(config.stages, config.replicas), [0, 0]
+        sums = dict.fromkeys(("stages", "replicas", "shards"), 0)
         for (a, b), count in traffic_bytes(config).items():
-            both[mesh.place(a).stage == mesh.place(b).stage] += count
-        cells.append([row.name, *(f"{each / 1e6:,.2f}" for each in (*both, sum(both)))])
-    titles = ("row", "between stages MB", "between replicas MB", "sum MB a step")
-    return Grid(titles, cells, ("row",))
+            places = zip(sums, mesh.place(a), mesh.place(b), strict=True)
+            sums[next(axis for axis, x, y in places if x != y)] += count
+        cells.append([row.name, *(f"{n / 1e6:,.2f}" for n in (*sums.values(), sum(sums.values())))])
+    titles = ["row", *(f"between {axis} MB" for axis in sums), "sum MB a step"]
+    grid = Grid(titles, cells, ("row",))
+    return grid if any(row.shards for row in collection.rows) else grid.without([titles[3]])
 
 
 def _memory(collection: Collection) -> Grid:

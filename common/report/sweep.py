@@ -125,5 +125,6 @@ _MARK = {"micro_batches": "m=", "stages": "p=", "replicas": "d="}
 
 def _shared(row: Row, axis: Axis) -> tuple[object, ...]:
     """What the rows of one curve have in common."""
-    names = ("schedule", "stages", "chunks", "replicas", "micro_batches", "executor", *KIND)
+    sizes = ("stages", "chunks", "replicas", "shards", "micro_batches")
+    names = ("schedule", *sizes, "executor", *KIND)
     return tuple(getattr(row, name) for name in names if name != axis)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.measure import Measurement
 
 from common.report.grid import Grid
-from common.report.names import dropout_words, interpreter_name, variant
+from common.report.names import dropout_words, interpreter_name, shards_word, variant
 from common.report.result import RunResult
 from common.report.statistics import (
     LEAST_FOR_PERCENTILES,
@@ -102,6 +102,8 @@ class Row:
     published_mfu: float | None = None
     peak_measured_by: str = ""
     replicas: int = 1
+    shards: str = ""
+    """`common.report.names.shards_word`"""
 
     @property
     def shares_gpu(self) -> bool:
@@ -138,6 +140,7 @@ class Row:
             f"p={self.stages}",
             f"v={self.chunks}" if self.chunks > 1 else "",
             f"d={self.replicas}" if self.replicas > 1 else "",
+            self.shards,
             f"m={self.micro_batches}",
         ]
         words += [self.source]
@@ -214,6 +217,7 @@ def _row(repeats: Sequence[RunResult]) -> Row:
     device, gpus = (good[0].device, good[0].gpus) if good else ("", 0)
     peaks = [result.peak for result in good if result.peak]
     flops = _median([result.model_flops_per_second for result in good])
+    devices = config.stages * config.replicas * config.tensor_parallel
     return Row(
         framework=config.framework,
         version=next((result.version for result in good), ""),
@@ -257,12 +261,13 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         python=interpreter_name(config.python),
         gpus=gpus,
         model_flops_per_token=model_flops_per_token(config),
-        model_tflops_per_device=_tera(flops, gpus or config.stages * config.replicas),
+        model_tflops_per_device=_tera(flops, gpus or devices),
         peak_tflops=_tera(_median([peak.measured_flops_per_second for peak in peaks])),
         mfu=_median([result.mfu for result in good]),
         published_peak_tflops=_tera(_median([peak.published_flops_per_second for peak in peaks])),
         published_mfu=_median([result.published_mfu for result in good]),
         replicas=config.replicas,
+        shards=shards_word(config),
         peak_measured_by=next((peak.measured_by for peak in peaks), ""),
     )
 
@@ -344,6 +349,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("stages", lambda row: str(row.stages)),
     Column("chunks", lambda row: str(row.chunks)),
     Column("replicas", lambda row: str(row.replicas)),
+    Column("shards", lambda row: row.shards or "t=1", numeric=False),
     Column("micro-batches", lambda row: str(row.micro_batches), keep=4),
     Column("executor", lambda row: row.executor, numeric=False, keep=12),
     Column("device", _device_cell, numeric=False, keep=11),
@@ -390,6 +396,7 @@ def columns_for(rows: Sequence[Row]) -> list[Column]:
         "run": all(not row.source for row in rows),
         "chunks": all(row.chunks == 1 for row in rows),
         "replicas": all(row.replicas == 1 for row in rows),
+        "shards": not any(row.shards for row in rows),
         "device": all(row.device in ("", "cpu") for row in rows),
         "dtype": len({row.dtype for row in rows}) == 1,
         "executor": all(row.executor == "table" for row in rows),
