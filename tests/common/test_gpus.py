@@ -78,7 +78,7 @@ def test_a_process_per_stage_needs_a_gpu_per_stage(
     )
     expected = (
         "executor = native: NCCL takes one process per GPU, and 2 have 1; expected "
-        "stages x replicas = 1, or device = cpu"
+        "stages x replicas x tensor_parallel = 1, or device = cpu"
     )
     assert str(rules.why_impossible(config)) == (expected if refused else "None")
 
