@@ -1,4 +1,5 @@
-"""The sum of a chunk's gradients over its replicas, begun while the pipeline still computes.
+"""Sums over processes: of a chunk's gradients over its replicas, begun while the pipeline still
+computes; and of activations over shards (`torch_impl.shards`).
 
 The sum is in the order of the ranks, so that its bits depend on the number of replicas alone, and
 not on how gradients are laid out. Gloo's own all-reduce adds the pieces of a buffer in different
@@ -26,13 +27,12 @@ from torch import Tensor, distributed
 from torch.nn.functional import pad
 
 
-class GradientSum:
-    """Starts on construction; `finish` puts the sums into the gradients."""
+class OrderedSum:
+    """The sum of a vector over a group; it starts on construction, and takes the vector over."""
 
-    def __init__(self, gradients: Sequence[Tensor], group: Any) -> None:
-        self._gradients, self._group = gradients, group
+    def __init__(self, flat: Tensor, group: Any) -> None:
+        self._flat, self._group = flat, group  # (n,)
         self._count = distributed.get_world_size(group)
-        self._flat = torch.cat([gradient.reshape(-1) for gradient in gradients])  # (n,)
         if self._count == 2:
             self._work = distributed.all_reduce(self._flat, group=group, async_op=True)
             return
@@ -43,16 +43,29 @@ class GradientSum:
             self._got, self._sent, group=group, async_op=True
         )
 
-    def finish(self) -> None:
-        """Wait for the other replicas; the gradients are then the sums, with equal bits on all."""
+    def finish(self) -> Tensor:
+        """Wait for the others, and return the sum (n,), with equal bits on all."""
         self._work.wait()
-        if self._count > 2:
-            first, *others = self._got.view(self._count, -1)  # (slice,) from every rank
-            total = first.clone()
-            for other in others:
-                total += other
-            distributed.all_gather_into_tensor(self._sent, total, group=self._group)
-            self._flat = self._sent[: len(self._flat)]
+        if self._count == 2:
+            return self._flat
+        first, *others = self._got.view(self._count, -1)  # (slice,) from every rank
+        total = first.clone()
+        for other in others:
+            total += other
+        distributed.all_gather_into_tensor(self._sent, total, group=self._group)
+        return self._sent[: len(self._flat)]
+
+
+class GradientSum:
+    """Starts on construction; `finish` puts the sums into the gradients."""
+
+    def __init__(self, gradients: Sequence[Tensor], group: Any) -> None:
+        self._gradients = gradients
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])  # (n,)
+        self._sum = OrderedSum(flat, group)
+
+    def finish(self) -> None:
+        """Wait for the other replicas."""
         sizes = [gradient.numel() for gradient in self._gradients]
-        for gradient, piece in zip(self._gradients, self._flat.split(sizes), strict=True):
+        for gradient, piece in zip(self._gradients, self._sum.finish().split(sizes), strict=True):
             gradient.copy_(piece.view_as(gradient))

@@ -38,6 +38,10 @@ DIFFERENCES = {
         "ElementHashes": "PyTorch's belong to a stream; TensorFlow folds the constants, Paddle's "
         "are in the context"
     },
+    "gradient_sum": {
+        "OrderedSum": "PyTorch's sums over shards too; Paddle's group over sockets adds in that "
+        "order itself, TensorFlow's shards are in one graph",
+    },
     "layers": {
         "Unit": "what Keras asks of every layer: how it is saved, its shapes",
         "Embedding.tied_weight": "fleet shares a weight by the name of an attribute",
