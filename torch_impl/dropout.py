@@ -63,8 +63,17 @@ def _first_shift(x: Tensor) -> Tensor:
     return (x ^ (x >> 16)).to(torch.int32)
 
 
-def keep_mask(context: DropoutContext, site: int, shape: torch.Size, probability: float) -> Tensor:
+def keep_mask(
+    context: DropoutContext,
+    site: int,
+    shape: torch.Size,
+    probability: float,
+    part: tuple[int, int] = (0, 1),
+) -> Tensor:
     """True where the element is kept; bool of `shape`, which is (b, ...).
+
+    `part` is (which, of how many) of a larger tensor that is cut along its second axis, whose mask
+    this is a part of: a shard's heads get the masks that they have where all heads are together.
 
     Shifts and `^` change places, so the mixer's first shift is done on rows and elements. The rest
     is in int32, half the memory: products wrap at 2^32, a shift's copies of the sign are cut off,
@@ -72,9 +81,9 @@ def keep_mask(context: DropoutContext, site: int, shape: torch.Size, probability
     """
     samples = context.samples
     row = _mix_(_mix_(samples.clone()) ^ mix(context.step_key ^ mix(site)))  # (b,)
-    bits = _first_shift(row)[:, None] ^ context.elements.first(
-        math.prod(shape[1:]), samples.device
-    )  # (b, n)
+    n, (which, count) = math.prod(shape[1:]), part
+    elements = context.elements.first(count * n, samples.device)[which * n : (which + 1) * n]
+    bits = _first_shift(row)[:, None] ^ elements  # (b, n)
     for multiplier in MULTIPLIERS:
         bits *= multiplier
         bits ^= (bits >> 15).bitwise_and_(MASK32 >> 15)
@@ -82,18 +91,30 @@ def keep_mask(context: DropoutContext, site: int, shape: torch.Size, probability
     return (bits >= threshold(probability) + _SIGN).view(shape)
 
 
-def dropout(x: Tensor, probability: float, site: int, context: DropoutContext | None) -> Tensor:
+def dropout(
+    x: Tensor,
+    probability: float,
+    site: int,
+    context: DropoutContext | None,
+    part: tuple[int, int] = (0, 1),
+) -> Tensor:
     """Inverted dropout (Srivastava et al. 2014); `x` itself without a context or with probability
     0.
     """
     if context is None or probability == 0:
         return x
     if context.generator is not None:
-        return native_dropout(x, probability, site, context)
-    return _masked(x, keep_mask(context, site, x.shape, probability), probability)
+        return native_dropout(x, probability, site, context, part)
+    return _masked(x, keep_mask(context, site, x.shape, probability, part), probability)
 
 
-def native_dropout(x: Tensor, probability: float, site: int, context: DropoutContext) -> Tensor:
+def native_dropout(
+    x: Tensor,
+    probability: float,
+    site: int,
+    context: DropoutContext,
+    part: tuple[int, int] = (0, 1),
+) -> Tensor:
     """Return the same with PyTorch's own draw.
 
     Differs: not `functional.dropout`, which takes no generator and uses one that all threads share;
@@ -103,10 +124,12 @@ def native_dropout(x: Tensor, probability: float, site: int, context: DropoutCon
     seed = mix(mix(context.step_key ^ mix(site)) ^ mix(context.first_sample))
     assert context.generator is not None  # as in `dropout`, which chooses
     generator = context.generator.manual_seed(seed)
-    kept = torch.empty(x.shape, device=context.samples.device).bernoulli_(
+    which, count = part
+    whole = (x.shape[0], x.shape[1] * count, *x.shape[2:])
+    kept = torch.empty(whole, device=context.samples.device).bernoulli_(
         1 - probability, generator=generator
     )
-    return _masked(x, kept, probability)
+    return _masked(x, kept.chunk(count, 1)[which], probability)
 
 
 def _masked(x: Tensor, mask: Tensor, probability: float) -> Tensor:
