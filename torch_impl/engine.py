@@ -32,6 +32,7 @@ from torch_impl.gradients import gradient_of
 from torch_impl.graphs import GraphedStage
 from torch_impl.optimizer import StageOptimizer
 from torch_impl.probe import probe_units
+from torch_impl.shards import WHOLE
 from torch_impl.stage import Channel, Stage
 from torch_impl.streams import PairedStreams
 from torch_impl.weights import (
@@ -65,6 +66,7 @@ class PipelineEngine:
     """
 
     replica = 0
+    shards = WHOLE
 
     def __init__(self, config: RunConfig) -> None:
         self._build(
@@ -105,6 +107,7 @@ class PipelineEngine:
                 [parts[k] for k in self.schedule.parts[d]],
                 torch_devices[d],
                 self.replica,
+                self.shards,
             )
         )
         self.stages = dict(zip(own, made, strict=True))
@@ -133,10 +136,10 @@ class PipelineEngine:
 
     def apply_gradients(self, step: int) -> float:
         """As the protocol says. The gradients are clipped in place: read them before."""
-        squares = self._on_all(lambda d: self._optimizers[d].squared_norms())
+        squares = self._on_all(lambda d: self._optimizers[d].squared_norms(self._counts))
         # Added on the host in the order of the model, whatever the partition.
         own = [square for stage in squares for square in stage]
-        norm = global_norm(self._everybodys(own if self.replica == 0 else []))
+        norm = global_norm(self._everybodys(own))
         scale = clip_scale(norm, self.config.train.clip_norm)
         self._on_all(lambda d: self._optimizers[d].step(step, scale))
         return norm
@@ -336,6 +339,10 @@ class PipelineEngine:
 
     def _behind(self) -> None:
         """And behind the last."""
+
+    def _counts(self, name: str) -> bool:
+        """Whether a parameter's gradient is here one of those that the norm is of."""
+        return True
 
     def _everybodys(self, values: list[float]) -> list[float]:
         """The values of all processes, in any order: losses of micro-batches, or squared norms."""

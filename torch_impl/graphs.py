@@ -59,6 +59,7 @@ def why_eager(config: RunConfig, device: torch.device) -> str | None:
         "cuda_graphs = off": config.cuda_graphs == "off",
         f"executor = {config.executor}": config.executor != "table",
         f"drift = {config.drift}": config.drift is not None,
+        "shards add up within an action": config.tensor_parallel > 1,
         "dropout draws other masks in every step": config.model.dropout > 0,
         "not every step has the same number of tokens that count": ragged,
     }

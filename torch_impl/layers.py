@@ -21,6 +21,7 @@ from common.spec.run import TransformerSpec
 from torch_impl.cache import Cache
 from torch_impl.dropout import DropoutContext, dropout
 from torch_impl.precision import LayerNorm, RMSNorm
+from torch_impl.shards import WHOLE, Shards, embed, row_linear
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -91,9 +92,10 @@ class Embedding(nn.Module):
 
     positions: Tensor  # (S,)
 
-    def __init__(self, spec: TransformerSpec) -> None:
+    def __init__(self, spec: TransformerSpec, shards: Shards = WHOLE) -> None:
         super().__init__()
-        self.token = nn.Embedding(spec.vocab_size, spec.d_model)
+        self.token = nn.Embedding(shards.tokens(spec.vocab_size), spec.d_model)
+        self.shards = shards
         self.position = (
             nn.Embedding(spec.context_length, spec.d_model) if spec.position == "learned" else None
         )
@@ -103,7 +105,7 @@ class Embedding(nn.Module):
     def forward(
         self, tokens: Tensor, context: DropoutContext | None, cache: Cache | None = None
     ) -> Tensor:
-        x = self.token(tokens)  # (B, S, D)
+        x = embed(self.token, tokens, self.shards)  # (B, S, D)
         if self.position is not None:
             start = 0 if cache is None else cache.length
             x = x + self.position(self.positions[start : start + tokens.shape[1]])
@@ -132,18 +134,22 @@ class Attention(nn.Module):
 
     The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`). Where there are
     fewer heads of keys and values (K), a group of query heads shares each. `fused`: scores and
-    softmax in one kernel that stores neither; it has no place for our dropout masks.
+    softmax in one kernel that stores neither; it has no place for our dropout masks. Shards have
+    some of the heads each.
     """
 
     causal: Tensor | None  # (S, S)
 
-    def __init__(self, spec: TransformerSpec, site: int, fused: bool) -> None:
+    def __init__(
+        self, spec: TransformerSpec, site: int, fused: bool, shards: Shards = WHOLE
+    ) -> None:
         super().__init__()
-        kv = spec.kv_heads * spec.d_head  # K E
-        self.query = nn.Linear(spec.d_model, spec.d_model, spec.biases)
+        kv = shards.part(spec.kv_heads) * spec.d_head  # K E
+        self.query = nn.Linear(spec.d_model, shards.part(spec.d_model), spec.biases)
         self.key = nn.Linear(spec.d_model, kv, bias=False)
         self.value = nn.Linear(spec.d_model, kv, spec.biases)
-        self.output = nn.Linear(spec.d_model, spec.d_model, spec.biases)
+        self.output = row_linear(spec.d_model, spec.d_model, spec.biases, shards)
+        self.shards = shards
         self.d_head, self.group = spec.d_head, spec.num_heads // spec.kv_heads
         self.rope_theta = spec.rope_theta if spec.position == "rotary" else None
         self.dropout, self.site, self.fused = spec.dropout, site, fused
@@ -153,7 +159,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: DropoutContext | None, cache: Cache | None = None
     ) -> Tensor:
-        b, s, d = x.shape
+        b, s, _ = x.shape
+        x = self.shards.enter(x)
         start = 0 if cache is None else cache.length
 
         def split(y: Tensor) -> Tensor:
@@ -177,10 +184,14 @@ class Attention(nn.Module):
             if self.causal is not None and s > 1:  # a single new position sees all that is there
                 scores = scores + self.causal[start : start + s, : start + s]
             weights = dropout(
-                functional.softmax(scores, dim=-1), self.dropout, self.site, context
+                functional.softmax(scores, dim=-1),
+                self.dropout,
+                self.site,
+                context,
+                (self.shards.shard, self.shards.count),
             )  # (B, H, S, S)
             mixed = weights @ v  # (B, H, S, E)
-        y: Tensor = self.output(mixed.transpose(1, 2).reshape(b, s, d))  # (B, S, D)
+        y: Tensor = self.output(mixed.transpose(1, 2).reshape(b, s, -1))  # (B, S, D)
         return y
 
 
@@ -189,15 +200,17 @@ class FeedForward(nn.Module):
     activation the first one's output is multiplied with.
     """
 
-    def __init__(self, spec: TransformerSpec) -> None:
+    def __init__(self, spec: TransformerSpec, shards: Shards = WHOLE) -> None:
         super().__init__()
-        gated = spec.activation == "swiglu"
-        self.gate = nn.Linear(spec.d_model, spec.d_ff, spec.biases) if gated else None
-        self.up = nn.Linear(spec.d_model, spec.d_ff, spec.biases)
-        self.down = nn.Linear(spec.d_ff, spec.d_model, spec.biases)
+        gated, features = spec.activation == "swiglu", shards.part(spec.d_ff)
+        self.gate = nn.Linear(spec.d_model, features, spec.biases) if gated else None
+        self.up = nn.Linear(spec.d_model, features, spec.biases)
+        self.down = row_linear(spec.d_ff, spec.d_model, spec.biases, shards)
+        self.shards = shards
         self.activation = activation(spec.activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.shards.enter(x)
         up = self.up(x)  # (B, S, F)
         active = (
             self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
@@ -211,15 +224,17 @@ class Block(nn.Module):
     (post) it.
     """
 
-    def __init__(self, spec: TransformerSpec, name: str, fused: bool) -> None:
+    def __init__(
+        self, spec: TransformerSpec, name: str, fused: bool, shards: Shards = WHOLE
+    ) -> None:
         super().__init__()
         attention_weights, self.attention_site, self.feed_forward_site = (
             site_number(name, i) for i in range(3)
         )
         self.norm_1 = norm(spec)
-        self.attention = Attention(spec, attention_weights, fused)
+        self.attention = Attention(spec, attention_weights, fused, shards)
         self.norm_2 = norm(spec)
-        self.feed_forward = FeedForward(spec)
+        self.feed_forward = FeedForward(spec, shards)
         self.pre_norm, self.dropout = spec.norm == "pre", spec.dropout
 
     def forward(
@@ -246,29 +261,35 @@ class Head(nn.Module):
     A tied head has its own copy of the token embedding (V, D); the engine keeps both equal.
     """
 
-    def __init__(self, spec: TransformerSpec) -> None:
+    def __init__(self, spec: TransformerSpec, shards: Shards = WHOLE) -> None:
         super().__init__()
         self.norm = norm(spec) if spec.norm == "pre" else nn.Identity()
-        self.output = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
+        self.output = nn.Linear(spec.d_model, shards.tokens(spec.vocab_size), bias=False)
+        self.shards = shards
 
     def forward(
         self, x: Tensor, context: DropoutContext | None, cache: Cache | None = None
     ) -> Tensor:
         if cache is not None:
             x = x[:, -1]  # (B, D): nobody asks for what follows an earlier token
-        logits: Tensor = self.output(self.norm(x))  # (B, S, V), with a cache (B, V)
+        x = self.norm(x)
+        if self.shards.columns:
+            x = self.shards.enter(x)
+        logits: Tensor = self.output(x)  # (B, S, V), with a cache (B, V)
         return logits
 
 
-def build_unit(spec: TransformerSpec, name: str, fused: bool = False) -> nn.Module:
-    """Return the unit of this canonical name; its weights are still to be loaded. `fused` chooses
-    the attention.
+def build_unit(
+    spec: TransformerSpec, name: str, fused: bool = False, shards: Shards = WHOLE
+) -> nn.Module:
+    """Return the unit of this canonical name, or a shard of it; its weights are still to be loaded.
+    `fused` chooses the attention.
     """
     if name == "embedding":
-        return Embedding(spec)
+        return Embedding(spec, shards)
     if name == "head":
-        return Head(spec)
-    return Block(spec, name, fused)
+        return Head(spec, shards)
+    return Block(spec, name, fused, shards)
 
 
 def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:

@@ -4,7 +4,7 @@ of `TrainSpec`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,12 +61,14 @@ class StageOptimizer:
             self._optimizer = SGD(groups, momentum=train.momentum, fused=True)
             self._moments = {"first_moment": "momentum_buffer"} if train.momentum else {}
 
-    def squared_norms(self) -> list[float]:
-        """Return each tensor's sum of squared gradients, in float64; that of a tied weight once."""
+    def squared_norms(self, counts: Callable[[str], bool] = lambda name: True) -> list[float]:
+        """Return each tensor's sum of squared gradients, in float64; that of a tied weight once,
+        and of those alone whose name `counts`.
+        """
         norms = [
             torch.linalg.vector_norm(gradient_of(item.parameter), dtype=torch.float64)
             for item in self._named
-            if not item.is_copy
+            if not item.is_copy and counts(item.name)
         ]
         return torch.stack(norms).square().tolist() if norms else []
 

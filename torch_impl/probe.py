@@ -51,7 +51,7 @@ def probe_units(
                     [*wanted, *(item.parameter for item in named)],
                     _piece(stage, output_gradients[name], i),
                 )
-                found[forward._replace(micro_batch=i)] = to_array(output)
+                found[forward._replace(micro_batch=i)] = to_array(stage.shards.whole(name, output))
                 if wanted:
                     found[backward._replace(micro_batch=i)] = to_array(gradients[0])
                 for total, gradient in zip(sums, gradients[len(wanted) :], strict=True):

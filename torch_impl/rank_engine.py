@@ -1,5 +1,5 @@
-"""The engine of a process that holds one stage of one replica: `PipelineEngine` with one stage,
-whose messages and sums cross processes.
+"""The engine of a process that holds one stage of one replica, or a shard of it: `PipelineEngine`
+with one stage, whose messages and sums cross processes.
 
     stage 0, replica 0  ◄── activations, gradients ──►  stage 1, replica 0      links.py
            ▲                                                   ▲
@@ -11,13 +11,17 @@ DistributedDataParallel does not fit here. It sums at a backward, and a stage ha
 micro-batch, with forwards between, which reset what it has counted; W goes round its hooks.
 Gradients are then 24 to 59 % off, without an error (docs/hosts.md has the table).
 
+The shards of a stage add up within its blocks (`torch_impl.shards`). Arrays are whole outside of an
+engine: cut on their way in, joined on their way out.
+
 Differs: Paddle's engine always holds one stage, so it has no second one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product, starmap
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,46 +30,74 @@ from torch import distributed
 
 from common.runtime.cpus import threads_per_stage
 from common.runtime.decode import Feed
+from common.runtime.engine import Arrays
 from common.runtime.mode import Mode
 from common.runtime.reduce import Reduction
 from common.runtime.world import World
 from common.schedule.action import Schedule
 from common.spec.data import Batch
 from common.spec.mesh import Mesh
-from common.spec.parameters import TOKEN_EMBEDDING
+from common.spec.parameters import TOKEN_EMBEDDING, TensorKey
 from common.spec.run import RunConfig
+from common.spec.shards import cut_axis, joined, own_tokens, shard_of, shards_of
 from torch_impl.engine import PipelineEngine
 from torch_impl.gradient_sum import GradientSum
 from torch_impl.gradients import gradient_of
 from torch_impl.links import LinkedChannel, directed_groups
+from torch_impl.shards import Shards
 from torch_impl.stage import Channel
 from torch_impl.weights import to_array
 
+_Key = TypeVar("_Key")
+_Values = TypeVar("_Values")
+
 
 class RankEngine(PipelineEngine):
-    """One stage of one replica (`common.runtime.engine.Engine`)."""
+    """One shard of one stage of one replica (`common.runtime.engine.Engine`)."""
 
     def __init__(self, config: RunConfig, world: World, device: torch.device) -> None:
         self._mesh = mesh = Mesh.of(config)
         self._stage, self.replica, self._shard = mesh.place(world.rank)
         threads = threads_per_stage(world.local_size, config.threads)
+        # Every process makes every group, in one order.
+        stages = range(mesh.stages)
+        if mesh.shards > 1:
+            together = starmap(mesh.shard_group, product(stages, range(mesh.replicas)))
+            tokens = [own_tokens(config, shard) for shard in range(mesh.shards)]
+            columns = tuple(map(len, tokens)) if config.vocab_parallel else ()
+            group = _own_group(list(together), world.rank)
+            self.shards = Shards(mesh.shards, self._shard, columns, group)
         self._build(config, (self._stage,), [device] * config.stages, threads)
-        self._ranks = mesh.pipeline(self.replica)
+        self._ranks = mesh.pipeline(mesh.line(world.rank))
         self._passes = 0
         self._reduction: Reduction | None = None
         self._sums: list[GradientSum] = []
-        # Every process makes every group, in one order.
         uses_nccl = device.type == "cuda"
-        pipelines = [mesh.pipeline(r) for r in range(mesh.replicas)]
-        edges = [directed_groups(self.schedule, ranks) if uses_nccl else {} for ranks in pipelines]
-        self._edges = edges[self.replica]
-        self._pipeline = _own_group(pipelines, self.replica)
-        self._copies = _own_group([mesh.copies(s) for s in range(mesh.stages)], self._stage)
+        lines = [mesh.pipeline(line) for line in range(mesh.lines)]
+        edges = [directed_groups(self.schedule, ranks) if uses_nccl else {} for ranks in lines]
+        self._edges = edges[mesh.line(world.rank)]
+        self._pipeline = _own_group(lines, world.rank)
+        copies = starmap(mesh.copies, product(stages, range(mesh.shards)))
+        self._copies = _own_group(list(copies), world.rank)
         # A tied head's two ends: the embedding's stage, and the head's where it is another.
         ends = sorted({self.schedule.location[0][0], self.schedule.location[-1][0]})
         self._are_apart = config.model.tied_head and len(ends) == 2
-        pairs = [[mesh.rank(s, r) for s in ends] for r in range(mesh.replicas)]
-        self._ends = _own_group(pairs, self.replica) if self._are_apart else None
+        pairs = [[ranks[stage] for stage in ends] for ranks in lines]
+        self._ends = _own_group(pairs, world.rank) if self._are_apart else None
+
+    def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        super().reset(shards_of(self.config, weights, self._shard))
+
+    def probe_units(
+        self,
+        batch: Batch,
+        inputs: Mapping[str, NDArray[Any]],
+        output_gradients: Mapping[str, NDArray[Any]],
+    ) -> dict[TensorKey, NDArray[Any]]:
+        axis = 2 if self.shards.columns else None  # (B, S, V)
+        own = shard_of(output_gradients["head"], axis, self._shard, self._mesh.shards)
+        found = super().probe_units(batch, inputs, {**output_gradients, "head": own})
+        return self._joined(found, lambda key: key.tensor)
 
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         """As the protocol says: the rank that has the head sends the logits to the others."""
@@ -88,6 +120,37 @@ class RankEngine(PipelineEngine):
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         return [sum(column) for column in zip(*gathered(list(values)), strict=True)]
+
+    def optimizer_state(self) -> Arrays:
+        return self._joined(super().optimizer_state(), lambda key: key.partition("/")[2])
+
+    def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
+        super().load_optimizer_state(shards_of(self.config, state, self._shard), steps_done)
+
+    def weights(self) -> Arrays:
+        return self._joined(super().weights(), str)
+
+    def gradients(self) -> Arrays:
+        return self._joined(super().gradients(), str)
+
+    def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
+        super().set_gradients(shards_of(self.config, gradients, self._shard))
+
+    def _joined(
+        self, own: dict[_Key, NDArray[Any]], name: Callable[[_Key], str]
+    ) -> dict[_Key, NDArray[Any]]:
+        """The whole arrays of which all shards, which call this together, have parts; what is not
+        cut, as this shard has it.
+        """
+        axes = {key: cut_axis(self.config, name(key)) for key in own}
+        if not any(axis is not None for axis in axes.values()):
+            return own
+        cut = {key: array for key, array in own.items() if axes[key] is not None}
+        pieces = gathered(cut, self.shards.group)
+        return {
+            key: array if (axis := axes[key]) is None else joined([p[key] for p in pieces], axis)
+            for key, array in own.items()
+        }
 
     def _run(self, schedule: Schedule, batch: Batch, mode: Mode) -> float:
         self._passes += 1
@@ -136,6 +199,11 @@ class RankEngine(PipelineEngine):
         gradients = [gradient_of(item.parameter) for item in named]
         self._sums.append(GradientSum(gradients, self._copies))
 
+    def _counts(self, name: str) -> bool:
+        """Each replica has all of the norm, and each shard what is not cut."""
+        is_cut = cut_axis(self.config, name) is not None
+        return self.replica == 0 and (is_cut or self._shard == 0)
+
     def _everybodys(self, values: list[float]) -> list[float]:
         return [value for row in gathered(values) for value in row]
 
@@ -154,12 +222,13 @@ class RankEngine(PipelineEngine):
 
 
 def _own_group(all_ranks: Sequence[Sequence[int]], own: int) -> Any:
-    """Make a group of each list of ranks, and return this process'."""
-    return [distributed.new_group(list(ranks)) for ranks in all_ranks][own]
+    """Make a group of each list of ranks; return that of the rank `own`, if it is in any."""
+    groups = [distributed.new_group(list(ranks)) for ranks in all_ranks]
+    return next((g for g, ranks in zip(groups, all_ranks, strict=True) if own in ranks), None)
 
 
-def gathered(values: list[float]) -> list[list[float]]:
-    """Return every rank's values, in the order of the ranks."""
-    rows: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(rows, values)
+def gathered(values: _Values, group: Any = None) -> list[_Values]:
+    """Return the values of every rank of a group, by default of all, in their order."""
+    rows: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(rows, values, group)
     return rows

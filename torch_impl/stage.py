@@ -30,6 +30,7 @@ from torch_impl.dropout import DropoutContext, ElementHashes
 from torch_impl.gradients import gradient_of
 from torch_impl.held import memory_bytes, saved_tensors
 from torch_impl.layers import summed_loss
+from torch_impl.shards import WHOLE, Shards, parallel_loss
 from torch_impl.streams import CopyStreams
 from torch_impl.taps import Chunk
 
@@ -54,7 +55,7 @@ class Stage:
     another.
 
     `parts` names the units of each chunk; the stage that holds the head computes the loss.
-    `replica` is the one whose micro-batches go through here.
+    `replica` is the one whose micro-batches go through here, `shards` what it shares with others.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class Stage:
         parts: Sequence[Sequence[str]],
         device: torch.device,
         replica: int = 0,
+        shards: Shards = WHOLE,
     ) -> None:
         self.config = config
         self.device = device
         self._replica = replica
-        self.chunks = [Chunk(config, part, device) for part in parts]
+        self.shards = shards
+        self.chunks = [Chunk(config, part, device, shards) for part in parts]
         self.named = [item for chunk in self.chunks for item in chunk.named]
         self._gradients = [gradient_of(item.parameter) for item in self.named]
         self.in_flight: dict[tuple[int, int], Forward] = {}
@@ -144,8 +147,11 @@ class Stage:
         return self.config.recomputes(micro_batch), self.now.sequences[micro_batch]
 
     def losses(self) -> list[float]:
-        """Return each micro-batch's share of the mean loss; empty without the head."""
-        return torch.stack(self.now.losses).tolist() if self.now.losses else []
+        """Return each micro-batch's share of the mean loss; empty without the head, and in all
+        shards but the first.
+        """
+        counts = self.now.losses and self.shards.shard == 0
+        return torch.stack(self.now.losses).tolist() if counts else []
 
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
         """Run the chunk on `x` (b, S, D), or on the micro-batch's tokens where there is none."""
@@ -186,9 +192,14 @@ class Stage:
         for name, unit in zip(module.part[piece], module.units[piece], strict=True):
             x = unit(x, now.contexts[micro_batch])  # (b, S, D), or the head's logits (b, S, V)
             if now.mode.keeps(name):
-                self.outputs[name, micro_batch] = x
+                self.outputs[name, micro_batch] = self.shards.whole(name, x)
             if name == "head" and now.mode is not Mode.PREDICT:
-                x = summed_loss(x, now.targets[micro_batch], now.num_tokens)
+                wanted = now.targets[micro_batch], now.num_tokens
+                x = (
+                    parallel_loss(x, *wanted, self.shards)
+                    if self.shards.columns
+                    else summed_loss(x, *wanted)
+                )
         return x
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:

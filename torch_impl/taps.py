@@ -24,6 +24,7 @@ from common.spec.run import RunConfig
 from torch_impl import devices
 from torch_impl.layers import build_unit
 from torch_impl.masters import masters
+from torch_impl.shards import WHOLE, Shards
 from torch_impl.weights import named_parameters
 
 
@@ -38,11 +39,17 @@ class Tap(NamedTuple):
 class Chunk(nn.Module):
     """Consecutive units of the model, with the places where their weight gradients are tapped."""
 
-    def __init__(self, config: RunConfig, part: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        part: Sequence[str],
+        device: torch.device,
+        shards: Shards = WHOLE,
+    ) -> None:
         super().__init__()
         self.part = part
         self.units = nn.ModuleList(
-            build_unit(config.model, name, devices.fused_attention(config)) for name in part
+            build_unit(config.model, name, devices.fused_attention(config), shards) for name in part
         )
         self.to(device=device, dtype=getattr(torch, config.train.dtype))
         compute = named_parameters(part, list(self.units), config.model.tied_head)

@@ -99,7 +99,8 @@ def expected(
     uncut = {"stages": 1, "chunks": 1, "partition": "even", "schedule": "gpipe"}
     plain = {"framework": "torch", "recompute": "none", "drift": None, "python": None}
     plain |= {"reduce": "overlap"}
-    neutral = config.model_copy(update=uncut | plain)
+    whole = {"tensor_parallel": 1, "vocab_parallel": False}
+    neutral = config.model_copy(update=uncut | plain | whole)
     steps = config.train.steps if steps is None else steps
     return _expected(neutral.model_dump_json(), noise, steps, stores_float32)
 

@@ -44,7 +44,7 @@ REPLICATED_BASELINES: Mapping[str, tuple[str, ...]] = {
 """Executors of a framework's own that train replicas: its data parallelism around the plain loop,
 and fleet's pipeline."""
 
-TENSOR_PARALLEL: tuple[str, ...] = ()
+TENSOR_PARALLEL: tuple[str, ...] = ("torch",)
 """Frameworks that cut the matrices of a stage into shards."""
 
 

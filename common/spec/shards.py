@@ -41,7 +41,8 @@ def cut_axis(config: RunConfig, name: str) -> int | None:
         return None
     if name in (TOKEN_EMBEDDING, "head.output.weight"):
         return {TOKEN_EMBEDDING: 0}.get(name, 1) if config.vocab_parallel else None
-    *_, layer, kind = name.split(".")
+    stem, _, kind = name.rpartition(".")
+    layer = stem.rpartition(".")[2]
     if layer in COLUMNS:
         return 1 if kind == "weight" else 0
     return 0 if layer in ROWS and kind == "weight" else None
