@@ -18,6 +18,7 @@ ever unpickled. Every error is a `CheckpointError` of one line: what is wrong, w
 be right.
 """
 
+from common.checkpoint.depot import depot, fetch
 from common.checkpoint.directory import (
     checkpoints_in,
     locked,
@@ -49,7 +50,9 @@ __all__ = [
     "HeaderEntry",
     "Manifest",
     "checkpoints_in",
+    "depot",
     "differences",
+    "fetch",
     "load",
     "locked",
     "moments_of",

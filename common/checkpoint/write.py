@@ -9,8 +9,9 @@
 
 Until [4] everything is in `.step-....partial`, which no reader takes for a checkpoint. Each file is
 flushed to the disk before whatever announces it: the shard before its note, all files before the
-manifest, the folder before the rename. So after a crash or a power cut at any moment, a folder with
-a checkpoint's name is a whole checkpoint.
+manifest, the folder before the rename. Where hosts share no folder, shard and note move to that of
+device 0's process (`depot.py`), in this order. So after a crash or a power cut at any moment, a
+folder with a checkpoint's name is a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from common.checkpoint.depot import deliver
 from common.checkpoint.directory import folder_name, prune
 from common.checkpoint.header import digest_of
 from common.checkpoint.manifest import (
@@ -61,6 +63,8 @@ class CheckpointWriter:
     directory: Path
     keep: int
     token: str
+    depot: str | None = None
+    """Where the process of device 0 takes shards, if its `directory` is another one."""
 
     def write(
         self,
@@ -89,8 +93,10 @@ class CheckpointWriter:
             temporary = self.directory / f".{folder_name(steps_done)}.{self.token}.partial"
             temporary.mkdir(parents=True, exist_ok=True)
             try:
-                _write_shard(temporary, devices, tensors)  # [1]
+                written = _write_shard(temporary, devices, tensors)  # [1]
                 if 0 not in devices:
+                    if self.depot is not None:
+                        deliver(*written, self.depot)
                     return None
                 shards = _wait_for_shards(temporary, config.stages)  # [2]
                 # [3], [4]
@@ -191,8 +197,8 @@ class _Shard(Entry):
 
 def _write_shard(
     temporary: Path, devices: Sequence[int], tensors: Mapping[str, NDArray[Any]]
-) -> None:
-    """Write the tensors, then a note that they are complete. [1]"""
+) -> tuple[Path, Path]:
+    """Write the tensors, then a note that they are complete; return both files. [1]"""
     name = f"shard-{devices[0]:05}.safetensors"
     path = temporary / name
     save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, path)
@@ -215,7 +221,7 @@ def _write_shard(
     # Renamed when whole: the process that waits must not read half a note.
     note = temporary / f".{name}.writing"
     write_file(note, shard.model_dump_json())
-    note.rename(temporary / f"{name}.note")
+    return path, note.rename(temporary / f"{name}.note")
 
 
 def _wait_for_shards(temporary: Path, stages: int) -> list[_Shard]:

@@ -3,11 +3,11 @@ processes a launcher starts (torchrun, paddle.distributed.launch, srun, or TF_CO
 
     [1] find      who am I? the launcher's variables             common/runtime/launchers.py
     [2] meet      are all here? with one version?                common/runtime/meeting.py
-    [3] choose    rank 0: where results go, what to resume
+    [3] choose    where results go, what to resume               common/cli/rank_folders.py
     [4] read      settings and text, on every host; equal?
     [5] join      the framework's own process group              <implementation>/ranks.py
     [6] train     with a sign of life every second               common/runtime/heartbeat.py
-    [7] report    rank 0, of all ranks' parts
+    [7] report    rank 0, of all ranks' parts                    common/cli/rank_record.py
 """
 
 from __future__ import annotations
@@ -15,40 +15,42 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import socket
 import sys
+import tempfile
+import threading
 import time
 import traceback
-import uuid
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from common import checkpoint
 from common.cli import main, train
 from common.cli.numbers import seconds
 from common.cli.parser import Parser
-from common.harness.bench import describe, make_folder, run_name
-from common.harness.restarts import Trained, Training, not_finite
+from common.cli.rank_folders import Folders, choose_folders
+from common.cli.rank_record import Record
+from common.harness.bench import describe, run_name
+from common.harness.restarts import Training, not_finite
 from common.io.console import make_console, say
-from common.io.edges import write_file
 from common.io.usage import UsageError
 from common.report.machine import git_commit, source_digest
 from common.report.progress import progress_view
 from common.runtime import inherited, launchers
 from common.runtime.agreement import clock_offset
 from common.runtime.engine import Engine
-from common.runtime.heartbeat import Heartbeat, end_process
+from common.runtime.heartbeat import Heartbeat, Places, end_process
 from common.runtime.installed import installed
 from common.runtime.job import Job, Part, Saving
 from common.runtime.launchers import Launched
-from common.runtime.meeting import POLL_SECONDS, Room, disagreement, meet
-from common.runtime.outcome import Outcome
+from common.runtime.meeting import POLL_SECONDS, Room, agree, disagreement, meet
 from common.runtime.ranks import Ranks
+from common.runtime.watch import Board, who_waits
 from common.runtime.worker import run_job
 from common.runtime.world import World
 from common.spec.data import Corpus
@@ -59,8 +61,7 @@ MAY_DIFFER = ("corpus", "tokenizer_file", "python", "threads")
 """Settings that hosts may have of their own: the texts are compared, not where they lie."""
 FAREWELL_SECONDS = 1.0
 """How long rank 0, whose end may be the store's, lets the others read why."""
-SEEN_SECONDS = 5.0
-"""How long another host's file may take to show in a shared folder."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def train_rank(framework: str, ranks: Ranks, argv: Sequence[str]) -> int:
@@ -81,6 +82,19 @@ def train_rank(framework: str, ranks: Ranks, argv: Sequence[str]) -> int:
         default=300.0,
         help="how long to wait for the other processes at the start (default: 300)",
     )
+    parser.add_argument(
+        "--hang-timeout",
+        metavar="SECONDS",
+        type=seconds,
+        default=600.0,
+        help="end the run when no process has begun another action for so long, and say who waits "
+        "for whom (default: 600)",
+    )
+    parser.add_argument(
+        "--elastic",
+        action="store_true",
+        help="as many replicas as the launcher has started processes for, whatever --replicas says",
+    )
     train.add_options(parser)
     parser.set_defaults(run=lambda arguments: _Rank(framework, ranks, arguments).run())
     status = main.run(parser, argv, is_long=True)
@@ -90,27 +104,13 @@ def train_rank(framework: str, ranks: Ranks, argv: Sequence[str]) -> int:
     os._exit(status)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What rank 0 has chosen, the same for all."""
-
-    folder: Path
-    directory: Path
-    token: str
-    resume: Path | None
-
-    @property
-    def seen(self) -> Path:
-        """The file by which a host knows that the folder is rank 0's."""
-        return self.directory / f".seen-{self.token}"
-
-
 class _Rank:
     """This process' part in a run."""
 
     def __init__(self, framework: str, ranks: Ranks, arguments: Namespace) -> None:
         self._framework, self._ranks, self._arguments = framework, ranks, arguments
         self._console = Console(quiet=True)
+        self._note_end: Callable[[str, bool], None] = lambda line, is_interrupted: None
 
     def run(self) -> int:
         launched = launchers.find(os.environ)  # [1]
@@ -119,11 +119,12 @@ class _Rank:
         self._console = make_console() if launched.world.rank == 0 else self._console
         limit = self._arguments.join_timeout
         with contextlib.ExitStack() as stack:
+            self._heed_signals(stack)
             try:
                 store = self._ranks.connect(launched, limit)
                 world, names = self._meet(launched, store, limit)  # [2]
-                plan = self._choose(world, stack)  # [3]
-                config, corpus = self._read(world, plan)  # [4]
+                folders = choose_folders(world, self._arguments, self._console, stack)  # [3]
+                config, corpus = self._read(world, folders)  # [4]
             except UsageError:
                 if launched.world.rank == 0:
                     time.sleep(FAREWELL_SECONDS)  # the store may end with this process
@@ -132,10 +133,26 @@ class _Rank:
                 raise
             for line in Mesh.of(config).describe(world.hosts):
                 say(self._console, line)
-            say(self._console, f"results in {plan.folder / run_name(config)}/")
-            assert world.room is not None
-            heart = Heartbeat(world.room, names, end_process(names[world.rank], stack.close))
-            return self._train(world, heart, plan, config, corpus)
+            say(self._console, f"results in {folders.folder / run_name(config)}/")
+            return self._train(world, names, folders, config, corpus, stack)
+
+    def _heed_signals(self, stack: contextlib.ExitStack) -> None:
+        """Let a signal end this process with a word. In a thread: the main one may wait inside the
+        framework, where no handler of Python's is called.
+        """
+        heeded = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        signal.pthread_sigmask(signal.SIG_BLOCK, heeded)  # in all threads that follow
+
+        def wait() -> None:
+            number = signal.sigwait(heeded)
+            with contextlib.suppress(Exception):
+                line = f"ended by {signal.Signals(number).name}"
+                self._note_end(line, number == signal.SIGINT)
+            with contextlib.suppress(Exception):
+                stack.close()
+            os._exit(128 + number)
+
+        threading.Thread(target=wait, name="signals", daemon=True).start()
 
     def _meet(self, launched: Launched, store: Any, limit: float) -> tuple[World, list[str]]:
         """Wait for all ranks; return where they are, and what to call them. Raises UsageError."""
@@ -164,75 +181,26 @@ class _Rank:
         names = [f"rank {r} ({address})" for r, address in enumerate(addresses)]
         return World(world.rank, tuple(found), room), names
 
-    def _exchange(self, world: World, about: str, work: Any) -> list[dict[str, str]]:
-        """Do this rank's part, and return what all say. Raises UsageError where one could not."""
-        assert world.room is not None
-        try:
-            own = work()
-        except (UsageError, OSError) as error:
-            own = {"refused": " ".join(str(error).split())}
-        everybody = world.room.exchange(about, own)
-        for rank, facts in enumerate(everybody):
-            if "refused" in facts:
-                where = "" if rank == 0 else f"rank {rank} ({world.hosts[rank]}): "
-                raise UsageError(where + facts["refused"])
-        return everybody
-
-    def _choose(self, world: World, stack: contextlib.ExitStack) -> _Plan:
-        """Let rank 0 choose for all."""
-        arguments = self._arguments
-
-        def choose() -> dict[str, str]:
-            if world.rank != 0:
-                return {}
-            directory = train.save_directory(arguments)
-            asked, resume = arguments.resume or arguments.weights, None
-            if directory is not None:
-                stack.enter_context(checkpoint.locked(directory))
-            # A launcher that starts all anew repeats the command line of the first start.
-            if asked != "latest" or (directory and checkpoint.checkpoints_in(directory)):
-                resume = train.choose(asked, directory, self._console)
-            if directory is not None:
-                train.check_room(directory, None if arguments.weights else resume)
-            folder = make_folder(Path(arguments.out), "train").resolve()
-            directory = (directory or folder / "checkpoints").resolve()
-            token = uuid.uuid4().hex
-            directory.mkdir(parents=True, exist_ok=True)
-            write_file(directory / f".seen-{token}", "")
-            return {
-                "folder": str(folder),
-                "directory": str(directory),
-                "token": token,
-                "resume": "" if resume is None else str(resume.resolve()),
-            }
-
-        said = self._exchange(world, "plan", choose)[0]
-        resume = Path(said["resume"]) if said["resume"] else None
-        return _Plan(Path(said["folder"]), Path(said["directory"]), said["token"], resume)
-
-    def _read(self, world: World, plan: _Plan) -> tuple[RunConfig, Corpus]:
+    def _read(self, world: World, folders: Folders) -> tuple[RunConfig, Corpus]:
         """Read settings and text, and see whether all ranks have the same."""
         found: list[tuple[RunConfig, Corpus]] = []
 
         def read() -> dict[str, str]:
             self._settle_arguments()
-            config, corpus = train.read_training(self._arguments, plan.resume, attempts=1)
+            config, corpus = train.read_training(self._arguments, folders.resume, attempts=1)
+            pipeline = config.stages * config.tensor_parallel
+            if self._arguments.elastic and world.size % pipeline == 0:
+                setattr(self._arguments, "run.replicas", str(world.size // pipeline))
+                config, corpus = train.read_training(self._arguments, folders.resume, attempts=1)
             found.append((config, corpus))
             self._check(config, world)
-            saves = Mesh.of(config).line(world.rank) == 0
-            if saves and not _is_seen(plan):
-                raise UsageError(
-                    f"{plan.directory}: not the folder that rank 0 has there; expected one that "
-                    "all hosts of replica 0 share (--save-dir, or --out)"
-                )
             return _settings(config) | {
                 "corpus": corpus.digest[:16],
                 "tokenizer.json": corpus.tokenizer_digest[:16],
             }
 
-        everybody = self._exchange(world, "run", read)
-        if world.rank == 0:
-            plan.seen.unlink()
+        assert world.room is not None
+        everybody = agree(world.room, world.hosts, "run", read)
         if why := disagreement(everybody, world.hosts):
             raise UsageError(why)
         return found[0]
@@ -269,18 +237,34 @@ class _Rank:
             raise UsageError(f"python = {config.python}: the launcher has started this one")
 
     def _train(
-        self, world: World, heart: Heartbeat, plan: _Plan, config: RunConfig, corpus: Corpus
+        self,
+        world: World,
+        names: Sequence[str],
+        folders: Folders,
+        config: RunConfig,
+        corpus: Corpus,
+        stack: contextlib.ExitStack,
     ) -> int:
         """Train, and report in rank 0. Whatever goes wrong is one line in every rank."""
         assert world.room is not None
         mesh = Mesh.of(config)
         stage = mesh.place(world.rank).stage
-        began = time.monotonic()
-        heart.start()
-        training = self._training(plan, config)
-        job = self._job(training, plan.token).of_line(mesh.line(world.rank))
+        training = self._training(folders, config)
+        watched = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        board = Board(watched, config)
+        job = self._job(training, folders, watched).of_line(mesh.line(world.rank))
+        out, is_first = Path(job.out), world.rank == 0
+        log = out / f"failed-{stage}.txt"
+        record = Record(training, self._arguments.command, self._console, is_first, log)
+        end = end_process(names[world.rank], record.failed, stack.close)
+        places = Places(
+            lambda: board.line(stage), self._arguments.hang_timeout, partial(who_waits, config)
+        )
+        heart = Heartbeat(world.room, names, end, places)
         try:
-            Path(job.out).mkdir(parents=True, exist_ok=True)
+            record.begin()
+            self._note_end = lambda line, stop: record.failed(line, is_interrupted=stop)
+            heart.start()
             build = self._ranks.join(world, config)  # [5]
             offset = 0.0
 
@@ -293,49 +277,48 @@ class _Rank:
             with progress_view(self._console, 1) as view:  # [6]
                 view.start(describe(config), config.train.steps)
                 part = run_job(job, build_and_set_clocks, corpus, view.step)
-                view.finish(f"{describe(config)}: ok, {time.monotonic() - began:.0f} s")
+                seconds = time.monotonic() - record.began
+                view.finish(f"{describe(config)}: ok, {seconds:.0f} s")
             self._ranks.wait_for_all(world.size)
-            (Path(job.out) / f"part-{stage}.safetensors").unlink()  # gradients, large as the model
+            (out / f"part-{stage}.safetensors").unlink()  # gradients, large as the model
             parts = _collect(world.room, _on_clock(part, offset), config)
             heart.finish()
         except Exception as error:
-            write_file(Path(job.out) / f"failed-{stage}.txt", traceback.format_exc())
-            line = not_finite(Path(job.out)) or _one_line(error)
+            line = not_finite(out) or _one_line(error)
+            record.failed(line, traceback.format_exc())
             heart.fail(line)
             print(f"{heart.name}: {line}", file=sys.stderr)
             return train.EXIT_FAILED
-        if parts:  # [7]
-            outcome = Outcome("ok", "", None, tuple(parts), time.monotonic() - began)
-            trained = Trained(outcome, part.steps)
-            result = train.result_of(trained, training, self._arguments.command)
-            result.write(training.folder / "result.json")
-            train.show(result, trained, training, self._console)
+        if is_first:  # [7]
+            record.ok(parts, part.steps)
         return train.EXIT_OK
 
-    def _training(self, plan: _Plan, config: RunConfig) -> Training:
+    def _training(self, folders: Folders, config: RunConfig) -> Training:
         return Training(
             config=config,
             module=self._ranks.name,
-            folder=plan.folder / run_name(config),
-            directory=plan.directory,
-            resume=plan.resume,
+            folder=folders.folder / run_name(config),
+            directory=folders.directory,
+            resume=folders.resume,
             weights_alone=self._arguments.weights is not None,
             save_every=self._arguments.save_every,
             keep=self._arguments.keep,
             # Once: a launcher that starts all anew repeats the command line.
-            faults=() if plan.resume else tuple(self._arguments.fault),
+            faults=() if folders.resume else tuple(self._arguments.fault),
         )
 
-    def _job(self, training: Training, token: str) -> Job:
+    def _job(self, training: Training, folders: Folders, watched: Path) -> Job:
         saving = Saving(
             directory=str(training.directory),
             every=training.save_every,
             keep=training.keep,
-            token=token,
+            token=folders.token,
+            depot=folders.depot,
         )
         return Job(
             config=training.config,
             out=str(training.folder),
+            board=str(watched),
             resume=None if training.resume is None else str(training.resume),
             weights_alone=training.weights_alone,
             saving=saving,
@@ -350,16 +333,6 @@ def _settings(config: RunConfig) -> dict[str, str]:
     model, train = content.pop("model"), content.pop("train")
     flat = content | model | train
     return {name: str(value) for name, value in flat.items() if name not in MAY_DIFFER}
-
-
-def _is_seen(plan: _Plan) -> bool:
-    """Whether the folder of checkpoints is here what it is in rank 0."""
-    deadline = time.monotonic() + SEEN_SECONDS
-    while not (seen := plan.seen.exists()):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(POLL_SECONDS)
-    return seen
 
 
 def _on_clock(part: Part, offset: float) -> Part:

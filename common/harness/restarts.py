@@ -90,7 +90,7 @@ def train(
         except Interrupted:
             trained.interrupted = True
         seconds += trained.outcome.wall_seconds
-        trained.steps = _joined(trained.steps, folder / "progress.jsonl")
+        trained.steps = joined(trained.steps, folder / "progress.jsonl")
         if trained.interrupted or trained.outcome.status == "ok":
             break
         cause = not_finite(folder)
@@ -131,7 +131,7 @@ def _job(training: Training, folder: Path, resume: Path | None, attempt: int) ->
     )
 
 
-def _joined(before: list[StepRecord], progress: Path) -> list[StepRecord]:
+def joined(before: list[StepRecord], progress: Path) -> list[StepRecord]:
     """Join the record so far with the last worker's, so that no step is in it twice."""
     after = []
     if progress.exists():

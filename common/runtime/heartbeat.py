@@ -2,15 +2,16 @@
 
 Frameworks notice a process that dies, since its connections break. They do not notice one that
 hangs, or a cut cable: gloo waits for half an hour. So every process has a thread that counts in the
-run's store, once a second:
+run's store, once a second, and says what its device is doing (`common.runtime.watch`):
 
-    every rank    beat/r = 17, 18, ...  ────►  rank 0 watches all counters
-    every rank    ends with it          ◄────  verdict = "lost rank 3 (host-b): ..."
+    every rank    beat/r = 17 F0, 18 BW0, ...  ────►  rank 0 watches all counters and places
+    every rank    ends with it                 ◄────  verdict = "lost rank 3 (host-b): ..."
 
-and every rank watches rank 0's. One that fails says why in place of its count, and rank 0 passes it
-on. Who cannot reach the store, or gets no answer, is cut off and ends too. The end is `os._exit`
-behind one line, since the main thread may wait inside the framework for ever; the launcher sees the
-status and may start all anew.
+and every rank watches rank 0's. Where all count and no place changes, they wait for each other: a
+hang. One that fails says why in place of its count, and rank 0 passes it on. Who cannot reach the
+store, or gets no answer, is cut off and ends too. The end is `os._exit` behind one line, since the
+main thread may wait inside the framework for ever; the launcher sees the status and may start all
+anew.
 """
 
 from __future__ import annotations
@@ -21,13 +22,32 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from common.runtime.meeting import POLL_SECONDS, Room
 
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 15.0
 """Without a sign of life for so long, a process is lost. torchrun gives its agents as long."""
+START_SECONDS = 120.0
+"""The least that all get to build the model before they can hang."""
 FAILED, DONE = "failed: ", "done"
+
+
+@dataclass(frozen=True)
+class Places:
+    """How rank 0 sees a hang in which every process is alive. By elapsed time, not by that of
+    CPUs: one that waits for a GPU may compute all the while.
+    """
+
+    own: Callable[[], str]
+    """What this process' device is doing, without a space; empty before it begins."""
+    hang_seconds: float
+    who_waits: Callable[[Sequence[str]], str]
+    """(every rank's place) -> who hangs, and who waits for whom."""
+
+
+NOWHERE = Places(lambda: "", float("inf"), lambda places: "")
 
 
 class Heartbeat:
@@ -35,9 +55,17 @@ class Heartbeat:
     in the thread that finds something.
     """
 
-    def __init__(self, room: Room, names: Sequence[str], end: Callable[[str], None]) -> None:
-        self._room, self._names, self._end = room, names, end
+    def __init__(
+        self,
+        room: Room,
+        names: Sequence[str],
+        end: Callable[[str], None],
+        places: Places = NOWHERE,
+    ) -> None:
+        self._room, self._names, self._end, self._of = room, names, end, places
         self.name = names[room.rank]
+        self._places, self._before = [""] * room.size, [""] * room.size
+        self._moved = time.monotonic()
         watched = range(1, room.size) if room.rank == 0 else range(1)
         # By rank: what it said last, and when that was new.
         self._last = {rank: ("", time.monotonic()) for rank in watched}
@@ -74,7 +102,8 @@ class Heartbeat:
     def round(self, now: float) -> str | None:
         """Give one sign of life and look at the others'; return why the run must end, or None."""
         words, self._count = self._words, self._count + 1
-        self._room.set(f"beat/{self._room.rank}", words or str(self._count))
+        own = self._places[self._room.rank] = self._of.own()
+        self._room.set(f"beat/{self._room.rank}", words or f"{self._count} {own}")
         verdict = self._look(now) if self._room.rank == 0 else self._room.get("verdict")
         if self._room.rank == 0 and (line := words.removeprefix(FAILED)) != words:
             verdict = f"{self._names[0]}: {line}"
@@ -98,6 +127,14 @@ class Heartbeat:
                 self._last[rank] = said, now
             elif now - since > LOST_SECONDS:
                 return f"lost {self._names[rank]}: no sign of life for {LOST_SECONDS:g} s"
+            self._places[rank] = said.partition(" ")[2]
+        if self._places != self._before:
+            self._before, self._moved = list(self._places), now
+        limit = self._of.hang_seconds
+        limit = limit if all(self._places) else max(limit, START_SECONDS)
+        if self._room.rank == 0 and now - self._moved > limit:
+            who = self._of.who_waits(self._places)
+            return f"no progress for {limit:g} s (--hang-timeout): {who}"
         return None
 
     def _beat(self) -> None:
@@ -122,10 +159,14 @@ class Heartbeat:
                 return
 
 
-def end_process(name: str, clean_up: Callable[[], None]) -> Callable[[str], None]:
-    """Return what ends this process, cleaned up, with a line on stderr and status 1."""
+def end_process(
+    name: str, note: Callable[[str], None], clean_up: Callable[[], None]
+) -> Callable[[str], None]:
+    """Return what ends this process, noted and cleaned up, with a line on stderr and status 1."""
 
     def end(line: str) -> None:
+        with contextlib.suppress(Exception):
+            note(line)
         with contextlib.suppress(Exception):
             clean_up()
         with contextlib.suppress(OSError):

@@ -34,6 +34,8 @@ class Saving(BaseModel):
     keep: int
     token: str
     """Of this job alone: part of its temporary folders' names."""
+    depot: OsText | None = None
+    """Where shards go if the process of device 0 has another folder (`common.checkpoint.depot`)."""
 
 
 class Generation(BaseModel):
@@ -80,6 +82,8 @@ class Job(BaseModel):
     config: RunConfig
     out: OsText
     """The job's folder; the parent makes it."""
+    board: OsText | None = None
+    """The folder of the board that its devices are watched by (`runtime.watch`); None: `out`."""
     kind: Literal["train", "probe", "dump", "evaluate", "generate"] = "train"
     """probe: also write the tensors of the parity ladder. dump: those of the step after `stop_at`
     (`runtime.dumping`). evaluate, generate: train nothing (`runtime.inference`).

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,6 +80,25 @@ class Room:
         if late:
             raise Absent(late)
         return [json.loads(self.get(f"{about}/{r}") or "{}") for r in range(self.size)]
+
+
+def agree(
+    room: Room, hosts: Sequence[str], about: str, work: Callable[[], Facts]
+) -> list[dict[str, str]]:
+    """Do this rank's part, and return what all say. Raises UsageError, in all of them, where one
+    could not.
+    """
+    own: Facts
+    try:
+        own = work()
+    except (UsageError, OSError) as error:
+        own = {"refused": " ".join(str(error).split())}
+    everybody = room.exchange(about, own)
+    for rank, facts in enumerate(everybody):
+        if "refused" in facts:
+            where = "" if rank == 0 else f"rank {rank} ({hosts[rank]}): "
+            raise UsageError(where + facts["refused"])
+    return everybody
 
 
 def meet(

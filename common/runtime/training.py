@@ -112,7 +112,8 @@ def train(
     Raises NotFiniteError (if the job asks for it) and CheckpointError.
     """
     config, out = job.config, Path(job.out)
-    watch = Watch(out, engine.devices, Fault.parse(job.fault) if job.fault else None)
+    fault = Fault.parse(job.fault) if job.fault else None
+    watch = Watch(Path(job.board or out), engine.devices, fault)
     engine.on_action = watch.on_action
     end = config.train.steps if job.stop_at is None else job.stop_at
     records = []
@@ -176,7 +177,7 @@ def _save(engine: Engine, job: Job, saving: Saving, corpus: Corpus, batch: Batch
         raise _not_finite(engine, job, batch, what, loss_is_finite=True)
     if job.line != 0:  # a shard, whose part line 0 has just joined
         return
-    writer = CheckpointWriter(Path(saving.directory), saving.keep, saving.token)
+    writer = CheckpointWriter(Path(saving.directory), saving.keep, saving.token, saving.depot)
     held = (engine.devices, weights, state)
     said, tokenizer = engine.environment(), corpus.tokenizer
     writer.write(job.config, batch.step + 1, corpus.digest, *held, said, tokenizer)

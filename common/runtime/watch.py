@@ -22,6 +22,7 @@ from common.runtime.executor import Message
 from common.runtime.faults import Fault
 from common.schedule.action import Action, Op, Schedule, ScheduleError
 from common.schedule.dependencies import MESSAGE_OFFSET
+from common.spec.mesh import Mesh
 from common.spec.partition import schedule_of
 from common.spec.run import RunConfig
 
@@ -112,24 +113,50 @@ class Board:
         changed, self._seen = now != self._seen, now
         return changed
 
+    def line(self, device: int) -> str:
+        """Return a device's line as text, for a watcher on another host (`who_waits`)."""
+        return self._path.read_bytes()[device * _LINE.size : (device + 1) * _LINE.size].hex()
+
     def places(self) -> list[Place | None]:
         """Return what each device is doing; None for one that has not begun."""
-        found: list[Place | None] = []
-        for changes, phase, step, op, i, chunk in _LINE.iter_unpack(self._path.read_bytes()):
-            action = None if op < 0 else Action(OPS[op], i, chunk)
-            found.append(Place(PHASES[phase], step, action) if changes else None)
-        return found
+        return _places(self._path.read_bytes())
 
     def explain(self) -> str:
         """Say in one line who hangs where and who waits for what; causes before those who wait.
         [3]"""
-        lines = explain(self._config, self.places())
-        return "; ".join(
-            sorted(lines, key=lambda line: (" hangs in " not in line, " waits for " in line))
-        )
+        return _causes_first(explain(self._config, self.places()))
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
+
+
+def who_waits(config: RunConfig, lines: Sequence[str]) -> str:
+    """Say as `Board.explain` does who hangs and who waits, by every rank's own line (empty for one
+    that has not begun). Of several replicas only those where somebody hangs: the others wait for
+    them.
+    """
+    mesh = Mesh(config.stages, config.replicas)
+    unknown = bytes(_LINE.size)
+    found = []
+    for replica in range(mesh.replicas):
+        own = [bytes.fromhex(lines[rank]) or unknown for rank in mesh.pipeline(replica)]
+        said = _causes_first(explain(config, _places(b"".join(own))))
+        found.append(said if mesh.replicas == 1 else f"replica {replica}: {said}")
+    return "; ".join([said for said in found if " hangs in " in said] or found)
+
+
+def _places(lines: bytes) -> list[Place | None]:
+    found: list[Place | None] = []
+    for changes, phase, step, op, i, chunk in _LINE.iter_unpack(lines):
+        action = None if op < 0 else Action(OPS[op], i, chunk)
+        found.append(Place(PHASES[phase], step, action) if changes else None)
+    return found
+
+
+def _causes_first(lines: Sequence[str]) -> str:
+    return "; ".join(
+        sorted(lines, key=lambda line: (" hangs in " not in line, " waits for " in line))
+    )
 
 
 def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
