@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,23 @@ class Hosts:
                 ip("netns", "del", name)
 
     def start(
-        self, host: int, words: list[str], log: Path, env: Mapping[str, str] = {}
+        self,
+        host: int,
+        words: list[str],
+        log: Path,
+        env: Mapping[str, str] = {},
+        own: Sequence[Path] = (),
+        ahead_seconds: int = 0,
     ) -> subprocess.Popen[Any]:
-        """Start this Python on a host (from 0), in the log's folder."""
-        command = ["ip", "netns", "exec", self.names[host], sys.executable, *words]
+        """Start this Python on a host (from 0), in the log's folder; with `own` folders, empty at
+        first, that no other process sees, and a clock (CLOCK_MONOTONIC) that is ahead.
+        """
+        command = ["ip", "netns", "exec", self.names[host]]
+        if own or ahead_seconds:
+            mounts = "".join(f"mount -t tmpfs none {shlex.quote(str(path))}; " for path in own)
+            command += ["unshare", "--mount", "--time", "--monotonic", str(ahead_seconds), "--fork"]
+            command += ["sh", "-c", f'{mounts}exec "$@"', "sh"]
+        command += [sys.executable, *words]
         variables = {**os.environ, "PYTHONPATH": str(ROOT), **env}
         with log.open("wb") as output:
             return subprocess.Popen(

@@ -44,11 +44,12 @@ from common.report.progress import progress_view
 from common.runtime import inherited, launchers
 from common.runtime.agreement import clock_offset
 from common.runtime.engine import Engine
-from common.runtime.heartbeat import Heartbeat, Places, end_process
+from common.runtime.heartbeat import BEAT_SECONDS, Heartbeat, Places, end_process
 from common.runtime.installed import installed
 from common.runtime.job import Job, Part, Saving
 from common.runtime.launchers import Launched
 from common.runtime.meeting import POLL_SECONDS, Room, agree, disagreement, meet
+from common.runtime.outcome import of_first_line
 from common.runtime.ranks import Ranks
 from common.runtime.watch import Board, who_waits
 from common.runtime.worker import run_job
@@ -256,7 +257,8 @@ class _Rank:
         out, is_first = Path(job.out), world.rank == 0
         log = out / f"failed-{stage}.txt"
         record = Record(training, self._arguments.command, self._console, is_first, log)
-        end = end_process(names[world.rank], record.failed, stack.close)
+        linger = 2 * BEAT_SECONDS if is_first else 0.0
+        end = end_process(names[world.rank], record.failed, stack.close, linger)
         places = Places(
             lambda: board.line(stage), self._arguments.hang_timeout, partial(who_waits, config)
         )
@@ -284,6 +286,7 @@ class _Rank:
             parts = _collect(world.room, _on_clock(part, offset), config)
             heart.finish()
         except Exception as error:
+            heart.give_way()
             line = not_finite(out) or _one_line(error)
             record.failed(line, traceback.format_exc())
             heart.fail(line)
@@ -345,18 +348,18 @@ def _on_clock(part: Part, offset: float) -> Part:
     return part
 
 
-def _collect(room: Room, own: Part, config: RunConfig) -> list[Part]:
+def _collect(room: Room, own: Part, config: RunConfig) -> tuple[Part, ...]:
     """Hand this rank's part over. Rank 0 waits for all, and returns those of line 0."""
     room.set(f"part/{room.rank}", own.model_dump_json())
     if room.rank != 0:
-        return []
+        return ()
     texts = []
     for rank in range(room.size):
         while (text := room.get(f"part/{rank}")) is None:
             time.sleep(POLL_SECONDS)  # if that rank is lost, the heartbeat ends this one
         texts.append(text)
-    first = Mesh.of(config).pipeline(0)
-    return [Part.model_validate_json(texts[rank]) for rank in first]
+    parts = map(Part.model_validate_json, texts)
+    return of_first_line(sorted(parts, key=lambda part: part.devices), config.stages)
 
 
 def _one_line(error: Exception) -> str:

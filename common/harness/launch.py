@@ -43,7 +43,7 @@ from common.harness.interpreters import (
 from common.io.usage import UsageError
 from common.runtime.job import Job, JobFile, Part
 from common.runtime.loopback import why_no_loopback
-from common.runtime.outcome import Outcome
+from common.runtime.outcome import Outcome, of_first_line
 from common.runtime.patience import Patience
 from common.runtime.text import with_texts
 from common.runtime.watch import Board
@@ -322,8 +322,7 @@ def _outcome(job: Job, log: Path, why_worker_ended: str, seconds: float) -> Outc
                 reason += f"; no result from device {', '.join(map(str, lacking))}"
     if reason:
         return Outcome("failed", reason, log, (), seconds)
-    # All lines have the same losses, and times that their sums have made equal.
-    return Outcome("ok", "", log, tuple(part for part in parts if part.line == 0), seconds)
+    return Outcome("ok", "", log, of_first_line(parts, job.config.stages), seconds)
 
 
 def _files(job: Job, pattern: str) -> list[Path]:

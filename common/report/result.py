@@ -102,7 +102,9 @@ class RunResult(BaseModel):
     wall_seconds: float = 0.0
     """The whole worker process, imports included."""
     peak_memory_bytes: dict[int, int] = {}
-    """By device on CUDA; by the first device of each process on the CPU."""
+    """By device on CUDA; by the first device of each process on the CPU. Of replica r, device s has
+    the number r x stages + s.
+    """
     actions: dict[int, str] = {}
     """What each device did in one step, in the text form of schedules."""
     untimed_steps: int = 2

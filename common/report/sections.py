@@ -226,7 +226,10 @@ def _memory(collection: Collection) -> Grid:
             counted = result.in_flight_peak.get(device)
             expected = planned[device] if planned else None
             held = result.held_activation_peak_bytes.get(device)
-            peak = result.peak_memory_bytes.get(device)
+            # Of the replica that took most.
+            peaks = result.peak_memory_bytes.items()
+            own = [size for number, size in peaks if number % result.config.stages == device]
+            peak = max(own, default=None)
             numbers = [
                 tables.number(counted, "d"),
                 tables.number(expected, "d"),

@@ -71,11 +71,19 @@ class Heartbeat:
         self._last = {rank: ("", time.monotonic()) for rank in watched}
         self._count, self._words, self._error = 0, "", ""
         self._answered = time.monotonic()
+        self._over = False
         self._stopped, self._said = threading.Event(), threading.Event()
 
     def start(self) -> None:
         for work in (self._beat, self._watch):
             threading.Thread(target=work, name="heartbeat", daemon=True).start()
+
+    def give_way(self) -> None:
+        """Where the run is over already, let the thread that knows why end this process: what comes
+        after, as a broken connection, is not the cause.
+        """
+        while self._over:
+            time.sleep(POLL_SECONDS)
 
     def fail(self, line: str) -> None:
         """Tell the others, and return when all can have read it: a beat until rank 0 has, and
@@ -145,6 +153,7 @@ class Heartbeat:
                 self._error = f" ({_one_line(error)})"
                 continue
             if verdict and not self._stopped.is_set() and not self._words:
+                self._over = True
                 self._end(verdict)
                 return
 
@@ -160,9 +169,11 @@ class Heartbeat:
 
 
 def end_process(
-    name: str, note: Callable[[str], None], clean_up: Callable[[], None]
+    name: str, note: Callable[[str], None], clean_up: Callable[[], None], linger_seconds: float
 ) -> Callable[[str], None]:
-    """Return what ends this process, noted and cleaned up, with a line on stderr and status 1."""
+    """Return what ends this process, noted and cleaned up, with a line on stderr and status 1,
+    after a while, where its end is the store's and the others have yet to read why.
+    """
 
     def end(line: str) -> None:
         with contextlib.suppress(Exception):
@@ -171,6 +182,7 @@ def end_process(
             clean_up()
         with contextlib.suppress(OSError):
             print(f"{name}: {line}", file=sys.stderr, flush=True)
+        time.sleep(linger_seconds)
         os._exit(1)
 
     return end

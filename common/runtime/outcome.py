@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,3 +21,20 @@ class Outcome:
     log: Path | None
     parts: tuple[Part, ...]
     wall_seconds: float
+
+
+def of_first_line(parts: Sequence[Part], stages: int) -> tuple[Part, ...]:
+    """Return replica 0's parts with the peak memory of all: device s of replica r has the number
+    r x stages + s there. All else is the same in every replica: losses, and times, which the sums
+    of gradients have made equal.
+    """
+    peaks = {
+        part.line * stages + device: peak
+        for part in parts
+        for device, peak in part.peak_memory_bytes.items()
+    }
+    own = [part for part in parts if part.line == 0]
+    return tuple(
+        part.model_copy(update={"peak_memory_bytes": {} if number else peaks})
+        for number, part in enumerate(own)
+    )

@@ -1,118 +1,168 @@
 """What a network costs: one pipeline in one process, in two, on two hosts, and behind slow links.
 
-    python -m tests.campaigns.hosts --out FOLDER       as root, with nothing else running
+    python -m tests.campaigns.hosts --out FOLDER       as root, with nothing else running; 15 min
 
-Prints a table: the median step of every schedule in PyTorch beside the step that the simulator makes
-of the same run's own actions and messages. Hosts are network namespaces (`tests.hosts`), joined by
-`delaynet.c`, so that both have the same two cores and only the way between them differs.
-"""  # noqa: E501
+Makes the tables and the picture of docs/hosts.md (`hosts_page.py`), and leaves every run in FOLDER;
+what is there already is not measured again. Hosts are network namespaces (`tests.hosts`), joined by
+`delaynet.c`, so that all places have the same cores and only the way between them differs.
+`--steps 3 --preset tiny --page COPY.md` tries it in two minutes.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from common.io.edges import write_file
 from common.report.result import RunResult
-from common.spec.traffic import traffic_bytes
+from common.spec.run import FRAMEWORKS
+from tests.campaigns.hosts_page import (
+    LINKS,
+    PAGE,
+    PLACES,
+    REDUCE_LINK,
+    SCHEDULES,
+    SIZES,
+    Link,
+    write_page,
+)
 from tests.hosts import ROOT, Hosts
 
-SCHEDULES = ("gpipe", "1f1b", "zb-h1")
-LINKS = ((0.1, 10_000), (0.5, 1_000), (1, 1_000), (5, 200), (10, 100))
-"""Milliseconds one way, and Mbit/s."""
-SETTINGS = """
-preset = "small"
-device = "cpu"
-[train]
-steps = 12
-"""
+FLAT, SLOW = "10.77.0", "10.78.0"
+"""The networks of `tests.hosts` and of `delaynet.c`."""
 
 
 @contextlib.contextmanager
-def slow_link(hosts: Hosts, milliseconds: float, mbit: float, folder: Path) -> Iterator[None]:
+def slow_link(hosts: Hosts, link: Link, folder: Path) -> Iterator[None]:
     program = folder / "delaynet"
     if not program.exists():
         source = Path(__file__).with_name("delaynet.c")
         subprocess.run(["cc", "-O2", "-o", program, source], check=True)
-    command = [str(program), str(round(milliseconds * 1000)), str(mbit), *hosts.names]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as link:
+    command = [str(program), str(round(link.milliseconds * 1000)), str(link.mbit), *hosts.names]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert link.stdout is not None
-            if link.stdout.readline() != "up\n":
+            assert process.stdout is not None
+            if process.stdout.readline() != "up\n":
                 raise SystemExit("the slow link did not come up")
             yield
         finally:
-            link.kill()
+            process.kill()
 
 
-def torchrun(address: str, nodes: int, node: int, per_host: int) -> list[str]:
-    where = ["--master-addr", address, "--master-port", "29400"]
-    count = ["--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(per_host)]
-    return ["-m", "torch.distributed.run", *count, *where, "-m", "torch_impl", "train", "run.toml"]
+class Campaign:
+    """Runs in a folder, each under a name of its own."""
 
+    def __init__(self, folder: Path, steps: int, preset: str) -> None:
+        self.folder, self._steps, self._preset = folder, steps, preset
+        folder.mkdir(parents=True, exist_ok=True)
 
-def step(folder: Path, started: list[subprocess.Popen[bytes]], out: str) -> str:
-    """The median step beside the simulated one, in milliseconds."""
-    if any([process.wait() for process in started]):  # noqa: C419  wait for all of them
-        return "failed"
-    timing = RunResult.read(next(folder.glob(f"{out}/*/*/result.json"))).timing
-    assert timing is not None
-    median, simulated = timing.measured_step_seconds, timing.simulated_step_seconds
-    return f"{median * 1e3:,.0f} / {simulated * 1e3:,.0f}"
-
-
-def row(folder: Path, name: str, hosts: Hosts | None, network: str, per_host: int) -> str:
-    """Run all schedules in one place; return its line of the table."""
-    cells = []
-    for schedule in SCHEDULES:
-        out = f"{len(list(folder.iterdir()))}-{schedule}"
-        # A core for each stage: the number is that of a host.
-        threads = "2" if hosts is None else "1"
-        words = ["--schedule", schedule, "--threads", threads, "--out", out]
-        if hosts is not None:
-            address = f"{network}.1"
-            started = [
-                hosts.start(
-                    n, [*torchrun(address, 2, n, per_host), *words], folder / f"{out}-{n}.log"
-                )
-                for n in range(2)
-            ]
+    def run(
+        self, name: str, words: Sequence[str], hosts: Hosts | None = None, network: str = FLAT
+    ) -> None:
+        """Train on one process of each host (by TF_CONFIG, with PyTorch), or on this one."""
+        out = self.folder / name
+        if out.exists():
+            return
+        print(name, flush=True)
+        out.mkdir(parents=True)
+        run = [*("--preset", self._preset, "--device", "cpu", "--steps", str(self._steps)), *words]
+        run += ["--out", str(out)]
+        if hosts is None:
+            self._wait(out, [self._start(["-m", "common.cli", "train", *run], out / "log")])
         else:
-            alone = ["-m", "common.cli", "train", "--config", "run.toml"]
-            command = torchrun("127.0.0.1", 1, 0, per_host) if per_host > 1 else alone
-            env = {**os.environ, "PYTHONPATH": str(ROOT)}
-            with (folder / f"{out}.log").open("wb") as output:
-                whole = [sys.executable, *command, *words]
-                started = [subprocess.Popen(whole, cwd=folder, env=env, stdout=output)]
-        cells.append(step(folder, started, out))
-    line = f"| {name} | {' | '.join(cells)} |"
-    print(line, flush=True)
-    return line
+            self._wait(out, self._on(hosts, network, ["-m", "torch_impl", "train", *run], out))
+
+    def transport(self, framework: str, hosts: Hosts) -> None:
+        out = self.folder / f"transport-{framework}"
+        if out.exists():
+            return
+        print(out.name, flush=True)
+        out.mkdir()
+        words = ["-m", "tests.campaigns.transport", framework, *map(str, SIZES)]
+        self._wait(out, self._on(hosts, FLAT, words, out))
+        line = (out / "host-0.log").read_text().splitlines()[-1]
+        write_file(out / "found.json", json.dumps(json.loads(line)))
+
+    def _on(
+        self, hosts: Hosts, network: str, words: list[str], out: Path
+    ) -> list[subprocess.Popen[bytes]]:
+        addresses = [address.replace(FLAT, network) for address in hosts.addresses]
+        workers = [f"{address}:{7000 + n}" for n, address in enumerate(addresses)]
+        started = []
+        for n in range(len(workers)):
+            task = {"type": "worker", "index": n}
+            env = {"TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": task})}
+            started.append(hosts.start(n, words, out / f"host-{n}.log", env))
+        return started
+
+    def _start(self, words: list[str], log: Path) -> subprocess.Popen[bytes]:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                [sys.executable, *words], env=env, stdout=output, stderr=output, cwd=log.parent
+            )
+
+    def _wait(self, out: Path, started: list[subprocess.Popen[bytes]]) -> None:
+        if any([process.wait() for process in started]):  # noqa: C419  wait for all of them
+            out.rename(out.with_name(f"failed-{out.name}"))
+            raise SystemExit(f"{out.name} failed: see failed-{out.name}")
+
+
+def measure(campaign: Campaign) -> None:
+    pipeline = ["--stages", "2", "--threads"]
+    schedules = {
+        name: ["--schedule", name, *(["--chunks", str(chunks)] if chunks > 1 else [])]
+        for name, chunks in SCHEDULES.items()
+    }
+    for name, words in schedules.items():
+        campaign.run(f"{PLACES[0]}/{name}", [*pipeline, "2", *words])
+    with Hosts(1, "c") as one, Hosts(2, "d") as two:
+        for name, words in schedules.items():
+            # As many processes as `one` has names: two on the same host.
+            pair = Hosts(0)
+            pair.names, pair.addresses = one.names * 2, one.addresses * 2
+            campaign.run(f"{PLACES[1]}/{name}", [*pipeline, "2", *words], pair)
+        for name, words in schedules.items():
+            campaign.run(f"{PLACES[2]}/{name}", [*pipeline, "1", *words], two)
+        for link in LINKS:
+            with slow_link(two, link, campaign.folder):
+                for name, words in schedules.items():
+                    campaign.run(f"{link}/{name}", [*pipeline, "1", *words], two, SLOW)
+        for framework in FRAMEWORKS:
+            campaign.transport(framework, two)
+        with slow_link(two, REDUCE_LINK, campaign.folder):
+            for reduce in ("flush", "overlap"):
+                words = ["--stages", "1", "--replicas", "2", "--threads", "1", "--reduce", reduce]
+                words += ["--schedule", "zb-v", "--chunks", "2"]
+                campaign.run(f"reduce/{reduce}", words, two, SLOW)
+    for framework in FRAMEWORKS:
+        words = ["--framework", framework, "--schedule", "gpipe", "--stages", "1"]
+        campaign.run(f"replicas/{framework}-1", [*words, "--threads", "1"])
+        (first,) = (campaign.folder / f"replicas/{framework}-1").glob("*/*/result.json")
+        train = RunResult.read(first).config.train
+        two_of = ["--replicas", "2", "--threads", "2", *words]
+        half = ["--micro-batches", str(train.micro_batches // 2)]
+        double = ["--batch-size", str(2 * train.batch_size)]
+        campaign.run(f"replicas/{framework}-strong", [*two_of, *half])
+        campaign.run(f"replicas/{framework}-weak", [*two_of, *double])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    folder = parser.parse_args().out.resolve()
-    folder.mkdir(parents=True)
-    (folder / "run.toml").write_text(SETTINGS)
-    print(f"| step ms, measured / simulated | {' | '.join(SCHEDULES)} |")
-    print(f"| --- |{' ---: |' * len(SCHEDULES)}")
-    row(folder, "one process", None, "", 1)
-    row(folder, "two processes", None, "", 2)
-    with Hosts(2, "c") as hosts:
-        row(folder, "two hosts", hosts, "10.77.0", 1)
-        for milliseconds, mbit in LINKS:
-            with slow_link(hosts, milliseconds, mbit, folder):
-                name = f"two hosts, {milliseconds:g} ms, {mbit:,} Mbit/s"
-                row(folder, name, hosts, "10.78.0", 1)
-    result = RunResult.read(next(folder.glob("*/*/*/result.json")))
-    megabytes = sum(traffic_bytes(result.config).values()) / 1e6
-    print(f"\n{megabytes:.1f} MB a step between the stages, on {result.machine.one_line}")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    arguments = parser.parse_args()
+    campaign = Campaign(arguments.out.resolve(), arguments.steps, arguments.preset)
+    measure(campaign)
+    write_page(campaign.folder, arguments.page)
 
 
 if __name__ == "__main__":

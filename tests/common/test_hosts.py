@@ -9,7 +9,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,18 @@ def hosts() -> Iterator[Hosts]:
 
 
 def torchrun(
-    hosts: Hosts, host: int, folder: Path, *words: str, restarts: int = 0, per_host: int = 1
+    hosts: Hosts, host: int, folder: Path, *words: str, restarts: int = 0, **where: Any
 ) -> subprocess.Popen[Any]:
     """Start one host's share of a run over both."""
     run = folder / "run.toml"
     if not run.exists():
         run.write_text(SETTINGS)
-    nodes = ["--nnodes", "2", "--node-rank", str(host), "--nproc-per-node", str(per_host)]
-    where = ["--master-addr", hosts.addresses[0], "--master-port", "29400"]
-    launcher = ["-m", "torch.distributed.run", *nodes, *where, "--max-restarts", str(restarts)]
+    nodes = ["--nnodes", "2", "--node-rank", str(host), "--nproc-per-node", "1"]
+    master = ["--master-addr", hosts.addresses[0], "--master-port", "29400"]
+    launcher = ["-m", "torch.distributed.run", *nodes, *master, "--max-restarts", str(restarts)]
     command = [*launcher, "-m", "torch_impl", "train", "run.toml", *words]
-    return hosts.start(host, command, folder / f"host-{host}.log", {"OMP_NUM_THREADS": "1"})
+    log, env = folder / f"host-{host}.log", {"OMP_NUM_THREADS": "1"}
+    return hosts.start(host, command, log, env, **where)
 
 
 def by_tf_config(
@@ -79,15 +81,19 @@ def by_tf_config(
     return hosts.start(host, command, log, {"TF_CONFIG": json.dumps(config)})
 
 
-def end_of(process: subprocess.Popen[Any], log: Path) -> tuple[int, list[str]]:
-    """The status, and what the ranks themselves said in it."""
-    status = process.wait()
+def said_in(log: Path) -> list[str]:
+    """What the ranks themselves said went wrong."""
     lines = log.read_text(errors="replace").splitlines()
-    return status, [line for line in lines if re.match(r"rank |\w+_impl train: ", line)]
+    return [line for line in lines if re.match(r"rank |\w+_impl train: ", line)]
 
 
-def result_in(folder: Path) -> RunResult:
-    return RunResult.read(next(folder.glob("results/*/*/result.json")))
+def end_of(process: subprocess.Popen[Any], log: Path) -> tuple[int, list[str]]:
+    return process.wait(), said_in(log)
+
+
+def results_in(folder: Path) -> list[RunResult]:
+    """Of all attempts, the first one first."""
+    return [RunResult.read(path) for path in sorted(folder.glob("*/*/result.json"))]
 
 
 def saved(folder: Path) -> dict[str, Any]:
@@ -98,6 +104,7 @@ def saved(folder: Path) -> dict[str, Any]:
 def test_a_run_over_hosts_has_the_bits_of_one_process_also_after_a_restart(
     hosts: Hosts, tmp_path: Path
 ) -> None:
+    """The second host has folders of its own, and a clock that is an hour ahead."""
     (tmp_path / "run.toml").write_text(SETTINGS)
     command = [sys.executable, "-m", "common.cli", "train", "--config", "run.toml"]
     alone = subprocess.Popen(
@@ -109,17 +116,28 @@ def test_a_run_over_hosts_has_the_bits_of_one_process_also_after_a_restart(
     # Stage 1 is killed in step 5; torchrun starts both again, and they go on from step 4.
     words = ["--save-dir", "saved", "--save-every", "2", "--resume", "latest", "--out", "over"]
     words += ["--fault", "kill@device=1,step=5"]
-    ranks = [torchrun(hosts, n, tmp_path, *words, restarts=2) for n in range(2)]
+    own = [tmp_path / "saved", tmp_path / "over"]
+    for path in own:
+        path.mkdir()
+    ranks = [
+        torchrun(hosts, 0, tmp_path, *words, restarts=2),
+        torchrun(hosts, 1, tmp_path, *words, restarts=2, own=own, ahead_seconds=3600),
+    ]
     assert [rank.wait() for rank in ranks] == [0, 0]
     assert alone.wait() == 0
-    one = result_in(tmp_path)
-    (folder,) = (path.parent for path in tmp_path.glob("over/*/*/result.json"))
-    over = RunResult.read(folder / "result.json")
+    (one,), (failed, over) = results_in(tmp_path / "results"), results_in(tmp_path / "over")
+    assert failed.status == "failed" and "peer" in failed.reason
+    (log,) = (tmp_path / "over").glob(f"*/{failed.log}")
+    assert "Traceback" in log.read_text()
+    assert [step.loss for step in failed.steps] == [step.loss for step in one.steps[:5]]
     assert over.resumed_from == str(tmp_path / "saved" / "step-00000004")
     assert [step.loss for step in over.steps] == [step.loss for step in one.steps[4:]]
+    ends = [event.end_seconds for row in over.median_step_events.values() for event in row]
+    assert max(ends) - min(ends) < 1800, "the times are not on one clock"
     ours, theirs = saved(tmp_path / "saved"), saved(tmp_path / "alone")
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert [path.name for path in (tmp_path / "saved").glob(".step*")] == []
     said = (tmp_path / "host-0.log").read_text()
     assert "10.77.0.1: replica 0 stage 0" in said and "10.77.0.2: replica 0 stage 1" in said
 
@@ -139,36 +157,106 @@ def test_an_exception_on_one_host_is_the_line_of_all(
     assert first.startswith(f"rank 0 (10.77.0.1): {why}") and second.startswith(why), found
 
 
-def ended_in_seconds(
-    hosts: Hosts, folder: Path, what: str, fault: Callable[[], object]
-) -> list[tuple[int, list[str]]]:
-    """What both hosts said when a fault happened to a run that would go on for ever."""
-    ranks = [torchrun(hosts, n, folder, *FOR_EVER, "--out", what) for n in range(2)]
-    wait_until(lambda: list(folder.glob(f"{what}/*/*/progress.jsonl")), ranks[0])
-    fault()
-    found = [end_of(rank, folder / f"host-{n}.log") for n, rank in enumerate(ranks)]
-    assert all(status for status, _ in found), found
-    assert [hosts.processes(n) for n in range(2)] == [[], []]  # no orphan
-    return found
+def steps_in(folder: Path) -> int:
+    """How many the newest attempt has done."""
+    results = sorted(folder.glob("*/*/result.json"))
+    progress = results[-1].with_name("progress.jsonl") if results else None
+    return len(progress.read_text().splitlines()) if progress and progress.exists() else 0
 
 
 def test_a_host_that_is_gone(hosts: Hosts, tmp_path: Path) -> None:
-    (_, first), _ = ended_in_seconds(hosts, tmp_path, "gone", lambda: hosts.kill(1))
+    """An elastic launcher goes on with the hosts that are left, and they with fewer replicas: from
+    the last checkpoint, with the bits of so many replicas.
+    """
+    (tmp_path / "run.toml").write_text(SETTINGS)
+    words = ["--stages", "1", *FOR_EVER, "--save-every", "1"]
+    saving = ["--save-dir", "saved", "--keep", "1000000", "--resume", "latest"]
+    ranks = []
+    for n in range(2):
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts.addresses[0]}:29400"]
+        meeting += ["--rdzv-conf", f"is_host={1 - n},last_call_timeout=1"]
+        launcher = ["-m", "torch.distributed.run", "--nnodes", "1:2", *meeting]
+        launcher += ["--local-addr", hosts.addresses[n], "--max-restarts", "3"]
+        command = ["-m", "torch_impl", "train", "run.toml", *words, *saving, "--elastic"]
+        log = tmp_path / f"host-{n}.log"
+        ranks.append(hosts.start(n, [*launcher, *command], log, {"OMP_NUM_THREADS": "1"}))
+    out = tmp_path / "results"
+    wait_until(lambda: steps_in(out), ranks[0])
+    hosts.kill(1)
+    wait_until(lambda: len(results_in(out)) == 2 and steps_in(out) > 2, ranks[0])
+    ranks[0].terminate()
+    assert ranks[0].wait() and ranks[1].wait()
+    assert [hosts.processes(n) for n in range(2)] == [[], []]  # no orphan
     # By the connection that broke; if not, by the heartbeat.
-    assert len(first) == 1 and first[0].startswith("rank 0 (10.77.0.1): "), first
+    (said,) = said_in(tmp_path / "host-0.log")
+    assert said.startswith("rank 0 (10.77.0.1): ")
+    first, second = results_in(out)
+    assert [result.config.replicas for result in (first, second)] == [2, 1]
+    assert second.resumed_from == str(tmp_path / "saved" / f"step-{second.steps[0].step:08}")
+    command = ["-m", "common.cli", "train", "--config", "run.toml", *words, "--out", "alone"]
+    alone = subprocess.Popen(
+        [sys.executable, *command, "--resume", second.resumed_from],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    wait_until(lambda: list(tmp_path.glob("alone/*/checkpoints/step-*")), alone)
+    alone.terminate()
+    alone.wait()
+    (again,) = results_in(tmp_path / "alone")
+    for ours, theirs in zip(second.steps, again.steps, strict=False):
+        assert (ours.step, ours.loss) == (theirs.step, theirs.loss)
 
 
-def test_a_network_that_is_cut_for_a_while(hosts: Hosts, tmp_path: Path) -> None:
-    """The processes do not find each other again by themselves: the launcher starts them anew."""
-    cut = hosts.without(1)
-    try:
-        (_, first), (_, second) = ended_in_seconds(hosts, tmp_path, "cut", cut.__enter__)
-    finally:
-        cut.__exit__(None, None, None)
-    assert first == [
-        f"rank 0 (10.77.0.1): lost rank 1 (10.77.0.2): no sign of life for {LOST_SECONDS:g} s"
+def test_a_hang_in_which_every_process_is_alive(hosts: Hosts, tmp_path: Path) -> None:
+    words = ["--fault", "hang@device=1,step=1,action=BW1", "--hang-timeout", "10"]
+    ranks = [by_tf_config(hosts, n, tmp_path, 7500, *words) for n in range(2)]
+    found = [end_of(rank, tmp_path / f"host-{n}-7500.log") for n, rank in enumerate(ranks)]
+    line = (
+        "no progress for 10 s (--hang-timeout): device 1 hangs in BW1, step 1; "
+        "device 0 waits for the gradient of micro-batch 1"
+    )
+    for n, (status, lines) in enumerate(found):
+        assert status == 1 and lines[0].startswith(f"rank {n} ({hosts.addresses[n]}): {line}"), (
+            found
+        )
+    (result,) = results_in(tmp_path / "results")
+    assert result.status == "failed" and result.reason.startswith(line)
+    (log,) = (tmp_path / "results").glob(f"*/{result.log}")
+    assert "(most recent call first)" in log.read_text()  # where each thread stood
+
+
+def test_a_network_that_is_cut(hosts: Hosts, tmp_path: Path) -> None:
+    """For a moment: the run goes on. For longer: both sides have ended, and once it is healed the
+    launcher's new processes go on from the last checkpoint. A launcher that is ended ends the run.
+    """
+    words = [*FOR_EVER, "--out", "cut", "--save-dir", "saved", "--save-every", "1"]
+    ranks = [
+        torchrun(hosts, n, tmp_path, *words, "--resume", "latest", restarts=1) for n in range(2)
     ]
-    assert len(second) == 1 and "the store of the run" in second[0], second
+    out = tmp_path / "cut"
+    wait_until(lambda: steps_in(out), ranks[0])
+    with hosts.without(1):
+        time.sleep(3)
+    before = steps_in(out)
+    wait_until(lambda: steps_in(out) > before + 1, ranks[0])
+    logs = [tmp_path / f"host-{n}.log" for n in range(2)]
+    with hosts.without(1):
+        for log in logs:
+            wait_until(lambda log=log: said_in(log), ranks[0])  # type: ignore[misc]
+    lost = f"rank 0 (10.77.0.1): lost rank 1 (10.77.0.2): no sign of life for {LOST_SECONDS:g} s"
+    assert said_in(logs[0]) == [lost]
+    (second,) = said_in(logs[1])
+    assert "the store of the run" in second
+    wait_until(lambda: len(results_in(out)) == 2 and steps_in(out) > 1, ranks[0])
+    for rank in ranks:
+        rank.terminate()
+    assert all(rank.wait() for rank in ranks)
+    assert [hosts.processes(n) for n in range(2)] == [[], []]
+    first, again = results_in(out)
+    assert first.status == again.status == "failed"
+    assert lost.endswith(first.reason) and again.reason == "ended by SIGTERM"
+    assert again.resumed_from == str(tmp_path / "saved" / f"step-{first.steps[-1].step + 1:08}")
 
 
 def test_hosts_that_differ_say_who_and_in_what(hosts: Hosts, tmp_path: Path) -> None:

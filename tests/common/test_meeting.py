@@ -11,7 +11,7 @@ import pytest
 
 from common.io.usage import UsageError
 from common.runtime import heartbeat
-from common.runtime.heartbeat import DONE, FAILED, LOST_SECONDS, Heartbeat
+from common.runtime.heartbeat import DONE, FAILED, LOST_SECONDS, Heartbeat, Places
 from common.runtime.launchers import Launched
 from common.runtime.meeting import Absent, Room, disagreement, meet
 from common.runtime.text_store import TextStore
@@ -131,6 +131,27 @@ def test_rank_0_is_watched_by_the_others(monkeypatch: pytest.MonkeyPatch) -> Non
     assert hearts.beat(1 + LOST_SECONDS, 2) == [None]
     (found,) = hearts.beat(2 + LOST_SECONDS, 2)
     assert found == f"lost rank 0 (a): no sign of life for {LOST_SECONDS:g} s"
+
+
+def test_all_are_alive_and_none_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    hearts = Hearts(monkeypatch)
+    at = ["", "", ""]
+    for rank, heart in enumerate(hearts.hearts):
+        heart._of = Places(lambda rank=rank: at[rank], 30, " ".join)  # type: ignore[misc]
+
+    def beat(first: int, last: int) -> list[str | None]:
+        for now in range(first, last):
+            found = hearts.beat(now, 2, 1, 0)
+            if any(found):
+                break
+        return found
+
+    assert beat(0, 100) == [None] * 3  # still building
+    at[:] = ["F0", "F1", "B0"]
+    assert beat(100, 130) == [None] * 3
+    at[2] = "W0"
+    assert beat(130, 161) == [None] * 3
+    assert beat(161, 200)[2] == "no progress for 30 s (--hang-timeout): F0 F1 W0"
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -19,7 +19,7 @@ from common.report.machine import this_machine
 from common.report.result import SCHEMA_VERSION, Parity, ResultError, RunResult, Step, measured
 from common.report.tables import csv_table, grid, make_rows, print_table
 from common.runtime.job import EventRecord, Part, StepRecord
-from common.runtime.outcome import Outcome
+from common.runtime.outcome import Outcome, of_first_line
 from common.spec.parameters import TensorKey, parameter_shapes, random_arrays, unit_of
 from common.spec.run import RunConfig, TrainSpec, preset
 
@@ -86,25 +86,28 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_parts_of_several_processes_become_one_result() -> None:
-    def part(device: int, seconds: float, thread_count: int) -> Part:
+    def part(device: int, seconds: float, thread_count: int, replica: int = 0) -> Part:
         event = EventRecord(action="F0", ready_seconds=0, start_seconds=0, end_seconds=1)
         step = StepRecord(
             step=0, loss=5.0, gradient_norm=1.0, seconds=seconds, events={device: [event]}
         )
         return Part(
             devices=(device,),
+            line=replica,
             steps=[step],
             build_seconds=seconds,
-            peak_memory_bytes={device: 10},
+            peak_memory_bytes={device: 10 + replica},
             environment={"version": "1.0", "threads": thread_count},
             **{"held_out_loss": 4.0, "corpus_digest": "d", "corpus_bytes": 1},
         )
 
-    fields = measured(Outcome("ok", "", None, (part(0, 1.0, 1), part(1, 2.0, 3)), 9.0), CONFIG, 2)
+    parts = [part(0, 1.0, 1), part(0, 1.0, 1, 1), part(1, 2.0, 3), part(1, 2.0, 3, 1)]
+    outcome = Outcome("ok", "", None, of_first_line(parts, stages=2), 9.0)
+    fields = measured(outcome, CONFIG, 2)
     assert fields["timing"] is None  # no step is timed
     assert fields["steps"][0].seconds == 2.0
     assert fields["actions"] == {0: "F0", 1: "F0"}
-    assert fields["peak_memory_bytes"] == {0: 10, 1: 10}
+    assert fields["peak_memory_bytes"] == {0: 10, 1: 10, 2: 11, 3: 11}
     assert fields["environment"] == {"version": "1.0", "threads": [1, 3]}
 
 
