@@ -24,9 +24,9 @@ class Outcome:
 
 
 def of_first_line(parts: Sequence[Part], stages: int) -> tuple[Part, ...]:
-    """Return replica 0's parts with the peak memory of all: device s of replica r has the number
-    r x stages + s there. All else is the same in every replica: losses, and times, which the sums
-    of gradients have made equal.
+    """Return line 0's parts with the peak memory of all: device s of line l has the number
+    l x stages + s there. All else is the same in every line: losses, and times, which the sums
+    have made equal.
     """
     peaks = {
         part.line * stages + device: peak
