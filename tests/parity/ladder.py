@@ -69,9 +69,12 @@ def config(
     uneven: bool = False,
     batch_size: int = 8,
     replicas: int = 1,
+    tensor_parallel: int = 1,
+    vocab_parallel: bool = False,
+    model: Mapping[str, Any] = MappingProxyType({}),
 ) -> RunConfig:
-    """One run, with one CPU thread per stage: a kernel splits its sums by the number of threads, so
-    bits depend on it.
+    """One run, with one CPU thread per stage and shard: a kernel splits its sums by the number of
+    threads, so bits depend on it. `model` goes before the rest.
     """
     return RunConfig.model_validate(
         {
@@ -81,8 +84,10 @@ def config(
             "schedule": schedule,
             "partition": partition,
             "device": "cpu",
-            "threads": p * replicas,
+            "threads": p * replicas * tensor_parallel,
             "replicas": replicas,
+            "tensor_parallel": tensor_parallel,
+            "vocab_parallel": vocab_parallel,
             "executor": executor,
             "recompute": recompute,
             **(UNEVEN if uneven else {}),
@@ -97,6 +102,7 @@ def config(
                 "tied_head": head == "tied",
                 **BLOCKS.get(activation, {"activation": activation}),
                 "dropout": dropout,
+                **model,
             },
             "train": {
                 "steps": steps,
@@ -156,18 +162,32 @@ REPLICATED: dict[str, tuple[int, int, tuple[Any, ...]]] = {
 }
 CASES |= {name: run for name, (_, _, run) in REPLICATED.items()}
 
+# Whether the vocabulary is cut, the case that is cut in two, which has the same oracle, and what
+# its model has instead: d and p of 1 and 2.
+SHARDED: dict[str, tuple[bool, str, dict[str, Any]]] = {
+    "t2-1-4-float64": (False, "1-4-float64", {}),
+    "t2-2-3-float64": (True, "2-3-float64", {}),
+    "t2-2-4-float64-llama": (False, "2-4-float64-llama", {"num_heads": 4, "num_kv_heads": 2}),
+    "t2-d2-1-2-float64": (False, "d2-1-2-float64", {}),
+    "t2-d2-2-2-float64": (True, "d2-2-2-float64", {}),
+}
+CASES |= {name: CASES[whole] for name, (_, whole, _) in SHARDED.items()}
+
 
 def case_config(framework: str, case: str) -> RunConfig:
     """The run of a ladder case."""
-    p, *_ = CASES[case]
-    if case in REPLICATED:
-        d, sequences, run = REPLICATED[case]
-        uneven = case.endswith("uneven")
-        return config(
-            framework, *run, uneven=uneven, num_layers=2, batch_size=sequences, replicas=d
-        )
+    vocab_parallel, whole, model = SHARDED.get(case, (False, case, {}))
+    d, sequences, run = REPLICATED.get(whole, (1, 8, CASES[whole]))
     return config(
-        framework, *CASES[case], uneven=case.endswith("uneven"), num_layers=4 if p == 4 else 2
+        framework,
+        *run,
+        uneven=case.endswith("uneven"),
+        num_layers=4 if run[0] == 4 else 2,
+        batch_size=sequences,
+        replicas=d,
+        tensor_parallel=2 if case in SHARDED else 1,
+        vocab_parallel=vocab_parallel,
+        model=model,
     )
 
 
@@ -235,6 +255,12 @@ MODELS: dict[str, tuple[str, str, str, str, int, tuple[str, ...]]] = {
         *("float32", "tied", "pre", "gelu", 18),
         ("one-stage", "rerun", "rerun-again", "zb-v", "recompute-full-split"),
     ),
+    "t2": (
+        *("float32", "untied", "post", "gelu", 10),
+        ("one-stage", "uneven", "zb-v", "recompute-full-split"),
+    ),
+    # Three shards, whose sums have an order; of the 256 tokens one has 86.
+    "t3": (*("float64", "tied", "pre", "gelu", 10), ("one-stage", "zb-v")),
     "float32": ("float32", "tied", "pre", "gelu", 10, tuple(VARIANTS)),
     "llama": (
         *("float32", "untied", "pre", "llama", 10),
@@ -259,7 +285,8 @@ MODELS: dict[str, tuple[str, str, str, str, int, tuple[str, ...]]] = {
     ),
 }
 """dtype, head, norm, activation, batch size, and the variants: 8 sequences make micro-batches of 2;
-10 make such of 3, 3, 2 and 2.
+10 make such of 3, 3, 2 and 2. "d2" has two replicas, "t2" and "t3" so many shards, which share the
+vocabulary too.
 
 The order of the actions is the schedule's business and not the model's, so one of the models has
 every kind of variant (one stage, more, cut unevenly, chunks, a split backward, recomputation) but
@@ -293,7 +320,12 @@ def variant_configs(framework: str, model: str, folder: Path) -> dict[str, RunCo
             recompute=recompute,
             batch_size=batch_size,
             replicas=2 if model == "d2" else 1,
+            tensor_parallel=t,
+            vocab_parallel=t > 1,
+            model={"num_heads": t, "d_ff": 14 * t} if t > 1 else {},
         )
+
+    t = {"t2": 2, "t3": 3}.get(model, 1)
 
     found = {name: of(VARIANTS[name][0], 4, *VARIANTS[name][1:]) for name in names}
     return found | {"few": of(2, 1, "even", "zb-v", 2, "none")}
@@ -309,13 +341,13 @@ def run_ladder(framework: str, folder: Path) -> dict[str, Probed]:
     configs = {name: case_config(framework, name) for name in CASES} | {
         "extreme": extreme_config(framework)
     }
-    if framework not in rules.REPLICATED:
-        configs = {name: one for name, one in configs.items() if one.replicas == 1}
-    for model in MODELS if framework in rules.REPLICATED else set(MODELS) - {"d2"}:
+    for model in MODELS:
         configs |= {
             f"{model}/{name}": one
             for name, one in variant_configs(framework, model, folder).items()
         }
+    if framework not in rules.TENSOR_PARALLEL:
+        configs = {name: one for name, one in configs.items() if one.tensor_parallel == 1}
     runs = run_probes(configs, folder, {configs["extreme"]: EXTREME_NOISE})
     return {name: Probed(one, runs[name]) for name, one in configs.items()}
 

@@ -9,7 +9,7 @@ import pytest
 from common.harness.probes import compare_probe
 from common.oracle.limits import Comparison, compare
 from common.schedule.generators import make_schedule
-from common.spec.rules import REPLICATED
+from common.spec.rules import TENSOR_PARALLEL
 from common.spec.run import RunConfig
 from tests.parity.ladder import (
     CASES,
@@ -28,10 +28,10 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 
 @pytest.fixture(autouse=True)
-def _has_replicas(request: pytest.FixtureRequest, framework: str) -> None:
+def _has_shards(request: pytest.FixtureRequest, framework: str) -> None:
     what = request.node.callspec.params.get("case") or request.node.callspec.params.get("model", "")
-    if str(what).startswith("d") and framework not in REPLICATED:
-        pytest.skip(f"{framework} has no replicas")
+    if str(what).startswith("t") and framework not in TENSOR_PARALLEL:
+        pytest.skip(f"{framework} has whole matrices")
 
 
 @every_case
