@@ -7,9 +7,9 @@ feed-forward width, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,14 +60,28 @@ def norm(spec: TransformerSpec) -> nn.Module:
     return LayerNorm(spec.d_model, spec.norm_epsilon, bias=spec.biases)
 
 
-@functools.cache
+_ANGLES: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+"""Kept for all layers. Not buffers of them: those are rounded to bfloat16 with the weights."""
+
+
+def constants() -> list[Tensor]:
+    """Return what layers keep besides weights and buffers: no activation, whatever holds it."""
+    return [table for tables in _ANGLES.values() for table in tables]
+
+
 def _rotary_angles(
     size: int, width: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines (size, width / 2), rounded once from float64.
+    """Return the cosines and sines (size, width / 2), rounded once from float64."""
+    key = size, width, theta, dtype, device
+    if key not in _ANGLES:
+        _ANGLES[key] = _angles(*key)
+    return _ANGLES[key]
 
-    Not a buffer of the module: that would be rounded to bfloat16 with the weights.
-    """
+
+def _angles(
+    size: int, width: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     half = width // 2
     turns = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(size, dtype=torch.float64)[:, None] * turns  # (S, E/2)

@@ -29,7 +29,7 @@ from torch_impl.cache import Cache
 from torch_impl.dropout import DropoutContext, ElementHashes
 from torch_impl.gradients import gradient_of
 from torch_impl.held import memory_bytes, saved_tensors
-from torch_impl.layers import summed_loss
+from torch_impl.layers import constants, summed_loss
 from torch_impl.shards import WHOLE, Shards, parallel_loss
 from torch_impl.streams import CopyStreams
 from torch_impl.taps import Chunk
@@ -181,7 +181,8 @@ class Stage:
                 x, get_gradient_edge(y), module.take_taps(), again, module.direct
             )
             if measures:
-                others = [*module.parameters(), *module.buffers(), *now.tokens, *now.targets]
+                kept = [*module.parameters(), *module.buffers(), *constants()]
+                others = [*kept, *now.tokens, *now.targets]
                 sizes[chunk] = memory_bytes(saved, others)
             self.held.note(self.in_flight, self.waiting)
         return None if has_head else y.detach()

@@ -6,6 +6,7 @@ of the rows whose words (`where`) all hold of the run. Its letters:
 
     b S D F V H   sequences of the micro-batch, tokens, width, feed-forward width, vocabulary, heads
     E K           width of a head, and of all keys (D, or less where heads share them)
+    A             width of a shard's own heads: D / t, as F, H and K are its own parts
     e             bytes of an element of the run's dtype: 2, 4 or 8
     f             the same, but 4 in bfloat16: statistics, norms and the loss stay in float32
     n             f - e: what a tensor takes more for being kept in float32 (0 but in bfloat16)
@@ -28,25 +29,27 @@ from dataclasses import dataclass
 from functools import cache
 
 from common.spec.run import ELEMENT_BYTES, RunConfig
+from common.spec.shards import own_tokens
 
 HELD = """
 framework   unit       where                 between F and B                          between B and W
 torch       embedding  any                   0                                        e bSD
 torch       embedding  learned               0                                        e SD + 8 S
 torch       embedding  dropout               e bSD                                    0
-torch       block      any                   8e bSD + 2n bSD + 2e bSF + 4f bS + 8n D  8e bSD + 2e bSF
+torch       embedding  vocab                 9 bS                                     0
+torch       block      any                   4e bSD + 4e bSA + 2n bSD + 2e bSF + 4f bS + 8n D  4e bSD + 4e bSA + 2e bSF
 torch       block      scores                e bHSS                                   0
 torch       block      fused                 f bHS                                    0
 torch       block      relu                  -e bSF                                   0
 torch       block      dropout               2e bSD + 2e bHSS                         0
 torch       block      swiglu                2e bSF                                   e bSF
 torch       block      rms                   2f bSD + -2f bS + -4n D                  0
-torch       block      rotary                f SE                                     0
-torch       block      fused rotary          e bSD                                    0
-torch       block      grouped               0                                        -2e bSD + 2e bSK
+torch       block      fused rotary          e bSA                                    0
+torch       block      grouped               0                                        -2e bSA + 2e bSK
 torch       head       any                   e bSD + f bSV + f                        e bSD + e bSV
 torch       head       pre-norm              f bSD + 2f bS + 4n D                     0
 torch       head       pre-norm rms          f bSD + -f bS + -2n D                    0
+torch       head       vocab                 f bS + 10 bS + -f                        0
 tensorflow  embedding  any                   0                                        e bSD
 tensorflow  embedding  dropout               bSD                                      bSD
 tensorflow  block      any                   12e bSD + 2n bSD + 2e bSF + 6f bS        18e bSD + 2n bSD + 3e bSF + 2f bS
@@ -67,14 +70,14 @@ tensorflow  head       pre-norm rms          -2f bS                             
 tensorflow  head       pre-norm plain layer  0                                        -e bSD
 paddle      embedding  learned               8 S                                      0
 paddle      embedding  dropout               bSD                                      0
-paddle      block      any                   8e bSD + 2e bSF + 4e bS                  8e bSD + 2e bSF
+paddle      block      any                   4e bSD + 4e bSA + 2e bSF + 4e bS         4e bSD + 4e bSA + 2e bSF
 paddle      block      scores                e bHSS                                   0
 paddle      block      relu                  -e bSF                                   0
 paddle      block      dropout               2 bSD + e bHSS + bHSS                    0
 paddle      block      swiglu                2e bSF                                   e bSF
 paddle      block      rms                   2e bSD + -2e bS                          0
-paddle      block      rotary                e bSD + e bSK + 2e SE                    0
-paddle      block      grouped               2e bSK                                   -2e bSD + 2e bSK
+paddle      block      rotary                e bSA + e bSK + 2e SE                    0
+paddle      block      grouped               2e bSK                                   -2e bSA + 2e bSK
 paddle      head       any                   e bSD + e bSV                            e bSD + e bSV
 paddle      head       pre-norm              e bSD + 2e bS                            0
 paddle      head       pre-norm rms          e bSD + -e bS                            0
@@ -105,6 +108,7 @@ def unit_held_bytes(config: RunConfig, unit: str, sequences: int) -> HeldBytes:
         "biases" if model.biases else "plain",
         *(["dropout"] if model.dropout else []),
         *(["grouped"] if model.kv_heads < model.num_heads else []),
+        *(["vocab"] if config.vocab_parallel else []),
         *(["cast"] if config.train.dtype != "float64" else []),
     }
     kind = unit.partition(".")[0]
@@ -128,16 +132,17 @@ def _rows() -> list[tuple[str, str, str, list[str], list[str]]]:
 def _value(term: str, config: RunConfig, sequences: int) -> int:
     """Return the bytes of a term such as `8e bSD`."""
     model = config.model
-    element = ELEMENT_BYTES[config.train.dtype]
+    element, t = ELEMENT_BYTES[config.train.dtype], config.tensor_parallel
     letters = {
         "b": sequences,
         "S": model.context_length,
         "D": model.d_model,
-        "F": model.d_ff,
-        "V": model.vocab_size,
-        "H": model.num_heads,
+        "A": model.d_model // t,
+        "F": model.d_ff // t,
+        "V": len(own_tokens(config, 0)),
+        "H": model.num_heads // t,
         "E": model.d_head,
-        "K": model.kv_heads * model.d_head,
+        "K": model.kv_heads * model.d_head // t,
         "e": element,
         "f": max(element, 4),
         "n": max(element, 4) - element,

@@ -24,6 +24,7 @@ from common.spec.activation_memory import HeldBytes, unit_held_bytes
 from common.spec.parameters import parameter_shapes, unit_of
 from common.spec.partition import plan_partition, schedule_of
 from common.spec.run import ELEMENT_BYTES, RunConfig
+from common.spec.shards import own_tokens, shard_shape
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Memory:
         parameters = sum(chunk.parameters for chunk in chunks)
         kinds = {kind for part in parts for kind in part}
         if model.tied_head and "head" in kinds and "embedding" not in kinds:
-            parameters += model.vocab_size * model.d_model  # the head's copy of the embedding
+            # The head's copy of the embedding.
+            parameters += len(own_tokens(config, 0)) * model.d_model
         master = ELEMENT_BYTES[config.train.master_dtype]
         # AdamW in bfloat16: 4 + 2 bytes of weights, 4 of gradients and 8 of moments make 18 a
         # parameter; in float32 there is no copy, which leaves 16.
@@ -146,11 +148,12 @@ class Memory:
 
     @cached_property
     def _parameters(self) -> dict[str, int]:
-        """Of the embedding, one block and the head."""
+        """Of the embedding, one block and the head; of a shard, the first, which has most."""
         one = self.config.model.model_copy(update={"num_layers": 1})
         sizes = {"embedding": 0, "block": 0, "head": 0}
         for name, shape in parameter_shapes(one).items():
-            sizes[unit_of(name).partition(".")[0]] += math.prod(shape)
+            own = shard_shape(self.config, name, shape, 0)
+            sizes[unit_of(name).partition(".")[0]] += math.prod(own)
         return sizes
 
     def _sizes(self, part: Part, sequences: int, recomputed: bool) -> tuple[int, int]:
