@@ -2,7 +2,7 @@
 over this replica's rows. A baseline for p = 1; why its like does not fit a pipeline stands in
 `torch_impl/rank_engine.py`.
 
-Differs: TensorFlow's is in its `baseline.py`.
+Differs: TensorFlow's replicas are devices of one process.
 """
 
 from __future__ import annotations

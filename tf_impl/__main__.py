@@ -11,6 +11,7 @@ import sys
 from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
+from common.spec.mesh import Mesh
 from tf_impl.devices import configure
 from tf_impl.ranks import RANKS, run_on_ranks
 
@@ -25,8 +26,8 @@ def main(arguments: list[str]) -> int:
         return _refuse("usage: python -m tf_impl JOBS.json, or train [FILE.toml]")
     try:
         jobs = JobFile.read(arguments[0])
-        in_ranks = [job for job in jobs.jobs if job.config.replicas > 1]
-        others = [job for job in jobs.jobs if job.config.replicas == 1]
+        in_ranks = [job for job in jobs.jobs if Mesh.of(job.config).replicas > 1]
+        others = [job for job in jobs.jobs if job not in in_ranks]
         for field in ("track", "device"):  # TensorFlow's devices and kernels are a process' own
             if len({getattr(job.config, field) for job in jobs.jobs}) > 1:
                 raise ValueError(f"the jobs of one file share {field}; expected one file for each")
@@ -41,9 +42,12 @@ def main(arguments: list[str]) -> int:
             status |= run_on_ranks(own)
         if not others:
             return status
-        largest = max((job.config for job in others), key=lambda config: config.stages)
+        count, largest = max(
+            ((job.config.stages * job.config.replicas, job.config) for job in others),
+            key=lambda each: each[0],
+        )
         onednn = largest.drift == "onednn"
-        configure(largest.stages, largest.threads, largest.device, largest.track, onednn)
+        configure(count, largest.threads, largest.device, largest.track, onednn)
         from tf_impl.drift import switch  # after `configure`, since both import TensorFlow
         from tf_impl.engine import build_engine
     except ImportError as error:

@@ -7,7 +7,7 @@ threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -54,7 +54,12 @@ class PlainEngine(BaselineEngine):
         optimizer = make_optimizer(
             train, [item.parameter for item in self._named if not train.decays(item.name)]
         )
-        self._norm = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+        self._norm = tf.Variable(
+            0.0,
+            dtype=tf.float64,
+            trainable=False,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,  # they have the same
+        )
         apply = optimizer.apply
 
         def apply_dense(gradients: list[Any], *arguments: Any) -> Any:
@@ -92,10 +97,12 @@ class PlainEngine(BaselineEngine):
     def apply_gradients(self, step: int) -> float:
         if self._given:  # `set_gradients`: a step from given gradients, to compare optimizers
             self.model.optimizer.learning_rate = self.config.train.learning_rate_at(step)
-            gradients = [self._given[item.name] for item in self._named]
-            self.model.optimizer.apply(gradients, [item.parameter for item in self._named])
+            self._update([self._given[item.name] for item in self._named])
             self._given = {}
-        return float(self._norm)
+        return float(tf.convert_to_tensor(self._norm))
+
+    def _update(self, gradients: Sequence[tf.Tensor]) -> None:
+        self.model.optimizer.apply(gradients, [item.parameter for item in self._named])
 
     def evaluate(self, batch: Batch) -> float:
         return float(self._loss(batch.targets, self.model(self._inputs(batch))))
@@ -137,19 +144,23 @@ class PlainEngine(BaselineEngine):
         Raises RuntimeError.
         """
         start, batch = self._first
-        if batch is None or int(self.model.optimizer.iterations) > 1:
+        if batch is None or int(tf.convert_to_tensor(self.model.optimizer.iterations)) > 1:
             raise RuntimeError("Keras keeps no gradients; ask after the first step")
         # At the weights that the first step started from; then those of now are put back.
         now = export_weights(self._named)
         load_weights(self._named, start)
-        with tf.GradientTape() as tape:
-            loss = self._loss(batch.targets, self.model(self._inputs(batch), training=True))
-        found = tape.gradient(loss, [item.parameter.value for item in self._named])
+        found = self._gradients_of(batch)
         load_weights(self._named, now)
         names = [item.name for item in self._named]
         return self._in_order(
             {name: np.array(tf.convert_to_tensor(g)) for name, g in zip(names, found, strict=True)}
         )
+
+    def _gradients_of(self, batch: Batch) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            loss = self._loss(batch.targets, self.model(self._inputs(batch), training=True))
+        found: list[tf.Tensor] = tape.gradient(loss, [item.parameter.value for item in self._named])
+        return found
 
     def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
         self._given = {name: tf.constant(value) for name, value in gradients.items()}
@@ -164,12 +175,14 @@ class PlainEngine(BaselineEngine):
         keras.config.set_floatx("float32")
 
     def _inputs(self, batch: Batch) -> Any:
+        return self._inputs_of(batch.micro_batches(1)[0], batch.step)
+
+    def _inputs_of(self, rows: MicroBatch, step: int) -> Any:
         if not self.config.model.dropout:
-            return (batch.inputs,)
-        whole: MicroBatch = batch.micro_batches(1)[0]
+            return (rows.inputs,)
         # Keras cuts every input by rows, so the one key comes once for each of them: (B,).
-        key = np.full(len(whole.samples), step_key(self.config.train.seed, batch.step), np.int64)
-        return batch.inputs, key, whole.samples.astype(np.int64)
+        key = np.full(len(rows.samples), step_key(self.config.train.seed, step), np.int64)
+        return rows.inputs, key, rows.samples.astype(np.int64)
 
     def _in_order(self, found: Arrays) -> Arrays:
         return {name: found[name] for name in parameter_shapes(self.config.model)}
@@ -187,4 +200,8 @@ def build_baseline(config: RunConfig) -> Engine:
         raise ValueError(f"recompute = {config.recompute}; executor = plain takes none")
     if config.train.dtype == "bfloat16":
         raise ValueError("dtype = bfloat16; executor = plain takes float32 or float64")
+    if config.replicas > 1:
+        from tf_impl.data_parallel import DataParallelEngine
+
+        return DataParallelEngine(config)
     return PlainEngine(config)

@@ -51,10 +51,12 @@ class Mesh:
     def of(cls, config: RunConfig) -> Mesh:
         """Return the processes of a run that has one for every stage.
 
-        TensorFlow's shards are devices of one process: its mesh has no third axis.
+        TensorFlow's shards are devices of one process: its mesh has no third axis. So are the
+        replicas of its baseline, MirroredStrategy.
         """
-        shards = 1 if config.framework == "tensorflow" else config.tensor_parallel
-        return cls(config.stages, config.replicas, shards)
+        if config.framework != "tensorflow":
+            return cls(config.stages, config.replicas, config.tensor_parallel)
+        return cls(config.stages, 1 if config.executor == "plain" else config.replicas)
 
     @property
     def lines(self) -> int:

@@ -39,6 +39,7 @@ REPLICATED: tuple[str, ...] = ("torch", "tensorflow", "paddle")
 
 REPLICATED_BASELINES: Mapping[str, tuple[str, ...]] = {
     "torch": ("plain",),
+    "tensorflow": ("plain",),
     "paddle": ("plain", "native"),
 }
 """Executors of a framework's own that train replicas: its data parallelism around the plain loop,

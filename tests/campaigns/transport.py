@@ -20,60 +20,14 @@ from typing import Any
 import numpy as np
 
 from common.runtime import launchers
-from common.runtime.executor import Message
 from common.runtime.meeting import Room
 from common.runtime.text_store import TextStore
 from common.runtime.world import World
 from common.spec.run import RunConfig
 
 MODULES = {"torch": "torch_impl", "tensorflow": "tf_impl", "paddle": "paddle_impl"}
-Way = tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[int], Any]]
+Way = tuple[Callable[[Any], None], Callable[[Any], None], Callable[[int], Any]]
 """send, receive (into such a tensor), and a tensor of so many bytes."""
-
-
-def torch_way(other: int) -> Way:
-    import torch
-    from torch import distributed
-
-    sent: list[Any] = []
-
-    def send(tensor: Any) -> None:
-        sent.append((distributed.isend(tensor, other), tensor))
-        while sent and sent[0][0].is_completed():
-            sent.pop(0)
-
-    return send, lambda t: distributed.recv(t, other), lambda n: torch.zeros(n // 4)
-
-
-def tensorflow_way(other: int) -> Way:
-    import tensorflow as tf
-
-    from tf_impl import ranks
-
-    links, count = ranks._joined.links, {"sent": 0, "taken": 0}
-
-    def message(what: str) -> Message:
-        count[what] += 1
-        return Message("activation", count[what], 0)
-
-    return (
-        lambda t: links.send(other, 1, message("sent"), t),
-        lambda t: links.take(other, 1, message("taken")),
-        lambda n: tf.zeros(n // 4),
-    )
-
-
-def paddle_way(other: int) -> Way:
-    import paddle
-
-    from paddle_impl import groups
-
-    groups._connect({(0, 1), (1, 0)})
-    return (
-        lambda t: groups.send(t, other),
-        lambda t: groups.receive(t, other),
-        lambda n: paddle.zeros([n // 4]),
-    )
 
 
 def measure(way: Way, rank: int, size: int, count: int) -> tuple[float, float]:
@@ -106,7 +60,7 @@ def main(framework: str, sizes: list[int]) -> None:
         {"framework": framework, "stages": 2, "device": "cpu", "threads": 1}
     )
     ranks.join(world, config)
-    way = globals()[f"{framework}_way"](1 - world.rank)
+    way = importlib.import_module(f"tests.{framework}.transport").way(1 - world.rank)
     found = {}
     for size in sizes:
         count = int(np.clip(2**26 // size, 4, 100))
