@@ -1,4 +1,4 @@
-"""The subcommand plan: which p, m, v, schedule, partition and recomputation for this model."""
+"""The subcommand plan: which p, d, t, m, v, schedule, partition and recomputation for a model."""
 
 from __future__ import annotations
 
@@ -58,6 +58,20 @@ def register(subcommands: Any) -> None:
         help="of every device: 32GB, 512MB, 80GiB (default: none)",
     )
     parser.add_argument("--schedules", metavar="S,..", help="only these (default: all but search)")
+    parser.add_argument(
+        "--replicas-allowed", action="store_true", help="weigh several pipelines too; needs --link"
+    )
+    parser.add_argument(
+        "--shards-allowed", action="store_true", help="weigh tensor parallelism too; needs --link"
+    )
+    parser.add_argument(
+        "--link",
+        type=read_size,
+        default=float("inf"),
+        metavar="SIZE",
+        help="bytes a second between two devices: 25GB (default: what travels takes no time but "
+        "that of a message in the profile)",
+    )
     costs = parser.add_mutually_exclusive_group()
     costs.add_argument(
         "--profile",
@@ -103,15 +117,25 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--output {outputs['output']}: expected a picture, .png or .svg")
     if arguments.verify and not (arguments.profile or arguments.costs):
         raise UsageError("--verify: counted costs are no seconds; expected --profile or --costs")
+    for axis, field in (("replicas", "replicas"), ("shards", "tensor_parallel")):
+        if getattr(arguments, f"{axis}_allowed"):
+            if arguments.link == float("inf"):
+                raise UsageError(
+                    f"--{axis}-allowed: their sums take the time of a link; expected --link SIZE"
+                )
+            if getattr(config, field) > 1:
+                raise UsageError(f"--{axis}-allowed: --{flag(field)[2:]} is given; expected one")
     console = make_console()
     times = _times(arguments, config, outputs)
+    times = times.model_copy(update={"link_bytes_per_second": arguments.link})
     say(console, f"costs: {times.source}")
     limit = arguments.memory_limit
-    plans = make_plans(config, arguments.devices, times, limit, schedules)
+    axes = arguments.replicas_allowed, arguments.shards_allowed
+    plans = make_plans(config, arguments.devices, times, limit, schedules, *axes)
     unlimited = (
         plans
         if limit == float("inf")
-        else make_plans(config, arguments.devices, times, schedules=schedules)
+        else make_plans(config, arguments.devices, times, float("inf"), schedules, *axes)
     )
     if "json" in outputs:
         write_file(outputs["json"], json.dumps(as_data(plans), indent=1) + "\n")
@@ -204,6 +228,10 @@ def command(arguments: argparse.Namespace, config: RunConfig) -> str:
         "micro-batches": config.train.micro_batches,
         "recompute": config.recompute,
     }
+    if arguments.replicas_allowed and config.replicas > 1:
+        decided["replicas"] = config.replicas
+    if arguments.shards_allowed and config.tensor_parallel > 1:
+        decided["tensor-parallel"] = config.tensor_parallel
     if config.partition:
         decided["partition"] = ",".join(map(str, config.partition))
     for name, value in decided.items():

@@ -195,7 +195,7 @@ def read_native_dropout(given: Settings, below: Settings) -> Settings:
 def adapt(settings: Settings) -> None:
     """Adjust unset options to the ones the user set.
 
-    For example, the warm-up is cut to the number of steps.
+    For example, the warm-up is cut to the number of steps, and the micro-batches to the sequences.
     """
     _adapt_to_drift(settings)
     _refuse_unused(settings)
@@ -209,6 +209,14 @@ def adapt(settings: Settings) -> None:
             settings.adapt("train", "warmup_steps", min(warmup.value, steps), warmup.where)
         untimed = max(1, min(FIELDS["bench", "untimed_steps"].default, steps - 1))
         settings.adapt("bench", "untimed_steps", untimed, "default")
+    batch, m = (
+        whole_number(settings.value("train", "batch_size")),
+        settings["train", "micro_batches"],
+    )
+    replicas = [whole_number(d) or 1 for d in listed(settings.value("run", "replicas"))]
+    if batch and not m.is_given:
+        most = max(1, batch // max(replicas))
+        settings.adapt("train", "micro_batches", min(m.value, most), m.where)
     _adapt_to_tokenizer_file(settings)
     if settings.value("run", "tokenizer") == "bytes":
         settings.adapt("model", "vocab_size", 256, "tokenizer bytes")

@@ -15,6 +15,7 @@ from common.report.grid import Grid
 from common.report.result import RunResult
 from common.spec.efficiency import model_flops_per_token
 from common.spec.memory import DeviceMemory
+from common.spec.mesh import Mesh
 from common.spec.plan import Plan, Plans, Refused
 
 WORTH = 0.005
@@ -32,11 +33,14 @@ def size(count: float) -> str:
 def table_of(plans: Sequence[Plan]) -> Table:
     """Return one row per plan."""
     words = ("schedule", "recompute", "partition")
-    titles = ("schedule", "p", "v", "m", *words[1:], "step ms", "tokens/s", "bubble", "MFU")
+    has_lines = any(Mesh.of(plan.config).lines > 1 for plan in plans)
+    axes = ("d", "t") if has_lines else ()
+    titles = ("schedule", "p", *axes, "v", "m", *words[1:], "step ms", "tokens/s", "bubble", "MFU")
     cells = [
         [
             plan.config.schedule,
             str(plan.config.stages),
+            *([str(plan.config.replicas), str(plan.config.tensor_parallel)] if has_lines else []),
             str(plan.config.chunks),
             str(plan.config.train.micro_batches),
             plan.config.recompute,
@@ -79,8 +83,12 @@ def boundaries(plan: Plan) -> str:
     return ",".join(map(str, plan.config.partition))
 
 
-def _size(plan: Plan) -> tuple[str, int, int]:
-    return plan.config.schedule, plan.config.stages, plan.config.chunks
+def _size(plan: Plan) -> tuple[str | int, ...]:
+    config = plan.config
+    return (
+        *(config.schedule, config.stages, config.chunks),
+        *(config.replicas, config.tensor_parallel),
+    )
 
 
 def what_binds(plans: Plans, unlimited: Plans) -> str:
@@ -113,10 +121,9 @@ def what_binds(plans: Plans, unlimited: Plans) -> str:
 def describe(plan: Plan | Refused) -> str:
     config = plan.config
     again = f", recompute {config.recompute}" if config.recompute != "none" else ""
-    return (
-        f"{config.schedule} p={config.stages} v={config.chunks} "
-        f"m={config.train.micro_batches}{again}"
-    )
+    axes = {"p": config.stages, "d": config.replicas, "t": config.tensor_parallel}
+    words = " ".join(f"{name}={size}" for name, size in axes.items() if size > 1 or name == "p")
+    return f"{config.schedule} {words} v={config.chunks} m={config.train.micro_batches}{again}"
 
 
 def show(console: Console, plans: Plans, unlimited: Plans) -> None:

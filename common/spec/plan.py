@@ -1,11 +1,19 @@
 """Find the fastest way to run a model on so many devices within so much memory.
 
-    [1] `candidates` lists p, schedule, v and m: every one that the model and the schedule allow
+    [1] `candidates` lists p, schedule, v and m: every one that the model and the schedule allow;
+                     where they may be, also d replicas and t shards, so that d p t devices are used
     [2] `plan_one`   cuts the model for one of them, within the memory limit, recomputing no more
                      than it must, and simulates a step
     [3] `make_plans` ranks what fits, and keeps for each schedule why the rest did not
 
-Memory: `common.spec.memory`. Time: `common.spec.unit_times` and `common.schedule.play`.
+Memory: `common.spec.memory`. Time: `common.spec.unit_times` and `common.schedule.play`, and over
+a link of so many bytes a second what travels (`common.spec.traffic` has the same bytes):
+
+    a message          b S D e
+    a shard's sum      2 (t - 1) / t  b S D e      two for a block in F, two in B or BW, none in W
+    a replica's sum    2 (d - 1) / d  G            of gradients, behind the step: overlap would gain
+
+A shard computes 1 / t of a block. That is a little too good, since it repeats norms and residuals.
 """
 
 from __future__ import annotations
@@ -25,9 +33,11 @@ from common.schedule.table import OP_CODE, OPS, Table, tabulate
 from common.spec.efficiency import model_flops_per_token
 from common.spec.memory import DeviceMemory, Memory, kinds_of
 from common.spec.memory_limit import balanced_within
+from common.spec.mesh import Mesh
 from common.spec.parameters import unit_names
 from common.spec.partition import balanced
-from common.spec.run import RunConfig
+from common.spec.rules import why_no_mesh
+from common.spec.run import ELEMENT_BYTES, RunConfig
 from common.spec.unit_times import KINDS, UnitTimes
 
 RECOMPUTE = ("none", "except-last", "every-1", "full")
@@ -53,7 +63,7 @@ class Plan:
     def model_flops_per_device(self) -> float:
         """Model FLOPs a second, without recomputation (`common.spec.efficiency`)."""
         flops = self.tokens_per_second * model_flops_per_token(self.config)
-        return flops / self.config.stages
+        return flops / Mesh.of(self.config).size
 
     @property
     def mfu(self) -> float | None:
@@ -100,11 +110,14 @@ def make_plans(
     times: UnitTimes,
     memory_limit_bytes: float = float("inf"),
     schedules: Sequence[str] = (),
+    has_replicas: bool = False,
+    has_shards: bool = False,
 ) -> Plans:
     """Plan every candidate and rank them. [3]"""
+    names = schedules or list(GENERATORS)
     results = [
         plan_one(config, times, memory_limit_bytes)
-        for config in candidates(base, devices, schedules or list(GENERATORS))
+        for config in candidates(base, devices, names, has_replicas, has_shards)
     ]
     found = [result for result in results if isinstance(result, Plan)]
     refused = [result for result in results if isinstance(result, Refused)]
@@ -114,32 +127,57 @@ def make_plans(
     )
 
 
-def candidates(base: RunConfig, devices: int, schedules: Iterable[str]) -> Iterator[RunConfig]:
+def candidates(
+    base: RunConfig,
+    devices: int,
+    schedules: Iterable[str],
+    has_replicas: bool = False,
+    has_shards: bool = False,
+) -> Iterator[RunConfig]:
     """Yield the runs to compare, not yet cut. [1]
 
-    m: the divisors of the mini-batch, and multiples of the devices, whose pieces may be uneven; at
-    most `MOST_PER_DEVICE` for each, where 1f1b's bubble is below 1/64.
+    m: the divisors of a replica's share of the mini-batch, and multiples of the stages, whose
+    pieces may be uneven; at most `MOST_PER_DEVICE` for each, where 1f1b's bubble is below 1/64.
     """
-    batch, units = base.train.batch_size, len(unit_names(base.model))
-    used = min(devices, units)  # a stage without a unit does nothing
-    most = min(batch, MOST_PER_DEVICE * used)
-    # Of 60 sequences on 4 devices: 1 2 3 4 5 6 10 12 15 20 30 60, all micro-batches alike, and also
-    # 8 16 24 28 32, where some have one sequence more than others but every round is full.
-    counts = {m for m in range(1, most + 1) if batch % m == 0}
-    counts |= {used * k for k in range(1, 9) if used * k <= most}
-    for stages in range(1, used + 1):
-        for name in schedules:
-            chunks = GENERATORS[name].chunks
-            for v in [chunks] if chunks else [2, 3, 4]:
-                # A search takes seconds for every m, and there are hundreds of candidates.
-                if name == SEARCH or stages * v > units:
-                    continue
-                for m in sorted(counts):
-                    train = base.train.model_copy(update={"micro_batches": m})
-                    run = {"stages": stages, "schedule": name, "chunks": v, "train": train}
-                    config = base.model_copy(update=run)
-                    if _schedule(config) is not None:
-                        yield config
+    units, names = len(unit_names(base.model)), list(schedules)
+    for d, t in _lines(base, devices, has_replicas, has_shards):
+        axes = {"replicas": d, "tensor_parallel": t}
+        cut = base.model_copy(update=axes | {"vocab_parallel": base.vocab_parallel and t > 1})
+        batch = base.train.batch_size // d
+        # A stage without a unit does nothing.
+        used = min(devices // (d * t), units)
+        if batch == 0 or why_no_mesh(cut) is not None:
+            continue
+        most = min(batch, MOST_PER_DEVICE * used)
+        # Of 60 sequences on 4 devices: 1 2 3 4 5 6 10 12 15 20 30 60, all micro-batches alike, and
+        # also 8 16 24 28 32, where some have one sequence more but every round is full.
+        counts = {m for m in range(1, most + 1) if batch % m == 0}
+        counts |= {used * k for k in range(1, 9) if used * k <= most}
+        # Fewer devices are worth a look only where stages are all there is.
+        for stages in range(1, used + 1) if d * t == 1 else [used]:
+            for name in names:
+                chunks = GENERATORS[name].chunks
+                for v in [chunks] if chunks else [2, 3, 4]:
+                    # A search takes seconds for every m, and there are hundreds of candidates.
+                    if name == SEARCH or stages * v > units:
+                        continue
+                    for m in sorted(counts):
+                        train = base.train.model_copy(update={"micro_batches": m})
+                        run = {"stages": stages, "schedule": name, "chunks": v, "train": train}
+                        config = cut.model_copy(update=run)
+                        if _schedule(config) is not None:
+                            yield config
+
+
+def _lines(
+    base: RunConfig, devices: int, has_replicas: bool, has_shards: bool
+) -> Iterator[tuple[int, int]]:
+    """Yield (d, t): as the run has them, or all that leave every pipeline as many devices."""
+    replicas = range(1, devices + 1) if has_replicas else [base.replicas]
+    shards = range(1, devices + 1) if has_shards else [base.tensor_parallel]
+    for d, t in itertools.product(replicas, shards):
+        if d * t <= devices and (devices % (d * t) == 0 or not (has_replicas or has_shards)):
+            yield d, t
 
 
 def plan_one(config: RunConfig, times: UnitTimes, memory_limit_bytes: float) -> Plan | Refused:
@@ -192,8 +230,9 @@ def _cut(
     memory = Memory(config, schedule)
     units, layers = unit_names(config.model), config.model.num_layers
     sequences = config.micro_batch_sizes[0]
+    # A cut adds one action to every part, so what an action costs besides changes nothing.
     embedding, block, head = (
-        times.of(unit, Op.F, sequences) + times.of(unit, Op.BW, sequences) for unit in KINDS
+        sum(_seconds(config, times, unit, op, sequences) for op in (Op.F, Op.BW)) for unit in KINDS
     )
     devices = [device for device, _ in schedule.location]
 
@@ -246,19 +285,47 @@ def _step(
     again = np.array(recomputed)[table.micro_batch] & np.isin(table.op, _BACKWARD)  # (n,)
     spent = np.empty(table.num_rows)
     for size in set(config.micro_batch_sizes):
-        cost, rows = _costs(parts, times, size), sizes == size
+        cost, rows = _costs(config, parts, times, size), sizes == size
         place = table.virtual_stage[rows]
         spent[rows] = cost[table.op[rows], place] + again[rows] * cost[OP_CODE[Op.F], place]
     spent[table.leads + 1] += spent[table.leads]  # two that overlap: the second takes both times
     spent[table.leads] = 0.0
-    played = play(table, spent.tolist(), [times.hop_seconds] * table.num_rows)
+    link, d = times.link_bytes_per_second, config.replicas
+    hops = times.hop_seconds + sizes * _sequence_bytes(config) / link
+    played = play(table, spent.tolist(), hops.tolist())
     makespan = max(played.end)
+    gradients = parameters * ELEMENT_BYTES[train.master_dtype]
     optimizer = parameters * times.optimizer_seconds_per_parameter
+    optimizer += 2 * (d - 1) / d * gradients / link
     # All devices together have p x makespan seconds. What no action fills of them is the bubble.
-    bubble = 1 - float(spent.sum()) / (schedule.num_devices * makespan)
+    bubble = max(0.0, 1 - float(spent.sum()) / (schedule.num_devices * makespan))
     return makespan + optimizer + times.rest_seconds, bubble
 
 
-def _costs(parts: Sequence[Sequence[str]], times: UnitTimes, sequences: int) -> NDArray[np.float64]:
+def _costs(
+    config: RunConfig, parts: Sequence[Sequence[str]], times: UnitTimes, sequences: int
+) -> NDArray[np.float64]:
     """Return (4, K): the seconds of every operation on every part."""
-    return np.array([[times.of_part(part, op, sequences) for part in parts] for op in OPS])
+
+    def of_part(part: Sequence[str], op: Op) -> float:
+        units = (_seconds(config, times, unit, op, sequences) for unit in part)
+        return times.of_action(op, sequences) + sum(units)
+
+    return np.array([[of_part(part, op) for part in parts] for op in OPS])
+
+
+def _seconds(config: RunConfig, times: UnitTimes, unit: str, op: Op, sequences: int) -> float:
+    """Return what one operation of one unit takes a shard, its sums with the others included."""
+    seconds, t = times.of(unit, op, sequences), config.tensor_parallel
+    if t == 1:
+        return seconds
+    if not unit.startswith("block"):
+        return seconds / t if config.vocab_parallel else seconds
+    sums = 0 if op is Op.W else 2
+    sent = sums * 2 * (t - 1) / t * sequences * _sequence_bytes(config)
+    return seconds / t + sent / times.link_bytes_per_second
+
+
+def _sequence_bytes(config: RunConfig) -> int:
+    """Return the bytes of one sequence between two units: S D e."""
+    return config.model.context_length * config.model.d_model * ELEMENT_BYTES[config.train.dtype]

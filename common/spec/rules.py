@@ -68,8 +68,7 @@ def why_impossible(config: RunConfig) -> Impossible | None:
         or _precision(config)
         or _drift(config)
         or _executor(config)
-        or _replicas(config)
-        or _tensor_parallel(config)
+        or why_no_mesh(config)
     )
 
 
@@ -160,6 +159,11 @@ def _replicas(config: RunConfig) -> Impossible | None:
         return None
     why = f"executor = {config.executor} has one pipeline; expected 1, or executor = table"
     return Impossible("replicas", f" = {config.replicas}: {why}")
+
+
+def why_no_mesh(config: RunConfig) -> Impossible | None:
+    """Return the first rule that the run's replicas or shards break, whatever else it is."""
+    return _replicas(config) or _tensor_parallel(config)
 
 
 def _tensor_parallel(config: RunConfig) -> Impossible | None:

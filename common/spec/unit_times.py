@@ -52,13 +52,19 @@ class UnitTimes(BaseModel):
     """A step outside the pipeline, whatever the model: batch in, loss out."""
     optimizer_seconds_per_parameter: float = 0.0
     """The norm, clipping and the update, on the device that has the most parameters."""
+    link_bytes_per_second: float = Field(float("inf"), gt=0, exclude=True)
+    """What one device sends to another; infinite where nobody said so. No part of a profile."""
     peak_flops_per_device: float | None = Field(None, gt=0, allow_inf_nan=False)
     """What a device could multiply in a second; None where nobody measured it."""
 
+    def of_action(self, op: Op, sequences: int) -> float:
+        """Return the seconds of one action besides those of its units."""
+        return self.of(ACTION, op, sequences) if ACTION in self.seconds else 0.0
+
     def of_part(self, part: Sequence[str], op: Op, sequences: int) -> float:
-        """Return the seconds of one action: of all units of a part, and what it takes besides."""
-        besides = self.of(ACTION, op, sequences) if ACTION in self.seconds else 0.0
-        return besides + sum(self.of(unit, op, sequences) for unit in part)
+        """Return the seconds of one action with all units of a part."""
+        units = (self.of(unit, op, sequences) for unit in part)
+        return self.of_action(op, sequences) + sum(units)
 
     def of(self, unit: str, op: Op, sequences: int) -> float:
         """Return the seconds of one operation of one unit."""

@@ -25,8 +25,9 @@ from common.schedule.simulate import Costs, peak_held_bytes, simulate
 from common.spec.memory import Memory
 from common.spec.memory_limit import balanced_within
 from common.spec.partition import plan_partition
-from common.spec.plan import candidates, make_plans, plan_one
+from common.spec.plan import Plan, candidates, make_plans, plan_one
 from common.spec.run import RunConfig, preset
+from common.spec.traffic import traffic_bytes
 from common.spec.unit_times import UnitTimes, counted_times
 
 SMALL = preset("small")
@@ -174,6 +175,37 @@ def test_every_candidate_is_planned_or_refused() -> None:
         assert Memory.of_run(plan.config) == list(plan.memory)
 
 
+def test_replicas_and_shards_use_all_devices() -> None:
+    train = SMALL.train.model_copy(update={"batch_size": 8})
+    model = SMALL.model.model_copy(update={"num_heads": 4})
+    config = SMALL.model_copy(update={"train": train, "model": model})
+    found = list(candidates(config, 8, ["1f1b"], has_replicas=True, has_shards=True))
+    meshes = {(c.stages, c.replicas, c.tensor_parallel) for c in found}
+    assert {(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (2, 1, 4)} <= meshes
+    assert all(p * d * t == 8 for p, d, t in meshes if d * t > 1)
+    assert not any(t == 8 for _, _, t in meshes)  # there are 4 heads
+    assert all(min(each.micro_batch_sizes) > 0 for each in found)
+    alone = candidates(config.model_copy(update={"replicas": 2}), 8, ["1f1b"])
+    assert {(c.stages, c.replicas) for c in alone} == {(4, 2)}
+
+
+@pytest.mark.parametrize("d, t", [(2, 1), (1, 2), (2, 2)])
+def test_what_travels_takes_the_time_of_the_link(d: int, t: int) -> None:
+    """One stage: a step over a link takes longer by the bytes that `traffic_bytes` counts."""
+    axes = {"stages": 1, "schedule": "naive", "replicas": d, "tensor_parallel": t}
+    config = SMALL.model_copy(update=axes)
+    free = counted_times(SMALL, 1e12)
+    link = free.model_copy(update={"link_bytes_per_second": 1e9})
+    plans = [plan_one(config, times, float("inf")) for times in (free, link)]
+    fast, slow = (plan.step_seconds for plan in plans if isinstance(plan, Plan))
+    sent = sum(count for (a, _), count in traffic_bytes(config).items() if a == 0)
+    assert slow - fast == pytest.approx(sent / 1e9, rel=1e-6)
+    if t == 1:
+        return
+    whole = plan_one(config.model_copy(update={"tensor_parallel": 1}), free, float("inf"))
+    assert isinstance(whole, Plan) and whole.step_seconds / 2 < fast < whole.step_seconds * 0.6
+
+
 def test_a_profile_is_put_together_from_runs() -> None:
     def timing(seconds: float, split: bool, units: Sequence[int]) -> Timing:
         """Every unit takes `seconds`, and every action a quarter of a second."""
@@ -239,6 +271,12 @@ def test_the_command_line(
     assert "limited by" in said and "left out: gpipe" in said and picture.stat().st_size > 0
     found = json.loads(data.read_text())["plans"]
     assert found == sorted(found, key=lambda each: each["step_seconds"])
+    assert plan("--devices", "2", "--memory-limit", "1MB") == 1
+    assert plan("--devices", "4", "--replicas-allowed", "--shards-allowed") == 2
+    assert "expected --link SIZE" in capsys.readouterr().err
+    few = ["--devices", "2", "--batch-size", "4", "--schedules", "1f1b", "--link", "9999GB"]
+    assert plan(*few, "--replicas-allowed", "--shards-allowed") == 0
+    assert " d  t " in capsys.readouterr().out
     assert plan("--devices", "2", "--memory-limit", "1MB") == 1
     assert "nothing fits: " in capsys.readouterr().out
     line = next(each for each in said.splitlines() if each.startswith("run it: triptych "))
