@@ -158,14 +158,13 @@ class _ParallelLoss(torch.autograd.Function):
         for largest, exps, target in found:
             total += exps * (largest - top).exp()
             right += target
-        log_total = top + total.log()
         counts = targets != IGNORED
-        ctx.save_for_backward(logits, log_total, column, own, counts)
-        return torch.where(counts, log_total - right, 0).sum()
+        ctx.save_for_backward(logits, top, total, column, own, counts)
+        return torch.where(counts, total.log() + (top - right), 0).sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        logits, log_total, column, own, counts = ctx.saved_tensors
-        found = (logits - log_total[..., None]).exp()  # softmax
+        logits, top, total, column, own, counts = ctx.saved_tensors
+        found = (logits - top[..., None]).exp() / total[..., None]  # softmax
         found.scatter_add_(-1, column, -own[..., None].to(found.dtype))
         return found * (counts[..., None] * gradient), None, None
