@@ -91,6 +91,8 @@ def _read_run_or_oracle(arguments: argparse.Namespace) -> tuple[RunConfig, bool]
     config = read_run(arguments)
     if oracle and config.replicas > 1:
         raise UsageError(f"replicas = {config.replicas}: the oracle has one pipeline; expected 1")
+    if oracle and (t := config.tensor_parallel) > 1:
+        raise UsageError(f"tensor_parallel = {t}: the oracle has whole matrices; expected 1")
     return config, oracle
 
 

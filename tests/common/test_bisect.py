@@ -247,11 +247,17 @@ def test_files_from_elsewhere_are_one_clear_line(
         assert_refused(status, expected, capsys, silent=True)
 
 
-def test_the_oracle_has_no_replicas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = "replicas = 2: the oracle has one pipeline; expected 1"
-    run = "framework=oracle,replicas=2"
+@pytest.mark.parametrize(
+    ("field", "has"), [("replicas", "one pipeline"), ("tensor_parallel", "whole matrices")]
+)
+def test_the_oracle_is_not_cut(
+    field: str, has: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = f"{field} = 2: the oracle has {has}; expected 1"
+    run = f"framework=oracle,{field}=2"
     assert_refused(main(["bisect", run, run]), message, capsys)
-    options = words("dump --framework oracle --replicas 2 --out {out}", out=tmp_path / "dump")
+    option = "--" + field.replace("_", "-")
+    options = words(f"dump --framework oracle {option} 2 --out {{out}}", out=tmp_path / "dump")
     assert_refused(main(options), message, capsys)
 
 

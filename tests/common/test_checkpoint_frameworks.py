@@ -13,6 +13,7 @@ import pytest
 
 from common import checkpoint
 from common.harness.launch import IMPLEMENTATIONS, run_jobs_in_worker
+from common.oracle.limits import LIMITS
 from common.runtime.inference import Evaluated, Generated, evaluate, generate
 from common.runtime.job import Generation, Job, Saving
 from common.runtime.oracle_worker import OracleEngine
@@ -20,6 +21,7 @@ from common.runtime.outcome import Outcome
 from common.spec.data import load_corpus
 from common.spec.parameters import initial_weights, random_arrays
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec
+from tests.engines import assert_within
 
 MODEL = TransformerSpec(
     context_length=24, num_layers=2, d_model=16, num_heads=2, d_ff=24, tied_head=True, dropout=0.1
@@ -77,6 +79,15 @@ def done(tmp_path_factory: pytest.TempPathFactory, noisy: Path) -> Any:
             asked("sampled", one, kind="generate", generation=SAMPLED),
             asked("evaluated", one, kind="evaluate", batches=3),
         ]
+        if framework == "torch":
+            cut = config(framework, tensor_parallel=2, vocab_parallel=True, threads=4)
+            otherwise = config(framework, tensor_parallel=2, stages=1)
+            from_cut = str(folder / "cut" / "step-00000003")
+            jobs += [
+                training("cut", cut, "cut", stop_at=3),
+                training("joined", one, "joined", resume=from_cut),
+                training("cut-otherwise", otherwise, "otherwise", resume=from_cut),
+            ]
         return folder, run_jobs_in_worker(IMPLEMENTATIONS[framework].module, jobs, folder)
 
     return run
@@ -98,10 +109,26 @@ def test_a_run_goes_on_to_the_bit(framework: str, done: Any) -> None:
     assert one.manifest.written_by["framework"]
 
 
+def test_shards_may_come_and_go_where_a_training_goes_on(done: Any) -> None:
+    folder, outcomes = done("torch")
+    assert [outcome.reason for outcome in outcomes[6:]] == [""] * 3
+    whole, cut, *others = (
+        [step.loss for step in outcome.parts[0].steps] for outcome in (outcomes[0], *outcomes[6:])
+    )
+    for losses in others:
+        assert cut + losses == pytest.approx(whole, rel=LIMITS["loss_curve"]["float32"])
+    expected, *found = (
+        checkpoint.load(folder / name / "step-00000006").weights
+        for name in ("whole-checkpoints", "joined", "otherwise")
+    )
+    for weights in found:
+        assert_within(weights, expected, "trained_parameter", "float32")
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_tokens_are_the_oracles(framework: str, done: Any, noisy: Path, tmp_path: Path) -> None:
     folder, outcomes = done(framework)
-    assert [outcome.reason for outcome in outcomes[3:]] == [""] * 3
+    assert [outcome.reason for outcome in outcomes[3:6]] == [""] * 3
     one = config("torch")
     oracle = OracleEngine(one)
     oracle.reset(checkpoint.load(noisy).weights)
