@@ -1,14 +1,13 @@
 """What tensor parallelism cuts, and how (Shoeybi et al. 2019, section 3): the one place that knows.
 
-A block on two shards, H heads and F features, each shard with half of them:
+A block on two shards:
 
-                     columns         rows                        columns    rows
-    x ──f── norm_1 ─┬ Q K V 0 ─ heads 0 ─ output 0 ─┐  ┌─ norm_2 ─┬ up 0 ─ down 0 ─┐
-                    │                               g ─┤          │                g ─ + bias
-                    └ Q K V 1 ─ heads 1 ─ output 1 ─┘  └─ ...     └ up 1 ─ down 1 ─┘
+           ┌─ Q K V, heads 0 ── output, rows 0 ─┐         ┌─ up, columns 0 ── down, rows 0 ─┐
+    x ─ f ─┤                                    ├─ g ─ f ─┤                                 ├─ g ─ x
+           └─ Q K V, heads 1 ── output, rows 1 ─┘         └─ up, columns 1 ── down, rows 1 ─┘
 
-    f   forward: nothing            backward: the sum of dx over the shards
-    g   forward: the sum over the shards            backward: nothing
+    f   forward: nothing                    backward: the sum of dx over the shards
+    g   forward: the sum over the shards    backward: nothing; then comes the bias
 
 Weights are canonical (in, out) everywhere outside an engine: cut on load (`shard_of`), joined on
 save (`joined`).

@@ -1,6 +1,7 @@
 """What tensor parallelism cuts: every parameter by its name, back together, and counted."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,11 @@ def _elements(config: RunConfig, stage: int) -> list[int]:
 def test_what_cannot_be_cut(config: RunConfig, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.spec.rules.TENSOR_PARALLEL", ("torch", "tensorflow", "paddle"))
     assert line in str(why_impossible(config))
+
+
+def test_the_worked_example_of_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "tensor-parallel.md").read_text()
+    exec(text.split("```python\n")[1].split("```")[0], {})
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow", "paddle"])
