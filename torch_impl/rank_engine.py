@@ -97,7 +97,7 @@ class RankEngine(PipelineEngine):
         axis = 2 if self.shards.columns else None  # (B, S, V)
         own = shard_of(output_gradients["head"], axis, self._shard, self._mesh.shards)
         found = super().probe_units(batch, inputs, {**output_gradients, "head": own})
-        return self._joined(found, lambda key: key.tensor)
+        return self._whole(found, lambda key: key.tensor)
 
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         """As the protocol says: the rank that has the head sends the logits to the others."""
@@ -122,35 +122,24 @@ class RankEngine(PipelineEngine):
         return [sum(column) for column in zip(*gathered(list(values)), strict=True)]
 
     def optimizer_state(self) -> Arrays:
-        return self._joined(super().optimizer_state(), lambda key: key.partition("/")[2])
+        return self._whole(super().optimizer_state(), lambda key: key.partition("/")[2])
 
     def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
         super().load_optimizer_state(shards_of(self.config, state, self._shard), steps_done)
 
     def weights(self) -> Arrays:
-        return self._joined(super().weights(), str)
+        return self._whole(super().weights(), str)
 
     def gradients(self) -> Arrays:
-        return self._joined(super().gradients(), str)
+        return self._whole(super().gradients(), str)
 
     def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
         super().set_gradients(shards_of(self.config, gradients, self._shard))
 
-    def _joined(
+    def _whole(
         self, own: dict[_Key, NDArray[Any]], name: Callable[[_Key], str]
     ) -> dict[_Key, NDArray[Any]]:
-        """The whole arrays of which all shards, which call this together, have parts; what is not
-        cut, as this shard has it.
-        """
-        axes = {key: cut_axis(self.config, name(key)) for key in own}
-        if not any(axis is not None for axis in axes.values()):
-            return own
-        cut = {key: array for key, array in own.items() if axes[key] is not None}
-        pieces = gathered(cut, self.shards.group)
-        return {
-            key: array if (axis := axes[key]) is None else joined([p[key] for p in pieces], axis)
-            for key, array in own.items()
-        }
+        return whole_arrays(self.config, own, name, self.shards.group)
 
     def _run(self, schedule: Schedule, batch: Batch, mode: Mode) -> float:
         self._passes += 1
@@ -225,6 +214,26 @@ def _own_group(all_ranks: Sequence[Sequence[int]], own: int) -> Any:
     """Make a group of each list of ranks; return that of the rank `own`, if it is in any."""
     groups = [distributed.new_group(list(ranks)) for ranks in all_ranks]
     return next((g for g, ranks in zip(groups, all_ranks, strict=True) if own in ranks), None)
+
+
+def whole_arrays(
+    config: RunConfig,
+    own: dict[_Key, NDArray[Any]],
+    name: Callable[[_Key], str],
+    group: Any = None,
+) -> dict[_Key, NDArray[Any]]:
+    """Return the whole arrays of which all shards, which call this together, have parts; what is
+    not cut, as this shard has it. `name` is a key's canonical one.
+    """
+    axes = {key: cut_axis(config, name(key)) for key in own}
+    if not any(axis is not None for axis in axes.values()):
+        return own
+    cut = {key: array for key, array in own.items() if axes[key] is not None}
+    pieces = gathered(cut, group)
+    return {
+        key: array if (axis := axes[key]) is None else joined([p[key] for p in pieces], axis)
+        for key, array in own.items()
+    }
 
 
 def gathered(values: _Values, group: Any = None) -> list[_Values]:

@@ -71,6 +71,10 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
     def build(config: RunConfig) -> Engine:
         if config.executor == "table":
             return RankEngine(config, world, device)
+        if config.executor == "plain" and config.tensor_parallel > 1:
+            from torch_impl.tensor_parallel import TensorParallelEngine  # DTensor's import is slow
+
+            return TensorParallelEngine(config, world, device)
         if config.executor == "plain":
             return DataParallelEngine(config, world, device)
         return build_engine(config)

@@ -48,6 +48,9 @@ and fleet's pipeline."""
 TENSOR_PARALLEL: tuple[str, ...] = ("torch",)
 """Frameworks that cut the matrices of a stage into shards."""
 
+TENSOR_PARALLEL_BASELINES: Mapping[str, tuple[str, ...]] = {"torch": ("plain",)}
+"""Executors of a framework's own that do: DTensor in the plain loop."""
+
 
 class Impossible(NamedTuple):
     """A rule that a run breaks."""
@@ -179,8 +182,15 @@ def _tensor_parallel(config: RunConfig) -> Impossible | None:
     if config.framework not in TENSOR_PARALLEL:
         offered = " or ".join(TENSOR_PARALLEL) or "1"
         why = f"{config.framework} does not cut matrices; expected {offered}"
-    elif config.executor != "table":
+    elif config.executor not in ("table", *TENSOR_PARALLEL_BASELINES.get(config.framework, ())):
         why = f"executor = {config.executor} has whole matrices; expected 1, or executor = table"
+    elif config.executor != "table" and (
+        model.dropout or config.vocab_parallel or config.replicas > 1
+    ):
+        why = (
+            f"executor = {config.executor} cuts blocks alone, of one replica and without dropout; "
+            "expected that, or executor = table"
+        )
     elif config.drift is not None:
         why = f"drift = {config.drift} is put back where matrices are whole; expected 1"
     elif not_cut:

@@ -11,6 +11,7 @@ import pytest
 from common.harness.probes import compare_probe
 from common.schedule.generators import make_schedule
 from common.schedule.simulate import simulate
+from common.spec.rules import why_impossible
 from common.spec.run import FRAMEWORKS, RunConfig
 from tests.parity.ladder import Run, config, expected, run_probes
 
@@ -64,9 +65,14 @@ def configs(framework: str) -> dict[str, RunConfig]:
     held = {
         n: run_config(framework, "table", "untied", "float32", 0.0, *one) for n, one in HELD.items()
     }
-    return held | {
-        n: run_config(framework, *one) for n, one in BASELINES.items() if has(framework, n)
-    }
+    found = {n: run_config(framework, *one) for n, one in BASELINES.items() if has(framework, n)}
+    return held | found | sharded_baselines(framework)
+
+
+def sharded_baselines(framework: str) -> dict[str, RunConfig]:
+    whole = run_config(framework, *BASELINES["plain-float64"])
+    cut = whole.model_copy(update={"tensor_parallel": 2, "threads": 2})
+    return {} if why_impossible(cut) else {"plain-shards": cut}
 
 
 def best_configs(framework: str) -> dict[str, RunConfig]:
@@ -104,7 +110,15 @@ def assert_parity(one: RunConfig, run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("framework", "name"),
-    [(f, n) for f in FRAMEWORKS for n in (*BASELINES, *BEST) if n in BEST or has(f, n)],
+    [
+        (framework, name)
+        for framework in FRAMEWORKS
+        for name in (
+            *(name for name in BASELINES if has(framework, name)),
+            *BEST,
+            *sharded_baselines(framework),
+        )
+    ],
 )
 def test_baselines_and_best_track_train_the_same(framework: str, name: str, runs: Runs) -> None:
     one = (configs(framework) | best_configs(framework))[name]

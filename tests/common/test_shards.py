@@ -128,7 +128,9 @@ def _elements(config: RunConfig, stage: int) -> list[int]:
             cut(2, model={"num_kv_heads": 1}),
             "does not divide num_kv_heads = 1; expected one of [1]",
         ),
-        (cut(2, executor="plain"), "executor = plain has whole matrices; expected 1, or"),
+        (cut(2, executor="native"), "executor = native has whole matrices; expected 1, or"),
+        (cut(2, executor="plain", vocab_parallel=True), "executor = plain cuts blocks alone, of"),
+        (cut(2, executor="plain", model={"dropout": 0.1}), "of one replica and without dropout"),
         (cut(2, drift="onednn", framework="tensorflow"), "tensor_parallel = 2: "),
     ],
 )
