@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.oracle.limits import BFLOAT16_FACTOR
 from common.runtime.job import Job
 from common.runtime.mode import Mode
 from common.runtime.training import starting_weights
@@ -92,11 +93,15 @@ def together(config: RunConfig, work: Callable[[Shards], Any]) -> tuple[list[Any
         return list(pool.map(guarded, [Threads(t, n, columns, meeting) for n in range(t)])), meeting
 
 
-def cut(t: int, **options: Any) -> RunConfig:
-    """A run on one stage in float64."""
+def cut(t: int, dtype: str = "float64", **options: Any) -> RunConfig:
+    """A run on one stage."""
     model = {"num_heads": 4, "dropout": 0.1, "num_layers": 1} | options.pop("model", {})
     run = {"tensor_parallel": t, "vocab_parallel": True} | options
-    return small("torch", dtype="float64", run=run, **model)
+    return small("torch", dtype=dtype, run=run, **model)
+
+
+def uncut(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"tensor_parallel": 1, "vocab_parallel": False})
 
 
 def step(config: RunConfig, own: Shards = shards.WHOLE) -> tuple[list[float], dict[str, Any]]:
@@ -122,7 +127,7 @@ def step(config: RunConfig, own: Shards = shards.WHOLE) -> tuple[list[float], di
 def test_the_gradients_are_those_of_whole_matrices(t: int, model: dict[str, Any]) -> None:
     config = cut(t, model=model)
     found, meeting = together(config, lambda own: step(config, own))
-    losses, right = step(config.model_copy(update={"tensor_parallel": 1, "vocab_parallel": False}))
+    losses, right = step(uncut(config))
     assert found[0][0] == pytest.approx(losses, rel=1e-14) and found[1][0] == []
     for name, expected in right.items():
         pieces, axis = [gradients[name] for _, gradients in found], cut_axis(config, name)
@@ -141,6 +146,16 @@ def test_the_bytes_of_a_block_are_4_b_s_d() -> None:
     _, meeting = together(config, lambda own: step(config, own))
     b, s, d = config.train.batch_size, config.model.context_length, config.model.d_model
     assert sum(meeting.sent) == 3 * 4 * b * s * d * 8 == traffic_bytes(config)[0, 1]
+
+
+def test_bfloat16_errs_as_it_does_on_whole_matrices() -> None:
+    right, (_, whole) = step(uncut(cut(2)))[1], step(uncut(cut(2, "bfloat16")))
+    found, _ = together(cut(2, "bfloat16"), lambda own: step(cut(2, "bfloat16"), own))
+    for name, expected in right.items():
+        pieces, axis = [gradients[name] for _, gradients in found], cut_axis(cut(2), name)
+        mine = pieces[0] if axis is None else joined(pieces, axis)
+        errors = [np.linalg.norm(each - expected) for each in (mine, whole[name])]
+        assert errors[0] < BFLOAT16_FACTOR * errors[1], (name, errors)
 
 
 def test_a_bias_behind_a_sum_is_added_once() -> None:
