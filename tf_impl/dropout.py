@@ -7,11 +7,12 @@ Both are drawn on the stage's own device.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
 
-from common.spec.dropout_masks import MASK32, MULTIPLIERS, mix, threshold
+from common.spec.dropout_masks import MULTIPLIERS, mix, threshold
 from tf_impl.precision import at_least_float32
 
 
@@ -24,42 +25,63 @@ class DropoutContext(NamedTuple):
     samples: tf.Tensor  # (b,) int64, indices in the mini-batch
 
 
-def _mix_tensor(x: tf.Tensor) -> tf.Tensor:
-    """`common.spec.dropout_masks.mix` of int64 values in [0, 2^32)."""
-    x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _int64(16)))
-    x = tf.bitwise.bitwise_and(x * MULTIPLIERS[0], _int64(MASK32))
-    x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _int64(15)))
-    x = tf.bitwise.bitwise_and(x * MULTIPLIERS[1], _int64(MASK32))
-    return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _int64(15)))
-
-
 def keep_mask(
     context: DropoutContext, site: int, shape: tf.TensorShape, probability: float
 ) -> tf.Tensor:
     """True where the element is kept; bool of `shape`, which is (b, ...) and static.
 
-    Shifts and `^` change places, so the mixer's first shift is done on rows and elements (which
-    TensorFlow computes once, as they are constant). The rest is in uint32, half the memory, whose
-    products wrap at 2^32; not in int32, for which there is no product on GPUs. The comparison is in
-    int64: GPUs have none in uint32.
+    In uint32, whose products wrap at 2^32; not in int32, for which there is no product on GPUs. The
+    comparison is in int64: GPUs have none in uint32. Shifts and `^` change places, so the mixer's
+    first shift is done on rows and elements.
     """
-    site_key = _mix_tensor(tf.bitwise.bitwise_xor(context.step_key, _int64(mix(site))))  # ()
-    row = _mix_tensor(tf.bitwise.bitwise_xor(site_key, _mix_tensor(context.samples)))  # (b,)
-    elements = _mix_tensor(tf.range(math.prod(shape[1:]), dtype=tf.int64))  # (n,)
-    bits = tf.bitwise.bitwise_xor(
-        _first_shift(row)[:, None], _first_shift(elements)[None, :]
-    )  # (b, n) uint32
-    for multiplier in MULTIPLIERS:
-        bits = bits * tf.constant(multiplier, tf.uint32)
-        bits = tf.bitwise.bitwise_xor(
-            bits, tf.bitwise.right_shift(bits, tf.constant(15, tf.uint32))
-        )
+    key = tf.bitwise.bitwise_xor(context.step_key, tf.constant(mix(site), tf.int64))  # ()
+    site_key, samples = (_mix_tensor(tf.cast(x, tf.uint32)) for x in (key, context.samples))
+    row = _mix_tensor(tf.bitwise.bitwise_xor(site_key, samples))  # (b,)
+    elements = _elements(0, math.prod(shape[1:]))
+    bits = tf.bitwise.bitwise_xor(_shifted(row, 16)[:, None], elements)  # (b, n)
+    bits = _multiplied(bits)
     return tf.reshape(tf.cast(bits, tf.int64) >= threshold(probability), shape)
 
 
-def _first_shift(x: tf.Tensor) -> tf.Tensor:
-    """`x ^ (x >> 16)` as uint32."""
-    return tf.cast(tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _int64(16))), tf.uint32)
+def _elements(start: int, stop: int) -> tf.Tensor:
+    """(1, n): the hashes of elements' places, after the next mixer's first shift."""
+
+    def made() -> tf.Tensor:
+        places = tf.cast(tf.range(start, stop, dtype=tf.int64), tf.uint32)
+        return _shifted(_mix_tensor(places), 16)[None, :]
+
+    return _once(f"elements {start} {stop}", made)
+
+
+def _mix_tensor(x: tf.Tensor) -> tf.Tensor:
+    """`common.spec.dropout_masks.mix` of uint32 values."""
+    return _multiplied(_shifted(x, 16))
+
+
+def _multiplied(x: tf.Tensor) -> tf.Tensor:
+    """The mixer without its first shift."""
+    for multiplier in MULTIPLIERS:
+        x = _shifted(x * _uint32(multiplier), 15)
+    return x
+
+
+def _shifted(x: tf.Tensor, by: int) -> tf.Tensor:
+    """`x ^ (x >> by)`."""
+    return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, _uint32(by)))
+
+
+def _uint32(value: int) -> tf.Tensor:
+    return _once(f"uint32 {value}", lambda: tf.constant(value, tf.uint32))
+
+
+def _once(name: str, make: Callable[[], tf.Tensor]) -> tf.Tensor:
+    """What depends on no data, made once in a graph: masks are a quarter of what is traced."""
+    if tf.executing_eagerly():
+        return make()
+    made = tf.compat.v1.get_default_graph().get_collection_ref(f"dropout: {name}")
+    if not made:
+        made.append(make())
+    return made[0]
 
 
 def dropout(
@@ -86,7 +108,10 @@ def native_dropout(
     if context is None or probability == 0:
         return x
     seed = tf.stack(
-        [tf.bitwise.bitwise_xor(context.step_key, _int64(mix(site))), context.samples[0]]
+        [
+            tf.bitwise.bitwise_xor(context.step_key, tf.constant(mix(site), tf.int64)),
+            context.samples[0],
+        ]
     )
     kept = tf.random.stateless_uniform(x.shape, seed, alg="philox") >= probability
     return _masked(x, kept, probability)
@@ -95,7 +120,3 @@ def native_dropout(
 def _masked(x: tf.Tensor, kept: tf.Tensor, probability: float) -> tf.Tensor:
     scaled = tf.cast(at_least_float32(x) * (1.0 / (1.0 - probability)), x.dtype)
     return tf.where(kept, scaled, tf.zeros((), x.dtype))
-
-
-def _int64(value: int) -> tf.Tensor:
-    return tf.constant(value, tf.int64)

@@ -32,30 +32,37 @@ class AdamW(keras.optimizers.AdamW):
     def apply(
         self, grads: Sequence[tf.Tensor], trainable_variables: Sequence[Any] | None = None
     ) -> None:
-        """Compute the bias corrections once for all weights: for each of them it is a third of what
-        is traced.
+        """Compute what does not depend on a weight once for all of them, by type: for each weight
+        it would be half of what is traced.
         """
         t = tf.cast(self.iterations, tf.float64) + 1.0
-        self._root = tf.sqrt(1.0 - tf.pow(tf.constant(self.beta_2, tf.float64), t))
-        self._rate_factor = self._root / (1.0 - tf.pow(tf.constant(self.beta_1, tf.float64), t))
+        root = tf.sqrt(1.0 - tf.pow(tf.constant(self.beta_2, tf.float64), t))
+        factor = root / (1.0 - tf.pow(tf.constant(self.beta_1, tf.float64), t))
+        rate = tf.cast(self.learning_rate, tf.float64) * factor
+        self._numbers = {
+            dtype: {
+                "beta1_power": tf.zeros((), dtype),  # the kernel's own bias correction, off
+                "beta2_power": tf.zeros((), dtype),
+                "lr": tf.cast(rate, dtype),
+                "beta1": tf.constant(self.beta_1, dtype),
+                "beta2": tf.constant(self.beta_2, dtype),
+                "epsilon": tf.cast(self.epsilon * root, dtype),
+            }
+            for dtype in dict.fromkeys(gradient.dtype for gradient in grads)
+        }
         super().apply(grads, trainable_variables)
 
     def update_step(
         self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
     ) -> None:
-        dtype, index = variable.dtype, self._get_variable_index(variable)
+        index = self._get_variable_index(variable)
         # One kernel that reads every weight once; written out it would be a dozen operations.
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].value.handle,
             v=self._velocities[index].value.handle,
-            beta1_power=tf.zeros((), dtype),  # its own bias correction, switched off
-            beta2_power=tf.zeros((), dtype),
-            lr=tf.cast(tf.cast(learning_rate, tf.float64) * self._rate_factor, dtype),
-            beta1=tf.constant(self.beta_1, dtype),
-            beta2=tf.constant(self.beta_2, dtype),
-            epsilon=tf.cast(self.epsilon * self._root, dtype),
             grad=gradient,
+            **self._numbers[variable.dtype],
         )
 
 
