@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 
+from common.runtime.importing import without_collections
 from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
 from common.runtime.ranks import mesh_of
@@ -33,8 +34,9 @@ def main(arguments: list[str]) -> int:
             raise ValueError(
                 "the jobs of one file share their mesh and device; expected one file for each"
             )
-        configure(mesh_of(jobs).size, first.threads, first.device)
-        import paddle_impl.engine  # noqa: F401  after `configure`, since it imports Paddle; the ranks inherit it
+        with without_collections():
+            configure(mesh_of(jobs).size, first.threads, first.device)
+            import paddle_impl.engine  # noqa: F401  after `configure`, since it imports Paddle; the ranks inherit it
     except ImportError as error:
         return _refuse(
             f"PaddlePaddle cannot be imported ({error}); expected: pip install 'triptych[cpu]'"

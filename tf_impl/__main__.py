@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+from common.runtime.importing import without_collections
 from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
 from common.runtime.worker import run_jobs
@@ -47,9 +48,10 @@ def main(arguments: list[str]) -> int:
             key=lambda each: each[0],
         )
         onednn = largest.drift == "onednn"
-        configure(count, largest.threads, largest.device, largest.track, onednn)
-        from tf_impl.drift import switch  # after `configure`, since both import TensorFlow
-        from tf_impl.engine import build_engine
+        with without_collections():
+            configure(count, largest.threads, largest.device, largest.track, onednn)
+            from tf_impl.drift import switch  # after `configure`, since both import TensorFlow
+            from tf_impl.engine import build_engine
     except ImportError as error:
         return _refuse(
             f"TensorFlow cannot be imported ({error}); expected: pip install 'triptych[cpu]'"

@@ -18,6 +18,7 @@ from typing import Any
 
 from common.runtime.cpus import threads_per_stage
 from common.runtime.engine import Engine
+from common.runtime.importing import without_collections
 from common.runtime.job import Job
 from common.runtime.ranks import Ranks
 from common.runtime.ranks import run_on_ranks as run
@@ -46,7 +47,8 @@ def run_on_ranks(jobs: Sequence[Job]) -> int:
         # The ranks inherit it imported; it starts in each of them (`devices.configure`). CUDA would
         # not work after a fork.
         devices.choose_kernels(config.track, config.drift == "onednn")
-        import tf_impl.rank_engine  # noqa: F401
+        with without_collections():
+            import tf_impl.rank_engine  # noqa: F401
     return run(replace(RANKS, start_method="spawn" if gpus else "fork"), jobs, _switch)
 
 

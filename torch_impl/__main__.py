@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+from common.runtime.importing import without_collections
 from common.runtime.job import JobFile
 from common.runtime.parent import end_with_parent
 from common.runtime.ranks import mesh_of
@@ -27,9 +28,10 @@ def main(arguments: list[str]) -> int:
     try:
         jobs = JobFile.read(arguments[0])
         largest = max((job.config for job in jobs.jobs), key=lambda config: config.stages)
-        configure(largest.stages, largest.threads, largest.device)
-        from torch_impl.drift import switch  # after `configure`, since both import PyTorch
-        from torch_impl.engine import build_engine
+        with without_collections():
+            configure(largest.stages, largest.threads, largest.device)
+            from torch_impl.drift import switch  # after `configure`, since both import PyTorch
+            from torch_impl.engine import build_engine
     except ImportError as error:
         return _refuse(
             f"PyTorch cannot be imported ({error}); expected: pip install 'triptych[cpu]'"
