@@ -45,6 +45,7 @@ from common.runtime import inherited, launchers
 from common.runtime.agreement import clock_offset
 from common.runtime.engine import Engine
 from common.runtime.heartbeat import BEAT_SECONDS, Heartbeat, Places, end_process
+from common.runtime.importing import without_collections
 from common.runtime.installed import installed
 from common.runtime.job import Job, Part, Saving
 from common.runtime.launchers import Launched
@@ -267,7 +268,8 @@ class _Rank:
             record.begin()
             self._note_end = lambda line, stop: record.failed(line, is_interrupted=stop)
             heart.start()
-            build = self._ranks.join(world, config)  # [5]
+            with without_collections():
+                build = self._ranks.join(world, config)  # [5]
             offset = 0.0
 
             def build_and_set_clocks(config: RunConfig) -> Engine:
