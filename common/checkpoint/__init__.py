@@ -18,7 +18,7 @@ ever unpickled. Every error is a `CheckpointError` of one line: what is wrong, w
 be right.
 """
 
-from common.checkpoint.depot import depot, fetch
+from common.checkpoint.depot import fetch, open_depot
 from common.checkpoint.directory import (
     checkpoints_in,
     locked,
@@ -50,13 +50,13 @@ __all__ = [
     "HeaderEntry",
     "Manifest",
     "checkpoints_in",
-    "depot",
     "differences",
     "fetch",
     "load",
     "locked",
     "moments_of",
     "newest",
+    "open_depot",
     "opened",
     "prune",
     "read_header",

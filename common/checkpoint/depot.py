@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def depot(host: str, word: str, directory: Path, offered: Path | None) -> Iterator[str]:
+def open_depot(host: str, word: str, directory: Path, offered: Path | None) -> Iterator[str]:
     """Take shards of checkpoints into `directory`, and give away the files of the checkpoint
     `offered`; yield the address. Raises CheckpointError.
     """

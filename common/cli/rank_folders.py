@@ -93,7 +93,7 @@ def choose_folders(
             return {}
         offered = resume if world.rank == source else None
         own = world.hosts[world.rank]
-        serving = checkpoint.depot(own, chosen.token, folders.directory, offered)
+        serving = checkpoint.open_depot(own, chosen.token, folders.directory, offered)
         return {"address": stack.enter_context(serving)}
 
     addresses = [facts.get("address", "") for facts in agree(room, world.hosts, "depots", offer)]

@@ -135,13 +135,12 @@ def who_waits(config: RunConfig, lines: Sequence[str]) -> str:
     that has not begun). Of several replicas only those where somebody hangs: the others wait for
     them.
     """
-    mesh = Mesh(config.stages, config.replicas)
-    unknown = bytes(_LINE.size)
+    mesh, unknown = Mesh.of(config), bytes(_LINE.size)
     found = []
-    for replica in range(mesh.replicas):
-        own = [bytes.fromhex(lines[rank]) or unknown for rank in mesh.pipeline(replica)]
+    for line in range(mesh.lines):
+        own = [bytes.fromhex(lines[rank]) or unknown for rank in mesh.pipeline(line)]
         said = _causes_first(explain(config, _places(b"".join(own))))
-        found.append(said if mesh.replicas == 1 else f"replica {replica}: {said}")
+        found.append(said if mesh.lines == 1 else f"{mesh.line_name(line)}: {said}")
     return "; ".join([said for said in found if " hangs in " in said] or found)
 
 

@@ -22,7 +22,7 @@ from common.harness.launch import IMPLEMENTATIONS, Implementation
 from common.report.result import RunResult
 from common.runtime.faults import Fault, FaultError
 from common.runtime.parent import PARENT
-from common.runtime.watch import Board, Place, Watch, explain
+from common.runtime.watch import Board, Place, Watch, explain, who_waits
 from common.schedule.action import parse_action
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec
 from tests.checkpoints import same, tensors_of
@@ -305,6 +305,27 @@ def test_the_parent_sees_what_the_devices_do(tmp_path: Path) -> None:
     assert board.changed()  # the same place again is progress too
     board.remove()
     Watch(tmp_path, [0]).enter("save", 1)  # nobody watches: nothing happens
+
+
+def test_of_several_replicas_the_one_that_hangs_is_named(tmp_path: Path) -> None:
+    """As rank 0 hears of them, from boards on all hosts; ranks 0 and 1 are stage 0."""
+    config = CONFIG.model_copy(update={"replicas": 2})
+    lines = []
+    for rank, action in enumerate((None, "BW1", None, "BW1")):
+        (tmp_path / str(rank)).mkdir()
+        board, stage = Board(tmp_path / str(rank), config), rank // 2
+        watch = Watch(tmp_path / str(rank), [stage])
+        watch.enter("schedule", 5)
+        watch.on_action(stage, None if action is None else parse_action(action))
+        lines.append(board.line(stage))
+    assert who_waits(config, lines) == (
+        "replica 1: device 1 hangs in BW1, step 5; device 0 waits for the gradient of micro-batch "
+        "1 into virtual stage 0 from device 1, step 5"
+    )
+    assert who_waits(config, [lines[0], "", lines[2], ""]) == (
+        "replica 0: device 0 is done with its actions, step 5; device 1 is done with its actions, "
+        "step 5; replica 1: device 0 has not begun; device 1 has not begun"
+    )
 
 
 def test_a_worker_that_never_begins_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
