@@ -53,6 +53,17 @@ class DataParallelEngine(PlainEngine):
         self.model.optimizer.learning_rate = self.config.train.learning_rate_at(batch.step)
         return float(self._step(*self._dealt(batch)))
 
+    def evaluate(self, batch: Batch) -> float:
+        shares, tokens = self._dealt(batch)
+        losses = self._strategy.run(
+            lambda share: self._loss_of(share, tokens, training=False), (shares,)
+        )
+        return float(self._sum(losses))
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """One process has all replicas."""
+        return list(values)
+
     def _step_of_all(self, shares: Any, tokens: tf.Tensor) -> tf.Tensor:
         def step(share: Any) -> tf.Tensor:
             loss, gradients = self._loss_and_gradients(share, tokens)
@@ -78,20 +89,21 @@ class DataParallelEngine(PlainEngine):
 
         self._strategy.run(update)
 
-    def _loss_and_gradients(
-        self, share: Any, tokens: tf.Tensor
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        inputs, targets = share
+    def _loss_and_gradients(self, share: Any, tokens: tf.Tensor) -> tuple[tf.Tensor, list[Any]]:
         with tf.GradientTape() as tape:
-            logits = self.model(inputs, training=True)  # (b, S, V)
-            counts = targets != IGNORED
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
-                tf.where(counts, targets, 0), logits
-            )  # (b, S)
-            loss = tf.reduce_sum(tf.where(counts, losses, 0)) / tf.cast(tokens, losses.dtype)
+            loss = self._loss_of(share, tokens, training=True)
         found = tape.gradient(loss, [item.parameter.value for item in self._named])
         # An embedding's comes as rows, one per token.
         return loss, [tf.convert_to_tensor(each) for each in found]
+
+    def _loss_of(self, share: Any, tokens: tf.Tensor, training: bool) -> tf.Tensor:
+        inputs, targets = share
+        logits = self.model(inputs, training=training)  # (b, S, V)
+        counts = targets != IGNORED
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            tf.where(counts, targets, 0), logits
+        )  # (b, S)
+        return tf.reduce_sum(tf.where(counts, losses, 0)) / tf.cast(tokens, losses.dtype)
 
     def _dealt(self, batch: Batch) -> tuple[Any, tf.Tensor]:
         """Each replica's rows, and the tokens of all."""

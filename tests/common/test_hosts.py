@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ from common.harness.launch import IMPLEMENTATIONS, why_missing
 from common.report.result import RunResult
 from common.runtime.heartbeat import LOST_SECONDS
 from common.spec.run import FRAMEWORKS
+from tests.campaigns.hosts import slow_link
+from tests.campaigns.hosts_page import Link
 from tests.hosts import ROOT, Hosts
 from tests.waiting import wait_until
 
@@ -70,15 +73,23 @@ def torchrun(
 
 
 def by_tf_config(
-    hosts: Hosts, host: int, folder: Path, port: int, *words: str, module: str = "torch_impl"
+    hosts: Hosts,
+    host: int,
+    folder: Path,
+    port: int,
+    *words: str,
+    module: str = "torch_impl",
+    network: str = "10.77.0",
+    project: Path = ROOT,
 ) -> subprocess.Popen[Any]:
     """As `torchrun` above, with nobody else to notice anything, and no framework to import."""
-    cluster = {"worker": [f"{address}:{port}" for address in hosts.addresses]}
+    cluster = {"worker": [f"{network}.{n + 1}:{port}" for n in range(2)]}
     config = {"cluster": cluster, "task": {"type": "worker", "index": host}}
     (folder / "run.toml").write_text(SETTINGS)
     log = folder / f"host-{host}-{port}.log"
     command = ["-m", module, "train", "run.toml", *words]
-    return hosts.start(host, command, log, {"TF_CONFIG": json.dumps(config)})
+    env = {"TF_CONFIG": json.dumps(config), "PYTHONPATH": str(project)}
+    return hosts.start(host, command, log, env)
 
 
 def said_in(log: Path) -> list[str]:
@@ -209,11 +220,11 @@ def test_a_host_that_is_gone(hosts: Hosts, tmp_path: Path) -> None:
 
 
 def test_a_hang_in_which_every_process_is_alive(hosts: Hosts, tmp_path: Path) -> None:
-    words = ["--fault", "hang@device=1,step=1,action=BW1", "--hang-timeout", "10"]
+    words = ["--fault", "hang@device=1,step=1,action=BW1", "--hang-timeout", "20"]
     ranks = [by_tf_config(hosts, n, tmp_path, 7500, *words) for n in range(2)]
     found = [end_of(rank, tmp_path / f"host-{n}-7500.log") for n, rank in enumerate(ranks)]
     line = (
-        "no progress for 10 s (--hang-timeout): device 1 hangs in BW1, step 1; "
+        "no progress for 20 s (--hang-timeout): device 1 hangs in BW1, step 1; "
         "device 0 waits for the gradient of micro-batch 1"
     )
     for n, (status, lines) in enumerate(found):
@@ -259,6 +270,19 @@ def test_a_network_that_is_cut(hosts: Hosts, tmp_path: Path) -> None:
     assert again.resumed_from == str(tmp_path / "saved" / f"step-{first.steps[-1].step + 1:08}")
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the link is a program in C")
+def test_a_slow_link_is_not_taken_for_a_dead_one(hosts: Hosts, tmp_path: Path) -> None:
+    """Each message a fifth of a second late, over 1 Mbit/s."""
+    with slow_link(hosts, Link(200, 1), tmp_path):
+        words = ["--steps", "2", "--out", "slow"]
+        ranks = [
+            by_tf_config(hosts, n, tmp_path, 7200, *words, network="10.78.0") for n in range(2)
+        ]
+        found = [end_of(rank, tmp_path / f"host-{n}-7200.log") for n, rank in enumerate(ranks)]
+    assert found == [(0, []), (0, [])]
+    assert [result.status for result in results_in(tmp_path / "slow")] == ["ok"]
+
+
 def test_hosts_that_differ_say_who_and_in_what(hosts: Hosts, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("The quick brown fox. " * 400)
     (tmp_path / "b.txt").write_text("The quick brown dog. " * 400)
@@ -268,9 +292,20 @@ def test_hosts_that_differ_say_who_and_in_what(hosts: Hosts, tmp_path: Path) -> 
         ([], ["--corpus", "c.txt"], "rank 1 (10.77.0.2): --corpus: corpus c.txt: No such"),
         (["--stages", "3"], ["--stages", "3"], "stages x replicas = 3 x 1 takes 3 processes, the"),
         (["--resume", "latest"], [], "--resume latest: of which run?"),
+        ([], [], "rank 1 (10.77.0.2) has commit = unknown (and 1 more); expected "),
     ]
+    projects = [ROOT, tmp_path / "another"]  # the last case's, of a source that has changed
+    for package in ("common", "torch_impl"):
+        shutil.copytree(ROOT / package, projects[1] / package)
+    with (projects[1] / "torch_impl" / "layers.py").open("a") as file:
+        file.write("\n")
     ranks = [
-        [by_tf_config(hosts, n, tmp_path, port, *words) for n, words in enumerate(case[:2])]
+        [
+            by_tf_config(hosts, n, tmp_path, port, *words, project=own)
+            for n, (words, own) in enumerate(
+                zip(case[:2], projects if case is cases[-1] else [ROOT, ROOT], strict=True)
+            )
+        ]
         for port, case in enumerate(cases, start=5000)
     ]
     for port, (own, case) in enumerate(zip(ranks, cases, strict=True), start=5000):
