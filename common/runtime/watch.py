@@ -114,8 +114,11 @@ class Board:
         return changed
 
     def line(self, device: int) -> str:
-        """Return a device's line as text, for a watcher on another host (`who_waits`)."""
-        return self._path.read_bytes()[device * _LINE.size : (device + 1) * _LINE.size].hex()
+        """Return a device's line as text, for a watcher on another host (`who_waits`); empty before
+        it has begun.
+        """
+        line = self._path.read_bytes()[device * _LINE.size : (device + 1) * _LINE.size]
+        return line.hex() if any(line) else ""
 
     def places(self) -> list[Place | None]:
         """Return what each device is doing; None for one that has not begun."""

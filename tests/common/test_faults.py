@@ -314,6 +314,7 @@ def test_of_several_replicas_the_one_that_hangs_is_named(tmp_path: Path) -> None
     for rank, action in enumerate((None, "BW1", None, "BW1")):
         (tmp_path / str(rank)).mkdir()
         board, stage = Board(tmp_path / str(rank), config), rank // 2
+        assert board.line(stage) == ""
         watch = Watch(tmp_path / str(rank), [stage])
         watch.enter("schedule", 5)
         watch.on_action(stage, None if action is None else parse_action(action))
