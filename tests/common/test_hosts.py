@@ -272,8 +272,8 @@ def test_a_network_that_is_cut(hosts: Hosts, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the link is a program in C")
 def test_a_slow_link_is_not_taken_for_a_dead_one(hosts: Hosts, tmp_path: Path) -> None:
-    """Each message a fifth of a second late, over 1 Mbit/s."""
-    with slow_link(hosts, Link(200, 1), tmp_path):
+    """Each message a tenth of a second late, over 1 Mbit/s."""
+    with slow_link(hosts, Link(100, 1), tmp_path):
         words = ["--steps", "2", "--out", "slow"]
         ranks = [
             by_tf_config(hosts, n, tmp_path, 7200, *words, network="10.78.0") for n in range(2)
