@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.io.figure import log_y, new_figure, small_print
+from common.report import mesh_picture
 from common.report.collect import Collection
 from common.report.losses import LossCurve, loss_curves
 from common.report.sweep import Axis, Curve
@@ -45,6 +46,9 @@ def pictures(collection: Collection, swept: Mapping[Axis, Sequence[Curve]]) -> d
             found["throughput"] = draw_throughput(collection)
         if any(group.timing for group in collection.groups):
             found["time_split"] = draw_time_split(collection)
+        runs = [group.results[0].config for group in collection.groups]
+        if (widest := mesh_picture.most_of(runs)) is not None:
+            found["mesh"] = mesh_picture.draw_mesh(widest)
     return found
 
 

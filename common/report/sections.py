@@ -73,7 +73,7 @@ def sections(collection: Collection, swept: Mapping[Axis, Sequence[Curve]]) -> l
         grid = _efficiency(collection.rows)
         found.append(Section("efficiency", "Efficiency", "", grid, note=EFFICIENCY))
     if any(row.stages * row.replicas > 1 or row.shards for row in collection.rows):
-        found.append(Section("traffic", "Traffic", "", _traffic(collection), note=TRAFFIC))
+        found.append(Section("traffic", "Traffic", "", _traffic(collection), "mesh", note=TRAFFIC))
     if any(group.shown for group in collection.groups):
         found.append(Section("memory", "Memory", "", _memory(collection), note=MEMORY))
     return found

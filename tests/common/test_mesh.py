@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from common.report import mesh_picture
 from common.runtime.agreement import Disagreement, check_lines, gather
 from common.runtime.reduce import Reduction
 from common.schedule.action import Action, Op
 from common.schedule.generators import make_schedule
 from common.spec.data import IGNORED, Batch
 from common.spec.mesh import Mesh, Place
-from common.spec.run import RunConfig, TrainSpec
+from common.spec.run import RunConfig, TrainSpec, preset
+from common.spec.traffic import traffic_bytes
 
 
 def test_every_rank_has_one_place() -> None:
@@ -83,3 +85,16 @@ def test_replicas_with_other_weights_are_named() -> None:
     assert gather([1.0], 0, 4, add) == numbers
     with pytest.raises(Disagreement, match="stage 1: after 3 steps replica 1 has other weights"):
         check_lines(mesh, 0, {"w": np.ones(3)}, 3, add)
+
+
+def test_the_picture_has_every_process_and_all_that_travels() -> None:
+    small = preset("small").model_copy(update={"schedule": "1f1b"})
+    runs = [
+        small.model_copy(update={"replicas": d, "tensor_parallel": t}) for d, t in ((2, 1), (2, 2))
+    ]
+    widest = mesh_picture.most_of([small, *runs])
+    assert widest is not None and mesh_picture.most_of([small]) is None
+    texts = [text.get_text() for text in mesh_picture.draw_mesh(widest).axes[0].texts]
+    assert sum("shard" in text for text in texts) == Mesh.of(widest).size == 8
+    shown = sum(float(text.removesuffix(" MB")) for text in texts if text.endswith(" MB"))
+    assert shown == pytest.approx(sum(traffic_bytes(widest).values()) / 1e6, rel=0.01)
