@@ -106,6 +106,7 @@ class PipelineEngine:
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
         load_weights(self._named, weights)
+        self.pipeline.compressors = {}
         self._optimizer = StageOptimizer(self.config.train, self._named)
 
     def forward_backward(self, batch: Batch) -> float:

@@ -35,8 +35,8 @@ from common.spec.parameters import unit_names
 from common.spec.partition import PartitionPlan
 from common.spec.run import RunConfig, TransformerSpec
 from paddle_impl.clock import device_clock, followed
+from paddle_impl.compression import Compressor, RunningSum
 from paddle_impl.dropout import DropoutContext
-from paddle_impl.gradient_sum import GradientSum
 from paddle_impl.groups import connect, sum_over_ranks
 from paddle_impl.layers import Block, Embedding, Head
 from paddle_impl.stage import Channel, Stage
@@ -144,6 +144,8 @@ class NativePipeline(PipelineParallel):
     config: RunConfig
     schedule: Schedule
     stage: Stage
+    compressors: dict[int, Compressor]
+    """By chunk."""
     on_action: Callable[[int, Action | None], None]
     _actions: list[tuple[Action, Any, Any, Any]]
     """What has run, with the clock's marks for ready, start and end."""
@@ -154,7 +156,7 @@ class NativePipeline(PipelineParallel):
         self._layers.finish_sums = self._finish_sums
         actions, overlaps = self.schedule.devices[self.stage_id], self.config.reduce == "overlap"
         self._reduction = Reduction(actions, self._start_sum, overlaps)
-        self._sums: list[GradientSum] = []
+        self._sums: list[RunningSum] = []
         self._actions, self._clock = [], device_clock(partial(self.on_action, self.stage_id))
         self._ready = self._clock.mark()
 
@@ -165,8 +167,11 @@ class NativePipeline(PipelineParallel):
     def _start_sum(self, chunk: int) -> None:
         """Begin to add up a chunk's gradients over the replicas."""
         if self.use_data_parallel:
-            gradients = [item.parameter.grad for item in self.stage.named_by_chunk[chunk]]
-            self._sums.append(GradientSum(gradients, self.dp_group))
+            named = self.stage.named_by_chunk[chunk]
+            if chunk not in self.compressors:
+                self.compressors[chunk] = Compressor(self.config, named)
+            gradients = [item.parameter.grad for item in named]
+            self._sums.append(self.compressors[chunk].start(gradients, self.dp_group))
 
     def _finish_sums(self) -> None:
         self._reduction.finish()
@@ -281,6 +286,6 @@ def build_pipeline(config: RunConfig, layers: StageLayers, schedule: Schedule) -
     }
     chosen = NativePipeline if config.executor == "native" else TablePipeline
     pipeline = chosen(layers, fleet.get_hybrid_communicate_group(), strategy)
-    pipeline.config, pipeline.schedule = config, schedule
+    pipeline.config, pipeline.schedule, pipeline.compressors = config, schedule, {}
     connect(schedule)  # fleet's own schedule, too, is evaluated by `walk`
     return pipeline

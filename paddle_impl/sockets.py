@@ -225,13 +225,44 @@ class SocketGroup:
         sends more than twice the tensor, however many there are.
         """
         reduce = _REDUCTIONS[str(op).rsplit(".", 1)[-1]]  # "ReduceOp.SUM"
+        return self._in_turn(lambda: self._all_reduce(tensor, reduce), tensor, sync_op)
+
+    def all_gather_into_tensor(
+        self, out: Tensor, tensor: Tensor, sync_op: bool = True
+    ) -> Done | Running:
+        """Fill `out` with the tensors of all ranks, in their order."""
+        return self._in_turn(lambda: self._exchange(out, tensor, 1), tensor, sync_op)
+
+    def all_to_all_single(
+        self, out: Tensor, tensor: Tensor, out_sizes: Any, sizes: Any, sync_op: bool = True
+    ) -> Done | Running:
+        """Fill `out` with one slice from every rank, which cuts its tensor into one for each: equal
+        ones, for which Paddle gives no sizes.
+        """
+        return self._in_turn(lambda: self._exchange(out, tensor, self._size), tensor, sync_op)
+
+    def _in_turn(self, work: Callable[[], None], tensor: Tensor, sync_op: bool) -> Done | Running:
+        """Do the work of an operation on a tensor behind those before it."""
         if sync_op or not tensor.place.is_cpu_place():  # else a GPU might not have computed it yet
             if self._last is not None:
                 self._last.join()
-            self._all_reduce(tensor, reduce)
+            work()
             return Done()
-        self._last = Running(lambda: self._all_reduce(tensor, reduce), self._last)
+        self._last = Running(work, self._last)
         return self._last
+
+    def _exchange(self, out: Tensor, tensor: Tensor, slices: int) -> None:
+        in_memory, filled = tensor.cpu(), out.cpu()
+        # A copy: the tensor may be gone before this has left.
+        sent = np.array_split(_array(in_memory, np.uint8).copy(), slices)
+        rows = np.array_split(_array(filled, np.uint8), self._size)
+        for peer, link in self._links.items():
+            link.send(sent[peer % slices])
+        rows[self._rank][:] = sent[self._rank % slices]
+        for peer, link in self._links.items():
+            link.receive(rows[peer])
+        if filled is not out:
+            out.copy_(filled, True)
 
     def _all_reduce(self, tensor: Tensor, reduce: np.ufunc) -> None:
         in_memory = tensor.cpu()  # on a CPU the tensor itself
@@ -352,6 +383,6 @@ def _memory(tensor: Tensor | NDArray[Any]) -> memoryview:
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
 
 
-def _array(tensor: Tensor) -> NDArray[Any]:
+def _array(tensor: Tensor, dtype: Any = None) -> NDArray[Any]:
     """The tensor's own elements (n,), not a copy, while the tensor is there."""
-    return np.frombuffer(_memory(tensor), str(tensor.dtype).rpartition(".")[2])
+    return np.frombuffer(_memory(tensor), dtype or str(tensor.dtype).rpartition(".")[2])

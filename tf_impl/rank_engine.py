@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,13 +35,13 @@ from common.spec.data import Batch
 from common.spec.mesh import Mesh
 from common.spec.parameters import parameter_shapes
 from common.spec.run import RunConfig
+from tf_impl.compression import Compressor, RunningSum
 from tf_impl.engine import PipelineEngine
 from tf_impl.gpipe_model import GPipeModel
-from tf_impl.gradient_sum import GradientSum
 from tf_impl.groups import Group
 from tf_impl.links import LinkedChannel, Links
 from tf_impl.stage import Channel
-from tf_impl.weights import to_array
+from tf_impl.weights import named_parameters, to_array
 
 
 class Ranks:
@@ -101,21 +101,24 @@ class Ranks:
 class RankModel(GPipeModel):
     """A Transformer of which this process has one stage."""
 
-    def __init__(self, ranks: Ranks, overlap: bool, *arguments: Any, **options: Any) -> None:
+    def __init__(self, ranks: Ranks, config: RunConfig, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, held=[ranks.stage], **options)
-        self._ranks, self._overlap = ranks, overlap
+        self._ranks, self._config = ranks, config
+        self.compressors: dict[int, Compressor] = {}
+        """By chunk."""
         self._reduction: Reduction | None = None
         # TensorFlow's collectives return when they are done: this thread waits for them.
         self._waiting = ThreadPoolExecutor(1, "sum")
-        self._sums: list[GradientSum] = []
+        self._sums: list[RunningSum] = []
         spec = self.spec
         assert spec is not None
         self._most_values = max(self.schedule.num_micro_batches, len(parameter_shapes(spec)))
 
     def run_schedule(self, *arguments: Any) -> list[float]:
         actions = self.schedule.devices[self._ranks.stage]
+        overlaps = self._config.reduce == "overlap"
         if self._ranks.mesh.replicas > 1:
-            self._reduction = Reduction(actions, self._start_sum, self._overlap)
+            self._reduction = Reduction(actions, self._start_sum, overlaps)
         try:
             return super().run_schedule(*arguments)
         finally:
@@ -150,11 +153,16 @@ class RankModel(GPipeModel):
 
     def _start_sum(self, chunk: int) -> None:
         """Begin to add up a chunk's gradients over the replicas."""
-        weights = self.stages[self._ranks.stage].chunks[chunk].weights
+        own = self.stages[self._ranks.stage].chunks[chunk]
+        tied = self._config.model.tied_head
+        named = named_parameters([unit.unit_name for unit in own.layers], own.layers, tied)
+        if chunk not in self.compressors:
+            self.compressors[chunk] = Compressor(self._config, named)
+        found = {id(weight.variable): weight.gradient for weight in own.weights}
+        gradients = [found[id(item.parameter)] for item in named]
         copies = self._ranks.mesh.copies(self._ranks.stage)
         group = self._ranks.group(range(copies[0], copies[-1] + 1))
-        gradients = [weight.gradient for weight in weights]
-        self._sums.append(GradientSum(gradients, group, self._waiting))
+        self._sums.append(self.compressors[chunk].start(gradients, group, self._waiting))
 
     def _add_tied_gradients(self) -> None:
         """As in one process; where the embedding and the head's copy are apart, their two ranks add
@@ -188,7 +196,11 @@ class RankEngine(PipelineEngine):
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self._ranks, self.replica = ranks, ranks.replica
-        super().__init__(config, functools.partial(RankModel, ranks, config.reduce == "overlap"))
+        super().__init__(config, functools.partial(RankModel, ranks, config))
+
+    def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        self.model.compressors = {}
+        super().reset(weights)
 
     def forward_backward(self, batch: Batch) -> float:
         rows = self._rows(batch)

@@ -1,6 +1,7 @@
 """DistributedDataParallel as its users write it: the whole model in every process, and a plain loop
 over this replica's rows. A baseline for p = 1; why it does not fit a pipeline stands in
-`torch_impl/rank_engine.py`.
+`torch_impl/rank_engine.py`. Its communication hooks compress gradients; that for bfloat16 refuses
+CPUs.
 
 Differs: TensorFlow's replicas are devices of one process.
 """
@@ -11,9 +12,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from common.runtime.world import World
+from common.spec.compression import Compression
 from common.spec.data import Batch
 from common.spec.run import RunConfig
 from torch_impl.baseline import PlainEngine
@@ -29,6 +33,13 @@ class DataParallelEngine(PlainEngine):
         super().__init__(config, device)
         self.replica = world.rank
         self._parallel = DistributedDataParallel(self.model)
+        match config.compression:
+            case Compression("fp16"):
+                self._parallel.register_comm_hook(None, fp16_compress_hook)
+            case Compression("powersgd", rank):
+                # From its second step on, the first that its warm start allows.
+                state = PowerSGDState(None, rank, start_powerSGD_iter=2)
+                self._parallel.register_comm_hook(state, powerSGD_hook)
 
     def forward_backward(self, batch: Batch) -> float:
         self._set_step_key(batch, training=True)

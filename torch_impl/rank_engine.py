@@ -40,8 +40,8 @@ from common.spec.mesh import Mesh
 from common.spec.parameters import TOKEN_EMBEDDING, TensorKey
 from common.spec.run import RunConfig
 from common.spec.shards import cut_axis, joined, own_tokens, shard_of, shards_of
+from torch_impl.compression import Compressor, RunningSum
 from torch_impl.engine import PipelineEngine
-from torch_impl.gradient_sum import GradientSum
 from torch_impl.gradients import gradient_of
 from torch_impl.links import LinkedChannel, directed_groups
 from torch_impl.shards import Shards
@@ -71,7 +71,9 @@ class RankEngine(PipelineEngine):
         self._ranks = mesh.pipeline(mesh.line(world.rank))
         self._passes = 0
         self._reduction: Reduction | None = None
-        self._sums: list[GradientSum] = []
+        self._sums: list[RunningSum] = []
+        self._compressors: dict[int, Compressor] = {}
+        """By chunk."""
         uses_nccl = device.type == "cuda"
         lines = [mesh.pipeline(line) for line in range(mesh.lines)]
         edges = [directed_groups(self.schedule, ranks) if uses_nccl else {} for ranks in lines]
@@ -86,6 +88,7 @@ class RankEngine(PipelineEngine):
         self._ends = _own_group(pairs, world.rank) if self._are_apart else None
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        self._compressors = {}
         super().reset(shards_of(self.config, weights, self._shard))
 
     def probe_units(
@@ -185,8 +188,10 @@ class RankEngine(PipelineEngine):
     def _start_sum(self, chunk: int) -> None:
         """Begin to add up a chunk's gradients over the replicas."""
         named = self.stages[self._stage].chunks[chunk].named
+        if chunk not in self._compressors:
+            self._compressors[chunk] = Compressor(self.config, named)
         gradients = [gradient_of(item.parameter) for item in named]
-        self._sums.append(GradientSum(gradients, self._copies))
+        self._sums.append(self._compressors[chunk].start(gradients, self._copies))
 
     def _counts(self, name: str) -> bool:
         """Each replica has all of the norm, and each shard what is not cut."""

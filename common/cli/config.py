@@ -34,7 +34,7 @@ SCHEDULE: Key = ("run", "schedule")
 GRID: tuple[Key, ...] = (
     *(("run", "track"), ("train", "dtype"), ("run", "recompute"), ("run", "executor")),
     *(("run", "chunks"), ("train", "micro_batches"), ("run", "tensor_parallel")),
-    *(("run", "replicas"), ("run", "stages")),
+    *(("run", "compress"), ("run", "replicas"), ("run", "stages")),
     SCHEDULE,
     ("run", "framework"),
 )

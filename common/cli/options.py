@@ -31,6 +31,7 @@ from common.cli.settings import (
 from common.io.usage import UsageError
 from common.schedule import recompute
 from common.schedule.generators import GENERATORS
+from common.spec import compression
 from common.spec.run import RunConfig, TransformerSpec
 
 PRESET = "tiny"
@@ -40,6 +41,7 @@ TITLES = {"run": "the run", "model": "the model", "train": "the training"}
 METAVARS = {
     "partition": "even|balanced|B1,B2,..",
     "recompute": recompute.WORDS,
+    "compress": compression.WORDS,
     "dropout": "X|native[:X]",
     "corpus": "PATH",
     "tokenizer_file": "FILE",

@@ -136,6 +136,8 @@ class _Rank:
             for line in Mesh.of(config).describe(world.hosts):
                 say(self._console, line)
             say(self._console, f"results in {folders.folder / run_name(config)}/")
+            goes_on = folders.resume is not None and not self._arguments.weights
+            train.say_what_is_forgotten(config, goes_on, self._console)
             return self._train(world, names, folders, config, corpus, stack)
 
     def _heed_signals(self, stack: contextlib.ExitStack) -> None:

@@ -37,6 +37,7 @@ SHOWN_LOSSES = 12
 FREE = (
     *PLACEMENT[:-2],
     "replicas",
+    "compress",
     "tensor_parallel",
     "vocab_parallel",
     "micro_batches",
@@ -122,6 +123,8 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
         folder = make_folder(Path(arguments.out), "train")
         name = run_name(config)
         say(console, f"results in {folder / name}/")
+        goes_on = arguments.max_restarts > 0 or (resume is not None and not arguments.weights)
+        say_what_is_forgotten(config, goes_on, console)
         training = Training(
             config=config,
             module=implementation.module,
@@ -233,6 +236,13 @@ def check_resume(resume: Path, saved: Manifest, config: RunConfig) -> None:
     if saved.steps_done >= config.train.steps:
         done = f"all {saved.steps_done} of {config.train.steps} steps are done"
         raise UsageError(f"--resume {resume}: {done}; use more --steps")
+
+
+def say_what_is_forgotten(config: RunConfig, goes_on: bool, console: Console) -> None:
+    """Say what a training that goes on from a checkpoint does not find in it."""
+    if goes_on and config.compression.remembers:
+        what = "what a replica has not sent yet is not in a checkpoint"
+        say(console, f"compress = {config.compress}: {what}, so a training that goes on drops it")
 
 
 def check_room(directory: Path, resume: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +117,7 @@ def run_name(config: RunConfig, repeat: int | None = None) -> str:
     name += f"-d{config.replicas}" if config.replicas > 1 else ""
     name += f"-{shards}" if (shards := shards_word(config).replace("=", "")) else ""
     name += f"-{config.executor}" if config.executor != "table" else ""
-    name = "-".join([name, *(word.replace("=", "-") for word in variant_of(config))])
+    name = "-".join([name, *(re.sub("[=:]", "-", word) for word in variant_of(config))])
     return name if repeat is None else f"{name}-r{repeat}"
 
 
@@ -157,6 +158,8 @@ class _Session:
         module, label = ORACLE_MODULE, ORACLE_NAME
         if config.train.dtype == "bfloat16":
             module, label = ROUNDED_ORACLE_MODULE, f"{ORACLE_NAME}, weights rounded to bfloat16"
+        if config.compress != "none":
+            label += f", compress={config.compress}"
         self.view.start(label, config.train.steps)
         from common.runtime import oracle_worker
 
@@ -198,9 +201,11 @@ class _Session:
             raise Interrupted
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
+        of_oracle = module in (ORACLE_MODULE, ROUNDED_ORACLE_MODULE)
+        out, text = str(self.folder / name), self.texts.of(config)
         return run_jobs_in_worker(
             module,
-            [Job(config=config, out=str(self.folder / name), text=self.texts.of(config))],
+            [Job(config=config, out=out, text=text, in_one_process=of_oracle)],
             self.folder / name,
             self.bench.options.timeout or math.inf,
             on_step=lambda _, step, loss: self.view.step(step, loss),
@@ -254,9 +259,8 @@ class _Session:
             return Parity(reason=f"the oracle {oracle.status}: {oracle.reason}")
         rounded_config = compare.rounded_oracle_config(result.config)
         found = self.oracles.get(rounded_config) if rounded_config else None
-        rounded = found[0] if found else None
         try:
-            return compare.parity(result, folder, oracle, oracle_folder, rounded)
+            return compare.parity(result, folder, oracle, oracle_folder, *(found or ()))
         except (ValueError, OSError) as error:  # a worker that leaves other files than it should
             return Parity(status="FAIL", reason=f"cannot be compared: {error}")
 

@@ -239,7 +239,7 @@ def _where(folders: Sequence[tuple[Job, Path]], boards: Sequence[Board]) -> str:
     for (job, out), board in zip(folders, boards, strict=True):
         if not any([*out.glob("part-*.json"), *out.glob("failed-*.txt")]):
             mesh, line = Mesh.of(job.config), job.folders.index(out)
-            where = "" if mesh.lines == 1 else f"{mesh.line_name(line)}: "
+            where = "" if len(job.folders) == 1 else f"{mesh.line_name(line)}: "
             return where + board.explain()
     return "all jobs have ended, but not the worker process"
 
@@ -315,7 +315,7 @@ def _outcome(job: Job, log: Path, why_worker_ended: str, seconds: float) -> Outc
         parts.sort(key=lambda part: part.devices)
         # Every device must be in some part: a rank that is gone without a word leaves a gap.
         found = collections.Counter(device for part in parts for device in part.devices)
-        lacking = [d for d in range(job.config.stages) if found[d] < Mesh.of(job.config).lines]
+        lacking = [d for d in range(job.config.stages) if found[d] < len(job.folders)]
         if lacking and not reason:
             reason = why_worker_ended
             if parts:

@@ -548,14 +548,16 @@ class Oracle:
             share * self.forward(part, training=False)[0] for part, _, share in self._pieces(batch)
         )
 
-    def forward_backward(self, batch: Batch) -> float:
+    def forward_backward(self, batch: Batch, first_sample: int = 0) -> float:
         """Return the mean loss per token; `gradients` then holds every gradient by name.
+
+        `first_sample` is the number of the batch's first row, where it is a part of one.
 
         Mean losses of pieces, and their gradients, add up by the pieces' shares of the tokens.
         """
         loss, sums = 0.0, None
-        for part, first_sample, share in self._pieces(batch):
-            loss += share * self._forward_backward(part, first_sample)
+        for part, first, share in self._pieces(batch):
+            loss += share * self._forward_backward(part, first_sample + first)
             if share != 1:
                 for gradient in self.gradients.values():
                     gradient *= share

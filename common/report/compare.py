@@ -1,8 +1,8 @@
 """Judge runs: against the oracle, and in bfloat16 also beside those of the other frameworks.
 
 [1] `parity` compares one run with the oracle: every step's loss, and step 0's gradients by name. In
-    float64 and float32 that is the verdict. In bfloat16 it is only a ceiling, and the errors are
-    written into the result.
+    float64 and float32 that is the verdict. In bfloat16, and where replicas compress
+    their gradients, it is only a ceiling, and the errors are written into the result.
 [2] `judge_together` turns these errors into a verdict, once there are runs of two frameworks.
 """
 
@@ -30,7 +30,7 @@ from common.spec.parameters import Check, TensorKey, parameter_shapes
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig, TrainSpec
 
-JUDGED_TOGETHER = "below bfloat16's ceiling; more needs a run of another framework beside it"
+JUDGED_TOGETHER = "below the ceiling of bfloat16; more needs a run of another framework beside it"
 
 
 def oracle_config(config: RunConfig) -> RunConfig:
@@ -52,14 +52,24 @@ def oracle_config(config: RunConfig) -> RunConfig:
 
 
 def rounded_oracle_config(config: RunConfig) -> RunConfig | None:
-    """Return the run that says how much rounded weights alone change a loss curve; None unless in
-    bfloat16."""
-    if config.train.dtype != "bfloat16":
+    """Return the run that says how much rounded weights, or compressed gradients, alone change a
+    loss curve; None for a run that has neither."""
+    if not _is_lossy(config):
         return None
     oracle = oracle_config(config)
-    return oracle.model_copy(
-        update={"train": oracle.train.model_copy(update={"dtype": "bfloat16"})}
-    )
+    alike: dict[str, object] = {}
+    run: dict[str, object] = {}
+    if config.train.dtype == "bfloat16":
+        alike["dtype"] = "bfloat16"
+    if config.compress != "none":  # which rows a replica has decides what it sends
+        alike |= {"micro_batches": config.train.micro_batches}
+        run = {"compress": config.compress, "replicas": config.replicas}
+    return oracle.model_copy(update=run | {"train": oracle.train.model_copy(update=alike)})
+
+
+def _is_lossy(config: RunConfig) -> bool:
+    """Return whether a run's errors are judged beside those of other frameworks."""
+    return config.train.dtype == "bfloat16" or config.compress != "none"
 
 
 def why_not_comparable(config: RunConfig) -> str | None:
@@ -68,6 +78,11 @@ def why_not_comparable(config: RunConfig) -> str | None:
         return (
             "native dropout: every framework draws masks of its own; --dropout-masks shared "
             "would be comparable"
+        )
+    if config.executor == "plain" and config.compression.kind == "powersgd":
+        return (
+            "PyTorch's PowerSGD begins in step 2, from a Q of its own, and joins tensors to "
+            "buckets; executor = table would be comparable"
         )
     return None
 
@@ -86,13 +101,19 @@ def parity(
     oracle: RunResult,
     oracle_folder: Path,
     rounded: RunResult | None = None,
+    rounded_folder: Path | None = None,
 ) -> Parity:
     """Compare a finished run with a finished oracle. [1]
 
-    In bfloat16, `rounded` is the oracle's run with rounded weights: a loss curve may differ by what
-    they alone make.
+    `rounded` is the oracle's run of `rounded_oracle_config`: a loss curve may differ by what
+    rounded weights or compressed gradients alone make. Compressed gradients are held against its
+    own.
     """
     floor = 0.0
+    if result.config.compress != "none":
+        if rounded is None or rounded.status != "ok" or rounded_folder is None:
+            return Parity(reason="the oracle with compressed gradients has not run")
+        oracle_folder = rounded_folder
     if rounded is not None and rounded.status == "ok":
         # How far the oracle's own losses move when its weights are rounded: no run in bfloat16,
         # whose weights always are, can be asked to stay closer.
@@ -101,12 +122,16 @@ def parity(
     seen, right = read_gradients(folder), read_gradients(oracle_folder)
     comparison = compare_runs(result.steps, seen, oracle.steps, right, result.config, floor)
     first = comparison.first_failure
-    if result.config.train.dtype == "bfloat16":
+    if _is_lossy(result.config):
+        errors = comparison.errors()
+        if result.config.compress != "none":
+            # A value near an edge goes to one side or the other: which framework's, is chance.
+            errors = {check: error for check, error in errors.items() if "gradient" not in check}
         return Parity(
             status="not checked" if first is None else "FAIL",
             reason=JUDGED_TOGETHER if first is None else f"above the ceiling: {first}",
             tensors=len(comparison.differences),
-            errors=comparison.errors(),
+            errors=errors,
             curve_floor=floor,
         )
     return Parity(
@@ -151,7 +176,7 @@ def _verdict(parity: Parity, margins: Mapping[str, float], frameworks: Sequence[
     in_words = (f"{name.replace('_', ' ')} {error:.1e}" for name, error in parity.errors.items())
     errors = ", ".join(in_words)
     rule = f"no error more than {BFLOAT16_FACTOR:g} times the smallest of {', '.join(frameworks)}"
-    floor = f"at least {parity.curve_floor:.1e}, what rounded weights alone make"
+    floor = f"at least {parity.curve_floor:.1e}, what rounding or compression alone makes"
     rule += f" (the loss curve's {floor})"
     worst = f"{check.replace('_', ' ')} is {BFLOAT16_FACTOR * margins[check]:.1f} times it"
     return parity.model_copy(
@@ -177,7 +202,7 @@ def compare_runs(
     The later losses may differ by `BFLOAT16_FACTOR` times `curve_floor`, if that is more than their
     limit.
     """
-    dtype = config.train.dtype
+    dtype = "bfloat16" if _is_lossy(config) else config.train.dtype
     plan = plan_partition(config)
     order = {name: -i for i, name in enumerate(parameter_shapes(config.model))}
 
@@ -203,5 +228,7 @@ def compare_runs(
 def _loss(config: RunConfig, seen: Step, expected: Step, least_of_curve: float) -> Difference:
     check: Check = "loss" if seen.step == 0 else "loss_curve"
     key = TensorKey(seen.step, "forward", config.stages - 1, -1, "head", "loss")
-    limit = max(LIMITS[check][config.train.dtype], least_of_curve if check == "loss_curve" else 0.0)
+    # The loss of step 0 comes before anything is compressed.
+    dtype = "bfloat16" if check == "loss_curve" and _is_lossy(config) else config.train.dtype
+    limit = max(LIMITS[check][dtype], least_of_curve if check == "loss_curve" else 0.0)
     return difference(key, check, np.array(seen.loss), np.array(expected.loss), limit)

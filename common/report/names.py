@@ -43,7 +43,13 @@ def shards_word(config: RunConfig) -> str:
 
 
 def variant(
-    dtype: str, track: str, recompute: str, dropout: str, sequence_lengths: str, drift: str
+    dtype: str,
+    track: str,
+    recompute: str,
+    dropout: str,
+    sequence_lengths: str,
+    drift: str,
+    compress: str,
 ) -> list[str]:
     """Return the words for everything that is not the default, for names of rows."""
     return [
@@ -52,6 +58,7 @@ def variant(
         f"{dropout.split()[0]}-dropout" if dropout.startswith("native") else "",
         f"{sequence_lengths}-lengths" if sequence_lengths != "full" else "",
         f"drift={drift}" if drift else "",
+        f"compress={compress}" if compress != "none" else "",
         track if track != "matched" else "",
     ]
 
@@ -65,5 +72,6 @@ def variant_of(config: RunConfig) -> list[str]:
         dropout=dropout_words(config),
         sequence_lengths=config.sequence_lengths,
         drift=config.drift or "",
+        compress=config.compress,
     )
     return [word for word in words if word]

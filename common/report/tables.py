@@ -104,6 +104,7 @@ class Row:
     replicas: int = 1
     shards: str = ""
     """`common.report.names.shards_word`"""
+    compress: str = "none"
 
     @property
     def shares_gpu(self) -> bool:
@@ -145,7 +146,13 @@ class Row:
         ]
         words += [self.source]
         words += variant(
-            self.dtype, self.track, self.recompute, self.dropout, self.sequence_lengths, self.drift
+            self.dtype,
+            self.track,
+            self.recompute,
+            self.dropout,
+            self.sequence_lengths,
+            self.drift,
+            self.compress,
         )
         return " ".join(filter(None, words))
 
@@ -165,7 +172,7 @@ class Row:
 
 KIND = (
     *("framework", "python", "device", "dtype", "track", "source"),
-    *("recompute", "dropout", "sequence_lengths", "drift"),
+    *("recompute", "dropout", "sequence_lengths", "drift", "compress"),
 )
 """Fields that rows share which train the same in one framework, on one kind of device."""
 
@@ -268,6 +275,7 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         published_mfu=_median([result.published_mfu for result in good]),
         replicas=config.replicas,
         shards=shards_word(config),
+        compress=config.compress,
         peak_measured_by=next((peak.measured_by for peak in peaks), ""),
     )
 
@@ -350,6 +358,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("chunks", lambda row: str(row.chunks)),
     Column("replicas", lambda row: str(row.replicas)),
     Column("shards", lambda row: row.shards or "t=1", numeric=False),
+    Column("compress", lambda row: row.compress, numeric=False),
     Column("micro-batches", lambda row: str(row.micro_batches), keep=4),
     Column("executor", lambda row: row.executor, numeric=False, keep=12),
     Column("device", _device_cell, numeric=False, keep=11),
@@ -397,6 +406,7 @@ def columns_for(rows: Sequence[Row]) -> list[Column]:
         "chunks": all(row.chunks == 1 for row in rows),
         "replicas": all(row.replicas == 1 for row in rows),
         "shards": not any(row.shards for row in rows),
+        "compress": all(row.compress == "none" for row in rows),
         "device": all(row.device in ("", "cpu") for row in rows),
         "dtype": len({row.dtype for row in rows}) == 1,
         "executor": all(row.executor == "table" for row in rows),

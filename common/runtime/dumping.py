@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.checkpoint import moments_of
 from common.oracle.reference import Oracle
@@ -24,6 +23,7 @@ from common.runtime.job import Job
 from common.runtime.training import named, starting_weights
 from common.spec.data import Batch, Corpus
 from common.spec.parameters import TensorKey, unit_names, unit_of
+from common.spec.rounding import in_precision
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,6 @@ def reference_at(job: Job, corpus: Corpus, step: int) -> Reference:
             unit: in_precision(oracle.output_gradients[unit], config.train.dtype) for unit in units
         },
     )
-
-
-def in_precision(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Round to the nearest values of `dtype`. NumPy has no bfloat16: float32 holds those."""
-    if dtype != "bfloat16":
-        return array.astype(dtype)
-    bits = array.astype(np.float32).view(np.uint32)
-    # bfloat16 is float32's upper half, and half a unit of its last place is 0x8000. Adding one
-    # less, or 0x8000 where the last kept bit is odd, carries for all that lies above half; what is
-    # exactly half goes up from an odd value only, to the even one.
-    nearest_even = ((bits >> 16) & 1) + 0x7FFF
-    return ((bits + nearest_even) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
 def dump(engine: Engine, job: Job, corpus: Corpus) -> dict[TensorKey, Any]:

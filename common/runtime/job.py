@@ -110,6 +110,8 @@ class Job(BaseModel):
     generation: Generation | None = None
     line: int = 0
     """Which one's the job is (`of_line`)."""
+    in_one_process: bool = False
+    """Whether the worker computes all replicas itself, as the oracle does."""
 
     def of_line(self, line: int) -> Job:
         """Return the job as a line's processes do it: those after the first write into folders of
@@ -127,7 +129,8 @@ class Job(BaseModel):
     def folders(self) -> list[Path]:
         """The folder of every line; the first is the job's own."""
         out = Path(self.out)
-        return [out, *(out / f"line-{n}" for n in range(1, Mesh.of(self.config).lines))]
+        lines = 1 if self.in_one_process else Mesh.of(self.config).lines
+        return [out, *(out / f"line-{n}" for n in range(1, lines))]
 
 
 class JobFile(BaseModel):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import checkpoint
+from common.oracle.compression import ReplicatedOracle
 from common.oracle.reference import Oracle, pieces_of, saved_bytes
 from common.runtime.decode import Feed
 from common.runtime.engine import Arrays
@@ -54,7 +55,12 @@ class OracleEngine:
         self._pieces = config.replicas * config.train.micro_batches
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        self.oracle = Oracle(self.config.model, self.config.train, dict(weights))
+        config = self.config
+        self.oracle = (
+            Oracle(config.model, config.train, dict(weights))
+            if config.compress == "none"
+            else ReplicatedOracle(config, weights)
+        )
 
     def forward_backward(self, batch: Batch) -> float:
         return self.oracle.forward_backward(batch)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from common.runtime.dumping import in_precision
 from common.runtime.oracle_worker import OracleEngine, main
 from common.spec.data import Batch
+from common.spec.rounding import in_precision
 
 
 class RoundedOracleEngine(OracleEngine):

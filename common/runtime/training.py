@@ -152,7 +152,7 @@ def train(
             watch.enter("save", step)
             _save(engine, job, job.saving, corpus, batch)
     watch.enter("end", end)
-    if (mesh := Mesh.of(config)).lines > 1:
+    if (mesh := Mesh.of(config)).lines > 1 and not job.in_one_process:
         rank = mesh.pipeline(job.line)[engine.devices[0]]
         check_lines(mesh, rank, engine.weights(), end, engine.sum_over_ranks)
     return records

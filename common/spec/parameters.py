@@ -172,3 +172,12 @@ def random_arrays(
         name: (scale * _normal(f"random/{name}", shape, seed)).astype(np.float32).astype(dtype)
         for name, shape in parameter_shapes(model).items()
     }
+
+
+def first_factor(name: str, is_copy: bool, columns: int, rank: int, seed: int) -> NDArray[Any]:
+    """Return PowerSGD's Q before the first step, (columns, rank): float32, equal on all replicas.
+
+    `is_copy` says that `name` is a tied head's copy of that parameter, a tensor of its own.
+    """
+    what = "powersgd-copy" if is_copy else "powersgd"
+    return _normal(f"{what}/{name}", (columns, rank), seed).astype(np.float32)

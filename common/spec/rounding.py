@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def round_to_float32(value: float) -> float:
@@ -26,3 +28,15 @@ def finite_float32(value: float) -> float:
             f"{value}; expected at most {np.finfo(np.float32).max:.4g}, as float32 has it"
         )
     return rounded
+
+
+def in_precision(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Round to the nearest values of `dtype`. NumPy has no bfloat16: float32 holds those."""
+    if dtype != "bfloat16":
+        return array.astype(dtype)
+    bits = array.astype(np.float32).view(np.uint32)
+    # bfloat16 is float32's upper half, and half a unit of its last place is 0x8000. Adding one
+    # less, or 0x8000 where the last kept bit is odd, carries for all that lies above half; what is
+    # exactly half goes up from an odd value only, to the even one.
+    nearest_even = ((bits >> 16) & 1) + 0x7FFF
+    return ((bits + nearest_even) & 0xFFFF0000).astype(np.uint32).view(np.float32)

@@ -50,6 +50,10 @@ TENSOR_PARALLEL: tuple[str, ...] = ("torch",)
 
 TENSOR_PARALLEL_BASELINES: Mapping[str, tuple[str, ...]] = {"torch": ("plain",)}
 """Executors of a framework's own that do: DTensor in the plain loop."""
+COMPRESSED_BASELINES: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("torch", "plain"): ("none", "fp16", "powersgd:R")
+}
+"""What a framework's own data parallelism compresses on a CPU: PyTorch's by communication hooks."""
 
 
 class Impossible(NamedTuple):
@@ -72,6 +76,7 @@ def why_impossible(config: RunConfig) -> Impossible | None:
         or _drift(config)
         or _executor(config)
         or why_no_mesh(config)
+        or _compression(config)
     )
 
 
@@ -202,6 +207,24 @@ def _tensor_parallel(config: RunConfig) -> Impossible | None:
     else:
         return None
     return Impossible("tensor_parallel", f" = {t}: {why}")
+
+
+def _compression(config: RunConfig) -> Impossible | None:
+    if config.compress == "none":
+        return None
+    offered = COMPRESSED_BASELINES.get((config.framework, config.executor), ("none",))
+    kinds = [word.partition(":")[0] for word in offered]
+    if config.replicas == 1:
+        why = "one replica sends no gradients; expected none, or replicas of 2 or more"
+    elif config.executor == "plain" and config.compression.kind not in kinds:
+        what = f"{config.framework}'s own data parallelism on a CPU has no such compression"
+        why = f"{what}; expected {', '.join(offered)}, or executor = table"
+    elif config.tensor_parallel > 1 and config.compression.kind not in ("fp16", "bf16"):
+        why = "each shard would compress its part of a matrix; expected tensor_parallel = 1, or "
+        why += "fp16 or bf16"
+    else:
+        return None
+    return Impossible("compress", f" = {config.compress}: {why}")
 
 
 def why_too_few_gpus(processes: int, gpus: int) -> str | None:

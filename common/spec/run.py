@@ -29,6 +29,7 @@ from pydantic import (
 from common.io.edges import OsText, printable
 from common.schedule import recompute
 from common.schedule.action import MAX_PLACES
+from common.spec.compression import Compression
 from common.spec.rounding import finite_float32, round_to_float32
 
 
@@ -275,6 +276,11 @@ class RunConfig(Frozen):
         False,
         description="shards cut the token embedding and the head too, over the vocabulary",
     )
+    compress: str = Field(
+        "none",
+        description="what replicas send instead of whole gradients: none, fp16, bf16, powersgd:R, "
+        "topk:F, sign, or ef-sign (docs/compression.md)",
+    )
     schedule: OsText = Field(
         "1f1b", min_length=1, description="name of the pipeline schedule, or file:PATH"
     )
@@ -383,6 +389,16 @@ class RunConfig(Frozen):
     def recomputes(self, micro_batch: int) -> bool:
         """Return whether the backward of this micro-batch computes its forward again."""
         return recompute.recomputes(self.recompute, micro_batch, self.train.micro_batches)
+
+    @property
+    def compression(self) -> Compression:
+        return Compression.parse(self.compress)
+
+    @field_validator("compress")
+    @classmethod
+    def _known_compression(cls, value: str) -> str:
+        Compression.parse(value)
+        return value
 
     @field_validator("partition", mode="before")
     @classmethod

@@ -2,7 +2,8 @@
 
     from stage k to k + 1    b S D e         an activation, for each micro-batch
     back                     b S D e         its gradient
-    within a stage           2 G / d         G bytes of gradients, each of d replicas to each other
+    within a stage           2 G / d         G bytes of gradients, each of d replicas to each other,
+                                             or what `compress` sends instead
     among its shards         2 b S D e / t   a sum, each of t shards to each other: a block has two
                                              in F and two in B, 4 b S D e with t = 2
     a tied head              V D e           the embedding's gradient, each end to the other
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 
 from common.schedule.action import Op, Schedule
@@ -53,7 +53,7 @@ def traffic_bytes(config: RunConfig, schedule: Schedule | None = None) -> dict[E
     for stage, shard in itertools.product(range(mesh.stages), range(mesh.shards)):
         gradients = _gradient_bytes(config, schedule, stage, shard if mesh.shards > 1 else None)
         for a, b in itertools.permutations(mesh.copies(stage, shard), 2):
-            sent[a, b] += math.ceil(2 * gradients / mesh.replicas)
+            sent[a, b] += config.compression.pair_bytes(gradients, mesh.replicas)
     for stage, replica in itertools.product(range(mesh.stages), range(mesh.replicas)):
         for edge in itertools.permutations(mesh.shard_group(stage, replica), 2):
             sent[edge] += sums[stage]
@@ -97,18 +97,19 @@ def _messages(config: RunConfig, schedule: Schedule) -> dict[Edge, int]:
 
 
 def _gradient_bytes(config: RunConfig, schedule: Schedule, stage: int, shard: int | None) -> int:
-    """Of a stage, or of a shard of it, in the master precision; a tied head's copy counts where it
-    is.
+    """Of a stage, or of a shard of it, as they are sent: whole ones in the master precision. A tied
+    head's copy counts where it is.
     """
     parts = plan_partition(config).parts
     units = [unit for k in schedule.parts[stage] for unit in parts[k]]
-    size = collections.Counter[str]()
+    size, element = collections.Counter[str](), ELEMENT_BYTES[config.train.master_dtype]
     for name, shape in parameter_shapes(config.model).items():
         own = shape if shard is None else shard_shape(config, name, shape, shard)
-        size[unit_of(name)] += math.prod(own)
+        message = config.compression.message_bytes(own, element)
+        size[unit_of(name)] += message
         if name == TOKEN_EMBEDDING and config.model.tied_head:
-            size["head"] += math.prod(own)
-    return ELEMENT_BYTES[config.train.master_dtype] * sum(size[unit] for unit in units)
+            size["head"] += message
+    return sum(size[unit] for unit in units)
 
 
 def _shard_sum_bytes(config: RunConfig, schedule: Schedule) -> list[int]:

@@ -20,13 +20,14 @@ from safetensors.numpy import save_file
 from common.checkpoint.dump import Dump, DumpError, read_dump, write_dump
 from common.cli.main import main
 from common.harness.bisect import bisect
-from common.runtime.dumping import dump, in_precision
+from common.runtime.dumping import dump
 from common.runtime.engine import Arrays
 from common.runtime.job import Job
 from common.runtime.oracle_worker import OracleEngine
 from common.runtime.training import starting_weights
 from common.spec.data import Batch, load_corpus
 from common.spec.parameters import TensorKey
+from common.spec.rounding import in_precision
 from common.spec.run import RunConfig
 from tests.program import assert_refused, words
 

@@ -41,6 +41,7 @@ DIFFERENCES = {
     "gradient_sum": {
         "OrderedSum": "PyTorch's sums over shards too; Paddle's group over sockets adds in that "
         "order itself, TensorFlow's shards are in one graph",
+        "added_up": "TensorFlow's collectives return when they are done: a sum can be a function",
     },
     "layers": {
         "Unit": "what Keras asks of every layer: how it is saved, its shapes",

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from common.oracle.reference import Oracle, clip_scale, global_norm, pieces_of, saved_bytes
-from common.runtime.dumping import in_precision
 from common.runtime.rounded_oracle import RoundedOracleEngine
 from common.spec.data import load_corpus
 from common.spec.parameters import initial_weights, random_arrays
+from common.spec.rounding import in_precision
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
 
 VARIANTS = [

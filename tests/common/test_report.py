@@ -239,6 +239,21 @@ def test_a_loss_curve_in_bfloat16_may_go_where_rounded_weights_alone_lead() -> N
     assert rounded_oracle_config(CONFIG) is None
 
 
+def test_a_loss_curve_may_go_where_compression_alone_leads() -> None:
+    train = CONFIG.train.model_copy(update={"micro_batches": 2})
+    low = CONFIG.model_copy(update={"train": train, "replicas": 2, "compress": "topk:0.01"})
+    assert oracle_config(low) == oracle_config(CONFIG)
+    own = rounded_oracle_config(low)
+    assert own is not None and (own.replicas, own.compress) == (2, "topk:0.01")
+    assert (own.train.micro_batches, own.train.dtype) == (2, "float64")
+    steps = tuple(Step(step=i, loss=5.0, gradient_norm=1.0, seconds=1.0) for i in range(3))
+    off = tuple(s.model_copy(update={"loss": 5.1 if s.step == 2 else 5.0}) for s in steps)
+    assert not compare_runs(off, {}, steps, {}, low).passed
+    assert compare_runs(off, {}, steps, {}, low, curve_floor=0.01).passed
+    first = (steps[0].model_copy(update={"loss": 5.0001}), *steps[1:])
+    assert not compare_runs(first, {}, steps, {}, low, curve_floor=0.01).passed
+
+
 def test_a_missing_gradient_fails() -> None:
     gradients = {TensorKey(0, "backward", -1, -1, "head", "head.output.weight"): np.ones(3)}
     first = compare_runs((), {}, (), gradients, CONFIG).first_failure

@@ -197,7 +197,7 @@ def row(**fields: object) -> Row:
     known |= {"framework": "torch", "schedule": "1f1b", "stages": 2, "chunks": 1, "batch_size": 16}
     known |= {"executor": "table", "track": "matched", "dtype": "float32", "recompute": "none"}
     known |= {"dropout": "none", "sequence_lengths": "full", "drift": "", "source": ""}
-    known |= {"device": "cpu", "gpus": 0, "python": "", "replicas": 1}
+    known |= {"device": "cpu", "gpus": 0, "python": "", "replicas": 1, "compress": "none"}
     known |= {"status": "ok", "parity": "pass", "repeats": 2, "timed_steps": 6}
     known |= {"step_ms_median": 10.0, "step_ms_p10": 8.0, "step_ms_p90": 20.0}
     return Row(**(known | fields))  # type: ignore[arg-type]
