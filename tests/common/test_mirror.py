@@ -44,6 +44,7 @@ DIFFERENCES = {
         "added_up": "TensorFlow's collectives return when they are done: a sum can be a function",
     },
     "layers": {
+        "constants": "PyTorch counts the tensors that its graph holds, and these are none of them",
         "Unit": "what Keras asks of every layer: how it is saved, its shapes",
         "Embedding.tied_weight": "fleet shares a weight by the name of an attribute",
         "summed_loss": "TensorFlow's loss is the one that the Keras model is compiled with",
