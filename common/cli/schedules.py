@@ -47,6 +47,7 @@ from common.schedule.simulate import (
 from common.schedule.table import OP_CODE, tabulate
 from common.schedule.validate import validate
 from common.schedule.why import explain_gaps
+from common.spec.rules import why_no_mesh
 from common.spec.run import PRESETS, RunConfig, explain, preset
 from common.spec.traffic import between_hosts, blocks, traffic_bytes
 
@@ -105,6 +106,9 @@ def register(subcommands: Any) -> None:
     several = simulator.add_argument_group("what travels in a step, in bytes, over several hosts")
     several.add_argument("--hosts", metavar="H", type=positive, help="hosts of equal size")
     several.add_argument("--replicas", metavar="D", type=positive, help="pipelines (default 1)")
+    several.add_argument(
+        "--tensor-parallel", metavar="T", type=positive, help="shards of every stage (default 1)"
+    )
     several.add_argument(
         "--preset", choices=PRESETS, default="small", help="the model (default small)"
     )
@@ -413,14 +417,15 @@ def _write_chart(schedule: Schedule, costs: Costs, path: Path, why: bool) -> Non
 def _simulate(arguments: argparse.Namespace) -> int:
     _name_schedule(arguments)
     if names := _several(arguments):
-        if arguments.hosts or arguments.replicas:
-            raise UsageError("--hosts, --replicas: of one schedule; expected one name")
+        if _is_mesh(arguments):
+            what = "--hosts, --replicas, --tensor-parallel: of one schedule; expected one name"
+            raise UsageError(what)
         return _side_by_side(arguments, names)
     schedule, costs = plan(arguments.schedule, arguments)
     _check_overlap([schedule], arguments)
     simulation = _simulated(schedule, costs)
     result = _result(simulation, arguments)
-    if arguments.hosts or arguments.replicas:
+    if _is_mesh(arguments):
         result["bytes_per_step"] = _links(schedule, arguments)
     compared = textbook(simulation) if arguments.formulas else []
     if compared and arguments.json:
@@ -446,25 +451,35 @@ def _simulate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _is_mesh(arguments: argparse.Namespace) -> bool:
+    return bool(arguments.hosts or arguments.replicas or arguments.tensor_parallel)
+
+
 def _links(schedule: Schedule, arguments: argparse.Namespace) -> dict[str, int]:
     """What the preset's model sends, by link: within a host, and from host to host."""
     base = preset(arguments.preset)
     hosts, replicas = arguments.hosts or 1, arguments.replicas or 1
-    m, size = schedule.num_micro_batches, schedule.num_devices * replicas
+    shards = arguments.tensor_parallel or 1
+    m, size = schedule.num_micro_batches, schedule.num_devices * replicas * shards
     if hosts > size:
-        why = f"more than the {size} processes of {replicas} x {schedule.num_devices} stages"
-        raise UsageError(f"--hosts {hosts}: {why}; expected at most {size}")
+        axes = f"{replicas} x {schedule.num_devices} stages" + f" x {shards} shards" * (shards > 1)
+        raise UsageError(
+            f"--hosts {hosts}: more than the {size} processes of {axes}; expected at most {size}"
+        )
     if size * replicas > MAX_PAIRS:
-        most = math.isqrt(MAX_PAIRS // schedule.num_devices)
+        most = math.isqrt(MAX_PAIRS // schedule.num_devices // shards)
         raise UsageError(f"--replicas {replicas}: too many to list; expected at most {most}")
     sequences = max(base.train.batch_size, replicas * m)
     train = base.train.model_dump() | {"batch_size": sequences, "micro_batches": m}
     run: dict[str, Any] = {"stages": schedule.num_devices, "chunks": schedule.num_chunks}
     run |= {"replicas": replicas, "train": train, "schedule": schedule.name}
+    run |= {"framework": "torch", "tensor_parallel": shards}  # a process for every shard
     try:
         config = RunConfig.model_validate(base.model_dump() | run)
     except ValidationError as error:
         raise UsageError(f"--preset {arguments.preset}: {explain(error).splitlines()[0]}") from None
+    if why := why_no_mesh(config):
+        raise UsageError(f"--preset {arguments.preset}: {why}")
     sent = traffic_bytes(config, schedule)
     links = between_hosts(sent, blocks(size, hosts))
     return {a if a == b else f"{a} to {b}": links[a, b] for a, b in sorted(links)}

@@ -37,6 +37,8 @@ TIMES = [f"--{key.replace('_', '-')}={value}" for key, value in ROW["millisecond
         ("draw 1f1b --warm-up short", "--warm-up: only schedule interleaved has it, not 1f1b"),
         ("simulate gpipe,1f1b --overlap 2", "gpipe, 1f1b"),
         ("simulate zb-v --forward 1,2,3", "expected 1, 2 or 4"),
+        ("simulate 1f1b --tensor-parallel 3", "does not divide num_heads = 8"),
+        ("simulate 1f1b --tensor-parallel 2 --hosts 5", "processes of 1 x 2 stages x 2 shards"),
         ("simulate 1f1b --hosts 3", "--hosts 3: more than the 2 processes of 1 x 2 stages"),
         ("simulate 1f1b --replicas 5000", "too many to list; expected at most 707"),
         ("simulate 1f1b,gpipe --hosts 2", "of one schedule; expected one name"),
