@@ -219,9 +219,11 @@ def _compression(config: RunConfig) -> Impossible | None:
     elif config.executor == "plain" and config.compression.kind not in kinds:
         what = f"{config.framework}'s own data parallelism on a CPU has no such compression"
         why = f"{what}; expected {', '.join(offered)}, or executor = table"
-    elif config.tensor_parallel > 1 and config.compression.kind not in ("fp16", "bf16"):
+    elif config.tensor_parallel > 1 and (
+        config.executor != "table" or config.compression.kind not in ("fp16", "bf16")
+    ):
         why = "each shard would compress its part of a matrix; expected tensor_parallel = 1, or "
-        why += "fp16 or bf16"
+        why += "fp16 or bf16 with executor = table"
     else:
         return None
     return Impossible("compress", f" = {config.compress}: {why}")

@@ -156,6 +156,8 @@ def test_what_is_no_compression_is_refused(text: str) -> None:
         ({"executor": "plain", "compress": "bf16"}, "expected none, fp16, powersgd:R, or executor"),
         ({"executor": "plain", "framework": "paddle"}, "expected none, or executor = table"),
         ({"executor": "plain", "compress": "fp16"}, None),
+        ({"tensor_parallel": 2}, "expected tensor_parallel = 1, or fp16 or bf16 with executor"),
+        ({"tensor_parallel": 2, "compress": "bf16"}, None),
         ({"framework": "tensorflow"}, None),
     ],
 )
