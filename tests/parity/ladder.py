@@ -165,9 +165,11 @@ CASES |= {name: run for name, (_, _, run) in REPLICATED.items()}
 # Whether the vocabulary is cut, the case that is cut in two, which has the same oracle, and what
 # its model has instead: d and p of 1 and 2.
 SHARDED: dict[str, tuple[bool, str, dict[str, Any]]] = {
-    "t2-1-4-float64": (False, "1-4-float64", {}),
+    "t2-1-4-float64-llama": (
+        *(False, "1-4-float64-llama-post"),
+        {"num_heads": 4, "num_kv_heads": 2, "dropout": 0.1},
+    ),
     "t2-2-4-float64-uneven": (True, "2-4-float64-uneven", {}),
-    "t2-2-4-float64-llama": (False, "2-4-float64-llama", {"num_heads": 4, "num_kv_heads": 2}),
     "t2-d2-1-2-float64": (False, "d2-1-2-float64", {}),
     "t2-d2-2-2-float64": (True, "d2-2-2-float64", {}),
 }

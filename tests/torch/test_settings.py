@@ -39,8 +39,8 @@ def test_ranks_that_would_share_a_gpu_are_refused_before_they_start(
     config = small("torch", 2, run={"executor": "native", "device": "cuda"})
     assert ranks.run_on_ranks([Job(config=config, out=str(tmp_path))], no_drift) == 1
     assert last_error((tmp_path / "failed-0.txt").read_text()) == (
-        "ValueError: NCCL takes one process per GPU, and 2 have 1; expected stages x replicas = 1, "
-        "or device = cpu"
+        "ValueError: NCCL takes one process per GPU, and 2 have 1; expected stages x replicas x "
+        "tensor_parallel = 1, or device = cpu"
     )
 
 
