@@ -3,7 +3,7 @@ what cannot start.
 
 `python -m paddle_impl train run.toml`, started by a launcher: one rank of a run over hosts.
 
-Differs: this process only starts one process per stage and replica, and waits for them
+Differs: this process only starts one process per stage, replica and shard, and waits for them
 (`paddle_impl.ranks`).
 """
 

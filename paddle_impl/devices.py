@@ -100,8 +100,8 @@ def best_track(config: RunConfig) -> dict[str, Any]:
     used = (
         "used"
         if static_units(config)
-        else "not used with dropout, recomputation, a split backward, micro-batches of two sizes "
-        "or fleet's own loop"
+        else "not used with dropout, recomputation, shards, a split backward, micro-batches of two "
+        "sizes or fleet's own loop"
     )
     names = ("oneDNN", "scaled_dot_product_attention")
     said = [

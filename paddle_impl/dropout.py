@@ -68,16 +68,24 @@ def _multiply_and_shift_(x: Tensor) -> Tensor:
 
 @paddle.no_grad()
 def keep_mask(
-    context: DropoutContext, site: int, shape: Sequence[int], probability: float
+    context: DropoutContext,
+    site: int,
+    shape: Sequence[int],
+    probability: float,
+    part: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """True where the element is kept; bool of `shape`, which is (b, ...).
+
+    `part` is (which, of how many) of a larger tensor that is cut along its second axis, whose mask
+    this is a part of: a shard's heads get the masks that they have where all heads are together.
 
     Shifts and `^` change places, so the mixer's first shift is done on rows and elements, once.
     Sample by sample and with full tensors for constants: Paddle's broadcasting takes several times
     as long as the arithmetic.
     """
     assert context.step_key is not None
-    elements = context._first_elements(math.prod(shape[1:]))  # (n,)
+    n, (which, count) = math.prod(shape[1:]), part
+    elements = context._first_elements(count * n)[which * n : (which + 1) * n]  # (n,)
     rows = mix(mix(context.step_key ^ mix(site)) ^ mix(context.samples))  # (b,)
     least = paddle.full_like(elements, threshold(probability) - _SIGN)
     keep = []
@@ -89,13 +97,19 @@ def keep_mask(
     return paddle.stack(keep).reshape(shape)
 
 
-def dropout(x: Tensor, probability: float, site: int, context: DropoutContext) -> Tensor:
+def dropout(
+    x: Tensor,
+    probability: float,
+    site: int,
+    context: DropoutContext,
+    part: tuple[int, int] = (0, 1),
+) -> Tensor:
     """Inverted dropout (Srivastava et al. 2014); `x` itself without a key or with probability 0."""
     if context.step_key is None or probability == 0:
         return x
     if context.native:
-        return native_dropout(x, probability, site, context)
-    return _Masked.apply(x, keep_mask(context, site, x.shape, probability), probability)
+        return native_dropout(x, probability, site, context, part)
+    return _Masked.apply(x, keep_mask(context, site, x.shape, probability, part), probability)
 
 
 class _Masked(PyLayer):
@@ -115,13 +129,23 @@ class _Masked(PyLayer):
         return gradient * (keep.astype(gradient.dtype) / (1 - ctx.probability)), None
 
 
-def native_dropout(x: Tensor, probability: float, site: int, context: DropoutContext) -> Tensor:
+def native_dropout(
+    x: Tensor,
+    probability: float,
+    site: int,
+    context: DropoutContext,
+    part: tuple[int, int] = (0, 1),
+) -> Tensor:
     """Paddle's own masks. Its generator gets a seed from what shared masks depend on, so a rerun
     drops the same.
     """
     assert context.step_key is not None
     paddle.seed(mix(mix(context.step_key ^ mix(site)) ^ int(context.samples[0])))
-    return functional.dropout(x, probability)
+    which, count = part
+    if count == 1:
+        return functional.dropout(x, probability)
+    whole = paddle.ones([x.shape[0], x.shape[1] * count, *x.shape[2:]], x.dtype)
+    return x * functional.dropout(whole, probability).chunk(count, 1)[which]
 
 
 def _signed(x: NDArray[Any]) -> list[int]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import paddle
 from numpy.typing import NDArray
 from paddle import Tensor
+from paddle.distributed import fleet
 
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.cpus import threads_per_stage
@@ -27,6 +28,7 @@ from common.spec.mesh import Mesh
 from common.spec.parameters import TOKEN_EMBEDDING, TensorKey, parameter_shapes
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
+from common.spec.shards import cut_axis, own_tokens, shard_of, shard_shape, shards_of
 from paddle_impl import devices, process
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.fleet import StageLayers, build_pipeline
@@ -35,6 +37,7 @@ from paddle_impl.optimizer import StageOptimizer
 from paddle_impl.probe import probe_units
 from paddle_impl.programs import make_static, static_units
 from paddle_impl.ring import Ring
+from paddle_impl.shards import Shards
 from paddle_impl.stage import Stage
 from paddle_impl.weights import (
     export_gradients,
@@ -44,6 +47,8 @@ from paddle_impl.weights import (
     named_parameters,
     to_array,
 )
+
+_Key = TypeVar("_Key")
 
 
 def build_engine(config: RunConfig) -> Engine:
@@ -73,12 +78,9 @@ class PipelineEngine:
             raise ValueError(f"recompute = {config.recompute}; executor = native takes none")
         devices.check_dtype(config.train.dtype)
         joined = here()
-        if joined.mesh != Mesh.of(config):
-            raise ValueError(
-                f"stages = {config.stages}, replicas = {config.replicas}; the processes have "
-                "joined as others"
-            )
-        self._stage, self._replica, _ = joined.place
+        if joined.mesh != (mesh := Mesh.of(config)):
+            raise ValueError(f"the run needs {mesh}; the processes have joined as {joined.mesh}")
+        self._stage, self._replica, self._shard = joined.place
         self.devices: tuple[int, ...] = (self._stage,)
         self.on_action: Callable[[int, Action | None], None] = unwatched
         process.set_threads(threads_per_stage(joined.world.local_size, config.threads))
@@ -89,7 +91,11 @@ class PipelineEngine:
             plan_partition(config),
             DropoutContext(config.model.dropout_masks == "native"),
         )
-        layers = StageLayers(config, plan, self.schedule, context)
+        tokens = [own_tokens(config, shard) for shard in range(config.tensor_parallel)]
+        columns = tuple(map(len, tokens)) if config.vocab_parallel else ()
+        group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
+        self._shards = Shards(config.tensor_parallel, self._shard, columns, group)
+        layers = StageLayers(config, plan, self.schedule, context, self._shards)
         parts = [plan.parts[k] for k in self.schedule.parts[self._stage]]
         chunks = layers.chunks()
         named = [
@@ -98,14 +104,16 @@ class PipelineEngine:
         ]
         if static_units(config):
             make_static(unit for units in chunks for unit in units)
-        self.stage = Stage(config, parts, chunks, named, context, self._replica)
+        self.stage = Stage(config, parts, chunks, named, context, self._replica, self._shards)
         self._named = self.stage.named
+        for item in self._named:  # fleet makes all others equal on the shards
+            item.parameter.is_distributed = cut_axis(config, item.name) is not None
         self.pipeline = build_pipeline(config, layers, self.schedule)
         self._events: list[Event] = []
         self._optimizer = StageOptimizer(config.train, self._named)
 
     def reset(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        load_weights(self._named, weights)
+        load_weights(self._named, self._own(weights))
         self.pipeline.compressors = {}
         self._optimizer = StageOptimizer(self.config.train, self._named)
 
@@ -143,7 +151,11 @@ class PipelineEngine:
         output_gradients: Mapping[str, NDArray[Any]],
     ) -> dict[TensorKey, NDArray[Any]]:
         copies = self.pipeline.dp_group if self.config.replicas > 1 else None
-        return probe_units(self.stage, self._stage, batch, inputs, output_gradients, copies)
+        axis = 2 if self._shards.columns else None  # (B, S, V)
+        own = shard_of(output_gradients["head"], axis, self._shard, self._shards.count)
+        given = {**output_gradients, "head": own}
+        found = probe_units(self.stage, self._stage, batch, inputs, given, copies)
+        return self._joined(found, lambda key: key.tensor)
 
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         self._begin(Batch(0, inputs, np.zeros_like(inputs)), Mode.PREDICT)
@@ -175,20 +187,20 @@ class PipelineEngine:
         self.on_action(self._stage, None)
 
     def optimizer_state(self) -> Arrays:
-        return self._optimizer.state()
+        return self._joined(self._optimizer.state(), lambda key: key.partition("/")[2])
 
     def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
-        self._optimizer.load_state(state, steps_done)
+        self._optimizer.load_state(self._own(state), steps_done)
 
     def weights(self) -> Arrays:
-        return export_weights(self._named)
+        return self._joined(export_weights(self._named), str)
 
     def gradients(self) -> Arrays:
         """As the protocol says, until `apply_gradients` clips them in place."""
-        return export_gradients(self._named)
+        return self._joined(export_gradients(self._named), str)
 
     def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
-        load_gradients(self._named, gradients)
+        load_gradients(self._named, self._own(gradients))
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         return sum_over_ranks(values)
@@ -232,12 +244,34 @@ class PipelineEngine:
         self.pipeline.begin_pass(self.stage)
 
     def _squared_norms(self) -> list[float]:
-        """Each tensor's sum of squares once, in canonical order, from all stages: replicas have the
-        same gradients.
-        """
-        own = self._optimizer.squared_norms() if self._replica == 0 else {}
+        """Each tensor's sum of squares once, in canonical order, from all stages and shards."""
+        own = self._optimizer.squared_norms(self._counts)
         names = parameter_shapes(self.config.model)
         return self.sum_over_ranks([own.get(name, 0.0) for name in names])
+
+    def _counts(self, name: str) -> bool:
+        """Each replica has all of the norm, and each shard what is not cut."""
+        is_cut = cut_axis(self.config, name) is not None
+        return self._replica == 0 and (is_cut or self._shard == 0)
+
+    def _own(self, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+        return shards_of(self.config, arrays, self._shard)
+
+    def _joined(
+        self, own: dict[_Key, NDArray[Any]], name: Callable[[_Key], str]
+    ) -> dict[_Key, NDArray[Any]]:
+        """The whole arrays of which all shards, which call this together, have parts; what is not
+        cut, as this shard has it.
+        """
+        found, shapes = {}, parameter_shapes(self.config.model)
+        for key, array in own.items():
+            axis = cut_axis(self.config, name(key))
+            if axis is not None:
+                cut = partial(shard_shape, self.config, name(key), shapes[name(key)])
+                sizes = [cut(shard)[axis] for shard in range(self._shards.count)]
+                array = to_array(self._shards.joined(paddle.to_tensor(array), axis, sizes))
+            found[key] = array
+        return found
 
     def _add_tied_gradients(self) -> None:
         """The token embedding's gradient: that of its own use plus that of the head's copy, put in

@@ -39,6 +39,7 @@ from paddle_impl.compression import Compressor, RunningSum
 from paddle_impl.dropout import DropoutContext
 from paddle_impl.groups import connect, sum_over_ranks
 from paddle_impl.layers import Block, Embedding, Head
+from paddle_impl.shards import Shards
 from paddle_impl.stage import Channel, Stage
 
 
@@ -50,12 +51,17 @@ class StageLayers(PipelineLayer):
     """
 
     def __init__(
-        self, config: RunConfig, plan: PartitionPlan, schedule: Schedule, context: DropoutContext
+        self,
+        config: RunConfig,
+        plan: PartitionPlan,
+        schedule: Schedule,
+        context: DropoutContext,
+        shards: Shards,
     ) -> None:
         self._plan, self._schedule = plan, schedule
         super().__init__(
             layers=unit_descriptions(
-                config.model, context, tied_over_ranks(config.model, schedule)
+                config.model, context, shards, tied_over_ranks(config.model, schedule)
             ),
             num_stages=schedule.num_devices,
             topology=fleet.get_hybrid_communicate_group()._topo,
@@ -108,7 +114,7 @@ class StageLayers(PipelineLayer):
 
 
 def unit_descriptions(
-    spec: TransformerSpec, context: DropoutContext, tied_over_ranks: bool
+    spec: TransformerSpec, context: DropoutContext, shards: Shards, tied_over_ranks: bool
 ) -> list[LayerDesc]:
     """One description per unit; fleet builds those of this rank only.
 
@@ -124,8 +130,8 @@ def unit_descriptions(
             return SharedLayerDesc("token", layer, None, "tied_weight", spec, *arguments)
         return LayerDesc(layer, spec, *arguments)
 
-    blocks = [LayerDesc(Block, spec, name, context) for name in unit_names(spec)[1:-1]]
-    return [describe(Embedding, context), *blocks, describe(Head)]
+    blocks = [LayerDesc(Block, spec, name, context, shards) for name in unit_names(spec)[1:-1]]
+    return [describe(Embedding, context, shards), *blocks, describe(Head, shards)]
 
 
 def tied_over_ranks(spec: TransformerSpec, schedule: Schedule) -> bool:

@@ -34,7 +34,7 @@ class Joined:
 
     @property
     def pipeline(self) -> list[int]:
-        """The ranks of this process' own pipeline."""
+        """The ranks of this process' own line."""
         return self.mesh.pipeline(self.mesh.line(self.world.rank))
 
     @property
@@ -81,8 +81,7 @@ def connect_ring(schedule: Schedule) -> None:
 
 
 def _connect(pairs: set[tuple[int, int]]) -> None:
-    """Make the groups of these (sender, receiver), devices of every pipeline, that are not there
-    yet.
+    """Make the groups of these (sender, receiver), devices of every line, that are not there yet.
 
     A communicator is made by the first message, and to make one, a rank waits for the other one's
     call. So that message is sent here: a sender in a pass does not wait. All ranks take the pairs
@@ -101,13 +100,13 @@ def _connect(pairs: set[tuple[int, int]]) -> None:
 
 
 def send(tensor: Tensor, device: int) -> None:
-    """Hand a tensor to a device of this process' pipeline, without waiting for it."""
+    """Hand a tensor to a device of this process' line, without waiting for it."""
     own, to = here().world.rank, here().pipeline[device]
     paddle.distributed.isend(tensor, dst=to, group=one_way[own, to])
 
 
 def receive(tensor: Tensor, device: int) -> None:
-    """Fill a tensor with what a device of this process' pipeline sends."""
+    """Fill a tensor with what a device of this process' line sends."""
     own, sender = here().world.rank, here().pipeline[device]
     paddle.distributed.recv(tensor, src=sender, group=one_way[sender, own])
 

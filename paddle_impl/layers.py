@@ -15,6 +15,7 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
+from paddle.distributed import ReduceOp
 from paddle.nn import functional
 
 from common.spec.data import IGNORED
@@ -22,6 +23,7 @@ from common.spec.dropout_masks import site_number
 from common.spec.run import TransformerSpec
 from paddle_impl.cache import Cache
 from paddle_impl.dropout import DropoutContext, dropout
+from paddle_impl.shards import WHOLE, Shards, embed, row_linear
 from paddle_impl.split_linear import Linear, tied_projection
 
 _MASKED = -1e30
@@ -100,16 +102,18 @@ def rotate(x: Tensor, theta: float, start: int = 0) -> Tensor:
 class Embedding(nn.Layer):
     """Token embedding, plus a learned position embedding where positions are not rotary."""
 
-    def __init__(self, spec: TransformerSpec, context: DropoutContext) -> None:
+    def __init__(
+        self, spec: TransformerSpec, context: DropoutContext, shards: Shards = WHOLE
+    ) -> None:
         super().__init__()
-        self.token = nn.Embedding(spec.vocab_size, spec.d_model)
+        self.token = nn.Embedding(shards.tokens(spec.vocab_size), spec.d_model)
         self.position = (
             nn.Embedding(spec.context_length, spec.d_model) if spec.position == "learned" else None
         )
-        self.dropout, self.context = spec.dropout, context
+        self.dropout, self.context, self.shards = spec.dropout, context, shards
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        x = self.token(tokens)  # (B, S, D)
+        x = embed(self.token, tokens, self.shards)  # (B, S, D)
         if self.position is not None:
             start = 0 if cache is None else cache.length
             x = x + self.position(paddle.arange(start, start + tokens.shape[1]))
@@ -147,16 +151,20 @@ class Attention(nn.Layer):
     """Self-attention (Vaswani et al. 2017, section 3.2), with an additive mask if causal.
 
     The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`). Where there are
-    fewer heads of keys and values (K), a group of query heads shares each.
+    fewer heads of keys and values (K), a group of query heads shares each. Shards have some of the
+    heads each.
     """
 
-    def __init__(self, spec: TransformerSpec, site: int, context: DropoutContext) -> None:
+    def __init__(
+        self, spec: TransformerSpec, site: int, context: DropoutContext, shards: Shards = WHOLE
+    ) -> None:
         super().__init__()
-        kv, bias = spec.kv_heads * spec.d_head, _bias(spec)  # K E
-        self.query = Linear(spec.d_model, spec.d_model, bias_attr=bias)
+        kv, bias = shards.part(spec.kv_heads) * spec.d_head, _bias(spec)  # K E
+        self.query = Linear(spec.d_model, shards.part(spec.d_model), bias_attr=bias)
         self.key = Linear(spec.d_model, kv, bias_attr=False)
         self.value = Linear(spec.d_model, kv, bias_attr=bias)
-        self.output = Linear(spec.d_model, spec.d_model, bias_attr=bias)
+        self.output = row_linear(spec.d_model, spec.d_model, bias, shards)
+        self.shards = shards
         self.d_head, self.group = spec.d_head, spec.num_heads // spec.kv_heads
         self.rope_theta = spec.rope_theta if spec.position == "rotary" else None
         self.dropout, self.site, self.context = spec.dropout, site, context
@@ -164,7 +172,8 @@ class Attention(nn.Layer):
         self.register_buffer("causal", mask, persistable=False)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        b, s, d = x.shape
+        b, s, _ = x.shape
+        x = self.shards.enter(x)
         start = 0 if cache is None else cache.length
 
         def split(y: Tensor) -> Tensor:
@@ -182,9 +191,13 @@ class Attention(nn.Layer):
         if self.causal is not None and s > 1:  # a single new position sees all that is there
             scores = scores + self.causal[start : start + s, : start + s]
         weights = dropout(
-            functional.softmax(scores), self.dropout, self.site, self.context
+            functional.softmax(scores),
+            self.dropout,
+            self.site,
+            self.context,
+            (self.shards.shard, self.shards.count),
         )  # (B, H, S, S)
-        mixed = paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([b, s, d])  # (B, S, D)
+        mixed = paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([b, s, -1])  # (B, S, D)
         return self.output(mixed)
 
 
@@ -193,15 +206,17 @@ class FeedForward(nn.Layer):
     activation the first one's output is multiplied with.
     """
 
-    def __init__(self, spec: TransformerSpec) -> None:
+    def __init__(self, spec: TransformerSpec, shards: Shards = WHOLE) -> None:
         super().__init__()
-        d, f, bias = spec.d_model, spec.d_ff, _bias(spec)
+        d, f, bias = spec.d_model, shards.part(spec.d_ff), _bias(spec)
         self.gate = Linear(d, f, bias_attr=bias) if spec.activation == "swiglu" else None
         self.up = Linear(d, f, bias_attr=bias)
-        self.down = Linear(f, d, bias_attr=bias)
+        self.down = row_linear(spec.d_ff, d, bias, shards)
+        self.shards = shards
         self.activation = activation(spec.activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.shards.enter(x)
         up = self.up(x)  # (B, S, F)
         active = (
             self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
@@ -214,15 +229,17 @@ class Block(nn.Layer):
     (post) it.
     """
 
-    def __init__(self, spec: TransformerSpec, name: str, context: DropoutContext) -> None:
+    def __init__(
+        self, spec: TransformerSpec, name: str, context: DropoutContext, shards: Shards = WHOLE
+    ) -> None:
         super().__init__()
         attention_weights, self.attention_site, self.feed_forward_site = (
             site_number(name, i) for i in range(3)
         )
         self.norm_1 = norm(spec)
-        self.attention = Attention(spec, attention_weights, context)
+        self.attention = Attention(spec, attention_weights, context, shards)
         self.norm_2 = norm(spec)
-        self.feed_forward = FeedForward(spec)
+        self.feed_forward = FeedForward(spec, shards)
         self.pre_norm, self.dropout, self.context = spec.norm == "pre", spec.dropout, context
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
@@ -247,38 +264,49 @@ class Head(nn.Layer):
     equal.
     """
 
-    def __init__(self, spec: TransformerSpec) -> None:
+    def __init__(self, spec: TransformerSpec, shards: Shards = WHOLE) -> None:
         super().__init__()
         self.norm = norm(spec) if spec.norm == "pre" else nn.Identity()
-        self.tied = spec.tied_head
+        self.tied, self.shards = spec.tied_head, shards
+        size = shards.tokens(spec.vocab_size)
         if self.tied:
-            self.tied_weight = self.create_parameter([spec.vocab_size, spec.d_model])
+            self.tied_weight = self.create_parameter([size, spec.d_model])
         else:
-            self.output = Linear(spec.d_model, spec.vocab_size, bias_attr=False)
+            self.output = Linear(spec.d_model, size, bias_attr=False)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         if cache is not None:
             x = x[:, -1]  # (B, D): nobody asks for what follows an earlier token
         x = self.norm(x)
+        if self.shards.columns:
+            x = self.shards.enter(x)
         # (B, S, V), with a cache (B, V)
         return tied_projection(x, self.tied_weight) if self.tied else self.output(x)
 
 
-def build_unit(spec: TransformerSpec, name: str, context: DropoutContext) -> nn.Layer:
-    """Return the unit of this canonical name; its weights are still to be loaded."""
+def build_unit(
+    spec: TransformerSpec, name: str, context: DropoutContext, shards: Shards = WHOLE
+) -> nn.Layer:
+    """Return the unit of this canonical name, or a shard of it; its weights are still to be
+    loaded.
+    """
     if name == "embedding":
-        return Embedding(spec, context)
-    return Head(spec) if name == "head" else Block(spec, name, context)
+        return Embedding(spec, context, shards)
+    return Head(spec, shards) if name == "head" else Block(spec, name, context, shards)
 
 
-def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
+def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int, shards: Shards = WHOLE) -> Tensor:
     """Return the sum of the tokens' cross-entropies over `num_tokens`, those of the whole
     mini-batch that count.
 
     So the losses and gradients of micro-batches add up, whatever their sizes. Logits (B, S, V),
-    targets (B, S); where a target is IGNORED, loss and gradient are 0.
+    targets (B, S); where a target is IGNORED, loss and gradient are 0. Of shards each may have its
+    columns alone: three numbers of a position travel instead of V (Shoeybi et al. 2019, section 3).
+
+    Differs: one loss for both. Fleet's `ParallelCrossEntropy` crashes on CPUs.
     """
-    return _SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten()) / num_tokens
+    loss = _SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten(), shards)
+    return loss / num_tokens
 
 
 class _SummedCrossEntropy(PyLayer):
@@ -291,20 +319,23 @@ class _SummedCrossEntropy(PyLayer):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, shards: Shards) -> Tensor:
         counts = (targets != IGNORED).unsqueeze(1)  # (N, 1)
-        places = targets.unsqueeze(1) * counts.astype(targets.dtype)  # (N, 1)
-        shifted = logits - logits.max(-1, keepdim=True)  # (N, V)
+        places, is_own = shards.places(targets.unsqueeze(1), logits.shape[1])  # (N, 1), (N, 1)
+        own = is_own.astype(logits.dtype)
+        largest = shards.over_tokens(logits.max(-1, keepdim=True), ReduceOp.MAX)  # (N, 1)
+        shifted = logits - largest  # (N, V)
         picked = paddle.index_sample(shifted, places)  # (N, 1)
         exponentials = shifted.exp_()  # (N, V), in place as all that follows: it may be gigabytes
-        totals = exponentials.sum(-1, keepdim=True)  # (N, 1)
+        sums = paddle.concat([exponentials.sum(-1, keepdim=True), picked * own], 1)
+        totals, at_target = shards.over_tokens(sums).split(2, 1)  # (N, 1), (N, 1)
         weights = counts.astype(logits.dtype)  # (N, 1)
-        at_targets = (picked.exp() / totals - 1) * weights  # (N, 1)
+        at_targets = (picked.exp() / totals - own) * weights  # (N, 1)
         of_logits = exponentials.multiply_(weights / totals).put_along_axis_(
             places, at_targets, 1
         )  # (N, V)
         ctx.save_for_backward(of_logits)
-        return (totals.log() - picked)[counts].sum()
+        return (totals.log() - at_target)[counts].sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

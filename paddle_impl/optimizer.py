@@ -4,7 +4,7 @@ clipping of `TrainSpec`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,13 +54,13 @@ class StageOptimizer:
             apply_decay_param_fun=decayed.__contains__,
         )
 
-    def squared_norms(self) -> dict[str, float]:
+    def squared_norms(self, counts: Callable[[str], bool] = lambda name: True) -> dict[str, float]:
         """Return each tensor's sum of squared gradients by canonical name, in float64; that of a
-        tied weight once.
+        tied weight once, and of those alone whose name `counts`.
 
         Differs: by name, since the processes of all stages add their numbers up.
         """
-        own = [item for item in self._named if not item.is_copy]
+        own = [item for item in self._named if not item.is_copy and counts(item.name)]
         squares = [_sum_of_squares(item.parameter.grad) for item in own]
         return (
             dict(zip((item.name for item in own), paddle.stack(squares).tolist(), strict=True))

@@ -17,7 +17,7 @@ from common.spec.data import Batch
 from common.spec.parameters import TensorKey
 from paddle_impl.gradient_sum import GradientSum
 from paddle_impl.stage import Stage
-from paddle_impl.weights import NamedParameter, export_gradients, named_parameters
+from paddle_impl.weights import NamedParameter, export_gradients, named_parameters, to_array
 
 
 def probe_units(
@@ -44,7 +44,9 @@ def probe_units(
                 x.stop_gradient = name not in inputs
                 output = unit(x)  # (b, S, D), or (b, S, V)
                 number = stage.first + i
-                found[forward._replace(micro_batch=number)] = output.numpy()
+                found[forward._replace(micro_batch=number)] = to_array(
+                    stage.shards.whole(name, output)
+                )
                 paddle.autograd.backward([output], [_piece(stage, output_gradients[name], i)])
                 if name in inputs:
                     found[backward._replace(micro_batch=number)] = x.grad.numpy()

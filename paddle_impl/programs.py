@@ -22,10 +22,13 @@ def static_units(config: RunConfig) -> bool:
     Not with micro-batches of two sizes: once both are traced and another one follows (1f1b, sizes
     3, 2, 2), Paddle 3.3.1 gives wrong gradients for all that lies below the last program.
     """
-    # A program would keep the masks of its first run; recomputation runs parts of it alone; and
-    # fleet's own loop stays as its users have it.
+    # A program would keep the masks of its first run; recomputation runs parts of it alone; shards
+    # add up within; and fleet's own loop stays as its users have it.
     differs = (
-        bool(config.model.dropout) or config.recompute != "none" or config.executor == "native"
+        bool(config.model.dropout)
+        or config.recompute != "none"
+        or config.tensor_parallel > 1
+        or config.executor == "native"
     )
     # A program's backward is one operation, so B cannot leave W out.
     changes = config.executor == "table" and (

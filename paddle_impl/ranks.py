@@ -1,4 +1,4 @@
-"""One process per stage and replica (`common.runtime.ranks`), as Paddle joins them.
+"""One process per stage, replica and shard (`common.runtime.ranks`), as Paddle joins them.
 
 `paddle.distributed.launch` takes 3 s to start two stages where this takes 1.4 s; over several hosts
 it is what starts the ranks.
@@ -26,8 +26,8 @@ from paddle_impl import devices
 
 
 def run_on_ranks(jobs: Sequence[Job]) -> int:
-    """Run the jobs, which share `stages`, `replicas` and `device`, on one process per stage and
-    replica. Returns the exit status.
+    """Run the jobs, which share a mesh and `device`, on one process per stage, replica and shard.
+    Returns the exit status.
     """
     from paddle_impl.drift import switch  # after `devices.configure`, since it imports Paddle
 
@@ -44,9 +44,9 @@ def join_pipeline(world: World, mesh: Mesh, device: str) -> None:
     processes are not as many as the mesh has, or some compute on a GPU and others on a CPU.
     """
     if world.size != mesh.size:
+        axes = "stages x replicas" + (" x tensor_parallel" if mesh.shards > 1 else "")
         raise ValueError(
-            f"stages x replicas = {mesh.size}, but {world.size} processes were started; expected "
-            f"{mesh.size}"
+            f"{axes} = {mesh.size}, but {world.size} processes were started; expected {mesh.size}"
         )
     import paddle
     from paddle.distributed import fleet
@@ -86,7 +86,7 @@ def join_pipeline(world: World, mesh: Mesh, device: str) -> None:
         "order": ["pp", "dp", "sharding", "sep", "cp", "mp"],
         "pp_degree": mesh.stages,
         "dp_degree": mesh.replicas,
-        "mp_degree": 1,
+        "mp_degree": mesh.shards,
         # Fleet would divide every micro-batch's loss by their number; ours is divided by the tokens
         # already.
         "pp_configs": {"delay_scale_loss": True},

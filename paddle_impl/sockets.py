@@ -251,6 +251,8 @@ class SocketGroup:
         self._last = Running(work, self._last)
         return self._last
 
+    all_reduce_on_calc_stream = all_reduce
+
     def _exchange(self, out: Tensor, tensor: Tensor, slices: int) -> None:
         in_memory, filled = tensor.cpu(), out.cpu()
         # A copy: the tensor may be gone before this has left.

@@ -33,6 +33,7 @@ from paddle_impl.groups import receive, send
 from paddle_impl.held import SavedTensors, memory_bytes, saved_tensors
 from paddle_impl.layers import Head, summed_loss
 from paddle_impl.recompute import recompute
+from paddle_impl.shards import WHOLE, Shards
 from paddle_impl.weights import NamedParameter
 
 
@@ -41,7 +42,8 @@ class Stage:
     another.
 
     `chunks` are the units of each chunk, `parts` their names, `named` their parameters; the stage
-    that holds the head computes the loss. `replica` is the one whose micro-batches go through here.
+    that holds the head computes the loss. `replica` is the one whose micro-batches go through here,
+    `shards` what it shares with others.
     Differs: the units come from fleet's PipelineLayer, and `context` is the one that they share.
     """
 
@@ -53,9 +55,11 @@ class Stage:
         named: Sequence[Sequence[NamedParameter]],
         context: DropoutContext,
         replica: int = 0,
+        shards: Shards = WHOLE,
     ) -> None:
         self.config = config
         self._replica = replica
+        self.shards = shards
         self.first = replica * config.train.micro_batches
         """The number of its first micro-batch among those of all replicas."""
         self.chunks = [
@@ -103,8 +107,10 @@ class Stage:
         return self.config.recomputes(micro_batch), len(self.tokens[micro_batch])
 
     def losses(self) -> list[float]:
-        """Return each micro-batch's share of the mean loss; empty without the head."""
-        return [loss.item() for loss in self._losses]
+        """Return each micro-batch's share of the mean loss; empty without the head, and in all
+        shards but the first.
+        """
+        return [loss.item() for loss in self._losses] if self.shards.shard == 0 else []
 
     def prepare(self, micro_batch: int) -> None:
         """Make the dropout masks of the coming forward those of `micro_batch`."""
@@ -126,9 +132,9 @@ class Stage:
         for name, unit in units:
             x = unit(x)
             if self._mode.keeps(name):
-                self.outputs[name, micro_batch] = x
+                self.outputs[name, micro_batch] = self.shards.whole(name, x)
             if isinstance(unit, Head) and self._mode is not Mode.PREDICT:
-                x = summed_loss(x, self.targets[micro_batch], self._num_tokens)
+                x = summed_loss(x, self.targets[micro_batch], self._num_tokens, self.shards)
         return x
 
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
@@ -210,8 +216,8 @@ class Stage:
         if extension.rows is not None:
             cache.keep(extension.rows)
         y = paddle.to_tensor(extension.tokens) if x is None else x
-        for _, unit in self.chunks[chunk]:
-            y = unit(y, cache)  # (b, t, D), or the head's logits (b, V)
+        for name, unit in self.chunks[chunk]:
+            y = self.shards.whole(name, unit(y, cache))  # (b, t, D), or the head's logits (b, V)
         cache.length += extension.tokens.shape[1]
         return y
 

@@ -55,6 +55,10 @@ REPLICATED: dict[str, tuple[int, int, str, dict[str, Any]]] = {
     "two of two": (2, 2, "1f1b", {"tied_head": True, "dropout": 0.1}),
     "two of two, chunks": (2, 2, "zb-v", {"run": {"chunks": 2}, "train": {"micro_batches": 2}}),
     "three": (3, 1, "gpipe", {"train": {"batch_size": 7, "micro_batches": 2}}),
+    "shards": (
+        *(1, 1, "zb-h1"),
+        {"dropout": 0.1, "norm": "post", "run": {"tensor_parallel": 2, "vocab_parallel": True}},
+    ),
 }
 
 
@@ -147,11 +151,12 @@ def test_what_is_generated_goes_round_on_gpus(
 
 
 @pytest.mark.parametrize("case", REPLICATED)
-def test_replicas_on_gpus_give_the_bits_of_those_on_cpus(
+def test_copies_and_shards_on_gpus_give_the_bits_of_those_on_cpus(
     case: str, make: Make, on_gpus: Callable[[int], Make]
 ) -> None:
     replicas, stages, schedule, options = REPLICATED[case]
-    run = options.get("run", {}) | {"replicas": replicas, "threads": replicas * stages}
+    run = {"replicas": replicas} | options.get("run", {})
+    run["threads"] = replicas * stages * run.get("tensor_parallel", 1)
     engines = [one(stages, schedule, **options | {"run": run}) for one in (make, on_gpus(8))]
     assert different(*map(everything, engines)) == []
 

@@ -40,19 +40,23 @@ def three(ranks: Callable[[Mesh], Ranks]) -> Ranks:
     return ranks(Mesh(stages=1, replicas=3))
 
 
-def test_fleets_groups_are_those_of_the_mesh(ranks: Callable[[Mesh], Ranks]) -> None:
-    mesh = Mesh(stages=2, replicas=2)
+@pytest.mark.parametrize("mesh", [Mesh(2, 2), Mesh(2, 1, 2)])
+def test_fleets_groups_are_those_of_the_mesh(mesh: Mesh, ranks: Callable[[Mesh], Ranks]) -> None:
     for rank, found in enumerate(ranks(mesh).ask(_fleets_groups)):
-        stage, replica, _ = mesh.place(rank)
-        assert found == (stage, replica, mesh.pipeline(replica), mesh.copies(stage))
+        place = stage, replica, shard = mesh.place(rank)
+        line = mesh.pipeline(mesh.line(rank))
+        groups = [line, mesh.copies(stage, shard), mesh.shard_group(stage, replica)]
+        assert found == (place, groups)
 
 
-def _fleets_groups() -> tuple[int, int, list[int], list[int]]:
+def _fleets_groups() -> tuple[tuple[int, int, int], list[list[int]]]:
     from paddle.distributed import fleet
 
     group = fleet.get_hybrid_communicate_group()
-    axes = group.get_pipe_parallel_group(), group.get_data_parallel_group()
-    return group.get_stage_id(), group.get_data_parallel_rank(), axes[0].ranks, axes[1].ranks
+    axes = [group.get_pipe_parallel_group(), group.get_data_parallel_group()]
+    axes.append(group.get_model_parallel_group())
+    place = group.get_stage_id(), group.get_data_parallel_rank(), group.get_model_parallel_rank()
+    return place, [axis.ranks for axis in axes]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
