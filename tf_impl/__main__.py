@@ -40,11 +40,16 @@ def main(arguments: list[str]) -> int:
         # First: a process that has started TensorFlow must not be forked.
         for mesh in sorted({(job.config.stages, job.config.replicas) for job in in_ranks}):
             own = [job for job in in_ranks if (job.config.stages, job.config.replicas) == mesh]
+            # The first one's devices are there for all.
+            own.sort(key=lambda job: -job.config.tensor_parallel)
             status |= run_on_ranks(own)
         if not others:
             return status
         count, largest = max(
-            ((job.config.stages * job.config.replicas, job.config) for job in others),
+            (
+                (c.stages * c.replicas * c.tensor_parallel, c)
+                for c in (job.config for job in others)
+            ),
             key=lambda each: each[0],
         )
         onednn = largest.drift == "onednn"

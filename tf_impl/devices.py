@@ -33,8 +33,8 @@ def configure(
     track: str = "matched",
     onednn: bool = False,
 ) -> None:
-    """Make one logical device per stage; on CPU each has `threads // stages` threads (default: all
-    usable CPUs).
+    """Make one logical device per stage, or `stages` of them for all shards of all stages; on CPU
+    each has `threads // stages` threads (default: all usable CPUs).
 
     For parity oneDNN and TF32 are off, and so are the graph rewrites of Grappler: they merge
     operations across units (additions of the residual stream, for one), so that bits would depend

@@ -26,9 +26,16 @@ class DropoutContext(NamedTuple):
 
 
 def keep_mask(
-    context: DropoutContext, site: int, shape: tf.TensorShape, probability: float
+    context: DropoutContext,
+    site: int,
+    shape: tf.TensorShape,
+    probability: float,
+    part: tuple[int, int] = (0, 1),
 ) -> tf.Tensor:
     """True where the element is kept; bool of `shape`, which is (b, ...) and static.
+
+    `part` is (which, of how many) of a larger tensor that is cut along its second axis, whose mask
+    this is a part of: a shard's heads get the masks that they have where all heads are together.
 
     In uint32, whose products wrap at 2^32; not in int32, for which there is no product on GPUs. The
     comparison is in int64: GPUs have none in uint32. Shifts and `^` change places, so the mixer's
@@ -37,7 +44,8 @@ def keep_mask(
     key = tf.bitwise.bitwise_xor(context.step_key, tf.constant(mix(site), tf.int64))  # ()
     site_key, samples = (_mix_tensor(tf.cast(x, tf.uint32)) for x in (key, context.samples))
     row = _mix_tensor(tf.bitwise.bitwise_xor(site_key, samples))  # (b,)
-    elements = _elements(0, math.prod(shape[1:]))
+    n, (which, _) = math.prod(shape[1:]), part
+    elements = _elements(which * n, (which + 1) * n)
     bits = tf.bitwise.bitwise_xor(_shifted(row, 16)[:, None], elements)  # (b, n)
     bits = _multiplied(bits)
     return tf.reshape(tf.cast(bits, tf.int64) >= threshold(probability), shape)
@@ -85,18 +93,26 @@ def _once(name: str, make: Callable[[], tf.Tensor]) -> tf.Tensor:
 
 
 def dropout(
-    x: tf.Tensor, probability: float, site: int, context: DropoutContext | None
+    x: tf.Tensor,
+    probability: float,
+    site: int,
+    context: DropoutContext | None,
+    part: tuple[int, int] = (0, 1),
 ) -> tf.Tensor:
     """Inverted dropout (Srivastava et al. 2014); `x` itself without a context or with probability
     0.
     """
     if context is None or probability == 0:
         return x
-    return _masked(x, keep_mask(context, site, x.shape, probability), probability)
+    return _masked(x, keep_mask(context, site, x.shape, probability, part), probability)
 
 
 def native_dropout(
-    x: tf.Tensor, probability: float, site: int, context: DropoutContext | None
+    x: tf.Tensor,
+    probability: float,
+    site: int,
+    context: DropoutContext | None,
+    part: tuple[int, int] = (0, 1),
 ) -> tf.Tensor:
     """Return the same with TensorFlow's masks. They depend on a seed alone, so no schedule and no
     recomputation changes them.
@@ -113,8 +129,10 @@ def native_dropout(
             context.samples[0],
         ]
     )
-    kept = tf.random.stateless_uniform(x.shape, seed, alg="philox") >= probability
-    return _masked(x, kept, probability)
+    which, count = part
+    whole = (x.shape[0], x.shape[1] * count, *x.shape[2:])
+    kept = tf.random.stateless_uniform(whole, seed, alg="philox") >= probability
+    return _masked(x, tf.split(kept, count, 1)[which], probability)
 
 
 def _masked(x: tf.Tensor, kept: tf.Tensor, probability: float) -> tf.Tensor:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 from numpy.typing import NDArray
 
@@ -25,6 +24,7 @@ from tf_impl.gpipe_model import GPipeModel
 from tf_impl.keras_optimizers import make_optimizer
 from tf_impl.optimizer import learning_rate
 from tf_impl.probe import probe_units
+from tf_impl.shards import CrossEntropy
 from tf_impl.stage import Channel
 from tf_impl.weights import (
     export_gradients,
@@ -71,6 +71,8 @@ class PipelineEngine:
             device=config.device,
             dtype=train.dtype,
             seed=train.seed,
+            tensor_parallel=config.tensor_parallel,
+            vocab_parallel=config.vocab_parallel,
         )
         self.devices = self.model.held
         self.on_action: Callable[[int, Action | None], None] = unwatched
@@ -85,7 +87,7 @@ class PipelineEngine:
         ]
         not_decayed = [item.parameter for item in self._named if not train.decays(item.name)]
         # Over (B, S, V) logits and (B, S) targets, in float32 at least.
-        loss = keras.losses.SparseCategoricalCrossentropy(
+        loss = CrossEntropy(
             from_logits=True,
             ignore_class=IGNORED,
             dtype="float64" if train.dtype == "float64" else "float32",
@@ -193,7 +195,7 @@ class PipelineEngine:
         return self.model.events
 
     def environment(self) -> dict[str, Any]:
-        used = [self.model.stage_devices[d] for d in self.devices]
+        used = self.model.shard_devices
         said = devices.environment(used) | devices.best_track(self.config)
         if said["device_kind"] == "cpu":
             return said
@@ -203,7 +205,7 @@ class PipelineEngine:
 
     def peak_memory_bytes(self) -> dict[int, int]:
         """As the protocol says, by logical device: stages that share one are counted together,
-        under the first of them.
+        under the first of them. Of a stage that is cut, that of its first shard.
         """
         return gpus.peaks(self.model.stage_devices) or {self.devices[0]: peak_resident_bytes()}
 

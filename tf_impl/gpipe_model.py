@@ -96,6 +96,8 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         device: str = "auto",
         dtype: str = "float32",
         seed: int = 0,
+        tensor_parallel: int = 1,
+        vocab_parallel: bool = False,
         held: Sequence[int] | None = None,
         name: str | None = None,
     ) -> None:
@@ -134,9 +136,18 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         self.recompute = recompute
         edges = cut_row(self.spec, len(self.units), *made.grid, partition)
         self.held = tuple(range(num_stages) if held is None else held)
-        own = devices.stage_devices(len(self.held), device)
-        names = [own[self.held.index(d)] if d in self.held else own[0] for d in range(num_stages)]
+        if self.spec is None and tensor_parallel > 1:
+            raise ValueError("tensor_parallel cuts a TransformerSpec; expected 1 for Keras layers")
+        self.tensor_parallel = t = tensor_parallel
+        self.shard_devices = own = devices.stage_devices(len(self.held) * t, device)
+        """Those of each held stage, its own first."""
+        places = [t * self.held.index(d) if d in self.held else 0 for d in range(num_stages)]
+        names = [own[place] for place in places]
         strategies = executors.stage_strategies(names)
+        shards = [
+            [strategy, *executors.stage_strategies(own[place + 1 : place + t])] if t > 1 else []
+            for place, strategy in zip(places, strategies, strict=True)
+        ]
         # By virtual stage: with two devices and two chunks each, chunks 0 and 2 are on device 0.
         self.chunks = [
             (Chunk if made.location[k][0] in self.held else Elsewhere)(
@@ -145,6 +156,8 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
                 is_first=k == 0,
                 is_last=k == made.num_virtual_stages - 1,
                 ops={action.op for action in made.devices[made.location[k][0]]},
+                shards=shards[made.location[k][0]],
+                vocab_parallel=vocab_parallel,
             )
             for k in range(made.num_virtual_stages)
         ]
@@ -161,6 +174,7 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         """
         self._arguments = (num_stages, num_micro_batches, schedule_text(schedule))
         self._options = (num_chunks, edges[1:-1], recompute, device, dtype, seed)
+        self._cut = {"tensor_parallel": tensor_parallel, "vocab_parallel": vocab_parallel}
         self._input: keras.KerasTensor | None = None
         self._strategies = strategies
         self._threads = [ThreadPoolExecutor(1, f"stage-{d}") for d in range(num_stages)]
@@ -203,10 +217,10 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
             taken |= {id(v) for layer in chunk.layers for v in layer.variables}
         self._input, self._is_masked = start, mask_of(x) is not None
         self._check_effects()
-        if self._tied and all(end is not None for end in self._tied):
-            first, copy = self._tied
-            copy.assign(first)  # two variables that begin and stay equal: `_add_tied_gradients`
-            self.cast_masters()
+        for first, copy in self._tied:
+            if first is not None and copy is not None:
+                copy.assign(first)  # two variables that begin and stay equal: `_add_tied_gradients`
+        self.cast_masters()
         self._claim_optimizer()
 
     def compile(

@@ -7,7 +7,8 @@ feed-forward width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -19,6 +20,7 @@ from common.spec.run import TransformerSpec
 from tf_impl.cache import Cache
 from tf_impl.dropout import DropoutContext, dropout, native_dropout
 from tf_impl.precision import Linear, RMSNorm, at_least_float32, product, softmax
+from tf_impl.shards import Shards, rows_of, side_by_side
 
 
 @tf.custom_gradient
@@ -94,10 +96,33 @@ def rotate(x: tf.Tensor, theta: float, start: Any = 0) -> tf.Tensor:
 class Unit(keras.layers.Layer):
     """What a partition may not cut: `unit(x, context)`, in the precision of its `dtype`."""
 
-    def __init__(self, spec: TransformerSpec, name: str, dtype: str) -> None:
+    def __init__(
+        self, spec: TransformerSpec, name: str, dtype: str, shard: tuple[int, int] | None = None
+    ) -> None:
+        """`shard`: (which, of how many) this is; `spec` then has its own sizes."""
         super().__init__(name=name.replace(".", "_"), dtype=dtype)
         self.spec = spec
         self.unit_name = name
+        self.shard = shard
+        self.site = name if shard is None else f"{name}, shard {shard[0]}"
+        """Where keys and values are in a `Cache`."""
+        self.cut: Shards | None = None
+        """What stands for the unit's own weights, where these are cut."""
+
+    of_shard: Mapping[str, Any] = {}
+    """What else is different in the `spec` of a shard of the vocabulary, which is of this class."""
+
+    def split(self, strategies: Sequence[tf.distribute.Strategy], vocab: bool) -> None:
+        """Make, ahead of `build`, the shards on the devices of `strategies`, which cannot be
+        entered within the stage's own; `vocab`: also where the vocabulary is cut.
+        """
+        if vocab:
+            parts, tokens, t = [], np.arange(self.spec.vocab_size), len(strategies)
+            for k, own in enumerate(np.array_split(tokens, t)):
+                spec = self.spec.model_copy(update={"vocab_size": len(own), **self.of_shard})
+                parts.append(type(self)(spec, self.unit_name, self.dtype, (k, t)))
+                parts[k].first_token = int(own[0])
+            self.cut = Shards(parts, strategies, self.spec.d_model)
 
     def get_config(self) -> dict[str, Any]:
         """Return what `model.save` writes of a plain model. Differs: Keras alone saves how a model
@@ -121,7 +146,8 @@ class Unit(keras.layers.Layer):
     def dropout(self, x: tf.Tensor, place: int, context: DropoutContext | None) -> tf.Tensor:
         """Dropout at one of the unit's places (`common.spec.dropout_masks.site_number`)."""
         chosen = dropout if self.spec.dropout_masks == "shared" else native_dropout
-        return chosen(x, self.spec.dropout, site_number(self.unit_name, place), context)
+        site = site_number(self.unit_name, place)
+        return chosen(x, self.spec.dropout, site, context, self.shard or (0, 1))
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return tuple(input_shape)
@@ -130,11 +156,14 @@ class Unit(keras.layers.Layer):
 class Embedding(Unit):
     """Token plus learned position, where positions are not rotary."""
 
+    of_shard = MappingProxyType({"position": "rotary", "dropout": 0.0})
+
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         d = self.spec.d_model
-        self.token = self.add_weight(
-            shape=(self.spec.vocab_size, d), initializer="random_normal", name="token"
-        )
+        if self.cut is None:
+            self.token = self.add_weight(
+                shape=(self.spec.vocab_size, d), initializer="random_normal", name="token"
+            )
         self.position = None
         if self.spec.position == "learned":
             self.position = self.add_weight(
@@ -144,7 +173,9 @@ class Embedding(Unit):
     def call(
         self, tokens: tf.Tensor, context: DropoutContext | None = None, cache: Cache | None = None
     ) -> tf.Tensor:
-        x = tf.gather(self.token, tokens)  # (B, S, D)
+        if self.shard is not None:
+            return rows_of(self.token, tokens, self.first_token)
+        x = tf.gather(self.token, tokens) if self.cut is None else self.cut(tokens)  # (B, S, D)
         if self.position is not None:
             size = tokens.shape[1], self.spec.d_model
             x = x + (
@@ -189,20 +220,23 @@ class Attention(Unit):
     """
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        d, kv = self.spec.d_model, self.spec.kv_heads * self.spec.d_head  # D, K E
+        spec, width = self.spec, input_shape[-1]
+        assert width is not None
+        d, kv = spec.d_model, spec.kv_heads * spec.d_head  # D of the shard's heads, K E
         self.query, self.key, self.value, self.projection = (
             self.linear(d, "query"),
             self.linear(kv, "key", bias=False),
             self.linear(kv, "value"),
-            self.linear(d, "output"),
+            self.linear(width, "output", bias=self.shard is None),
         )
-        for layer in (self.query, self.key, self.value, self.projection):
+        for layer in (self.query, self.key, self.value):
             layer.build(input_shape)
+        self.projection.build((*input_shape[:-1], d))
 
     def call(
         self, x: tf.Tensor, context: DropoutContext | None = None, cache: Cache | None = None
     ) -> tf.Tensor:
-        s, d, spec = x.shape[1], x.shape[2], self.spec
+        s, spec = x.shape[1], self.spec
         start = 0 if cache is None else cache.length
 
         def split(y: tf.Tensor) -> tf.Tensor:
@@ -214,7 +248,7 @@ class Attention(Unit):
         if spec.position == "rotary":
             q, k = rotate(q, spec.rope_theta, start), rotate(k, spec.rope_theta, start)
         if cache is not None:
-            k, v = cache.extend(self.unit_name, k, v)  # (B, K, start + S, E)
+            k, v = cache.extend(self.site, k, v)  # (B, K, start + S, E)
         if spec.kv_heads < spec.num_heads:
             group = spec.num_heads // spec.kv_heads
             k, v = share_heads(k, group), share_heads(v, group)  # (B, H, S, E)
@@ -223,8 +257,8 @@ class Attention(Unit):
             mask = causal_mask(s, scores.dtype)  # (S, S)
             scores = scores + (mask if cache is None else tf.pad(mask, ((0, 0), (start, 0))))
         weights = self.dropout(softmax(scores, q.dtype), 0, context)
-        mixed = tf.reshape(tf.transpose(product(weights, v), (0, 2, 1, 3)), (-1, s, d))  # (B, S, D)
-        return self.projection(mixed)
+        mixed = tf.transpose(product(weights, v), (0, 2, 1, 3))  # (B, S, H, E)
+        return self.projection(tf.reshape(mixed, (-1, s, spec.d_model)))  # (B, S, D)
 
 
 class FeedForward(Unit):
@@ -235,7 +269,7 @@ class FeedForward(Unit):
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.up, self.down = (
             self.linear(self.spec.d_ff, "up"),
-            self.linear(self.spec.d_model, "down"),
+            self.linear(self.spec.d_model, "down", bias=self.shard is None),
         )
         self.gate = (
             self.linear(self.spec.d_ff, "gate") if self.spec.activation == "swiglu" else None
@@ -254,12 +288,28 @@ class FeedForward(Unit):
 class Block(Unit):
     """A Transformer block, pre-norm `x + f(norm(x))` or post-norm `norm(x + f(x))`."""
 
+    attention: Any = None
+    feed_forward: Any = None
+
+    def split(self, strategies: Sequence[tf.distribute.Strategy], vocab: bool) -> None:
+        spec, t = self.spec, len(strategies)
+        heads = {"num_heads": spec.num_heads, "num_kv_heads": spec.kv_heads}
+
+        def shards(kind: type[Unit], **sizes: int) -> Shards:
+            own = spec.model_copy(update={name: size // t for name, size in sizes.items()})
+            parts = [kind(own, self.unit_name, self.dtype, (k, t)) for k in range(t)]
+            return Shards(parts, strategies, spec.d_model, spec.biases)
+
+        self.attention = shards(Attention, d_model=spec.d_model, **heads)
+        self.feed_forward = shards(FeedForward, d_ff=spec.d_ff)
+
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.norm_1, self.norm_2 = (
             norm(self.spec, name, self.dtype) for name in ("norm_1", "norm_2")
         )
-        self.attention = Attention(self.spec, self.unit_name, self.dtype)
-        self.feed_forward = FeedForward(self.spec, self.unit_name, self.dtype)
+        if self.attention is None:
+            self.attention = Attention(self.spec, self.unit_name, self.dtype)
+            self.feed_forward = FeedForward(self.spec, self.unit_name, self.dtype)
         for layer in (self.norm_1, self.attention, self.norm_2, self.feed_forward):
             layer.build(input_shape)
 
@@ -283,10 +333,14 @@ class Head(Unit):
     Differs: the loss is not in here but the `loss` that the Keras model is compiled with.
     """
 
+    of_shard = MappingProxyType({"norm": "post"})
+
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.norm = norm(self.spec, "norm", self.dtype) if self.spec.norm == "pre" else None
         if self.norm is not None:
             self.norm.build(input_shape)
+        if self.cut is not None:
+            return
         if self.spec.tied_head:
             shape = (self.spec.vocab_size, self.spec.d_model)
             self.token = self.add_weight(shape=shape, initializer="random_normal", name="token")
@@ -301,6 +355,8 @@ class Head(Unit):
             x = x[:, -1]  # (B, D): nobody asks for what follows an earlier token
         if self.norm is not None:
             x = self.norm(x)
+        if self.cut is not None:
+            return side_by_side(self.cut.each(x), self.cut.devices)
         if not self.spec.tied_head:
             return self.projection(x)  # (B, S, V), with a cache (B, V)
         logits = product(tf.reshape(x, (-1, x.shape[-1])), self.token, transpose_b=True)  # (B S, V)

@@ -28,8 +28,13 @@ def _like(variable: keras.Variable) -> keras.Variable:
     )
 
 
+def _squared(gradient: tf.Variable) -> tf.Tensor:
+    with tf.device(gradient.device):
+        return tf.reduce_sum(tf.square(tf.cast(gradient, tf.float64)))
+
+
 class StageOptimizer:
-    """`optimizer`, at work on the weights of one device.
+    """`optimizer`, at work on the weights of one stage.
 
     Keras puts slots beside their weights, so this is the same optimizer with the same slots, and
     `optimizer.variables` has all of them. What is one number for all weights (iterations, learning
@@ -68,7 +73,7 @@ class StageOptimizer:
 
         @tf.function(autograph=False)
         def squares() -> tf.Tensor:
-            return tf.stack([tf.reduce_sum(tf.square(tf.cast(g, tf.float64))) for g in counted])
+            return tf.stack([_squared(g) for g in counted])
 
         @tf.function(autograph=False)
         def update(scale: tf.Tensor) -> None:

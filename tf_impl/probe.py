@@ -13,7 +13,7 @@ from common.spec.parameters import TensorKey
 from tf_impl.cut_graphs.tensors import dense
 from tf_impl.dropout import DropoutContext
 from tf_impl.gpipe_model import GPipeModel
-from tf_impl.weights import named_parameters, to_array
+from tf_impl.weights import export_weights, named_parameters, to_array
 
 
 def probe_units(
@@ -64,6 +64,7 @@ def probe_units(
                     total + tf.cast(dense(g, total.dtype), total.dtype)
                     for total, g in zip(sums, dw, strict=True)
                 ]
-            for item, total in zip(named, sums, strict=True):
-                found[backward._replace(tensor=item.name)] = total.numpy()
+            pairs = zip(named, sums, strict=True)
+            totals = export_weights(item._replace(parameter=total) for item, total in pairs)
+            found |= {backward._replace(tensor=name): total for name, total in totals.items()}
     return found

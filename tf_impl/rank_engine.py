@@ -18,6 +18,7 @@ Differs: Paddle's engine always holds one stage, so it has no second one.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -112,7 +113,8 @@ class RankModel(GPipeModel):
         self._sums: list[RunningSum] = []
         spec = self.spec
         assert spec is not None
-        self._most_values = max(self.schedule.num_micro_batches, len(parameter_shapes(spec)))
+        count = len(parameter_shapes(spec)) * self.tensor_parallel
+        self._most_values = max(self.schedule.num_micro_batches, count)
 
     def run_schedule(self, *arguments: Any) -> list[float]:
         actions = self.schedule.devices[self._ranks.stage]
@@ -168,7 +170,8 @@ class RankModel(GPipeModel):
         """As in one process; where the embedding and the head's copy are apart, their two ranks add
         up.
         """
-        if all(end is not None for end in self._tied):
+        pairs = self._tied
+        if all(end is not None for pair in pairs for end in pair):
             super()._add_tied_gradients()
             return
         first, last = (
@@ -176,7 +179,7 @@ class RankModel(GPipeModel):
             for k in (0, -1)
         )
         ends = sorted((first, last))
-        for variable in self._tied:
+        for variable in itertools.chain(*pairs):
             if variable is not None:
                 gradient = self.gradient_of(variable)
                 group = self._ranks.group(range(ends[0], ends[1] + 1, ends[1] - ends[0]))

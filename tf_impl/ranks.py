@@ -65,12 +65,13 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
             f"stages x replicas = {mesh.size}, but {world.size} processes were started; expected "
             f"{mesh.size}"
         )
+    shards = config.tensor_parallel
     if config.device != "cpu" and (gpus := visible_gpus()):
         listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = _own_gpu(world, len(gpus), listed)
+        os.environ["CUDA_VISIBLE_DEVICES"] = _own_gpus(world, shards, len(gpus), listed)
     onednn = config.drift == "onednn"
     threads = threads_per_stage(world.local_size, config.threads)
-    devices.configure(1, threads, config.device, config.track, onednn)
+    devices.configure(shards, threads, config.device, config.track, onednn)
     import tensorflow as tf
 
     from tf_impl import rank_engine
@@ -94,12 +95,15 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
     return build
 
 
-def _own_gpu(world: World, gpus: int, listed: str | None) -> str:
-    """The one of its host's that this process is to see; CUDA_VISIBLE_DEVICES may list them.
-    Neighbours share one where there are fewer, and each takes of its memory what it needs.
+def _own_gpus(world: World, shards: int, gpus: int, listed: str | None) -> str:
+    """Those of its host's that this process is to see, one for each shard; CUDA_VISIBLE_DEVICES may
+    list them. Neighbours share one where there are fewer, and each takes of its memory what it
+    needs.
     """
-    card = gpus_of_stages(world.local_size, gpus)[world.local_rank]
-    return str(card) if listed is None else listed.split(",")[card].strip()
+    first = world.local_rank * shards
+    cards = gpus_of_stages(world.local_size * shards, gpus)[first : first + shards]
+    names = [str(card) for card in range(gpus)] if listed is None else listed.split(",")
+    return ",".join(names[card].strip() for card in dict.fromkeys(cards))
 
 
 def _wait_for_all(ranks: int) -> None:

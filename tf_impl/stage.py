@@ -26,6 +26,7 @@ from tf_impl.cut_graphs.functions import StageFunctions
 from tf_impl.effects import with_mask
 from tf_impl.keras_pipeline.chunk import Chunk
 from tf_impl.layers import Block
+from tf_impl.shards import parts_of
 
 
 class Stage:
@@ -145,9 +146,12 @@ class Stage:
             x = tf.TensorSpec((None, count, spec.d_model), dtype)
             if part.is_first:
                 x = tf.TensorSpec((None, count), tf.int64)
-            one = tf.TensorSpec((None, spec.kv_heads, None, spec.d_head), dtype)  # (B, K, S, E)
-            blocks = [unit.unit_name for unit in part.layers if isinstance(unit, Block)]
-            held = {} if is_new else dict.fromkeys(blocks, (one, one))
+            blocks = [unit for unit in part.layers if isinstance(unit, Block)]
+            attentions = [each for block in blocks for each in parts_of(block.attention)]
+            held = {}
+            for each in () if is_new else attentions:
+                shape = None, each.spec.kv_heads, None, spec.d_head  # (B, K, S, E)
+                held[each.site] = (tf.TensorSpec(shape, dtype),) * 2
 
             def extend(x: tf.Tensor, length: tf.Tensor, held: Held) -> tuple[tf.Tensor, Held]:
                 cache = Cache(0 if is_new else length, held)

@@ -6,6 +6,7 @@ is transposed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +16,13 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from common.spec.parameters import TOKEN_EMBEDDING
+from common.spec.shards import ROWS, axis_of, joined, shard_of
 from tf_impl.layers import Block, Embedding, Head, Unit
-from tf_impl.precision import Linear
+from tf_impl.shards import Shards, parts_of
 
 
 class NamedParameter(NamedTuple):
-    """A parameter and its canonical name."""
+    """A parameter and its canonical name, which the shards of one have in common."""
 
     name: str
     parameter: keras.Variable
@@ -31,7 +33,8 @@ class NamedParameter(NamedTuple):
 def named_parameters(
     part: Sequence[str], units: Sequence[Unit], tied_head: bool
 ) -> list[NamedParameter]:
-    """Return every parameter of `units`, whose names are `part`, in canonical order.
+    """Return every parameter of `units`, whose names are `part`, in canonical order; shards of one
+    follow each other.
 
     Raises ValueError for one that has no canonical name.
     """
@@ -39,7 +42,7 @@ def named_parameters(
     for name, unit in zip(part, units, strict=True):
         match unit:  # in the order of `common.spec.parameters.parameter_shapes`
             case Embedding():
-                named.append(NamedParameter(TOKEN_EMBEDDING, unit.token))
+                named += [NamedParameter(TOKEN_EMBEDDING, own.token) for own in parts_of(unit)]
                 if unit.position is not None:
                     named.append(NamedParameter("embedding.position.weight", unit.position))
             case Block():
@@ -47,9 +50,12 @@ def named_parameters(
             case Head():
                 named += _norm_parameters("head.norm", unit.norm)
                 if tied_head:
-                    named.append(NamedParameter(TOKEN_EMBEDDING, unit.token, is_copy=True))
+                    copies = [own.token for own in parts_of(unit)]
+                    named += [
+                        NamedParameter(TOKEN_EMBEDDING, copy, is_copy=True) for copy in copies
+                    ]
                 else:
-                    named.append(NamedParameter("head.output.weight", unit.projection.kernel))
+                    named += _linear_parameters("head.output", unit, "projection")
     _check_all_are_named(part, units, named)
     return named
 
@@ -62,26 +68,34 @@ def _norm_parameters(name: str, norm: keras.layers.Layer | None) -> list[NamedPa
     return [NamedParameter(f"{name}.{names.get(own.name, own.name)}", own) for own in variables]
 
 
-def _linear_parameters(name: str, layer: Linear | None) -> list[NamedParameter]:
-    """Those of a linear layer, which may be without a bias; none where there is no layer."""
-    if layer is None:
+def _linear_parameters(
+    name: str, whole: keras.layers.Layer, attribute: str
+) -> list[NamedParameter]:
+    """Those of a linear layer of `whole`, or of its shards, which may be without a bias; none where
+    there is no layer.
+    """
+    layers: list[Any] = [getattr(own, attribute) for own in parts_of(whole)]
+    if layers[0] is None:
         return []
-    weight = NamedParameter(f"{name}.weight", layer.kernel)
-    return [weight] if layer.bias is None else [weight, NamedParameter(f"{name}.bias", layer.bias)]
+    biases = [layer.bias for layer in layers]
+    if isinstance(whole, Shards) and name.split(".")[-1] in ROWS:
+        biases = [whole.bias]
+    named = [NamedParameter(f"{name}.weight", layer.kernel) for layer in layers]
+    return named + [NamedParameter(f"{name}.bias", own) for own in biases if own is not None]
 
 
 def _block_parameters(name: str, block: Block) -> list[NamedParameter]:
     attention, feed_forward = block.attention, block.feed_forward
     return [
         *_norm_parameters(f"{name}.norm_1", block.norm_1),
-        *_linear_parameters(f"{name}.attention.query", attention.query),
-        *_linear_parameters(f"{name}.attention.key", attention.key),
-        *_linear_parameters(f"{name}.attention.value", attention.value),
-        *_linear_parameters(f"{name}.attention.output", attention.projection),
+        *_linear_parameters(f"{name}.attention.query", attention, "query"),
+        *_linear_parameters(f"{name}.attention.key", attention, "key"),
+        *_linear_parameters(f"{name}.attention.value", attention, "value"),
+        *_linear_parameters(f"{name}.attention.output", attention, "projection"),
         *_norm_parameters(f"{name}.norm_2", block.norm_2),
-        *_linear_parameters(f"{name}.feed_forward.gate", feed_forward.gate),
-        *_linear_parameters(f"{name}.feed_forward.up", feed_forward.up),
-        *_linear_parameters(f"{name}.feed_forward.down", feed_forward.down),
+        *_linear_parameters(f"{name}.feed_forward.gate", feed_forward, "gate"),
+        *_linear_parameters(f"{name}.feed_forward.up", feed_forward, "up"),
+        *_linear_parameters(f"{name}.feed_forward.down", feed_forward, "down"),
     ]
 
 
@@ -107,28 +121,41 @@ def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[A
     """Copy canonical arrays into the parameters. Raises KeyError for a missing one, ValueError for
     a wrong shape.
     """
-    for item in named:
-        item.parameter.assign(arrays[item.name])
+    load_gradients(named, arrays, lambda parameter: parameter)
 
 
 def load_gradients(
     named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]], gradient_of: _GradientOf
 ) -> None:
     """Copy canonical arrays into the parameters' gradients. Raises as `load_weights`."""
-    for item in named:
-        gradient_of(item.parameter).assign(arrays[item.name])
+    for own in _shards_of(named):
+        for k, item in enumerate(own):
+            axis = axis_of(item.name) if len(own) > 1 else None
+            array = shard_of(arrays[item.name], axis, k, len(own))
+            gradient_of(item.parameter).assign(array)
 
 
 def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:
     """Return the weights as canonical arrays of their own memory."""
-    return {item.name: np.array(item.parameter.numpy()) for item in named}
+    return export_gradients(named, lambda parameter: parameter)
 
 
 def export_gradients(
     named: Iterable[NamedParameter], gradient_of: _GradientOf
 ) -> dict[str, NDArray[Any]]:
     """Return the gradients as canonical arrays of their own memory."""
-    return {item.name: np.array(gradient_of(item.parameter).numpy()) for item in named}
+    arrays = {}
+    for own in _shards_of(named):
+        name, axis = own[0].name, axis_of(own[0].name) if len(own) > 1 else None
+        pieces = [np.array(gradient_of(item.parameter).numpy()) for item in own]
+        arrays[name] = pieces[0] if axis is None else joined(pieces, axis)
+    return arrays
+
+
+def _shards_of(named: Iterable[NamedParameter]) -> list[list[NamedParameter]]:
+    """Those of each parameter; a list of one where it is whole."""
+    groups = itertools.groupby(named, lambda item: (item.name, item.is_copy))
+    return [list(own) for _, own in groups]
 
 
 def to_array(tensor: tf.Tensor) -> NDArray[Any]:

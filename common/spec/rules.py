@@ -45,7 +45,7 @@ REPLICATED_BASELINES: Mapping[str, tuple[str, ...]] = {
 """Executors of a framework's own that train replicas: its data parallelism around the plain loop,
 and fleet's pipeline."""
 
-TENSOR_PARALLEL: tuple[str, ...] = ("torch", "paddle")
+TENSOR_PARALLEL: tuple[str, ...] = ("torch", "tensorflow", "paddle")
 """Frameworks that cut the matrices of a stage into shards."""
 
 TENSOR_PARALLEL_BASELINES: Mapping[str, tuple[str, ...]] = {"torch": ("plain",)}

@@ -36,10 +36,16 @@ def cut_axis(config: RunConfig, name: str) -> int | None:
     """Return the axis along which a parameter of canonical `name` and shape is cut; None where
     every shard has all of it.
     """
-    if config.tensor_parallel == 1:
+    of_vocabulary = name in (TOKEN_EMBEDDING, "head.output.weight")
+    if config.tensor_parallel == 1 or (of_vocabulary and not config.vocab_parallel):
         return None
+    return axis_of(name)
+
+
+def axis_of(name: str) -> int | None:
+    """Return the same where all is cut that can be, the vocabulary too."""
     if name in (TOKEN_EMBEDDING, "head.output.weight"):
-        return {TOKEN_EMBEDDING: 0}.get(name, 1) if config.vocab_parallel else None
+        return {TOKEN_EMBEDDING: 0}.get(name, 1)
     stem, _, kind = name.rpartition(".")
     layer = stem.rpartition(".")[2]
     if layer in COLUMNS:

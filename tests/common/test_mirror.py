@@ -46,6 +46,7 @@ DIFFERENCES = {
     "layers": {
         "constants": "PyTorch counts the tensors that its graph holds, and these are none of them",
         "Unit": "what Keras asks of every layer: how it is saved, its shapes",
+        "Block.split": "its shards are devices of one process; the others' are processes",
         "Embedding.tied_weight": "fleet shares a weight by the name of an attribute",
         "summed_loss": "TensorFlow's loss is the one that the Keras model is compiled with",
     },

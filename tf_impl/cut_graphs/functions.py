@@ -56,8 +56,8 @@ class StageFunctions:
     saved_for_input: tuple[int, ...]
     saved_for_weight: tuple[int, ...]
     saved_bytes: int
-    """Memory of one micro-batch between F and B, without the mini-batch itself. Tensors may share
-    buffers, so it is an upper bound.
+    """Memory of one micro-batch between F and B on the stage's device, without the mini-batch
+    itself. Tensors may share buffers, so it is an upper bound.
     """
     waiting_bytes: int
     """The same between B and W."""

@@ -131,8 +131,9 @@ class Scissors:
             imported = tf.graph_util.import_graph_def(graph_def, outside, computed, name="")
             known |= dict(zip(computed, imported, strict=True))
             for accumulator, gradient in additions:
-                value = tf.cast(known[gradient.name], accumulator.dtype)
-                accumulator.assign_add(value, read_value=False)
+                with tf.device(accumulator.device):
+                    value = tf.cast(known[gradient.name], accumulator.dtype)
+                    accumulator.assign_add(value, read_value=False)
             return [known[t.name] for t in results]
 
         return piece.get_concrete_function()

@@ -36,7 +36,9 @@ def source_of(tensor: tf.Tensor) -> tf.Tensor:
         op = tensor.op
         # bfloat16 to float32 adds zeros only: save 2 bytes an element and cast again
         is_wider = op.type == "Cast" and op.inputs[0].dtype.size < tensor.dtype.size
-        if op.type != "Identity" and not is_wider:
+        # One that is on another device has travelled, which it need not do again.
+        is_copy = op.type == "Identity" and op.inputs[0].op.device == op.device
+        if not is_copy and not is_wider:
             return tensor
         tensor = op.inputs[0]
 
@@ -53,11 +55,11 @@ def ancestors(operations: Iterable[tf.Operation], given: Iterable[Any] = ()) -> 
 
 
 def memory_bytes(tensors: Iterable[tf.Tensor], not_counted: Iterable[tf.Tensor] = ()) -> int:
-    """Return the sizes of `tensors` without those that are `not_counted`, and without those of no
-    static size: a loop's lists.
+    """Return the sizes of `tensors` without those that are `not_counted`, those of shards on other
+    devices than the stage's, and those of no static size: a loop's lists.
     """
     left_out = {t.ref() for t in not_counted}
-    counted = [t for t in tensors if t.ref() not in left_out]
+    counted = [t for t in tensors if t.ref() not in left_out and not t.op.device]
     return sum((t.shape.num_elements() or 0) * t.dtype.size for t in counted)
 
 

@@ -94,7 +94,7 @@ def trace_stage(
             input_gradient=unbundled(tf.convert_to_tensor(dx)),
             # Dense: the rows of an embedding's sparse gradient come once per token, so that squares
             # would not add up.
-            weight_gradients=[unbundled(dense(g, sum_.dtype)) for sum_, g in pairs],
+            weight_gradients=[_dense_where(sum_, g) for sum_, g in pairs],
             accumulators=[sum_ for sum_, _ in pairs],
         )
 
@@ -137,6 +137,12 @@ def _differentiated(
     if dx is None:
         raise ValueError("the output of a stage does not depend differentiably on its input")
     return dx, dw
+
+
+def _dense_where(sum_: tf.Variable, gradient: Any) -> tf.Tensor:
+    """The gradient as one tensor, on the device of its sum."""
+    with tf.device(sum_.device):
+        return unbundled(dense(gradient, sum_.dtype))
 
 
 def _forward_alone(

@@ -100,8 +100,13 @@ class Chunk:
         is_first: bool,
         is_last: bool,
         ops: Collection[Op],
+        shards: Sequence[tf.distribute.Strategy] = (),
+        vocab_parallel: bool = False,
     ) -> None:
-        """`ops` are those that its device's schedule has."""
+        """`ops` are those that its device's schedule has; `shards` the strategies of the devices
+        that matrices are cut over, `strategy` first, nothing where they are whole.
+        """
+        self.shards, self.vocab_parallel = shards, vocab_parallel
         self.layers, self.strategy, self.ops = list(layers), strategy, ops
         self.is_first, self.is_last = is_first, is_last
         self.device: str = strategy.extended.worker_devices[0]
@@ -117,7 +122,7 @@ class Chunk:
         self.kinds: dict[int, Mapping[bool, list[Kind]]] = {}
         """How the losses that a layer adds go over micro-batches: by its identity and `training`.
         """
-        self.only_own_device = True
+        self.only_own_device = not shards
         """Whether all variables lie here. The seed of a Keras Dropout does not: it is made along
         with the layer.
         """
@@ -131,9 +136,12 @@ class Chunk:
         which have no gradient.
         """
         self.effects, self.kinds, floating = [], {}, []
+        for layer in self.layers if self.shards else ():
+            layer.split(self.shards, self.vocab_parallel)
         with self.strategy.scope():
             for layer in self.layers:
-                _move_here(layer)
+                if not isinstance(layer, Unit):
+                    _move_here(layer)
                 given, x = x, layer(x)  # a symbolic call: makes the weights, computes nothing
                 floating.append(
                     isinstance(x, keras.KerasTensor) and tf.as_dtype(x.dtype).is_floating
@@ -182,9 +190,10 @@ class Chunk:
         trainable = {id(v): v for layer in self.layers for v in layer.trainable_variables}
         for variable in trainable.values():
             if id(variable) not in known:
-                with self.strategy.scope():  # so that the optimizer puts its slots there, too
+                own = self.local(variable)  # there, so that the optimizer puts its slots there, too
+                with variable.value.distribute_strategy.scope():
                     master = master_of(variable) if id(variable) in units else variable
-                with tf.device(self.device):
+                with tf.device(own.device):
                     zero = tf.zeros(master.shape, master.dtype)
                     gradient = tf.Variable(zero, trainable=False, name="gradient")
                 known[id(variable)] = Weight(variable, master, gradient)
@@ -334,7 +343,8 @@ class Chunk:
     def _cast_masters(self) -> None:
         for weight in self.copies:
             own, master = self.local(weight.variable), self.local(weight.master)
-            own.assign(tf.cast(master, own.dtype), read_value=False)
+            with tf.device(own.device):
+                own.assign(tf.cast(master, own.dtype), read_value=False)
 
     def _split(
         self, extra: Sequence[tf.Tensor]
@@ -347,7 +357,8 @@ class Chunk:
 
     def _clear_gradients(self) -> None:
         for _, _, gradient in self.weights:
-            gradient.assign(tf.zeros(gradient.shape, gradient.dtype), read_value=False)
+            with tf.device(gradient.device):
+                gradient.assign(tf.zeros(gradient.shape, gradient.dtype), read_value=False)
 
     def _losses(self, layer: keras.layers.Layer, training: bool, share: Any) -> list[tf.Tensor]:
         """What the layer's last call, of a part of a mini-batch, adds to the mini-batch's loss."""

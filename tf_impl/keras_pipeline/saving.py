@@ -20,6 +20,8 @@ class SavedRow(keras.Model):
     """The part of a `GPipeModel` that Keras' saving asks."""
 
     chunks: list[Chunk]
+    _cut: dict[str, Any]
+    """How matrices are cut: options of the model, too."""
 
     def get_config(self) -> dict[str, Any]:
         num_stages, num_micro_batches, schedule = self._arguments
@@ -39,7 +41,7 @@ class SavedRow(keras.Model):
             "device": device,
             "dtype": dtype,
             "seed": seed,
-        }
+        } | self._cut
 
     @classmethod
     def from_config(

@@ -10,6 +10,7 @@ weights, and copies in bfloat16.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from common.spec.run import TransformerSpec
 from tf_impl.keras_optimizers import moments_of
 from tf_impl.keras_pipeline.chunk import Chunk, Weight
 from tf_impl.optimizer import StageOptimizer
+from tf_impl.shards import parts_of
 from tf_impl.stage import Stage
 
 
@@ -90,22 +92,25 @@ class UpdatedRow(keras.Model):
         return next(w.gradient for w in self._weights if w.master is variable)
 
     @property
-    def _tied(self) -> list[Any]:
-        """The token embedding and the tied head's copy of it: what the optimizer updates. Nothing
-        without a tied head; None for one that another process holds.
+    def _tied(self) -> list[tuple[Any, Any]]:
+        """The token embedding and the tied head's copy of it, each shard's where they are cut: what
+        the optimizer updates. Nothing without a tied head; None for one that another process holds.
         """
         if self.spec is None or not self.spec.tied_head:
             return []
-        ends = (self.units[0], self.units[-1])
-        return [self.master_of(unit.token) if unit.built else None for unit in ends]
+        first, last = (
+            [self.master_of(part.token) for part in parts_of(unit)] if unit.built else []
+            for unit in (self.units[0], self.units[-1])
+        )
+        return list(itertools.zip_longest(first, last))
 
     def _add_tied_gradients(self) -> None:
         """The token embedding's gradient: that of its own use plus that of the head's copy, put in
         both.
         """
-        if self._tied:
+        for pair in self._tied:
             # Both optimizers then make the same step, and the two copies stay equal bit by bit.
-            own, copy = (self.gradient_of(variable) for variable in self._tied)
+            own, copy = map(self.gradient_of, pair)
             own.assign_add(copy)
             copy.assign(own)
 
@@ -120,7 +125,8 @@ class UpdatedRow(keras.Model):
         weights = [weight for chunk in self.stages[d].chunks for weight in chunk.updated()]
         variables, gradients = [w.master for w in weights], [w.gradient for w in weights]
         # The tied copy's gradient is the embedding's: it counts once in the global norm.
-        counted = [w.gradient for w in weights if not self._tied or w.master is not self._tied[1]]
+        copies = {id(copy) for _, copy in self._tied}
+        counted = [w.gradient for w in weights if id(w.master) not in copies]
         return StageOptimizer(self.optimizer, self._strategies[d], variables, gradients, counted)
 
     def _ensure_optimizers(self) -> None:
