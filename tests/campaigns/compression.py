@@ -40,6 +40,8 @@ STEPS, LAST = 200, 20
 """Training loss: the mean over so many last steps."""
 MILLISECONDS, MBIT = 5, 10
 """Of the slow link, one way."""
+TICKS = (3, 10, 30, 100)
+"""Of the picture, in kB."""
 TIMED_STEPS, UNTIMED = 14, 4
 SEEDS = range(4)
 SETTINGS = """
@@ -185,6 +187,8 @@ def picture(found: Mapping[tuple[str, str], Trained]) -> None:
         axes.annotate(kind, at, place, textcoords="offset points", fontsize="small")
     axes.set_xlabel("kB that a replica sends in a step")
     axes.set_ylabel(f"held-out loss after {STEPS} steps")
+    axes.set_xticks(TICKS, list(map(str, TICKS)))
+    axes.minorticks_off()
     axes.margins(0.12)
     axes.legend(fontsize="small")
     figure.savefig(PICTURE, dpi=150)
