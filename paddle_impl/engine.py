@@ -263,12 +263,11 @@ class PipelineEngine:
         """The whole arrays of which all shards, which call this together, have parts; what is not
         cut, as this shard has it.
         """
-        found, shapes = {}, parameter_shapes(self.config.model)
+        config, shapes, found = self.config, parameter_shapes(self.config.model), {}
         for key, array in own.items():
-            axis = cut_axis(self.config, name(key))
-            if axis is not None:
-                cut = partial(shard_shape, self.config, name(key), shapes[name(key)])
-                sizes = [cut(shard)[axis] for shard in range(self._shards.count)]
+            if (axis := cut_axis(config, name(key))) is not None:
+                whole, shards = shapes[name(key)], range(self._shards.count)
+                sizes = [shard_shape(config, name(key), whole, n)[axis] for n in shards]
                 array = to_array(self._shards.joined(paddle.to_tensor(array), axis, sizes))
             found[key] = array
         return found

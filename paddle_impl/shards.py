@@ -15,7 +15,6 @@ column layer adds up dx by itself, and neither leaves W for later.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import paddle
@@ -27,15 +26,17 @@ from paddle.distributed.fleet.meta_parallel.zero_bubble_utils import SplitBWMatm
 from paddle_impl.split_linear import Linear
 
 
-@dataclass(frozen=True)
 class Shards:
-    """What one shard's layers know of the others: by default, that there are none."""
+    """What one shard's layers know of the others: by default, that there are none.
 
-    count: int = 1
-    shard: int = 0
-    columns: tuple[int, ...] = ()
-    """How many tokens of the vocabulary each shard has; empty where each has all."""
-    group: Any = None
+    `columns` has how many tokens of the vocabulary each shard has; empty where each has all.
+    Differs: no dataclass, since of one Paddle's tracer (`programs.py`) knows the fields alone.
+    """
+
+    def __init__(
+        self, count: int = 1, shard: int = 0, columns: tuple[int, ...] = (), group: Any = None
+    ) -> None:
+        self.count, self.shard, self.columns, self.group = count, shard, columns, group
 
     def part(self, size: int) -> int:
         """Return a shard's share of heads or features."""
