@@ -237,8 +237,11 @@ def _local_dropout_samples(config: RunConfig) -> _Patches:
 
 
 def _native_dropout(config: RunConfig) -> _Patches:
-    def dropout(x: Tensor, probability: float, site: int, context: DropoutContext) -> Tensor:
-        return x if context.step_key is None else native_dropout(x, probability, site, context)
+    def dropout(
+        x: Tensor, probability: float, site: int, context: DropoutContext, *part: tuple[int, int]
+    ) -> Tensor:
+        drops = context.step_key is not None
+        return native_dropout(x, probability, site, context, *part) if drops else x
 
     return [patch(layers, "dropout", dropout)]
 
@@ -246,10 +249,12 @@ def _native_dropout(config: RunConfig) -> _Patches:
 def _plain_dropout(config: RunConfig) -> _Patches:
     """`mode="downscale_in_infer"`: scaled down in evaluation instead of up in training."""
 
-    def dropout(x: Tensor, probability: float, site: int, context: DropoutContext) -> Tensor:
+    def dropout(
+        x: Tensor, probability: float, site: int, context: DropoutContext, *part: tuple[int, int]
+    ) -> Tensor:
         if context.step_key is None:
             return x * (1 - probability)
-        return x * keep_mask(context, site, x.shape, probability).astype(x.dtype)
+        return x * keep_mask(context, site, x.shape, probability, *part).astype(x.dtype)
 
     return [patch(layers, "dropout", dropout)]
 

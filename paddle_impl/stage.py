@@ -134,7 +134,8 @@ class Stage:
             if self._mode.keeps(name):
                 self.outputs[name, micro_batch] = self.shards.whole(name, x)
             if isinstance(unit, Head) and self._mode is not Mode.PREDICT:
-                x = summed_loss(x, self.targets[micro_batch], self._num_tokens, self.shards)
+                own = [self.shards] if self.shards.columns else []  # logits of some tokens
+                x = summed_loss(x, self.targets[micro_batch], self._num_tokens, *own)
         return x
 
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
