@@ -20,11 +20,11 @@ from common.spec.parameters import TensorKey, parameter_shapes, unit_names
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
 from tf_impl import devices, gpus
+from tf_impl.device_shards import CrossEntropy
 from tf_impl.gpipe_model import GPipeModel
 from tf_impl.keras_optimizers import make_optimizer
 from tf_impl.optimizer import learning_rate
 from tf_impl.probe import probe_units
-from tf_impl.shards import CrossEntropy
 from tf_impl.stage import Channel
 from tf_impl.weights import (
     export_gradients,

@@ -65,9 +65,10 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
     divide a mini-batch: pieces then differ by one sample. `schedule` is a name (gpipe, 1f1b, ...),
     `file:PATH`, or a `Schedule`. `recompute`: what the backward computes again instead of holding
     it (`common.schedule.recompute`; GPipe's choice is "full"). `dtype` and `seed` (of the dropout
-    masks) are the Transformer's; ordinary layers have their own. One logical device per stage must
-    exist (`tf_impl.devices.configure`). `held`: the stages of a Transformer that this process
-    computes, where others have the rest (`tf_impl.rank_engine`).
+    masks) are the Transformer's; ordinary layers have their own. `tensor_parallel` cuts its
+    matrices into shards, `vocab_parallel` the token embedding and the head too. One logical device
+    per stage and shard must exist (`tf_impl.devices.configure`). `held`: the stages of a
+    Transformer that this process computes, where others have the rest (`tf_impl.rank_engine`).
 
     It gives what `keras.Sequential` gives with the same weights: masks, regularizers and `add_loss`
     included, where what is added is a mean or a sum over samples, or depends on the weights alone.
@@ -137,7 +138,10 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         edges = cut_row(self.spec, len(self.units), *made.grid, partition)
         self.held = tuple(range(num_stages) if held is None else held)
         if self.spec is None and tensor_parallel > 1:
-            raise ValueError("tensor_parallel cuts a TransformerSpec; expected 1 for Keras layers")
+            raise ValueError(
+                f"tensor_parallel = {tensor_parallel}: only a TransformerSpec is cut; expected 1 "
+                "for Keras layers"
+            )
         self.tensor_parallel = t = tensor_parallel
         self.shard_devices = own = devices.stage_devices(len(self.held) * t, device)
         """Those of each held stage, its own first."""

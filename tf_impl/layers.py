@@ -18,9 +18,9 @@ import tensorflow as tf
 from common.spec.dropout_masks import site_number
 from common.spec.run import TransformerSpec
 from tf_impl.cache import Cache
+from tf_impl.device_shards import Shards, rows_of, side_by_side
 from tf_impl.dropout import DropoutContext, dropout, native_dropout
 from tf_impl.precision import Linear, RMSNorm, at_least_float32, product, softmax
-from tf_impl.shards import Shards, rows_of, side_by_side
 
 
 @tf.custom_gradient

@@ -23,10 +23,10 @@ from common.runtime.mailbox import Mailbox
 from tf_impl.backward import Forward, Waiting, backward, backward_input, backward_weight
 from tf_impl.cache import Cache, Held
 from tf_impl.cut_graphs.functions import StageFunctions
+from tf_impl.device_shards import parts_of
 from tf_impl.effects import with_mask
 from tf_impl.keras_pipeline.chunk import Chunk
 from tf_impl.layers import Block
-from tf_impl.shards import parts_of
 
 
 class Stage:

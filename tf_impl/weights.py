@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from common.spec.parameters import TOKEN_EMBEDDING
 from common.spec.shards import ROWS, axis_of, joined, shard_of
+from tf_impl.device_shards import Shards, parts_of
 from tf_impl.layers import Block, Embedding, Head, Unit
-from tf_impl.shards import Shards, parts_of
 
 
 class NamedParameter(NamedTuple):

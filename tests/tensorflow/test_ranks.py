@@ -139,10 +139,15 @@ def test_another_number_of_processes_than_the_mesh_has_is_refused() -> None:
         ranks._join(World(0, ("127.0.0.1:1", "127.0.0.1:2")), config)
 
 
-def test_a_rank_sees_one_gpu_of_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_sees_one_gpu_of_its_host_for_each_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = ("a:1", "a:2", "a:3", "b:1")
-    for listed, expected in ((None, ["0", "0", "1", "0"]), ("5, 7", ["5", "5", "7", "5"])):
-        assert [ranks._own_gpu(World(r, hosts), 2, listed) for r in range(4)] == expected
+    worlds = [World(rank, hosts) for rank in range(4)]
+    for listed, shards, expected in (
+        (None, 1, ["0", "0", "1", "0"]),
+        ("5, 7", 1, ["5", "5", "7", "5"]),
+        (None, 2, ["0", "0,1", "1", "0,1"]),
+    ):
+        assert [ranks._own_gpus(world, shards, 2, listed) for world in worlds] == expected
     monkeypatch.setattr(ranks, "visible_gpus", tuple)
     job = Job(config=small("tensorflow", 2, run={"device": "cuda"}), out="")
     with pytest.raises(ValueError, match="there is no GPU; expected 'cpu' or 'auto'"):

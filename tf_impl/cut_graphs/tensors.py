@@ -36,9 +36,7 @@ def source_of(tensor: tf.Tensor) -> tf.Tensor:
         op = tensor.op
         # bfloat16 to float32 adds zeros only: save 2 bytes an element and cast again
         is_wider = op.type == "Cast" and op.inputs[0].dtype.size < tensor.dtype.size
-        # One that is on another device has travelled, which it need not do again.
-        is_copy = op.type == "Identity" and op.inputs[0].op.device == op.device
-        if not is_copy and not is_wider:
+        if op.type != "Identity" and not is_wider:
             return tensor
         tensor = op.inputs[0]
 

@@ -19,10 +19,10 @@ import tensorflow as tf
 
 from common.oracle.reference import clip_scale, global_norm
 from common.spec.run import TransformerSpec
+from tf_impl.device_shards import parts_of
 from tf_impl.keras_optimizers import moments_of
 from tf_impl.keras_pipeline.chunk import Chunk, Weight
 from tf_impl.optimizer import StageOptimizer
-from tf_impl.shards import parts_of
 from tf_impl.stage import Stage
 
 

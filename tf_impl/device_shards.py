@@ -93,7 +93,6 @@ class Shards(keras.layers.Layer):
                 dx, dw = [], []
                 for (tape, y, sources, device), dy in zip(tapes, dys, strict=True):
                     with on_shard(device):
-                        dy = tf.identity(dy)
                         of_input, *of_weights = tape.gradient(y, sources, output_gradients=dy)
                         dx.append(of_input)
                         dw += [dense(gradient, self.sum_dtype) for gradient in of_weights]
