@@ -70,6 +70,7 @@ tensorflow  head       pre-norm rms          -2f bS                             
 tensorflow  head       pre-norm plain layer  0                                        -e bSD
 paddle      embedding  learned               8 S                                      0
 paddle      embedding  dropout               bSD                                      0
+paddle      embedding  vocab                 e bSD + e bS + 8 bS                      0
 paddle      block      any                   4e bSD + 4e bSA + 2e bSF + 4e bS         4e bSD + 4e bSA + 2e bSF
 paddle      block      scores                e bHSS                                   0
 paddle      block      relu                  -e bSF                                   0
