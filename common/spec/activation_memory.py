@@ -49,18 +49,19 @@ torch       block      grouped               0                                  
 torch       head       any                   e bSD + f bSV + f                        e bSD + e bSV
 torch       head       pre-norm              f bSD + 2f bS + 4n D                     0
 torch       head       pre-norm rms          f bSD + -f bS + -2n D                    0
-torch       head       vocab                 f bS + 10 bS + -f                        0
+torch       head       vocab                 2f bS + 10 bS + -f                       0
 tensorflow  embedding  any                   0                                        e bSD
 tensorflow  embedding  dropout               bSD                                      bSD
-tensorflow  block      any                   12e bSD + 2n bSD + 2e bSF + 6f bS        18e bSD + 2n bSD + 3e bSF + 2f bS
+tensorflow  embedding  vocab                 9 bS                                     9 bS
+tensorflow  block      any                   8e bSD + 4e bSA + 2n bSD + 2e bSF + 6f bS  12e bSD + 6e bSA + 2n bSD + 3e bSF + 2f bS
 tensorflow  block      scores                e bHSS                                   0
 tensorflow  block      gelu_tanh             5f bSF                                   0
 tensorflow  block      dropout               2 bSD + e bHSS + bHSS                    0
 tensorflow  block      swiglu                e bSD + 2e bSF                           e bSD + 2e bSF
 tensorflow  block      rms                   -4f bS                                   -2f bS
-tensorflow  block      grouped               0                                        -2e bSD + 2e bSK
-tensorflow  block      grouped biases        0                                        -e bSD + e bSK
-tensorflow  block      plain                 0                                        -4e bSD + -e bSF
+tensorflow  block      grouped               0                                        -2e bSA + 2e bSK
+tensorflow  block      grouped biases        0                                        -e bSA + e bSK
+tensorflow  block      plain                 0                                        -2e bSD + -2e bSA + -e bSF
 tensorflow  block      plain layer           0                                        -2e bSD
 tensorflow  block      plain swiglu          0                                        -e bSF
 tensorflow  head       any                   e bSD + f bSV + 2 bS                     e bSD + e bSV
@@ -68,6 +69,7 @@ tensorflow  head       cast                  4                                  
 tensorflow  head       pre-norm              2e bSD + n bSD + 3f bS                   2e bSD + n bSD + f bS
 tensorflow  head       pre-norm rms          -2f bS                                   -f bS
 tensorflow  head       pre-norm plain layer  0                                        -e bSD
+tensorflow  head       vocab                 3f bS + -bS                              0
 paddle      embedding  learned               8 S                                      0
 paddle      embedding  dropout               bSD                                      0
 paddle      embedding  vocab                 e bSD + e bS + 8 bS                      0
