@@ -460,6 +460,10 @@ def _links(schedule: Schedule, arguments: argparse.Namespace) -> dict[str, int]:
     base = preset(arguments.preset)
     hosts, replicas = arguments.hosts or 1, arguments.replicas or 1
     shards = arguments.tensor_parallel or 1
+    if why := why_no_mesh(
+        base.model_copy(update={"framework": "torch", "tensor_parallel": shards})
+    ):
+        raise UsageError(f"--preset {arguments.preset}: {why}")
     m, size = schedule.num_micro_batches, schedule.num_devices * replicas * shards
     if hosts > size:
         axes = f"{replicas} x {schedule.num_devices} stages" + f" x {shards} shards" * (shards > 1)
@@ -478,8 +482,6 @@ def _links(schedule: Schedule, arguments: argparse.Namespace) -> dict[str, int]:
         config = RunConfig.model_validate(base.model_dump() | run)
     except ValidationError as error:
         raise UsageError(f"--preset {arguments.preset}: {explain(error).splitlines()[0]}") from None
-    if why := why_no_mesh(config):
-        raise UsageError(f"--preset {arguments.preset}: {why}")
     sent = traffic_bytes(config, schedule)
     links = between_hosts(sent, blocks(size, hosts))
     return {a if a == b else f"{a} to {b}": links[a, b] for a, b in sorted(links)}

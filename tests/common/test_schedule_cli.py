@@ -38,6 +38,7 @@ TIMES = [f"--{key.replace('_', '-')}={value}" for key, value in ROW["millisecond
         ("simulate gpipe,1f1b --overlap 2", "gpipe, 1f1b"),
         ("simulate zb-v --forward 1,2,3", "expected 1, 2 or 4"),
         ("simulate 1f1b --tensor-parallel 3", "does not divide num_heads = 8"),
+        (f"simulate 1f1b --tensor-parallel {10**20}", "does not divide num_heads = 8"),
         ("simulate 1f1b --tensor-parallel 2 --hosts 5", "processes of 1 x 2 stages x 2 shards"),
         ("simulate 1f1b --hosts 3", "--hosts 3: more than the 2 processes of 1 x 2 stages"),
         ("simulate 1f1b --replicas 5000", "too many to list; expected at most 707"),
