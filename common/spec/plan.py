@@ -173,8 +173,11 @@ def _lines(
     base: RunConfig, devices: int, has_replicas: bool, has_shards: bool
 ) -> Iterator[tuple[int, int]]:
     """Yield (d, t): as the run has them, or all that leave every pipeline as many devices."""
-    replicas = range(1, devices + 1) if has_replicas else [base.replicas]
-    shards = range(1, devices + 1) if has_shards else [base.tensor_parallel]
+    # No more replicas than sequences, no more shards than heads, however many devices there are.
+    most_replicas = min(devices, base.train.batch_size) if has_replicas else 0
+    most_shards = min(devices, base.model.num_heads) if has_shards else 0
+    replicas = [d for d in range(1, most_replicas + 1) if devices % d == 0] or [base.replicas]
+    shards = [t for t in range(1, most_shards + 1) if devices % t == 0] or [base.tensor_parallel]
     for d, t in itertools.product(replicas, shards):
         if d * t <= devices and (devices % (d * t) == 0 or not (has_replicas or has_shards)):
             yield d, t
