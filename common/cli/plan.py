@@ -34,6 +34,8 @@ EXIT_OK, EXIT_NOTHING_FITS = 0, 1
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 DECIDED = ("stages", "chunks", "schedule", "partition", "recompute", "executor", "micro_batches")
 """What the plan decides, and so does not take."""
+UNWEIGHED = ("compress",)
+"""What its time model does not know: replicas are planned with whole gradients."""
 COUNTED_FLOPS = 1e12
 VERIFIED = 4
 
@@ -89,7 +91,7 @@ def register(subcommands: Any) -> None:
         help=f"then run the best {VERIFIED} schedules' plans as a benchmark in FOLDER, parity "
         "included, and print predicted beside measured steps",
     )
-    add_run_options(parser, without=DECIDED, preset="small")
+    add_run_options(parser, without=(*DECIDED, *UNWEIGHED), preset="small")
     parser.set_defaults(run=_plan)
 
 
@@ -105,7 +107,13 @@ def read_size(text: str) -> float:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    # Where shards are weighed, it is a wish for the plans that have some. A file's is refused: the
+    # command of a plan without shards could not take it back.
+    cuts = arguments.shards_allowed and getattr(arguments, "run.vocab_parallel", False)
+    if cuts:
+        delattr(arguments, "run.vocab_parallel")
     config = read_run(arguments, reads_text=bool(arguments.profile))
+    config = config.model_copy(update={"vocab_parallel": cuts or config.vocab_parallel})
     named = arguments.schedules
     schedules = [] if named is None else chosen(named, GENERATORS, "--schedules")
     outputs = {
@@ -125,6 +133,11 @@ def _plan(arguments: argparse.Namespace) -> int:
                 )
             if getattr(config, field) > 1:
                 raise UsageError(f"--{axis}-allowed: --{flag(field)[2:]} is given; expected one")
+    if (taken := config.replicas * config.tensor_parallel) > arguments.devices:
+        raise UsageError(
+            f"--devices {arguments.devices}: one stage takes replicas x tensor_parallel = {taken}; "
+            "expected at least as many"
+        )
     console = make_console()
     times = _times(arguments, config, outputs)
     times = times.model_copy(update={"link_bytes_per_second": arguments.link})
@@ -232,6 +245,7 @@ def command(arguments: argparse.Namespace, config: RunConfig) -> str:
         decided["replicas"] = config.replicas
     if arguments.shards_allowed and config.tensor_parallel > 1:
         decided["tensor-parallel"] = config.tensor_parallel
+        words += ["--vocab-parallel"] * config.vocab_parallel
     if config.partition:
         decided["partition"] = ",".join(map(str, config.partition))
     for name, value in decided.items():

@@ -259,6 +259,26 @@ def test_a_huge_mini_batch_is_cut_into_no_more_than_makes_sense() -> None:
 def test_more_devices_than_units_are_left_idle() -> None:
     names = [name for name in GENERATORS if name != SEARCH]
     assert list(candidates(SMALL, 10**18, names)) == list(candidates(SMALL, 8 * 10**8, names))
+    axes = {"has_replicas": True, "has_shards": True}
+    many = [list(candidates(SMALL, n, ["1f1b"], **axes)) for n in (10**18, 10**17)]
+    assert many[0] == many[1] != []
+
+
+@pytest.mark.parametrize("axis", ["--replicas", "--tensor-parallel"])
+def test_too_few_devices_for_one_stage_are_said(
+    axis: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("--devices", "1", axis, "2") == 2
+    assert "expected at least as many" in capsys.readouterr().err
+
+
+def test_the_vocabulary_is_cut_where_a_plan_has_shards(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--devices", "2", "--batch-size", "4", "--schedules", "naive", "--shards-allowed"]
+    assert plan(*words, "--link", "9999GB", "--vocab-parallel") == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("run it: ") and "--vocab-parallel --" in said
+    assert plan(*words, "--link", "1B", "--vocab-parallel") == 0
+    assert "--vocab-parallel" not in capsys.readouterr().out
 
 
 def test_the_command_line(
