@@ -215,7 +215,7 @@ def adapt(settings: Settings) -> None:
     )
     replicas = [whole_number(d) or 1 for d in listed(settings.value("run", "replicas"))]
     if batch and not m.is_given:
-        most = max(1, batch // max(replicas))
+        most = max(1, batch // max(replicas, default=1))
         settings.adapt("train", "micro_batches", min(m.value, most), m.where)
     _adapt_to_tokenizer_file(settings)
     if settings.value("run", "tokenizer") == "bytes":

@@ -69,6 +69,7 @@ def test_memory_over_the_bound_is_an_error() -> None:
     ("text", "message"),
     [
         ("stages = []", "stages: an empty list; expected at least one value"),
+        ("replicas = []", "replicas: an empty list; expected at least one value"),
         ("stages = " + "[" * 3000 + "]" * 3000, "not TOML"),
         ("stages = " + "9" * 5000, "not TOML"),
         ("preset = ['tiny']", "preset = ['tiny']: unknown"),
