@@ -191,11 +191,9 @@ class _Rank:
 
         def read() -> dict[str, str]:
             self._settle_arguments()
+            if self._arguments.elastic:
+                self._settle_replicas(world, folders)
             config, corpus = train.read_training(self._arguments, folders.resume, attempts=1)
-            pipeline = config.stages * config.tensor_parallel
-            if self._arguments.elastic and world.size % pipeline == 0:
-                setattr(self._arguments, "run.replicas", str(world.size // pipeline))
-                config, corpus = train.read_training(self._arguments, folders.resume, attempts=1)
             found.append((config, corpus))
             self._check(config, world)
             return _settings(config) | {
@@ -222,6 +220,14 @@ class _Rank:
                 f"--framework = {named}: {self._ranks.name} runs {own}; expected {own}"
             )
         setattr(arguments, "run.framework", self._framework)
+
+    def _settle_replicas(self, world: World, folders: Folders) -> None:
+        """Lay as many replicas as there are processes for into the settings."""
+        arguments = vars(self._arguments)
+        alone = {"run.replicas": "1", "run.compress": "none"}  # one replica sends no gradients
+        config, _ = train.read_training(Namespace(**arguments | alone), folders.resume, attempts=1)
+        replicas = world.size // (config.stages * config.tensor_parallel)
+        arguments.update({"run.replicas": str(replicas)} if replicas > 1 else alone)
 
     def _check(self, config: RunConfig, world: World) -> None:
         mesh = Mesh.of(config)

@@ -189,6 +189,7 @@ def test_a_host_that_is_gone(hosts: Hosts, tmp_path: Path) -> None:
         launcher = ["-m", "torch.distributed.run", "--nnodes", "1:2", *meeting]
         launcher += ["--local-addr", hosts.addresses[n], "--max-restarts", "3"]
         command = ["-m", "torch_impl", "train", "run.toml", *words, *saving, "--elastic"]
+        command += ["--replicas", "99", "--compress", "fp16"]  # which one replica has no use for
         log = tmp_path / f"host-{n}.log"
         ranks.append(hosts.start(n, [*launcher, *command], log, {"OMP_NUM_THREADS": "1"}))
     out = tmp_path / "results"
@@ -203,6 +204,7 @@ def test_a_host_that_is_gone(hosts: Hosts, tmp_path: Path) -> None:
     assert said.startswith("rank 0 (10.77.0.1): ")
     first, second = results_in(out)
     assert [result.config.replicas for result in (first, second)] == [2, 1]
+    assert [result.config.compress for result in (first, second)] == ["fp16", "none"]
     assert second.resumed_from == str(tmp_path / "saved" / f"step-{second.steps[0].step:08}")
     command = ["-m", "common.cli", "train", "--config", "run.toml", *words, "--out", "alone"]
     alone = subprocess.Popen(
