@@ -19,12 +19,12 @@ from common.checkpoint.dump import Dump, DumpError, read_dump, write_dump
 from common.cli.numbers import add_timeout, natural
 from common.cli.options import add_run_options, file_to_write, flag, read_run
 from common.cli.parser import Parser
+from common.harness.bench import describe
 from common.harness.bisect import Bisection, Finding, bisect
 from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, require, run_jobs_in_worker
 from common.io.console import make_console, say
 from common.io.edges import write_file
 from common.io.usage import UsageError
-from common.report.names import framework_name, variant_of
 from common.report.result import RunResult
 from common.runtime.job import Job
 from common.spec.data import load_corpus
@@ -124,14 +124,6 @@ def make_dump(
         for part in sorted(out.rglob("part-*.safetensors")):
             tensors |= {TensorKey.parse(text): array for text, array in load_file(part).items()}
         write_dump(path, tensors, config, name, outcome.parts[0].environment)
-
-
-def describe(config: RunConfig) -> str:
-    """Describe the run in words."""
-    chunks = f" v={config.chunks}" if config.chunks > 1 else ""
-    size = f"p={config.stages}{chunks} m={config.train.micro_batches}"
-    name = framework_name(config)
-    return " ".join([f"{name} {config.schedule_name} {size}", *variant_of(config)])
 
 
 # ------------------------------------------------------------------------------------------- bisect

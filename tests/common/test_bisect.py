@@ -145,12 +145,13 @@ def test_pytorch_over_two_stages_agrees_with_the_oracle(capsys: pytest.CaptureFi
     small = "num_layers=1,d_model=8,num_heads=1,d_ff=8,context_length=8,steps=3,dropout=0.1"
     sides = [
         f"framework=oracle,{small}",
-        f"framework=torch,{small},stages=2,schedule=zb-h1,micro_batches=2",
+        f"framework=torch,{small},stages=2,schedule=zb-h1,micro_batches=2,replicas=2",
     ]
     status = main(["bisect", *sides, "--step", "2"])
     out = capsys.readouterr().out
     assert status == 0, out
     assert "tensors agree within the limits of float32" in out
+    assert "B torch zb-h1 p=2 d=2 m=2" in out
 
 
 def test_a_habit_of_pytorch_is_named(capsys: pytest.CaptureFixture[str]) -> None:
