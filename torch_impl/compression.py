@@ -88,7 +88,7 @@ class GatheredSum:
         for parts in zip(*sent, strict=True):
             message = torch.cat(parts)  # (n,)
             rows = message.new_empty(distributed.get_world_size(group) * len(message))
-            work = distributed.all_gather_into_tensor(rows, message, group=group, async_op=True)
+            work = distributed.all_gather_single(rows, message, group=group, async_op=True)
             self._rows.append((rows.view(-1, len(message)), [len(part) for part in parts]))
             self._works.append(work)
 

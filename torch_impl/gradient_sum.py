@@ -57,7 +57,7 @@ class OrderedSum:
         for other in others:
             total += other
         total = self._packed(total)
-        distributed.all_gather_into_tensor(self._sent, total, group=self._group)
+        distributed.all_gather_single(self._sent, total, group=self._group)
         return self._unpacked(self._sent)[: len(self._flat)]
 
     def _packed(self, values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from tests.compression import REPLICAS, TENSORS, Arrays, Sum, exchange
 from torch_impl.compression import Compressor
 from torch_impl.weights import NamedParameter, to_array
 
-SENT = {"all_reduce": (0, 2), "all_to_all_single": (1, 1), "all_gather_into_tensor": (1, 0)}
+SENT = {"all_reduce": (0, 2), "all_to_all_single": (1, 1), "all_gather_single": (1, 0)}
 """Where a collective has what this rank sends, and how often 1/d of that goes to each other rank;
 0: the whole."""
 sent_bytes = 0
