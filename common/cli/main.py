@@ -110,8 +110,13 @@ def run(parser: Parser, argv: Sequence[str], is_long: bool = False) -> int:
             return EXIT_INTERRUPTED
         # OSError: a folder that cannot be written, a disk that is full, no temporary folder
         except (UsageError, OSError) as error:
-            print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-            return EXIT_USAGE
+            return refuse(parser.prog, error)
+
+
+def refuse(program: str, error: Exception) -> int:
+    """Say in one line what is wrong, and return the status for that."""
+    print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+    return EXIT_USAGE
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ from common.spec.run import RunConfig
 MAY_DIFFER = ("corpus", "tokenizer_file", "python", "threads")
 """Settings that hosts may have of their own: the texts are compared, not where they lie."""
 FAREWELL_SECONDS = 1.0
-"""How long rank 0, whose end may be the store's, lets the others read why."""
+"""How long a process that is not needed any more waits for the others to read or say why."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -127,12 +127,14 @@ class _Rank:
                 world, names = self._meet(launched, store, limit)  # [2]
                 folders = choose_folders(world, self._arguments, self._console, stack)  # [3]
                 config, corpus = self._read(world, folders)  # [4]
-            except UsageError:
-                if launched.world.rank == 0:
-                    time.sleep(FAREWELL_SECONDS)  # the store may end with this process
-                if launched.world.local_rank:  # one line for each host
-                    return main.EXIT_USAGE
-                raise
+            except UsageError as error:
+                # One line for each host, and no end before it: a launcher that sees one of its
+                # processes end kills the others. The store may end with rank 0.
+                if launched.world.local_rank == 0:
+                    main.refuse(f"{self._ranks.name} train", error)
+                if launched.world.rank == 0 or launched.world.local_rank:
+                    time.sleep(FAREWELL_SECONDS)
+                return main.EXIT_USAGE
             for line in Mesh.of(config).describe(world.hosts):
                 say(self._console, line)
             say(self._console, f"results in {folders.folder / run_name(config)}/")

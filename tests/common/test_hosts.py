@@ -153,6 +153,21 @@ def test_a_run_over_hosts_has_the_bits_of_one_process_also_after_a_restart(
     assert "10.77.0.1: replica 0 stage 0" in said and "10.77.0.2: replica 0 stage 1" in said
 
 
+def test_the_host_says_what_is_wrong_before_a_launcher_can_end_it(tmp_path: Path) -> None:
+    """torchrun ends all its processes as soon as one has ended."""
+    (tmp_path / "run.toml").write_text(SETTINGS)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    ended = subprocess.run(
+        [sys.executable, *launcher, "-m", "torch_impl", "train", "run.toml", "--elastic"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said = [line for line in ended.stderr.splitlines() if line.startswith("torch_impl train: ")]
+    assert len(said) == 1 and said[0].endswith("the launcher started 3; expected as many")
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_an_exception_on_one_host_is_the_line_of_all(
     framework: str, hosts: Hosts, tmp_path: Path
