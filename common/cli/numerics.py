@@ -96,6 +96,19 @@ def _read_run_or_oracle(arguments: argparse.Namespace) -> tuple[RunConfig, bool]
     return config, oracle
 
 
+def check_dump(config: RunConfig, oracle: bool, step: int) -> None:
+    """Raise DumpError if the run has no such step, or cannot be dumped here."""
+    steps, executor = config.train.steps, config.executor
+    if step >= steps:
+        raise DumpError(f"--step {step}: the run has {steps}; expected 0 to {steps - 1}")
+    if oracle:
+        return
+    if executor != "table":
+        what = "runs no unit by itself; expected executor = table"
+        raise DumpError(f"executor = {executor}: {what}")
+    require(IMPLEMENTATIONS[config.framework], executor, config.python)
+
+
 def make_dump(
     config: RunConfig, oracle: bool, step: int, path: Path, timeout_seconds: float
 ) -> None:
@@ -103,16 +116,10 @@ def make_dump(
 
     Raises DumpError with the reason if the run fails.
     """
-    steps, executor = config.train.steps, config.executor
-    if step >= steps:
-        raise DumpError(f"--step {step}: the run has {steps}; expected 0 to {steps - 1}")
-    if executor != "table" and not oracle:
-        what = "runs no unit by itself; expected executor = table"
-        raise DumpError(f"executor = {executor}: {what}")
+    check_dump(config, oracle, step)
     name, module = (ORACLE, ORACLE_MODULE)
     if not oracle:
         implementation = IMPLEMENTATIONS[config.framework]
-        require(implementation, executor, config.python)
         name, module = describe(config), implementation.module
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
@@ -135,10 +142,14 @@ def _bisect(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"--step {arguments.step}: both are dumps, each of its own step; expected without it"
         )
+    sides = [_read_side(text) for text in (arguments.a, arguments.b)]
+    for side in sides:  # both before one runs
+        if not isinstance(side, Dump):
+            check_dump(*side, arguments.step)
     with tempfile.TemporaryDirectory() as folder:
         a, b = (
-            _dumped(text, arguments.step, Path(folder) / f"{side}.safetensors", arguments.timeout)
-            for side, text in (("a", arguments.a), ("b", arguments.b))
+            _dumped(side, arguments.step, Path(folder) / f"{n}.safetensors", arguments.timeout)
+            for n, side in enumerate(sides)
         )
         found = bisect(a, b)
     if arguments.json:
@@ -152,21 +163,27 @@ def _bisect(arguments: argparse.Namespace) -> int:
     return EXIT_AGREE if found.first is None else EXIT_DIFFER
 
 
-def _dumped(text: str, step: int, path: Path, timeout_seconds: float) -> Dump:
-    """Return the dump that `text` names; if it names a run, make the dump first."""
+def _read_side(text: str) -> Dump | tuple[RunConfig, bool]:
+    """Return the dump that `text` names, or the run, and whether the oracle does it."""
     given = Path(text)
     if given.is_file():
         return read_dump(given)
     if given.is_dir():
         result = RunResult.read(given / "result.json")
-        make_dump(_as_it_was(result, given), result.is_oracle, step, path, timeout_seconds)
-    elif "=" in text:
-        config, oracle = _run_in_words(text)
-        make_dump(config, oracle, step, path, timeout_seconds)
-    else:
-        raise UsageError(
-            f"{text}: no such file; expected a dump, a run's folder, or framework=torch,stages=2,.."
-        )
+        return _as_it_was(result, given), result.is_oracle
+    if "=" in text:
+        return _run_in_words(text)
+    raise UsageError(
+        f"{text}: no such file; expected a dump, a run's folder, or framework=torch,stages=2,.."
+    )
+
+
+def _dumped(
+    side: Dump | tuple[RunConfig, bool], step: int, path: Path, timeout_seconds: float
+) -> Dump:
+    if isinstance(side, Dump):
+        return side
+    make_dump(*side, step, path, timeout_seconds)
     return read_dump(path)
 
 

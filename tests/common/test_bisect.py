@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from common.checkpoint.dump import Dump, DumpError, read_dump, write_dump
+from common.cli import numerics
 from common.cli.main import main
 from common.harness.bisect import bisect
 from common.runtime.dumping import dump
@@ -280,7 +281,9 @@ def test_the_subcommand_prints_a_tree_and_writes_json(
     assert json.loads(capsys.readouterr().out)["agree"] is True
 
 
-def test_runs_in_words_are_dumped_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_in_words_are_dumped_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = "num_layers=1,d_model=8,num_heads=1,d_ff=8,context_length=8,steps=2"
     path = tmp_path / "oracle.safetensors"
     options = [f"--{word.replace('=', ' ').replace('_', '-')}".split() for word in small.split(",")]
@@ -297,6 +300,11 @@ def test_runs_in_words_are_dumped_first(tmp_path: Path, capsys: pytest.CaptureFi
         "framework=oracle,steps=1": "the run has 1; expected 0 to 0",
     }.items():
         assert_refused(main(["bisect", str(path), run, "--step", "1"]), message, capsys)
+    monkeypatch.delattr(numerics, "run_jobs_in_worker")  # what is wrong with B, before A runs
+    assert_refused(main(["bisect", other, "framework=torch,compress=fp16"]), "one replica", capsys)
+    assert_refused(
+        main(["bisect", other, "framework=oracle,steps=1", "--step", "1"]), "has 1;", capsys
+    )
 
 
 def test_the_documented_port_is_found_out_and_put_right(
