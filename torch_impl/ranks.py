@@ -48,6 +48,8 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
     devices.configure(world.local_size, config.threads, config.device)
     from torch import distributed
 
+    if not hasattr(distributed, "all_gather_single"):  # its name until PyTorch 2.12
+        distributed.all_gather_single = distributed.all_gather_into_tensor
     from torch_impl import streams
     from torch_impl.data_parallel import DataParallelEngine
     from torch_impl.engine import build_engine
