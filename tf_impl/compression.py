@@ -66,8 +66,8 @@ class Compressor:
         return GradientSum(gradients, group, waiting, WIRES.get(self.compression.kind))
 
 
-class GatheredSum:
-    """What every replica sends of every tensor, decoded and added up."""
+class _Submitted:
+    """A sum that runs in a thread that waits for the others."""
 
     def __init__(
         self,
@@ -78,6 +78,13 @@ class GatheredSum:
     ) -> None:
         self._own, self._gradients, self._group = own, list(gradients), group
         self._done = waiting.submit(self._run)
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+class GatheredSum(_Submitted):
+    """What every replica sends of every tensor, decoded and added up."""
 
     def finish(self) -> None:
         self._done.result()
@@ -122,18 +129,8 @@ def _received(
         gradient.assign(total, read_value=False)
 
 
-class LowRankSum:
+class LowRankSum(_Submitted):
     """The sums of P and Q, and of the tensors that are sent whole."""
-
-    def __init__(
-        self,
-        own: Compressor,
-        gradients: Sequence[tf.Variable],
-        group: Group,
-        waiting: ThreadPoolExecutor,
-    ) -> None:
-        self._own, self._gradients, self._group = own, list(gradients), group
-        self._done = waiting.submit(self._run)
 
     def finish(self) -> None:
         self._done.result()

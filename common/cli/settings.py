@@ -209,10 +209,8 @@ def adapt(settings: Settings) -> None:
             settings.adapt("train", "warmup_steps", min(warmup.value, steps), warmup.where)
         untimed = max(1, min(FIELDS["bench", "untimed_steps"].default, steps - 1))
         settings.adapt("bench", "untimed_steps", untimed, "default")
-    batch, m = (
-        whole_number(settings.value("train", "batch_size")),
-        settings["train", "micro_batches"],
-    )
+    batch = whole_number(settings.value("train", "batch_size"))
+    m = settings["train", "micro_batches"]
     replicas = [whole_number(d) or 1 for d in listed(settings.value("run", "replicas"))]
     if batch and not m.is_given:
         most = max(1, batch // max(replicas, default=1))

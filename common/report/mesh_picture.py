@@ -72,7 +72,7 @@ def draw_mesh(config: RunConfig) -> Figure:
     for (a, b), count in traffic_bytes(config).items():
         pairs[min(a, b), max(a, b)] += count
     for (a, b), count in pairs.items():
-        _arrow(axes, mesh, mesh.place(a), mesh.place(b), count)
+        _arrow(axes, mesh, a, b, count)
     used = [axis for axis in CARRIES if getattr(mesh, axis) > 1]
     for axis in used:
         axes.plot([], [], color=AXIS_COLORS[axis], label=CARRIES[axis])
@@ -87,16 +87,17 @@ def _center(mesh: Mesh, place: Place) -> tuple[float, float]:
     return place.stage * COLUMN, -row
 
 
-def _arrow(axes: Axes, mesh: Mesh, one: Place, other: Place, count: int) -> None:
+def _arrow(axes: Axes, mesh: Mesh, a: int, b: int, count: int) -> None:
     """One line for both directions, with the bytes of both."""
+    one, other, axis = mesh.place(a), mesh.place(b), mesh.axis(a, b)
     (x, y), (u, v) = _center(mesh, one), _center(mesh, other)
-    if one.stage != other.stage:
-        axis, bend = "stages", 0.0 if other.stage - one.stage == 1 else -0.2
+    if axis == "stages":
+        bend = 0.0 if other.stage - one.stage == 1 else -0.2
         start, end = (x + SIDE, y), (u - SIDE, v)
         label = (x + u) / 2, y + 0.16 - bend * (u - x) / 2
     else:
         # Replicas to the right of their boxes, shards to the left.
-        axis, right = ("replicas", 1) if one.replica != other.replica else ("shards", -1)
+        right = 1 if axis == "replicas" else -1
         bend = -0.3 * right
         start, end = (x + right * SIDE, y - 0.1), (u + right * SIDE, v + 0.1)
         # A bent arrow is farthest from its chord by half of `bend` times the chord.

@@ -203,8 +203,7 @@ def _traffic(collection: Collection) -> Grid:
             continue
         sums = dict.fromkeys(("stages", "replicas", "shards"), 0)
         for (a, b), count in traffic_bytes(config).items():
-            places = zip(sums, mesh.place(a), mesh.place(b), strict=True)
-            sums[next(axis for axis, x, y in places if x != y)] += count
+            sums[mesh.axis(a, b)] += count
         cells.append([row.name, *(f"{n / 1e6:,.2f}" for n in (*sums.values(), sum(sums.values())))])
     titles = ["row", *(f"between {axis} MB" for axis in sums), "sum MB a step"]
     grid = Grid(titles, cells, ("row",))

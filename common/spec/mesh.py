@@ -76,6 +76,11 @@ class Mesh:
     def line(self, rank: int) -> int:
         return rank % self.lines
 
+    def axis(self, a: int, b: int) -> str:
+        """Return along which axis two ranks differ: `stages`, else `replicas`, else `shards`."""
+        axes = zip(("stages", "replicas", "shards"), self.place(a), self.place(b), strict=True)
+        return next(axis for axis, x, y in axes if x != y)
+
     def pipeline(self, line: int) -> list[int]:
         """Return the ranks of one line, in the order of its stages."""
         return [stage * self.lines + line for stage in range(self.stages)]
