@@ -102,8 +102,8 @@ class RunResult(BaseModel):
     wall_seconds: float = 0.0
     """The whole worker process, imports included."""
     peak_memory_bytes: dict[int, int] = {}
-    """By device on CUDA; by the first device of each process on the CPU. Of replica r, device s has
-    the number r x stages + s.
+    """By device on CUDA; by the first device of each process on the CPU. Of line l
+    (`common.spec.mesh`), device s has the number l x stages + s.
     """
     actions: dict[int, str] = {}
     """What each device did in one step, in the text form of schedules."""
