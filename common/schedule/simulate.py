@@ -344,23 +344,6 @@ def _peak_held(
     return np.asarray(np.maximum.reduceat(held, first) - before)
 
 
-def replay_makespan(schedule: Schedule, durations: Sequence[Sequence[float]]) -> float:
-    """Return the makespan if every action took `durations[device][position]` and messages no time.
-
-    With durations from a run it is what the schedule alone makes of them; the rest of the run's
-    time is overhead. Raises ScheduleError for durations of another schedule.
-    """
-    table = tabulate(schedule)
-    # Row by row, as the table has them.
-    flat = [duration for row in durations for duration in row]
-    if [len(row) for row in durations] != [len(row) for row in schedule.devices]:
-        raise ScheduleError(
-            "durations for another schedule; expected one per action, device by device"
-        )
-    # A run does one thing at a time: `source`, not `awaited`.
-    return max(play(table, flat, [0.0] * table.num_rows, table.source).end)
-
-
 def per_stage(
     values: Sequence[float], stages: int, what: str, virtual_stages: int | None = None
 ) -> tuple[float, ...]:

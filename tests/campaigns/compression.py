@@ -29,6 +29,7 @@ from common.spec.data import load_corpus
 from common.spec.run import FRAMEWORKS, RunConfig, preset
 from common.spec.traffic import traffic_bytes
 from tests.campaigns.hosts import slow_link
+from tests.campaigns.hosts_page import Link
 from tests.campaigns.make_schedules import fill
 from tests.hosts import Hosts
 
@@ -133,7 +134,7 @@ def step_seconds(hosts: Hosts, folder: Path, framework: str, compress: str, port
 
 def over_slow_link(folder: Path) -> dict[tuple[str, str], float]:
     found = {}
-    with Hosts(2, "g") as hosts, slow_link(hosts, MILLISECONDS, MBIT, folder):
+    with Hosts(2, "g") as hosts, slow_link(hosts, Link(MILLISECONDS, MBIT), folder):
         for number, (framework, kind) in enumerate((f, k) for f in FRAMEWORKS for k in TIMED):
             port = 29_400 + 10 * number
             found[framework, kind] = step_seconds(hosts, folder, framework, kind, port)

@@ -16,7 +16,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from common.cli.main import main as triptych
@@ -34,7 +33,7 @@ from common.schedule.generators import (
     named_schedules,
 )
 from common.schedule.search import limits, search, shops
-from common.schedule.simulate import Costs, replay_makespan, simulate
+from common.schedule.simulate import Costs, simulate
 from common.schedule.validate import validate
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -186,58 +185,6 @@ def overview() -> None:
     fill_table("overview", titles, lines, words=(titles[0], titles[4]))
 
 
-def measured() -> None:
-    """One training step of every schedule with PyTorch: how long, and how long by the simulator for
-    the same durations.
-    """
-    # Imported here: the other parts need no framework.
-    from common.spec.data import load_corpus
-    from common.spec.parameters import initial_weights
-    from common.spec.run import RunConfig, TrainSpec, TransformerSpec
-    from torch_impl.engine import build_engine
-
-    stages, rounds = 2, 15
-    model = TransformerSpec(context_length=64, num_layers=6, d_model=256, num_heads=8, d_ff=1024)
-    train = TrainSpec(batch_size=32, micro_batches=8)
-    engines = {}
-    for name in DRAWN:
-        chunks = default_chunks(name)
-        cut = {"stages": stages, "schedule": name, "chunks": chunks, "partition": "balanced"}
-        config = RunConfig.model_validate({"model": model, "train": train, "device": "cpu"} | cut)
-        engines[name] = build_engine(config)
-        engines[name].reset(initial_weights(model, train.seed, train.dtype))
-    corpus = load_corpus(config)
-    batch = corpus.batch(0, train.seed, train.batch_size, model.context_length)
-    seconds: dict[str, list[float]] = {name: [] for name in DRAWN}
-    overhead: dict[str, list[float]] = {name: [] for name in DRAWN}
-    for turn in range(rounds + 1):
-        for name, engine in engines.items():
-            engine.forward_backward(batch)
-            events = engine.events()
-            took = max(e.end_seconds for row in events.values() for e in row)
-            took -= min(e.ready_seconds for row in events.values() for e in row)
-            durations = [
-                [e.end_seconds - e.start_seconds for e in events[d]] for d in range(stages)
-            ]
-            if turn > 0:  # the first one warms up
-                seconds[name].append(took)
-                overhead[name].append(took / replay_makespan(engine.schedule, durations))
-    titles = (
-        *("schedule", "step, to 1f1b", "simulated, F = B = W, to 1f1b"),
-        "step, to the simulator with its own durations",
-    )
-    lines, plain = [], {}
-    for name in DRAWN:
-        schedule = make_schedule(name, stages, train.micro_batches, default_chunks(name))
-        plain[name] = simulate(schedule).makespan
-    for name in DRAWN:
-        ratio = min(seconds[name]) / min(seconds["1f1b"])  # the least disturbed round of each
-        simulated, beyond = plain[name] / plain["1f1b"], median(overhead[name])
-        lines.append([name, f"{ratio:.2f}", f"{simulated:.2f}", f"{beyond:.3f}"])
-        engines[name].close()
-    fill_table("measured", titles, lines, words=titles[:1])
-
-
 def rows() -> Iterator[dict[str, Any]]:
     for name in ("zero_bubble_tables.json", "zero_bubble_more_rows.json"):
         yield from json.loads((GOLDEN / name).read_text(encoding="utf-8"))["rows"]
@@ -266,8 +213,7 @@ def fill(name: str, content: str, page: Path = PAGE) -> None:
 
 
 PARTS: dict[str, Callable[[], None]] = {
-    part.__name__: part
-    for part in (drawings, explanations, overview, published, curve, measured, searches)
+    part.__name__: part for part in (drawings, explanations, overview, published, curve, searches)
 }
 
 if __name__ == "__main__":

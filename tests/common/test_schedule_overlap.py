@@ -9,7 +9,7 @@ import pytest
 from common.schedule.action import Schedule, ScheduleError, format_schedule, parse_schedule
 from common.schedule.draw import draw_text
 from common.schedule.picture import draw_picture
-from common.schedule.simulate import Costs, replay_makespan, simulate
+from common.schedule.simulate import Costs, simulate
 from common.schedule.trace import chrome_trace
 from common.schedule.validate import validate
 
@@ -49,13 +49,6 @@ def test_the_pair_may_have_a_time_of_its_own(pairs: Schedule) -> None:
     assert simulate(pairs, quick).makespan == 2 + 3 * 2 + 2 * 2
     with pytest.raises(ScheduleError, match="negative"):
         Costs((1.0,), (1.0,), (1.0,), (0.0,), overlap=(-1.0,))
-
-
-def test_a_run_does_one_after_the_other(pairs: Schedule) -> None:
-    durations = [[1.0] * len(row) for row in pairs.devices]
-    # At once, device 1 would wait for the end of BW0 before it takes F2.
-    assert replay_makespan(pairs, durations) == 8
-    assert simulate(pairs, Costs.uniform(2, backward_input=0.5, backward_weight=0.5)).makespan == 10
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from common.schedule.simulate import (
     Simulation,
     peak_held_bytes,
     per_stage,
-    replay_makespan,
     simulate,
 )
 from common.schedule.validate import validate
@@ -341,14 +340,6 @@ def test_zb_v_has_no_bubble_for_equal_costs(p: int, m: int) -> None:
     assert simulate(make_schedule("zb-v", p, m, 2)).warm_start_bubble_fraction == pytest.approx(
         0, abs=1e-12
     )
-
-
-def test_replay_takes_each_actions_own_duration() -> None:
-    schedule = make_schedule("1f1b", 2, 2)  # F0 F1 BW0 BW1 / F0 BW0 F1 BW1
-    assert replay_makespan(schedule, [[1, 5, 1, 1], [2, 2, 1, 1]]) == 1 + 5 + 1 + 1 + 1
-    assert replay_makespan(schedule, [[1, 1, 1, 1], [2, 7, 1, 3]]) == 1 + 2 + 7 + 1 + 3 + 1
-    with pytest.raises(ScheduleError, match="another schedule"):
-        replay_makespan(schedule, [[1, 1, 1], [1, 1, 1, 1]])
 
 
 def test_costs_that_do_not_fit_are_refused() -> None:
