@@ -67,7 +67,8 @@ class HalfCore:
             (self._folder / "cpu.max").write_text(f"{half} {PERIOD_MICROSECONDS}")
 
     def take(self, pid: int) -> None:
-        (self._folder / "cgroup.procs").write_text(str(pid))
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and its status tells why
+            (self._folder / "cgroup.procs").write_text(str(pid))
 
     def close(self) -> None:
         self._folder.rmdir()
@@ -110,17 +111,18 @@ def train(out: Path, framework: str, words: list[str], cores: list[HalfCore]) ->
 
 def measure(folder: Path, preset: str, frameworks: list[str]) -> None:
     run = ["--preset", preset, "--device", "cpu", "--steps", "12"]
-    run += ["--partition", "balanced", "--micro-batches", str(MICRO_BATCHES)]
+    run += ["--partition", "balanced"]
+    several = ["--stages", str(STAGES), "--micro-batches", str(MICRO_BATCHES)]
     for framework in frameworks:
         home = folder / framework
         if not (home / BENCH).exists():
-            options = ["--frameworks", framework, "--schedules", "1f1b", "--stages", str(STAGES)]
+            options = ["--frameworks", framework, "--schedules", "1f1b", *several]
             triptych(["bench", *run, *options, "--repeats", "1", "--out", str(home / BENCH)])
         with half_cores() as cores:
             plain = ["--schedule", "gpipe", "--stages", "1", "--micro-batches", "1"]
             train(home / PLAIN, framework, [*run, *plain, "--threads", "1"], cores[:1])
             for name, chunks in SCHEDULES.items():
-                words = ["--schedule", name, "--chunks", str(chunks), "--stages", str(STAGES)]
+                words = ["--schedule", name, "--chunks", str(chunks), *several]
                 train(home / name, framework, [*run, *words, "--threads", str(STAGES)], cores)
 
 
