@@ -208,7 +208,8 @@ def _here(engine: Any, work: Callable[..., Any], *arguments: Any) -> Any:
 def decoded(engine: Any, wish: Generation) -> Arrays:
     """What `engine` generates; and, for every choice, the contexts and the logits behind them."""
     model, m = engine.config.model, engine.config.train.micro_batches
-    writing, contexts, found = Writing(wish, model.context_length, m), {}, {}
+    writing, found = Writing(wish, model.context_length, m), dict[str, Any]()
+    contexts: dict[int, Any] = {}
 
     def feed(group: int, logits: Any) -> Extension | None:
         if logits is not None:

@@ -18,9 +18,10 @@ import pytest
 from numpy.typing import NDArray
 
 from common import checkpoint
-from common.checkpoint.foreign.converter import ExchangeError, main
+from common.checkpoint.foreign.converter import main
+from common.checkpoint.foreign.errors import ExchangeError
 from common.harness.launch import IMPLEMENTATIONS
-from common.harness.zoo import PROCESS_WIDE, has_cuda, run_zoo
+from common.harness.zoo import PROCESS_WIDE, run_zoo
 from common.oracle.limits import LIMITS, difference
 from common.report.zoo import GOOD
 from common.runtime.kernels import kernels
@@ -28,6 +29,7 @@ from common.runtime.oracle_worker import OracleEngine
 from common.spec.data import IGNORED, load_corpus
 from common.spec.habits import DRIFTS, by_name
 from common.spec.parameters import TensorKey, random_arrays
+from common.spec.rules import has_cuda
 from common.spec.run import FRAMEWORKS, RunConfig, TrainSpec, TransformerSpec, preset
 from tests.campaigns.batch_norm import run_config
 from tests.campaigns.batch_norm_model import Kind, gradient_differences, oracle_difference, train
@@ -112,7 +114,7 @@ def test_the_loss_of_extreme_logits_is_right(loss: Loss, name: str, dtype: str) 
     found, of_logits = loss(logits, targets)
     key = TensorKey(0, "forward", 0, 0, "head", "loss")
     for check, observed, right in (("loss", found, expected), ("gradient", of_logits, gradient)):
-        one = difference(key, check, np.asarray(observed), np.asarray(right), LIMITS[check][dtype])  # type: ignore[arg-type, index]
+        one = difference(key, check, np.asarray(observed), np.asarray(right), LIMITS[check][dtype])  # type: ignore[index]
         assert one.relative <= one.limit, one
 
 

@@ -97,4 +97,4 @@ def one_rank(replica: int, port: int) -> None:
 if __name__ == "__main__":
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = int(server.getsockname()[1])
-    multiprocessing.spawn(one_rank, (free,), REPLICAS)  # type: ignore[no-untyped-call]
+    multiprocessing.spawn(one_rank, (free,), REPLICAS)  # type: ignore[attr-defined]

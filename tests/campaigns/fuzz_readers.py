@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from pydantic import ValidationError
@@ -44,6 +45,7 @@ from common.checkpoint.dump import DumpError, read_dump, write_dump
 from common.checkpoint.foreign import llama
 from common.checkpoint.foreign.errors import ExchangeError
 from common.checkpoint.foreign.gpt2 import foreign_shapes, read_gpt2
+from common.checkpoint.foreign.pretrained import HEAD
 from common.checkpoint.foreign.source import find
 from common.cli import config as configuration
 from common.cli.config import add_options, read_bench
@@ -315,7 +317,7 @@ LLAMA_CONFIG = json.dumps(
 
 
 def _prepare_llama(folder: Path) -> None:
-    shapes = llama.foreign_shapes(LLAMA) | {llama.HEAD: (7, 4)}
+    shapes = llama.foreign_shapes(LLAMA) | {HEAD: (7, 4)}
     tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     (folder / "valid").write_bytes(save(tensors))
 
@@ -529,12 +531,8 @@ def bounded(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
 @contextlib.contextmanager
 def no_corpora() -> Iterator[None]:
     """Leave out reading and tokenizing the text, which would take most of the time."""
-    before = configuration.check_corpora
-    configuration.check_corpora = lambda points: None
-    try:
+    with mock.patch.object(configuration, "check_corpora"):
         yield
-    finally:
-        configuration.check_corpora = before
 
 
 KINDS = ("refused", "taken", "findings")

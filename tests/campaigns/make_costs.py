@@ -1,7 +1,7 @@
 """Remakes the table of docs/numerics.md that says what dropout, recomputation and bfloat16 cost.
 Run it in the root.
 
-    python tests/campaigns/make_costs.py          about six minutes
+    python -m tests.campaigns.make_costs          about six minutes
 
 Each framework has one process, in which the variants take turns step by step: a machine that slows
 down slows all of them. Two stages (Paddle, whose stages are processes: one), 1f1b, preset small.
@@ -70,9 +70,10 @@ def measure(framework: str) -> dict[str, Any]:
 
         join_pipeline(World(0, ("127.0.0.1:0",)), Mesh(1, 1), "cpu")
         from paddle_impl.engine import build_engine
-    engines, found = {}, {}
-    for name, changes in VARIANTS.items():
-        config = config_of(framework, changes)
+    engines: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    configs = {name: config_of(framework, changes) for name, changes in VARIANTS.items()}
+    for name, config in configs.items():
         try:
             engines[name] = build_engine(config)
         except ValueError as error:
@@ -83,7 +84,7 @@ def measure(framework: str) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for step in range(TURNS):
         for name, engine in engines.items():
-            batch = corpus.training_batch(engine.config, step)
+            batch = corpus.training_batch(configs[name], step)
             began = time.process_time()
             engine.forward_backward(batch)
             engine.apply_gradients(step)
@@ -124,11 +125,12 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(measure(sys.argv[1])))
         return
-    from make_schedules import fill  # not in the frameworks' processes, which it would make larger
+    # Not in the frameworks' processes, which it would make larger.
+    from tests.campaigns.make_schedules import fill
 
     found = {}
     for framework in FRAMEWORKS:
-        command = [sys.executable, __file__, framework]
+        command = [sys.executable, "-m", "tests.campaigns.make_costs", framework]
         worker = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[framework] = json.loads(worker.stdout.splitlines()[-1])
         print(framework, found[framework], flush=True)

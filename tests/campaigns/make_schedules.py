@@ -1,8 +1,8 @@
 """Remakes what docs/schedules.md shows: its drawings, its tables and its curve. Run it in the
 repository's root.
 
-    python tests/campaigns/make_schedules.py            everything, some minutes (the searches take most of them)
-    python tests/campaigns/make_schedules.py drawings published   only these parts
+    python -m tests.campaigns.make_schedules            everything, some minutes (the searches take most of them)
+    python -m tests.campaigns.make_schedules drawings published   only these parts
 
 Tables stand between `<!-- made: NAME -->` and `<!-- end -->`; pictures are files in docs/images/.
 """  # noqa: E501
