@@ -475,148 +475,52 @@ class RunConfig(Frozen):
 LLAMA = {"norm_kind": "rms", "position": "rotary", "activation": "swiglu", "biases": False}
 """What makes a block one of Llama's (Touvron et al. 2023)."""
 
+
+def _sizes(
+    context_length: int, num_layers: int, d_model: int, num_heads: int, d_ff: int, **more: Any
+) -> dict[str, Any]:
+    sizes = {"context_length": context_length, "num_layers": num_layers, "d_model": d_model}
+    return sizes | {"num_heads": num_heads, "d_ff": d_ff} | more
+
+
+_SHORT = {"steps": 10, "batch_size": 8, "micro_batches": 4}
+_TIMED = {"steps": 8, "batch_size": 16, "micro_batches": 8, "warmup_steps": 4}
+_GPT = {"steps": 10, "batch_size": 8, "micro_batches": 8, "learning_rate": 6e-4, "warmup_steps": 2}
+_GPT |= {"learning_rate_schedule": "cosine"}
+_BPE = {"tokenizer": "bpe"}  # their vocabularies need it
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Trains in seconds everywhere; the tests use it.
-    "tiny": {
-        "model": {"context_length": 16, "num_layers": 2, "d_model": 32, "num_heads": 2, "d_ff": 64},
-        "train": {"steps": 10, "batch_size": 8, "micro_batches": 4},
-    },
+    "tiny": {"model": _sizes(16, 2, 32, 2, 64), "train": _SHORT},
     # The default of the benchmark: large enough that arithmetic, not Python, takes the time.
-    "small": {
-        "model": {
-            "context_length": 128,
-            "num_layers": 6,
-            "d_model": 256,
-            "num_heads": 8,
-            "d_ff": 1024,
-        },
-        "train": {
-            "steps": 8,
-            "batch_size": 16,
-            "micro_batches": 8,
-            "learning_rate": 1e-3,
-            "warmup_steps": 4,
-        },
-    },
+    "small": {"model": _sizes(128, 6, 256, 8, 1024), "train": _TIMED | {"learning_rate": 1e-3}},
     # The blocks of today: RMSNorm, rotary positions, SwiGLU, shared keys and values, no biases.
-    "llama-tiny": {
-        "model": {
-            "context_length": 16,
-            "num_layers": 2,
-            "d_model": 32,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "d_ff": 48,
-        }
-        | LLAMA,
-        "train": {"steps": 10, "batch_size": 8, "micro_batches": 4},
-    },
+    "llama-tiny": {"model": _sizes(16, 2, 32, 4, 48, num_kv_heads=2, **LLAMA), "train": _SHORT},
     "llama-small": {
-        "model": {
-            "context_length": 128,
-            "num_layers": 6,
-            "d_model": 256,
-            "num_heads": 8,
-            "num_kv_heads": 2,
-            "d_ff": 688,
-        }
-        | LLAMA,
-        "train": {
-            "steps": 8,
-            "batch_size": 16,
-            "micro_batches": 8,
-            "learning_rate": 1e-3,
-            "warmup_steps": 4,
-        },
+        "model": _sizes(128, 6, 256, 8, 688, num_kv_heads=2, **LLAMA),
+        "train": _TIMED | {"learning_rate": 1e-3},
     },
     # BERT's block: every token attends to all, post-norm; trained on masked tokens.
-    "bert-tiny": {
-        "model": {
-            "context_length": 16,
-            "num_layers": 2,
-            "d_model": 32,
-            "num_heads": 2,
-            "d_ff": 64,
-            "causal": False,
-            "norm": "post",
-        },
-        "train": {"steps": 10, "batch_size": 8, "micro_batches": 4},
-    },
-    # The shape of GPT-2 small (124 M parameters); the vocabulary needs the bpe tokenizer.
+    "bert-tiny": {"model": _sizes(16, 2, 32, 2, 64, causal=False, norm="post"), "train": _SHORT},
+    # The shape of GPT-2 small (124 M parameters).
     "gpt2-small": {
-        "model": {
-            "vocab_size": 50257,
-            "context_length": 1024,
-            "num_layers": 12,
-            "d_model": 768,
-            "num_heads": 12,
-            "d_ff": 3072,
-            "tied_head": True,
-            "dropout": 0.1,
-        },
-        "train": {
-            "steps": 10,
-            "batch_size": 8,
-            "micro_batches": 8,
-            "learning_rate": 6e-4,
-            "warmup_steps": 2,
-            "learning_rate_schedule": "cosine",
-        },
-        "run": {"tokenizer": "bpe"},
+        "model": _sizes(1024, 12, 768, 12, 3072, vocab_size=50257, tied_head=True, dropout=0.1),
+        "train": _GPT,
+        "run": _BPE,
     },
     # The shape of small Llamas (100 M parameters).
     "llama-100m": {
-        "model": {
-            "vocab_size": 32000,
-            "context_length": 1024,
-            "num_layers": 12,
-            "d_model": 768,
-            "num_heads": 12,
-            "num_kv_heads": 4,
-            "d_ff": 2048,
-            "tied_head": True,
-        }
+        "model": _sizes(1024, 12, 768, 12, 2048, vocab_size=32000, tied_head=True, num_kv_heads=4)
         | LLAMA,
-        "train": {
-            "steps": 10,
-            "batch_size": 8,
-            "micro_batches": 8,
-            "learning_rate": 6e-4,
-            "warmup_steps": 2,
-            "learning_rate_schedule": "cosine",
-        },
-        "run": {"tokenizer": "bpe"},
+        "train": _GPT,
+        "run": _BPE,
     },
-    # The textbook case: 48 layers over 4 stages with 4 micro-batches, narrow enough to run on a
-    # laptop.
-    "deep48": {
-        "model": {
-            "context_length": 32,
-            "num_layers": 48,
-            "d_model": 64,
-            "num_heads": 4,
-            "d_ff": 256,
-        },
-        "train": {"steps": 10, "batch_size": 8, "micro_batches": 4},
-        "run": {"stages": 4},
-    },
+    # The textbook case: 48 layers over 4 stages with 4 micro-batches, narrow enough for a laptop.
+    "deep48": {"model": _sizes(32, 48, 64, 4, 256), "train": _SHORT, "run": {"stages": 4}},
     # One billion parameters, for GPUs: every action takes long enough that the host keeps ahead.
     "gpu-1b": {
-        "model": {
-            "context_length": 1024,
-            "num_layers": 20,
-            "d_model": 2048,
-            "num_heads": 16,
-            "d_ff": 8192,
-        },
-        "train": {
-            "steps": 8,
-            "batch_size": 16,
-            "micro_batches": 8,
-            "learning_rate": 2e-4,
-            "warmup_steps": 4,
-            "dtype": "bfloat16",
-        },
+        "model": _sizes(1024, 20, 2048, 16, 8192),
+        "train": _TIMED | {"learning_rate": 2e-4, "dtype": "bfloat16"},
     },
 }
 

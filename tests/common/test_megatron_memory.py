@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from common.spec.activation_memory import unit_held_bytes
-from common.spec.megatron_memory import BYTES_PER_PARAMETER, MegatronModel
 from common.spec.memory import Memory
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
+from tests.references.megatron_memory import BYTES_PER_PARAMETER, MegatronModel
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "megatron_memory.json"
 PUBLISHED = json.loads(GOLDEN.read_text(encoding="utf-8"))["models"]
