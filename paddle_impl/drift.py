@@ -5,32 +5,33 @@ decides otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import paddle
-from numpy.typing import NDArray
 from paddle import Tensor
 from paddle.nn import functional
 
 from common.runtime.habits import (
     Habit,
+    attention_of,
     float32_rotary_angles,
+    late_learning_rate,
+    loaded_through,
     patch,
     swapped_swiglu,
     switched,
+    transposed_square_weight,
+    with_train,
 )
 from common.spec.data import IGNORED
-from common.spec.run import RunConfig, TransformerSpec
+from common.spec.run import RunConfig
 from paddle_impl import engine, layers, optimizer, stage
 from paddle_impl.dropout import DropoutContext, keep_mask, native_dropout
 from paddle_impl.engine import PipelineEngine
 from paddle_impl.fleet import StageLayers
 from paddle_impl.optimizer import StageOptimizer, _decay_groups
 from paddle_impl.stage import Stage
-from paddle_impl.weights import NamedParameter, load_weights
 
 _Patches = list[AbstractContextManager[None]]
 
@@ -99,21 +100,6 @@ def _per_stage_clipping(config: RunConfig) -> _Patches:
     return [patch(PipelineEngine, "_squared_norms", own_squared_norms)]
 
 
-def _with_train(**changes: Any) -> Habit:
-    """An optimizer that reads these fields of `TrainSpec` otherwise."""
-
-    def habit(config: RunConfig) -> _Patches:
-        return [
-            patch(
-                engine,
-                "StageOptimizer",
-                lambda train, named: StageOptimizer(train.model_copy(update=changes), named),
-            )
-        ]
-
-    return habit
-
-
 class _AdamWithL2(StageOptimizer):
     """`paddle.optimizer.Adam(weight_decay=...)`: the decay goes through the moments."""
 
@@ -129,28 +115,7 @@ def _coupled_decay(config: RunConfig) -> _Patches:
     return [patch(engine, "StageOptimizer", _AdamWithL2)]
 
 
-def _late_learning_rate(config: RunConfig) -> _Patches:
-    return [
-        patch(
-            optimizer, "learning_rate", lambda train, step: train.learning_rate_at(max(0, step - 1))
-        )
-    ]
-
-
 # ------------------------------------------------------------------------------------------- layers
-
-
-def _attention_of(**changes: Any) -> Habit:
-    """An attention that reads these fields of the model otherwise."""
-    attention = layers.Attention
-
-    def habit(config: RunConfig) -> _Patches:
-        def build(spec: TransformerSpec, *options: Any) -> layers.Attention:
-            return attention(spec.model_copy(update=changes), *options)
-
-        return [patch(layers, "Attention", build)]
-
-    return habit
 
 
 def _moved_scale(config: RunConfig) -> _Patches:
@@ -195,22 +160,6 @@ def _tiled_kv_heads(config: RunConfig) -> _Patches:
 
 
 # ------------------------------------------------------------------------------------------ weights
-
-
-def _transposed_square_weight(config: RunConfig) -> _Patches:
-    name = "block.0.attention.query.weight"
-
-    def load(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-        load_weights(named, {**arrays, name: np.ascontiguousarray(arrays[name].T)})
-
-    return [patch(engine, "load_weights", load)]
-
-
-def _swapped_swiglu(config: RunConfig) -> _Patches:
-    def load(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-        load_weights(named, swapped_swiglu(arrays))
-
-    return [patch(engine, "load_weights", load)]
 
 
 def _untied_gradients(config: RunConfig) -> _Patches:
@@ -265,20 +214,20 @@ HABITS: dict[str, Habit] = {
     "mean-per-micro-batch": _mean_per_micro_batch,
     "unscaled-micro-batches": _unscaled_micro_batches,
     "per-stage-clipping": _per_stage_clipping,
-    "default-weight-decay": _with_train(weight_decay=0.01),
-    "decay-everything": _with_train(no_decay=()),
+    "default-weight-decay": with_train(engine, "StageOptimizer", weight_decay=0.01),
+    "decay-everything": with_train(engine, "StageOptimizer", no_decay=()),
     "coupled-decay": _coupled_decay,
-    "default-betas": _with_train(beta2=0.999),
-    "late-learning-rate": _late_learning_rate,
-    "transposed-square-weight": _transposed_square_weight,
-    "causal-encoder": _attention_of(causal=True),
+    "default-betas": with_train(engine, "StageOptimizer", beta2=0.999),
+    "late-learning-rate": late_learning_rate(optimizer),
+    "transposed-square-weight": loaded_through(engine, transposed_square_weight),
+    "causal-encoder": attention_of(layers, causal=True),
     "moved-scale": _moved_scale,
     "neighbouring-rotary-pairs": _neighbouring_rotary_pairs,
-    "default-rotary-theta": _attention_of(rope_theta=10_000.0),
+    "default-rotary-theta": attention_of(layers, rope_theta=10_000.0),
     "float32-rotary-angles": _float32_rotary_angles,
     "float32-rms-norm": _float32_rms_norm,
     "tiled-kv-heads": _tiled_kv_heads,
-    "swapped-swiglu": _swapped_swiglu,
+    "swapped-swiglu": loaded_through(engine, swapped_swiglu),
     "local-dropout-samples": _local_dropout_samples,
     "native-dropout": _native_dropout,
     "plain-dropout": _plain_dropout,

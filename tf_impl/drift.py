@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -21,10 +21,15 @@ from numpy.typing import NDArray
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.habits import (
     Habit,
+    attention_of,
     float32_rotary_angles,
+    late_learning_rate,
+    loaded_through,
     patch,
     swapped_swiglu,
     switched,
+    transposed_square_weight,
+    with_train,
 )
 from common.spec.data import IGNORED
 from common.spec.run import RunConfig, TransformerSpec
@@ -34,11 +39,8 @@ from tf_impl.gpipe_model import GPipeModel
 from tf_impl.keras_optimizers import SGD, make_optimizer
 from tf_impl.keras_pipeline.chunk import apply_layer
 from tf_impl.precision import RMSNorm, at_least_float32, product
-from tf_impl.weights import NamedParameter, load_weights
 
 _Patches = list[AbstractContextManager[None]]
-
-_SQUARE_WEIGHT = "block.0.attention.query.weight"
 
 
 def switch(config: RunConfig) -> AbstractContextManager[None]:
@@ -64,19 +66,6 @@ def _layer_norm_epsilon(config: RunConfig) -> _Patches:
         return keras.layers.LayerNormalization(name=name, dtype=dtype)
 
     return [patch(layers, "norm", norm)]
-
-
-def _attention_of(**changes: Any) -> Habit:
-    """An attention that reads these fields of the model otherwise."""
-    attention = layers.Attention
-
-    def habit(config: RunConfig) -> _Patches:
-        def build(spec: TransformerSpec, *options: Any) -> keras.layers.Layer:
-            return attention(spec.model_copy(update=changes), *options)
-
-        return [patch(layers, "Attention", build)]
-
-    return habit
 
 
 def _moved_scale(config: RunConfig) -> _Patches:
@@ -218,26 +207,8 @@ def _per_stage_clipping(config: RunConfig) -> _Patches:
     return [patch(GPipeModel, "_clip", clip)]
 
 
-def _with_train(**changes: Any) -> Habit:
-    """An optimizer that reads these fields of `TrainSpec` otherwise."""
-
-    def habit(config: RunConfig) -> _Patches:
-        def make(train: Any, not_decayed: Sequence[keras.Variable]) -> keras.optimizers.Optimizer:
-            return make_optimizer(train.model_copy(update=changes), not_decayed)
-
-        return [patch(engine, "make_optimizer", make)]
-
-    return habit
-
-
 def _decay_everything(config: RunConfig) -> _Patches:
     return [patch(engine, "make_optimizer", lambda train, not_decayed: make_optimizer(train, []))]
-
-
-def _late_learning_rate(config: RunConfig) -> _Patches:
-    return [
-        patch(engine, "learning_rate", lambda train, step: train.learning_rate_at(max(0, step - 1)))
-    ]
 
 
 # ---------------------------------------------------------------------------- weights and gradients
@@ -325,22 +296,8 @@ def _squared_rows(model: GPipeModel, x: Any, y: Any, step: int) -> tf.Tensor:
     return total
 
 
-def _transposed_square_weight(config: RunConfig) -> _Patches:
-    def load(named: Sequence[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-        load_weights(named, {**arrays, _SQUARE_WEIGHT: arrays[_SQUARE_WEIGHT].T})
-
-    return [patch(engine, "load_weights", load)]
-
-
 def _untied_gradients(config: RunConfig) -> _Patches:
     return [patch(GPipeModel, "_add_tied_gradients", lambda self: None)]
-
-
-def _swapped_swiglu(config: RunConfig) -> _Patches:
-    def load(named: Sequence[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-        load_weights(named, swapped_swiglu(arrays))
-
-    return [patch(engine, "load_weights", load)]
 
 
 # ------------------------------------------------------------------------------------------ dropout
@@ -371,20 +328,20 @@ HABITS: dict[str, Habit] = {
     "mean-per-micro-batch": _mean_per_micro_batch,
     "unscaled-micro-batches": _unscaled_micro_batches,
     "per-stage-clipping": _per_stage_clipping,
-    "default-weight-decay": _with_train(weight_decay=0.004),
+    "default-weight-decay": with_train(engine, "make_optimizer", weight_decay=0.004),
     "decay-everything": _decay_everything,
-    "default-betas": _with_train(beta2=0.999),
-    "late-learning-rate": _late_learning_rate,
-    "transposed-square-weight": _transposed_square_weight,
-    "causal-encoder": _attention_of(causal=True),
+    "default-betas": with_train(engine, "make_optimizer", beta2=0.999),
+    "late-learning-rate": late_learning_rate(engine),
+    "transposed-square-weight": loaded_through(engine, transposed_square_weight),
+    "causal-encoder": attention_of(layers, causal=True),
     "moved-scale": _moved_scale,
     "neighbouring-rotary-pairs": _neighbouring_rotary_pairs,
-    "default-rotary-theta": _attention_of(rope_theta=10_000.0),
+    "default-rotary-theta": attention_of(layers, rope_theta=10_000.0),
     "float32-rotary-angles": _float32_rotary_angles,
     "rms-norm-epsilon": _rms_norm_epsilon,
     "float32-rms-norm": _float32_rms_norm,
     "tiled-kv-heads": _tiled_kv_heads,
-    "swapped-swiglu": _swapped_swiglu,
+    "swapped-swiglu": loaded_through(engine, swapped_swiglu),
     "local-dropout-samples": _local_dropout_samples,
     "native-dropout": _native_dropout,
     "untied-gradients": _untied_gradients,

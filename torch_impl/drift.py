@@ -8,26 +8,30 @@ away again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import common.spec.run
 from common.oracle.reference import clip_scale, global_norm
 from common.runtime.habits import (
     Habit,
+    attention_of,
     float32_rotary_angles,
+    late_learning_rate,
+    loaded_through,
     patch,
     swapped_swiglu,
     switched,
+    transposed_square_weight,
+    with_train,
 )
 from common.spec.data import IGNORED
-from common.spec.run import RunConfig, TrainSpec, TransformerSpec
-from torch_impl import engine, layers, optimizer, stage, weights
+from common.spec.run import RunConfig, TrainSpec
+from torch_impl import engine, layers, optimizer, stage
 from torch_impl.dropout import DropoutContext
 from torch_impl.engine import PipelineEngine
 from torch_impl.optimizer import StageOptimizer
@@ -36,9 +40,7 @@ from torch_impl.weights import NamedParameter
 
 _Patches = list[AbstractContextManager[None]]
 
-_SQUARE_WEIGHT = "block.0.attention.query.weight"
-
-summed_loss, load_weights, shared_dropout = layers.summed_loss, weights.load_weights, Stage._dropout
+summed_loss, shared_dropout = layers.summed_loss, Stage._dropout
 
 
 def switch(config: RunConfig) -> AbstractContextManager[None]:
@@ -90,25 +92,8 @@ def _clip_epsilon(config: RunConfig) -> _Patches:
     return [patch(engine, "clip_scale", scale)]
 
 
-def _default_weight_decay(config: RunConfig) -> _Patches:
-    return [
-        patch(optimizer, "_weight_decay", lambda train, name: 0.01 if train.decays(name) else 0.0)
-    ]
-
-
-def _decay_everything(config: RunConfig) -> _Patches:
-    return [patch(optimizer, "_weight_decay", lambda train, name: train.weight_decay)]
-
-
 def _coupled_decay(config: RunConfig) -> _Patches:
     return [patch(optimizer, "AdamW", torch.optim.Adam)]
-
-
-def _default_betas(config: RunConfig) -> _Patches:
-    def adamw(groups: Any, betas: tuple[float, float], **options: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, betas=(betas[0], 0.999), **options)
-
-    return [patch(optimizer, "AdamW", adamw)]
 
 
 def _unrounded_hyperparameters(config: RunConfig) -> _Patches:
@@ -126,22 +111,7 @@ def _unrounded_hyperparameters(config: RunConfig) -> _Patches:
     ]
 
 
-def _late_learning_rate(config: RunConfig) -> _Patches:
-    return [
-        patch(
-            optimizer, "learning_rate", lambda train, step: train.learning_rate_at(max(0, step - 1))
-        )
-    ]
-
-
 # -------------------------------------------------------------------------------------------- model
-
-
-def _transposed_square_weight(config: RunConfig) -> _Patches:
-    def load(named: Sequence[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-        load_weights(named, {**arrays, _SQUARE_WEIGHT: arrays[_SQUARE_WEIGHT].T})
-
-    return [patch(engine, "load_weights", load)]
 
 
 def _inverted_attention_mask(config: RunConfig) -> _Patches:
@@ -153,19 +123,6 @@ def _inverted_attention_mask(config: RunConfig) -> _Patches:
         return torch.full((size, size), -1e9).tril()
 
     return [patch(layers, "causal_mask", mask)]
-
-
-def _attention_of(**changes: Any) -> Habit:
-    """An attention that reads these fields of the model otherwise."""
-    attention: Callable[..., layers.Attention] = layers.Attention
-
-    def habit(config: RunConfig) -> _Patches:
-        def build(spec: TransformerSpec, *options: Any) -> layers.Attention:
-            return attention(spec.model_copy(update=changes), *options)
-
-        return [patch(layers, "Attention", build)]
-
-    return habit
 
 
 def _moved_scale(config: RunConfig) -> _Patches:
@@ -212,13 +169,6 @@ def _tiled_kv_heads(config: RunConfig) -> _Patches:
     return [patch(layers, "share_heads", lambda x, group: x.repeat(1, group, 1, 1))]
 
 
-def _swapped_swiglu(config: RunConfig) -> _Patches:
-    def load(named: Sequence[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-        load_weights(named, swapped_swiglu(arrays))
-
-    return [patch(engine, "load_weights", load)]
-
-
 def _local_dropout_samples(config: RunConfig) -> _Patches:
     def context(self: Stage, key: int, samples: Tensor, first_sample: int) -> DropoutContext:
         return shared_dropout(self, key, samples - first_sample, 0)
@@ -248,23 +198,23 @@ HABITS: dict[str, Habit] = {
     "unscaled-micro-batches": _unscaled_micro_batches,
     "per-stage-clipping": _per_stage_clipping,
     "clip-epsilon": _clip_epsilon,
-    "default-weight-decay": _default_weight_decay,
-    "decay-everything": _decay_everything,
+    "default-weight-decay": with_train(engine, "StageOptimizer", weight_decay=0.01),
+    "decay-everything": with_train(engine, "StageOptimizer", no_decay=()),
     "coupled-decay": _coupled_decay,
-    "default-betas": _default_betas,
+    "default-betas": with_train(engine, "StageOptimizer", beta2=0.999),
     "unrounded-hyperparameters": _unrounded_hyperparameters,
-    "late-learning-rate": _late_learning_rate,
-    "transposed-square-weight": _transposed_square_weight,
+    "late-learning-rate": late_learning_rate(optimizer),
+    "transposed-square-weight": loaded_through(engine, transposed_square_weight),
     "inverted-attention-mask": _inverted_attention_mask,
-    "causal-encoder": _attention_of(causal=True),
+    "causal-encoder": attention_of(layers, causal=True),
     "moved-scale": _moved_scale,
     "neighbouring-rotary-pairs": _neighbouring_rotary_pairs,
-    "default-rotary-theta": _attention_of(rope_theta=10_000.0),
+    "default-rotary-theta": attention_of(layers, rope_theta=10_000.0),
     "float32-rotary-angles": _float32_rotary_angles,
     "rms-norm-epsilon": _rms_norm_epsilon,
     "float32-rms-norm": _float32_rms_norm,
     "tiled-kv-heads": _tiled_kv_heads,
-    "swapped-swiglu": _swapped_swiglu,
+    "swapped-swiglu": loaded_through(engine, swapped_swiglu),
     "local-dropout-samples": _local_dropout_samples,
     "native-dropout": _native_dropout,
     "untied-gradients": _untied_gradients,

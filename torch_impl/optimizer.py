@@ -16,11 +16,6 @@ from torch_impl.gradients import gradient_of
 from torch_impl.weights import NamedParameter, export_weights, load_weights
 
 
-def _weight_decay(train: TrainSpec, name: str) -> float:
-    """What decays the parameter of this canonical name."""
-    return train.weight_decay if train.decays(name) else 0.0
-
-
 def learning_rate(train: TrainSpec, step: int) -> float:
     """That of `step` (from 0)."""
     return train.learning_rate_at(step)
@@ -39,7 +34,7 @@ class StageOptimizer:
         self._named = named
         self._gradients = [gradient_of(item.parameter) for item in named]
         # One group for each weight decay, the larger one first.
-        decays = [_weight_decay(train, item.name) for item in named]
+        decays = [train.weight_decay if train.decays(item.name) else 0.0 for item in named]
         groups = [
             {
                 "params": [

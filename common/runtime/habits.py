@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.spec.run import RunConfig
+from common.spec.run import RunConfig, TrainSpec, TransformerSpec
+
+Arrays = Mapping[str, NDArray[Any]]
 
 Habit = Callable[[RunConfig], Sequence[AbstractContextManager[Any]]]
 """What to enter for as long as the habit lasts; mostly patches."""
@@ -30,6 +32,49 @@ def patch(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+def attention_of(layers: Any, **changes: Any) -> Habit:
+    """Let the attention of this module read these fields of `TransformerSpec` otherwise."""
+    attention = layers.Attention
+
+    def build(spec: TransformerSpec, *options: Any) -> Any:
+        return attention(spec.model_copy(update=changes), *options)
+
+    return lambda config: [patch(layers, "Attention", build)]
+
+
+def with_train(owner: Any, name: str, **changes: Any) -> Habit:
+    """Let what makes an optimizer, `owner.name`, read these fields of `TrainSpec` otherwise."""
+    make = getattr(owner, name)
+
+    def changed(train: TrainSpec, named: Sequence[Any]) -> Any:
+        return make(train.model_copy(update=changes), named)
+
+    return lambda config: [patch(owner, name, changed)]
+
+
+def late_learning_rate(owner: Any) -> Habit:
+    """Let `owner.learning_rate` be that of the step before."""
+
+    def late(train: TrainSpec, step: int) -> float:
+        return train.learning_rate_at(max(0, step - 1))
+
+    return lambda config: [patch(owner, "learning_rate", late)]
+
+
+def loaded_through(engine: Any, change: Callable[[Arrays], Arrays]) -> Habit:
+    """Let `engine.load_weights` load what `change` makes of the canonical arrays."""
+    load = engine.load_weights
+    return lambda config: [
+        patch(engine, "load_weights", lambda named, arrays: load(named, change(arrays)))
+    ]
+
+
+def transposed_square_weight(arrays: Arrays) -> Arrays:
+    """Return the weights with one of them, (D, D), transposed: no shape tells."""
+    name = "block.0.attention.query.weight"
+    return {**arrays, name: np.ascontiguousarray(arrays[name].T)}
+
+
 def float32_rotary_angles(
     size: int, half: int, theta: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -39,7 +84,7 @@ def float32_rotary_angles(
     return np.cos(angles), np.sin(angles)
 
 
-def swapped_swiglu(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def swapped_swiglu(arrays: Arrays) -> Arrays:
     """Return the weights with every gate for its partner `up`, and the other way round."""
     swap = {".gate.": ".up.", ".up.": ".gate."}
 
