@@ -46,15 +46,11 @@ class Forward:
 
 
 Waiting = list[partial[None]]
-"""What W needs of a micro-batch: the products for the weight gradients, each with its input, weight
-and gradient.
-"""
+"""What W needs of a micro-batch: the products of its gradients, as (input, weight, gradient)."""
 
 
 def backward(saved: Forward, gradient: Tensor | None) -> Tensor | None:
-    """B and W at once, from the output's gradient (b, S, D), None for the loss, to that of the
-    input, None for tokens.
-    """
+    """B and W at once: from the output's gradient (b, S, D) to the input's; None at the ends."""
     # Also where `output` has lost its memory: autograd asks for its graph, not for its values.
     paddle.autograd.backward([saved.output], [gradient])
     return None if saved.x is None else saved.x.grad  # x is a leaf: it came from another rank

@@ -167,9 +167,7 @@ class _Units(nn.Layer):
 
 
 def build_baseline(config: RunConfig) -> Engine:
-    """Return the engine for `executor` = plain. (For native, `build_engine` takes fleet's pipeline
-    in place of our table.)
-    """
+    """Return the engine for `executor` = plain; for native, `build_engine` takes fleet's."""
     if config.replicas > 1:
         from paddle_impl.data_parallel import DataParallelEngine  # which builds on this module
 

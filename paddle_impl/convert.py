@@ -64,9 +64,7 @@ class Transformer(nn.Layer):
 
 
 def plain_model(spec: TransformerSpec) -> Transformer:
-    """Return the model whose weights these files hold, still to be loaded, in Paddle's default
-    dtype.
-    """
+    """Return the model of these files, still without weights, in Paddle's default dtype."""
     return Transformer(spec.model_copy(update={"dropout": 0.0}))
 
 

@@ -92,9 +92,7 @@ def _runs(operation: Callable[[], Any]) -> bool:
 
 
 def best_track(config: RunConfig) -> dict[str, Any]:
-    """Return the part of `environment` that says what the track "best" does, and what it leaves
-    out.
-    """
+    """Return the part of `environment` that says what the track "best" does and leaves out."""
     from paddle_impl.programs import static_units  # which imports Paddle
 
     used = (
@@ -160,9 +158,7 @@ def _flag(name: str) -> Any:
 
 
 def _cpu_threads() -> int | None:
-    """What the OpenMP runtime under Paddle's kernels says; Paddle's own flag does not follow
-    `set_threads`.
-    """
+    """What the OpenMP runtime under Paddle says; Paddle's flag does not follow `set_threads`."""
     import paddle
 
     library = Path(paddle.__file__).parent / "libs" / "libiomp5.so"

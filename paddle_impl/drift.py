@@ -1,6 +1,4 @@
-"""The numerical habits of `common.spec.habits` that Paddle has: each puts back what the main code
-decides otherwise.
-"""
+"""The habits of `common.spec.habits` that Paddle has: each puts back what the main code decides."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ _Patches = list[AbstractContextManager[None]]
 
 
 def switch(config: RunConfig) -> AbstractContextManager[None]:
-    """Return the habit that `config.drift` names, for as long as the context lives. Raises
-    ValueError for one not known here.
-    """
+    """Return the habit that `config.drift` names, as a context. Raises ValueError for others."""
     return switched(config, "paddle", HABITS, ("table", "native"))
 
 

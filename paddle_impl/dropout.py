@@ -58,9 +58,7 @@ def _shift_(x: Tensor, places: int) -> Tensor:
 
 
 def _multiply_and_shift_(x: Tensor) -> Tensor:
-    """What `common.spec.dropout_masks.mix` does after its first shift, in place. Products of int32
-    wrap at 2^32.
-    """
+    """`common.spec.dropout_masks.mix` after its first shift, in place; int32 wraps at 2^32."""
     for multiplier in MULTIPLIERS:
         _shift_(x.multiply_(paddle.full_like(x, multiplier)), 15)
     return x
@@ -113,9 +111,7 @@ def dropout(
 
 
 class _Masked(PyLayer):
-    """`x` where it is kept, scaled up. Holds the mask as bools, where `x * mask` would hold `x` and
-    a mask of floats.
-    """
+    """`x` where kept, scaled up; holds a mask of bools, where `x * mask` holds `x` and floats."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, probability: float) -> Tensor:
@@ -136,9 +132,7 @@ def native_dropout(
     context: DropoutContext,
     part: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Paddle's own masks. Its generator gets a seed from what shared masks depend on, so a rerun
-    drops the same.
-    """
+    """Paddle's own masks, seeded by what shared masks depend on, so a rerun drops the same."""
     assert context.step_key is not None
     paddle.seed(mix(mix(context.step_key ^ mix(site)) ^ int(context.samples[0])))
     which, count = part

@@ -1,6 +1,4 @@
-"""The engine: this process' stage of one of fleet's pipelines. All processes call the same methods
-in the same order.
-"""
+"""The engine: this process' stage of fleet's pipeline. All processes make the same calls."""
 
 from __future__ import annotations
 
@@ -52,9 +50,7 @@ _Key = TypeVar("_Key")
 
 
 def build_engine(config: RunConfig) -> Engine:
-    """Return the engine of `config`, after `ranks.join_pipeline`. Raises ScheduleError or
-    ValueError.
-    """
+    """Return the engine of `config`, after `join_pipeline`. Raises ScheduleError or ValueError."""
     if config.executor == "plain":
         from paddle_impl.baseline import build_baseline
 
@@ -213,9 +209,7 @@ class PipelineEngine:
         return devices.environment(used) | devices.best_track(self.config)
 
     def peak_memory_bytes(self) -> dict[int, int]:
-        """As the protocol says. CPU: since this engine was built, where Linux lets the peak be
-        reset.
-        """
+        """As the protocol says; on a CPU since this engine was built, if Linux resets the peak."""
         return {self._stage: process.peak_memory_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:

@@ -95,9 +95,7 @@ class StageLayers(PipelineLayer):
         return [list(chunk) for chunk in self.get_model_chunks() or [self.run_function]]
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return what fleet's own schedule calls after the head; the pipeline puts its stage's loss
-        here.
-        """
+        """Return what fleet's schedule calls behind the head; the pipeline puts its loss here."""
         raise NotImplementedError
 
     def finish_sums(self) -> None:
@@ -185,9 +183,7 @@ class NativePipeline(PipelineParallel):
             each.finish()
 
     def walk(self, schedule: Schedule, ahead: Callable[[], None] = lambda: None) -> list[Event]:
-        """Run this rank's line of the schedule by our executor; return what it did. `ahead` is
-        called before every action.
-        """
+        """Run this rank's line of the schedule, `ahead` before every action; return what it did."""
         shapes = [
             [*tokens.shape, self.config.model.d_model] for tokens in self.stage.tokens
         ]  # (b, S, D), at every cut
@@ -241,9 +237,7 @@ class NativePipeline(PipelineParallel):
         self._ready = end
 
     def _broadcast_final_loss(self, return_micro_batch_loss: bool = False) -> Tensor:
-        """The mean loss () or, if asked, the micro-batches' shares of it (d m,), float64, on every
-        rank.
-        """
+        """The mean loss () or the micro-batches' shares of it (d m,), float64, on every rank."""
         # One place for each, so that the sum's bits do not depend on who adds when.
         shares = [0.0] * (self.config.replicas * self.accumulate_steps)
         for i, share in enumerate(self.stage.losses()):
@@ -253,9 +247,7 @@ class NativePipeline(PipelineParallel):
 
 
 class TablePipeline(NativePipeline):
-    """Fleet's pipeline, with our executor in place of its loop: any schedule, of F and BW or of F,
-    B and W.
-    """
+    """Fleet's pipeline with our executor as its loop: any schedule of F and BW, or F, B and W."""
 
     _walked: list[Event]
 
@@ -269,9 +261,7 @@ class TablePipeline(NativePipeline):
         static_scheduler: bool = False,
         return_micro_batch_loss: bool = False,
     ) -> Any:
-        """As fleet's, but `data` is unused: the stage has its mini-batch already. There is no loss
-        scaling.
-        """
+        """As fleet's, but without `data`, which the stage has already, and without loss scaling."""
         if static_scheduler:
             return " ".join(map(str, self.schedule.devices[self.stage_id]))
         self._walked = self.walk(self.schedule, self._reduction.before)

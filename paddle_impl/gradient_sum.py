@@ -27,9 +27,7 @@ from paddle.distributed.communication.group import Group
 
 
 class GradientSum:
-    """Starts on construction; `finish` puts the sums into the gradients, which must not change
-    before.
-    """
+    """Starts on construction; `finish` fills the gradients, which must not change before."""
 
     @paddle.no_grad()
     def __init__(self, gradients: Sequence[Tensor], group: Group, wire: str | None = None) -> None:

@@ -1,8 +1,4 @@
-"""What autograd holds for the backward, in bytes: looked at once per chunk, counted by
-`common.runtime.held`.
-
-Differs: TensorFlow needs none: what its functions hand to one another is all that is held.
-"""
+"""What autograd saved and still keeps: a recomputed piece lets go within its forward."""
 
 from __future__ import annotations
 
@@ -27,9 +23,7 @@ class Saved:
 
 
 class SavedTensors:
-    """What autograd has saved and still keeps: a recomputed piece saves, and lets go, within its
-    forward.
-    """
+    """What autograd saved and still keeps: a recomputed piece lets go within its forward."""
 
     def __init__(self) -> None:
         self._saved: list[weakref.ref[Saved]] = []

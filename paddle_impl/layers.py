@@ -40,16 +40,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715
-    x^3))).
-    """
+    """GELU's tanh form, GPT-2's: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     return functional.gelu(x, approximate=True)
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """Return what stands between the two linear layers of a feed-forward
-    (`TransformerSpec.activation`).
-    """
+    """Return what stands between a feed-forward's two layers (`TransformerSpec.activation`)."""
     known: dict[str, Callable[[Tensor], Tensor]]
     known = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": functional.relu}
     known["swiglu"] = functional.silu
@@ -121,9 +117,7 @@ class Embedding(nn.Layer):
 
     @property
     def tied_weight(self) -> Tensor:
-        """What a tied head shares, by the name under which fleet's SharedLayerDesc looks for it:
-        (V, D).
-        """
+        """What a tied head shares, by the name that fleet's SharedLayerDesc looks for: (V, D)."""
         return self.token.weight
 
 
@@ -136,9 +130,7 @@ def causal_mask(size: int) -> Tensor:
 
 
 def share_heads(x: Tensor, group: int) -> Tensor:
-    """Repeat every head of keys or values for its group of query heads: (B, K, S, E) to (B, H, S,
-    E).
-    """
+    """Repeat keys' or values' heads for their query groups: (B, K, S, E) to (B, H, S, E)."""
     return x.repeat_interleave(group, 1)
 
 
@@ -225,9 +217,7 @@ class FeedForward(nn.Layer):
 
 
 class Block(nn.Layer):
-    """Attention and feed-forward, each with a residual connection and a norm before (pre) or after
-    (post) it.
-    """
+    """Attention and feed-forward, each with a residual and a norm before (pre) or after (post)."""
 
     def __init__(
         self, spec: TransformerSpec, name: str, context: DropoutContext, shards: Shards = WHOLE
@@ -287,9 +277,7 @@ class Head(nn.Layer):
 def build_unit(
     spec: TransformerSpec, name: str, context: DropoutContext, shards: Shards = WHOLE
 ) -> nn.Layer:
-    """Return the unit of this canonical name, or a shard of it; its weights are still to be
-    loaded.
-    """
+    """Return the unit of this canonical name, or a shard of it, still without its weights."""
     if name == "embedding":
         return Embedding(spec, context, shards)
     return Head(spec, shards) if name == "head" else Block(spec, name, context, shards)

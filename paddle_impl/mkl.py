@@ -24,18 +24,12 @@ KERNELS = {
     6: "AVX-512 (Xeon Phi)",
     7: "AVX-512",
 }
-"""What `mkl_serv_cpu_detect` returns, and, up to 7, what MKL_DEBUG_CPU_TYPE means (1 runs the
-kernels of 0).
-"""
+"""What `mkl_serv_cpu_detect` returns and, up to 7, MKL_DEBUG_CPU_TYPE means (1 as 0)."""
 AVX2 = frozenset({"avx2", "fma", "bmi1", "bmi2", "abm", "pclmulqdq"})
 AVX512 = AVX2 | {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
-"""The features that MKL asks of an Intel processor before it runs these kernels, by their names in
-/proc/cpuinfo.
-"""
+"""The features, as in /proc/cpuinfo, without which MKL does not run these kernels on Intel."""
 USERS = ("MKL_DEBUG_CPU_TYPE", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
-"""Variables by which users choose kernels. Where one is set, even to nothing, nothing is chosen
-here.
-"""
+"""Variables by which users choose kernels; where one is set, nothing is chosen here."""
 
 
 def cpu_type(vendor: str, flags: Collection[str], environ: Mapping[str, str]) -> str | None:

@@ -1,6 +1,4 @@
-"""One stage's optimizer: `paddle.optimizer`, with the learning rate, the no-decay list and the
-clipping of `TrainSpec`.
-"""
+"""One stage's `paddle.optimizer`, with the rate, no-decay list and clipping of `TrainSpec`."""
 
 from __future__ import annotations
 
@@ -82,9 +80,7 @@ class StageOptimizer:
         return {key: moment.numpy().copy() for key, moment in self._moments()}
 
     def load_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
-        """Put the moments back, and the powers of the betas as `steps_done` steps would have left
-        them.
-        """
+        """Put the moments back, and the betas' powers as after `steps_done` steps."""
         for key, moment in self._moments():
             moment.set_value(state[key])
         if self._train.optimizer == "adamw":
@@ -100,9 +96,7 @@ class StageOptimizer:
                     power.set_value(value)
 
     def _moments(self) -> list[tuple[str, paddle.Tensor]]:
-        """Each with its key, "<moment>/<canonical name>"; a tied head's copy has its own under the
-        same key.
-        """
+        """Each with its key, "<moment>/<canonical name>"; a tied copy has the same key."""
         kinds = {"first_moment": "velocity"} if self._train.momentum else {}
         if self._train.optimizer == "adamw":
             kinds = {"first_moment": "moment1", "second_moment": "moment2"}
@@ -115,9 +109,7 @@ class StageOptimizer:
 
 
 def _decay_groups(train: TrainSpec, named: Sequence[NamedParameter]) -> list[dict[str, Any]]:
-    """Parameters by their weight decay. Differs: Paddle's Momentum takes no function of the name,
-    as its AdamW does.
-    """
+    """Parameters by weight decay. Differs: Paddle's Momentum takes no function of the name."""
     groups = [
         {
             "params": [item.parameter for item in named if train.decays(item.name) == decays],

@@ -41,9 +41,7 @@ def static_units(config: RunConfig) -> bool:
 
 
 def make_static(units: Iterable[nn.Layer]) -> None:
-    """Turn the forwards of `units` into traced programs, backward included; they must not depend on
-    a dropout mask.
-    """
+    """Turn forwards into traced programs, backward included; they must not depend on a mask."""
     for unit in units:
         merge_backward(unit)  # what a PyLayer decides in its backward cannot be traced
         paddle.jit.to_static(unit)

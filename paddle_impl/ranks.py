@@ -26,9 +26,7 @@ from paddle_impl import devices
 
 
 def run_on_ranks(jobs: Sequence[Job]) -> int:
-    """Run the jobs, which share a mesh and `device`, on one process per stage, replica and shard.
-    Returns the exit status.
-    """
+    """Run the jobs, which share a mesh and `device`, a process a rank. Returns the exit status."""
     from paddle_impl.drift import switch  # after `devices.configure`, since it imports Paddle
 
     size = mesh_of(jobs).size
@@ -111,9 +109,7 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
 
 
 def _devices_of_all(world: World, own: str) -> tuple[str, ...]:
-    """What every rank computes on, which only its own host can say, by the store that fleet makes
-    its groups with.
-    """
+    """What every rank computes on, which only its host can say, by the store of fleet's groups."""
     if world.size == 1:
         return (own,)
     from paddle.base import core

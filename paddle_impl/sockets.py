@@ -103,9 +103,7 @@ class Link:
         self._sender.start()
 
     def send(self, tensor: Tensor | NDArray[Any]) -> None:
-        """Queue the tensor, which must not change afterwards. Raises ConnectionError if the peer is
-        gone.
-        """
+        """Queue the tensor, which must not change any more. Raises ConnectionError."""
         if self._error is not None:
             raise self._broken(self._error)
         self._outbox.put(tensor)
@@ -153,9 +151,7 @@ class Link:
 
 
 class SocketGroup:
-    """The part of Paddle's ProcessGroup that fleet's dynamic-graph pipeline uses. Ranks are those
-    in the group.
-    """
+    """What fleet's dynamic pipeline uses of a ProcessGroup; ranks are those in the group."""
 
     def __init__(self, store: Any, rank: int, size: int, group: int, mesh: Mesh) -> None:
         self._rank, self._size = rank, size

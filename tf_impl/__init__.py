@@ -1,3 +1,1 @@
-"""The TensorFlow implementation: each stage's graph cut into F, B and W, driven by one thread per
-device.
-"""
+"""The TensorFlow implementation: each stage's graph cut into F, B and W, one thread per device."""

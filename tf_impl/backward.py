@@ -54,9 +54,7 @@ class Waiting(NamedTuple):
 
 
 def backward(saved: Forward, gradient: tf.Tensor | None) -> tf.Tensor | None:
-    """B and W at once, from the output's gradient (b, S, D), None for the loss, to that of the
-    input, None for tokens.
-    """
+    """B and W at once: from the output's gradient (b, S, D) to the input's; None at the ends."""
     found = saved.functions.backward(*_given(gradient), *saved.tensors)
     return found[0] if found else None
 

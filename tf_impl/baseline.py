@@ -189,9 +189,7 @@ class PlainEngine(BaselineEngine):
 
 
 def build_baseline(config: RunConfig) -> Engine:
-    """Return the engine for `executor` = plain. Raises ValueError for native, and for what only our
-    own executor does.
-    """
+    """Return the engine for `executor` = plain. Raises ValueError for what only ours does."""
     if config.executor == "native":
         raise ValueError(
             "executor = native: TensorFlow has no pipeline of its own; expected table or plain"

@@ -183,9 +183,7 @@ def _multiplied(
 
 
 def orthonormal(p: tf.Tensor) -> tf.Tensor:
-    """Return orthonormal columns with the span of `p`'s, (n1, R); 0 for one that depends on those
-    before.
-    """
+    """Return orthonormal columns (n1, R) with the span of `p`'s; 0 for one that adds nothing."""
     columns: list[tf.Tensor] = []
     for column in tf.unstack(p, axis=1):
         rest = column

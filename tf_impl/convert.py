@@ -40,9 +40,7 @@ _SUFFIXES = (".weights.h5", ".keras", ".h5")
 _WEIGHTS = "model.weights.h5"
 """The file in a .keras archive that has the weights."""
 _MAX_UNPACKED = 20
-"""Times the archive's own size: Keras does not compress; weights would not become smaller than
-this.
-"""
+"""Times the archive's size: Keras does not compress, and weights hardly become smaller."""
 
 
 def plain_model(
@@ -107,9 +105,7 @@ def _unpacked(path: Path, folder: Path) -> Path:
 
 
 def _dtype(path: Path) -> str:
-    """float64 if the file has no other floating type. Raises ExchangeError, also where it leads
-    into other files.
-    """
+    """float64 if the file has no other floating type. Raises ExchangeError; no link is followed."""
     links: dict[str, Any] = {}
     found: set[str] = set()
     try:

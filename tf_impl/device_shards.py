@@ -111,9 +111,7 @@ def parts_of(layer: keras.layers.Layer) -> list[Any]:
 
 
 def rows_of(table: keras.Variable, tokens: tf.Tensor, first: int) -> tf.Tensor:
-    """Return the rows of `tokens` (B, S) that a shard has, from the token `first` on; zeros for
-    those of others.
-    """
+    """Return the rows of `tokens` (B, S) that a shard has, from `first` on; zeros for others."""
     own = (tokens >= first) & (tokens < first + table.shape[0])
     rows = tf.gather(table, tf.where(own, tokens - first, 0))  # (B, S, D)
     return tf.where(own[..., None], rows, tf.zeros((), rows.dtype))
@@ -153,9 +151,7 @@ def _cross_entropy(
         places = list(zip(logits, edges[:-1], devices, strict=True))
 
         def on_each(work: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> list[tf.Tensor]:
-            """`work(logits, hot)` of each shard, there; `hot` has a 1 at the target, if it is
-            there.
-            """
+            """`work(logits, hot)` of each shard, there; `hot` is 1 at a target that is there."""
             found = []
             for part, first, device in places:
                 with on_shard(device):

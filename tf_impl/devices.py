@@ -103,9 +103,7 @@ def stage_devices(stages: int, device: str = "auto") -> list[str]:
 
 
 def best_track(config: RunConfig) -> dict[str, Any]:
-    """Return the part of `environment` that says what the track "best" does, and what it leaves
-    out.
-    """
+    """Return the part of `environment` that says what the track "best" does and leaves out."""
     said = [
         "oneDNN: used",
         "XLA: not used, see docs/frameworks.md",

@@ -44,9 +44,7 @@ _Patches = list[AbstractContextManager[None]]
 
 
 def switch(config: RunConfig) -> AbstractContextManager[None]:
-    """Return the habit that `config.drift` names, for as long as the context lives. Raises
-    ValueError for one not known here.
-    """
+    """Return the habit that `config.drift` names, as a context. Raises ValueError for others."""
     return switched(config, "tensorflow", HABITS, ("table",))
 
 

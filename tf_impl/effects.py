@@ -74,9 +74,7 @@ def with_mask(x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
 
 
 def called_functions(node: Any) -> list[str]:
-    """Return the functions that a node runs: a loop's body and condition, branches, an inner
-    `tf.function`.
-    """
+    """Return the functions that a node runs: a loop's body, branches, an inner `tf.function`."""
     # As attributes: While has two functions, Case a list of them. A node whose type is no known
     # operation is the call of the function of that name.
     given = [
@@ -112,9 +110,7 @@ class Effects:
     """What a layer's call in training does besides computing its output."""
 
     changed: tuple[str, ...]
-    """Where the variables are that it assigns (a layer's path); seeds of random numbers do not
-    count.
-    """
+    """Where the variables are that it assigns (a layer's path); random seeds do not count."""
     is_undone: bool
     """Whether all of it is assignments to Keras variables that are not trained: a
     `keras.StatelessScope` holds these back. (SpectralNormalization assigns its kernel, too.)
@@ -122,15 +118,11 @@ class Effects:
     differentiates_python: bool
     """Whether a `tf.py_function` computes what a gradient may be asked of."""
     mask: keras.KerasTensor | None
-    """That of the output. (Keras' own symbolic call does not see those that are made inside a
-    nested model.)
-    """
+    """That of the output; Keras' symbolic call does not see those made inside a nested model."""
 
 
 def effects_of(layer: keras.layers.Layer, x: Any, call: Callable[[Any], Any]) -> Effects | None:
-    """Trace `call(x)`, a call of `layer`, for a symbolic `x`; None where that fails with an unknown
-    batch size.
-    """
+    """Trace a layer's `call(x)` for a symbolic `x`; None if that fails without a batch size."""
 
     masks = []
 

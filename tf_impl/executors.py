@@ -51,9 +51,7 @@ def on_one_thread(device: str, only_own_device: bool) -> bool:
 def stage_thread(
     device: str, only_own_device: bool = True
 ) -> contextlib.AbstractContextManager[Any]:
-    """Return what the thread of a stage runs in: its device and, where `on_one_thread`,
-    TensorFlow's executor on one thread.
-    """
+    """Return what a stage's thread runs in: its device and, where `on_one_thread`, one thread."""
     import tensorflow as tf
     from tensorflow.python.eager import context  # no public name for the executor
 
@@ -67,9 +65,7 @@ def stage_thread(
 
 
 def any_executor() -> contextlib.AbstractContextManager[Any]:
-    """Within `stage_thread`: the normal executor, for a function that reads a variable of another
-    device.
-    """
+    """Within `stage_thread`: the normal executor, for a variable of another device."""
     from tensorflow.python.eager import context
 
     normal: contextlib.AbstractContextManager[Any] = context.function_executor_type("DEFAULT")

@@ -173,9 +173,7 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         self.times_actions = "GPU" not in names[0]
         """On GPUs this makes the host wait for the device three times an action."""
         self.on_action: Callable[[int, Action | None], None] = unwatched
-        """Called with the device ahead of every action, and with None after the last, on the
-        stage's thread.
-        """
+        """Called with the device ahead of every action, with None after the last, on its thread."""
         self._arguments = (num_stages, num_micro_batches, schedule_text(schedule))
         self._options = (num_chunks, edges[1:-1], recompute, device, dtype, seed)
         self._cut = {"tensor_parallel": tensor_parallel, "vocab_parallel": vocab_parallel}
@@ -488,9 +486,7 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         self._warn_of_states()
 
     def _warn_of_states(self) -> None:
-        """Names, once, the layers that update variables in the forward: they do so with every
-        micro-batch.
-        """
+        """Names, once, the layers that update variables in the forward: with every micro-batch."""
         names = [
             name
             for chunk in self.chunks

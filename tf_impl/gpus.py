@@ -19,8 +19,7 @@ from typing import Any
 from common.spec.gpus import Gpu, gpus_of_stages, visible_gpus
 
 USED_PERCENT = 90
-"""Of a GPU's memory, for the limits of the stages that share it. CUDA and its libraries need some,
-beside every allocator."""
+"""Of a GPU's memory, for all stages on it: CUDA and its libraries need some beside them."""
 ON_HOST = ("Placeholder", "NoOp")
 """Operations that compute nothing: the placer puts them anywhere."""
 

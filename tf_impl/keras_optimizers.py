@@ -99,9 +99,7 @@ class SGD(keras.optimizers.SGD):
 def make_optimizer(
     train: TrainSpec, not_decayed: Sequence[keras.Variable]
 ) -> keras.optimizers.Optimizer:
-    """Return the optimizer that `train` asks for; the variables in `not_decayed` have no weight
-    decay.
-    """
+    """Return the optimizer that `train` asks for; `not_decayed` variables have no weight decay."""
     optimizer: keras.optimizers.Optimizer
     if train.optimizer == "adamw":
         optimizer = AdamW(

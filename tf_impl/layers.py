@@ -48,18 +48,14 @@ def gelu(x: tf.Tensor) -> Any:
 
 
 def gelu_tanh(x: tf.Tensor) -> tf.Tensor:
-    """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715
-    x^3))).
-    """
+    """GELU's tanh form, GPT-2's: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     wide = at_least_float32(x)
     inner = math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide * wide * wide)
     return tf.cast(0.5 * wide * (1.0 + tf.math.tanh(inner)), x.dtype)
 
 
 def activation(name: str) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Return what stands between the two linear layers of a feed-forward
-    (`TransformerSpec.activation`).
-    """
+    """Return what stands between a feed-forward's two layers (`TransformerSpec.activation`)."""
     known: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
         "gelu": gelu,
         "gelu_tanh": gelu_tanh,
@@ -125,9 +121,7 @@ class Unit(keras.layers.Layer):
             self.cut = Shards(parts, strategies, self.spec.d_model)
 
     def get_config(self) -> dict[str, Any]:
-        """Return what `model.save` writes of a plain model. Differs: Keras alone saves how a model
-        is made.
-        """
+        """Return what `model.save` writes of it. Differs: Keras alone saves how a model is made."""
         return {
             "spec": self.spec.model_dump(mode="json"),
             "name": self.unit_name,
@@ -195,9 +189,7 @@ def causal_mask(size: int, dtype: tf.DType) -> tf.Tensor:
 
 
 def share_heads(x: tf.Tensor, group: int) -> tf.Tensor:
-    """Repeat every head of keys or values for its group of query heads: (B, K, S, E) to (B, H, S,
-    E).
-    """
+    """Repeat keys' or values' heads for their query groups: (B, K, S, E) to (B, H, S, E)."""
     return tf.repeat(x, group, 1)
 
 
@@ -367,9 +359,7 @@ class Head(Unit):
 
 
 def build_unit(spec: TransformerSpec, name: str, dtype: str) -> Unit:
-    """Return the unit of this name (see `common.spec.parameters.unit_names`), without weights yet:
-    Keras makes them in `build`.
-    """
+    """Return the unit of this name (`common.spec.parameters.unit_names`), without weights yet."""
     if name == "embedding":
         return Embedding(spec, name, dtype)
     return Head(spec, name, dtype) if name == "head" else Block(spec, name, dtype)

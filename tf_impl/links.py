@@ -191,9 +191,7 @@ class LinkedChannel(Channel):
     """Carries one pass between this process' stage and those of others."""
 
     def __init__(self, links: Links, own: int, ranks: Sequence[int], number: int) -> None:
-        """`own` is this stage, `ranks` has that of every stage, `number` is the pass', the same on
-        all of them.
-        """
+        """`own` is this stage, `ranks` every stage's, `number` the pass', the same on all ranks."""
         super().__init__()
         self._links, self._own, self._ranks, self._number = links, own, ranks, number
 

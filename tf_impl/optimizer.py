@@ -51,9 +51,7 @@ class StageOptimizer:
         gradients: Sequence[tf.Variable],
         counted: Sequence[tf.Variable],
     ) -> None:
-        """`optimizer` is built. `counted`: what the global norm is over, without a tied weight's
-        second copy.
-        """
+        """`optimizer` is built; `counted` is what the norm is over, without a tied second copy."""
         scalars = {
             name: value
             for name, value in vars(optimizer).items()

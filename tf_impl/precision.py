@@ -38,9 +38,7 @@ def product(a: tf.Tensor, b: tf.Tensor, transpose_b: bool = False) -> tf.Tensor:
 
 @functools.cache
 def products_are_rounded() -> bool:
-    """Return whether bfloat16 products are rounded to the nearest here, as they are on GPUs and by
-    oneDNN, not cut off.
-    """
+    """Return whether bfloat16 products round to the nearest here, as GPUs and oneDNN do."""
     size = 64
     with tf.init_scope():  # also while a function is traced
         a, b = (

@@ -167,9 +167,7 @@ class RankModel(GPipeModel):
         self._sums.append(self.compressors[chunk].start(gradients, group, self._waiting))
 
     def _add_tied_gradients(self) -> None:
-        """As in one process; where the embedding and the head's copy are apart, their two ranks add
-        up.
-        """
+        """As in one process; where embedding and head's copy are apart, their two ranks add up."""
         pairs = self._tied
         if all(end is not None for pair in pairs for end in pair):
             super()._add_tied_gradients()

@@ -49,9 +49,7 @@ class Stage:
         labels: Sequence[Sequence[tf.Tensor]],
         contexts: Sequence[Sequence[tf.Tensor]],
     ) -> None:
-        """Take the micro-batches of a step: their inputs (first stage), labels (last) and dropout
-        contexts.
-        """
+        """Take a step's micro-batches: inputs (first stage), labels (last) and dropout contexts."""
         self._inputs, self._labels, self._contexts = inputs, labels, contexts
         self.in_flight: dict[tuple[int, int], Forward] = {}
         """By (micro-batch, chunk): forward done, B not yet."""
@@ -101,9 +99,7 @@ class Stage:
     def backward_input(
         self, micro_batch: int, chunk: int, gradient: tf.Tensor | None
     ) -> tf.Tensor | None:
-        """B: from the output's gradient (b, S, D), None for the loss, to that of the input, None
-        for tokens.
-        """
+        """B: from the output's gradient (b, S, D) to the input's; None for the loss, for tokens."""
         saved = self.in_flight.pop((micro_batch, chunk))
         result, self.waiting[micro_batch, chunk] = backward_input(saved, gradient)
         self.held.waiting_bytes_of(micro_batch)[chunk] = saved.functions.waiting_bytes

@@ -51,9 +51,7 @@ class StageThreads(keras.Model):
             thread.shutdown()
 
     def _run(self, schedule: Schedule, begin: Callable[[int], Any]) -> dict[int, list[Event]]:
-        """Walks `schedule` on all stages, `begin(device)` first. Returns the events; raises the
-        first stage's failure.
-        """
+        """Walks `schedule` on all stages, after `begin(device)`; raises the first failure."""
 
         def walk(d: int, channel: Channel, before: Callable[[Action], None]) -> list[Event]:
             # `begin` is a step's Stage or a prediction's ForwardOnly: the walk is the same.

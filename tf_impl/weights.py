@@ -71,9 +71,7 @@ def _norm_parameters(name: str, norm: keras.layers.Layer | None) -> list[NamedPa
 def _linear_parameters(
     name: str, whole: keras.layers.Layer, attribute: str
 ) -> list[NamedParameter]:
-    """Those of a linear layer of `whole`, or of its shards, which may be without a bias; none where
-    there is no layer.
-    """
+    """Those of a linear layer of `whole` or of its shards, with or without bias; or of none."""
     layers: list[Any] = [getattr(own, attribute) for own in parts_of(whole)]
     if layers[0] is None:
         return []
@@ -118,9 +116,7 @@ _GradientOf = Callable[[keras.Variable], tf.Variable]
 
 
 def load_weights(named: Iterable[NamedParameter], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Copy canonical arrays into the parameters. Raises KeyError for a missing one, ValueError for
-    a wrong shape.
-    """
+    """Copy canonical arrays into the parameters. Raises KeyError, and ValueError for a shape."""
     load_gradients(named, arrays, lambda parameter: parameter)
 
 

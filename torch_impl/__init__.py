@@ -1,3 +1,1 @@
-"""The pipeline in PyTorch: stages placed on devices by hand, one thread per device, activations
-moved by `.to(device)`.
-"""
+"""The pipeline in PyTorch: stages placed by hand, a thread per device, moves by `.to(device)`."""

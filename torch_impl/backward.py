@@ -59,9 +59,7 @@ Waiting = list[tuple[nn.Linear | nn.Embedding, Tensor, Tensor]]
 
 
 def backward(saved: Forward, gradient: Tensor | None) -> Tensor | None:
-    """B and W in a row, from the output's gradient (b, S, D), None for the loss, to that of the
-    input, None for tokens.
-    """
+    """B and W in a row: from the output's gradient (b, S, D) to the input's; None at the ends."""
     result, waiting = backward_input(saved, gradient)
     backward_weight(waiting)
     return result

@@ -172,9 +172,7 @@ class PlainEngine(BaselineEngine):
 
 
 def build_baseline(config: RunConfig) -> Engine:
-    """Return the engine for `executor` plain or native. Raises ValueError for what only our own
-    executor does.
-    """
+    """Return the engine for `executor` plain or native. Raises ValueError for what neither does."""
     if config.recompute != "none":
         raise ValueError(f"recompute = {config.recompute}; executor = {config.executor} takes none")
     if config.train.dtype == "bfloat16":

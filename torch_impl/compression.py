@@ -136,9 +136,7 @@ class LowRankSum:
 
 
 def orthonormal(p: Tensor) -> Tensor:
-    """Return orthonormal columns with the span of `p`'s, (n1, R); 0 for one that depends on those
-    before.
-    """
+    """Return orthonormal columns (n1, R) with the span of `p`'s; 0 for one that adds nothing."""
     columns: list[Tensor] = []
     for column in p.T:
         rest = column

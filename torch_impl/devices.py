@@ -39,9 +39,7 @@ def configure(stages: int, threads: int | None, device: str) -> None:
 
 
 def stage_devices(stages: int, device: str) -> list[torch.device]:
-    """One device per stage; neighbours share a GPU where there are fewer GPUs than stages. Raises
-    ValueError.
-    """
+    """One device per stage; neighbours share a GPU where there are too few. Raises ValueError."""
     import torch
 
     # On the CPU CUDA is not even asked: a process that has asked it anything cannot be forked into
@@ -57,16 +55,12 @@ def stage_devices(stages: int, device: str) -> list[torch.device]:
 
 
 def fused_attention(config: RunConfig) -> bool:
-    """Return whether attention is PyTorch's own kernel: on the track "best", and without dropout,
-    whose masks are ours.
-    """
+    """Return whether attention is PyTorch's own kernel: the track "best", without dropout."""
     return config.track == "best" and config.model.dropout == 0
 
 
 def best_track(config: RunConfig) -> dict[str, Any]:
-    """Return the part of `environment` that says what the track "best" does, and what it leaves
-    out.
-    """
+    """Return the part of `environment` that says what the track "best" does and leaves out."""
     used = "used" if fused_attention(config) else "not used with dropout"
     said = [
         f"scaled_dot_product_attention: {used}",
@@ -76,9 +70,7 @@ def best_track(config: RunConfig) -> dict[str, Any]:
 
 
 def environment(used: Sequence[torch.device]) -> dict[str, Any]:
-    """Versions, threads and flags as the calling thread finds them, and what the stages' devices
-    are.
-    """
+    """Versions, threads and flags as the calling thread finds them, and the stages' devices."""
     import torch
 
     device = used[0]

@@ -44,9 +44,7 @@ summed_loss, shared_dropout = layers.summed_loss, Stage._dropout
 
 
 def switch(config: RunConfig) -> AbstractContextManager[None]:
-    """Return the habit that `config.drift` names, for as long as the context lives. Raises
-    ValueError for one not known here.
-    """
+    """Return the habit that `config.drift` names, as a context. Raises ValueError for others."""
     return switched(config, "torch", HABITS, ("table",))
 
 
@@ -97,9 +95,7 @@ def _coupled_decay(config: RunConfig) -> _Patches:
 
 
 def _unrounded_hyperparameters(config: RunConfig) -> _Patches:
-    """A hyperparameter was written with few digits: the double nearest to its first seven is the
-    one that was meant.
-    """
+    """What was meant by a hyperparameter is the double nearest to its first seven digits."""
 
     def exact(train: TrainSpec, named: Sequence[NamedParameter]) -> StageOptimizer:
         floats = {name: float(f"{value:.7g}") for name, value in train if isinstance(value, float)}
@@ -115,9 +111,7 @@ def _unrounded_hyperparameters(config: RunConfig) -> _Patches:
 
 
 def _inverted_attention_mask(config: RunConfig) -> _Patches:
-    """Everything up to a token's own place is hidden from it. For the last one that is all, hence
-    no infinity.
-    """
+    """Everything up to a token's own place is hidden; for the last that is all, so no infinity."""
 
     def mask(size: int) -> Tensor:
         return torch.full((size, size), -1e9).tril()

@@ -98,9 +98,7 @@ def dropout(
     context: DropoutContext | None,
     part: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Inverted dropout (Srivastava et al. 2014); `x` itself without a context or with probability
-    0.
-    """
+    """Inverted dropout (Srivastava et al. 2014); `x` itself without a context or at 0."""
     if context is None or probability == 0:
         return x
     if context.generator is not None:

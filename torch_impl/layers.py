@@ -34,16 +34,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by the tanh approximation, which GPT-2 has: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715
-    x^3))).
-    """
+    """GELU's tanh form, GPT-2's: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     return functional.gelu(x, approximate="tanh")
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """Return what stands between the two linear layers of a feed-forward
-    (`TransformerSpec.activation`).
-    """
+    """Return what stands between a feed-forward's two layers (`TransformerSpec.activation`)."""
     known: dict[str, Callable[[Tensor], Tensor]] = {
         "gelu": gelu,
         "gelu_tanh": gelu_tanh,
@@ -89,9 +85,7 @@ def _angles(
 
 
 def rotate(x: Tensor, theta: float, start: int = 0) -> Tensor:
-    """Turn feature i and i + E/2 of every head by the position's angle (B, H, S, E); the first
-    position is `start`.
-    """
+    """Turn features i and i + E/2 of (B, H, S, E) by the position's angle, from `start` on."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     end = start + x.shape[2]
     # Of few sizes, while a text grows by one token at a time.
@@ -132,9 +126,7 @@ def causal_mask(size: int) -> Tensor:
 
 
 def share_heads(x: Tensor, group: int) -> Tensor:
-    """Repeat every head of keys or values for its group of query heads: (B, K, S, E) to (B, H, S,
-    E).
-    """
+    """Repeat keys' or values' heads for their query groups: (B, K, S, E) to (B, H, S, E)."""
     return x.repeat_interleave(group, dim=1)
 
 
@@ -234,9 +226,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with a residual connection and a norm before (pre) or after
-    (post) it.
-    """
+    """Attention and feed-forward, each with a residual and a norm before (pre) or after (post)."""
 
     def __init__(
         self, spec: TransformerSpec, name: str, fused: bool, shards: Shards = WHOLE

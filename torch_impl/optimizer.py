@@ -1,6 +1,4 @@
-"""One device's optimizer: `torch.optim`, with the learning rate, the no-decay list and the clipping
-of `TrainSpec`.
-"""
+"""One device's `torch.optim`, with the rate, no-decay list and clipping of `TrainSpec`."""
 
 from __future__ import annotations
 
@@ -76,9 +74,7 @@ class StageOptimizer:
         self._optimizer.step()
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the moments by "first_moment/<name>" and "second_moment/<name>"; zeros before the
-        first step.
-        """
+        """Return the moments by "first_moment/<name>", "second_moment/<name>"; zeros at first."""
         found = {}
         for moment, key in self._moments.items():
             for item in self._named:

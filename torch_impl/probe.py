@@ -25,9 +25,7 @@ def probe_units(
     inputs: Mapping[str, NDArray[Any]],
     output_gradients: Mapping[str, NDArray[Any]],
 ) -> dict[TensorKey, NDArray[Any]]:
-    """`common.runtime.engine.Engine.probe_units` for the units of one device, by PyTorch's plain
-    autograd.
-    """
+    """`Engine.probe_units` for the units of one device, by PyTorch's plain autograd."""
     # The micro-batches of all replicas, so that each has the whole sums.
     config = stage.config
     stage.begin(
@@ -71,8 +69,6 @@ def _micro_batches(stage: Stage) -> list[tuple[Tensor | None, DropoutContext | N
 
 
 def _piece(stage: Stage, array: NDArray[Any], micro_batch: int) -> Tensor:
-    """The micro-batch's rows of a tensor of the whole mini-batch, on the stage's device in its
-    precision.
-    """
+    """The micro-batch's rows of a whole mini-batch's tensor, on the stage, in its precision."""
     piece = torch.from_numpy(array).tensor_split(len(stage.now.sequences))[micro_batch]
     return piece.to(stage.device, getattr(torch, stage.config.train.dtype))

@@ -202,9 +202,7 @@ class RankEngine(PipelineEngine):
         return [value for row in gathered(values) for value in row]
 
     def _add_tied_gradients(self) -> None:
-        """As in one process; where the embedding and the head's copy are apart, their two ranks add
-        up.
-        """
+        """As in one process; where embedding and head's copy are apart, their two ranks add up."""
         if not self._are_apart:
             if any(item.is_copy for item in self._named):
                 super()._add_tied_gradients()

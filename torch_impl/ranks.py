@@ -29,9 +29,7 @@ from torch_impl import devices
 
 
 def run_on_ranks(jobs: Sequence[Job], switch: Switch) -> int:
-    """Run the jobs, which share a mesh and `device`, on one process per stage, replica and shard.
-    Returns the exit status.
-    """
+    """Run the jobs, which share a mesh and `device`, a process a rank. Returns the exit status."""
     config = jobs[0].config
     size = mesh_of(jobs).size
     used = devices.stage_devices(size, config.device)

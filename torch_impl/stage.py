@@ -1,6 +1,4 @@
-"""One device's part of the pipeline: `Stage` computes, `Channel` hands tensors from device to
-device.
-"""
+"""One device's part of the pipeline: `Stage` computes, `Channel` hands tensors on."""
 
 from __future__ import annotations
 
@@ -121,9 +119,7 @@ class Stage:
             torch._foreach_zero_(self._gradients)
 
     def _micro_batches(self, array: NDArray[Any]) -> list[Tensor]:
-        """The rows (B, ...) on the stage's device, cut into micro-batches. One copy, which the host
-        does not wait for.
-        """
+        """The rows (B, ...) on the stage's device, cut into micro-batches, in one unwaited copy."""
         whole = torch.from_numpy(array)
         if self.device.type == "cuda":
             whole = whole.pin_memory().to(self.device, non_blocking=True)
@@ -147,9 +143,7 @@ class Stage:
         return self.config.recomputes(micro_batch), self.now.sequences[micro_batch]
 
     def losses(self) -> list[float]:
-        """Return each micro-batch's share of the mean loss; empty without the head, and in all
-        shards but the first.
-        """
+        """Return each micro-batch's share of the mean loss; none but with the head, in shard 0."""
         counts = self.now.losses and self.shards.shard == 0
         return torch.stack(self.now.losses).tolist() if counts else []
 
@@ -210,9 +204,7 @@ class Stage:
     def backward_input(
         self, micro_batch: int, chunk: int, gradient: Tensor | None
     ) -> Tensor | None:
-        """B: from the output's gradient (b, S, D), None for the loss, to that of the input, None
-        for tokens.
-        """
+        """B: from the output's gradient (b, S, D) to the input's; None for the loss, for tokens."""
         saved = self.in_flight.pop((micro_batch, chunk))
         result, self.waiting[micro_batch, chunk] = backward_input(saved, gradient)
         sizes = self.held.waiting_bytes_of(micro_batch)

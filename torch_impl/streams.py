@@ -24,9 +24,7 @@ CopyStreams = Mapping[
 
 
 def copy_streams(devices: Sequence[torch.device]) -> CopyStreams:
-    """By sender and receiver, a stream on each of two GPUs: a copy waits for no computing and for
-    no other copy.
-    """
+    """By sender and receiver, a stream on each of two GPUs: a copy waits for nothing else."""
     # Each direction has its own pair: two stages that send to each other would wait otherwise.
     gpus = {device for device in devices if device.type == "cuda"}
     return {(a, b): (torch.cuda.Stream(a), torch.cuda.Stream(b)) for a, b in permutations(gpus, 2)}

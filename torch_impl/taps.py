@@ -92,9 +92,7 @@ class Chunk(nn.Module):
     def recomputed(
         self, run: Callable[[Tensor], Tensor], x: Tensor, inputs: list[Tensor]
     ) -> Tensor:
-        """`run(x)`, of which only `x` is held; the backward runs it again and leaves in `inputs`
-        what taps miss.
-        """
+        """`run(x)`, holding `x` alone; the backward runs it again and fills the taps' `inputs`."""
 
         @contextmanager
         def first() -> Iterator[None]:

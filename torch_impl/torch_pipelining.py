@@ -54,9 +54,7 @@ SCHEDULES: dict[str, type[Any]] = {
     "zb-v": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
-"""PyTorch's schedule for each of our names. With one stage per rank its interleaved zero-bubble one
-is ZB-H1.
-"""
+"""PyTorch's schedule for each of our names; interleaved zero-bubble with one stage is ZB-H1."""
 
 
 class RecordingStage(PipelineStage):
@@ -236,9 +234,7 @@ class PipeliningEngine(PlainEngine):
         return total.tolist()
 
     def _add_tied_gradients(self) -> None:
-        """The token embedding's gradient: that of its own use plus that of the head's copy, put in
-        both.
-        """
+        """The token embedding's gradient: its own plus that of the head's copy, put in both."""
         both = [gradient_of(item.parameter) for item in self._named if item.name == TOKEN_EMBEDDING]
         if self._tied_group is not None and both:
             distributed.all_reduce(both[0], group=self._tied_group)

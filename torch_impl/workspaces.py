@@ -10,9 +10,7 @@ from collections.abc import Iterable
 import torch
 
 workspaces_freed = 0
-"""How often, in this process. What was recorded before the last time must not be replayed: the
-memory is not its own.
-"""
+"""How often, in this process. What was recorded before must not be replayed: its memory is gone."""
 
 
 def free_workspaces(used: Iterable[torch.device]) -> None:

@@ -92,9 +92,7 @@ def open_depot(host: str, word: str, directory: Path, offered: Path | None) -> I
 
 
 def deliver(shard: Path, note: Path, address: str) -> None:
-    """Move a shard, and then the note that it is whole, to the same temporary folder of a depot.
-    Raises CheckpointError.
-    """
+    """Move a shard, then the note that it is whole, to a depot. Raises CheckpointError."""
     for path in (shard, note):
         with path.open("rb") as file:
             digest = digest_of(file)

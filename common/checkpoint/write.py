@@ -225,8 +225,7 @@ def _write_shard(
 
 
 def _wait_for_shards(temporary: Path, stages: int) -> list[_Shard]:
-    """Wait for the notes of all processes, which together cover every device; remove the notes.
-    [2]"""
+    """Wait for the notes of all processes, which together cover every device; remove them. [2]"""
     while True:
         notes = sorted(temporary.glob("*.note"))
         shards = [_Shard.model_validate_json(note.read_text(encoding="utf-8")) for note in notes]

@@ -116,9 +116,7 @@ def _grid(settings: Settings) -> tuple[tuple[RunConfig, ...], str]:
 
 
 def _baselines(points: Sequence[RunConfig]) -> list[RunConfig]:
-    """Each framework's own pipeline where it has one, then its plain loop, which do not drift or
-    recompute.
-    """
+    """Each framework's own pipeline, if any, and its plain loop; no drift, no recomputation."""
     ours = [p for p in points if (p.executor, p.recompute, p.drift) == ("table", "none", None)]
     native = [p.model_copy(update={"executor": "native", "track": "matched"}) for p in ours]
     # One device, the whole mini-batch at once, all the threads.

@@ -32,9 +32,7 @@ SLOW = 0.5
 """A share of the rate of the fastest framework on the same device; slower ones are marked."""
 PRESET = "small"
 USED = ("dtype", "batch_size", "micro_batches", "device")
-"""What of the training decides shapes, and where it is computed: on a GPU, or one thread of the
-CPU.
-"""
+"""What of the training decides shapes, and where they are computed: a GPU, or one CPU thread."""
 
 
 def register(subcommands: Any) -> None:

@@ -34,9 +34,7 @@ class Parser(argparse.ArgumentParser):
         self._given: set[str] = set()
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
-        """Parse, and refuse here what is left over: only the subcommand's own parser knows the
-        subcommand's options.
-        """
+        """Parse, and refuse what is left over: only this parser knows the subcommand's options."""
         self._given.clear()
         found, rest = super().parse_known_args(*arguments, **options)
         if not rest:

@@ -49,9 +49,7 @@ def named_pythons(arguments: argparse.Namespace) -> Settings:
 
 
 def checked_pythons(settings: Settings) -> dict[str, str]:
-    """Return the interpreters that are named, by framework. Raises UsageError for one that cannot
-    run it.
-    """
+    """Return the named interpreters by framework. Raises UsageError for one that cannot run it."""
     return {
         framework: _checked(framework, setting)
         for (section, framework), setting in settings.items()

@@ -67,9 +67,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def train_rank(framework: str, ranks: Ranks, argv: Sequence[str]) -> int:
-    """Be one rank of a run. `argv` is what follows `train`. Never returns before the end of this
-    process but with its exit status.
-    """
+    """Be one rank of a run; `argv` is what follows `train`. Ends this process with a status."""
     parser = Parser(
         prog=f"{ranks.name} train",
         usage=f"LAUNCHER -m {ranks.name} train [FILE.toml] [options]",

@@ -251,8 +251,7 @@ def _name_schedule(arguments: argparse.Namespace) -> None:
 
 
 def _costs(arguments: argparse.Namespace, stages: int, schedule: Schedule | None = None) -> Costs:
-    """The costs of so many stages, or of the schedule's virtual stages if some are given for
-    these."""
+    """The costs of so many stages, or of the schedule's virtual stages if given for these."""
     if arguments.kept_for_recompute is not None and arguments.recompute == "none":
         raise ScheduleError(
             "--kept-for-recompute: nothing is computed again; expected with --recompute"
@@ -488,9 +487,7 @@ def _links(schedule: Schedule, arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def _several(arguments: argparse.Namespace) -> list[str]:
-    """The schedules to show side by side; none where one is named, whose file may have commas in
-    its name.
-    """
+    """The schedules to show side by side; none for one alone, whose file's name may have commas."""
     text = str(arguments.schedule)
     if text == "all":
         return [

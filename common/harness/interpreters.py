@@ -32,8 +32,7 @@ ENVIRONMENTS = {
     "tf_impl": ".venv-tensorflow",
     "paddle_impl": ".venv-paddle",
 }
-"""By implementation: the framework's own environment. Two frameworks' CUDA wheels own the same
-files, so they cannot share one."""
+"""Of each implementation: two frameworks' CUDA wheels own the same files, so none is shared."""
 
 NEEDED = {"numpy": 0, "psutil": 0, "pydantic": 2, "safetensors": 0}
 """What a worker imports besides its framework, with the least major version."""
@@ -217,9 +216,7 @@ def _pip(python: str) -> str:
 
 
 def worker_command(module: str, *arguments: str, python: str | None = None) -> list[str]:
-    """Start a module of this project. -P: not one of that name in the working directory, nor a
-    `queue.py` there.
-    """
+    """Start a module of this project. -P: nothing of that name from the working directory."""
     return [python or sys.executable, "-P", "-m", module, *arguments]
 
 

@@ -36,9 +36,7 @@ def measure(
     rounds: int,
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
 ) -> dict[str, Measured]:
-    """Measure the kernels of runs by name, and those of "machine", each in a worker process of its
-    own, in turns, `rounds` times.
-    """
+    """Measure the kernels of runs, and of "machine", by turns, each in a process of its own."""
     found: dict[str, Measured] = {}
     workers: dict[str, subprocess.Popen[str]] = {}
     seen: dict[str, list[Mapping[str, float]]] = {}

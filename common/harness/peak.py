@@ -40,8 +40,7 @@ class Probe:
 
     @classmethod
     def of_run(cls, config: RunConfig, environment: Mapping[str, Any]) -> Probe | None:
-        """Return that of a run; None where its worker process has not said so, or named
-        a device that is neither a CPU nor an NVIDIA card."""
+        """Return that of a run; None where its worker named neither a CPU nor an NVIDIA card."""
         kind = str(environment.get("device_kind"))
         if kind != "cpu" and "cuda" not in kind:
             return None

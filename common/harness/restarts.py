@@ -21,9 +21,7 @@ from common.spec.run import RunConfig
 
 @dataclass(frozen=True)
 class Training:
-    """What to train, from where, and where its checkpoints go. The caller holds the lock of
-    `directory`.
-    """
+    """What to train, from where, to which checkpoints. The caller holds the lock of `directory`."""
 
     config: RunConfig
     module: str

@@ -29,9 +29,7 @@ _ESCAPED = re.compile("\0([89a-f][0-9a-f])")
 
 
 def _escape(text: str) -> str:
-    """The bytes behind surrogates as NUL and two digits: no name has a NUL, so this reads back
-    without doubt.
-    """
+    """The bytes behind surrogates as NUL and two digits: no name has a NUL, so this reads back."""
 
     def byte(match: re.Match[str]) -> str:
         number = ord(match[0]) - 0xDC00
@@ -57,9 +55,7 @@ OsText = Annotated[
     AfterValidator(_read),
     PlainSerializer(_escape, when_used="json"),
 ]
-"""A name of a file, or a command line, as the operating system gives it; UTF-8 or not, JSON holds
-it.
-"""
+"""A file's name or a command line as the operating system gives it; JSON holds it, UTF-8 or not."""
 
 
 def from_command_line(text: str, option: str) -> str:

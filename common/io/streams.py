@@ -72,9 +72,7 @@ def lasting_streams(notice: Callable[[OSError], str]) -> Iterator[LastingStream]
 
 
 def _open_closed_streams() -> None:
-    """The first file that is opened takes the first free number: it must not be one that others
-    take for a stream.
-    """
+    """The first file opened takes the first free number: it must not be taken for a stream."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         with contextlib.suppress(OSError):
             os.fstat(number)

@@ -56,8 +56,7 @@ LOSS_ERROR_FLOOR = BFLOAT16_ROUNDOFF / 16
 
 
 class Difference(NamedTuple):
-    """One compared tensor. `where` is the index of the largest difference, with both values
-    there."""
+    """One compared tensor; `where` is the index of the largest difference, with both values."""
 
     key: TensorKey
     check: Check

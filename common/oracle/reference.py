@@ -618,8 +618,7 @@ class Oracle:
         return {name: np.zeros_like(value) for name, value in self.weights.items()}
 
     def _unit_backward(self, unit: str, grad: Array, saved: Any, grads: Arrays) -> Array:
-        """Return the gradient of the unit's input; tokens have none, so the embedding's is
-        empty."""
+        """Return the gradient of the unit's input; empty for the embedding, which has none."""
         if unit == "head":
             return self._head_backward(grad, saved, grads)
         if unit == "embedding":
@@ -628,8 +627,7 @@ class Oracle:
         return self._block_backward(unit, grad, saved, grads)
 
     def apply_gradients(self, step: int) -> float:
-        """Clip by the global norm, then do one optimizer step (from 0). Return the norm before
-        clipping. [6]"""
+        """Clip by the global norm, do one optimizer step (from 0), return the norm before. [6]"""
         t = self.train
         norm = global_norm([float((g**2).sum()) for g in self.gradients.values()])
         scale = clip_scale(norm, t.clip_norm)
@@ -656,8 +654,7 @@ class Oracle:
         return loss
 
     def unit_outputs(self, batch: Batch, micro_batches: int) -> dict[TensorKey, Array]:
-        """Return every unit's output per micro-batch, in the order of computation, under stage
-        0."""
+        """Return every unit's output per micro-batch, in the order of computation, as stage 0's."""
         _, outputs, _ = self.forward(batch)
         return {
             TensorKey(batch.step, "forward", 0, i, unit, "output"): piece

@@ -31,9 +31,7 @@ class BaselineRatio:
 
 
 def baseline_ratios(collection: Collection) -> list[BaselineRatio]:
-    """Return every ranked row of ours with every ranked baseline of the same framework, device,
-    precision and benchmark.
-    """
+    """Return every ranked row of ours with every ranked baseline of one benchmark and `KIND`."""
     found = []
     for ours, group in collection.pairs:
         for baseline, baseline_group in collection.pairs:

@@ -24,8 +24,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RowRuns:
-    """All repeats of one configuration in one benchmark, and the oracle's run that they were
-    compared with."""
+    """All repeats of one configuration in one benchmark, and the oracle's run beside them."""
 
     runs: tuple[Run, ...]
     oracle: RunResult | None
@@ -138,8 +137,7 @@ def collect(folders: Sequence[Path]) -> Collection:
 
 
 def _with_verdicts(groups: Sequence[RowRuns]) -> tuple[RowRuns, ...]:
-    """Apply `judge_together` here: only now are the runs of all frameworks and benchmarks
-    together."""
+    """Apply `judge_together`: only now are the runs of all frameworks and benchmarks together."""
     verdicts = iter(judge_together([result for group in groups for result in group.results]))
 
     def judged(run: Run) -> Run:

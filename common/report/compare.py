@@ -34,8 +34,7 @@ JUDGED_TOGETHER = "below the ceiling of bfloat16; more needs a run of another fr
 
 
 def oracle_config(config: RunConfig) -> RunConfig:
-    """Return the oracle's run that `config` is compared with: without what does not change the
-    numbers."""
+    """Return the oracle's run that `config` is compared with: without what changes no number."""
     train = TrainSpec(**config.train.model_dump() | {"micro_batches": 1, "dtype": "float64"})
     return RunConfig(
         model=config.model,
@@ -170,8 +169,7 @@ def judge_together(results: Sequence[RunResult]) -> list[Parity]:
 
 
 def _verdict(parity: Parity, margins: Mapping[str, float], frameworks: Sequence[str]) -> Parity:
-    """Pass if no error is more than BFLOAT16_FACTOR times the smallest; the reason says which is
-    worst."""
+    """Pass if no error is over BFLOAT16_FACTOR times the smallest; the reason names the worst."""
     check = max(margins, key=lambda name: margins[name])
     in_words = (f"{name.replace('_', ' ')} {error:.1e}" for name, error in parity.errors.items())
     errors = ", ".join(in_words)

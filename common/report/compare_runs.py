@@ -26,9 +26,7 @@ NOT_COMPARED = "not compared"
 
 @dataclass(frozen=True)
 class Change:
-    """One row of both benchmarks. `ratio` is B's throughput over A's; None where one of them was
-    not ranked.
-    """
+    """One row of both benchmarks; `ratio`: B's throughput over A's, None if one was not ranked."""
 
     name: str
     before: Row

@@ -179,9 +179,7 @@ def _gpus(results: Sequence[RunResult]) -> list[tuple[str, str]]:
 
 
 def fallbacks(results: Sequence[RunResult]) -> list[str]:
-    """Return why a framework computed on the CPU though nobody asked for it and there is a GPU, in
-    a line each.
-    """
+    """Return why a framework took the CPU, unasked, where there is a GPU: a line each."""
     said = [result.environment.get("fell_back") for result in results]
     return list(dict.fromkeys(f"on the CPU: {why}" for why in said if why))
 

@@ -38,9 +38,7 @@ INCHES = 0.66
 
 
 def most_of(configs: Iterable[RunConfig]) -> RunConfig | None:
-    """Return the run with the most processes that can be drawn, of those with replicas or shards;
-    None if there is none.
-    """
+    """Return the largest run with replicas or shards that can be drawn; None if there is none."""
     found = [
         config
         for config in configs

@@ -11,9 +11,7 @@ COMMON_FOLDERS = ("venv", "env")
 
 
 def interpreter_name(python: str | None) -> str:
-    """Return a short name for an interpreter: its environment's folder, or its own if it lies in
-    none; empty for none.
-    """
+    """Return a short name of an interpreter: its environment's folder, or its own; or nothing."""
     if python is None:
         return ""
     path = PurePosixPath(python)

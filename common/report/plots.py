@@ -35,9 +35,7 @@ WIDTH_INCHES = 6.4
 
 
 def pictures(collection: Collection, swept: Mapping[Axis, Sequence[Curve]]) -> dict[str, Figure]:
-    """Return the figures of a report by the names of their files, where there is something to
-    draw.
-    """
+    """Return the figures of a report by their files' names, where there is something to draw."""
     with small_print():
         found = {f"sweep_{axis}": draw_sweep(curves) for axis, curves in swept.items()}
         if losses := loss_curves(collection):

@@ -114,9 +114,7 @@ class RunResult(BaseModel):
     median_step_events: dict[int, list[EventRecord]] = {}
     """The actions of the step that `timing` names, with their times."""
     held_activation_peak_bytes: dict[int, int] = {}
-    """By device: the most bytes of activations held for a backward, by tensors and not by the
-    allocator.
-    """
+    """By device: the most bytes of activations held for a backward, counted by tensors."""
     in_flight_peak: dict[int, int] = {}
     """By device: the most chunks of micro-batches held at once, as the executor counted them."""
     peak: Peak | None = None
@@ -129,9 +127,7 @@ class RunResult(BaseModel):
     resumed_from: OsText | None = None
     """The checkpoint that the run continued from; its first step is that of `steps[0]`."""
     restarts: tuple[str, ...] = ()
-    """One line for every worker that died and was followed by another; `steps` are of all of them
-    together.
-    """
+    """A line for every worker that died and was followed by another; `steps` are of all of them."""
     command: OsText
     machine: Machine
     git_commit: str | None = None
@@ -329,9 +325,7 @@ def _timing(
 
 
 def cards_of(environment: Mapping[str, Any]) -> tuple[list[str], int]:
-    """Return the names of the cards that a run's worker processes named, each once, and how many
-    cards the stages lie on; none on a CPU.
-    """
+    """Return the names of a run's cards, each once, and how many stages lie on; none on a CPU."""
     if environment.get("device_kind", "cpu") == "cpu":
         return [], 0
     name, places = environment.get("device_name", "cuda"), environment.get("stage_devices", [])

@@ -211,9 +211,7 @@ def _traffic(collection: Collection) -> Grid:
 
 
 def _memory(collection: Collection) -> Grid:
-    """One line per row and device, red where the executor held more or fewer than the simulator
-    says; what was not counted is empty.
-    """
+    """One line per row and device, red where more or fewer were held than the simulator says."""
     cells, styles = [], []
     for row, group in collection.pairs:
         if group.shown is None:

@@ -35,9 +35,7 @@ Samples = Mapping[int, Sequence[float]]
 
 @dataclass(frozen=True)
 class Summary:
-    """Median, 10th and 90th percentile, in the unit of the samples; of few
-    (`LEAST_FOR_PERCENTILES`) the median alone.
-    """
+    """Median, 10th and 90th percentile; of fewer than `LEAST_FOR_PERCENTILES` the median alone."""
 
     median: float
     p10: float | None
@@ -46,9 +44,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast a row is as its baseline, with a 95 % bootstrap interval. All numbers
-    are plain ratios.
-    """
+    """How many times as fast a row is as its baseline, with a 95 % bootstrap interval."""
 
     value: float
     low: float | None

@@ -16,9 +16,7 @@ Axis = Literal["micro_batches", "stages", "replicas"]
 
 @dataclass(frozen=True)
 class Curve:
-    """One configuration over one axis. Throughput in tokens/s; the range is that of the steps, 10th
-    to 90th percentile.
-    """
+    """One configuration over one axis, in tokens/s, with the steps' 10th to 90th percentile."""
 
     name: str
     framework: str

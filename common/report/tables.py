@@ -1,6 +1,4 @@
-"""The cross-framework table: in the terminal, as Markdown, and as CSV with units in the column
-names.
-"""
+"""The cross-framework table: in the terminal, as Markdown, and as CSV with units in its titles."""
 
 from __future__ import annotations
 
@@ -54,9 +52,7 @@ class Row:
     """To the first ranked row of its track and device; None for a row that is not ranked."""
     ratio_low: float | None
     ratio_high: float | None
-    """95 % bootstrap interval of the ratio; None for the first ranked row, and where there are too
-    few samples for one.
-    """
+    """95 % bootstrap interval; None for the first ranked row, and of too few samples."""
     step_ms_median: float | None
     """Over the timed steps of all repeats."""
     step_ms_p10: float | None
@@ -68,8 +64,7 @@ class Row:
     simulated_step_difference: float | None
     """Simulated over measured step time, less 1; median over the repeats."""
     peak_memory_mb: float | None
-    """10^6 bytes, added over the processes (or CUDA devices) of a run; the largest of the repeats.
-    """
+    """10^6 bytes, added over the processes (or CUDA devices) of a run; the largest repeat."""
     held_activation_mb: float | None
     """10^6 bytes of activations held for the backward on the stage that holds most."""
     is_baseline: bool = False
@@ -178,9 +173,7 @@ KIND = (
 
 
 def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
-    """One row per group; a group holds the repeats of one configuration. Ratios are within a track
-    and kind of device.
-    """
+    """One row per group, one configuration's repeats. Ratios are within a track and device."""
     groups = [group for group in groups if group]
     rows = [_row(group) for group in groups]
     # By track, device and CPU: when the first ranked row began, and its samples. Rows on other

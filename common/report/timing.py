@@ -102,9 +102,7 @@ class Timing(BaseModel):
 
 @dataclass(frozen=True)
 class _Step:
-    """A step's times row by row as in the schedule's table, in seconds from the step's first
-    action.
-    """
+    """A step's times, row by row as in the schedule's table, in seconds from its first action."""
 
     table: Table
     # (n,): the end of the row before on the same device; for its first, the pipeline's begin.
@@ -236,9 +234,7 @@ def _costs(steps: Sequence[_Step]) -> tuple[ActionCost, ...]:
 
 
 def _hop_seconds(steps: Sequence[_Step]) -> float:
-    """From a sender's end to a waiting receiver's start, mean and median as for `ActionCost`; 0 if
-    none waited.
-    """
+    """From a sender's end to a waiting receiver's start, as for `ActionCost`; 0 if none waited."""
     means = []
     for step in steps:
         sent = step.sender_end

@@ -23,8 +23,7 @@ Verdict = str
 
 
 GOOD = ("as expected", "within the limits", "needs CUDA")
-"""Verdicts that need no attention. Within the limits: bits differ but no rung fails
-(`Drift.may_pass`)."""
+"""Verdicts that need no attention; within the limits: bits differ, no rung fails (`may_pass`)."""
 
 
 class Row(BaseModel):

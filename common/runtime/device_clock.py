@@ -31,9 +31,7 @@ class DeviceClock:
             self._note(action)
 
     def note_again(self) -> None:
-        """Note the action that the device is at, if that is not what was noted last. For any
-        thread, now and then.
-        """
+        """Note the action that the device is at, unless it was noted last. For any thread."""
         if not self._lock.acquire(blocking=False):
             return  # the host is noting something itself
         try:

@@ -54,12 +54,10 @@ class Engine(Protocol):
         """Start over from `weights` (those of all stages), with zeroed moments and gradients."""
 
     def forward_backward(self, batch: Batch) -> float:
-        """Run the schedule over a mini-batch, replacing the gradients; return the mean loss per
-        token."""
+        """Run the schedule over a mini-batch, replacing gradients; return the mean token loss."""
 
     def apply_gradients(self, step: int) -> float:
-        """Clip by the norm over all stages, do one optimizer step (from 0), return the norm
-        before."""
+        """Clip by the norm over all stages, do one optimizer step (from 0), return that norm."""
 
     def evaluate(self, batch: Batch) -> float:
         """Return the mean loss per token without dropout; change neither weights nor gradients."""
@@ -131,8 +129,7 @@ class Engine(Protocol):
     def weights(self) -> Arrays: ...
 
     def gradients(self) -> Arrays:
-        """Return the mini-batch's gradients before clipping; a tied weight's is the sum over its
-        uses."""
+        """Return the gradients before clipping; a tied weight's is the sum over its uses."""
 
     def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
         """Replace the gradients, to test one optimizer step from the same gradient everywhere."""
@@ -151,8 +148,7 @@ class Engine(Protocol):
         """Return versions, devices, threads and flags, as the framework itself reports them."""
 
     def peak_memory_bytes(self) -> dict[int, int]:
-        """Return peak memory: CUDA's allocator per device, or the resident size under the first
-        device."""
+        """Return peak memory: CUDA's allocator by device, or the resident size of the process."""
 
     def held_bytes_peak(self) -> dict[int, int]:
         """Return, per device, the most bytes of activations that it held for its backwards.

@@ -31,8 +31,7 @@ Tensor = TypeVar("Tensor")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """The address of a tensor in transit: its kind, its micro-batch, the virtual stage it goes
-    to."""
+    """The address of a tensor in transit: its kind, its micro-batch, its virtual stage."""
 
     kind: Literal["activation", "gradient", "word"]
     micro_batch: int
@@ -59,8 +58,7 @@ def sent_by(schedule: Schedule, device: int) -> list[tuple[Message, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One executed action. Times are of the monotonic clock, the same in all processes of a
-    machine."""
+    """One executed action, in times of the monotonic clock, which a machine's processes share."""
 
     action: Action
     ready_seconds: float  # the previous action had ended and this one began to wait for its input
@@ -75,9 +73,7 @@ class Clock(Protocol):
         """Now, in the order of the device's work."""
 
     def seconds(self, mark: Any) -> float:
-        """When that was, in seconds of the monotonic clock. Waits for the device where it has not
-        got there yet.
-        """
+        """When that was, in seconds of the monotonic clock; may wait until the device is there."""
 
 
 class HostClock:
@@ -95,12 +91,10 @@ def unwatched(device: int, action: Action | None) -> None:
 
 
 class Stage(Protocol[Tensor]):
-    """The model chunks of one device. Inputs and gradients are None at the two ends of the
-    model."""
+    """The model chunks of one device. Inputs and gradients are None at the ends of the model."""
 
     def forward(self, micro_batch: int, chunk: int, x: Tensor | None) -> Tensor | None:
-        """Run the chunk and keep what its backward needs. The last virtual stage keeps its loss:
-        None."""
+        """Run the chunk, keep what its backward needs; the last virtual stage keeps its loss."""
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
         """Do B and W at once: add to the weight gradients, return the input's gradient.

@@ -86,15 +86,11 @@ class Heartbeat:
             time.sleep(POLL_SECONDS)
 
     def fail(self, line: str) -> None:
-        """Tell the others, and return when all can have read it: a beat until rank 0 has, and
-        another until it has passed it on.
-        """
+        """Tell the others; return when all can have read it, a beat to rank 0 and one from it."""
         self._say(FAILED + line, 2 * BEAT_SECONDS)
 
     def finish(self) -> None:
-        """Say that this process ends well, and stop; rank 0, whose end may be the store's, after
-        the others.
-        """
+        """Say that this process ends well; rank 0, which may hold the store, after the others."""
         deadline = time.monotonic() + 5 * BEAT_SECONDS
         while self._room.rank == 0 and self._last and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)

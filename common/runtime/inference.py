@@ -54,9 +54,7 @@ class Generated(BaseModel):
     """Of beam search the best ones, the best first."""
     closest_call: float
     tokens_per_second: float
-    """Of all samples together, of a beam search those of all beams; without the calls that may
-    trace.
-    """
+    """Of all samples, or beams, together; without the calls that may trace."""
     scores: tuple[float, ...] | None = None
     """Of beam search: the sum of log-probabilities / (new tokens) ^ length penalty."""
 

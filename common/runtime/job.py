@@ -89,9 +89,7 @@ class Job(BaseModel):
     (`runtime.dumping`). evaluate, generate: train nothing (`runtime.inference`).
     """
     noise: float = 0.0
-    """Added to the initial weights (times standard normal), so that no bias is 0 and no norm weight
-    1 in a test.
-    """
+    """Added to the weights, times standard normal: in a test no bias is 0 and no norm weight 1."""
     text: JobText | None = None
     """None if nothing reads text; `launch` adds it to jobs without one."""
     resume: OsText | None = None

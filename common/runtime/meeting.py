@@ -85,9 +85,7 @@ class Room:
 def agree(
     room: Room, hosts: Sequence[str], about: str, work: Callable[[], Facts]
 ) -> list[dict[str, str]]:
-    """Do this rank's part, and return what all say. Raises UsageError, in all of them, where one
-    could not.
-    """
+    """Do this rank's part; return what all say. Raises UsageError in all where one could not."""
     own: Facts
     try:
         own = work()

@@ -43,9 +43,7 @@ def memory_bytes(config: RunConfig) -> int:
 
 
 class OracleEngine:
-    """The float64 model of `common.oracle.reference` behind the `Engine` protocol. Knows neither
-    stages nor schedules.
-    """
+    """`common.oracle.reference` behind the `Engine` protocol: without stages or schedules."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 import psutil
 
 IDLE_SHARE = 0.02
-"""Of one core. A process that waits and polls uses less; one that computes uses more, even on a
-machine twenty times overloaded."""
+"""Of one core: what waits and polls uses less, what computes more, even with twenty on it."""
 
 
 class Patience:
@@ -53,9 +52,7 @@ class Patience:
 
 
 def _cpu_seconds(pid: int) -> tuple[dict[int, float], dict[int, float]]:
-    """What a process and its descendants have computed so far: by process, with its dead children;
-    and by thread.
-    """
+    """What a process and its descendants have computed, dead ones too: by process and by thread."""
     processes: dict[int, float] = {}
     threads: dict[int, float] = {}
     with contextlib.suppress(psutil.Error):

@@ -40,23 +40,18 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Ranks:
-    """What an implementation says about its processes. The functions run inside a rank; spawned
-    ones find them by name.
-    """
+    """What an implementation says about its processes. Spawned ones find the functions by name."""
 
     name: str
     """Of the implementation, for messages."""
     join: Callable[[World, RunConfig], Callable[[RunConfig], Engine]]
-    """(this process among all, first config) -> build_engine; returns when all have joined, those
-    of a launcher's run through `World.room`."""
+    """(this process among all, first config) -> build_engine; returns when all have joined."""
     wait_for_all: Callable[[int], None]
     """(number of ranks): returns when all have called it."""
     start_method: Literal["fork", "spawn"] = "fork"
-    """spawn where the ranks use GPUs: CUDA, once it was asked anything, does not work after a fork.
-    """
+    """spawn where the ranks use GPUs: CUDA, once asked anything, does not work after a fork."""
     connect: Callable[[Launched, float], Store] = TextStore
-    """(this process as its launcher says, seconds to wait) -> the store of the run. Raises
-    UsageError."""
+    """(this process as launched, seconds to wait) -> the store of the run. Raises UsageError."""
 
 
 def run_on_ranks(ranks: Ranks, jobs: Sequence[Job], switch: Switch = no_drift) -> int:

@@ -20,9 +20,7 @@ from common.spec.run import RunConfig
 
 
 class Texts:
-    """The texts of the jobs of one run, each read when it is first asked for, and then the same for
-    all.
-    """
+    """The texts of the jobs of one run, each read when first asked for, then the same for all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

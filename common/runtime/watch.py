@@ -36,8 +36,7 @@ _LINE = struct.Struct("<6q")
 
 
 class Watch:
-    """The worker side: notes what this process' devices do, and triggers the job's injected fault.
-    [1]"""
+    """The worker side: notes what this process' devices do, and injects the job's fault. [1]"""
 
     def __init__(self, folder: Path, devices: Sequence[int], fault: Fault | None = None) -> None:
         self._devices, self._fault = devices, fault
@@ -114,9 +113,7 @@ class Board:
         return changed
 
     def line(self, device: int) -> str:
-        """Return a device's line as text, for a watcher on another host (`who_waits`); empty before
-        it has begun.
-        """
+        """Return a device's line as text, for `who_waits` elsewhere; empty before it began."""
         line = self._path.read_bytes()[device * _LINE.size : (device + 1) * _LINE.size]
         return line.hex() if any(line) else ""
 
@@ -125,8 +122,7 @@ class Board:
         return _places(self._path.read_bytes())
 
     def explain(self) -> str:
-        """Say in one line who hangs where and who waits for what; causes before those who wait.
-        [3]"""
+        """Say in one line who hangs where and who waits for what, causes first. [3]"""
         return _causes_first(explain(self._config, self.places()))
 
     def remove(self) -> None:
@@ -187,8 +183,7 @@ def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
 
 
 def _sender(schedule: Schedule, device: int, action: Action) -> int:
-    """Return the virtual stage that an action's input comes from; out of range at the model's
-    ends."""
+    """Return the virtual stage that an action's input comes from; out of range at the ends."""
     offset = MESSAGE_OFFSET[action.op]
     return -1 if offset is None else schedule.virtual_stage(device, action.chunk) - offset
 

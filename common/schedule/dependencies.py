@@ -34,8 +34,7 @@ GIVES: dict[Op, tuple[Op, ...]] = {Op.F: (Op.F,), Op.B: (Op.B,), Op.W: (Op.W,), 
 """The operations whose results an action leaves behind."""
 
 MESSAGE_OFFSET: dict[Op, int | None] = {Op.F: +1, Op.B: -1, Op.BW: -1, Op.W: None}
-"""Where a result goes: F's output to the next virtual stage, B's input gradient to the one before;
-W's weight gradients stay."""
+"""Where a result goes: F's to the next virtual stage, B's to the one before; W's stays."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,8 +75,7 @@ def _searched(p: int, m: int, v: int) -> Schedule:
 
 @dataclass(frozen=True)
 class Generator:
-    """How to make a named schedule, and how many chunks per device it has (None: as many as one
-    likes)."""
+    """How to make a named schedule, and its chunks per device (None: as many as one likes)."""
 
     make: Callable[[int, int, int], Schedule]
     """(p, m, v) -> schedule"""
@@ -142,8 +141,7 @@ def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
 
 
 def default_chunks(name: str) -> int:
-    """Return the chunks per device of a schedule (by name or `file:PATH`) if the user gives
-    none."""
+    """Return a schedule's chunks per device (by name or `file:PATH`) if the user gives none."""
     if name.startswith("file:"):
         # `make_schedule` will say what is wrong with the file.
         with contextlib.suppress(ScheduleError):
@@ -168,15 +166,11 @@ def _from_file(path: Path, p: int, m: int, chunks: int) -> Schedule:
 
 
 kept: dict[str, str] = {}
-"""Texts of schedules by path, which count instead of the files (`keep_schedule`, and
-`common.runtime.job` in a worker).
-"""
+"""Texts of schedules by path, which count instead of the files (`keep_schedule`)."""
 
 
 def keep_schedule(name: str) -> None:
-    """Read the schedule of `file:PATH` now, for this process and its workers, whatever happens to
-    the file later.
-    """
+    """Read the schedule of `file:PATH` now, for this process and its workers."""
     if name.startswith("file:"):
         path = Path(name.removeprefix("file:"))
         kept.pop(str(path), None)

@@ -146,8 +146,7 @@ def rows(
 
 
 def _groups(p: int, m: int, size: int | None = None) -> list[range]:
-    """Cut 0 to m - 1 into runs of `size` and a shorter rest, or into m // p runs, the longer ones
-    first."""
+    """Cut 0 to m - 1 into runs of `size` and a rest, or into m // p runs, the longer ones first."""
     if size is not None:
         return [range(a, min(a + size, m)) for a in range(0, m, size)]
     count = max(1, m // p)

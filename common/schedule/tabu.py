@@ -37,8 +37,7 @@ PATIENCE = 400  # steps without a better order before [5]
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """On device `d` the actions at `first` to `last` become `order`: one of them, `moved`, has
-    changed sides with the others."""
+    """On device `d` the actions `first` to `last` become `order`; `moved` has changed sides."""
 
     d: int
     first: int

@@ -1,6 +1,4 @@
-"""Schedules with times as a Chrome trace, which Perfetto (ui.perfetto.dev) and chrome://tracing
-open.
-"""
+"""Schedules with times as a Chrome trace, for Perfetto (ui.perfetto.dev) and chrome://tracing."""
 
 from __future__ import annotations
 
@@ -19,8 +17,7 @@ GAP_MICROSECONDS = 0.002
 """How much earlier an event ends: viewers round, and drop events that then overlap."""
 
 LANES, IDS = 1_000, 1_000_000
-"""Factors for the numbers of threads and messages: both must be unique in the file, and no thread
-0."""
+"""Factors for the numbers of threads and messages: unique in the file, and no thread 0."""
 
 INSIDE = 0.01
 """Arrows start and end this share inside an action: at its edge viewers pick a neighbour."""

@@ -51,8 +51,7 @@ class Rule(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One broken rule. `position` is the action's place in the device's list, from 0; None where
-    there is none."""
+    """One broken rule. `position`: the action's place in the device's list, from 0; or None."""
 
     rule: Rule
     device: int
@@ -197,8 +196,7 @@ class _Report:
                 self.add(Rule.RECEIVE_WITHOUT_SEND, row, message)
 
     def check_deadlock(self) -> None:
-        """Play the schedule; a device that does not reach its end is stuck. Show each circle once.
-        [3]"""
+        """Play the schedule; a device that does not end is stuck. Show each circle once. [3]"""
         table = self.table
         zeros = [0.0] * table.num_rows  # only who arrives matters, not when
         reached = play(table, zeros, zeros).reached

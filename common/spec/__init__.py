@@ -1,3 +1,1 @@
-"""What is trained: model, training, parameters, partition, data, dropout masks, numerical habits.
-May import schedule.
-"""
+"""What is trained: model, training, parameters, partition, data, habits. May import schedule."""

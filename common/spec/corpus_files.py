@@ -22,8 +22,7 @@ from common.io.usage import UsageError
 
 CHUNK_BYTES = 2**20
 MAX_RECORD_BYTES = 2**26
-"""The longest line of a .jsonl: one that never ends, or unpacks to no end, must not fill the
-memory."""
+"""The longest line of a .jsonl: one without an end must not fill the memory."""
 
 
 class CorpusError(UsageError):

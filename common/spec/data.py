@@ -50,8 +50,7 @@ HELD_OUT_FRACTION = 0.1
 """The end of the corpus, kept for evaluation."""
 
 IGNORED = -1
-"""A target that no loss includes: a position beyond the end of its sequence, or one that an encoder
-is not asked for."""
+"""A target that no loss includes: beyond its sequence's end, or not asked of an encoder."""
 MASKS = ("[MASK]", "<mask>")
 """What tokenizers call the token that masks."""
 
@@ -182,9 +181,7 @@ class Corpus:
         return Batch(batch.step, inputs, targets)
 
     def mask_token(self, model: TransformerSpec) -> int:
-        """Return the tokenizer's own, or else the last token of the vocabulary: of bytes 255, which
-        no UTF-8 has.
-        """
+        """Return the tokenizer's own, or the vocabulary's last: of bytes 255, no UTF-8."""
         return model.vocab_size - 1 if self._own_mask is None else self._own_mask
 
     @functools.cached_property

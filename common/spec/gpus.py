@@ -81,9 +81,7 @@ def counted(gpus: Sequence[Gpu]) -> str:
 
 
 def _chosen(said: str, wanted: str | None) -> tuple[Gpu, ...]:
-    """As CUDA reads the variable: indices or the beginnings of UUIDs, up to the first that is
-    neither.
-    """
+    """As CUDA reads the variable: indices or beginnings of UUIDs, up to the first wrong one."""
     cards = [
         [cell.strip() for cell in line.split(",")]
         for line in said.splitlines()

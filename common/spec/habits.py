@@ -30,9 +30,7 @@ class Drift:
     check: Check
     """The first check of the ladder that must fail."""
     place: str
-    """Pattern (fnmatch) of the first tensor that differs: a unit for activations, a canonical
-    parameter name else.
-    """
+    """Pattern (fnmatch) of the first tensor that differs: a unit, or a canonical parameter name."""
     default_of: str = ""
     """The framework whose default it is; otherwise a common mistake."""
     dtype: str = "float32"

@@ -39,9 +39,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Mesh:
-    """`replicas` pipelines (d) of `stages` stages (p), each stage of each cut into `shards` (t); a
-    process for every shard.
-    """
+    """`replicas` pipelines (d) of `stages` (p), each cut into `shards` (t): a process for each."""
 
     stages: int
     replicas: int

@@ -64,8 +64,7 @@ TOKEN_EMBEDDING = "embedding.token.weight"
 
 
 def unit_names(model: TransformerSpec) -> list[str]:
-    """Return the units in the order of the forward pass: embedding, block.0 .. block.(n-1),
-    head."""
+    """Return the units in forward order: embedding, block.0 .. block.(n-1), head."""
     return ["embedding", *(f"block.{i}" for i in range(model.num_layers)), "head"]
 
 

@@ -42,8 +42,7 @@ REPLICATED_BASELINES: Mapping[str, tuple[str, ...]] = {
     "tensorflow": ("plain",),
     "paddle": ("plain", "native"),
 }
-"""Executors of a framework's own that train replicas: its data parallelism around the plain loop,
-and fleet's pipeline."""
+"""Executors of a framework's own that train replicas: data parallelism, and fleet's pipeline."""
 
 TENSOR_PARALLEL: tuple[str, ...] = ("torch", "tensorflow", "paddle")
 """Frameworks that cut the matrices of a stage into shards."""

@@ -202,9 +202,7 @@ class TrainSpec(Frozen):
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences in the first micro-batch. Where m does not divide the mini-batch, later ones
-        have one fewer.
-        """
+        """Sequences in the first micro-batch; later ones may have one fewer."""
         return -(-self.batch_size // self.micro_batches)
 
     @property
@@ -219,9 +217,7 @@ class TrainSpec(Frozen):
 
     @property
     def master_dtype(self) -> Literal["float32", "float64"]:
-        """Precision of the weights, the gradients' sums and the optimizer's moments (Micikevicius
-        et al. 2018).
-        """
+        """Precision of weights, gradient sums and moments (Micikevicius et al. 2018)."""
         return "float64" if self.dtype == "float64" else "float32"
 
     def decays(self, name: str) -> bool:

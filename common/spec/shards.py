@@ -33,9 +33,7 @@ ROWS = ("output", "down")
 
 
 def cut_axis(config: RunConfig, name: str) -> int | None:
-    """Return the axis along which a parameter of canonical `name` and shape is cut; None where
-    every shard has all of it.
-    """
+    """Return the axis along which a parameter of this name is cut; None where it stays whole."""
     of_vocabulary = name in (TOKEN_EMBEDDING, "head.output.weight")
     if config.tensor_parallel == 1 or (of_vocabulary and not config.vocab_parallel):
         return None
@@ -54,9 +52,7 @@ def axis_of(name: str) -> int | None:
 
 
 def shard_of(array: Array, axis: int | None, shard: int, shards: int) -> Array:
-    """Return a shard's part of a whole array. Only the vocabulary may be cut unevenly: 10 tokens in
-    4 are 3, 3, 2, 2.
-    """
+    """Return a shard's part of an array. The vocabulary may be uneven: 10 in 4 are 3, 3, 2, 2."""
     return array if axis is None else np.array_split(array, shards, axis)[shard]
 
 

@@ -1,6 +1,4 @@
-"""The text of a run, as bytes and decoded: the files of a corpus, or the manual that every CPython
-carries.
-"""
+"""The text of a run, as bytes and decoded: the files of a corpus, or CPython's own manual."""
 
 from __future__ import annotations
 

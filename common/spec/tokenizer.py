@@ -1,6 +1,4 @@
-"""Text to tokens and back: bytes as they are, byte pairs trained on the corpus, or any file of the
-tokenizers library.
-"""
+"""Text to tokens and back: bytes, byte pairs trained on the corpus, or any tokenizer.json."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ BLOCK_CHARACTERS = 2**20
 """Longer texts are cut (`blocks_of`): the library takes some 100 bytes per token of a piece."""
 PIECES_AT_ONCE_CHARACTERS = 8 * BLOCK_CHARACTERS
 RECIPE = "lines, long words cut, byte level"
-"""How `train_byte_pairs` trains. A new way needs a new name, or cached tokenizers would be mistaken
-for it."""
+"""How `train_byte_pairs` trains: a new way needs a new name, since tokenizers are cached by it."""
 LONGEST_WORD = 1000
 """Longer runs without white space, or of it, are cut before byte pairs are trained: the library's
 time grows with the square of a word's length, and a genome or base64 is a single word."""
@@ -81,9 +78,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json of the tokenizers library. `where` names it in errors. Raises
-    TokenizerError.
-    """
+    """A tokenizer.json of the tokenizers library; `where` is for errors. Raises TokenizerError."""
 
     def __init__(self, content: bytes, where: str) -> None:
         from tokenizers import Tokenizer as Library

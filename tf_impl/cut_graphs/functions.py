@@ -36,9 +36,7 @@ class StageFunctions:
     """
 
     forward: Any
-    """(x, *extra) -> [y, *reported, *saved]; the extras are a mask of x, if it has one, then labels
-    and the like
-    """
+    """(x, *extra) -> [y, *reported, *saved]; the extras: a mask of x, labels and the like"""
     backward: Any
     """(*dy, *saved) -> [*dx]; adds to the weight gradients"""
     backward_input: Any

@@ -141,9 +141,7 @@ class Scissors:
     def forward_part(
         self, received: Sequence[tf.Tensor], wanted: Sequence[bool]
     ) -> tuple[Any, list[bool]]:
-        """As `StageFunctions.forward_part`. Raises ValueError if that depends on a state that the
-        forward changes.
-        """
+        """As `StageFunctions.forward_part`. Raises ValueError if the forward changes its state."""
         outputs = zip(self.trace.handed_on, wanted, strict=True)
         results = [t for t, is_wanted in outputs if is_wanted]
         part = ancestors(t.op for t in results)

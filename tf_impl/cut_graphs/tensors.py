@@ -9,9 +9,7 @@ import tensorflow as tf
 
 
 def dense(gradient: tf.Tensor | tf.IndexedSlices, dtype: tf.DType) -> tf.Tensor:
-    """Return the gradient as one tensor; the rows of an embedding's are added up in `dtype`, that
-    of their sum.
-    """
+    """Return the gradient as one tensor; an embedding's rows are added up, in `dtype`."""
     if isinstance(gradient, tf.IndexedSlices) and gradient.dtype != dtype:
         values = tf.cast(gradient.values, dtype)
         gradient = tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
@@ -28,9 +26,7 @@ def unbundled(tensor: tf.Tensor) -> tf.Tensor:
 
 
 def source_of(tensor: tf.Tensor) -> tf.Tensor:
-    """Return the tensor that has the values of this one in the fewest bytes: what it is a copy of,
-    or was cast from.
-    """
+    """Return the tensor with these values in the fewest bytes: what it copies, or was cast from."""
     while True:
         tensor = unbundled(tensor)
         op = tensor.op

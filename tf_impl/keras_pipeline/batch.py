@@ -15,9 +15,7 @@ def piece_sizes(batch_size: int, pieces: int) -> list[int]:
 
 
 def one_tensor(value: Any, what: str) -> tf.Tensor:
-    """`value` without what Keras may have wrapped it in. Raises ValueError for none, several, or no
-    array at all.
-    """
+    """`value` without Keras' wrapping. Raises ValueError for none, several, or no array at all."""
     # Keras wraps in lists, tuples and dicts; `sample_weight` may be a list that holds None.
     leaves = [leaf for leaf in keras.tree.flatten(value) if leaf is not None]
     if len(leaves) != 1:

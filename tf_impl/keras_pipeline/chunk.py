@@ -1,6 +1,4 @@
-"""A virtual stage of any Keras layers: weights and gradients on one device, and the functions cut
-from their graph.
-"""
+"""A virtual stage of any Keras layers: weights, gradients, and functions cut from their graph."""
 
 from __future__ import annotations
 
@@ -43,9 +41,7 @@ SummedLoss = Callable[..., tf.Tensor]
 def apply_layer(
     layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext | None, training: bool
 ) -> tf.Tensor:
-    """Call a unit of the Transformer with its dropout context, any other Keras layer with
-    `training`.
-    """
+    """Call a Transformer's unit with its dropout context, any other layer with `training`."""
     return layer(x, context=context) if isinstance(layer, Unit) else layer(x, training=training)
 
 
@@ -62,17 +58,13 @@ class Weight(NamedTuple):
     variable: keras.Variable
     """What the layers compute with."""
     master: keras.Variable
-    """What the optimizer updates: the same, or where units compute in bfloat16, float32
-    (Micikevicius et al. 2018).
-    """
+    """What the optimizer updates: the same, or float32 for bfloat16 (Micikevicius et al. 2018)."""
     gradient: tf.Variable
     """The sum over the micro-batches, like the master."""
 
 
 def _move_here(layer: keras.layers.Layer) -> None:
-    """Puts the weights that the layer already has on the device of the strategy whose scope this
-    is.
-    """
+    """Puts the weights that the layer has already on the device of the strategy entered now."""
     for variable in layer.weights:
         # Keras makes the variable anew, in the scope of the strategy that is entered now.
         variable._initialize(variable.numpy())
@@ -112,20 +104,15 @@ class Chunk:
         self.device: str = strategy.extended.worker_devices[0]
         self.weights: list[Weight] = []
         self.functions: Sequence[StageFunctions] = ()
-        """By micro-batch; those of one size share theirs, but for one whose B computes the forward
-        again.
-        """
+        """By micro-batch; those of one size share theirs, unless one's B recomputes the forward."""
         self.num_first = 1
         """Layers up to the first floating output: a token or a category has no gradient."""
         self.effects: list[tuple[keras.layers.Layer, Effects]] = []
         """What the layers do besides computing their output; filled by `build`."""
         self.kinds: dict[int, Mapping[bool, list[Kind]]] = {}
-        """How the losses that a layer adds go over micro-batches: by its identity and `training`.
-        """
+        """How a layer's own losses go over micro-batches: by its identity and `training`."""
         self.only_own_device = not shards
-        """Whether all variables lie here. The seed of a Keras Dropout does not: it is made along
-        with the layer.
-        """
+        """Whether all variables lie here; a Keras Dropout's seed does not, made along with it."""
         self.evaluate = tf.function(self._evaluate, autograph=False)
 
     def build(self, x: keras.KerasTensor) -> keras.KerasTensor:
@@ -175,9 +162,7 @@ class Chunk:
         return x
 
     def collect_variables(self) -> None:
-        """Take the weights that are trainable now. Those that were before keep their masters and
-        their gradients.
-        """
+        """Take the weights trainable now. Those that were before keep masters and gradients."""
         # Layers may have been frozen or unfrozen since; those that stay keep what they have.
         known = {id(weight.variable): weight for weight in self.weights}
         units = {
@@ -312,9 +297,7 @@ class Chunk:
         return bool(self.kinds) or any(map(num_regularized, self.layers))
 
     def updated(self) -> list[Weight]:
-        """Return the weights that have a gradient: Keras leaves others alone, their weight decay
-        too.
-        """
+        """Return the weights with a gradient: Keras leaves others alone, their decay too."""
         # A weight has a gradient if what adds weight gradients takes in its sum.
         adding = [functions.backward or functions.backward_weight for functions in self.functions]
         added = {id(tensor) for function in adding for tensor in function.captured_inputs}

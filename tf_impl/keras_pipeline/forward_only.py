@@ -1,6 +1,4 @@
-"""A pass that only predicts, for `evaluate` and `predict` of a Keras model, whose batches may have
-any size.
-"""
+"""A pass that only predicts, for a Keras model's `evaluate` and `predict`, of any batch size."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ from tf_impl.keras_pipeline.chunk import Chunk, apply_layer
 
 
 class ForwardOnly:
-    """A pass that only predicts: the forward half of `common.runtime.executor.Stage`, without
-    dropout.
-    """
+    """A pass that only predicts: a `common.runtime.executor.Stage`'s forward, without dropout."""
 
     def __init__(
         self,

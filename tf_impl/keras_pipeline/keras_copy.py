@@ -8,9 +8,7 @@ Object = TypeVar("Object")
 
 
 def shallow_copy(of: Object, **changes: Any) -> Object:
-    """As `copy.copy`, which Keras replaces by saving and loading; `changes` are attributes, set
-    untracked.
-    """
+    """As `copy.copy`, which in Keras saves and loads; `changes` are attributes, untracked."""
     # `vars` and not `setattr`, which in Keras would track the attributes as the copy's own.
     new = object.__new__(type(of))
     vars(new).update(vars(of) | changes)

@@ -21,9 +21,7 @@ class Row(NamedTuple):
 
 
 def row_of(given: Sequence[Any]) -> Row:
-    """`given` without its `keras.Input` or `InputLayer`. Raises ValueError for what cannot be a row
-    of layers.
-    """
+    """`given` without its `keras.Input` or `InputLayer`. Raises ValueError for what is no row."""
     if not isinstance(given, Iterable):
         raise ValueError(f"layers is a {type(given).__name__}; expected a list of Keras layers")
     # `keras.Input` gives a tensor, whose history is the InputLayer that made it.

@@ -47,9 +47,7 @@ class SavedRow(keras.Model):
     def from_config(
         cls, config: Mapping[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Any:
-        """Return a model with new weights, as `keras.Sequential.from_config`; built if the other
-        one was.
-        """
+        """Return a model with new weights, as Sequential's; built if the other one was."""
         config = dict(config)
         spec, layers, start, trainable = (
             config.pop(key) for key in ("spec", "layers", "input", "trainable")
@@ -107,9 +105,7 @@ class SavedRow(keras.Model):
         return [weight for chunk in self.chunks for weight in chunk.copies]
 
     def _follow_weights(self) -> None:
-        """Makes the masters anew from weights that were set; one that rounds to its weight was set
-        with it.
-        """
+        """Makes the masters of weights that were set; one that rounds to its weight was set too."""
         for variable, master, _ in self._copies:
             # A file with masters sets the copy as well, and rounding it again changes nothing.
             value = tf.convert_to_tensor(variable)
@@ -128,9 +124,7 @@ def layers_of(
 
 
 def schedule_text(schedule: str | Schedule) -> str:
-    """Return a name, or the text form: what `file:PATH` said may not be there when it is read
-    again.
-    """
+    """Return a name, or the text of a schedule, whose file may be gone when it is read."""
     return str(schedule) if isinstance(schedule, Schedule) else schedule
 
 

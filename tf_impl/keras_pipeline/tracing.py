@@ -1,6 +1,4 @@
-"""Tracing a row of layers for the micro-batches of a mini-batch, and what the sum of their losses
-is divided by.
-"""
+"""Tracing a row of layers for micro-batches, and what the sum of their losses is divided by."""
 
 from __future__ import annotations
 
@@ -27,8 +25,7 @@ class Traced(NamedTuple):
     functions: list[list[StageFunctions]]
     """By chunk and micro-batch; micro-batches of one size share theirs."""
     mask_parts: dict[int, list[Any]]
-    """By the size of a micro-batch and by chunk, where predictions have a mask: what computes it.
-    """
+    """By a micro-batch's size and chunk, where predictions have a mask: what computes it."""
     divisor: Callable[..., tf.Tensor] | None
     """(mask of the predictions or None, y[, sample_weight]) of a mini-batch -> what the sum of its
     losses is divided by. None where another process has the last chunk.
@@ -48,9 +45,7 @@ class TracedRow(keras.Model):
     """What the prediction for a micro-batch is like."""
 
     def _ensure_traced(self, x: tf.Tensor, labels: Sequence[tf.Tensor]) -> Traced:
-        """Traces and cuts every chunk, for the one or two sizes of micro-batches that every shape
-        of a batch has.
-        """
+        """Traces and cuts every chunk, for the one or two sizes of a batch's micro-batches."""
         m, whole = (
             self.schedule.num_micro_batches,
             [tf.TensorSpec(t.shape, t.dtype) for t in (x, *labels)],
@@ -143,9 +138,7 @@ class TracedRow(keras.Model):
         return self.spec is not None and self.spec.dropout > 0
 
     def _micro_batch_loss(self, prediction: tf.Tensor, *labels: tf.Tensor) -> tf.Tensor:
-        """As `summed_loss`, while the last stage is traced: only now is it known what a prediction
-        is like.
-        """
+        """As `summed_loss`, while the last stage is traced and first meets a prediction."""
         self._understand_loss(prediction, *self._sample)
         return self.summed_loss(prediction, *labels)
 

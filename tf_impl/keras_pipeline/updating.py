@@ -38,9 +38,7 @@ class UpdatedRow(keras.Model):
     """By device; none before the first step after `compile`."""
 
     def apply_gradients(self, step: int | None = None) -> float:
-        """Clip over all stages, then one optimizer step (default: the next). Returns the norm
-        before clipping.
-        """
+        """Clip over all stages, then do a step (default: the next). Returns the norm before."""
         self._ensure_optimizers()
         step = int(self.optimizer.iterations) if step is None else step
         self.optimizer.iterations.assign(step)
@@ -57,17 +55,13 @@ class UpdatedRow(keras.Model):
         return norm
 
     def reset_optimizer(self) -> None:
-        """Forget the moments and steps of one of `tf_impl.optimizer`'s optimizers, whose slots all
-        begin with zeros.
-        """
+        """Forget moments and steps of one of `tf_impl.optimizer`'s, whose slots begin with 0."""
         for variable in self.optimizer.variables:
             if variable is not self.optimizer._learning_rate:
                 variable.assign(tf.zeros(variable.shape, variable.dtype))
 
     def cast_masters(self) -> None:
-        """Give the layers what they compute with, where that is less precise than what the
-        optimizer updates.
-        """
+        """Give the layers what they compute with, where it is less precise than the optimizer's."""
 
         def cast(d: int) -> None:
             for chunk in self.stages[d].chunks:
@@ -81,9 +75,7 @@ class UpdatedRow(keras.Model):
         return next(w.master for w in self._weights if w.variable is variable)
 
     def moments(self) -> dict[str, Callable[[keras.Variable], tf.Variable]]:
-        """Return the optimizer's "first_moment" and "second_moment", as far as it has them: where
-        that of a weight is.
-        """
+        """Return by "first_moment" and "second_moment", if it has them, where a weight's is."""
         self._build_optimizer()
         return moments_of(self.optimizer, self._masters)
 
@@ -105,9 +97,7 @@ class UpdatedRow(keras.Model):
         return list(itertools.zip_longest(first, last))
 
     def _add_tied_gradients(self) -> None:
-        """The token embedding's gradient: that of its own use plus that of the head's copy, put in
-        both.
-        """
+        """The token embedding's gradient: its own plus that of the head's copy, put in both."""
         for pair in self._tied:
             # Both optimizers then make the same step, and the two copies stay equal bit by bit.
             own, copy = map(self.gradient_of, pair)
@@ -115,9 +105,7 @@ class UpdatedRow(keras.Model):
             copy.assign(own)
 
     def _clip(self, squares: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
-        """From each stage's squared norms: the norm over all stages, and what each multiplies its
-        gradients by.
-        """
+        """From each stage's squared norms: the norm over all, and each stage's scale."""
         norm = global_norm([square for stage in squares for square in stage])
         return norm, [clip_scale(norm, self.optimizer.global_clipnorm)] * len(self.stages)
 

@@ -55,8 +55,7 @@ IN_THE_WEIGHTS: Mapping[str, str] = {
     "vocab_size": "vocab_size",
     "n_positions": "context_length",
 }
-"""What config.json says and the shapes show: they have to agree, or a part of the model is missing.
-"""
+"""What config.json and the shapes both say: they have to agree, or a part is missing."""
 
 
 class _Config(BaseModel):
