@@ -112,10 +112,7 @@ def _sent(
 
 @tf.function(autograph=False)
 def _received(
-    compression: Compression,
-    gradients: Sequence[tf.Variable],
-    words: tf.Tensor,
-    values: tf.Tensor,
+    compression: Compression, gradients: Sequence[tf.Variable], words: tf.Tensor, values: tf.Tensor
 ) -> None:
     """Put the sums of all rows into the gradients."""
     sizes = [compression.words_and_values(each.shape.num_elements()) for each in gradients]

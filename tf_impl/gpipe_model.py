@@ -212,8 +212,7 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
             for shared in (v for layer in chunk.layers for v in layer.variables if id(v) in taken):
                 raise ValueError(
                     f"layers of two virtual stages share the variable {shared.path}; expected a "
-                    "partition that keeps them "
-                    "together"
+                    "partition that keeps them together"
                 )
             x = self.on_stage(d, functools.partial(chunk.build, x))
             taken |= {id(v) for layer in chunk.layers for v in layer.variables}
@@ -334,8 +333,7 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         if len(x) < m:
             raise ValueError(
                 f"a batch of {len(x)} samples cannot be cut into {m} micro-batches; expected at "
-                f"least {m} "
-                "(drop_remainder=True where a data set is batched)"
+                f"least {m} (drop_remainder=True where a data set is batched)"
             )
         self._ensure_built(x)
         if not (self._needs_labels or any(chunk.adds_losses for chunk in self.chunks)):
@@ -471,15 +469,15 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
             ):
                 raise ValueError(
                     f"layer {layer.name}: what it adds to the loss of a batch is not known to be "
-                    "the sum or the mean of "
-                    "what it adds for the samples; expected one of the two, or num_micro_batches=1"
+                    "the sum or the mean of what it adds for the samples; expected one of the two, "
+                    "or num_micro_batches=1"
                 )
         for layer, effects in (found for chunk in self.chunks for found in chunk.effects):
             if effects.differentiates_python and m > 1:
                 raise ValueError(
                     f"layer {layer.name}: TensorFlow keeps what the gradient of a tf.py_function "
-                    "needs of one call only; "
-                    "expected one micro-batch, or tf.numpy_function in a tf.custom_gradient"
+                    "needs of one call only; expected one micro-batch, or tf.numpy_function in a "
+                    "tf.custom_gradient"
                 )
             if self.recompute != "none" and not effects.is_undone:
                 raise ValueError(f"layer {layer.name}: {RECOMPUTED_EFFECT}")
@@ -498,8 +496,8 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
             self._has_warned = True
             warnings.warn(
                 f"{', '.join(dict.fromkeys(names))}: updated with every micro-batch, so {m} times "
-                "a step, each time from "
-                "that micro-batch alone; keras.Sequential does so once, from the whole mini-batch",
+                "a step, each time from that micro-batch alone; keras.Sequential does so once, "
+                "from the whole mini-batch",
                 stacklevel=2,
             )
 

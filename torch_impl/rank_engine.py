@@ -220,10 +220,7 @@ def _own_group(all_ranks: Sequence[Sequence[int]], own: int) -> Any:
 
 
 def whole_arrays(
-    config: RunConfig,
-    own: dict[_Key, NDArray[Any]],
-    name: Callable[[_Key], str],
-    group: Any = None,
+    config: RunConfig, own: dict[_Key, NDArray[Any]], name: Callable[[_Key], str], group: Any = None
 ) -> dict[_Key, NDArray[Any]]:
     """Return the whole arrays of which all shards, which call this together, have parts; what is
     not cut, as this shard has it. `name` is a key's canonical one.

@@ -40,11 +40,7 @@ class Chunk(nn.Module):
     """Consecutive units of the model, with the places where their weight gradients are tapped."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        part: Sequence[str],
-        device: torch.device,
-        shards: Shards = WHOLE,
+        self, config: RunConfig, part: Sequence[str], device: torch.device, shards: Shards = WHOLE
     ) -> None:
         super().__init__()
         self.part = part

@@ -25,12 +25,7 @@ from common.cli.options import add_run_options, flag, read_model
 from common.cli.python import add_python, checked_pythons, named_pythons
 from common.cli.settings import Settings, read_given, read_native_dropout, validated
 from common.harness.interpreters import interpreter, worker_command, worker_environment
-from common.harness.launch import (
-    IMPLEMENTATIONS,
-    Implementation,
-    last_error,
-    require,
-)
+from common.harness.launch import IMPLEMENTATIONS, Implementation, last_error, require
 from common.io.edges import whole_number
 from common.io.usage import UsageError
 from common.spec.data import check_vocabulary

@@ -19,13 +19,7 @@ from common.io.console import make_console, say
 from common.io.edges import number, printable, write_file
 from common.io.usage import UsageError
 from common.report.plan import size as size_in_words
-from common.schedule.action import (
-    Op,
-    Schedule,
-    ScheduleError,
-    format_schedule,
-    require_size,
-)
+from common.schedule.action import Op, Schedule, ScheduleError, format_schedule, require_size
 from common.schedule.bound import lower_bound
 from common.schedule.controllable import why_not_v_min
 from common.schedule.draw import draw_color, draw_text

@@ -34,12 +34,7 @@ from types import FrameType
 import psutil
 from pydantic import ValidationError
 
-from common.harness.interpreters import (
-    interpreter,
-    why_lacking,
-    worker_command,
-    worker_environment,
-)
+from common.harness.interpreters import interpreter, why_lacking, worker_command, worker_environment
 from common.io.usage import UsageError
 from common.runtime.job import Job, JobFile, Part
 from common.runtime.loopback import why_no_loopback

@@ -16,12 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from common.harness.launch import (
-    IMPLEMENTATIONS,
-    Implementation,
-    run_jobs_in_worker,
-    why_missing,
-)
+from common.harness.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_worker, why_missing
 from common.harness.probes import Run, compare_probe, expected, read_probe
 from common.oracle.limits import Comparison, Difference
 from common.report.zoo import AVERAGED_STEPS, CURVE_STRIDE, LADDER_STEPS, Row

@@ -112,8 +112,8 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
         (
             "Statistics",
             f"runs per row: {' or '.join(map(str, repeats))}, each in a fresh process, rows taking "
-            "turns; first steps that "
-            f"are not counted: {_distinct(str(r.untimed_steps) for r in results)}",
+            "turns; first steps that are not counted: "
+            f"{_distinct(str(r.untimed_steps) for r in results)}",
         ),
         ("Kernels", _kernels(results)),
         *_gpus(results),

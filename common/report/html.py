@@ -31,10 +31,7 @@ THEMED |= {"#ffffff": "card", "#000000": "ink", RANGE_COLOR: "ink", "#f2f2f2": "
 
 
 def write_html(
-    collection: Collection,
-    sections: Sequence[Section],
-    figures: Mapping[str, Figure],
-    path: Path,
+    collection: Collection, sections: Sequence[Section], figures: Mapping[str, Figure], path: Path
 ) -> None:
     """Write the whole report to `path`, and the timelines that it shows into the runs' folders."""
     environment = Environment(

@@ -13,14 +13,7 @@ from common.io.edges import write_file
 from common.io.figure import log_y, new_figure
 from common.report.grid import Grid
 from common.report.plots import DPI, ORACLE_COLOR
-from common.report.zoo import (
-    AVERAGED_STEPS,
-    CURVE_STRIDE,
-    GOOD,
-    LADDER_STEPS,
-    Row,
-    Zoo,
-)
+from common.report.zoo import AVERAGED_STEPS, CURVE_STRIDE, GOOD, LADDER_STEPS, Row, Zoo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

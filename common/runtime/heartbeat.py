@@ -56,11 +56,7 @@ class Heartbeat:
     """
 
     def __init__(
-        self,
-        room: Room,
-        names: Sequence[str],
-        end: Callable[[str], None],
-        places: Places = NOWHERE,
+        self, room: Room, names: Sequence[str], end: Callable[[str], None], places: Places = NOWHERE
     ) -> None:
         self._room, self._names, self._end, self._of = room, names, end, places
         self.name = names[room.rank]

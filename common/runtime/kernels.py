@@ -86,8 +86,7 @@ PEAKS = (
 
 
 def answer(
-    arguments: Sequence[str],
-    prepare: Callable[[RunConfig], tuple[Operations, Mapping[str, Any]]],
+    arguments: Sequence[str], prepare: Callable[[RunConfig], tuple[Operations, Mapping[str, Any]]]
 ) -> int:
     """Run the worker: prepare, print the environment, then measure one round for each line read."""
     end_with_parent()

@@ -99,11 +99,7 @@ def _corpus(job: Job) -> Corpus:
 
 
 def _train_job(
-    engine: Engine,
-    job: Job,
-    corpus: Corpus,
-    began: float,
-    on_step: Callable[[int, float], None],
+    engine: Engine, job: Job, corpus: Corpus, began: float, on_step: Callable[[int, float], None]
 ) -> Part:
     """Do a job that trains, and write the tensors of its kind."""
     config = job.config

@@ -285,9 +285,7 @@ def build_schedule(
     devices = tuple(
         tuple(
             replace(
-                a,
-                op=Op.BW if merged and a.op is Op.B else a.op,
-                micro_batch=a.micro_batch - base,
+                a, op=Op.BW if merged and a.op is Op.B else a.op, micro_batch=a.micro_batch - base
             )
             for a in row
         )

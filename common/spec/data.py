@@ -253,8 +253,8 @@ def tokenize(config: RunConfig, text: Text) -> Corpus:
     if min(len(corpus.train), len(corpus.held_out)) < needed:
         raise CorpusError(
             f"the corpus has {len(corpus.tokens)} tokens; expected at least "
-            f"{int(needed / HELD_OUT_FRACTION) + 1}, "
-            f"so that a tenth of it holds one sequence of {needed}"
+            f"{int(needed / HELD_OUT_FRACTION) + 1}, so that a tenth of it holds one sequence of "
+            f"{needed}"
         )
     mask = corpus.mask_token(config.model)
     if not config.model.causal and mask == config.model.vocab_size - 1 == corpus.tokens.max():
@@ -355,8 +355,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
             f"{where}: has {tokenizer.vocab_size} tokens, added and special ones included; the "
-            "model has "
-            f"vocab_size = {vocab_size}, expected at least {tokenizer.vocab_size}"
+            f"model has vocab_size = {vocab_size}, expected at least {tokenizer.vocab_size}"
         )
 
 

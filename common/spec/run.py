@@ -190,8 +190,8 @@ class TrainSpec(Frozen):
         if self.micro_batches > self.batch_size:
             raise ValueError(
                 f"micro_batches = {self.micro_batches} is more than batch_size = "
-                f"{self.batch_size}, and a micro-batch has "
-                f"at least one sequence; expected 1 to {self.batch_size}"
+                f"{self.batch_size}, and a micro-batch has at least one sequence; expected 1 to "
+                f"{self.batch_size}"
             )
         if self.warmup_steps > self.steps:
             raise ValueError(
@@ -269,8 +269,7 @@ class RunConfig(Frozen):
         "features of the feed-forward layer, each shard a device of its own",
     )
     vocab_parallel: bool = Field(
-        False,
-        description="shards cut the token embedding and the head too, over the vocabulary",
+        False, description="shards cut the token embedding and the head too, over the vocabulary"
     )
     compress: str = Field(
         "none",
@@ -453,8 +452,7 @@ class RunConfig(Frozen):
         if parts > units:
             return (
                 f"stages x chunks = {parts} is more than the {units} units (embedding, "
-                f"{self.model.num_layers} blocks, "
-                f"head); expected at most {units}"
+                f"{self.model.num_layers} blocks, head); expected at most {units}"
             )
         if isinstance(self.partition, tuple):
             edges = (0, *self.partition, units)

@@ -13,13 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from common.io.progress import byte_bar
-from common.spec.corpus_files import (
-    CorpusError,
-    CorpusFile,
-    Document,
-    find_files,
-    read_documents,
-)
+from common.spec.corpus_files import CorpusError, CorpusFile, Document, find_files, read_documents
 
 MARKS = {  # the longer ones first, since they begin as the others
     codecs.BOM_UTF32_LE: "UTF-32",

@@ -147,15 +147,13 @@ class Chunk:
         if not isinstance(x, keras.KerasTensor):
             raise ValueError(
                 f"layer {self.layers[-1].name} is the last on its device and its output is a "
-                f"{type(x).__name__}; expected "
-                "one tensor"
+                f"{type(x).__name__}; expected one tensor"
             )
         if not self.is_last and not floating[-1]:
             raise ValueError(
                 f"layer {self.layers[-1].name} is the last on its device and its output is "
-                f"{x.dtype}, which has no "
-                "gradient; expected a partition that puts the first layer with a floating output "
-                "on the first device"
+                f"{x.dtype}, which has no gradient; expected a partition that puts the first layer "
+                "with a floating output on the first device"
             )
         self.num_first = floating.index(True) + 1 if True in floating else len(floating)
         self.collect_variables()

@@ -98,8 +98,8 @@ class BatchLoss(NamedTuple):
             if len(fitted[0].shape) != len(fitted[1].shape):
                 raise ValueError(
                     f"sample_weight of shape {tuple(sample_weight.shape)} for a loss of shape "
-                    f"{tuple(values.shape)}; "
-                    "expected a weight for every value, or 1 in place of an axis"
+                    f"{tuple(values.shape)}; expected a weight for every value, or 1 in place of "
+                    "an axis"
                 )
         # Keras puts the mask into the weight, so that a masked value counts for nothing.
         masks = [mask for mask in (mask_of(prediction), mask_of(values)) if mask is not None]
@@ -135,8 +135,7 @@ def check_loss(loss: Any) -> None:
     if isinstance(found, keras.losses.Loss) and found.reduction in (None, "none"):
         raise ValueError(
             f"loss reduction {found.reduction!r} gives no number to report; expected sum, "
-            "sum_over_batch_size, mean or "
-            "mean_with_sample_weight"
+            "sum_over_batch_size, mean or mean_with_sample_weight"
         )
     if getattr(found, "fn", found) is keras.losses.circle or isinstance(found, keras.losses.Circle):
         raise ValueError(
@@ -218,6 +217,6 @@ def _tried(
             return "sum"
     raise ValueError(
         f"the loss {getattr(loss, 'name', loss)} of a batch is neither the sum nor the mean of its "
-        "samples' losses, so it "
-        "cannot be computed in micro-batches; expected one value per sample, or num_micro_batches=1"
+        "samples' losses, so it cannot be computed in micro-batches; expected one value per "
+        "sample, or num_micro_batches=1"
     )

@@ -47,16 +47,14 @@ def row_of(given: Sequence[Any]) -> Row:
         if layer._inbound_nodes:
             raise ValueError(
                 f"layer {i} ({layer.name}) is part of another model, whose functions would go on "
-                "with its old weights; "
-                "expected a new layer"
+                "with its old weights; expected a new layer"
             )
         if any(layer is other for other in layers[:i]):
             raise ValueError(f"layer {i} ({layer.name}) comes twice; expected two layers")
         if any(getattr(inner, "stateful", False) for inner in layer._flatten_layers()):
             raise ValueError(
                 f"layer {i} ({layer.name}) is stateful, so a micro-batch would begin where other "
-                "samples ended; expected "
-                "stateful=False"
+                "samples ended; expected stateful=False"
             )
         if any(layer.name == other.name for other in layers[:i]):
             raise ValueError(

@@ -102,10 +102,7 @@ def read_config(source: Source, kind: type[Config]) -> Config | None:
 
 
 def read_weights(
-    tensors: Tensors,
-    spec: TransformerSpec,
-    shapes: Mapping[str, tuple[int, ...]],
-    embedding: str,
+    tensors: Tensors, spec: TransformerSpec, shapes: Mapping[str, tuple[int, ...]], embedding: str
 ) -> tuple[TransformerSpec, dict[str, NDArray[Any]]]:
     """Return the tensors of these shapes, and HEAD if the head is not tied, with the model.
 
