@@ -26,6 +26,7 @@ from common.runtime.habits import (
     late_learning_rate,
     loaded_through,
     patch,
+    replaced,
     swapped_swiglu,
     switched,
     transposed_square_weight,
@@ -40,7 +41,7 @@ from tf_impl.keras_optimizers import SGD, make_optimizer
 from tf_impl.keras_pipeline.chunk import apply_layer
 from tf_impl.precision import RMSNorm, at_least_float32, product
 
-_Patches = list[AbstractContextManager[None]]
+rotate, dropout_context = layers.rotate, GPipeModel.dropout_context
 
 
 def switch(config: RunConfig) -> AbstractContextManager[None]:
@@ -51,74 +52,40 @@ def switch(config: RunConfig) -> AbstractContextManager[None]:
 # ------------------------------------------------------------------------------------------- layers
 
 
-def _tanh_gelu(config: RunConfig) -> _Patches:
-    return [patch(layers, "gelu", keras.ops.gelu)]
+def _moved_scale(q: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
+    return at_least_float32(product(q / math.sqrt(q.shape[-1]), k, transpose_b=True))
 
 
-def _float32_gelu_constant(config: RunConfig) -> _Patches:
-    return [patch(layers, "gelu", lambda x: tf.nn.gelu(x, approximate=False))]
+def _neighbouring_rotary_pairs(x: tf.Tensor, *options: Any) -> tf.Tensor:
+    turned = rotate(tf.concat([x[..., ::2], x[..., 1::2]], -1), *options)
+    return tf.reshape(tf.stack(tf.split(turned, 2, -1), -1), tf.shape(x))
 
 
-def _layer_norm_epsilon(config: RunConfig) -> _Patches:
-    def norm(spec: TransformerSpec, name: str, dtype: str) -> keras.layers.Layer:
-        return keras.layers.LayerNormalization(name=name, dtype=dtype)
-
-    return [patch(layers, "norm", norm)]
-
-
-def _moved_scale(config: RunConfig) -> _Patches:
-    def products(q: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
-        return at_least_float32(product(q / math.sqrt(q.shape[-1]), k, transpose_b=True))
-
-    return [patch(layers, "scaled_products", products)]
+def _float32_rotary_angles(x: tf.Tensor, theta: float, *_: Any) -> tf.Tensor:
+    tables = float32_rotary_angles(x.shape[2], x.shape[3] // 2, theta)
+    cos, sin = (tf.constant(table, x.dtype) for table in tables)
+    a, b = tf.split(x, 2, -1)
+    return tf.concat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def _neighbouring_rotary_pairs(config: RunConfig) -> _Patches:
-    rotate = layers.rotate
-
-    def neighbours(x: tf.Tensor, *options: Any) -> tf.Tensor:
-        turned = rotate(tf.concat([x[..., ::2], x[..., 1::2]], -1), *options)
-        return tf.reshape(tf.stack(tf.split(turned, 2, -1), -1), tf.shape(x))
-
-    return [patch(layers, "rotate", neighbours)]
+def _keras_norm(kind: type[keras.layers.Layer]) -> Habit:
+    """Keras' own norm, with its own epsilon."""
+    return replaced(layers, "norm", lambda spec, name, dtype: kind(name=name, dtype=dtype))
 
 
-def _float32_rotary_angles(config: RunConfig) -> _Patches:
-    def rotate(x: tf.Tensor, theta: float, *_: Any) -> tf.Tensor:
-        tables = float32_rotary_angles(x.shape[2], x.shape[3] // 2, theta)
-        cos, sin = (tf.constant(table, x.dtype) for table in tables)
-        a, b = tf.split(x, 2, -1)
-        return tf.concat([a * cos - b * sin, b * cos + a * sin], -1)
-
-    return [patch(layers, "rotate", rotate)]
+class _Float32RMSNorm(RMSNorm):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        narrow = tf.cast(x, tf.float32)
+        square = tf.reduce_mean(narrow * narrow, -1, keepdims=True)
+        normal = narrow * tf.math.rsqrt(square + self.epsilon)
+        return self.gamma * tf.cast(normal, x.dtype)
 
 
-def _rms_norm_epsilon(config: RunConfig) -> _Patches:
-    def norm(spec: TransformerSpec, name: str, dtype: str) -> keras.layers.Layer:
-        return keras.layers.RMSNormalization(name=name, dtype=dtype)
-
-    return [patch(layers, "norm", norm)]
+def _float32_rms_norm(spec: TransformerSpec, name: str, dtype: str) -> keras.layers.Layer:
+    return _Float32RMSNorm(spec.norm_epsilon, name=name, dtype=dtype)
 
 
-def _float32_rms_norm(config: RunConfig) -> _Patches:
-    class Float32RMSNorm(RMSNorm):
-        def call(self, x: tf.Tensor) -> tf.Tensor:
-            narrow = tf.cast(x, tf.float32)
-            square = tf.reduce_mean(narrow * narrow, -1, keepdims=True)
-            normal = narrow * tf.math.rsqrt(square + self.epsilon)
-            return self.gamma * tf.cast(normal, x.dtype)
-
-    def norm(spec: TransformerSpec, name: str, dtype: str) -> keras.layers.Layer:
-        return Float32RMSNorm(spec.norm_epsilon, name=name, dtype=dtype)
-
-    return [patch(layers, "norm", norm)]
-
-
-def _tiled_kv_heads(config: RunConfig) -> _Patches:
-    return [patch(layers, "share_heads", lambda x, group: tf.tile(x, (1, group, 1, 1)))]
-
-
-def _onednn(config: RunConfig) -> _Patches:
+def _onednn(config: RunConfig) -> list[AbstractContextManager[None]]:
     """TensorFlow reads this once, when it is imported: `configure` has set it."""
     if os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "1":
         raise ValueError(
@@ -136,24 +103,12 @@ def _tf32_execution() -> Iterator[None]:
         tf.config.experimental.enable_tensor_float_32_execution(False)
 
 
-def _tf32(config: RunConfig) -> _Patches:
-    return [_tf32_execution()]
-
-
 # --------------------------------------------------------------------------------------------- loss
 
 
-def _mean_over_all_labels(config: RunConfig) -> _Patches:
-    """Keras' mean with sample weights 0 for what is ignored."""
-    return [patch(GPipeModel, "_divisor", lambda self, traced, x, labels: np.size(labels[0]))]
-
-
-def _mean_per_micro_batch(config: RunConfig) -> _Patches:
-    return [patch(GPipeModel, "_micro_batch_loss", _own_mean(config.train.micro_batches))]
-
-
-def _unscaled_micro_batches(config: RunConfig) -> _Patches:
-    return [patch(GPipeModel, "_micro_batch_loss", _own_mean(1))]
+def _all_labels(self: GPipeModel, traced: Any, x: Any, labels: Sequence[Any]) -> int:
+    """The divisor of Keras' mean, with sample weights 0 for what is ignored."""
+    return np.size(labels[0])
 
 
 def _own_mean(divisor: int) -> Callable[..., tf.Tensor]:
@@ -171,48 +126,35 @@ def _own_mean(divisor: int) -> Callable[..., tf.Tensor]:
 # ---------------------------------------------------------------------------------------- optimizer
 
 
-def _adam_epsilon_hat(config: RunConfig) -> _Patches:
-    class AdamWWithEpsilonHat(keras.optimizers.AdamW):
-        """Keras' own, with its own epsilon."""
+class _AdamWWithEpsilonHat(keras.optimizers.AdamW):
+    """Keras' own, with its own epsilon."""
 
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options | {"epsilon": 1e-7})
-
-    return [patch(keras_optimizers, "AdamW", AdamWWithEpsilonHat)]
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options | {"epsilon": 1e-7})
 
 
-def _keras_momentum(config: RunConfig) -> _Patches:
-    class KerasMomentum(SGD):
-        """m = momentum x m - rate x g; w += m."""
+class _KerasMomentum(SGD):
+    """m = momentum x m - rate x g; w += m."""
 
-        def update_step(
-            self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
-        ) -> None:
-            if self.l2 and self._use_weight_decay(variable):
-                gradient = gradient + self.l2 * variable
-            keras.optimizers.SGD.update_step(self, gradient, variable, learning_rate)
-
-    return [patch(keras_optimizers, "SGD", KerasMomentum)]
+    def update_step(
+        self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
+    ) -> None:
+        if self.l2 and self._use_weight_decay(variable):
+            gradient = gradient + self.l2 * variable
+        keras.optimizers.SGD.update_step(self, gradient, variable, learning_rate)
 
 
-def _per_stage_clipping(config: RunConfig) -> _Patches:
-    def clip(self: GPipeModel, squares: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
-        scales = [
-            clip_scale(global_norm(list(own)), self.optimizer.global_clipnorm) for own in squares
-        ]
-        return global_norm([square for own in squares for square in own]), scales
-
-    return [patch(GPipeModel, "_clip", clip)]
-
-
-def _decay_everything(config: RunConfig) -> _Patches:
-    return [patch(engine, "make_optimizer", lambda train, not_decayed: make_optimizer(train, []))]
+def _per_stage_clipping(
+    self: GPipeModel, squares: Sequence[Sequence[float]]
+) -> tuple[float, list[float]]:
+    scales = [clip_scale(global_norm(list(own)), self.optimizer.global_clipnorm) for own in squares]
+    return global_norm([square for own in squares for square in own]), scales
 
 
 # ---------------------------------------------------------------------------- weights and gradients
 
 
-def _sparse_embedding_gradient(config: RunConfig) -> _Patches:
+def _sparse_embedding_gradient(config: RunConfig) -> list[AbstractContextManager[None]]:
     """The token embedding's gradient as `tf.gather` gives it: a row for every token of the text, so
     one token has many.
 
@@ -294,55 +236,48 @@ def _squared_rows(model: GPipeModel, x: Any, y: Any, step: int) -> tf.Tensor:
     return total
 
 
-def _untied_gradients(config: RunConfig) -> _Patches:
-    return [patch(GPipeModel, "_add_tied_gradients", lambda self: None)]
-
-
 # ------------------------------------------------------------------------------------------ dropout
 
 
-def _local_dropout_samples(config: RunConfig) -> _Patches:
-    shared = GPipeModel.dropout_context
-
-    def context(self: GPipeModel, *arguments: int) -> list[tuple[int, NDArray[Any]]]:
-        return [(key, samples - samples[0]) for key, samples in shared(self, *arguments)]
-
-    return [patch(GPipeModel, "dropout_context", context)]
-
-
-def _native_dropout(config: RunConfig) -> _Patches:
-    return [patch(layers, "dropout", native_dropout)]
+def _local_dropout_samples(self: GPipeModel, *arguments: int) -> list[tuple[int, NDArray[Any]]]:
+    return [(key, samples - samples[0]) for key, samples in dropout_context(self, *arguments)]
 
 
 HABITS: dict[str, Habit] = {
-    "tanh-gelu": _tanh_gelu,
-    "float32-gelu-constant": _float32_gelu_constant,
-    "layer-norm-epsilon": _layer_norm_epsilon,
-    "adam-epsilon-hat": _adam_epsilon_hat,
+    "tanh-gelu": replaced(layers, "gelu", keras.ops.gelu),
+    "float32-gelu-constant": replaced(layers, "gelu", lambda x: tf.nn.gelu(x, approximate=False)),
+    "layer-norm-epsilon": _keras_norm(keras.layers.LayerNormalization),
+    "adam-epsilon-hat": replaced(keras_optimizers, "AdamW", _AdamWWithEpsilonHat),
     "sparse-embedding-gradient": _sparse_embedding_gradient,
-    "keras-momentum": _keras_momentum,
+    "keras-momentum": replaced(keras_optimizers, "SGD", _KerasMomentum),
     "onednn": _onednn,
-    "mean-over-all-labels": _mean_over_all_labels,
-    "mean-per-micro-batch": _mean_per_micro_batch,
-    "unscaled-micro-batches": _unscaled_micro_batches,
-    "per-stage-clipping": _per_stage_clipping,
+    "mean-over-all-labels": replaced(GPipeModel, "_divisor", _all_labels),
+    "mean-per-micro-batch": lambda config: [
+        patch(GPipeModel, "_micro_batch_loss", _own_mean(config.train.micro_batches))
+    ],
+    "unscaled-micro-batches": replaced(GPipeModel, "_micro_batch_loss", _own_mean(1)),
+    "per-stage-clipping": replaced(GPipeModel, "_clip", _per_stage_clipping),
     "default-weight-decay": with_train(engine, "make_optimizer", weight_decay=0.004),
-    "decay-everything": _decay_everything,
+    "decay-everything": replaced(
+        engine, "make_optimizer", lambda train, _: make_optimizer(train, [])
+    ),
     "default-betas": with_train(engine, "make_optimizer", beta2=0.999),
     "late-learning-rate": late_learning_rate(engine),
     "transposed-square-weight": loaded_through(engine, transposed_square_weight),
     "causal-encoder": attention_of(layers, causal=True),
-    "moved-scale": _moved_scale,
-    "neighbouring-rotary-pairs": _neighbouring_rotary_pairs,
+    "moved-scale": replaced(layers, "scaled_products", _moved_scale),
+    "neighbouring-rotary-pairs": replaced(layers, "rotate", _neighbouring_rotary_pairs),
     "default-rotary-theta": attention_of(layers, rope_theta=10_000.0),
-    "float32-rotary-angles": _float32_rotary_angles,
-    "rms-norm-epsilon": _rms_norm_epsilon,
-    "float32-rms-norm": _float32_rms_norm,
-    "tiled-kv-heads": _tiled_kv_heads,
+    "float32-rotary-angles": replaced(layers, "rotate", _float32_rotary_angles),
+    "rms-norm-epsilon": _keras_norm(keras.layers.RMSNormalization),
+    "float32-rms-norm": replaced(layers, "norm", _float32_rms_norm),
+    "tiled-kv-heads": replaced(
+        layers, "share_heads", lambda x, group: tf.tile(x, (1, group, 1, 1))
+    ),
     "swapped-swiglu": loaded_through(engine, swapped_swiglu),
-    "local-dropout-samples": _local_dropout_samples,
-    "native-dropout": _native_dropout,
-    "untied-gradients": _untied_gradients,
-    "tf32": _tf32,
+    "local-dropout-samples": replaced(GPipeModel, "dropout_context", _local_dropout_samples),
+    "native-dropout": replaced(layers, "dropout", native_dropout),
+    "untied-gradients": replaced(GPipeModel, "_add_tied_gradients", lambda self: None),
+    "tf32": lambda config: [_tf32_execution()],
 }
 """In the order of `common.spec.habits.DRIFTS`."""

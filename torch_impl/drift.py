@@ -24,6 +24,7 @@ from common.runtime.habits import (
     late_learning_rate,
     loaded_through,
     patch,
+    replaced,
     swapped_swiglu,
     switched,
     transposed_square_weight,
@@ -38,9 +39,7 @@ from torch_impl.optimizer import StageOptimizer
 from torch_impl.stage import Stage
 from torch_impl.weights import NamedParameter
 
-_Patches = list[AbstractContextManager[None]]
-
-summed_loss, shared_dropout = layers.summed_loss, Stage._dropout
+summed_loss, rotate, shared_dropout = layers.summed_loss, layers.rotate, Stage._dropout
 
 
 def switch(config: RunConfig) -> AbstractContextManager[None]:
@@ -49,14 +48,6 @@ def switch(config: RunConfig) -> AbstractContextManager[None]:
 
 
 # --------------------------------------------------------------------------------------------- loss
-
-
-def _mean_per_micro_batch(config: RunConfig) -> _Patches:
-    return [patch(stage, "summed_loss", _own_mean(config.train.micro_batches))]
-
-
-def _unscaled_micro_batches(config: RunConfig) -> _Patches:
-    return [patch(stage, "summed_loss", _own_mean(1))]
 
 
 def _own_mean(divisor: int) -> Callable[[Tensor, Tensor, int], Tensor]:
@@ -73,28 +64,18 @@ def _own_mean(divisor: int) -> Callable[[Tensor, Tensor, int], Tensor]:
 # ---------------------------------------------------------------------------------------- optimizer
 
 
-def _per_stage_clipping(config: RunConfig) -> _Patches:
-    def apply_gradients(self: PipelineEngine, step: int) -> float:
-        squares = self._on_all(lambda d: self._optimizers[d].squared_norms())
-        scales = [clip_scale(global_norm(own), config.train.clip_norm) for own in squares]
-        self._on_all(lambda d: self._optimizers[d].step(step, scales[d]))
-        return global_norm([square for own in squares for square in own])
-
-    return [patch(PipelineEngine, "apply_gradients", apply_gradients)]
+def _per_stage_clipping(self: PipelineEngine, step: int) -> float:
+    squares = self._on_all(lambda d: self._optimizers[d].squared_norms())
+    scales = [clip_scale(global_norm(own), self.config.train.clip_norm) for own in squares]
+    self._on_all(lambda d: self._optimizers[d].step(step, scales[d]))
+    return global_norm([square for own in squares for square in own])
 
 
-def _clip_epsilon(config: RunConfig) -> _Patches:
-    def scale(norm: float, clip_norm: float | None) -> float:
-        return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
-
-    return [patch(engine, "clip_scale", scale)]
+def _clip_epsilon(norm: float, clip_norm: float | None) -> float:
+    return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
 
 
-def _coupled_decay(config: RunConfig) -> _Patches:
-    return [patch(optimizer, "AdamW", torch.optim.Adam)]
-
-
-def _unrounded_hyperparameters(config: RunConfig) -> _Patches:
+def _unrounded_hyperparameters(config: RunConfig) -> list[AbstractContextManager[None]]:
     """What was meant by a hyperparameter is the double nearest to its first seven digits."""
 
     def exact(train: TrainSpec, named: Sequence[NamedParameter]) -> StageOptimizer:
@@ -110,108 +91,76 @@ def _unrounded_hyperparameters(config: RunConfig) -> _Patches:
 # -------------------------------------------------------------------------------------------- model
 
 
-def _inverted_attention_mask(config: RunConfig) -> _Patches:
+def _inverted_attention_mask(size: int) -> Tensor:
     """Everything up to a token's own place is hidden; for the last that is all, so no infinity."""
-
-    def mask(size: int) -> Tensor:
-        return torch.full((size, size), -1e9).tril()
-
-    return [patch(layers, "causal_mask", mask)]
+    return torch.full((size, size), -1e9).tril()
 
 
-def _moved_scale(config: RunConfig) -> _Patches:
-    def products(q: Tensor, k: Tensor) -> Tensor:
-        return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-
-    return [patch(layers, "scaled_products", products)]
+def _moved_scale(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
 
 
-def _neighbouring_rotary_pairs(config: RunConfig) -> _Patches:
-    rotate = layers.rotate
-
-    def neighbours(x: Tensor, *options: Any) -> Tensor:
-        turned = rotate(torch.cat([x[..., ::2], x[..., 1::2]], -1), *options)
-        return torch.stack(turned.chunk(2, -1), -1).flatten(-2)
-
-    return [patch(layers, "rotate", neighbours)]
+def _neighbouring_rotary_pairs(x: Tensor, *options: Any) -> Tensor:
+    turned = rotate(torch.cat([x[..., ::2], x[..., 1::2]], -1), *options)
+    return torch.stack(turned.chunk(2, -1), -1).flatten(-2)
 
 
-def _float32_rotary_angles(config: RunConfig) -> _Patches:
-    def rotate(x: Tensor, theta: float, *_: int) -> Tensor:
-        tables = float32_rotary_angles(x.shape[2], x.shape[3] // 2, theta)
-        cos, sin = (torch.from_numpy(table).to(x) for table in tables)
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-    return [patch(layers, "rotate", rotate)]
+def _float32_rotary_angles(x: Tensor, theta: float, *_: int) -> Tensor:
+    tables = float32_rotary_angles(x.shape[2], x.shape[3] // 2, theta)
+    cos, sin = (torch.from_numpy(table).to(x) for table in tables)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def _rms_norm_epsilon(config: RunConfig) -> _Patches:
-    return [patch(layers, "norm", lambda spec: nn.RMSNorm(spec.d_model))]
+class _Float32RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        normal = nn.functional.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+        return self.weight * normal.to(x.dtype)
 
 
-def _float32_rms_norm(config: RunConfig) -> _Patches:
-    class Float32RMSNorm(nn.RMSNorm):
-        def forward(self, x: Tensor) -> Tensor:
-            normal = nn.functional.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
-            return self.weight * normal.to(x.dtype)
-
-    return [patch(layers, "norm", lambda spec: Float32RMSNorm(spec.d_model, spec.norm_epsilon))]
+# ------------------------------------------------------------------------------------------ dropout
 
 
-def _tiled_kv_heads(config: RunConfig) -> _Patches:
-    return [patch(layers, "share_heads", lambda x, group: x.repeat(1, group, 1, 1))]
+def _local_dropout_samples(
+    self: Stage, key: int, samples: Tensor, first_sample: int
+) -> DropoutContext:
+    return shared_dropout(self, key, samples - first_sample, 0)
 
 
-def _local_dropout_samples(config: RunConfig) -> _Patches:
-    def context(self: Stage, key: int, samples: Tensor, first_sample: int) -> DropoutContext:
-        return shared_dropout(self, key, samples - first_sample, 0)
-
-    return [patch(Stage, "_dropout", context)]
-
-
-def _native_dropout(config: RunConfig) -> _Patches:
-    def context(self: Stage, key: int, samples: Tensor, first_sample: int) -> DropoutContext:
-        return shared_dropout(self, key, samples, first_sample)._replace(
-            generator=torch.Generator(self.device)
-        )
-
-    return [patch(Stage, "_dropout", context)]
-
-
-def _untied_gradients(config: RunConfig) -> _Patches:
-    return [patch(PipelineEngine, "_add_tied_gradients", lambda self: None)]
-
-
-def _tf32(config: RunConfig) -> _Patches:
-    return [patch(torch.backends.cuda.matmul, "allow_tf32", True)]
+def _native_dropout(self: Stage, key: int, samples: Tensor, first_sample: int) -> DropoutContext:
+    own = torch.Generator(self.device)
+    return shared_dropout(self, key, samples, first_sample)._replace(generator=own)
 
 
 HABITS: dict[str, Habit] = {
-    "mean-per-micro-batch": _mean_per_micro_batch,
-    "unscaled-micro-batches": _unscaled_micro_batches,
-    "per-stage-clipping": _per_stage_clipping,
-    "clip-epsilon": _clip_epsilon,
+    "mean-per-micro-batch": lambda config: [
+        patch(stage, "summed_loss", _own_mean(config.train.micro_batches))
+    ],
+    "unscaled-micro-batches": replaced(stage, "summed_loss", _own_mean(1)),
+    "per-stage-clipping": replaced(PipelineEngine, "apply_gradients", _per_stage_clipping),
+    "clip-epsilon": replaced(engine, "clip_scale", _clip_epsilon),
     "default-weight-decay": with_train(engine, "StageOptimizer", weight_decay=0.01),
     "decay-everything": with_train(engine, "StageOptimizer", no_decay=()),
-    "coupled-decay": _coupled_decay,
+    "coupled-decay": replaced(optimizer, "AdamW", torch.optim.Adam),
     "default-betas": with_train(engine, "StageOptimizer", beta2=0.999),
     "unrounded-hyperparameters": _unrounded_hyperparameters,
     "late-learning-rate": late_learning_rate(optimizer),
     "transposed-square-weight": loaded_through(engine, transposed_square_weight),
-    "inverted-attention-mask": _inverted_attention_mask,
+    "inverted-attention-mask": replaced(layers, "causal_mask", _inverted_attention_mask),
     "causal-encoder": attention_of(layers, causal=True),
-    "moved-scale": _moved_scale,
-    "neighbouring-rotary-pairs": _neighbouring_rotary_pairs,
+    "moved-scale": replaced(layers, "scaled_products", _moved_scale),
+    "neighbouring-rotary-pairs": replaced(layers, "rotate", _neighbouring_rotary_pairs),
     "default-rotary-theta": attention_of(layers, rope_theta=10_000.0),
-    "float32-rotary-angles": _float32_rotary_angles,
-    "rms-norm-epsilon": _rms_norm_epsilon,
-    "float32-rms-norm": _float32_rms_norm,
-    "tiled-kv-heads": _tiled_kv_heads,
+    "float32-rotary-angles": replaced(layers, "rotate", _float32_rotary_angles),
+    "rms-norm-epsilon": replaced(layers, "norm", lambda spec: nn.RMSNorm(spec.d_model)),
+    "float32-rms-norm": replaced(
+        layers, "norm", lambda spec: _Float32RMSNorm(spec.d_model, spec.norm_epsilon)
+    ),
+    "tiled-kv-heads": replaced(layers, "share_heads", lambda x, group: x.repeat(1, group, 1, 1)),
     "swapped-swiglu": loaded_through(engine, swapped_swiglu),
-    "local-dropout-samples": _local_dropout_samples,
-    "native-dropout": _native_dropout,
-    "untied-gradients": _untied_gradients,
-    "tf32": _tf32,
+    "local-dropout-samples": replaced(Stage, "_dropout", _local_dropout_samples),
+    "native-dropout": replaced(Stage, "_dropout", _native_dropout),
+    "untied-gradients": replaced(PipelineEngine, "_add_tied_gradients", lambda self: None),
+    "tf32": replaced(torch.backends.cuda.matmul, "allow_tf32", True),
 }
 """In the order of `common.spec.habits.DRIFTS`."""

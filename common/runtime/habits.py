@@ -32,6 +32,11 @@ def patch(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+def replaced(owner: Any, name: str, value: Any) -> Habit:
+    """Let `value` stand for one name, whatever the run."""
+    return lambda config: [patch(owner, name, value)]
+
+
 def attention_of(layers: Any, **changes: Any) -> Habit:
     """Let the attention of this module read these fields of `TransformerSpec` otherwise."""
     attention = layers.Attention
@@ -39,7 +44,7 @@ def attention_of(layers: Any, **changes: Any) -> Habit:
     def build(spec: TransformerSpec, *options: Any) -> Any:
         return attention(spec.model_copy(update=changes), *options)
 
-    return lambda config: [patch(layers, "Attention", build)]
+    return replaced(layers, "Attention", build)
 
 
 def with_train(owner: Any, name: str, **changes: Any) -> Habit:
@@ -49,7 +54,7 @@ def with_train(owner: Any, name: str, **changes: Any) -> Habit:
     def changed(train: TrainSpec, named: Sequence[Any]) -> Any:
         return make(train.model_copy(update=changes), named)
 
-    return lambda config: [patch(owner, name, changed)]
+    return replaced(owner, name, changed)
 
 
 def late_learning_rate(owner: Any) -> Habit:
@@ -58,15 +63,13 @@ def late_learning_rate(owner: Any) -> Habit:
     def late(train: TrainSpec, step: int) -> float:
         return train.learning_rate_at(max(0, step - 1))
 
-    return lambda config: [patch(owner, "learning_rate", late)]
+    return replaced(owner, "learning_rate", late)
 
 
 def loaded_through(engine: Any, change: Callable[[Arrays], Arrays]) -> Habit:
     """Let `engine.load_weights` load what `change` makes of the canonical arrays."""
     load = engine.load_weights
-    return lambda config: [
-        patch(engine, "load_weights", lambda named, arrays: load(named, change(arrays)))
-    ]
+    return replaced(engine, "load_weights", lambda named, arrays: load(named, change(arrays)))
 
 
 def transposed_square_weight(arrays: Arrays) -> Arrays:
