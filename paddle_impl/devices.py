@@ -30,9 +30,8 @@ def configure(ranks: int, threads: int | None, device: str) -> None:
     )
     os.environ.update(FLAGS_use_onednn="0")
     os.environ.setdefault("GLOG_minloglevel", "2")
-    warnings.filterwarnings(
-        "ignore", message="No ccache found"
-    )  # said by the import, needed for C++ extensions only
+    # said by the import, needed for C++ extensions only
+    warnings.filterwarnings("ignore", message="No ccache found")
     if set(stage_devices(ranks, device)) == {"cpu"} and "FLAGS_use_stride_kernel" not in os.environ:
         import paddle
 

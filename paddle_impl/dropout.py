@@ -36,9 +36,8 @@ class DropoutContext:
     """Whether the masks are Paddle's own."""
     step_key: int | None = None
     """None: no dropout (evaluation)."""
-    samples: NDArray[np.int64] = field(
-        default_factory=lambda: np.arange(0)
-    )  # (b,), indices in the mini-batch
+    # (b,), indices in the mini-batch
+    samples: NDArray[np.int64] = field(default_factory=lambda: np.arange(0))
     elements: dict[int, Tensor] = field(default_factory=dict)
     """The part of the masks that only the position decides, kept by the number of elements."""
 
@@ -89,9 +88,8 @@ def keep_mask(
     keep = []
     for row in _signed(rows ^ (rows >> 16)):
         bits = _multiply_and_shift_(paddle.full_like(elements, row).bitwise_xor_(elements))  # (n,)
-        keep.append(
-            bits.bitwise_xor_(paddle.full_like(bits, -_SIGN)) >= least
-        )  # a comparison without sign
+        # a comparison without sign
+        keep.append(bits.bitwise_xor_(paddle.full_like(bits, -_SIGN)) >= least)
     return paddle.stack(keep).reshape(shape)
 
 

@@ -83,10 +83,8 @@ class PipelineEngine:
         gc.collect()  # an earlier engine of this process: fleet's objects refer to each other
         process.forget_peak_memory()
         paddle.set_default_dtype(config.train.dtype)
-        plan, context = (
-            plan_partition(config),
-            DropoutContext(config.model.dropout_masks == "native"),
-        )
+        plan = plan_partition(config)
+        context = DropoutContext(config.model.dropout_masks == "native")
         tokens = [own_tokens(config, shard) for shard in range(config.tensor_parallel)]
         columns = tuple(map(len, tokens)) if config.vocab_parallel else ()
         group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
@@ -156,13 +154,11 @@ class PipelineEngine:
     def predict(self, inputs: NDArray[Any]) -> NDArray[Any]:
         self._begin(Batch(0, inputs, np.zeros_like(inputs)), Mode.PREDICT)
         self.pipeline.walk(self.schedule.only_forward())
-        pieces = [
-            self.stage.outputs.pop(key) for key in sorted(self.stage.outputs)
-        ]  # of the rank that has the head
+        # of the rank that has the head
+        pieces = [self.stage.outputs.pop(key) for key in sorted(self.stage.outputs)]
         shape = [*inputs.shape, self.config.model.vocab_size]
-        logits = (
-            paddle.concat(pieces) if pieces else paddle.empty(shape, self.config.train.dtype)
-        )  # (B, S, V)
+        # (B, S, V)
+        logits = paddle.concat(pieces) if pieces else paddle.empty(shape, self.config.train.dtype)
         if self.config.stages > 1:
             group = self.pipeline.pp_group
             paddle.distributed.broadcast(logits, group.ranks[self.schedule.location[-1][0]], group)
@@ -213,9 +209,8 @@ class PipelineEngine:
         return {self._stage: process.peak_memory_bytes()}
 
     def held_bytes_peak(self) -> dict[int, int]:
-        if self.config.executor == "native" or static_units(
-            self.config
-        ):  # a program's tensors are its own
+        # a program's tensors are its own
+        if self.config.executor == "native" or static_units(self.config):
             return {}
         return {self._stage: self.stage.held.peak_bytes}
 
@@ -227,9 +222,8 @@ class PipelineEngine:
     def close(self) -> None:
         self.stage.in_flight.clear()
         self.stage.waiting.clear()
-        for shared in (
-            self.pipeline._layers.shared_comm.values()
-        ):  # fleet makes these groups anew for every model
+        # fleet makes these groups anew for every model
+        for shared in self.pipeline._layers.shared_comm.values():
             paddle.distributed.destroy_process_group(shared["group"])
 
     def _begin(self, batch: Batch, mode: Mode) -> None:

@@ -184,9 +184,8 @@ class NativePipeline(PipelineParallel):
 
     def walk(self, schedule: Schedule, ahead: Callable[[], None] = lambda: None) -> list[Event]:
         """Run this rank's line of the schedule, `ahead` before every action; return what it did."""
-        shapes = [
-            [*tokens.shape, self.config.model.d_model] for tokens in self.stage.tokens
-        ]  # (b, S, D), at every cut
+        # (b, S, D), at every cut
+        shapes = [[*tokens.shape, self.config.model.d_model] for tokens in self.stage.tokens]
         channel = Channel(schedule, self.stage_id, shapes, self.config.train.dtype)
         with followed(self._clock, partial(self.on_action, self.stage_id)) as note:
 

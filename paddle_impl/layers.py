@@ -210,9 +210,8 @@ class FeedForward(nn.Layer):
     def forward(self, x: Tensor) -> Tensor:
         x = self.shards.enter(x)
         up = self.up(x)  # (B, S, F)
-        active = (
-            self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
-        )  # (B, S, F)
+        # (B, S, F)
+        active = self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
         return self.down(active)
 
 
@@ -319,9 +318,8 @@ class _SummedCrossEntropy(PyLayer):
         totals, at_target = shards.over_tokens(sums).split(2, 1)  # (N, 1), (N, 1)
         weights = counts.astype(logits.dtype)  # (N, 1)
         at_targets = (picked.exp() / totals - own) * weights  # (N, 1)
-        of_logits = exponentials.multiply_(weights / totals).put_along_axis_(
-            places, at_targets, 1
-        )  # (N, V)
+        # (N, V)
+        of_logits = exponentials.multiply_(weights / totals).put_along_axis_(places, at_targets, 1)
         ctx.save_for_backward(of_logits)
         return (totals.log() - at_target)[counts].sum()
 

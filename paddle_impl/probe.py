@@ -67,9 +67,8 @@ def _no_gradients(named: Sequence[NamedParameter]) -> Iterator[None]:
     them apart.
     """
     gradients = [item.parameter.grad for item in named]
-    kept = [
-        None if gradient is None else gradient.clone() for gradient in gradients
-    ]  # clearing empties their memory
+    # clearing empties their memory
+    kept = [None if gradient is None else gradient.clone() for gradient in gradients]
     for item in named:
         item.parameter.clear_gradient(set_to_zero=False)
     try:

@@ -46,9 +46,8 @@ def configure(
     choose_kernels(track, onednn)
     import tensorflow as tf
 
-    tf.get_logger().setLevel(
-        "ERROR"
-    )  # a stage's functions are many by design, and each is traced once
+    # a stage's functions are many by design, and each is traced once
+    tf.get_logger().setLevel("ERROR")
     tf.config.experimental.enable_tensor_float_32_execution(False)
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     own_threads = threads_per_stage(stages, threads)

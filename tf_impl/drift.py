@@ -164,9 +164,8 @@ def _sparse_embedding_gradient(config: RunConfig) -> list[AbstractContextManager
     # Keras would see tf.IndexedSlices; the pipeline adds dense gradients up, so what differs, the
     # sum of squared rows, is computed beside it and put in its place.
     shape = (config.model.vocab_size, config.model.d_model)
-    squares = tf.Variable(
-        tf.fill(shape, tf.constant(-1.0, config.train.dtype))
-    )  # negative: no rows seen yet
+    # negative: no rows seen yet
+    squares = tf.Variable(tf.fill(shape, tf.constant(-1.0, config.train.dtype)))
     forward_backward, clip = GPipeModel.forward_backward, GPipeModel._clip
 
     def with_rows(
@@ -194,11 +193,9 @@ def _sparse_embedding_gradient(config: RunConfig) -> list[AbstractContextManager
             if self._get_variable_index(variable) or tuple(variable.shape) != shape:
                 super().update_step(gradient, variable, learning_rate)
                 return
-            t, m, v = (
-                tf.cast(self.iterations, tf.float64) + 1.0,
-                self._momentums[0].value,
-                self._velocities[0].value,
-            )
+            t = tf.cast(self.iterations, tf.float64) + 1.0
+            m = self._momentums[0].value
+            v = self._velocities[0].value
             rate = tf.cast(learning_rate, tf.float64) / (1.0 - self.beta_1**t)
             root = tf.cast(tf.sqrt(1.0 - self.beta_2**t), gradient.dtype)
             square = tf.where(squares >= 0, squares, tf.square(gradient))

@@ -85,10 +85,8 @@ class OnCallingThread:
         import tensorflow as tf
 
         self.function = function
-        self.captured_inputs, self._types = (
-            list(function.captured_inputs),
-            [output.dtype for output in function.outputs],
-        )
+        self.captured_inputs = list(function.captured_inputs)
+        self._types = [output.dtype for output in function.outputs]
         config = tf.compat.v1.ConfigProto()  # an operation does not look at `tf.config`
         config.graph_options.rewrite_options.disable_meta_optimizer = True
         self._config = config.SerializeToString()

@@ -174,9 +174,19 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         """On GPUs this makes the host wait for the device three times an action."""
         self.on_action: Callable[[int, Action | None], None] = unwatched
         """Called with the device ahead of every action, with None after the last, on its thread."""
-        self._arguments = (num_stages, num_micro_batches, schedule_text(schedule))
-        self._options = (num_chunks, edges[1:-1], recompute, device, dtype, seed)
-        self._cut = {"tensor_parallel": tensor_parallel, "vocab_parallel": vocab_parallel}
+        self._options = {
+            "num_stages": num_stages,
+            "num_micro_batches": num_micro_batches,
+            "schedule": schedule_text(schedule),
+            "num_chunks": num_chunks,
+            "partition": edges[1:-1],
+            "recompute": recompute,
+            "device": device,
+            "dtype": dtype,
+            "seed": seed,
+            "tensor_parallel": tensor_parallel,
+            "vocab_parallel": vocab_parallel,
+        }
         self._input: keras.KerasTensor | None = None
         self._strategies = strategies
         self._threads = [ThreadPoolExecutor(1, f"stage-{d}") for d in range(num_stages)]

@@ -133,9 +133,8 @@ class Unit(keras.layers.Layer):
         return cls(TransformerSpec.model_validate(config["spec"]), config["name"], config["dtype"])
 
     def linear(self, units: int, name: str, bias: bool = True) -> Linear:
-        return Linear(
-            units, use_bias=bias and self.spec.biases, name=name, dtype=self.dtype
-        )  # kernel (in, out), as canonical
+        # kernel (in, out), as canonical
+        return Linear(units, use_bias=bias and self.spec.biases, name=name, dtype=self.dtype)
 
     def dropout(self, x: tf.Tensor, place: int, context: DropoutContext | None) -> tf.Tensor:
         """Dropout at one of the unit's places (`common.spec.dropout_masks.site_number`)."""
@@ -215,12 +214,10 @@ class Attention(Unit):
         spec, width = self.spec, input_shape[-1]
         assert width is not None
         d, kv = spec.d_model, spec.kv_heads * spec.d_head  # D of the shard's heads, K E
-        self.query, self.key, self.value, self.projection = (
-            self.linear(d, "query"),
-            self.linear(kv, "key", bias=False),
-            self.linear(kv, "value"),
-            self.linear(width, "output", bias=self.shard is None),
-        )
+        self.query = self.linear(d, "query")
+        self.key = self.linear(kv, "key", bias=False)
+        self.value = self.linear(kv, "value")
+        self.projection = self.linear(width, "output", bias=self.shard is None)
         for layer in (self.query, self.key, self.value):
             layer.build(input_shape)
         self.projection.build((*input_shape[:-1], d))
@@ -259,10 +256,8 @@ class FeedForward(Unit):
     """
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.up, self.down = (
-            self.linear(self.spec.d_ff, "up"),
-            self.linear(self.spec.d_model, "down", bias=self.shard is None),
-        )
+        self.up = self.linear(self.spec.d_ff, "up")
+        self.down = self.linear(self.spec.d_model, "down", bias=self.shard is None)
         self.gate = (
             self.linear(self.spec.d_ff, "gate") if self.spec.activation == "swiglu" else None
         )

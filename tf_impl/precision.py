@@ -41,10 +41,8 @@ def products_are_rounded() -> bool:
     """Return whether bfloat16 products round to the nearest here, as GPUs and oneDNN do."""
     size = 64
     with tf.init_scope():  # also while a function is traced
-        a, b = (
-            tf.fill((size, size), 1.0078125),
-            1.75 * tf.eye(size),
-        )  # 1.7637 lies 3/4 up between two bfloat16 numbers
+        # 1.7637 lies 3/4 up between two bfloat16 numbers
+        a, b = (tf.fill((size, size), 1.0078125), 1.75 * tf.eye(size))
         found = tf.matmul(tf.cast(a, tf.bfloat16), tf.cast(b, tf.bfloat16))
         return bool(tf.reduce_all(tf.cast(found, tf.float32) == 1.765625))
 
@@ -78,9 +76,8 @@ class Linear(keras.layers.Dense):
     """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        rows = tf.reshape(
-            inputs, (-1, inputs.shape[-1])
-        )  # (B S, in): the kernel's gradient is then one product
+        # (B S, in): the kernel's gradient is then one product
+        rows = tf.reshape(inputs, (-1, inputs.shape[-1]))
         y = tf.reshape(product(rows, self.kernel), (-1, *inputs.shape[1:-1], self.units))
         return (
             y

@@ -34,10 +34,8 @@ def probe_units(
     assert model.spec is not None  # the harness makes Transformers only
     for chunk in model.stages[device].chunks:
         for unit in chunk.layers:
-            name, named = (
-                unit.unit_name,
-                named_parameters([unit.unit_name], [unit], model.spec.tied_head),
-            )
+            name = unit.unit_name
+            named = named_parameters([unit.unit_name], [unit], model.spec.tied_head)
             variables = [chunk.local(item.parameter) for item in named]
             sums = [tf.zeros_like(model.master_of(item.parameter).value) for item in named]
             forward = TensorKey(batch.step, "unit_forward", device, -1, name, "output")

@@ -51,9 +51,8 @@ def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
         @tf.function(autograph=False)
         def traced(*inputs: list[tf.Tensor]) -> tf.Tensor:
             found = [compute(*each) for each in zip(*inputs, strict=True)]
-            with tf.control_dependencies(
-                tf.nest.flatten(found)
-            ):  # so that nothing is left out, and nothing kept
+            # so that nothing is left out, and nothing kept
+            with tf.control_dependencies(tf.nest.flatten(found)):
                 return tf.constant(0)
 
         call = OnCallingThread(traced.get_concrete_function(*inputs))

@@ -110,9 +110,8 @@ def _read_tensors(paths: Sequence[Path]) -> dict[str, NDArray[Any]]:
     """All tensors of state dicts, by their own names. Raises ExchangeError."""
     found = _tensors(paths)
     for name, value in found.items():
-        if (
-            value.numel() * value.element_size() > value.untyped_storage().nbytes()
-        ):  # a view without end of a few bytes
+        # a view without end of a few bytes
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ExchangeError(f"{printable(name)} is larger than what the file has of it")
         if value.dtype == torch.bfloat16:  # which NumPy lacks
             found[name] = value.float()

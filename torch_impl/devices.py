@@ -21,9 +21,8 @@ def configure(stages: int, threads: int | None, device: str) -> None:
 
     PyTorch is imported in here, after the environment is set.
     """
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # cuBLAS needs it to be deterministic
+    # cuBLAS needs it to be deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     torch.set_num_threads(threads_per_stage(stages, threads))

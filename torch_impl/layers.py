@@ -218,9 +218,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.shards.enter(x)
         up = self.up(x)  # (B, S, F)
-        active = (
-            self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
-        )  # (B, S, F)
+        # (B, S, F)
+        active = self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
         y: Tensor = self.down(active)
         return y
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from common import checkpoint
-from common.cli.numbers import add_timeout, at_least, natural, positive
+from common.cli.numbers import add_timeout, at_least, natural, number_that, positive
 from common.cli.options import add_run_options, flag, read_run
 from common.cli.saved import Saved, load_text
 from common.harness.launch import (
@@ -27,7 +27,7 @@ from common.harness.launch import (
     stop_on_signals,
 )
 from common.io.console import make_console, say
-from common.io.edges import from_command_line, number, whole_number
+from common.io.edges import from_command_line, whole_number
 from common.io.usage import UsageError
 from common.report.names import framework_name
 from common.runtime.inference import Evaluated, Generated
@@ -40,8 +40,13 @@ from common.spec.tokenizer import BYTES
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 DEFAULT_TOKENS = 64
-LEAST_TEMPERATURE, LARGEST_PENALTY = 1e-100, 10
-"""Beyond these, logits and scores are no numbers any more."""
+# Beyond the least temperature and the largest penalty, logits and scores are no numbers any more.
+TEMPERATURE = number_that(
+    lambda value: value >= 1e-100,
+    "a number, more than 0, at least 1e-100 (for the likeliest: --greedy)",
+)
+TOP_P = number_that(lambda value: 0 < value <= 1, "a number, more than 0, at most 1")
+PENALTY = number_that(lambda value: abs(value) <= 10, "a number from -10 to 10")
 EARLY = ("no", "yes", "never")
 CHOICES = ("temperature", "top_k", "top_p", "seed")
 """Options of random choices."""
@@ -79,12 +84,12 @@ def register(
         ("--tokens", "N", positive, DEFAULT_TOKENS, f"new tokens (default: {DEFAULT_TOKENS})"),
         ("--samples", "N", positive, 1, "continuations (default: 1); of beam search the best N"),
         ("--eos", "TOKEN", natural, None, "the number of the token that ends a text"),
-        ("--temperature", "T", _temperature, None, "divides the logits (default: 1)"),
+        ("--temperature", "T", TEMPERATURE, None, "divides the logits (default: 1)"),
         ("--top-k", "K", positive, None, "only the K likeliest tokens (default: all)"),
-        ("--top-p", "P", _top_p, None, "of these the fewest whose probabilities reach P"),
+        ("--top-p", "P", TOP_P, None, "of these the fewest whose probabilities reach P"),
         ("--seed", "N", natural, None, "of the choices (default: 0)"),
         ("--num-beams", "N", partial(at_least, 2), None, "beam search with N beams"),
-        ("--length-penalty", "X", _penalty, None, "score = sum of log-probabilities / tokens^X"),
+        ("--length-penalty", "X", PENALTY, None, "score = sum of log-probabilities / tokens^X"),
     ):
         text.add_argument(option, metavar=metavar, type=kind, default=default, help=what)
     text.add_argument("--greedy", action="store_true", help="always the likeliest token")
@@ -105,30 +110,6 @@ def register(
         add_timeout(parser)
         add_run_options(parser, only_placement=True, also=("corpus", "tokenizer", "tokenizer_file"))
         parser.set_defaults(run=partial(run, implementations=implementations))
-
-
-def _temperature(text: str) -> float:
-    value = number(text) or 0.0
-    if value < LEAST_TEMPERATURE:
-        least = f"at least {LEAST_TEMPERATURE}"
-        what = f"expected a number, more than 0, {least} (for the likeliest: --greedy)"
-        raise argparse.ArgumentTypeError(f"{text!r}; {what}")
-    return value
-
-
-def _top_p(text: str) -> float:
-    value = number(text) or 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a number, more than 0, at most 1")
-    return value
-
-
-def _penalty(text: str) -> float:
-    value = number(text)
-    if value is None or abs(value) > LARGEST_PENALTY:
-        what = f"expected a number from -{LARGEST_PENALTY} to {LARGEST_PENALTY}"
-        raise argparse.ArgumentTypeError(f"{text!r}; {what}")
-    return value
 
 
 def _early(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable
 
 from common.io.edges import number, whole_number
 
@@ -22,6 +23,18 @@ def at_least(least: int, text: str) -> int:
     if found is None or found < least:
         raise ArgumentTypeError(f"{text!r}; expected a whole number, at least {least}")
     return found
+
+
+def number_that(fits: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """Return a type for argparse: a number that `fits`, else an error with what is `expected`."""
+
+    def read(text: str) -> float:
+        found = number(text)
+        if found is None or not fits(found):
+            raise ArgumentTypeError(f"{text!r}; expected {expected}")
+        return found
+
+    return read
 
 
 def seconds(text: str) -> float:

@@ -36,7 +36,7 @@ from common.cli.parser import Parser
 from common.cli.rank_folders import Folders, choose_folders
 from common.cli.rank_record import Record
 from common.harness.bench import describe, run_name
-from common.harness.restarts import Training, not_finite
+from common.harness.restarts import Training, job_of, not_finite
 from common.io.console import make_console, say
 from common.io.usage import UsageError
 from common.report.machine import git_commit, source_digest
@@ -47,7 +47,7 @@ from common.runtime.engine import Engine
 from common.runtime.heartbeat import BEAT_SECONDS, Heartbeat, Places, end_process
 from common.runtime.importing import without_collections
 from common.runtime.installed import installed
-from common.runtime.job import Job, Part, Saving
+from common.runtime.job import Part
 from common.runtime.launchers import Launched
 from common.runtime.meeting import POLL_SECONDS, Room, agree, disagreement, meet
 from common.runtime.outcome import of_first_line
@@ -262,7 +262,8 @@ class _Rank:
         training = self._training(folders, config)
         watched = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         board = Board(watched, config)
-        job = self._job(training, folders, watched).of_line(mesh.line(world.rank))
+        own = training.folder, training.resume, folders.token, next(iter(training.faults), None)
+        job = job_of(training, *own, folders.depot, str(watched)).of_line(mesh.line(world.rank))
         out, is_first = Path(job.out), world.rank == 0
         log = out / f"failed-{stage}.txt"
         record = Record(training, self._arguments.command, self._console, is_first, log)
@@ -318,25 +319,6 @@ class _Rank:
             keep=self._arguments.keep,
             # Once: a launcher that starts all anew repeats the command line.
             faults=() if folders.resume else tuple(self._arguments.fault),
-        )
-
-    def _job(self, training: Training, folders: Folders, watched: Path) -> Job:
-        saving = Saving(
-            directory=str(training.directory),
-            every=training.save_every,
-            keep=training.keep,
-            token=folders.token,
-            depot=folders.depot,
-        )
-        return Job(
-            config=training.config,
-            out=str(training.folder),
-            board=str(watched),
-            resume=None if training.resume is None else str(training.resume),
-            weights_alone=training.weights_alone,
-            saving=saving,
-            fault=next(iter(training.faults), None),
-            must_be_finite=True,
         )
 
 

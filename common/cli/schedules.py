@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from rich.table import Table as RichTable
 
-from common.cli.numbers import natural, positive
+from common.cli.numbers import natural, number_that, positive
 from common.io.bounded import read_stream, read_text
 from common.io.console import make_console, say
 from common.io.edges import number, printable, write_file
@@ -46,6 +46,7 @@ from common.spec.run import PRESETS, RunConfig, explain, preset
 from common.spec.traffic import between_hosts, blocks, traffic_bytes
 
 EXIT_VIOLATIONS = 1
+SHARE = number_that(lambda share: 0 <= share <= 1, "a share, 0 to 1")
 INTERLEAVED = "interleaved"
 MEMORY_LIMIT = (2.0,)
 MAX_PAIRS = 1_000_000
@@ -145,7 +146,7 @@ def add_size(parser: argparse.ArgumentParser) -> None:
             "stage (default 2.0)",
         ),
         (
-            *("--effort", "X", _effort),
+            *("--effort", "X", number_that(lambda x: x > 0, "a number above 0")),
             "search: twice as much may take twice as long, and find a better one (default 1: some "
             "seconds); never a matter of the clock, so the same on every machine",
         ),
@@ -184,11 +185,11 @@ def add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
             "of a forward and a backward that overlap (default: what they take one after another)",
         ),
         (
-            *("--kept-for-weight", "SHARE", _share, Costs.kept_by_backward_input),
+            *("--kept-for-weight", "SHARE", SHARE, Costs.kept_by_backward_input),
             "of an activation, that B leaves held until W: 0 to 1 (default %(default)s)",
         ),
         (
-            *("--kept-for-recompute", "SHARE", _share, None),
+            *("--kept-for-recompute", "SHARE", SHARE, None),
             "of an activation, that F leaves held where B computes it again, its input: 0 to 1 "
             f"(default {Costs.kept_by_forward})",
         ),
@@ -220,20 +221,6 @@ def _word(text: str) -> str:
     is_path = text == "-" or "/" in text or "." in text or (text != "" and Path(text).exists())
     is_known = text.startswith("file:") or set(text.split(",")) <= {*GENERATORS, "all"}
     return f"file:{text}" if is_path and not is_known else text
-
-
-def _effort(text: str) -> float:
-    found = number(text)
-    if found is None or found <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a number above 0")
-    return found
-
-
-def _share(text: str) -> float:
-    found = number(text)
-    if found is None or not 0 <= found <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a share, 0 to 1")
-    return found
 
 
 def _name_schedule(arguments: argparse.Namespace) -> None:

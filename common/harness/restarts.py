@@ -74,7 +74,8 @@ def train(
     trained, seconds, resume = Trained(), 0.0, training.resume
     for attempt in range(1, training.max_restarts + 2):
         folder = training.folder / f"attempt-{attempt}"
-        job = _job(training, folder, resume, attempt)
+        fault = training.faults[attempt - 1] if attempt <= len(training.faults) else None
+        job = job_of(training, folder, resume, uuid.uuid4().hex, fault)
         try:
             trained.outcome = run_jobs_in_worker(
                 training.module,
@@ -110,10 +111,20 @@ def train(
     return trained
 
 
-def _job(training: Training, folder: Path, resume: Path | None, attempt: int) -> Job:
+def job_of(
+    training: Training,
+    folder: Path,
+    resume: Path | None,
+    token: str,
+    fault: str | None,
+    depot: str | None = None,
+    board: str | None = None,
+) -> Job:
+    """Return what one worker process does of a training, into `folder`."""
     return Job(
         config=training.config,
         out=str(folder),
+        board=board,
         text=training.text,
         resume=None if resume is None else str(resume.resolve()),
         weights_alone=training.weights_alone and resume == training.resume,
@@ -122,9 +133,10 @@ def _job(training: Training, folder: Path, resume: Path | None, attempt: int) ->
             directory=str(training.directory.resolve()),
             every=training.save_every,
             keep=training.keep,
-            token=uuid.uuid4().hex,
+            token=token,
+            depot=depot,
         ),
-        fault=training.faults[attempt - 1] if attempt <= len(training.faults) else None,
+        fault=fault,
         must_be_finite=True,
     )
 

@@ -36,18 +36,9 @@ JUDGED_TOGETHER = "below the ceiling of bfloat16; more needs a run of another fr
 def oracle_config(config: RunConfig) -> RunConfig:
     """Return the oracle's run that `config` is compared with: without what changes no number."""
     train = TrainSpec(**config.train.model_dump() | {"micro_batches": 1, "dtype": "float64"})
-    return RunConfig(
-        model=config.model,
-        train=train,
-        corpus=config.corpus,
-        tokenizer=config.tokenizer,
-        tokenizer_file=config.tokenizer_file,
-        sequence_lengths=config.sequence_lengths,
-        sequences_per_epoch=config.sequences_per_epoch,
-        stages=1,
-        schedule="naive",
-        device="cpu",
-    )
+    text = ("corpus", "tokenizer", "tokenizer_file", "sequence_lengths", "sequences_per_epoch")
+    alike = {name: getattr(config, name) for name in ("model", *text)}
+    return RunConfig(**alike, train=train, stages=1, schedule="naive", device="cpu")
 
 
 def rounded_oracle_config(config: RunConfig) -> RunConfig | None:

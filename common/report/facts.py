@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -32,12 +33,9 @@ class Verdict:
 def parity_verdict(collection: Collection) -> Verdict:
     """Return the verdict over all runs that ended, and name those that were not compared."""
     parities = [result.parity for result in collection.results if result.status == "ok"]
-    passed = sum(parity.status == "pass" for parity in parities)
-    failed = sum(parity.status == "FAIL" for parity in parities)
-    incomparable = sum(parity.status == "not comparable" for parity in parities)
-    unchecked = len(parities) - passed - failed - incomparable
-    failures = sum(result.status == "failed" for result in collection.results)
-    skipped = sum(result.status == "skipped" for result in collection.results)
+    said = Counter(parity.status for parity in parities)
+    passed, failed = said["pass"], said["FAIL"]
+    ended = Counter(result.status for result in collection.results)
     words = [f"Parity: {passed} of {len(parities)} runs train what the float64 oracle trains"]
     if margins := [
         (m, check)
@@ -49,18 +47,16 @@ def parity_verdict(collection: Collection) -> Verdict:
         words.append(f"the largest error is {worst:.1%} of its limit ({check.replace('_', ' ')})")
     if failed:
         words.append(f"{failed} differ{'s' if failed == 1 else ''}")
-    if incomparable:
+    if incomparable := said["not comparable"]:
         words.append(f"{incomparable} not comparable")
-    if unchecked:
+    if unchecked := said["not checked"]:
         reasons = dict.fromkeys(
             p.reason for p in parities if p.status == "not checked" and p.reason
         )
         words.append(f"{unchecked} not checked" + (f" ({', '.join(reasons)})" if reasons else ""))
-    if failures:
-        words.append(f"{failures} failed")
-    if skipped:
-        words.append(f"{skipped} skipped")
-    return Verdict(good=failed + failures == 0 and passed > 0, text="; ".join(words) + ".")
+    words += [f"{ended[how]} {how}" for how in ("failed", "skipped") if ended[how]]
+    good = failed + ended["failed"] == 0 and passed > 0
+    return Verdict(good, "; ".join(words) + ".")
 
 
 def timing_note(collection: Collection) -> str:

@@ -172,6 +172,13 @@ KIND = (
 """Fields that rows share which train the same in one framework, on one kind of device."""
 
 
+AS_ASKED = (
+    *("framework", "stages", "chunks", "replicas", "executor", "track"),
+    *("recompute", "sequence_lengths", "compress"),
+)
+"""Fields of a row that are the run's own."""
+
+
 def make_rows(groups: Sequence[Sequence[RunResult]]) -> list[Row]:
     """One row per group, one configuration's repeats. Ratios are within a track and device."""
     groups = [group for group in groups if group]
@@ -218,16 +225,13 @@ def _row(repeats: Sequence[RunResult]) -> Row:
     peaks = [result.peak for result in good if result.peak]
     flops = _median([result.model_flops_per_second for result in good])
     devices = config.stages * config.replicas * config.tensor_parallel
+    as_asked = {name: getattr(config, name) for name in AS_ASKED}
     return Row(
-        framework=config.framework,
+        **as_asked,
         version=next((result.version for result in good), ""),
         schedule=config.schedule_name,
-        stages=config.stages,
-        chunks=config.chunks,
         micro_batches=config.train.micro_batches,
         batch_size=config.train.batch_size,
-        executor=config.executor,
-        track=config.track,
         dtype=config.train.dtype,
         status=_status(repeats),
         parity=_parity(good),
@@ -253,9 +257,7 @@ def _row(repeats: Sequence[RunResult]) -> Row:
             (held / 1e6 for result in good for held in result.held_activation_peak_bytes.values()),
             default=None,
         ),
-        recompute=config.recompute,
         dropout=dropout_words(config),
-        sequence_lengths=config.sequence_lengths,
         drift=config.drift or "",
         device=device,
         python=interpreter_name(config.python),
@@ -266,9 +268,7 @@ def _row(repeats: Sequence[RunResult]) -> Row:
         mfu=_median([result.mfu for result in good]),
         published_peak_tflops=_tera(_median([peak.published_flops_per_second for peak in peaks])),
         published_mfu=_median([result.published_mfu for result in good]),
-        replicas=config.replicas,
         shards=shards_word(config),
-        compress=config.compress,
         peak_measured_by=next((peak.measured_by for peak in peaks), ""),
     )
 

@@ -295,11 +295,5 @@ def _stage_time(steps: Sequence[_Step], seconds: Sequence[float], device: int) -
                 whole - step.span,
             ]
         )
-    compute, communication, schedule, host, rest = np.mean(parts, axis=0).tolist()
-    return StageTime(
-        compute=compute,
-        communication_wait=communication,
-        schedule_wait=schedule,
-        host=host,
-        rest=rest,
-    )
+    means = np.mean(parts, axis=0).tolist()  # in the order of the fields
+    return StageTime(**dict(zip(StageTime.model_fields, means, strict=True)))

@@ -24,10 +24,14 @@ from common.spec.mesh import Mesh
 from common.spec.run import RunConfig, explain
 
 
-class Saving(BaseModel):
-    """Where and how often a job saves checkpoints (`common.checkpoint`); its last step always."""
+class _Told(BaseModel):
+    """What a parent tells a worker."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Saving(_Told):
+    """Where and how often a job saves checkpoints (`common.checkpoint`); its last step always."""
 
     directory: OsText
     every: int | None
@@ -38,10 +42,8 @@ class Saving(BaseModel):
     """Where shards go if the process of device 0 has another folder (`common.checkpoint.depot`)."""
 
 
-class Generation(BaseModel):
+class Generation(_Told):
     """What a job generates (`runtime.inference`)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: tuple[int, ...]
     tokens: int
@@ -60,10 +62,8 @@ class Generation(BaseModel):
     """The token that ends a sequence."""
 
 
-class JobText(BaseModel):
+class JobText(_Told):
     """The text of a job as its parent has read it (`runtime.text`)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: OsText
     """The file of all tokens (.npy)."""
@@ -74,10 +74,8 @@ class JobText(BaseModel):
     """The tokenizer.json; None for bytes."""
 
 
-class Job(BaseModel):
+class Job(_Told):
     """One run to do in a worker process."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: RunConfig
     out: OsText
@@ -131,10 +129,8 @@ class Job(BaseModel):
         return [out, *(out / f"line-{n}" for n in range(1, lines))]
 
 
-class JobFile(BaseModel):
+class JobFile(_Told):
     """All jobs of one worker process; they share framework, device and number of stages."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     jobs: tuple[Job, ...]
     schedules: dict[OsText, str] = {}

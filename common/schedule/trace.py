@@ -84,10 +84,8 @@ def _events(simulation: Simulation, name: str, pid: int) -> list[dict[str, Any]]
             continue
         kind = "activation" if table.action(row).op is Op.F else "gradient"
         arrow = {"name": kind, "cat": "message", "id": pid * IDS + row, "pid": pid}
-        leaves, arrives = (
-            start[sender] + (1 - INSIDE) * duration[sender],
-            start[row] + INSIDE * duration[row],
-        )
+        leaves = start[sender] + (1 - INSIDE) * duration[sender]
+        arrives = start[row] + INSIDE * duration[row]
         # Clocks are read on two threads: a message may seem to arrive before it left, which viewers
         # drop.
         leaves, arrives = round(min(leaves, arrives), 3), round(arrives, 3)

@@ -33,19 +33,6 @@ from common.spec.tokenizer import (
     train_byte_pairs,
 )
 
-__all__ = [
-    "IGNORED",
-    "Batch",
-    "Corpus",
-    "CorpusError",
-    "MicroBatch",
-    "load_corpus",
-    "load_tokenizer",
-    "sequences_in",
-    "text_key",
-    "tokenize",
-]
-
 HELD_OUT_FRACTION = 0.1
 """The end of the corpus, kept for evaluation."""
 
@@ -212,9 +199,8 @@ class Corpus:
         rows += -rows % batch_size
         size, shape = batch_size * context_length, (batch_size, context_length)
         for index, start in enumerate(range(0, rows * context_length, size)):
-            tokens = self.held_out[
-                start : start + size + 1
-            ]  # as many as a batch needs, at the end fewer
+            # as many as a batch needs, at the end fewer
+            tokens = self.held_out[start : start + size + 1]
             inputs, targets = np.zeros(size, np.int64), np.full(size, IGNORED)
             inputs[: len(tokens) - 1], targets[: len(tokens) - 1] = tokens[:-1], tokens[1:]
             yield Batch(index, inputs.reshape(shape), targets.reshape(shape))
@@ -372,9 +358,8 @@ def _windows(
     tokens: NDArray[Any], step: int, key: tuple[int, int], batch_size: int, context_length: int
 ) -> Batch:
     starts = _generator(key, step).integers(0, len(tokens) - context_length, batch_size)
-    windows = np.asarray(
-        tokens[starts[:, None] + np.arange(context_length + 1)], np.int64
-    )  # (B, S + 1)
+    # (B, S + 1)
+    windows = np.asarray(tokens[starts[:, None] + np.arange(context_length + 1)], np.int64)
     return Batch(step, windows[:, :-1], windows[:, 1:])
 
 

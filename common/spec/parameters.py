@@ -47,15 +47,9 @@ class TensorKey(NamedTuple):
         """Read the text form, `step=0/phase=forward/...`. Raises ValueError."""
         try:
             fields = dict(part.split("=", 1) for part in text.split("/"))
-            micro_batch = -1 if fields["micro_batch"] == "all" else int(fields["micro_batch"])
-            return cls(
-                int(fields["step"]),
-                fields["phase"],
-                int(fields["stage"]),
-                micro_batch,
-                fields["unit"],
-                fields["tensor"],
-            )
+            i = -1 if fields["micro_batch"] == "all" else int(fields["micro_batch"])
+            step, stage = int(fields["step"]), int(fields["stage"])
+            return cls(step, fields["phase"], stage, i, fields["unit"], fields["tensor"])
         except (KeyError, ValueError):
             raise ValueError(f"{text!r} is not a tensor key") from None
 

@@ -33,10 +33,6 @@ NATIVE_SCHEDULES: Mapping[str, tuple[str, ...]] = {
 BFLOAT16 = tuple(name for name in FRAMEWORKS if name != "paddle")
 """Frameworks that can compute this model in bfloat16; see `paddle_impl.devices.check_dtype`."""
 
-
-REPLICATED: tuple[str, ...] = ("torch", "tensorflow", "paddle")
-"""Frameworks that train replicas."""
-
 REPLICATED_BASELINES: Mapping[str, tuple[str, ...]] = {
     "torch": ("plain",),
     "tensorflow": ("plain",),
@@ -156,15 +152,12 @@ def _executor(config: RunConfig) -> Impossible | None:
 def _replicas(config: RunConfig) -> Impossible | None:
     if config.replicas == 1:
         return None
-    if config.framework not in REPLICATED:
-        why = f"{config.framework} has one pipeline; expected {' or '.join(REPLICATED)}"
-        return Impossible("replicas", f" = {config.replicas}: {why}")
     if config.drift is not None:
         why = f"drift = {config.drift} is put back in one pipeline; expected 1"
-        return Impossible("replicas", f" = {config.replicas}: {why}")
-    if config.executor in ("table", *REPLICATED_BASELINES.get(config.framework, ())):
+    elif config.executor not in ("table", *REPLICATED_BASELINES[config.framework]):
+        why = f"executor = {config.executor} has one pipeline; expected 1, or executor = table"
+    else:
         return None
-    why = f"executor = {config.executor} has one pipeline; expected 1, or executor = table"
     return Impossible("replicas", f" = {config.replicas}: {why}")
 
 

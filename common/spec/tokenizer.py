@@ -229,10 +229,8 @@ def train_byte_pairs(lines: Iterator[str], vocab_size: int, digest: str) -> File
     """
     from tokenizers import ByteLevelBPETokenizer, __version__
 
-    where, key = (
-        "tokenizer bpe",
-        hashlib.sha256(f"{digest} {vocab_size} {__version__} {RECIPE}".encode()).hexdigest(),
-    )
+    where = "tokenizer bpe"
+    key = hashlib.sha256(f"{digest} {vocab_size} {__version__} {RECIPE}".encode()).hexdigest()
     kept = find_kept("tokenizers", key, ".json")
     if kept is not None:
         return FileTokenizer(kept.read_bytes(), where)

@@ -156,9 +156,8 @@ def batch_loss(
     Raises ValueError for a loss that is not the sum over its parts, where there is more than one.
     """
     if not compiled.built:
-        compiled.build(
-            y, prediction
-        )  # "crossentropy" is one of three losses, depending on the shapes
+        # "crossentropy" is one of three losses, depending on the shapes
+        compiled.build(y, prediction)
     found = compiled._flat_losses[0]
     loss, weight = found.loss, 1.0 if found.loss_weights is None else float(found.loss_weights)
     if pieces == 1:  # the micro-batch is the mini-batch: any loss is right

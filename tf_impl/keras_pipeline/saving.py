@@ -20,28 +20,18 @@ class SavedRow(keras.Model):
     """The part of a `GPipeModel` that Keras' saving asks."""
 
     chunks: list[Chunk]
-    _cut: dict[str, Any]
-    """How matrices are cut: options of the model, too."""
+    _options: dict[str, Any]
+    """What the model was made with, but for its layers."""
 
     def get_config(self) -> dict[str, Any]:
-        num_stages, num_micro_batches, schedule = self._arguments
-        num_chunks, partition, recompute, device, dtype, seed = self._options
         return {
             "name": self.name,
             "trainable": self.trainable,
             "spec": self.spec and self.spec.model_dump(),
             "layers": [] if self.spec else layer_configs(self.units),
             "input": None if self._input is None else [list(self._input.shape), self._input.dtype],
-            "num_stages": num_stages,
-            "num_micro_batches": num_micro_batches,
-            "schedule": schedule,
-            "num_chunks": num_chunks,
-            "partition": list(partition),
-            "recompute": recompute,
-            "device": device,
-            "dtype": dtype,
-            "seed": seed,
-        } | self._cut
+            **self._options,
+        }
 
     @classmethod
     def from_config(

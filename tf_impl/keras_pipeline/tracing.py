@@ -46,15 +46,12 @@ class TracedRow(keras.Model):
 
     def _ensure_traced(self, x: tf.Tensor, labels: Sequence[tf.Tensor]) -> Traced:
         """Traces and cuts every chunk, for the one or two sizes of a batch's micro-batches."""
-        m, whole = (
-            self.schedule.num_micro_batches,
-            [tf.TensorSpec(t.shape, t.dtype) for t in (x, *labels)],
-        )
+        m = self.schedule.num_micro_batches
+        whole = [tf.TensorSpec(t.shape, t.dtype) for t in (x, *labels)]
         key = tuple(whole)
         if key not in self._traced:
-            if (
-                not self._traced
-            ):  # Keras, too, sees which layers are trainable in the first step after `compile`
+            # Keras, too, sees which layers are trainable in the first step after `compile`
+            if not self._traced:
                 self._collect_variables()
             sizes = piece_sizes(len(x), m)
             found: dict[tuple[int, bool], list[StageFunctions]] = {}
