@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.runtime.cpus import threads_per_stage
+from common.runtime.cpus import cpu_name, threads_per_stage
 from common.spec.gpus import gpus_of_stages, visible_gpus
 from common.spec.run import RunConfig
 from paddle_impl import mkl
@@ -119,7 +119,7 @@ def environment(used: Sequence[str]) -> dict[str, Any]:
         "version": paddle.__version__,
         "python": platform.python_version(),
         "device_kind": "cuda" if kind == "gpu" else kind,
-        "device_name": _cpu_name() if kind == "cpu" else _gpu_name(kind),
+        "device_name": cpu_name() if kind == "cpu" else _gpu_name(kind),
         "threads_per_stage": _cpu_threads(),
         "tf32": kind == "gpu" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0",
         "onednn": _flag("FLAGS_use_onednn"),
@@ -162,10 +162,3 @@ def _cpu_threads() -> int | None:
 
     library = Path(paddle.__file__).parent / "libs" / "libiomp5.so"
     return ctypes.CDLL(str(library)).omp_get_max_threads() if library.exists() else None
-
-
-def _cpu_name() -> str:
-    # platform.processor() is empty on many Linux systems
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -15,6 +15,8 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from common.runtime.cpus import cpu_info
+
 KERNELS = {
     0: "SSE2",
     2: "SSSE3",
@@ -46,15 +48,7 @@ def cpu_type(vendor: str, flags: Collection[str], environ: Mapping[str, str]) ->
 
 def processor() -> tuple[str, frozenset[str]]:
     """Return the first processor's vendor and flags; nothing where the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    # Backwards, since the file has a block for each processor and the first is to win.
-    said = {
-        key.strip(): value.strip()
-        for key, _, value in (line.partition(":") for line in reversed(lines))
-    }
+    said = cpu_info()
     return said.get("vendor_id", ""), frozenset(said.get("flags", "").split())
 
 

@@ -79,11 +79,9 @@ class Linear(keras.layers.Dense):
         # (B S, in): the kernel's gradient is then one product
         rows = tf.reshape(inputs, (-1, inputs.shape[-1]))
         y = tf.reshape(product(rows, self.kernel), (-1, *inputs.shape[1:-1], self.units))
-        return (
-            y
-            if self.bias is None
-            else tf.cast(at_least_float32(y) + at_least_float32(self.bias), y.dtype)
-        )
+        if self.bias is None:
+            return y
+        return tf.cast(at_least_float32(y) + at_least_float32(self.bias), y.dtype)
 
 
 class RMSNorm(keras.layers.Layer):

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from common.runtime.cpus import usable_cpus
+from common.runtime.cpus import cpu_name, usable_cpus
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,23 +40,13 @@ class Machine(BaseModel):
 def this_machine() -> Machine:
     logical = psutil.cpu_count() or 1
     return Machine(
-        cpu=_cpu_model(),
+        cpu=cpu_name(),
         cores=psutil.cpu_count(logical=False) or logical,
         usable_cpus=usable_cpus(),
         memory_bytes=psutil.virtual_memory().total,
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
     )
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    # On ARM there is no model name; the platform's own words are better than nothing.
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def source_digest(*packages: str) -> str:

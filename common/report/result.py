@@ -154,11 +154,9 @@ class RunResult(BaseModel):
     @property
     def tokens_per_second(self) -> float | None:
         """Trained tokens over the median time of the timed steps."""
-        return (
-            self.tokens_per_step / statistics.median(self.steady_seconds)
-            if self.steady_seconds
-            else None
-        )
+        if self.steady_seconds:
+            return self.tokens_per_step / statistics.median(self.steady_seconds)
+        return None
 
     @property
     def model_flops_per_second(self) -> float | None:

@@ -158,11 +158,9 @@ class Row:
             return "not ranked"
         if self.ratio is None:
             return ""
-        return (
-            "baseline"
-            if self.is_baseline
-            else Ratio(self.ratio, self.ratio_low, self.ratio_high).verdict
-        )
+        if self.is_baseline:
+            return "baseline"
+        return Ratio(self.ratio, self.ratio_low, self.ratio_high).verdict
 
 
 KIND = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,22 @@ def usable_cpus() -> int:
     affinity = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
     # Rounded up: with a quota of 1.5 CPUs a second thread still gains half a CPU.
     return max(1, min([affinity, *map(math.ceil, cgroup_quotas())]))
+
+
+def cpu_info() -> dict[str, str]:
+    """Return what /proc/cpuinfo says of the first processor; nothing on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    # Backwards, since the file has a block for each processor and the first is to win.
+    pairs = (line.partition(":") for line in reversed(lines))
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_name() -> str:
+    """Return the model's name; the platform's own words where it has none, as on ARM."""
+    return cpu_info().get("model name") or platform.processor() or platform.machine()
 
 
 def threads_per_stage(stages: int, threads: int | None) -> int:

@@ -283,11 +283,9 @@ class Chunk:
         self.only_own_device = all(
             device == self.device.split("device:")[-1] for device in captured
         )
-        return (
-            functions.on_calling_thread()
-            if on_one_thread(self.device, self.only_own_device)
-            else functions
-        )
+        if on_one_thread(self.device, self.only_own_device):
+            return functions.on_calling_thread()
+        return functions
 
     @property
     def adds_losses(self) -> bool:
