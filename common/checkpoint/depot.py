@@ -35,6 +35,7 @@ _ASKED = re.compile(rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|shard-[0-9]{
 
 
 class _Server(ThreadingHTTPServer):
+    # A request that hangs must not keep the process from ending.
     daemon_threads = True
     word: str
     directory: Path
@@ -46,6 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = TIMEOUT_SECONDS
 
     def do_GET(self) -> None:
+        # Names are matched against a list, never joined with what came over the network.
         name, offered = self._name(), self.server.offered
         if offered is None or not _ASKED.fullmatch(name):
             self.send_error(404)
@@ -57,17 +59,21 @@ class _Handler(BaseHTTPRequestHandler):
             shutil.copyfileobj(file, self.wfile, DIGEST_CHUNK_BYTES)
 
     def do_PUT(self) -> None:
+        # `.step-00000100.<token>.partial/shard-00001.safetensors`, or its note: nothing else is
+        # taken.
         if not _SENT.fullmatch(name := self._name()):
             self.send_error(404)
             return
         path = self.server.directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        # The digest of what arrived goes back, so that the sender knows before it deletes its own.
         digest = _receive(self.rfile, int(self.headers["Content-Length"]), path)
         self.send_response(200)
         self.end_headers()
         self.wfile.write(digest.encode())
 
     def _name(self) -> str:
+        # Not a secret against an attacker in the network, but against another run's process.
         word, _, name = self.path.removeprefix("/").partition("/")
         return name if word == self.server.word else ""
 
@@ -93,6 +99,7 @@ def open_depot(host: str, word: str, directory: Path, offered: Path | None) -> I
 
 def deliver(shard: Path, note: Path, address: str) -> None:
     """Move a shard, then the note that it is whole, to a depot. Raises CheckpointError."""
+    # The note last: the process of device 0 waits for it, and then takes the shard to be whole.
     for path in (shard, note):
         with path.open("rb") as file:
             digest = digest_of(file)
@@ -110,6 +117,8 @@ def fetch(address: str, directory: Path, word: str) -> Path:
     """Return a copy in `directory` of the checkpoint that a depot offers, whole and checked; the
     one of this name if it is the same. Raises CheckpointError.
     """
+    # The step is known only with the manifest; until then the name is that of a leftover, which
+    # `remove_leftovers` would find.
     temporary = directory / f".{folder_name(0)}.{word}.partial"
     temporary.mkdir(parents=True)
     try:
@@ -117,11 +126,13 @@ def fetch(address: str, directory: Path, word: str) -> Path:
         manifest = read_manifest(temporary)
         folder = directory / folder_name(manifest.steps_done)
         if folder.exists():
+            # Equal manifests have equal digests of every file, so nothing has to travel again.
             own = folder / MANIFEST
             with contextlib.suppress(CheckpointError):
                 if own.read_bytes() == (temporary / MANIFEST).read_bytes():
                     verify(folder)
                     return folder
+            # Of the same step and another run, or damaged: kept under another name.
             set_aside(folder)
         for name in manifest.files:
             _download(address, name, temporary)
@@ -144,6 +155,7 @@ def _download(address: str, name: str, folder: Path) -> None:
 
 def _receive(source: Any, size: int, path: Path) -> str:
     """Write `size` bytes into a file, which has its name when it is whole; return their SHA-256."""
+    # Under another name until it is whole, as a process that looks for notes lists the folder.
     digest, partial = hashlib.sha256(), path.with_name(f".{path.name}.coming")
     with partial.open("wb") as file:
         while size > 0:

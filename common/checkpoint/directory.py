@@ -28,6 +28,7 @@ def checkpoints_in(directory: Path) -> list[Path]:
     """Return a run's checkpoints, the newest last. Links, files and unfinished ones are none."""
     if not directory.is_dir():
         return []
+    # By number and not by name: a step beyond 99,999,999 has more digits.
     found = [
         (int(match.group(1)), path)
         for path in directory.iterdir()

@@ -141,6 +141,8 @@ def check_contents(manifest: Manifest, folder: Path) -> None:
     def wrong(text: str) -> CheckpointError:
         return CheckpointError(f"{folder}: {text}")
 
+    # From here on every check is of what the file says against what the specification implies;
+    # nothing is allocated for it yet.
     train, moments = manifest.train, manifest.optimizer_state
     if manifest.data is not None and manifest.data.step != manifest.steps_done:
         raise wrong(f"data stands at step {manifest.data.step}, the rest at {manifest.steps_done}")
@@ -159,6 +161,7 @@ def check_contents(manifest: Manifest, folder: Path) -> None:
             f"{printable(name)} is "
             f"{'not part of the model' if name in manifest.tensors else 'missing'}"
         )
+    # What the tensors of each file take together, to be held against the file's size.
     size = dict.fromkeys(manifest.files, 0)
     dtype = manifest.dtype if train is None else train.master_dtype
     for name, entry in manifest.tensors.items():

@@ -90,6 +90,7 @@ def load(folder: Path, with_moments: bool = True) -> Checkpoint:
     arrays: Arrays = {}
     for name in manifest.files:
         with as_checkpoint_error(f"{folder / name}"), safe_open(folder / name, "numpy") as file:
+            # A shard holds some weights and their moments; an evaluation reads past the latter.
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 if key in wanted:
                     arrays[key] = file.get_tensor(key)

@@ -86,6 +86,7 @@ class CheckpointWriter:
         A tied head's copy of the token embedding is left to the process that has the embedding.
         `tokenizer` is the tokenizer.json; None for bytes. Raises CheckpointError.
         """
+        # A tied head has a copy of the embedding, with equal bits: one of the two is saved.
         tensors = {**weights, **optimizer_state}
         if 0 not in devices:  # device 0 has the embedding
             tensors = {name: array for name, array in tensors.items() if "embedding." not in name}

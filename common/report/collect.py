@@ -122,6 +122,7 @@ def collect(folders: Sequence[Path]) -> Collection:
                 f"{folder}: holds no */result.json; expected a folder that a benchmark has made"
             )
         # A folder may hold several oracles: other models, or the one with rounded weights.
+        # Rows are found again by their whole configuration: repeats have the same one.
         found = [run for run in runs if run.result.is_oracle]
         oracles += found
         references = {run.result.config: run.result for run in found if run.result.status == "ok"}

@@ -99,6 +99,7 @@ def parity(
     rounded weights or compressed gradients alone make. Compressed gradients are held against its
     own.
     """
+    # The loss curve alone gets one: gradients are of step 0, before anything was rounded twice.
     floor = 0.0
     if result.config.compress != "none":
         if rounded is None or rounded.status != "ok" or rounded_folder is None:

@@ -100,6 +100,8 @@ class Beams:
         chances = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))  # (b, V)
         totals = (chances + np.array([[beam.score] for beam in self._running])).ravel()
         count = min(count, len(totals))
+        # The count-th largest without sorting V x n numbers; what equals it is sorted with the
+        # rest, so that ties go to the lower row and token.
         least = np.partition(totals, len(totals) - count)[len(totals) - count]
         places = np.flatnonzero(totals >= least)
         places = places[np.argsort(-totals[places], kind="stable")][:count]

@@ -64,6 +64,7 @@ class Fault:
             raise FaultError(
                 f"{text[:MAX_TEXT]!r}: no fault; expected such as kill@device=1,step=3,action=BW2"
             )
+        # kill@device=1,step=3,action=BW2
         kind, _, place = text.partition("@")
         if kind not in KINDS:
             raise FaultError(
@@ -98,6 +99,8 @@ class Fault:
             case "oom":
                 exhaust_memory()
             case "disk-full":
+                # From now on a write beyond 4 KiB fails with EFBIG, as a full disk would with
+                # ENOSPC.
                 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
                 resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, hard))
 

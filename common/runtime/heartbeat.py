@@ -58,10 +58,13 @@ class Heartbeat:
     def __init__(
         self, room: Room, names: Sequence[str], end: Callable[[str], None], places: Places = NOWHERE
     ) -> None:
+        # Two threads use these, `_beat` and `_watch`; each field has one that writes it.
         self._room, self._names, self._end, self._of = room, names, end, places
         self.name = names[room.rank]
         self._places, self._before = [""] * room.size, [""] * room.size
         self._moved = time.monotonic()
+        # A star: rank 0 watches all, all watch rank 0. So n processes need 2 n looks a second, not
+        # n^2.
         watched = range(1, room.size) if room.rank == 0 else range(1)
         # By rank: what it said last, and when that was new.
         self._last = {rank: ("", time.monotonic()) for rank in watched}
@@ -87,6 +90,7 @@ class Heartbeat:
 
     def finish(self) -> None:
         """Say that this process ends well; rank 0, which may hold the store, after the others."""
+        # Rank 0 leaves last, since its end may be that of the store; but not later than it must.
         deadline = time.monotonic() + 5 * BEAT_SECONDS
         while self._room.rank == 0 and self._last and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
@@ -102,8 +106,11 @@ class Heartbeat:
     def round(self, now: float) -> str | None:
         """Give one sign of life and look at the others'; return why the run must end, or None."""
         words, self._count = self._words, self._count + 1
+        # "17 F0": the count says that this process lives, the place that its device moves.
         own = self._places[self._room.rank] = self._of.own()
         self._room.set(f"beat/{self._room.rank}", words or f"{self._count} {own}")
+        # Rank 0 judges and writes the verdict down; the others read it, and judge rank 0
+        # themselves.
         verdict = self._look(now) if self._room.rank == 0 else self._room.get("verdict")
         if self._room.rank == 0 and (line := words.removeprefix(FAILED)) != words:
             verdict = f"{self._names[0]}: {line}"
@@ -125,12 +132,14 @@ class Heartbeat:
                 return f"{self._names[rank]}: {said.removeprefix(FAILED)}"
             elif said != before:
                 self._last[rank] = said, now
+            # By this process' own clock alone: clocks of two hosts are never compared.
             elif now - since > LOST_SECONDS:
                 return f"lost {self._names[rank]}: no sign of life for {LOST_SECONDS:g} s"
             self._places[rank] = said.partition(" ")[2]
         if self._places != self._before:
             self._before, self._moved = list(self._places), now
         limit = self._of.hang_seconds
+        # Until every rank has begun, building and compiling may take its time.
         limit = limit if all(self._places) else max(limit, START_SECONDS)
         if self._room.rank == 0 and now - self._moved > limit:
             who = self._of.who_waits(self._places)

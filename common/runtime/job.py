@@ -116,6 +116,7 @@ class Job(_Told):
         """
         if line == 0:
             return self
+        # A fault is made once, in line 0; checkpoints are written by the shards of replica 0 alone.
         own = {"line": line, "out": str(self.folders[line]), "fault": None}
         if line >= Mesh.of(self.config).shards:
             own["saving"] = None
@@ -156,6 +157,8 @@ class JobFile(_Told):
 
     def write(self, path: str | Path) -> None:
         """Add the texts of the jobs' schedules that this process keeps."""
+        # The parent has read every schedule's file once. A worker takes its text from here, so that
+        # a file that changes meanwhile changes nothing.
         paths = {str(Path(job.config.schedule.removeprefix("file:"))) for job in self.jobs}
         texts = {path: text for path, text in generators.kept.items() if path in paths}
         write_file(

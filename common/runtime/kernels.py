@@ -61,6 +61,8 @@ def kernels(config: RunConfig) -> list[Kernel]:
         for name, (work, calls) in products.items()
         for part in ("", ", input gradient", ", weight gradient")
     ]
+    # Scores and mix: for each of n positions S x E multiply-adds in H heads, H E = D. Three times:
+    # the forward, and in the backward one for each of the two factors.
     attention = 2 * n * model.context_length * d
     found += [
         Kernel(f"attention {name}", attention, "GFLOP/s", 3 * layers) for name in ("scores", "mix")
@@ -116,6 +118,7 @@ def seconds_of(operation: Callable[[], object], clock: Callable[[], float]) -> f
     time.
     """
     taken: list[float] = []
+    # Three at least, for a median; more where a call is so short that the clock's steps would show.
     begun = clock()
     while len(taken) < 3 or clock() - begun < ROUND_SECONDS:
         start = clock()

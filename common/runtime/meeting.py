@@ -64,6 +64,7 @@ class Room:
         self.set(f"{about}/{self.rank}", json.dumps(dict(own)))
         deadline = time.monotonic() + self.seconds
         if self.rank == 0:
+            # Rank 0 collects, then says one word to all: "" for complete, else who is missing.
             silent = set(range(self.size))
             while silent:
                 silent -= {r for r in silent if self.get(f"{about}/{r}") is not None}

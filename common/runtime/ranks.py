@@ -188,6 +188,7 @@ def _signals_as_exit() -> Iterator[None]:
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
+    # A shell's `nohup` or `trap ''` has ignored some: those stay ignored.
     heeded = [
         number
         for number in (signal.SIGTERM, signal.SIGINT)

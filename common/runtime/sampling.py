@@ -36,6 +36,7 @@ class Samples:
         """Add a token to each of `texts`; return the rows of `logits` (b, V) that go on."""
         wish, open_samples, rows = self._wish, [], []
         for place, sample in enumerate(self._open):
+            # The first choice of all samples is from the prompt's one row of logits.
             row = place if self._position else 0
             token, call = pick(logits[row], wish, sample, self._position)
             self._texts[sample].append(token)

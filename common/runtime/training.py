@@ -121,7 +121,7 @@ def train(
         batch = corpus.training_batch(config, step)
         watch.enter("schedule", step)
         start = time.perf_counter()
-        loss = engine.forward_backward(batch)
+        loss = engine.forward_backward(batch)  # the mean over the mini-batch's tokens
         seconds = time.perf_counter() - start
         # The clock stands while gradients are copied out: a step's time is what trains.
         if step == 0:

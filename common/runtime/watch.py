@@ -40,6 +40,7 @@ class Watch:
 
     def __init__(self, folder: Path, devices: Sequence[int], fault: Fault | None = None) -> None:
         self._devices, self._fault = devices, fault
+        # Mapped into memory, so that a note is a store and costs no system call.
         self._step, self._phase, self._changes = 0, PHASES.index("start"), dict.fromkeys(devices, 0)
         try:
             with (folder / FILE).open("r+b") as file:
@@ -103,12 +104,14 @@ class Board:
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self._path, self._config = folder / FILE, config
+        # Zeros: a line with no changes counted is a device that has not begun.
         self._seen = bytes(_LINE.size * config.stages)
         self._path.write_bytes(self._seen)  # written, not cut: a full disk shows here
 
     def changed(self) -> bool:
         """Return whether any device has made progress since the last call. [2]"""
         now = self._path.read_bytes()
+        # The counters are part of the lines, so F0 of step 8 differs from F0 of step 7.
         changed, self._seen = now != self._seen, now
         return changed
 
@@ -137,6 +140,7 @@ def who_waits(config: RunConfig, lines: Sequence[str]) -> str:
     mesh, unknown = Mesh.of(config), bytes(_LINE.size)
     found = []
     for line in range(mesh.lines):
+        # One line of the mesh is one pipeline, and its stages' lines are what one board would hold.
         own = [bytes.fromhex(lines[rank]) or unknown for rank in mesh.pipeline(line)]
         said = _causes_first(explain(config, _places(b"".join(own))))
         found.append(said if mesh.lines == 1 else f"{mesh.line_name(line)}: {said}")
@@ -167,6 +171,7 @@ def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
     for device, place in enumerate(places):
         if place is None:
             lines.append(f"device {device} has not begun")
+        # No action to look up: the device is between two steps, or nobody knows its schedule.
         elif place.action is None or schedule is None or config.executor != "table":
             is_at = {"schedule": "is done with its actions", "start": "is about to begin"}
             is_at["end"] = "is past the last step"
@@ -185,6 +190,8 @@ def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
 def _sender(schedule: Schedule, device: int, action: Action) -> int:
     """Return the virtual stage that an action's input comes from; out of range at the ends."""
     offset = MESSAGE_OFFSET[action.op]
+    # MESSAGE_OFFSET is seen from the sender, hence the minus: F sends to k + 1, so it receives from
+    # k - 1.
     return -1 if offset is None else schedule.virtual_stage(device, action.chunk) - offset
 
 

@@ -100,6 +100,8 @@ class HeldBytes:
 def unit_held_bytes(config: RunConfig, unit: str, sequences: int) -> HeldBytes:
     """Return what a micro-batch of so many sequences holds in `unit`, without recomputation."""
     model = config.model
+    # PyTorch's fused attention keeps one number a row in place of the scores; it has no dropout of
+    # ours.
     is_fused = config.track == "best" and not model.dropout and config.framework == "torch"
     words = {
         "any",
@@ -114,6 +116,7 @@ def unit_held_bytes(config: RunConfig, unit: str, sequences: int) -> HeldBytes:
         *(["vocab"] if config.vocab_parallel else []),
         *(["cast"] if config.train.dtype != "float64" else []),
     }
+    # "block.3" and "block.0" hold the same, so the table has rows for a block.
     kind = unit.partition(".")[0]
     found = [0, 0]
     for framework, name, where, *sums in _rows():
@@ -153,6 +156,7 @@ def _value(term: str, config: RunConfig, sequences: int) -> int:
     term = term.replace(" ", "")
     factors = term.lstrip("-0123456789")
     number = term.removesuffix(factors)
+    # "8e bSD" is 8 x e x b x S x D; "-e bSF" has a sign alone, and "bSD" no number at all.
     value = int(number + "1" if number in ("", "-") else number)
     for letter in factors:
         value *= letters[letter]

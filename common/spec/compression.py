@@ -68,6 +68,8 @@ class Compression(NamedTuple):
         """Return the rank of a tensor's factors; 0 where it is sent whole: a vector, or a matrix
         whose factors are no smaller.
         """
+        # R (n1 + n2) numbers in place of n1 n2: for 64 x 64 and R = 4 an eighth; for R = 32 nothing
+        # is saved.
         pays = len(shape) == 2 and self.rank * sum(shape) < math.prod(shape)
         return self.rank if self.kind == "powersgd" and pays else 0
 
@@ -95,4 +97,6 @@ class Compression(NamedTuple):
 
     def pair_bytes(self, message_bytes: int, replicas: int) -> int:
         """Return what each replica sends to each other one, given the bytes of all its tensors."""
+        # Gathered: the whole message goes to each other replica. Summed: 2 (d - 1) / d of it in
+        # all, spread over d - 1 others, is 2 / d for each.
         return message_bytes if self.is_gathered else math.ceil(2 * message_bytes / replicas)

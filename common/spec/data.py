@@ -142,6 +142,8 @@ class Corpus:
             lengths = _generator((train.seed, 2), step).integers(1, length + 1, train.batch_size)
         if config.sequences_per_epoch is not None:
             lengths[sequences_in(step, train.batch_size, config.sequences_per_epoch) :] = 0
+        # A length of 3 in a context of 5: positions 3 and 4 are beyond. Of a sequence that the
+        # epoch has no more, all are.
         beyond = np.arange(length) >= lengths[:, None]  # (B, S)
         batch = Batch(
             step, np.where(beyond, 0, batch.inputs), np.where(beyond, IGNORED, batch.targets)
@@ -197,6 +199,8 @@ class Corpus:
         count = len(self.held_out) - 1
         rows = -(-count // context_length)
         rows += -rows % batch_size
+        # Windows side by side, each with one token more, its last target: with a context of 4,
+        # targets 1 to 4, then 5 to 8, so each token is one once.
         size, shape = batch_size * context_length, (batch_size, context_length)
         for index, start in enumerate(range(0, rows * context_length, size)):
             # as many as a batch needs, at the end fewer
@@ -208,6 +212,7 @@ class Corpus:
 
 def sequences_in(step: int, batch_size: int, sequences_per_epoch: int) -> int:
     """Return the sequences in the mini-batch of `step`; an epoch's last takes the rest."""
+    # 10 sequences in mini-batches of 4 are 4, 4, 2, and again 4, 4, 2.
     steps_per_epoch = -(-sequences_per_epoch // batch_size)
     return min(batch_size, sequences_per_epoch - step % steps_per_epoch * batch_size)
 

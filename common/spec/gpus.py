@@ -41,6 +41,7 @@ def visible_gpus() -> tuple[Gpu, ...]:
 
 def gpus_of_stages(stages: int, gpus: int) -> list[int]:
     """Return each stage's GPU: one of its own, or shared by neighbours where there are fewer."""
+    # 5 stages on 2 GPUs: 0 0 0 1 1. Neighbours share one, so a message between them stays on it.
     used = min(stages, gpus)
     return [stage * used // stages for stage in range(stages)]
 
@@ -82,6 +83,8 @@ def counted(gpus: Sequence[Gpu]) -> str:
 
 def _chosen(said: str, wanted: str | None) -> tuple[Gpu, ...]:
     """As CUDA reads the variable: indices or beginnings of UUIDs, up to the first wrong one."""
+    # nvidia-smi's lines are index, uuid, name, memory in MiB and driver; a warning among them has
+    # no such line.
     cards = [
         [cell.strip() for cell in line.split(",")]
         for line in said.splitlines()

@@ -92,6 +92,8 @@ class Memory:
     def of_device(self, device: int, parts: Sequence[Part]) -> DeviceMemory:
         """Return what `device` holds, if `parts[c]` are the kinds of its chunk c's units. [3]"""
         config, model = self.config, self.config.model
+        # Chunk by chunk, and remembered: a search for a cut asks for the same chunk with other
+        # partners, thousands of times.
         chunks = [self._chunk(device, c, part) for c, part in enumerate(parts)]
         parameters = sum(chunk.parameters for chunk in chunks)
         kinds = {kind for part in parts for kind in part}
@@ -159,6 +161,8 @@ class Memory:
     def _sizes(self, part: Part, sequences: int, recomputed: bool) -> tuple[int, int]:
         """Return what the chunk holds between F and B, and between B and W. [1]"""
         units = [self._unit(unit, sequences) for unit in part]
+        # Example: two blocks of 5 MB each and an embedding that holds nothing leave 10 MB between F
+        # and B. Recomputed as a whole, they leave their input alone.
         forward = sum(held.forward for held in units)
         if recomputed:  # every piece's input alone; that of the embedding is the batch itself
             model, pieces = self.config.model, self._pieces(part)

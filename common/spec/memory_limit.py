@@ -33,6 +33,7 @@ def balanced_within(
     None if no cut fits.
     """
     last, block = len(devices) - 1, costs[1]
+    # What a part costs besides its blocks.
     own = [costs[0] * (k == 0) + costs[2] * (k == last) for k in range(last + 1)]
     parts = {d: [k for k in range(last + 1) if devices[k] == d] for d in set(devices)}
     least = {d: tuple(int(0 < k < last) for k in ks) for d, ks in parts.items()}
@@ -43,6 +44,8 @@ def balanced_within(
     @cache
     def split(d: int, blocks: int) -> tuple[float, tuple[int, ...]] | None:
         """(largest part, blocks of every chunk) with the smallest largest part that fits. [1]"""
+        # 3 blocks for two chunks, of which the second needs one: (2, 1), (1, 2), (0, 3). Tried from
+        # the evenest on, since a chunk's place in the pipeline decides what its activations take.
         ways = [
             tuple(map(sum, zip(least[d], more, strict=True)))
             for more in _spread(blocks - sum(least[d]), len(least[d]))
@@ -65,6 +68,7 @@ def balanced_within(
             return sum(own[k] for k in parts[d]) + blocks[d] * block
 
         for _ in range(num_layers - sum(blocks.values())):
+            # A device that is full now stays full: a block more never takes less memory (`Fits`).
             open_devices = [d for d in parts if has_room(d, blocks[d] + 1)]
             if not open_devices:
                 return float("inf"), blocks
@@ -72,6 +76,7 @@ def balanced_within(
             blocks[min(open_devices, key=lambda d: (load(d), d))] += 1
         return max(map(load, parts)), blocks
 
+    # First how fast it can be at all, then with how even parts it still is as fast.
     best, _ = fill(float("inf"))
     if best == float("inf"):
         return None

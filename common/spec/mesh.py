@@ -52,6 +52,7 @@ class Mesh:
         TensorFlow's shards are devices of one process: its mesh has no third axis. So are the
         replicas of its baseline, MirroredStrategy.
         """
+        # Its mesh is of processes: shards that are devices of one are no part of it.
         if config.framework != "tensorflow":
             return cls(config.stages, config.replicas, config.tensor_parallel)
         return cls(config.stages, 1 if config.executor == "plain" else config.replicas)
@@ -65,6 +66,8 @@ class Mesh:
         return self.stages * self.lines
 
     def place(self, rank: int) -> Place:
+        # Digits of one number: with 3 stages, 2 replicas and 2 shards, rank 7 is stage 1 (7 // 4),
+        # line 3, which is replica 1, shard 1.
         stage, line = divmod(rank, self.lines)
         return Place(stage, *divmod(line, self.shards))
 
@@ -76,6 +79,8 @@ class Mesh:
 
     def axis(self, a: int, b: int) -> str:
         """Return along which axis two ranks differ: `stages`, else `replicas`, else `shards`."""
+        # The first that differs: two neighbours along one axis have the other coordinates in
+        # common, but for a tied head, whose ends are stages apart.
         axes = zip(("stages", "replicas", "shards"), self.place(a), self.place(b), strict=True)
         return next(axis for axis, x, y in axes if x != y)
 

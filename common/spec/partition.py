@@ -68,6 +68,8 @@ def unit_costs(model: TransformerSpec, train: TrainSpec) -> list[UnitCost]:
     weights of the linear layers, and 4 x S x D for the two products of attention (not halved for
     the causal mask, since none of the implementations skips masked scores).
     """
+    # `size` is what a unit holds, `products` what of it multiplies: of the embedding nothing, of a
+    # tied head a matrix that it does not hold.
     size = dict.fromkeys(unit_names(model), 0)
     products = dict.fromkeys(unit_names(model), 0)
     for name, shape in parameter_shapes(model).items():
@@ -142,6 +144,7 @@ def even_boundaries(num_layers: int, stages: int, chunks: int = 1) -> list[int]:
     if parts > num_layers:
         num_units = num_layers + 2
         return [round(k * num_units / parts) for k in range(1, parts)]
+    # 7 blocks over 4 stages: 1 each, and 3 left, which go to stages 1, 2 and then 0.
     base, extra = divmod(num_layers, parts)
     # By distance from the middle; doubled, so that it is a whole number for an even `stages` too.
     from_the_middle = sorted(range(stages), key=lambda k: abs(2 * k - (stages - 1)))
@@ -171,12 +174,16 @@ def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
     n = len(costs)
     if not 1 <= parts <= n:
         raise ValueError(f"parts = {parts}; expected 1 to {n}, the number of units")
+    # total[b] - total[a] is what units a to b - 1 cost, without adding them up again.
     total = [0.0, *itertools.accumulate(float(cost) for cost in costs)]
     best = [0.0] + [math.inf] * n  # best[end], for k = 0 parts
     cuts = []  # cuts[k - 1][end]: where the last of k parts starts
     for k in range(1, parts + 1):
         before, best, cut = best, [math.inf] * (n + 1), [0] * (n + 1)
         start = k - 1
+        # Every part needs a unit: k parts take at least k, and parts - k units stay for the others.
+        # Costs 1 1 4 1 in two parts: the first may end behind unit 0, 1 or 2. It ends behind unit
+        # 1, since 1 + 1 and 4 + 1 have the smallest largest part, 5.
         for end in range(k, n - (parts - k) + 1):
             # The first `start` at which the parts before are no smaller than the last one: the
             # crossing.
@@ -214,6 +221,8 @@ def balanced_over_devices(
     does not make the largest device larger is found by bisection. O(layers x log parts x log
     layers).
     """
+    # The inner parts begin with a block each; the outer ones have the embedding and the head
+    # already.
     last = len(devices) - 1
     least = [0, *[1] * (last - 1), 0]
 
@@ -242,6 +251,7 @@ def balanced_over_devices(
             heapreplace(loads, (load + block, device))
             heapreplace(parts[device], (size + block, part))
             counts[part] += 1
+        # Of the devices, whose pace it is; `bound` was one of the parts alone.
         largest = max(sum(size for size, _ in own) for own in parts.values())
         return (math.inf if max(sizes) > bound else largest), counts
 

@@ -87,6 +87,7 @@ def _schedule(config: RunConfig) -> Impossible | None:
         schedule = schedule_of(config)
     except ScheduleError as error:
         return Impossible("schedule", f": {' '.join(str(error).split())}")
+    # A named schedule is right by its tests; a file may be anything, and would hang its run.
     violations = validate(schedule)
     if not violations:
         not_cut = config.why_not_cut(schedule.num_virtual_stages)
@@ -124,6 +125,7 @@ def _precision(config: RunConfig) -> Impossible | None:
 def _drift(config: RunConfig) -> Impossible | None:
     if config.drift is None:
         return None
+    # From the outside in: can this framework do it, does this executor ask for it, would it show?
     drift = habits.by_name(config.drift)
     able = drift.frameworks
     if config.framework not in able:
@@ -174,6 +176,7 @@ def _tensor_parallel(config: RunConfig) -> Impossible | None:
         return Impossible(
             "vocab_parallel", ": cuts among shards; expected tensor_parallel = 2 or more"
         )
+    # What is cut by whole heads and whole features; the vocabulary alone may be cut unevenly.
     sizes = {"num_heads": model.num_heads, "num_kv_heads": model.kv_heads, "d_ff": model.d_ff}
     not_cut = [f"{name} = {size}" for name, size in sizes.items() if size % t]
     if config.framework not in TENSOR_PARALLEL:
@@ -191,6 +194,8 @@ def _tensor_parallel(config: RunConfig) -> Impossible | None:
     elif config.drift is not None:
         why = f"drift = {config.drift} is put back where matrices are whole; expected 1"
     elif not_cut:
+        # Every divisor of what all three have in common fits: for 8 heads, 2 of keys and d_ff =
+        # 1024 that is 1 and 2.
         common = math.gcd(*sizes.values())
         fits = [n for n in range(1, common + 1) if common % n == 0]
         why = f"does not divide {' and '.join(not_cut)}; expected one of {fits}"
@@ -252,6 +257,8 @@ def _why_not_native(config: RunConfig) -> str | None:
         )
     if from_file:
         schedule = make_schedule(name, p, m, config.chunks)
+        # PyTorch's runtime takes targets and losses as they come, so the first F of the last stage
+        # has to be micro-batch 0's.
         last, chunk = schedule.location[-1]
         ends = [a.micro_batch for a in schedule.devices[last] if a.op is Op.F and a.chunk == chunk]
         if ends != sorted(ends):
@@ -261,6 +268,8 @@ def _why_not_native(config: RunConfig) -> str | None:
             )
     if config.framework == "torch" and name == "1f1b" and m < p:
         return f"micro_batches = {m}; PyTorch's 1f1b takes at least as many as stages, {p}"
+    # p = 4: m = 8 makes 2 rounds of 4, m = 9 two of 4.5, which PyTorch refuses and ours cuts into 5
+    # and 4.
     rounds = max(1, m // p)  # what our `interleaved` calls groups; PyTorch's are all of one size
     in_rounds = ("interleaved", "interleaved-zb", "zb-h1")
     if config.framework == "torch" and name in in_rounds and m % rounds:

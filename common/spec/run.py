@@ -230,6 +230,8 @@ class TrainSpec(Frozen):
         """Return the learning rate of `step` (from 0): linear warm-up, then down to 0."""
         if step < self.warmup_steps:
             return round_to_float32(self.learning_rate * (step + 1) / self.warmup_steps)
+        # Of 10 steps with 2 of warm-up: half and whole rate, then from 0 / 8 on down to 7 / 8 of
+        # the way.
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         scale = {
             "constant": 1.0,
@@ -378,6 +380,8 @@ class RunConfig(Frozen):
         """Sequences in the micro-batches of replica 0, which has the largest: 10 sequences for 2
         replicas of 2 micro-batches are 3, 3 and 2, 2.
         """
+        # As if all replicas' micro-batches were one row: the larger ones come first, so replica 0
+        # has them.
         size, larger = divmod(self.train.batch_size, self.replicas * self.train.micro_batches)
         return tuple(size + (i < larger) for i in range(self.train.micro_batches))
 
@@ -448,6 +452,7 @@ class RunConfig(Frozen):
 
     def why_not_cut(self, parts: int) -> str | None:
         """Return why the model cannot be cut into so many parts; None if it can."""
+        # No part may be empty: what holds nothing would have no backward to wait for.
         units = self.model.num_layers + 2
         if parts > units:
             return (
@@ -479,8 +484,8 @@ def _sizes(
 
 _SHORT = {"steps": 10, "batch_size": 8, "micro_batches": 4}
 _TIMED = {"steps": 8, "batch_size": 16, "micro_batches": 8, "warmup_steps": 4}
-_GPT = {"steps": 10, "batch_size": 8, "micro_batches": 8, "learning_rate": 6e-4, "warmup_steps": 2}
-_GPT |= {"learning_rate_schedule": "cosine"}
+_GPT: dict[str, Any] = {"steps": 10, "batch_size": 8, "micro_batches": 8, "warmup_steps": 2}
+_GPT |= {"learning_rate": 6e-4, "learning_rate_schedule": "cosine"}
 _BPE = {"tokenizer": "bpe"}  # their vocabularies need it
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

@@ -42,6 +42,8 @@ def traffic_bytes(config: RunConfig, schedule: Schedule | None = None) -> dict[E
     Example: 2 stages, 4 micro-batches of 2 sequences, S 16, D 32, float32: 4 x 2 x 16 x 32 x 4 =
     16,384 bytes from rank 0 to rank 1, and as many back.
     """
+    # Three kinds of edges: along a line of stages, among the copies of one shard (its replicas),
+    # among the shards of one stage. The rank numbers say which (`common.spec.mesh`).
     schedule = schedule or schedule_of(config)
     mesh = Mesh.of(config)
     sent: collections.Counter[Edge] = collections.Counter()
@@ -49,14 +51,19 @@ def traffic_bytes(config: RunConfig, schedule: Schedule | None = None) -> dict[E
     for stages, count in _messages(config, schedule).items():
         for ranks in lines:
             sent[ranks[stages[0]], ranks[stages[1]]] += count
+    # The same on every line: replica 0 has the largest micro-batches, and shards differ by their
+    # columns alone.
     sums = _shard_sum_bytes(config, schedule) if mesh.shards > 1 else [0] * mesh.stages
     for stage, shard in itertools.product(range(mesh.stages), range(mesh.shards)):
         gradients = _gradient_bytes(config, schedule, stage, shard if mesh.shards > 1 else None)
+        # Ordered pairs: with 2 replicas, 0 to 1 and 1 to 0, each with half of 2 G, which is G. Of
+        # compressed gradients that are gathered each sends the whole message to each other one.
         for a, b in itertools.permutations(mesh.copies(stage, shard), 2):
             sent[a, b] += config.compression.pair_bytes(gradients, mesh.replicas)
     for stage, replica in itertools.product(range(mesh.stages), range(mesh.replicas)):
         for edge in itertools.permutations(mesh.shard_group(stage, replica), 2):
             sent[edge] += sums[stage]
+    # A V has both ends on one device, and then the two copies meet without a message.
     ends = schedule.location[0][0], schedule.location[-1][0]
     if config.model.tied_head and ends[0] != ends[1]:
         element = ELEMENT_BYTES[config.train.master_dtype] * config.model.d_model
@@ -88,6 +95,8 @@ def _messages(config: RunConfig, schedule: Schedule) -> dict[Edge, int]:
     sent: collections.Counter[Edge] = collections.Counter()
     for device, actions in enumerate(schedule.devices):
         for action in actions:
+            # W sends nothing, F on the last and B on the first virtual stage neither. Two chunks
+            # that lie on one device hand over a pointer.
             k = schedule.virtual_stage(device, action.chunk)
             to = sends_to(Step(action.op, action.micro_batch, k), schedule.num_virtual_stages)
             if to is not None and schedule.location[to][0] != device:
@@ -106,6 +115,8 @@ def _gradient_bytes(config: RunConfig, schedule: Schedule, stage: int, shard: in
     for name, shape in parameter_shapes(config.model).items():
         own = shape if shard is None else shard_shape(config, name, shape, shard)
         message = config.compression.message_bytes(own, element)
+        # Tensor by tensor, since what a compressor sends depends on a tensor's shape: P and Q of a
+        # matrix, a vector whole.
         size[unit_of(name)] += message
         if name == TOKEN_EMBEDDING and config.model.tied_head:
             size["head"] += message
@@ -123,12 +134,18 @@ def _shard_sum_bytes(config: RunConfig, schedule: Schedule) -> list[int]:
         count = 0
         for action in actions:
             units = parts[schedule.virtual_stage(device, action.chunk)]
+            # Two in a block: behind the attention's output projection and behind the
+            # feed-forward's.
             sums = 2 * sum(unit.startswith("block") for unit in units)
             end = "embedding" if action.op is Op.F else "head"
             sums += config.vocab_parallel and end in units
             positions = config.micro_batch_sizes[action.micro_batch] * model.context_length  # b S
+            # B and BW sum the inputs' gradients where F summed outputs, so as often; a W sums
+            # nothing.
             if action.op is not Op.W:
                 count += 2 * sums * positions * model.d_model * element // t
+            # Of every position the largest logit, the sum of exponentials and the target's logit:
+            # three numbers stand for V of them (Shoeybi et al. 2019, section 3).
             if action.op is Op.F and config.vocab_parallel and "head" in units:
                 count += 3 * positions * max(element, ELEMENT_BYTES["float32"])
         found.append(count)

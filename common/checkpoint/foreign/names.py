@@ -29,6 +29,8 @@ def unwrapped(names: Iterable[str], prefixes: tuple[str, ...]) -> dict[str, str]
     found: dict[str, str] = {}
     removed: dict[str, int] = {}
     for name in names:
+        # "module._orig_mod.transformer.h.0.ln_1.weight" becomes "h.0.ln_1.weight": wrappers
+        # anywhere, prefixes at the beginning, the last word always stays.
         words = name.split(".")
         kept = [word for word in words if word not in WRAPPERS]
         while len(kept) > 1 and kept[0] in prefixes:
@@ -56,6 +58,7 @@ def weights_in(loaded: Any, is_tensor: Callable[[Any], bool], besides: str = "")
     for _ in range(MAX_DEPTH):
         if not isinstance(loaded, dict) or not loaded:
             break
+        # Either this level is the state dict, or one of the usual keys leads a level down.
         state = {name: value for name, value in loaded.items() if name != besides}
         if all(isinstance(name, str) and is_tensor(value) for name, value in state.items()):
             return state
