@@ -88,6 +88,7 @@ def _grid(settings: Settings) -> tuple[tuple[RunConfig, ...], str]:
     Of `all` schedules those are left out that do not fit where another one does; the second result
     says which, and why.
     """
+    # {schedule: [gpipe, 1f1b], framework: [torch, paddle]} makes four points.
     axes = {key: listed(settings[key].value) for key in GRID if key in settings}
     takes_all = axes[SCHEDULE] == ["all"]
     if takes_all:

@@ -83,6 +83,7 @@ def run(
     folder = _folder(Path(arguments.out)) if arguments.out else None
     if arguments.source:
         zoo, adds = _read(Path(arguments.source)), arguments.rows != RUN_OPTIONS["rows"]
+        # With --from, an option that would have no effect is refused, not forgotten.
         for name, default in RUN_OPTIONS.items():
             if getattr(arguments, name) != default and not (adds and name in CHOICES):
                 what = "takes this from the file" if adds else "runs nothing"

@@ -142,6 +142,7 @@ def _bisect(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"--step {arguments.step}: both are dumps, each of its own step; expected without it"
         )
+    # A file, a run's folder, or a run in words: each side becomes a dump.
     sides = [_read_side(text) for text in (arguments.a, arguments.b)]
     for side in sides:  # both before one runs
         if not isinstance(side, Dump):

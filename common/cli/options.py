@@ -106,6 +106,7 @@ def add_run_options(
     `also`. `defaults` is what the help shows instead of the values of `preset`, which applies if
     the user names none.
     """
+    # Options come from the specification itself: a new field is a new option without a line here.
     keys = [key for key in FIELDS if key[0] in sections and key[1] not in (*without, "python")]
     if only_placement:
         wanted = [*(("run", name) for name in (*PLACEMENT, *also)), ("train", "micro_batches")]

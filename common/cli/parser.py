@@ -48,6 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def show_only(self, common: Set[str]) -> None:
         """Leave out of --help what `common` does not name; --help-all shows every option."""
+        # argparse prints what is not suppressed; so --help-all gives the texts back first.
         rare = [action for action in self._actions if not common & set(action.option_strings)]
         texts = [(action, action.help) for action in rare if action.help is not argparse.SUPPRESS]
 

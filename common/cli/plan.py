@@ -145,6 +145,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     limit = arguments.memory_limit
     axes = arguments.replicas_allowed, arguments.shards_allowed
     plans = make_plans(config, arguments.devices, times, limit, schedules, *axes)
+    # Once more without the limit: what memory costs is the difference of the two best.
     unlimited = (
         plans
         if limit == float("inf")

@@ -62,6 +62,7 @@ def with_python(settings: Settings) -> Settings:
 
     Raises UsageError.
     """
+    # torch@PATH names an interpreter for one row, --python one for all rows of a framework.
     pythons = checked_pythons(settings)
     found = Settings({key: each for key, each in settings.items() if key[0] != SECTION})
     given = settings["run", "framework"]

@@ -82,6 +82,7 @@ def choose_folders(
         chosen.seen.unlink()
     if all(facts["shares"] == "True" for facts in everybody):
         return folders
+    # step-00000200 of host b against step-00000100 of rank 0's host: names sort as their steps do.
     names = [facts.get("newest", "") for facts in everybody]
     names[0] = "" if resume is None else resume.name
     source = names.index(max(names)) if asked == "latest" else 0

@@ -55,6 +55,8 @@ class Saved:
 
         Any other than the training's would give its tokens another meaning. Raises UsageError.
         """
+        # Three cases: the weights' tokenizer is unknown; it is known and the user says the same or
+        # nothing; the user says another one, which is wrong.
         own = self.manifest.tokenizer_kind
         kind, file = (
             None if setting is None or str(setting.value).lower() == "none" else setting

@@ -118,6 +118,7 @@ def read_preset(file: Settings, line: Settings) -> str | None:
 
 def layered(base: Settings, file: Settings, line: Settings) -> Settings:
     """Lay the command line over the file over the base, and adapt what is not given."""
+    # A layer lies over those below it, key by key: what the command line says counts over the file.
     file = read_native_dropout(file, base)
     settings = base | file | read_native_dropout(line, base | file)
     adapt(settings)
@@ -289,6 +290,7 @@ def validated(kind: type[_Model], settings: Settings, **fixed: Any) -> _Model:
     Raises UsageError with the first wrong value and its origin.
     """
     section = next(section for section, model in SECTIONS.items() if model is kind)
+    # Pydantic sees one section at a time, so an error's place is a field of this one.
     own = {name: setting for (each, name), setting in settings.items() if each == section}
     values = {name: _read_words(section, name, setting.value) for name, setting in own.items()}
     try:

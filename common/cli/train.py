@@ -112,6 +112,7 @@ def _fault(text: str) -> str:
 
 def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implementation]) -> int:
     console = make_console()
+    # Locked before anything is read: two runs must not choose the same checkpoint to go on from.
     directory = save_directory(arguments)
     with checkpoint.locked(directory) if directory else nullcontext():
         resume = choose(arguments.resume or arguments.weights, directory, console)
@@ -123,6 +124,7 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
         folder = make_folder(Path(arguments.out), "train")
         name = run_name(config)
         say(console, f"results in {folder / name}/")
+        #
         goes_on = arguments.max_restarts > 0 or (resume is not None and not arguments.weights)
         say_what_is_forgotten(config, goes_on, console)
         training = Training(

@@ -238,6 +238,7 @@ class _Walk:
 
         If the two are cut differently, compare the whole mini-batch.
         """
+        # What only one side has is listed by `missing`, and compared with nothing.
         a, b = (side.get(place) for side in self.sides)
         if a is None or b is None:
             return None

@@ -78,6 +78,7 @@ def measure(
 
 def _start(module: str, config: RunConfig, python: str) -> subprocess.Popen[str]:
     """The worker process, with one thread for whatever library it loads."""
+    # One thread each, whichever of these libraries it has: kernels are compared, not schedulers.
     single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     return subprocess.Popen(
         worker_command(module, config.model_dump_json(), python=python),

@@ -44,6 +44,7 @@ class Probe:
         kind = str(environment.get("device_kind"))
         if kind != "cpu" and "cuda" not in kind:
             return None
+        # As many as all stages have: 7 for 2 stages are 3 each, so 6.
         threads = config.stages * threads_per_stage(config.stages, config.threads)
         device = "cpu" if kind == "cpu" else "cuda"
         probe = cls(config.train.dtype, min(threads, usable_cpus()), device)

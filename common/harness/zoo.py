@@ -79,6 +79,7 @@ def run_zoo(
         config = config_of(drift, framework, last, on, seed)
         return config.model_copy(update={"python": (pythons or {}).get(framework)})
 
+    # Every habit in every framework that has it; of these, what this machine can run.
     wished = [drift for drift in DRIFTS if drift.name in names]
     chosen = [(drift, f) for drift in wished for f in frameworks if f in drift.frameworks]
     on_cpu = [(drift, f) for drift, f in chosen if drift.run.get("device") != "cuda"]

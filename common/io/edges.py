@@ -32,6 +32,7 @@ def _escape(text: str) -> str:
     """The bytes behind surrogates as NUL and two digits: no name has a NUL, so this reads back."""
 
     def byte(match: re.Match[str]) -> str:
+        # PEP 383: byte 0xE4 that is no UTF-8 became U+DCE4.
         number = ord(match[0]) - 0xDC00
         if not 0x80 <= number <= 0xFF:
             raise ValueError(

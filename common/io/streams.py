@@ -73,6 +73,7 @@ def lasting_streams(notice: Callable[[OSError], str]) -> Iterator[LastingStream]
 
 def _open_closed_streams() -> None:
     """The first file opened takes the first free number: it must not be taken for a stream."""
+    # `command >&-` starts a program without a standard output, and the next open file would be it.
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         with contextlib.suppress(OSError):
             os.fstat(number)

@@ -119,7 +119,7 @@ def orthonormal(p: Array) -> Array:
 
 def _scaled_signs(whole: Array) -> Array:
     """1 where a value is at least 0, else -1, times the mean magnitude."""
-    sent: Array = np.where(whole >= 0, 1.0, -1.0) * np.abs(whole).mean()
+    sent: Array = np.where(whole >= 0, 1.0, -1.0) * np.abs(whole).mean()  # as `whole`
     return sent
 
 

@@ -68,6 +68,8 @@ def timing_note(collection: Collection) -> str:
         return ""
     differences = [abs(timing.step_difference) for timing in timings]
     near = sum(difference <= 0.05 for difference in differences)
+    # Measured over replayed: what lies between actions. Replayed over simulated: that an action
+    # does not always take its cost.
     overhead = [t.measured_pipeline_seconds / t.replayed_pipeline_seconds - 1 for t in timings]
     spread = [t.replayed_pipeline_seconds / t.simulated_pipeline_seconds - 1 for t in timings]
     return (

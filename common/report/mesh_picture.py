@@ -66,6 +66,7 @@ def draw_mesh(config: RunConfig) -> Figure:
         words += [f"shard {place.shard}"] * (mesh.shards > 1)
         frame = {"boxstyle": "round", "facecolor": "none", "edgecolor": "#8a8f98"}
         axes.text(x, y, "\n".join(words), ha="center", va="center", bbox=frame)
+    # One line for both directions of a pair.
     pairs: collections.Counter[tuple[int, int]] = collections.Counter()
     for (a, b), count in traffic_bytes(config).items():
         pairs[min(a, b), max(a, b)] += count

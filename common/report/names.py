@@ -16,6 +16,7 @@ def interpreter_name(python: str | None) -> str:
         return ""
     path = PurePosixPath(python)
     folder = path.parent.parent
+    # /usr/bin/python3.12 is in no environment of its own, and is called by its own name.
     if path.parent.name != "bin" or folder.name in ("", "usr", "local"):
         return path.name
     if folder.name.startswith(".") or folder.name in COMMON_FOLDERS:

@@ -211,6 +211,7 @@ class RunResult(BaseModel):
             "final_loss": self.final_loss,
         }
         # Never half a result under its name: a killed parent leaves the former one, or none.
+        # The new file takes the name in one step, whoever reads it meanwhile.
         partial = path.with_name(f".{path.name}.partial")
         write_file(
             partial,

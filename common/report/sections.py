@@ -137,6 +137,7 @@ def _efficiency(rows: Sequence[tables.Row]) -> Grid:
 
 def _parity(collection: Collection) -> Grid:
     """Per row and check the worst error over its limit, over all repeats."""
+    # A dictionary as an ordered set: the order in which runs were compared.
     checks: dict[str, None] = {}
     for result in collection.results:
         checks |= dict.fromkeys(result.parity.margins)
@@ -201,6 +202,7 @@ def _traffic(collection: Collection) -> Grid:
         mesh = Mesh.of(config)
         if config.executor == "plain" or mesh.size == 1:
             continue
+        # Both directions of an edge count: it is what all processes together send.
         sums = dict.fromkeys(("stages", "replicas", "shards"), 0)
         for (a, b), count in traffic_bytes(config).items():
             sums[mesh.axis(a, b)] += count

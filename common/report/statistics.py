@@ -128,7 +128,7 @@ def _resampled_medians(
 ) -> NDArray[np.float64]:
     """(B, R): for every drawn repeat the median of its steps, drawn anew with replacement."""
     # All draws of one repeat at once, as a matrix of (times drawn, its steps).
-    medians = np.empty(which.shape)
+    medians = np.empty(which.shape)  # (B, R)
     for number, steps in enumerate(repeats):
         chosen = which == number
         drawn = steps[generator.integers(len(steps), size=(int(chosen.sum()), len(steps)))]

@@ -82,6 +82,7 @@ def ideal_efficiency(
 
 def curves(rows: Sequence[Row], axis: Axis) -> list[Curve]:
     """Return a curve for every set of ranked rows that differ in `axis` alone."""
+    # A curve is what differs in one axis alone: everything else is the key.
     together: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row.ranked and row.tokens_per_second:

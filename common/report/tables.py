@@ -218,6 +218,7 @@ def _row(repeats: Sequence[RunResult]) -> Row:
     config = repeats[0].config
     good = [result for result in repeats if result.status == "ok"]
     step = summarize([second * 1e3 for result in good for second in result.steady_seconds])
+    # Where stages take turns on a GPU, an idle stage is not a bubble but another one's turn.
     alone = [result.timing for result in good if result.timing and not result.shares_gpu]
     device, gpus = (good[0].device, good[0].gpus) if good else ("", 0)
     peaks = [result.peak for result in good if result.peak]
@@ -392,6 +393,8 @@ LEGEND = (
 
 def columns_for(rows: Sequence[Row]) -> list[Column]:
     """Return all columns except empty ones, and those equal in every row that nobody asked for."""
+    # By title, whether a column would say the same in every row, and that is what nobody asked
+    # about.
     constant = {
         "run": all(not row.source for row in rows),
         "chunks": all(row.chunks == 1 for row in rows),
@@ -444,6 +447,7 @@ def print_table(rows: Sequence[Row], console: Console) -> bool:
     unfolded = console.options.update(max_width=10_000)
     while True:
         table = grid(rows, columns).rich(fold_titles=True)
+        # As wide as the table would like to be, were the terminal endless.
         needed = Measurement.get(console, unfolded, table).maximum
         # Of all columns that may go, the one that matters least.
         least = min(

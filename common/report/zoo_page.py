@@ -175,6 +175,7 @@ def draw_curves(zoo: Zoo, path: Path) -> None:
     figure = new_figure(11.0, 9.6)
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     shown = [value for row in zoo.rows for value in row.curve if value > SMALLEST_SHOWN]
+    # A little below the smallest, so that no curve runs along the edge.
     bottom = min(shown, default=SMALLEST_SHOWN) / 3
     for panel, (title, checks) in zip(axes.flat, PANELS.items(), strict=True):
         chosen = _one_per_habit(

@@ -31,7 +31,7 @@ def digest_number(*contents: bytes) -> float:
 def gather(numbers: Sequence[float], rank: int, size: int, add: Sum) -> list[list[float]]:
     """Return every rank's `numbers`: each adds its own, in a row that is 0 everywhere else."""
     # A sum is the one collective that every framework has: where all others add 0, a sum is a copy.
-    rows = np.zeros((size, len(numbers)))
+    rows = np.zeros((size, len(numbers)))  # (ranks, numbers)
     rows[rank] = numbers
     summed: list[list[float]] = np.reshape(add(rows.ravel().tolist()), rows.shape).tolist()
     return summed

@@ -103,7 +103,7 @@ class Beams:
         # The count-th largest without sorting V x n numbers; what equals it is sorted with the
         # rest, so that ties go to the lower row and token.
         least = np.partition(totals, len(totals) - count)[len(totals) - count]
-        places = np.flatnonzero(totals >= least)
+        places = np.flatnonzero(totals >= least)  # of beam x V + token
         places = places[np.argsort(-totals[places], kind="stable")][:count]
         vocab_size = logits.shape[1]
         return [(float(totals[p]), int(p // vocab_size), int(p % vocab_size)) for p in places]

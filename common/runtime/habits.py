@@ -83,7 +83,7 @@ def float32_rotary_angles(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the cosines and sines (size, half), in float32 throughout."""
     turns = 1 / np.float32(theta) ** (np.arange(half, dtype=np.float32) / np.float32(half))
-    angles = np.arange(size, dtype=np.float32)[:, None] * turns
+    angles = np.arange(size, dtype=np.float32)[:, None] * turns  # (size, half)
     return np.cos(angles), np.sin(angles)
 
 

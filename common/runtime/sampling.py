@@ -61,11 +61,11 @@ def pick(
         return best, float(logits[best] - np.delete(logits, best).max())
     scaled = logits / wish.temperature
     kept, call = kept_tokens(scaled, wish)
-    weights = np.where(kept, np.exp(scaled - scaled.max()), 0.0)
+    weights = np.where(kept, np.exp(scaled - scaled.max()), 0.0)  # (V,)
     # The edges are in the order of the tokens, not of the weights: two frameworks whose near-ties
     # come out the other way round still cut [0, 1) at the same places. With weights 0.5, 0.3, 0.2
     # the edges are 0.5, 0.8, 1.0, and a draw of 0.79 takes token 1, with a call of 0.01.
-    edges = np.cumsum(weights) / weights.sum()
+    edges = np.cumsum(weights) / weights.sum()  # (V,)
     draw = uniform(wish.seed, sample, position)
     token = int(np.searchsorted(edges, draw, side="right"))
     token = min(token, int(np.flatnonzero(kept)[-1]))  # the last edge may be rounded below 1
@@ -85,12 +85,12 @@ def kept_tokens(scaled: NDArray[np.float64], wish: Generation) -> tuple[NDArray[
         call = float(last - following) * temperature
     if wish.top_p is not None and wish.top_p < 1:
         # The fewest of the likeliest that make up p, as transformers' TopPLogitsWarper has it.
-        order = np.flatnonzero(kept)
+        order = np.flatnonzero(kept)  # (k,)
         order = order[np.argsort(-scaled[order], kind="stable")]
         weights = np.exp(scaled[order] - scaled[order[0]])
-        totals = np.cumsum(weights) / weights.sum()
+        totals = np.cumsum(weights) / weights.sum()  # (k,)
         count = min(int(np.searchsorted(totals, wish.top_p, side="left")) + 1, len(order))
-        kept = np.zeros(len(scaled), bool)
+        kept = np.zeros(len(scaled), bool)  # (V,)
         kept[order[:count]] = True
         call = min(call, float(np.abs(totals[:-1] - wish.top_p).min(initial=math.inf)))
         if count < len(order):

@@ -124,6 +124,8 @@ class Schedule:
     @cached_property
     def location(self) -> tuple[tuple[int, int], ...]:
         """(device, chunk) of every virtual stage, in the order of the model: `parts` inverted."""
+        # A vee of 2 devices: parts ((0, 3), (1, 2)), so virtual stages 0 to 3 lie at (0, 0), (1,
+        # 0), (1, 1) and (0, 1).
         where = {k: (d, c) for d, row in enumerate(self.parts) for c, k in enumerate(row)}
         return tuple(where[k] for k in range(len(where)))
 
@@ -175,6 +177,7 @@ def words(actions: Iterable[Action]) -> list[str]:
     """Return the actions as the text form has them: two that overlap are one word."""
     found: list[str] = []
     for action in actions:
+        # The first of the pair is in the list already: it is taken back and joined.
         found.append(f"({found.pop()}&{action})" if action.overlaps else str(action))
     return found
 
@@ -214,6 +217,7 @@ def parse_schedule(text: str, name: str = "file") -> Schedule:
     options: dict[str, str] = {}
     rows: list[list[Action]] = []
     for number, line in enumerate(text.splitlines(), start=1):
+        # `# schedule: mine micro_batches=4 chunks=2 placement=vee`: every other comment is skipped.
         if header := _HEADER.match(line.strip()):
             name = header["name"]
             options |= dict(word.split("=", 1) for word in header["rest"].split() if "=" in word)
@@ -277,6 +281,8 @@ def build_schedule(
         raise ScheduleError(
             f"header: {options}; micro_batches and chunks are whole numbers"
         ) from None
+    # Papers count micro-batches from 1. Actions 1 to 4 are read as 0 to 3, unless a header says
+    # that there are more than 4.
     first, last = min(a.micro_batch for a in actions), max(a.micro_batch for a in actions)
     # Counted from 1 only if no micro-batch 0 occurs and the header's number, if any, agrees.
     base = 1 if first == 1 and (stated is None or last == stated) else 0

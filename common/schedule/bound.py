@@ -33,6 +33,8 @@ from common.schedule.shop import ROUNDING, Shop
 def lower_bound(shop: Shop) -> float:
     """Return a value, in the unit of the costs, that no order of this shop can beat."""
     m, stages = shop.m, shop.stages
+    # One micro-batch alone in the pipeline: nobody waits for a device, so its times are the least
+    # there are.
     alone = Shop(
         shop.p, 1, shop.v, shop.shape.placement, shop.costs, [1.0] * shop.p, shop.objective
     )
@@ -52,6 +54,7 @@ def lower_bound(shop: Shop) -> float:
         one_of = [[alone.duration[a] for a in each] for each in (forward, backward, weight)]
         first = min(start[a] for a in forward)
         # Fs that fit in memory without any B, the longest ones.
+        # With room for 2 activations, two Fs fill 2 of the wait for the first B; the rest is idle.
         room = min(math.floor(shop.memory_limit[d]), m * shop.v)
         filled = sum(sorted(one_of[0] * m)[-room:])
         idle = max(0.0, min(start[a] for a in backward) - first - filled)

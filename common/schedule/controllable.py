@@ -85,6 +85,7 @@ def why_not_v_min(schedule: Schedule, costs: Costs) -> str | None:
 
 
 def _schedule(name: str, m: int, offsets: Sequence[Sequence[int]]) -> Schedule:
+    # Every micro-batch is the pattern of the first, 6 slots later for each before it.
     devices = [[first + INTERVAL * np.arange(m) for first in of_device] for of_device in offsets]
     for with_weights in (True, False):
         devices = [slots[:4] for slots in _squeezed(_moved(devices, with_weights))]
@@ -106,7 +107,7 @@ def _fill(slots: Slots) -> NDArray[np.int64]:
     total = np.cumsum(2 * backwards + forwards - 1)
     waiting = total - np.minimum.accumulate(np.minimum(total, 0))
     done = np.cumsum(backwards) - waiting
-    inside = np.flatnonzero(np.diff(done, prepend=0))
+    inside = np.flatnonzero(np.diff(done, prepend=0))  # the slots in which a W ends
     return np.concatenate([inside, size + np.arange(waiting[-1])])
 
 
@@ -122,6 +123,8 @@ def _moved(devices: list[Slots], with_weights: bool) -> list[Slots]:
     """Move what lies in the fill (only `with_weights`) and the drain to earlier slots. [3]"""
     if with_weights:
         devices = [[*slots, _fill(slots)] for slots in devices]
+    # What moves earlier holds its activation longer: not more of them than the pattern itself
+    # holds.
     limit, m = max(map(_held, devices)), len(devices[0][0])
     taken: list[set[int]] = [set() for _ in devices]
     phase = "fill"

@@ -38,6 +38,8 @@ def _row(p: int, m: int, d: int) -> tuple[Action, ...]:
     #     F0 F1    F2 F0.1    B0.1 W0.1 F1.1    (F3&BW1.1) (F2.1&BW0)     BW2.1 (F3.1&BW1)
     #     nB1B0       nWB0     nW
     #     BW3.1 B2    W2 B3    W3
+    # Devices further down the V: each needs a forward of its own before the first one comes back
+    # up.
     below = p - 1 - d
     pairs = (m - 2 * p + d + 1) * [F0, WITH_BW1, F1, WITH_BW0]
     if below == 0:
@@ -51,6 +53,7 @@ def _row(p: int, m: int, d: int) -> tuple[Action, ...]:
         *(below * [W, B0] + (d + 1) * [W]),
     ]
     # Every operation takes the micro-batches in turn, W the oldest B that waits for it.
+    # By (forward?, chunk): how many micro-batches have had it.
     done: Counter[tuple[bool, int]] = Counter()
     late: deque[Action] = deque()
     row = []

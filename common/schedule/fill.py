@@ -41,6 +41,7 @@ def fill(shop: Shop, rows: Rows, targets: int = TARGETS) -> Rows | None:
             best = value, found
         return value
 
+    # No order ends before the busiest device could; without any target nothing is ever put off.
     earliest, latest = max(shop.never_idle), attempt(float("inf"))
     if best is None or latest <= earliest + ROUNDING:
         return None if best is None else best[1]

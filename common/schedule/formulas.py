@@ -39,6 +39,7 @@ class Compared:
 def textbook(simulation: Simulation) -> list[Compared]:
     """Return every formula for this schedule's sizes and costs. A stage is a device."""
     p, n = simulation.schedule.num_devices, simulation.schedule.num_micro_batches
+    # With recomputation a backward has the forward's time in it, and so has t_i.
     stage = [float(busy) / n for busy in simulation.busy]  # t_i, what a run spends on a micro-batch
     whole, largest = sum(stage), max(stage)
     idle = p * simulation.makespan - float(simulation.busy.sum())

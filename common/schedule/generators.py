@@ -133,6 +133,7 @@ def make_schedule(name: str, p: int, m: int, chunks: int = 1) -> Schedule:
         raise ScheduleError(
             f"schedule {name!r} is unknown; expected one of {known} or file:PATH{hint}"
         )
+    # Some patterns are made of just two chunks: another number has no meaning there.
     generator = GENERATORS[name]
     if generator.chunks not in (None, chunks):
         has = "1 chunk" if generator.chunks == 1 else f"{generator.chunks} chunks"

@@ -36,6 +36,7 @@ def greedy(shop: Shop, handicaps: tuple[float, float], in_flight: int) -> Rows |
     done = [0] * (3 * stages)  # actions of each stream
     end = [-1.0] * shop.num_actions
     free, held = [0.0] * p, [0.0] * p
+    # What the memory rule counts: a micro-batch that has entered must be able to come out again.
     forwards = [[0] * m for _ in range(p)]  # of each micro-batch on each device
     oldest = [0] * p  # the first micro-batch with a forward to come
     rows: Rows = [[] for _ in range(p)]

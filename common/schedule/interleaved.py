@@ -60,6 +60,8 @@ def interleaved(
     """  # noqa: E501
     if group_size is not None and not 1 <= group_size <= m:
         raise ScheduleError(f"groups of {group_size} micro-batches; expected 1 to {m}")
+    # 6 micro-batches over 2 devices: groups of 2, so 0 1 through chunk 0, 0 1 through chunk 1, then
+    # 2 3, and so on. Larger groups hold more activations.
     groups = _groups(p, m, group_size)
     # Warm-up: a whole group through all chunks but the last; and 2 for each device below, which the
     # first micro-batch of the last chunk passes on its way down and again on its way back.
@@ -121,6 +123,7 @@ def rows(
     With a `delay` a backward is B, and the W of the one `delay(d)` backwards before follows it.
     With `overlap` every forward and the backward after it run at the same time.
     """
+    # Two orders are all that a device needs; when it changes from one to the other is its warm-up.
     forwards = [Action(Op.F, i, c) for group in groups for c in range(v) for i in group]
     order = [(i, c) for group in groups for c in reversed(range(v)) for i in group]
     backwards = [Action(Op.BW if delay is None else Op.B, i, c) for i, c in order]
@@ -150,6 +153,7 @@ def _groups(p: int, m: int, size: int | None = None) -> list[range]:
     if size is not None:
         return [range(a, min(a + size, m)) for a in range(0, m, size)]
     count = max(1, m // p)
+    # 7 micro-batches over 3 devices: 2 groups, of 4 and 3.
     size, longer = divmod(m, count)
     starts = [g * size + min(g, longer) for g in range(count + 1)]
     return [range(a, b) for a, b in itertools.pairwise(starts)]

@@ -26,7 +26,9 @@ def occupancy(schedule: Schedule, kinds: Sequence[int] | None = None) -> list[In
     kinds = [0] * schedule.num_micro_batches if kinds is None else kinds
     table = tabulate(schedule)
     shape = (table.num_rows, schedule.num_chunks, max(kinds) + 1)
-    between = np.zeros((*shape, 2), np.int64)
+    # A row is one action: F adds a held activation, B turns it into what waits for W, W frees it.
+    # The sum over the rows so far is what is held after each action.
+    between = np.zeros((*shape, 2), np.int64)  # (n, v, kinds, 2)
     row, kind = np.arange(table.num_rows), np.array(kinds)[table.micro_batch]
     for op, forward, waiting in ((Op.F, 1, 0), (Op.B, -1, 1), (Op.W, 0, -1), (Op.BW, -1, 0)):
         rows = row[table.op == OP_CODE[op]]
@@ -39,6 +41,7 @@ def occupancy(schedule: Schedule, kinds: Sequence[int] | None = None) -> list[In
 
 def _not_exceeded(counts: IntArray) -> IntArray:
     """Return the rows that no other row reaches or exceeds in every place."""
+    # (2, 0) is below (2, 1) whatever the sizes; (3, 0) and (2, 1) both stay, as either may be more.
     flat = np.unique(counts.reshape(len(counts), -1), axis=0)
     exceeded = [bool(((flat >= one).all(axis=1).sum()) > 1) for one in flat]
     kept: IntArray = flat[~np.array(exceeded)].reshape(-1, *counts.shape[1:])

@@ -53,6 +53,7 @@ def draw_pictures(
     """
     simulations = list(charts.values())
     makespan = max(simulation.makespan for simulation in simulations)
+    # Wide enough for a label in the shortest action, up to the widest that a page takes.
     room = max(sim.makespan / _shortest(sim) for sim in simulations) * INCHES_PER_ACTION
     width = min(max(room, MIN_WIDTH_INCHES), MAX_WIDTH_INCHES)
     heights = [0.34 * simulation.schedule.num_devices + 0.3 for simulation in simulations]

@@ -44,6 +44,8 @@ def play(
     `durations` (n,) are of the rows, `delays` (n,) of the messages that rows wait for; both in one
     unit. Sending takes the sender no time. `source` (n,) replaces `Table.awaited`.
     """
+    # Lists, not arrays: the loop below reads single numbers, which costs an array ten times as
+    # much.
     sources = (table.awaited if source is None else source).tolist()
     bounds = table.bounds.tolist()
     start, end = [-1.0] * table.num_rows, [-1.0] * table.num_rows

@@ -116,6 +116,7 @@ def _read_step(word: str) -> _Step:
 
 
 def _build(rows: list[list[_Step]], name: str) -> Schedule:
+    # A rank's chunks are the stages in its line, in the order of the model.
     held = tuple(tuple(sorted({step.stage for step in row})) for row in rows)
     chunk = {stage: c for own in held for c, stage in enumerate(own)}
     if missing := set(range(max(chunk, default=0))) - set(chunk):
@@ -126,6 +127,8 @@ def _build(rows: list[list[_Step]], name: str) -> Schedule:
 
     def action(step: _Step) -> Action:
         stage, op, i, overlaps = step
+        # Before PyTorch had the letter I, "1B0" with a "1W0" in the file was the backward for the
+        # input.
         has_halves = [(stage, half, i) in done for half in (Op.B, Op.W)]
         older = op is Op.BW and not overlaps and has_halves == [False, True]
         return Action(Op.B if older else op, i, chunk[stage], overlaps)

@@ -70,6 +70,7 @@ def search(
     Every operation on every chunk keeps the order of the micro-batches. Raises ScheduleError if the
     numbers are not of p stages, or if not even one activation fits.
     """
+    # Up to three: one chunk in a loop, two in a loop, two in a V.
     pipelines = shops(p, m, costs, memory_limit, chunks, objective)
     bounds = {shop: lower_bound(shop) for shop in pipelines}
     named = [
@@ -79,6 +80,7 @@ def search(
     ]
     fitting = [schedule for schedule in named if _fits(schedule, costs, memory_limit)]
     starts = [(shop, rows) for shop in pipelines for rows in _starts(shop, named, actions_to_try)]
+    # The best first, whichever shape they are of: only `WIDTH` of them are searched.
     starts.sort(key=lambda start: start[0].value(start[1], start[0].play(start[1])))
     searches = [Tabu(shop, rows, seed) for shop, rows in starts[:WIDTH]]
     # Successive halving: 8 starts, then 4, 2, 1. Each round gets a quarter of the work, so
@@ -121,6 +123,7 @@ def shops(
             f"memory limit {min(memory_limit):g} activations; expected 1 or more on every stage"
         )
     # Costs of virtual stages say how many chunks there are.
+    # 8 costs for 4 stages are those of 2 chunks; 4 costs fit any number of chunks.
     sizes = [v for v in chunks if costs.num_stages in (p, p * v)]
     if not sizes:
         raise ScheduleError(

@@ -84,6 +84,7 @@ class Shop:
         self.weight = [-1] * n  # of a B: its W
         place = self.shape.location
         for stream in range(3 * self.stages):
+            # All of a stream's m actions are alike, so slices fill them at once.
             code, k = divmod(stream, self.stages)
             here = slice(stream * m, (stream + 1) * m)
             self.device[here] = [place[k][0]] * m
@@ -109,6 +110,7 @@ class Shop:
 
     def _cost(self, values: Sequence[float], k: int, chunks: int = 1) -> float:
         """Return the cost of virtual stage k: its own, or the share of its device's."""
+        # Costs may be of virtual stages, or of whole stages, of which a chunk takes its share.
         own = len(values) == self.stages > self.p
         return values[k] if own else values[self.shape.location[k][0]] / chunks
 

@@ -81,7 +81,7 @@ class Table:
     def virtual_stage(self) -> IntArray:
         """(n,); -1 for a chunk that is out of range."""
         # Devices may have different numbers of chunks: what a short row lacks stays -1.
-        of = np.full((self.schedule.num_devices, self.schedule.num_chunks), -1)
+        of = np.full((self.schedule.num_devices, self.schedule.num_chunks), -1)  # (p, v)
         for device, row in enumerate(self.schedule.parts):
             of[device, : len(row)] = row
         known = self.chunk < self.schedule.num_chunks
@@ -125,8 +125,10 @@ class Table:
     @cached_property
     def producer(self) -> IntArray:
         """(num_slots,): the first row that fills each slot, -1 where none does. [3]"""
+        # Row by row it would be a dictionary of a million entries; `minimum.at` does all in one
+        # pass.
         slots, rows = self.results
-        producer = np.full(self.num_slots, self.num_rows, np.int64)
+        producer = np.full(self.num_slots, self.num_rows, np.int64)  # (num_slots,)
         np.minimum.at(producer, slots, rows)  # the first, if a schedule repeats an action
         return np.where(producer < self.num_rows, producer, -1)
 
@@ -152,7 +154,7 @@ class Table:
         One is enough: in `NEEDS` no operation has two neighbours, and what it needs from its own
         device comes earlier in the list.
         """
-        source = np.full(self.num_rows, -1, np.int64)
+        source = np.full(self.num_rows, -1, np.int64)  # (n,)
         for _, _, _, rows, slots in self.needs:
             producer = self.producer[slots]
             remote = (producer >= 0) & (self.device[producer] != self.device[rows])
@@ -167,7 +169,7 @@ class Table:
     @cached_property
     def awaited(self) -> IntArray:
         """(n,): the row whose end each row waits for, -1 for none. [6]"""
-        ends = np.arange(self.num_rows)
+        ends = np.arange(self.num_rows)  # (n,)
         ends[self.leads] += 1
         return np.where(self.source >= 0, ends[self.source], -1)
 
@@ -181,7 +183,7 @@ class Table:
         """
         # A row follows in its group if the row of the same operation before it, on its device, has
         # the same chunk.
-        follows = np.zeros(self.num_rows, np.bool_)
+        follows = np.zeros(self.num_rows, np.bool_)  # (n,)
         for op in (Op.F, Op.B, Op.BW):
             rows = self.rows_of(op)
             same = (self.device[rows][1:] == self.device[rows][:-1]) & (
@@ -228,13 +230,13 @@ def tabulate(schedule: Schedule) -> Table:
     Generators put one Action object into many lists. Reading attributes is the slow part, so each
     object is read once and its values are copied to all its rows.
     """
-    lengths = np.array([len(row) for row in schedule.devices], np.int64)
+    lengths = np.array([len(row) for row in schedule.devices], np.int64)  # (p,)
     total = int(lengths.sum())
     identities = np.fromiter(map(id, chain.from_iterable(schedule.devices)), np.int64, total)
     # inverse[row] is the number of the row's distinct object, first[number] the first row that has
     # it.
     _, first, inverse = np.unique(identities, return_index=True, return_inverse=True)
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    bounds = np.concatenate([[0], np.cumsum(lengths)])  # (p + 1,)
     device_of_first = np.searchsorted(bounds, first, side="right") - 1
     distinct = [
         schedule.devices[d][row - bounds[d]]

@@ -56,6 +56,7 @@ class Tabu:
     """One search, which can be continued. `rows` and `value` are the best so far."""
 
     def __init__(self, shop: Shop, rows: Rows, seed: int) -> None:
+        # Chance with a seed: the same search gives the same schedule everywhere.
         self.shop, self.chance = shop, random.Random(seed)
         self.rows = rows
         self._start_from(rows)

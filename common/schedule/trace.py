@@ -47,8 +47,8 @@ def chrome_traces(charts: Mapping[str, Simulation]) -> dict[str, Any]:
 
 def _events(simulation: Simulation, name: str, pid: int) -> list[dict[str, Any]]:
     schedule, table = simulation.schedule, simulation.table
-    begin = (simulation.start * MICROSECONDS_PER_UNIT).round(3)
-    end = (simulation.end * MICROSECONDS_PER_UNIT).round(3)
+    begin = (simulation.start * MICROSECONDS_PER_UNIT).round(3)  # (n,)
+    end = (simulation.end * MICROSECONDS_PER_UNIT).round(3)  # (n,)
     start, duration = begin.tolist(), (end - begin - GAP_MICROSECONDS).clip(min=0).round(3).tolist()
     device = table.device.tolist()
     thread = [LANES * pid + d for d in range(schedule.num_devices)]

@@ -134,7 +134,7 @@ class _Report:
                 f"{op.value} already"
             )
             self.add(Rule.REPEATED_ACTION, row, done)
-        missing = np.flatnonzero(table.producer < 0)
+        missing = np.flatnonzero(table.producer < 0)  # slots
         for slot in missing[:MAX_MISSING_LISTED].tolist():
             self.add_missing(*table.describe_slot(slot))
         if len(missing) > MAX_MISSING_LISTED:  # a file can announce a million with a few bytes
@@ -251,5 +251,5 @@ def _repeats(slots: IntArray, rows: IntArray) -> tuple[list[int], list[int]]:
     """Return the (slots, rows) that fill a slot which an earlier row has filled."""
     order = np.lexsort((rows, slots))  # by slot, then by row: repeats are neighbours
     slots, rows = slots[order], rows[order]
-    again = np.flatnonzero(slots[1:] == slots[:-1]) + 1
+    again = np.flatnonzero(slots[1:] == slots[:-1]) + 1  # places in `slots`
     return slots[again].tolist(), rows[again].tolist()

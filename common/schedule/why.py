@@ -41,6 +41,7 @@ def gaps(simulation: Simulation) -> list[Gap]:
 
 def _gaps_of(simulation: Simulation, device: int) -> Iterator[Gap]:
     table, start, end = simulation.table, simulation.start, simulation.end
+    # Up to here the device has been busy, or its gaps are told.
     done = 0.0
     for row in range(int(table.bounds[device]), int(table.bounds[device + 1])):
         # It can only be a message that is late: the device is free, and what an action needs from

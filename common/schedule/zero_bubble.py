@@ -28,6 +28,8 @@ def zb_h1(p: int, m: int) -> Schedule:
         device 1 ·  F0 F1 ·  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3
         device 2 ·  ·  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3
     """
+    # Device d is d hops below the first: it has d gradients less to wait for, and puts off d Ws
+    # instead.
     found = rows(p, [range(m)], 1, lambda d: p - 1 - d, delay=lambda d: d)
     return Schedule("zb-h1", found, m)
 
@@ -44,6 +46,7 @@ def zb_h2(p: int, m: int) -> Schedule:
         device 1 ·  F0 F1 F2 B0 F3 B1 F4 B2 W0 F5 B3 W1 B4 W2 B5 W3 W4 W5
         device 2 ·  ·  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 W0 F5 B5 W1 W2 W3 W4 W5
     """
+    # Two forwards for each device below: one for the hop down, one for the hop back up.
     found = rows(p, [range(m)], 1, lambda d: 2 * (p - 1 - d), delay=lambda d: 2 * d)
     return Schedule("zb-h2", found, m)
 
@@ -72,6 +75,7 @@ def zb_v(p: int, m: int, costs: Costs | None = None) -> Schedule:
     if costs is None or costs.recompute != Costs.recompute:
         return schedule
     shop = Shop(p, m, 2, "vee", costs, [float(p)] * p, "warm")
+    # By costs Ws may lie elsewhere; the order of F and B, and so every message, stays.
     order = shop.rows(schedule)
     # A large one gets fewer targets, so that a schedule of a million actions takes seconds.
     filled = fill(shop, order, min(TARGETS, 1_000_000 // shop.num_actions))

@@ -137,7 +137,7 @@ class Corpus:
         """
         train, length = config.train, config.model.context_length
         batch = self.batch(step, train.seed, train.batch_size, length)
-        lengths = np.full(train.batch_size, length)
+        lengths = np.full(train.batch_size, length)  # (B,)
         if config.sequence_lengths == "random":
             lengths = _generator((train.seed, 2), step).integers(1, length + 1, train.batch_size)
         if config.sequences_per_epoch is not None:
@@ -205,7 +205,7 @@ class Corpus:
         for index, start in enumerate(range(0, rows * context_length, size)):
             # as many as a batch needs, at the end fewer
             tokens = self.held_out[start : start + size + 1]
-            inputs, targets = np.zeros(size, np.int64), np.full(size, IGNORED)
+            inputs, targets = np.zeros(size, np.int64), np.full(size, IGNORED)  # (B S,) each
             inputs[: len(tokens) - 1], targets[: len(tokens) - 1] = tokens[:-1], tokens[1:]
             yield Batch(index, inputs.reshape(shape), targets.reshape(shape))
 

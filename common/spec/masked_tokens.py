@@ -29,9 +29,9 @@ def mask_tokens(
     """
     size = len(tokens)
     count = max(1, int(CHOSEN * size + random.random()))
-    chosen = np.argsort(random.random(size), kind="stable")[:count]
+    chosen = np.argsort(random.random(size), kind="stable")[:count]  # (count,)
     fate, others = random.random(count), (random.random(count) * vocab_size).astype(np.int64)
-    replaced = np.where(fate < MASKED + RANDOM, others, tokens[chosen])
+    replaced = np.where(fate < MASKED + RANDOM, others, tokens[chosen])  # (count,)
     inputs, is_target = tokens.copy(), np.zeros(size, bool)
     inputs[chosen] = np.where(fate < MASKED, mask_token, replaced)
     is_target[chosen] = True

@@ -127,6 +127,7 @@ def _spec(config: _Config, said: Mapping[str, Any]) -> TransformerSpec:
     if config.head_dim not in (None, width // heads):
         what = f"expected hidden_size / num_attention_heads = {width // heads}"
         raise ExchangeError(f"config.json has head_dim = {config.head_dim}; {what}")
+    # Before transformers 5 theta stands by itself, since then within rope_parameters.
     fields = {ours: getattr(config, theirs) for theirs, ours in FIELDS.items()}
     rotary = config.rope_scaling or config.rope_parameters
     if rotary is not None and rotary.rope_theta is not None:
