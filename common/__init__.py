@@ -1,4 +1,1 @@
-"""What the three implementations share: specification, partition, schedules, oracle, harness.
-
-Imports no framework.
-"""
+"""What the three implementations share; imports no framework."""

@@ -1,4 +1,8 @@
-"""What autograd saved and still keeps: a recomputed piece lets go within its forward."""
+"""What autograd holds for the backward, in bytes: looked at once per chunk, counted by
+`common.runtime.held`.
+
+Differs: TensorFlow needs none: what its functions hand to one another is all that is held.
+"""
 
 from __future__ import annotations
 

@@ -96,10 +96,7 @@ def join_pipeline(world: World, mesh: Mesh, device: str) -> None:
 
 
 def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
-    """Make this process a rank of `world`, whoever has started it; return `build_engine`.
-
-    Raises ConnectionError and ValueError as `join_pipeline` does.
-    """
+    """Make this process a rank of `world`; return `build_engine`. Raises as `join_pipeline`."""
     # A spawned or launched rank knows nothing of a parent's settings.
     devices.configure(world.local_size, config.threads, config.device)
     from paddle_impl.engine import build_engine

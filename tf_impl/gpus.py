@@ -58,10 +58,7 @@ def memory_limits(cards: Sequence[Gpu], stages: int) -> list[list[int]]:
 
 
 def dealt(logical: Sequence[str], cards: int, stages: int) -> list[str]:
-    """Return each stage's device of `logical`: the next of those on the GPU that the stage is on.
-
-    All `cards` GPUs have the same number of them.
-    """
+    """Return each stage's logical device: the next on its GPU; all `cards` have as many."""
     each = len(logical) // cards
     places = gpus_of_stages(stages, cards)
     return [

@@ -18,10 +18,7 @@ from tf_impl import devices
 
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
-    """Return the operations by the names of `common.runtime.kernels.kernels`, and the environment.
-
-    Raises ValueError, ImportError.
-    """
+    """Return the operations by `common.runtime.kernels.kernels`' names, and the environment."""
     devices.configure(1, 1, config.device)
     import keras
     import tensorflow as tf

@@ -63,10 +63,7 @@ class StageThreads(keras.Model):
     def walk_all(
         self, walk: Callable[[int, Channel, Callable[[Action], None]], Result]
     ) -> list[Result]:
-        """Run `walk(device, channel, before)` on all stages at once, `before` ahead of each action.
-
-        Raises the first stage's failure.
-        """
+        """Run `walk(device, channel, before)` on all stages at once; raise the first failure."""
         channel = self._open_channel()
         results: dict[int, Result] = {}
 

@@ -29,10 +29,7 @@ class NamedParameter(NamedTuple):
 def named_parameters(
     part: Sequence[str], units: Sequence[nn.Module], tied_head: bool
 ) -> list[NamedParameter]:
-    """Return every parameter of `units`, whose names are `part`, in canonical order.
-
-    Raises ValueError for one that has no canonical name.
-    """
+    """Return the parameters of `units`, called `part`, in canonical order. Or ValueError."""
     named: list[NamedParameter] = []
     for name, unit in zip(part, units, strict=True):
         match unit:

@@ -165,10 +165,7 @@ def _import(arguments: argparse.Namespace, implementations: Mapping[str, Impleme
 def _tokenizer(
     arguments: argparse.Namespace, source: Source, spec: TransformerSpec
 ) -> tuple[bytes | None, str]:
-    """Return what the tokens of a foreign file mean, and in words where that comes from.
-
-    Raises UsageError and TokenizerError.
-    """
+    """Return a foreign file's tokenizer, and whence it is. Raises UsageError, TokenizerError."""
     if arguments.tokenizer == "bytes":
         if spec.vocab_size != BYTES.vocab_size:
             what = f"has {BYTES.vocab_size} tokens; the model has {spec.vocab_size}"
@@ -265,10 +262,7 @@ def _convert(
     implementations: Mapping[str, Implementation],
     *argv: str,
 ) -> int:
-    """Run the framework's own converter in a worker process and pass its notes on.
-
-    Raises UsageError with its line for wrong input.
-    """
+    """Run the framework's converter in a worker, and pass its notes on. Raises UsageError."""
     implementation = implementations[framework]
     named = checked_pythons(named_pythons(arguments)).get(framework)
     require(implementation, python=named)

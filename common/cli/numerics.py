@@ -112,10 +112,7 @@ def check_dump(config: RunConfig, oracle: bool, step: int) -> None:
 def make_dump(
     config: RunConfig, oracle: bool, step: int, path: Path, timeout_seconds: float
 ) -> None:
-    """Run `config`, or the oracle on it, up to `step` in a worker process; write that step's dump.
-
-    Raises DumpError with the reason if the run fails.
-    """
+    """Run `config`, or the oracle, up to `step` in a worker; write its dump. Raises DumpError."""
     check_dump(config, oracle, step)
     name, module = (ORACLE, ORACLE_MODULE)
     if not oracle:

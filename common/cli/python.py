@@ -58,10 +58,7 @@ def checked_pythons(settings: Settings) -> dict[str, str]:
 
 
 def with_python(settings: Settings) -> Settings:
-    """Return the settings of one run with its interpreter; all that are named are checked.
-
-    Raises UsageError.
-    """
+    """Return one run's settings with its interpreter, after all were checked. Raises UsageError."""
     # torch@PATH names an interpreter for one row, --python one for all rows of a framework.
     pythons = checked_pythons(settings)
     found = Settings({key: each for key, each in settings.items() if key[0] != SECTION})

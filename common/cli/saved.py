@@ -112,10 +112,7 @@ class Saved:
 
 
 def load_text(config: RunConfig, saved: Saved | None, may_be_another: bool = False) -> Corpus:
-    """Return the text of a run in tokens.
-
-    With a checkpoint it is the text it was trained on, unless it `may_be_another`.
-    """
+    """Return a run's text in tokens: the checkpoint's own, unless it `may_be_another`."""
     if saved is not None:
         saved.check_known(config)
     trained_on = saved is not None and saved.manifest.data is not None

@@ -560,10 +560,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _adds_in_order(schedule: Schedule) -> bool:
-    """Return whether every chunk's W and BW keep the micro-batches' order.
-
-    Bitwise equal gradients need that.
-    """
+    """Return whether every chunk's W and BW keep the micro-batches' order, as equal bits need."""
     table = tabulate(schedule)
     adds = (table.op == OP_CODE[Op.W]) | (table.op == OP_CODE[Op.BW])
     for chunk in range(schedule.num_chunks):

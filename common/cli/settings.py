@@ -285,10 +285,7 @@ def make_run(settings: Settings) -> RunConfig:
 
 
 def validated(kind: type[_Model], settings: Settings, **fixed: Any) -> _Model:
-    """Make a specification of its section's settings and what is `fixed`.
-
-    Raises UsageError with the first wrong value and its origin.
-    """
+    """Make a specification of its section's settings and what is `fixed`. Raises UsageError."""
     section = next(section for section, model in SECTIONS.items() if model is kind)
     # Pydantic sees one section at a time, so an error's place is a field of this one.
     own = {name: setting for (each, name), setting in settings.items() if each == section}

@@ -1,4 +1,1 @@
-"""Many processes: start, watch and restart workers; benchmarks, drift, bisection.
-
-Only this room starts processes.
-"""
+"""Many processes: worker processes are started here alone; benchmarks, drift, bisection."""

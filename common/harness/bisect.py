@@ -234,10 +234,7 @@ class _Walk:
             yield Finding(place, key[1], key[2], found, running)
 
     def _compared(self, place: _Place, check: Check, joined: bool = False) -> Difference | None:
-        """Return the first micro-batch that differs, else the worst.
-
-        If the two are cut differently, compare the whole mini-batch.
-        """
+        """Return the first micro-batch that differs, or the worst; cut otherwise, all as one."""
         # What only one side has is listed by `missing`, and compared with nothing.
         a, b = (side.get(place) for side in self.sides)
         if a is None or b is None:

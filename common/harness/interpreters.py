@@ -97,10 +97,7 @@ EXPECTED = "a Python, or the folder of an environment"
 
 @functools.cache
 def ask(python: str, package: str) -> Answer:
-    """Ask a Python what it has of `package` and of what a worker needs.
-
-    Raises InterpreterError if it is no Python, or too old.
-    """
+    """Ask a Python what it has of `package` and of a worker's needs. Raises InterpreterError."""
     said = _answer(python, [package, *NEEDED, *(["common"] if _is_installed() else [])])
     try:
         found = Answer(**json.loads(said.splitlines()[-1]))

@@ -121,10 +121,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 def why_missing(
     implementation: Implementation, executor: str = "", python: str | None = None
 ) -> str | None:
-    """Return why this implementation cannot start, and what to do; None if it can.
-
-    Imports nothing: the interpreter that runs it is asked (`interpreters`).
-    """
+    """Return why this implementation cannot start, and what to do; None if it can."""
     lacking = why_lacking(
         implementation.module, implementation.package, implementation.install, python
     )
@@ -347,10 +344,7 @@ _ERROR_LINE = re.compile(
 
 
 def last_error(text: str) -> str:
-    """Return the line of a log or traceback that names the error: the last `SomeError: ...`.
-
-    If there is none, the last line.
-    """
+    """Return the last line of a log that names an error, `SomeError: ...`, or the very last one."""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if _ERROR_LINE.match(line)]
     return (named or lines or [""])[-1].strip()

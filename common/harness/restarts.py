@@ -67,10 +67,7 @@ def train(
     report: Callable[[str], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Run workers until one ends well.
-
-    Stops early if restarts are used up, or if the next worker would fail in the same way.
-    """
+    """Run workers until one ends well, restarts are used up, or the next would fail alike."""
     trained, seconds, resume = Trained(), 0.0, training.resume
     for attempt in range(1, training.max_restarts + 2):
         folder = training.folder / f"attempt-{attempt}"

@@ -34,10 +34,7 @@ PROCESS_WIDE = ("onednn",)
 
 
 def base_config(steps: int) -> RunConfig:
-    """Return the parity tests' model with two blocks.
-
-    Two stages, four micro-batches, one thread per stage.
-    """
+    """Return the parity tests' model: two blocks, stages and threads, four micro-batches."""
     model = {"context_length": 12, "num_layers": 2, "d_model": 24, "num_heads": 2, "d_ff": 40}
     train: dict[str, Any] = {"steps": steps, "batch_size": 8, "micro_batches": 4}
     train |= {"learning_rate": 2e-3, "learning_rate_schedule": "cosine"}

@@ -9,10 +9,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def byte_bar(what: str, total_bytes: int, least_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how many more bytes are done.
-
-    Nothing is shown for fewer than `least_bytes` in total, which take no time.
-    """
+    """Yield what is told how many more bytes are done; fewer than `least_bytes` show nothing."""
     if total_bytes < least_bytes or not sys.stderr.isatty():
         yield lambda more_bytes: None
         return

@@ -43,10 +43,7 @@ Arrays = dict[str, Array]
 
 @dataclass
 class Masks:
-    """Scaled dropout masks of one step: 0 where dropped, 1 / (1 - dropout) where kept.
-
-    Without a key (`key=None`) nothing is dropped.
-    """
+    """Dropout masks of one step: 0, or 1 / (1 - dropout) where kept. Without a key all is kept."""
 
     probability: float
     key: int | None

@@ -1,7 +1,4 @@
-"""The pictures of a report: losses, throughput, where the time goes, sweeps.
-
-Each is drawn once, for its PNG file and for the page.
-"""
+"""The pictures of a report, each drawn once for its PNG file and the page."""
 
 from __future__ import annotations
 

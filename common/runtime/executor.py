@@ -97,10 +97,7 @@ class Stage(Protocol[Tensor]):
         """Run the chunk, keep what its backward needs; the last virtual stage keeps its loss."""
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
-        """Do B and W at once: add to the weight gradients, return the input's gradient.
-
-        Virtual stage 0 returns None: tokens have no gradient.
-        """
+        """B and W at once: add to the weights' gradients, return the input's; None for tokens."""
 
     def backward_input(
         self, micro_batch: int, chunk: int, gradient: Tensor | None

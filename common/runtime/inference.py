@@ -130,10 +130,7 @@ class Writing:
         self._began = time.perf_counter()
 
     def feed(self, group: int, logits: NDArray[np.float64] | None) -> Extension | None:
-        """Return what `group` goes on with after `logits` (b, V), the first time after none.
-
-        Raises FloatingPointError for logits that are not finite.
-        """
+        """Return what `group` goes on with after `logits` (b, V). Raises FloatingPointError."""
         if group >= len(self._groups):
             return None
         rows = None

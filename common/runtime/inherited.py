@@ -58,10 +58,7 @@ def drop(variables: MutableMapping[str, str]) -> None:
 
 
 def report() -> dict[str, Any]:
-    """Return the part of a run's `environment` about its shell.
-
-    Call it before a framework is configured.
-    """
+    """Return the `environment`'s part about the shell, before a framework is configured."""
     heeded = {name: value for name, value in sorted(os.environ.items()) if REPORTED.fullmatch(name)}
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
     found = {

@@ -40,10 +40,7 @@ def cuda_in(text: str) -> str:
 
 
 def build_file(package: str) -> str | None:
-    """Return the text of a framework's build file; None where the framework is not installed.
-
-    Empty for packages without one.
-    """
+    """Return a framework's build file; None if it is not installed, empty if it has none."""
     from importlib.util import find_spec
     from pathlib import Path
 

@@ -169,10 +169,7 @@ def expand_counts(text: str) -> list[int]:
 
 
 def own_address(master: str) -> str:
-    """Return the address by which this host talks to `master`, a name or an address.
-
-    Raises UsageError if there is no way to it.
-    """
+    """Return this host's address as `master`, a name or an address, sees it. Raises UsageError."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
         # Sends nothing: it only asks the routing table.

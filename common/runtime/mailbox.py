@@ -30,10 +30,7 @@ class Mailbox:
             self._changed.notify_all()
 
     def take(self, message: Message) -> Any:
-        """Wait for a message and return its content.
-
-        Raises PipelineStopped if a stage fails before it is there.
-        """
+        """Wait for a message's content. Raises PipelineStopped if a stage fails before."""
         with self._changed:
             # Woken by every message and by a failure; without the latter a stage whose sender has
             # died would wait for ever.

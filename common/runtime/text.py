@@ -39,10 +39,7 @@ class Texts:
 
 
 def write_text(corpus: Corpus, folder: Path, number: int = 0) -> JobText:
-    """Write the tokens and their tokenizer.json into a folder, which is made if it is missing.
-
-    Tokens that are kept in a file are a link to it.
-    """
+    """Write tokens, or a link to kept ones, and tokenizer.json into a folder, made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     suffix = f"-{number + 1}" if number else ""
     tokens, tokenizer = folder / f"tokens{suffix}.npy", folder / f"tokenizer{suffix}.json"

@@ -107,10 +107,7 @@ def train(
     first_step: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[StepRecord]:
-    """Do the steps from `first_step` on.
-
-    Raises NotFiniteError (if the job asks for it) and CheckpointError.
-    """
+    """Do the steps from `first_step` on. Raises NotFiniteError (if asked) and CheckpointError."""
     config, out = job.config, Path(job.out)
     fault = Fault.parse(job.fault) if job.fault else None
     watch = Watch(Path(job.board or out), engine.devices, fault)

@@ -57,10 +57,7 @@ class Watch:
             self._strike_if_here()
 
     def on_action(self, device: int, action: Action | None) -> None:
-        """Note that `device` is about to do `action`, or (None) has ended its list.
-
-        Called in the device's own thread or process.
-        """
+        """Note, in its thread, that `device` is about to do `action`, or (None) has ended."""
         self._note(device, action)
         fault = self._fault
         if (

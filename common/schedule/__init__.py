@@ -1,4 +1,1 @@
-"""When: schedules as data, with generators, validation, simulation, search and drawing.
-
-Imports no other room but io.
-"""
+"""When: schedules as data, made, checked, simulated, searched and drawn. Imports io alone."""

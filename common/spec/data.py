@@ -192,10 +192,7 @@ class Corpus:
         return _windows(self.held_out, index, (seed, 1), batch_size, context_length)
 
     def held_out_batches(self, batch_size: int, context_length: int) -> Iterator[Batch]:
-        """Return the whole held-out text: every token but the first is a target once.
-
-        What fills up the last batch is IGNORED.
-        """
+        """Yield all held-out text: each token but the first is a target once, the rest IGNORED."""
         count = len(self.held_out) - 1
         rows = -(-count // context_length)
         rows += -rows % batch_size

@@ -227,10 +227,7 @@ def balanced_over_devices(
     least = [0, *[1] * (last - 1), 0]
 
     def fill(bound: float) -> tuple[float, list[int]]:
-        """Return the largest device and the blocks of each part, with no part above `bound`.
-
-        Infinity if that is impossible.
-        """
+        """Return the largest device and each part's blocks, within `bound`, or infinity."""
         counts, sizes = least.copy(), [embedding, *[block] * (last - 1), head]
         # Two heaps, since a sorted list is one: the devices by load, and each device's parts by
         # size.

@@ -121,10 +121,7 @@ class FileTokenizer:
         return next((name for name in ENDS_OF_TEXT if name in special), None)
 
     def encode_all(self, pieces: Iterator[str]) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
-        """Yield the tokens of all pieces, in order, by threads of the library, one a CPU.
-
-        Raises TokenizerError.
-        """
+        """Yield all pieces' tokens, in order, by the library's threads. Raises TokenizerError."""
         dtype = self.dtype
         for group in _groups(pieces):
             ids = (encoding.ids for encoding in self._encoded(group))

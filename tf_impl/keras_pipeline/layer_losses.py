@@ -31,10 +31,7 @@ def losses_of(layer: keras.layers.Layer) -> list[tf.Tensor]:
 
 
 def shared(losses: Sequence[tf.Tensor], kinds: Sequence[Kind], share: Any) -> list[tf.Tensor]:
-    """`losses_of` a layer for a part of a mini-batch, as parts of its loss.
-
-    `share`: that part's share of the samples.
-    """
+    """`losses_of` a layer for a part of a mini-batch, its `share`, as parts of its loss."""
     regularizers = len(losses) - len(kinds)  # those of the weights: one value for all samples
     shares = [*(1 if kind == "sum" else share for kind in kinds), *[share] * regularizers]
     return [keras.ops.cast(s, loss.dtype) * loss for s, loss in zip(shares, losses, strict=True)]

@@ -86,10 +86,7 @@ def check_size(path: Path, model: TransformerSpec) -> None:
 
 
 def checked(found: Mapping[str, NDArray[Any]], model: TransformerSpec) -> Arrays:
-    """Return `model`'s weights in canonical order and one precision; 16-bit ones become float32.
-
-    Raises ExchangeError.
-    """
+    """Return `model`'s weights in canonical order; 16-bit becomes float32. Raises ExchangeError."""
     expected = parameter_shapes(model)
     check_names(set(found), set(expected))
     for name, shape in expected.items():

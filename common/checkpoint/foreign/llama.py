@@ -136,10 +136,7 @@ def _spec(config: _Config, said: Mapping[str, Any]) -> TransformerSpec:
 
 
 def write_llama(spec: TransformerSpec, weights: Mapping[str, NDArray[Any]], folder: Path) -> None:
-    """Write a folder for the library's `from_pretrained`.
-
-    Raises ExchangeError for a model that is no Llama.
-    """
+    """Write a folder for `from_pretrained`. Raises ExchangeError for a model that is no Llama."""
     for name, value in FIXED.items():
         if getattr(spec, name) != value:
             raise ExchangeError(

@@ -47,10 +47,7 @@ class Tensors:
     def of(
         cls, files: Sequence[Path], prefixes: tuple[str, ...], buffers: re.Pattern[str]
     ) -> Tensors:
-        """Read the headers. `buffers` are names of tensors that are no weights.
-
-        Raises ExchangeError and CheckpointError.
-        """
+        """Read the headers; `buffers` are no weights. Raises ExchangeError and CheckpointError."""
         headers: dict[str, tuple[Path, HeaderEntry]] = {}
         for path in files:
             with opened(path, follow_links=True):  # no pipe, and no device
