@@ -14,7 +14,7 @@ from paddle_impl import devices
 
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
-    """Return the operations by `common.runtime.kernels.kernels`' names, and the environment."""
+    """Return operations by `kernels`' names, and environment. Raises ValueError, ImportError."""
     devices.configure(1, 1, config.device)
     import paddle
     from paddle import Tensor, nn

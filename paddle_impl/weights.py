@@ -28,7 +28,7 @@ class NamedParameter(NamedTuple):
 def named_parameters(
     part: Sequence[str], units: Sequence[nn.Layer], tied_head: bool
 ) -> list[NamedParameter]:
-    """Return the parameters of `units`, called `part`, in canonical order. Or ValueError."""
+    """Return all parameters of `units` in canonical order. Raises ValueError for a nameless one."""
     named: list[NamedParameter] = []
     for name, unit in zip(part, units, strict=True):
         match unit:

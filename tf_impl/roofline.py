@@ -18,7 +18,7 @@ from tf_impl import devices
 
 
 def prepare(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
-    """Return the operations by `common.runtime.kernels.kernels`' names, and the environment."""
+    """Return operations by `kernels`' names, and environment. Raises ValueError, ImportError."""
     devices.configure(1, 1, config.device)
     import keras
     import tensorflow as tf

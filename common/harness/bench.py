@@ -57,7 +57,7 @@ def run_bench(
     console: Console,
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
 ) -> int:
-    """Run everything, write `results/<run>/`, print the table, return the status. Or UsageError."""
+    """Run everything, write `results/<run>/`, print the table. Raises UsageError."""
     folder = make_folder(Path(bench.options.out), bench.options.preset)
     compared = [point for point in bench.points if not compare.why_not_comparable(point)]
     compared = compared if bench.options.parity else []
