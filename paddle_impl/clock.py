@@ -47,10 +47,7 @@ class StreamClock(DeviceClock):
 
 
 def device_clock(note: Callable[[Action], None]) -> Clock:
-    """Return the clock of a pass on the device of this process.
-
-    A plugin's events tell no time in Paddle 3.3; there the times are those of the host's calls.
-    """
+    """Return a pass' clock; a plugin's events tell no time in Paddle 3.3: there the host's."""
     tells = paddle.device.get_device() != "cpu" and hasattr(Event().event_base, "elapsed_time")
     return StreamClock(note) if tells else HostClock()
 

@@ -82,11 +82,7 @@ def _kind(device: str) -> str:
 
 
 def stage_devices(stages: int, device: str = "auto") -> list[str]:
-    """Return the logical device of every stage; neighbours share a GPU where there are fewer GPUs
-    than stages.
-
-    Raises ValueError if there are fewer logical CPU devices than stages.
-    """
+    """Return each stage's logical device; neighbours share a GPU. Raises ValueError for too few."""
     import tensorflow as tf
 
     kind = _kind(device)

@@ -53,10 +53,7 @@ def custom_gradients(graph: Any) -> list[str]:
 
 
 def forget_gradients(names: Iterable[str]) -> None:
-    """Drop these gradients, of a graph that nobody differentiates any more.
-
-    TensorFlow's registry is one for the process and keeps every graph that it has seen.
-    """
+    """Drop these gradients: TensorFlow's registry would keep every graph that it has seen."""
     for name in names:
         ops.gradient_registry._registry.pop(name, None)
 

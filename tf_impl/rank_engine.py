@@ -66,11 +66,7 @@ class Ranks:
         )
 
     def wait_for_all(self) -> None:
-        """Return when all ranks have called it: each may then end.
-
-        By messages, and not by a collective: that may be over here and still wait for an answer of
-        this process elsewhere.
-        """
+        """Return when all ranks call it. By messages: a collective may be over and still answer."""
         self.passes += 1
         come = [Message("word", rank, 0) for rank in range(self.mesh.size)]
         nothing, others = tf.zeros(0), range(1, self.mesh.size)

@@ -34,10 +34,7 @@ class StageThreads(keras.Model):
     _threads: list[ThreadPoolExecutor]
 
     def on_stage(self, d: int, work: Callable[[], Result]) -> Result:
-        """Run `work` on a stage's thread, where its device and its strategy may be entered.
-
-        Not so on the caller's: `fit` calls `train_step` within Keras' own strategy.
-        """
+        """Run `work` on a stage's thread; `fit` calls `train_step` within Keras' own strategy."""
         return self._submit(d, work).result()
 
     def on_all_stages(self, work: Callable[[int], Result]) -> list[Result]:

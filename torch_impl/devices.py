@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 def configure(stages: int, threads: int | None, device: str) -> None:
-    """Set what must be set before PyTorch computes anything. Raises ValueError for CUDA where there
-    is none.
-
-    PyTorch is imported in here, after the environment is set.
-    """
+    """Set what must be set, then import PyTorch. Raises ValueError for CUDA where there is none."""
     # cuBLAS needs it to be deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch

@@ -19,10 +19,7 @@ _SIGN = -(2**31)
 
 
 class ElementHashes:
-    """The part of the masks that only the position decides, kept by the number of elements.
-
-    One per stage: on a GPU a tensor belongs to the stream that made it.
-    """
+    """The masks' part by position alone, by element count; one per stage, in its stream."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Tensor] = {}

@@ -9,10 +9,7 @@ from torch import Tensor
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """Return the parameter's `grad`, which `masters` or a baseline has made and nobody takes away.
-
-    Raises RuntimeError for a parameter that no engine has placed.
-    """
+    """Return the parameter's `grad`, which an engine has made. Raises RuntimeError without one."""
     if parameter.grad is None:
         raise RuntimeError(f"a parameter of shape {list(parameter.shape)} has no gradient yet")
     return parameter.grad

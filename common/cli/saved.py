@@ -95,10 +95,7 @@ class Saved:
             raise UsageError(f"{self.folder}: {what}")
 
     def load_tokenizer(self, config: RunConfig) -> Tokenizer:
-        """Load the tokenizer of `config`. Raises UsageError, CorpusError and TokenizerError.
-
-        The text is needed only for byte pairs that were saved without their tokenizer.
-        """
+        """Load the tokenizer; the text only for byte pairs saved without it. Raises UsageError."""
         self.check_known(config)
         if config.tokenizer == "bpe" and config.tokenizer_file is None:
             return FileTokenizer(load_text(config, self).tokenizer or b"", "tokenizer bpe")

@@ -74,11 +74,7 @@ def interpreter(module: str, named: str | None = None) -> str:
 
 
 def find_interpreter(text: str) -> str:
-    """Return the absolute path of an interpreter, given as a path, as the folder of its
-    environment, or as a command.
-
-    Raises InterpreterError where there is none.
-    """
+    """Return the path of a Python, an environment's folder or a command, or InterpreterError."""
     path = Path(text).expanduser()
     command = shutil.which(text) if path.name == text and not path.exists() else None
     # Not resolved: a link to another Python is what makes a virtual environment.

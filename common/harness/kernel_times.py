@@ -1,7 +1,4 @@
-"""Start the kernel measurements of `common.runtime.kernels` in turns, and collect the results.
-
-Whatever else the machine does then affects all frameworks alike.
-"""
+"""Kernel measurements (`common.runtime.kernels`) in turns, so that a busy machine is fair."""
 
 from __future__ import annotations
 

@@ -123,10 +123,7 @@ def run_all(
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
     noises: Mapping[RunConfig, float] = MappingProxyType({}),
 ) -> dict[RunConfig, Run | str]:
-    """Run all probes, in as few worker processes as possible; for a failed one, say why.
-
-    The initial weights of a run get its noise of `noises`, else `NOISE`.
-    """
+    """Run all probes, in few worker processes; for a failed one, say why. `noises`, or `NOISE`."""
     groups: dict[tuple[object, ...], list[RunConfig]] = {}
     for config in configs:
         # Differs: a Paddle rank is a process and fleet starts once, so runs of one mesh share them.

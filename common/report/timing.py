@@ -132,11 +132,7 @@ def executed_schedule(
 
 
 def executed(schedule: Schedule, events: Events) -> Simulation:
-    """Return the events of one step in the simulator's form, so that whatever draws a simulation
-    draws a run.
-
-    Times are in milliseconds from the step's first action.
-    """
+    """Return one step's events as a simulation, in ms from its first action, to be drawn."""
     step = _step(tabulate(schedule), events)
     return Simulation(
         step.table, Costs.uniform(schedule.num_devices), step.start * 1e3, step.end * 1e3

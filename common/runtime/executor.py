@@ -109,11 +109,7 @@ class Stage(Protocol[Tensor]):
 
 
 class Channel(Protocol[Tensor]):
-    """Moves tensors between devices.
-
-    A send never waits for its receiver: a schedule is free of deadlocks under this rule only
-    (`common.schedule.play` assumes it too).
-    """
+    """Moves tensors between devices. A send never waits for its receiver: else a deadlock."""
 
     def send(self, message: Message, tensor: Tensor, device: int) -> None:
         """Hand `tensor` to `device`, which may be the sender itself (where a V turns)."""

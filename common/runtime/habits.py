@@ -101,10 +101,7 @@ def swapped_swiglu(arrays: Arrays) -> Arrays:
 def switched(
     config: RunConfig, framework: str, habits: Mapping[str, Habit], executors: Sequence[str]
 ) -> Iterator[None]:
-    """Put back the habit that `config.drift` names, one of `habits`.
-
-    Raises ValueError for one that the framework does not have, and for an executor that has none.
-    """
+    """Put back the habit that `config.drift` names. Raises ValueError for one not of `habits`."""
     if config.drift is not None and config.drift not in habits:
         raise ValueError(
             f"drift = {config.drift}; expected for {framework}: one of {', '.join(habits)}"

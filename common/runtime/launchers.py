@@ -140,10 +140,7 @@ def _slurm(env: Mapping[str, str]) -> Launched:
 
 
 def expand_hosts(text: str) -> list[str]:
-    """Return the names in Slurm's `n[01-03,7],login`, in its order.
-
-    `scontrol show hostnames` would say it too, but is often missing in a container.
-    """
+    """Return the names in Slurm's `n[01-03,7],login`; `scontrol` may be missing in a container."""
     found = []
     for part in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
         pieces = [

@@ -8,10 +8,7 @@ ANSWER_SECONDS = 5.0
 
 
 def why_no_loopback() -> str | None:
-    """Return why a connection over loopback fails, and what to do; None if it works.
-
-    Without this check every process of a run would wait for the others for minutes.
-    """
+    """Return why a connection over loopback fails, else None: all would wait for minutes."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname(), ANSWER_SECONDS).close()

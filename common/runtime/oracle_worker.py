@@ -31,10 +31,7 @@ from common.spec.run import RunConfig
 
 
 def memory_bytes(config: RunConfig) -> int:
-    """Estimate the oracle's memory: weights, gradients, moments, and what its forward saves.
-
-    For the preset `small` this gives 0.92 GB; 0.90 GB were measured.
-    """
+    """Estimate the oracle's memory; for the preset `small` 0.92 GB, where 0.90 were measured."""
     model, sequences = config.model, config.train.batch_size
     parameters = sum(math.prod(shape) for shape in parameter_shapes(model).values())
     pieces = pieces_of(model, sequences)

@@ -44,10 +44,7 @@ class NotFiniteError(ArithmeticError):
 
 
 def start(engine: Engine, job: Job, corpus: Corpus) -> int:
-    """Load the weights, and the moments if the job continues; return the first step to do.
-
-    Raises CheckpointError for a checkpoint that is damaged or of another run.
-    """
+    """Load weights, and moments to go on; return the first step. Raises CheckpointError."""
     if job.resume is None:
         engine.reset(starting_weights(job))
         return 0

@@ -26,10 +26,7 @@ TARGETS = 20
 
 
 def fill(shop: Shop, rows: Rows, targets: int = TARGETS) -> Rows | None:
-    """Return the order of F and B in `rows` with every W where it suits the costs.
-
-    None if no place for the Ws keeps that order within the memory limit.
-    """
+    """Return `rows` with every W where it suits the costs; None if none fits in memory."""
     best: tuple[float, Rows] | None = None
 
     def attempt(target: float) -> float:

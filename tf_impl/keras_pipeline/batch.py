@@ -34,10 +34,7 @@ def one_tensor(value: Any, what: str) -> tf.Tensor:
 
 
 def unpacked(data: Any, needs_labels: bool = True) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-    """(x, y, sample_weight) of a step, each with a row for every sample. Raises ValueError.
-
-    Labels that are not needed and not there are zeros.
-    """
+    """(x, y, sample_weight) of a step, row by row; labels not needed are 0. Raises ValueError."""
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
     x = one_tensor(x, "x")
     if y is None and needs_labels:

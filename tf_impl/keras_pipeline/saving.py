@@ -1,7 +1,4 @@
-"""How a row of layers is written and read: `.keras` files, weights, `from_config`.
-
-Slots need nothing here: they are the variables of the model's one optimizer.
-"""
+"""How a row of layers is written and read; slots are variables of its one optimizer."""
 
 from __future__ import annotations
 

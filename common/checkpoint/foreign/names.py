@@ -51,10 +51,7 @@ def unwrapped(names: Iterable[str], prefixes: tuple[str, ...]) -> dict[str, str]
 
 
 def weights_in(loaded: Any, is_tensor: Callable[[Any], bool], besides: str = "") -> dict[str, Any]:
-    """Return the state dict: the whole file, or what it has under one of `CHECKPOINT_KEYS`.
-
-    Names in `besides` may occur too and are left out. Raises ExchangeError.
-    """
+    """Return the state dict, without `besides`: the file, or under one of `CHECKPOINT_KEYS`."""
     for _ in range(MAX_DEPTH):
         if not isinstance(loaded, dict) or not loaded:
             break
