@@ -30,6 +30,14 @@ def ip(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True)
 
 
+def with_another_wall_clock(folder: Path) -> dict[str, str]:
+    """Build `wall_clock.c` in the folder; return the variable that gives it to a process."""
+    library = folder / "wall_clock.so"
+    source = Path(__file__).with_name("wall_clock.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
 class Hosts:
     """Namespaces that live as long as the context."""
 

@@ -58,8 +58,10 @@ OPTIONS_OF = {
 }
 COST_OPTIONS = (
     *("forward", "backward_input", "backward_weight", "communication"),
-    *("activation_bytes", "overlap"),
+    *("transmission", "activation_bytes", "overlap"),
 )
+PER_MESSAGE = ("communication", "transmission")
+"""A chunk's message is as large as a stage's."""
 PUBLISHED_WRAP_AROUND: WrapAround = "first"
 """Of `simulate`, so that its figures are those of the published tables; a run's stand beside."""
 
@@ -181,6 +183,11 @@ def add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
         ("--backward-weight", "X", _numbers, (1.0,), None),
         ("--communication", "X", _numbers, (0.0,), "of every hop (default 0)"),
         (
+            *("--transmission", "X", _numbers, None),
+            "of every hop besides, one message of a stage after the other: what a link of limited "
+            "bandwidth takes (default 0)",
+        ),
+        (
             *("--overlap", "X", _numbers, None),
             "of a forward and a backward that overlap (default: what they take one after another)",
         ),
@@ -247,7 +254,7 @@ def _costs(arguments: argparse.Namespace, stages: int, schedule: Schedule | None
     }
     if schedule is not None and any(len(values) > stages for values in found.values()):
         found = {
-            option: per_virtual_stage(values, schedule, shared=option != "communication")
+            option: per_virtual_stage(values, schedule, shared=option not in PER_MESSAGE)
             for option, values in found.items()
         }
     sizes = found.pop("activation_bytes", None)
@@ -518,7 +525,7 @@ def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, 
     if simulation.peak_bytes_per_stage is not None:
         result["peak_bytes_per_stage"] = simulation.peak_bytes_per_stage
     trusts = schedule.name != SEARCH and simulation.table.trusted_wrap_arounds.any()
-    if trusts and max(costs.communication) > 0:
+    if trusts and max(costs.message) > 0:
         every = simulate(schedule, costs, check=False)
         result["wrap_around"] = PUBLISHED_WRAP_AROUND
         result["bubble_fraction_every_wrap_around"] = every.bubble_fraction

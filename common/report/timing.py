@@ -105,7 +105,8 @@ class _Step:
     """A step's times, row by row as in the schedule's table, in seconds from its first action."""
 
     table: Table
-    # (n,): the end of the row before on the same device; for its first, the pipeline's begin.
+    # (n,): the end of the row before on the same device; for its first, the pipeline's begin, which
+    # is when a device whose first action waits for no message is ready.
     previous_end: np.ndarray
     ready: np.ndarray  # (n,)
     start: np.ndarray  # (n,)
@@ -139,11 +140,13 @@ def executed(schedule: Schedule, events: Events) -> Simulation:
     )
 
 
-def simulated(schedule: Schedule, timing: Timing) -> Simulation:
-    """Return the same schedule with the run's median costs, in milliseconds."""
+def simulated(schedule: Schedule, timing: Timing, transmission_seconds: float = 0.0) -> Simulation:
+    """Return the same schedule with the run's median costs, in milliseconds; and behind a link that
+    is busy with every message for so long (`Costs.transmission`).
+    """
     table = tabulate(schedule)
     cost = {(c.virtual_stage, c.op): c.seconds for c in timing.costs}
-    return _simulate(table, cost, timing.hop_seconds, 1e3)
+    return _simulate(table, cost, timing.hop_seconds, 1e3, transmission_seconds)
 
 
 def measure(
@@ -197,11 +200,11 @@ def measure(
 
 def _step(table: Table, events: Events) -> _Step:
     flat = [event for device in sorted(events) for event in events[device]]
-    begin = min(event.ready_seconds for event in flat)
-    ready, start, end = (
-        np.array([getattr(event, name) for event in flat]) - begin
-        for name in ("ready_seconds", "start_seconds", "end_seconds")
-    )
+    names = ("ready_seconds", "start_seconds", "end_seconds")
+    ready, start, end = (np.array([getattr(event, name) for event in flat]) for name in names)
+    firsts = table.bounds[:-1]
+    begin = ready[firsts[table.source[firsts] < 0]].min()
+    ready, start, end = np.maximum(ready - begin, 0.0), start - begin, end - begin
     # Rows lie device by device, so the row before is that of the same device but for its first.
     previous = np.concatenate([[0.0], end[:-1]])  # (n,)
     previous[table.bounds[:-1]] = 0.0
@@ -244,7 +247,11 @@ def _hop_seconds(steps: Sequence[_Step]) -> float:
 
 
 def _simulate(
-    table: Table, cost: Mapping[tuple[int, str], float], hop_seconds: float, unit: float
+    table: Table,
+    cost: Mapping[tuple[int, str], float],
+    hop_seconds: float,
+    unit: float,
+    transmission_seconds: float = 0.0,
 ) -> Simulation:
     """Plays the table with a cost for each (virtual stage, operation); times are seconds x `unit`.
 
@@ -253,7 +260,8 @@ def _simulate(
     """
     stages = table.virtual_stage.tolist()
     spent = [unit * cost[k, OPS[op].value] for k, op in zip(stages, table.op.tolist(), strict=True)]
-    played = play(table, spent, [unit * hop_seconds] * table.num_rows)
+    busy = (unit * transmission_seconds * table.messages).tolist()
+    played = play(table, spent, [unit * hop_seconds] * table.num_rows, transmissions=busy)
     schedule = table.schedule
 
     def of_device(op: Op) -> tuple[float, ...]:
@@ -263,9 +271,11 @@ def _simulate(
 
     whole = tuple(map(sum, zip(of_device(Op.B), of_device(Op.BW), strict=True)))
     costs = Costs(
-        of_device(Op.F), whole, of_device(Op.W), (unit * hop_seconds,) * schedule.num_devices
+        *(of_device(Op.F), whole, of_device(Op.W)),
+        communication=(unit * hop_seconds,) * schedule.num_devices,
+        transmission=(unit * transmission_seconds,) * schedule.num_devices,
     )
-    return Simulation(table, costs, np.array(played.start), np.array(played.end))
+    return Simulation(table, costs, *map(np.array, (played.start, played.end, played.left)))
 
 
 def _stage_time(steps: Sequence[_Step], seconds: Sequence[float], device: int) -> StageTime:

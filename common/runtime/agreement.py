@@ -39,13 +39,33 @@ def gather(numbers: Sequence[float], rank: int, size: int, add: Sum) -> list[lis
 
 def clock_offset(hosts: Sequence[str], rank: int, add: Sum) -> float:
     """Return by how many seconds this process' clock is ahead of rank 0's: 0 on its host, where
-    they have one clock; else as exact as all processes leave a sum at the same moment, which is
-    about a message's time. Every process calls it.
+    they have one clock. Every process calls it.
+
+    One process of each host in turn enters a sum so late that the others have waited for it, and
+    leave a message's time after it has entered. With a clock that is 5.0 ahead and messages of 0.1:
+
+        rank 0     enters at 10.0 ──┐                             ┌──► leaves at 10.5
+        this one                    └──► leaves at 15.1    enters at 15.4
+
+    15.1 - 10.0 is the offset and a message, 10.5 - 15.4 a message less the offset: half their
+    difference is the offset, whatever a message takes, if it takes as long both ways.
     """
-    add([0.0])  # they may come as much apart as they started; they leave together
-    now = time.perf_counter()
-    first = gather([now], rank, len(hosts), add)[0][0]
-    return 0.0 if hosts[rank] == hosts[0] else now - first
+    latecomers = [hosts.index(host) for host in dict.fromkeys(hosts)]
+    own = latecomers.index(hosts.index(hosts[rank]))
+    add([0.0])  # they may come as much apart as they started; they leave about together
+    began = time.perf_counter()
+    add([0.0])
+    late_seconds = 2 * (time.perf_counter() - began) + 1e-3
+    entered, left = [], []
+    for late in latecomers:
+        time.sleep(late_seconds if late == rank else 0.0)
+        entered.append(time.perf_counter())
+        add([0.0])
+        left.append(time.perf_counter())
+    times = np.reshape(gather([*entered, *left], rank, len(hosts), add), (len(hosts), 2, -1))
+    (entered_0, left_0), (entered_own, left_own) = times[0], times[latecomers[own]]
+    there, back = left_own[0] - entered_0[0], left_0[own] - entered_own[own]
+    return float(there - back) / 2 if own else 0.0
 
 
 def check_lines(

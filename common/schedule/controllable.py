@@ -72,6 +72,7 @@ def why_not_v_min(schedule: Schedule, costs: Costs) -> str | None:
         backward_input=third,
         backward_weight=third,
         communication=(0.0,) * costs.num_stages,
+        transmission=None,
         recompute="none",
     )
     takes, would_take = (simulate(schedule, each, check=False).makespan for each in (costs, equal))

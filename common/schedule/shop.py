@@ -97,7 +97,7 @@ class Shop:
             self.before[here] = range(there.start, there.stop)
             (self.weight if code == 2 else self.next)[there] = range(here.start, here.stop)
             if place[sender % self.stages][0] != place[k][0]:
-                self.delay[here] = [self._cost(costs.communication, sender % self.stages)] * m
+                self.delay[here] = [self._cost(costs.message, sender % self.stages)] * m
         # The first forward of every device, one after the other. [3]
         first = [0.0] * p
         for k in range(1, p):

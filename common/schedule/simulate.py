@@ -1,15 +1,17 @@
 """Time a schedule without running it: costs in; start times, bubbles and memory out.
 
     [1] `Costs` says how long F, B and W take on every stage, and a message on its way
-    [2] `simulate` gives every row of the schedule's table its cost and its message's delay
+    [2] `simulate` gives every row of the schedule's table its cost, and its message its times
     [3] `common.schedule.play` turns them into start and end times
     [4] `Simulation` reads makespan, bubbles and memory off these
 
 The model is that of the Zero Bubble paper's tables: the order on every device is fixed; an action
 starts when the previous one has ended and its message has arrived, `communication` after the
-sender's action ended; sending costs the sender nothing. Costs are for a device's whole share of the
-model: with v chunks each chunk takes 1/v of them, but every message its full time. Where chunks are
-unlike (the head of a V lies on device 0) there may be a cost for every virtual stage instead.
+sender's action ended; sending costs the sender nothing. Over a link that is not just long but slow
+a message has a `transmission` too, before which the sender's next one cannot leave. Costs are for a
+device's whole share of the model: with v chunks each chunk takes 1/v of them, but every message its
+full time. Where chunks are unlike (the head of a V lies on device 0) there may be a cost for every
+virtual stage instead.
 
 Example: 1F1B, 2 stages, 2 micro-batches, F = B = W = 1, so BW = 2:
 
@@ -53,7 +55,7 @@ class Costs:
     backward_input: tuple[float, ...]
     backward_weight: tuple[float, ...]
     communication: tuple[float, ...]
-    """Of a message that leaves this stage, whatever device it goes to."""
+    """Of a message that leaves this stage, whatever device it goes to: its delay on the way."""
     activation_bytes: tuple[int, ...] | None = None
     """Of one micro-batch."""
     kept_by_backward_input: float = 0.5
@@ -72,6 +74,10 @@ class Costs:
     overlap: tuple[float, ...] | None = None
     """Of a forward and a backward at the same time, on the backward's stage; by default what they
     take one after the other."""
+    transmission: tuple[float, ...] | None = None
+    """Of a message that leaves this stage: its bytes over the bandwidth of the device's line out,
+    which carries one message after the other. By default none: a link may carry any number at once.
+    """
 
     @classmethod
     def uniform(
@@ -98,14 +104,15 @@ class Costs:
             len(self.backward_weight),
             len(self.communication),
         }
-        lengths |= {len(each) for each in (self.activation_bytes, self.overlap) if each is not None}
+        optional = self.activation_bytes, self.overlap, self.transmission
+        lengths |= {len(each) for each in optional if each is not None}
         if len(lengths) > 1:
             raise ScheduleError(
                 f"costs for {sorted(lengths)} stages; expected the same number for every cost"
             )
         times = (
             *(*self.forward, *self.backward_input, *self.backward_weight),
-            *(*self.communication, *(self.overlap or ())),
+            *(*self.communication, *(self.transmission or ()), *(self.overlap or ())),
         )
         if any(not 0 <= time < float("inf") for time in times):
             raise ScheduleError(
@@ -141,6 +148,13 @@ class Costs:
                 )
 
     @property
+    def message(self) -> tuple[float, ...]:
+        """The time of a message that waits for no other."""
+        if self.transmission is None:
+            return self.communication
+        return tuple(map(sum, zip(self.communication, self.transmission, strict=True)))
+
+    @property
     def per_micro_batch(self) -> FloatArray:
         """(p,): F + B + W."""
         return np.add(self.forward, self.of(Op.BW), dtype=np.float64)
@@ -154,6 +168,7 @@ class Simulation:
     costs: Costs
     start: FloatArray  # (n,)
     end: FloatArray  # (n,)
+    left: FloatArray | None = None  # (n,): when the row's message has; None: at its end
 
     @property
     def schedule(self) -> Schedule:
@@ -165,8 +180,9 @@ class Simulation:
 
     @cached_property
     def delay(self) -> FloatArray:
-        """(n,): the time that a message of this row takes."""
-        return _per_row(self.table, self.costs.communication)
+        """(n,): the time that a message of this row takes, and waits for those before it."""
+        queued = 0.0 if self.left is None else self.left - self.end
+        return _per_row(self.table, self.costs.communication) + queued
 
     @cached_property
     def busy(self) -> FloatArray:
@@ -281,11 +297,14 @@ def simulate(
     )
     # The sender's stage decides. Where source is -1 this looks up the last row, which play ignores.
     delay = _per_row(table, costs.communication)[source]
+    busy = None
+    if costs.transmission is not None:
+        busy = (_per_row(table, costs.transmission) * table.messages).tolist()
     # [3]
-    played = play(table, cost.tolist(), delay.tolist(), source)
-    start, end = np.array(played.start), np.array(played.end)
-    start[table.leads] = end[table.leads] = start[table.leads + 1]
-    return Simulation(table, costs, start, end)
+    played = play(table, cost.tolist(), delay.tolist(), source, busy)
+    start, end, left = np.array(played.start), np.array(played.end), np.array(played.left)
+    start[table.leads] = end[table.leads] = left[table.leads] = start[table.leads + 1]
+    return Simulation(table, costs, start, end, left)
 
 
 def _per_row(table: Table, values: ArrayLike, shared: bool = False) -> FloatArray:

@@ -174,6 +174,11 @@ class Table:
         return np.where(self.source >= 0, ends[self.source], -1)
 
     @cached_property
+    def messages(self) -> IntArray:
+        """(n,): how many messages leave for other devices when each row ends."""
+        return np.bincount(self.awaited[self.awaited >= 0], minlength=self.num_rows)
+
+    @cached_property
     def trusted_wrap_arounds(self) -> NDArray[np.bool_]:
         """(n,): rows that receive from the other end of the devices and are not the first of their
         group.

@@ -9,7 +9,7 @@
 Memory: `common.spec.memory`. Time: `common.spec.unit_times` and `common.schedule.play`, and over
 a link of so many bytes a second what travels (`common.spec.traffic` has the same bytes):
 
-    a message          b S D e
+    a message          b S D e                     one of a device after the other
     a shard's sum      2 (t - 1) / t  b S D e      two for a block in F, two in B or BW, none in W
     a replica's sum    2 (d - 1) / d  G            of gradients, behind the step: overlap would gain
 
@@ -294,8 +294,9 @@ def _step(
     spent[table.leads + 1] += spent[table.leads]  # two that overlap: the second takes both times
     spent[table.leads] = 0.0
     link, d = times.link_bytes_per_second, config.replicas
-    hops = times.hop_seconds + sizes * _sequence_bytes(config) / link
-    played = play(table, spent.tolist(), hops.tolist())
+    hops = [times.hop_seconds] * table.num_rows
+    sent = table.messages * sizes * _sequence_bytes(config) / link
+    played = play(table, spent.tolist(), hops, transmissions=sent.tolist())
     makespan = max(played.end)
     gradients = parameters * ELEMENT_BYTES[train.master_dtype]
     optimizer = parameters * times.optimizer_seconds_per_parameter

@@ -55,6 +55,16 @@ def slow_link(hosts: Hosts, link: Link, folder: Path) -> Iterator[None]:
             process.kill()
 
 
+def settle_tcp(hosts: Hosts) -> None:
+    """As one sets it for training: a connection that is often idle keeps what it knows of the link.
+    BBR, some machines' default, would take it for one of a third of its rate.
+    """
+    settings = ("tcp_congestion_control=cubic", "tcp_slow_start_after_idle=0")
+    for name in hosts.names:
+        words = [f"net.ipv4.{setting}" for setting in settings]
+        subprocess.run(["ip", "netns", "exec", name, "sysctl", "-qw", *words], check=True)
+
+
 class Campaign:
     """Runs in a folder, each under a name of its own."""
 
@@ -120,19 +130,18 @@ def measure(campaign: Campaign) -> None:
         name: ["--schedule", name, *(["--chunks", str(chunks)] if chunks > 1 else [])]
         for name, chunks in SCHEDULES.items()
     }
-    for name, words in schedules.items():
-        campaign.run(f"{PLACES[0]}/{name}", [*pipeline, "2", *words])
     with Hosts(1, "c") as one, Hosts(2, "d") as two:
+        settle_tcp(two)
+        # As many processes as `one` has names: two on the same host.
+        pair = Hosts(0)
+        pair.names, pair.addresses = one.names * 2, one.addresses * 2
+        # A schedule in all places: they are compared, and the machine is not as fast all the time.
         for name, words in schedules.items():
-            # As many processes as `one` has names: two on the same host.
-            pair = Hosts(0)
-            pair.names, pair.addresses = one.names * 2, one.addresses * 2
+            campaign.run(f"{PLACES[0]}/{name}", [*pipeline, "2", *words])
             campaign.run(f"{PLACES[1]}/{name}", [*pipeline, "2", *words], pair)
-        for name, words in schedules.items():
             campaign.run(f"{PLACES[2]}/{name}", [*pipeline, "1", *words], two)
-        for link in LINKS:
-            with slow_link(two, link, campaign.folder):
-                for name, words in schedules.items():
+            for link in LINKS:
+                with slow_link(two, link, campaign.folder):
                     campaign.run(f"{link}/{name}", [*pipeline, "1", *words], two, SLOW)
         for framework in FRAMEWORKS:
             campaign.transport(framework, two)

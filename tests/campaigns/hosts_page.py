@@ -35,9 +35,13 @@ class Link(NamedTuple):
     def __str__(self) -> str:
         return f"{self.milliseconds:g} ms, {self.mbit:,g} Mbit/s"
 
+    def transmission_seconds(self, size: float) -> float:
+        """How long a message of so many bytes keeps it busy."""
+        return size * 8 / (self.mbit * 1e6)
+
     def seconds(self, size: float) -> float:
         """One way, of a message of so many bytes."""
-        return self.milliseconds / 1e3 + size * 8 / (self.mbit * 1e6)
+        return self.milliseconds / 1e3 + self.transmission_seconds(size)
 
 
 LINKS = (Link(0.1, 10_000), Link(1, 1_000), Link(1, 100), Link(10, 1_000), Link(10, 100))
@@ -61,12 +65,14 @@ def message_bytes(config: RunConfig) -> int:
     return rows * model.context_length * model.d_model * ELEMENT_BYTES[config.train.dtype]
 
 
-def predicted_seconds(config: RunConfig, flat: Timing, seconds: float) -> float:
-    """The pipeline of a step, from the first action to the last, behind a link that adds `seconds`
-    to every message: by the simulator, from the actions of the run on two hosts without one.
+def predicted_seconds(config: RunConfig, flat: Timing, link: Link) -> float:
+    """The pipeline of a step, from the first action to the last, behind a link: by the simulator,
+    from the actions of the run on two hosts without one.
     """
-    delayed = flat.model_copy(update={"hop_seconds": flat.hop_seconds + seconds})
-    return simulated(schedule_of(config), delayed).makespan / 1e3
+    delay = flat.hop_seconds + link.milliseconds / 1e3
+    delayed = flat.model_copy(update={"hop_seconds": delay})
+    busy = link.transmission_seconds(message_bytes(config))
+    return simulated(schedule_of(config), delayed, busy).makespan / 1e3
 
 
 def steps(folder: Path) -> str:
@@ -80,10 +86,9 @@ def steps(folder: Path) -> str:
             link = next((each for each in LINKS if str(each) == place), None)
             simulation = here.timing.simulated_step_seconds
             if link is not None:
-                added = link.seconds(message_bytes(here.config))
                 # The rest, loss, norm and optimizer, is none of the simulator's business.
                 rest = ours - here.timing.measured_pipeline_seconds
-                simulation = predicted_seconds(here.config, flat, added) + rest
+                simulation = predicted_seconds(here.config, flat, link) + rest
             cells.append(f"{ours * 1e3:,.0f} ({simulation / ours - 1:+.0%})")
         rows.append([place, *cells, min(measured, key=measured.__getitem__)])
     titles = ("step, ms (predicted)", *SCHEDULES, "fastest")
@@ -172,26 +177,29 @@ def chunk_bytes(config: RunConfig, units: list[list[str]]) -> list[float]:
 
 
 def picture(folder: Path, path: Path) -> None:
-    """Pipelines' times against that of a message: lines are predicted, points measured."""
-    figure = new_figure(7, 3.8)
-    axes = figure.subplots()
-    for number, name in enumerate(SCHEDULES):
-        config = result_of(folder / PLACES[2] / name).config
-        flat = timing_of(folder / PLACES[2] / name)
-        times = [10 ** (n / 10) * 1e-4 for n in range(26)]
-        steps = [1e3 * predicted_seconds(config, flat, t) for t in times]
-        axes.plot([1e3 * t for t in times], steps, color=f"C{number}", label=name)
-        there = [1e3 * link.seconds(message_bytes(config)) for link in LINKS]
-        runs = [timing_of(folder / str(link) / name) for link in LINKS]
-        measured = [run.measured_pipeline_seconds for run in runs]
-        axes.plot(there, [1e3 * t for t in measured], "o", color=f"C{number}", markersize=4)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("one message between the stages, ms (link and delay)")
-    axes.set_ylabel("a step's pipeline, ms")
-    axes.set_ylim(bottom=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, title="lines: predicted; points: measured")
+    """Pipelines' times against a link's delay: lines are predicted, points measured."""
+    figure = new_figure(8, 3.8)
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, mbit in zip(both, (1_000, 100), strict=True):
+        for number, name in enumerate(SCHEDULES):
+            config = result_of(folder / PLACES[2] / name).config
+            flat = timing_of(folder / PLACES[2] / name)
+            delays = [10 ** (n / 10) / 10 for n in range(26)]
+            steps = [1e3 * predicted_seconds(config, flat, Link(ms, mbit)) for ms in delays]
+            axes.plot(delays, steps, color=f"C{number}", label=name)
+            there = [link for link in LINKS if link.mbit == mbit]
+            runs = [timing_of(folder / str(link) / name) for link in there]
+            measured = [1e3 * run.measured_pipeline_seconds for run in runs]
+            delays = [link.milliseconds for link in there]
+            axes.plot(delays, measured, "o", color=f"C{number}", markersize=4)
+        axes.set_title(f"{mbit:,} Mbit/s", fontsize="medium")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("delay of the link, ms")
+        axes.spines[["top", "right"]].set_visible(False)
+    both[0].set_ylabel("a step's pipeline, ms")
+    both[0].set_ylim(bottom=0)
+    both[0].legend(frameon=False, title="lines: predicted; points: measured")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
 

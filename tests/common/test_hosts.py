@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from common.runtime.heartbeat import LOST_SECONDS
 from common.spec.run import FRAMEWORKS
 from tests.campaigns.hosts import slow_link
 from tests.campaigns.hosts_page import Link
-from tests.hosts import ROOT, Hosts
+from tests.hosts import ROOT, Hosts, with_another_wall_clock
 from tests.waiting import wait_until
 
 
@@ -49,6 +49,7 @@ batch_size = 6
 micro_batches = 2
 """
 FOR_EVER = ["--steps", "1000000"]
+needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="a part is in C")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,13 @@ def hosts() -> Iterator[Hosts]:
 
 
 def torchrun(
-    hosts: Hosts, host: int, folder: Path, *words: str, restarts: int = 0, **where: Any
+    hosts: Hosts,
+    host: int,
+    folder: Path,
+    *words: str,
+    restarts: int = 0,
+    env: Mapping[str, str] = {},
+    **where: Any,
 ) -> subprocess.Popen[Any]:
     """Start one host's share of a run over both."""
     run = folder / "run.toml"
@@ -68,8 +75,8 @@ def torchrun(
     master = ["--master-addr", hosts.addresses[0], "--master-port", "29400"]
     launcher = ["-m", "torch.distributed.run", *nodes, *master, "--max-restarts", str(restarts)]
     command = [*launcher, "-m", "torch_impl", "train", "run.toml", *words]
-    log, env = folder / f"host-{host}.log", {"OMP_NUM_THREADS": "1"}
-    return hosts.start(host, command, log, env, **where)
+    log = folder / f"host-{host}.log"
+    return hosts.start(host, command, log, {"OMP_NUM_THREADS": "1", **env}, **where)
 
 
 def by_tf_config(
@@ -80,7 +87,7 @@ def by_tf_config(
     *words: str,
     module: str = "torch_impl",
     network: str = "10.77.0",
-    project: Path = ROOT,
+    project: str = str(ROOT),
 ) -> subprocess.Popen[Any]:
     """As `torchrun` above, with nobody else to notice anything, and no framework to import."""
     cluster = {"worker": [f"{network}.{n + 1}:{port}" for n in range(2)]}
@@ -88,7 +95,7 @@ def by_tf_config(
     (folder / "run.toml").write_text(SETTINGS)
     log = folder / f"host-{host}-{port}.log"
     command = ["-m", module, "train", "run.toml", *words]
-    env = {"TF_CONFIG": json.dumps(config), "PYTHONPATH": str(project)}
+    env = {"TF_CONFIG": json.dumps(config), "PYTHONPATH": project}
     return hosts.start(host, command, log, env)
 
 
@@ -112,10 +119,17 @@ def saved(folder: Path) -> dict[str, Any]:
     return {**found.weights, **found.optimizer_state}
 
 
+@needs_a_compiler
 def test_a_run_over_hosts_has_the_bits_of_one_process_also_after_a_restart(
     hosts: Hosts, tmp_path: Path
 ) -> None:
-    """The second host has folders of its own, and a clock that is an hour ahead."""
+    """The second host has folders of its own, a clock that is an hour ahead (CLOCK_MONOTONIC), and
+    a wall clock that is an hour behind.
+    """
+    behind = with_another_wall_clock(tmp_path)
+    tell = [sys.executable, "-c", "import time; print(time.time())"]
+    told = subprocess.check_output(tell, env=os.environ | behind)
+    assert 3500 < time.time() - float(told) < 3700
     (tmp_path / "run.toml").write_text(SETTINGS)
     command = [sys.executable, "-m", "common.cli", "train", "--config", "run.toml"]
     alone = subprocess.Popen(
@@ -132,7 +146,7 @@ def test_a_run_over_hosts_has_the_bits_of_one_process_also_after_a_restart(
         path.mkdir()
     ranks = [
         torchrun(hosts, 0, tmp_path, *words, restarts=2),
-        torchrun(hosts, 1, tmp_path, *words, restarts=2, own=own, ahead_seconds=3600),
+        torchrun(hosts, 1, tmp_path, *words, restarts=2, env=behind, own=own, ahead_seconds=3600),
     ]
     assert [rank.wait() for rank in ranks] == [0, 0]
     assert alone.wait() == 0
@@ -287,7 +301,7 @@ def test_a_network_that_is_cut(hosts: Hosts, tmp_path: Path) -> None:
     assert again.resumed_from == str(tmp_path / "saved" / f"step-{first.steps[-1].step + 1:08}")
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="the link is a program in C")
+@needs_a_compiler
 def test_a_slow_link_is_not_taken_for_a_dead_one(hosts: Hosts, tmp_path: Path) -> None:
     """Each message a tenth of a second late, over 1 Mbit/s."""
     with slow_link(hosts, Link(100, 1), tmp_path):
@@ -309,21 +323,26 @@ def test_hosts_that_differ_say_who_and_in_what(hosts: Hosts, tmp_path: Path) -> 
         ([], ["--corpus", "c.txt"], "rank 1 (10.77.0.2): --corpus: corpus c.txt: No such"),
         (["--stages", "3"], ["--stages", "3"], "stages x replicas = 3 x 1 takes 3 processes, the"),
         (["--resume", "latest"], [], "--resume latest: of which run?"),
+        ([], [], "rank 1 (10.77.0.2) has framework = {'torch': '9.9.9'}; expected {'torch': "),
         ([], [], "rank 1 (10.77.0.2) has commit = unknown (and 1 more); expected "),
     ]
-    projects = [ROOT, tmp_path / "another"]  # the last case's, of a source that has changed
+    # The last two: another version of the framework, and a source that has changed.
+    upgraded, changed = tmp_path / "upgraded" / "torch", tmp_path / "changed"
+    upgraded.mkdir(parents=True)
+    (upgraded / "__init__.py").write_text("")
+    (upgraded / "version.py").write_text("__version__ = '9.9.9'\n")
     for package in ("common", "torch_impl"):
-        shutil.copytree(ROOT / package, projects[1] / package)
-    with (projects[1] / "torch_impl" / "layers.py").open("a") as file:
+        shutil.copytree(ROOT / package, changed / package)
+    with (changed / "torch_impl" / "layers.py").open("a") as file:
         file.write("\n")
+    own = [str(ROOT)] * (len(cases) - 2)
+    seconds = [*own, f"{upgraded.parent}{os.pathsep}{ROOT}", str(changed)]
     ranks = [
         [
-            by_tf_config(hosts, n, tmp_path, port, *words, project=own)
-            for n, (words, own) in enumerate(
-                zip(case[:2], projects if case is cases[-1] else [ROOT, ROOT], strict=True)
-            )
+            by_tf_config(hosts, n, tmp_path, port, *words, project=project)
+            for n, (words, project) in enumerate(zip(case[:2], (str(ROOT), second), strict=True))
         ]
-        for port, case in enumerate(cases, start=5000)
+        for port, (case, second) in enumerate(zip(cases, seconds, strict=True), start=5000)
     ]
     for port, (own, case) in enumerate(zip(ranks, cases, strict=True), start=5000):
         for n, rank in enumerate(own):

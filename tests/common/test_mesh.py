@@ -1,11 +1,16 @@
 """Who computes what: the mesh of stages and replicas, and the rows that a replica gets."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
 from common.report import mesh_picture
-from common.runtime.agreement import Disagreement, check_lines, gather
+from common.runtime import agreement
+from common.runtime.agreement import Disagreement, check_lines, clock_offset, gather
 from common.runtime.reduce import Reduction
 from common.schedule.action import Action, Op
 from common.schedule.generators import make_schedule
@@ -85,6 +90,38 @@ def test_replicas_with_other_weights_are_named() -> None:
     assert gather([1.0], 0, 4, add) == numbers
     with pytest.raises(Disagreement, match="stage 1: after 3 steps replica 1 has other weights"):
         check_lines(mesh, 0, {"w": np.ones(3)}, 3, add)
+
+
+def test_clocks_are_compared_whatever_a_message_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is played: a message takes 0.5 s between hosts, and nothing within one."""
+    hosts, ahead = ["a", "b", "b", "c"], {"a": 0.0, "b": 3600.0, "c": -7.0}
+    time_of, added = [10.0, 10.2, 9.9, 11.0], [[0.0]] * len(hosts)
+    own, together = threading.local(), threading.Barrier(len(hosts))
+
+    def sleep(seconds: float) -> None:
+        time_of[own.rank] += seconds
+
+    def add(values: list[float]) -> list[float]:
+        added[own.rank] = values
+        together.wait()
+        ways = [0.0 if host == hosts[own.rank] else 0.5 for host in hosts]
+        now, total = max(map(sum, zip(time_of, ways, strict=True))), np.sum(added, axis=0)
+        together.wait()
+        time_of[own.rank] = now
+        return total.tolist()
+
+    clock = SimpleNamespace(
+        perf_counter=lambda: time_of[own.rank] + ahead[hosts[own.rank]], sleep=sleep
+    )
+    monkeypatch.setattr(agreement, "time", clock)
+
+    def offset(rank: int) -> float:
+        own.rank = rank
+        return clock_offset(hosts, rank, add)
+
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        found = list(pool.map(offset, range(len(hosts))))
+    assert found == pytest.approx([ahead[host] for host in hosts])
 
 
 def test_the_picture_has_every_process_and_all_that_travels() -> None:

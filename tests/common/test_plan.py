@@ -206,6 +206,15 @@ def test_what_travels_takes_the_time_of_the_link(d: int, t: int) -> None:
     assert isinstance(whole, Plan) and whole.step_seconds / 2 < fast < whole.step_seconds * 0.6
 
 
+def test_messages_follow_one_another_over_the_link() -> None:
+    config = SMALL.model_copy(update={"stages": 2, "schedule": "gpipe"})
+    slow = counted_times(SMALL, 1e12).model_copy(update={"link_bytes_per_second": 1e3})
+    plan = plan_one(config, slow, float("inf"))
+    assert isinstance(plan, Plan)
+    # Activations one way, and only then gradients the other.
+    assert plan.step_seconds == pytest.approx(sum(traffic_bytes(config).values()) / 1e3, rel=1e-3)
+
+
 def test_a_profile_is_put_together_from_runs() -> None:
     def timing(seconds: float, split: bool, units: Sequence[int]) -> Timing:
         """Every unit takes `seconds`, and every action a quarter of a second."""

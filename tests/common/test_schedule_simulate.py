@@ -342,6 +342,22 @@ def test_zb_v_has_no_bubble_for_equal_costs(p: int, m: int) -> None:
     )
 
 
+def test_messages_wait_for_a_link_that_is_busy() -> None:
+    """Three activations leave until 4, 7 and 10 and arrive at 5, 8 and 11; the gradients, of
+    backwards that end at 14, 16 and 18, leave until 17, 20 and 23.
+    """
+    schedule = make_schedule("gpipe", 2, 3)
+    costs = Costs.uniform(2, communication=1)
+    assert simulate(schedule, replace(costs, communication=(4.0, 4.0))).makespan == 20
+    slow = simulate(schedule, replace(costs, transmission=(3.0, 3.0)))
+    assert slow.start.tolist() == [0, 1, 2, 18, 21, 24, 5, 8, 11, 12, 14, 16]
+    assert slow.makespan == 26
+    assert slow.delay[:3].tolist() == [4, 6, 8]
+    # A message to oneself, where a V turns, takes no link.
+    turning = simulate(make_schedule("zb-v", 1, 2, 2), replace(Costs.uniform(1), transmission=(9,)))
+    assert turning.makespan == 6
+
+
 def test_costs_that_do_not_fit_are_refused() -> None:
     schedule = make_schedule("1f1b", 2, 2)
     for bad in (
@@ -351,6 +367,8 @@ def test_costs_that_do_not_fit_are_refused() -> None:
         lambda: Costs((float("nan"),), (1,), (1,), (1,)),
         lambda: Costs((1,), (1,), (1,), (1,), kept_by_backward_input=2),
         lambda: Costs((1,), (1,), (1,), (1,), kept_by_forward=-1),
+        lambda: Costs((1,), (1,), (1,), (1,), transmission=(-1,)),
+        lambda: Costs((1,), (1,), (1,), (1,), transmission=(1, 1)),
         lambda: Costs((1,), (1,), (1,), (1,), recompute="every-0"),
         lambda: per_stage([1, 2], 3, "forward"),
     ):
