@@ -34,15 +34,16 @@ def test_fewer_micro_batches_than_stages_hold_less() -> None:
     assert model.first_stage_bytes("none", 2) == model.first_stage_bytes("none", 8) / 2
 
 
-def bfloat16_run(framework: str) -> RunConfig:
+def bfloat16_run(framework: str, t: int = 1) -> RunConfig:
     model = TransformerSpec(context_length=64, d_model=32, num_heads=4, d_ff=128, dropout=0.1)
     train = TrainSpec(dtype="bfloat16", batch_size=3, micro_batches=1)
-    return RunConfig(framework=framework, stages=1, model=model, train=train)
+    return RunConfig(framework=framework, stages=1, tensor_parallel=t, model=model, train=train)
 
 
-def test_paddles_block_is_theirs_with_the_statistics_of_both_norms() -> None:
-    theirs = MegatronModel(s=64, b=3, h=32, a=4, L=1).layer_bytes("none")
-    ours = unit_held_bytes(bfloat16_run("paddle"), "block.0", 3).forward
+@pytest.mark.parametrize("t", [1, 2, 4])
+def test_paddles_block_is_theirs_with_the_statistics_of_both_norms(t: int) -> None:
+    theirs = MegatronModel(s=64, b=3, h=32, a=4, L=1, t=t).layer_bytes("none")
+    ours = unit_held_bytes(bfloat16_run("paddle", t), "block.0", 3).forward
     assert ours - theirs == 4 * 2 * 3 * 64  # mean and deviation, 2 bytes each
 
 

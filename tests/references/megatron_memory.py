@@ -1,7 +1,7 @@
 """Memory of Megatron-LM's Transformer by the formulas of Korthikanti et al. 2022.
 
 "Reducing Activation Recomputation in Large Transformer Models", sections 4 and 5: for runs that
-Triptych cannot start (tensor parallelism, thousands of GPUs), and to check our own counts.
+Triptych cannot start (sequence parallelism, thousands of GPUs), and to check our own counts.
 
     s b h a L     tokens, sequences of a micro-batch, width, heads, layers
     t p v         devices of tensor parallelism, stages, chunks per device
