@@ -10,7 +10,7 @@ residual stream, a row-parallel layer's bias) is there alone, so no copies have 
 A tape would put the whole backward on the stage's device: each shard has a tape of its own, which
 is asked on its device.
 
-Differs: PyTorch and Paddle have a process for each shard, which send each other what is summed.
+Differs: PyTorch's and Paddle's shards, threads or processes, hand each other what is summed.
 """
 
 from __future__ import annotations

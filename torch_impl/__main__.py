@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
             configure(largest.stages, largest.threads, largest.device)
             from torch_impl.drift import switch  # after `configure`, since both import PyTorch
             from torch_impl.engine import build_engine
+            from torch_impl.shard_threads import are_threads, run_lines
     except ImportError as error:
         return _refuse(
             f"PyTorch cannot be imported ({error}); expected: pip install 'triptych[cpu]'"
@@ -39,7 +40,10 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         return _refuse(str(error))
     in_ranks = [
-        job for job in jobs.jobs if job.config.executor == "native" or mesh_of([job]).lines > 1
+        job
+        for job in jobs.jobs
+        if job.config.executor == "native"
+        or (mesh_of([job]).lines > 1 and not are_threads(job.config))
     ]
     status = 0
     # First, since a process with threads must not fork.
@@ -47,7 +51,8 @@ def main(arguments: list[str]) -> int:
         own = [job for job in in_ranks if mesh_of([job]) == mesh]
         status |= run_on_ranks(own, switch)
     others = [job for job in jobs.jobs if job not in in_ranks]
-    return status | run_jobs(JobFile(jobs=tuple(others)), build_engine, switch=switch)
+    left = JobFile(jobs=tuple(others))
+    return status | run_jobs(left, build_engine, switch=switch, run=run_lines)
 
 
 def _refuse(line: str) -> int:

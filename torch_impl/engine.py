@@ -32,7 +32,7 @@ from torch_impl.gradients import gradient_of
 from torch_impl.graphs import GraphedStage
 from torch_impl.optimizer import StageOptimizer
 from torch_impl.probe import probe_units
-from torch_impl.shards import WHOLE
+from torch_impl.shards import WHOLE, Shards
 from torch_impl.stage import Channel, Stage
 from torch_impl.streams import PairedStreams
 from torch_impl.weights import (
@@ -107,7 +107,7 @@ class PipelineEngine:
                 [parts[k] for k in self.schedule.parts[d]],
                 torch_devices[d],
                 self.replica,
-                self.shards,
+                self._shards_of(d),
             )
         )
         self.stages = dict(zip(own, made, strict=True))
@@ -321,6 +321,10 @@ class PipelineEngine:
         # fsum is exact, so that the order of the micro-batches changes nothing.
         own = [loss for _, losses in results for loss in losses]
         return math.fsum(self._everybodys(own))
+
+    def _shards_of(self, device: int) -> Shards:
+        """What the layers of a stage know of its other shards."""
+        return self.shards
 
     def _open_channel(self, schedule: Schedule, mode: Mode) -> Channel:
         """What carries the tensors of one pass."""

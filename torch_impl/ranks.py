@@ -1,7 +1,7 @@
 """One process per stage, replica and shard (`common.runtime.ranks`), joined by torch.distributed.
 
-Replicas and shards need it, and PyTorch's own pipeline (`torch_pipelining.py`). Without them, our
-executor runs all stages as threads of one process.
+Replicas need it, launchers, and PyTorch's own pipeline (`torch_pipelining.py`). Without them, our
+executor runs all stages, and their shards (`shard_threads.py`), as threads of one process.
 """
 
 from __future__ import annotations

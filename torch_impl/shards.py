@@ -8,6 +8,8 @@ Both are in B and F alone. What W multiplies, a layer's input and its output's g
 has itself, so a split backward keeps its freedom: a row layer's bias is added behind the sum, and
 the gradient of what comes out of it is what its weight and its bias want.
 
+Between threads of one process (`torch_impl.shard_threads`) the same is exchanged in its memory.
+
 Differs: TensorFlow's shards are devices of one graph, so that their sum is an addition.
 """
 
@@ -21,6 +23,8 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from common.spec.data import IGNORED
+from common.spec.run import RunConfig
+from common.spec.shards import own_tokens
 from torch_impl.gradient_sum import OrderedSum
 
 
@@ -76,6 +80,12 @@ class Shards:
 
 
 WHOLE = Shards()
+
+
+def columns_of(config: RunConfig) -> tuple[int, ...]:
+    """Return `Shards.columns` of a run."""
+    shards = range(config.tensor_parallel) if config.vocab_parallel else ()
+    return tuple(len(own_tokens(config, shard)) for shard in shards)
 
 
 class _Enter(torch.autograd.Function):

@@ -251,9 +251,8 @@ class Channel(Mailbox):
         self._devices, self._streams = devices, streams
 
     def send(self, message: Message, tensor: Tensor, device: int) -> None:
-        moved, arrived = (
-            self._move(tensor, self._devices[device]) if tensor.is_cuda else (tensor, None)
-        )
+        on_gpu = isinstance(tensor, Tensor) and tensor.is_cuda  # shards send other things too
+        moved, arrived = self._move(tensor, self._devices[device]) if on_gpu else (tensor, None)
         self.put(message, (moved, arrived))
 
     def _move(self, tensor: Tensor, to: torch.device) -> tuple[Tensor, torch.cuda.Event]:

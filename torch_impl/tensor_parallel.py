@@ -32,7 +32,8 @@ from common.spec.run import RunConfig
 from common.spec.shards import COLUMNS, ROWS, cut_axis, shards_of
 from torch_impl.baseline import PlainEngine
 from torch_impl.layers import Block
-from torch_impl.rank_engine import gathered, whole_arrays
+from torch_impl.rank_engine import gathered
+from torch_impl.shard_engine import whole_arrays
 from torch_impl.weights import named_parameters
 
 
@@ -69,19 +70,22 @@ class TensorParallelEngine(PlainEngine):
         return norm
 
     def optimizer_state(self) -> Arrays:
-        return whole_arrays(self.config, super().optimizer_state(), lambda key: key.split("/")[1])
+        return self._whole(super().optimizer_state())
 
     def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
         super().load_optimizer_state(shards_of(self.config, state, self._shard), steps_done)
 
     def weights(self) -> Arrays:
-        return whole_arrays(self.config, super().weights(), str)
+        return self._whole(super().weights())
 
     def gradients(self) -> Arrays:
-        return whole_arrays(self.config, super().gradients(), str)
+        return self._whole(super().gradients())
 
     def set_gradients(self, gradients: Mapping[str, NDArray[Any]]) -> None:
         super().set_gradients(shards_of(self.config, gradients, self._shard))
+
+    def _whole(self, own: Arrays) -> Arrays:
+        return whole_arrays(self.config, own, lambda key: key.split("/")[-1], gathered)
 
     def sum_over_ranks(self, values: Any) -> list[float]:
         return [sum(column) for column in zip(*gathered(list(values)), strict=True)]

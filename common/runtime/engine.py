@@ -2,10 +2,10 @@
 
 An engine holds some of the pipeline's devices: all of them where stages are threads (PyTorch and
 TensorFlow with one replica on one host), one where a stage is a process (Paddle, and everybody with
-replicas or over hosts). Where stages are processes, all ranks call the same methods in the same
-order, and each reads the whole mini-batch: a replica takes its own micro-batches of it
-(`Batch.share`), divides by the tokens of all and numbers samples over all, so that gradients are
-simply added up over the replicas.
+replicas or over hosts). Where a run has several engines, in processes or, for PyTorch's shards, in
+threads of one, all call the same methods in the same order, and each reads the whole mini-batch: a
+replica takes its own micro-batches of it (`Batch.share`), divides by the tokens of all and numbers
+samples over all, so that gradients are simply added up over the replicas.
 
 One training step is `forward_backward`, then `apply_gradients`. The rest reads, replaces or checks:
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -18,18 +19,18 @@ class Mailbox:
     """Hands objects from thread to thread; made anew for every pass. Puts never wait."""
 
     def __init__(self) -> None:
-        self._mail: dict[Message, Any] = {}
+        self._mail: dict[Hashable, Any] = {}
         self._changed = threading.Condition()
         self.failure: BaseException | None = None
         """Why the pass was stopped: the first error of any stage."""
 
-    def put(self, message: Message, content: Any) -> None:
+    def put(self, message: Hashable, content: Any) -> None:
         """Leave `content` for whoever takes `message`."""
         with self._changed:
             self._mail[message] = content
             self._changed.notify_all()
 
-    def take(self, message: Message) -> Any:
+    def take(self, message: Hashable) -> Any:
         """Wait for a message's content. Raises PipelineStopped if a stage fails before."""
         with self._changed:
             # Woken by every message and by a failure; without the latter a stage whose sender has

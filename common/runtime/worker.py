@@ -43,18 +43,20 @@ def run_jobs(
     build_engine: Callable[[RunConfig], Engine],
     first_device: int = 0,
     switch: Switch = no_drift,
+    run: Callable[[Job, Callable[[RunConfig], Engine]], Any] | None = None,
 ) -> int:
     """Run every job and return the exit status.
 
     A failed job leaves its traceback, and the next one runs.
 
-    `switch` applies, for one job, the framework's habit that `RunConfig.drift` names.
+    `switch` applies, for one job, the framework's habit that `RunConfig.drift` names. `run` stands
+    in for `run_job`.
     """
     status = 0
     for job in jobs.jobs:
         try:
             with switch(job.config):
-                run_job(job, build_engine)
+                (run or run_job)(job, build_engine)
         except Exception:
             status = 1
             text = traceback.format_exc()

@@ -47,7 +47,8 @@ class Mesh:
 
     @classmethod
     def of(cls, config: RunConfig) -> Mesh:
-        """Return the processes of a run that has one for every stage.
+        """Return the processes of a run that has one for every stage, or PyTorch's threads that
+        stand for them.
 
         TensorFlow's shards are devices of one process: its mesh has no third axis. So are the
         replicas of its baseline, MirroredStrategy.

@@ -1,14 +1,15 @@
-"""Shards of a stage as threads of this process, which exchange what processes would send: what they
-add up, how often, and what they must not add twice. The parity ladder has them as processes.
+"""Shards of a stage: what they add up, how often, and what they must not add twice; and that
+threads have the bits of processes. The parity ladder has both.
 """
 
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from threading import Barrier
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.harness.probes import read_probe
 from common.oracle.limits import BFLOAT16_FACTOR
-from common.runtime.job import Job
+from common.runtime.job import Job, JobFile
 from common.runtime.mode import Mode
 from common.runtime.training import starting_weights
 from common.spec import dropout_masks
@@ -29,68 +31,42 @@ from common.spec.run import LLAMA, RunConfig
 from common.spec.shards import cut_axis, joined, own_tokens, shards_of
 from common.spec.traffic import traffic_bytes
 from tests.engines import SAMPLES, STEP_KEY, numpy_mask, small
+from tests.parity.ladder import first_different_bits
 from torch_impl import layers, shards
 from torch_impl.dropout import DropoutContext, ElementHashes, keep_mask
+from torch_impl.engine import build_engine
 from torch_impl.rank_engine import RankEngine
-from torch_impl.shards import RowLinear, Shards, parallel_loss
+from torch_impl.shard_threads import Meeting, ThreadShards, run_lines
+from torch_impl.shards import RowLinear, Shards, columns_of, parallel_loss
 from torch_impl.stage import Stage
 from torch_impl.weights import export_gradients, load_weights
 
 
-@dataclass
-class Meeting:
-    """Where the threads of all shards hand over what each has."""
+class Counting(Meeting):
+    """Counts what shard 0 hands to shard 1."""
 
-    count: int
-    sent: list[int] = field(default_factory=list)
-    """Bytes that shard 0 would send to each other one, of every exchange."""
+    sent_bytes = 0
 
-    def __post_init__(self) -> None:
-        self.barrier, self._found = Barrier(self.count), dict[int, Tensor]()
-
-    def exchange(self, shard: int, x: Tensor) -> list[Tensor]:
-        self._found[shard] = x.detach().clone()
-        self.barrier.wait()
-        found = [self._found[i] for i in range(self.count)]
-        self.barrier.wait()
-        return found
+    def put(self, message: Any, content: Any) -> None:
+        super().put(message, content)
+        if message.sender == 0 and message.receiver == 1:
+            tensor, _ = content
+            self.sent_bytes += tensor.numel() * tensor.element_size()
 
 
-@dataclass(frozen=True)
-class Threads(Shards):
-    """`group` is a `Meeting`."""
+def together(config: RunConfig, work: Callable[[Shards], Any]) -> tuple[list[Any], Counting]:
+    """What `work` gives for every shard of a stage, each in a thread of its own."""
+    t, meeting = config.tensor_parallel, Counting(config)
 
-    def sum(self, x: Tensor) -> Tensor:
-        if self.shard == 0:
-            self.group.sent.append(2 * x.numel() * x.element_size() // self.count)
-        first, *others = self.group.exchange(self.shard, x)
-        total = first.clone()
-        for other in others:
-            total += other
-        return total
-
-    def gathered(self, x: Tensor) -> list[Tensor]:
-        if self.shard == 0:
-            self.group.sent.append(x.numel() * x.element_size())
-        found: list[Tensor] = self.group.exchange(self.shard, x)
-        return found
-
-
-def together(config: RunConfig, work: Callable[[Shards], Any]) -> tuple[list[Any], Meeting]:
-    """What `work` gives for every shard, each in a thread of its own."""
-    t = config.tensor_parallel
-    columns = tuple(len(own_tokens(config, n)) for n in range(t)) if config.vocab_parallel else ()
-    meeting = Meeting(t)
-
-    def guarded(own: Shards) -> Any:
+    def guarded(shard: int) -> Any:
         try:
-            return work(own)
-        except BaseException:
-            meeting.barrier.abort()
+            return work(ThreadShards(t, shard, columns_of(config), meeting, stage=0))
+        except BaseException as error:
+            meeting.stop(error)
             raise
 
     with ThreadPoolExecutor(t) as pool:
-        return list(pool.map(guarded, [Threads(t, n, columns, meeting) for n in range(t)])), meeting
+        return list(pool.map(guarded, range(t))), meeting
 
 
 def cut(t: int, dtype: str = "float64", **options: Any) -> RunConfig:
@@ -114,10 +90,10 @@ def step(config: RunConfig, own: Shards = shards.WHOLE) -> tuple[list[float], di
     for i in range(config.train.micro_batches):
         stage.forward(i, 0, None)
         stage.backward_input(i, 0, None)
-    before = len(own.group.sent) if own.count > 1 else 0
+    before = own.group.sent_bytes if own.count > 1 else 0
     for i in range(config.train.micro_batches):
         stage.backward_weight(i, 0)
-    assert own.count == 1 or len(own.group.sent) == before, "W sends nothing"
+    assert own.count == 1 or own.group.sent_bytes == before, "W sends nothing"
     # A tied head's gradient is another array under the embedding's name.
     return stage.losses(), export_gradients(item for item in stage.named if not item.is_copy)
 
@@ -137,7 +113,7 @@ def test_the_gradients_are_those_of_whole_matrices(t: int, model: dict[str, Any]
         whole = pieces[0] if axis is None else joined(pieces, axis)
         scale = np.abs(expected).max()
         np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-13 * scale, err_msg=name)
-    assert sum(meeting.sent) == traffic_bytes(config)[0, 1]
+    assert meeting.sent_bytes == traffic_bytes(config)[0, 1]
 
 
 def test_the_bytes_of_a_block_are_4_b_s_d() -> None:
@@ -145,7 +121,7 @@ def test_the_bytes_of_a_block_are_4_b_s_d() -> None:
     config = cut(2, vocab_parallel=False, model={"num_layers": 3})
     _, meeting = together(config, lambda own: step(config, own))
     b, s, d = config.train.batch_size, config.model.context_length, config.model.d_model
-    assert sum(meeting.sent) == 3 * 4 * b * s * d * 8 == traffic_bytes(config)[0, 1]
+    assert meeting.sent_bytes == 3 * 4 * b * s * d * 8 == traffic_bytes(config)[0, 1]
 
 
 def test_bfloat16_errs_as_it_does_on_whole_matrices() -> None:
@@ -176,7 +152,10 @@ def test_the_norm_counts_what_is_not_cut_once() -> None:
     config = cut(2, replicas=2)
     for name in parameter_shapes(config.model):
         counting = [
-            RankEngine._counts(SimpleNamespace(config=config, replica=r, _shard=shard), name)  # type: ignore[arg-type]
+            RankEngine._counts(
+                SimpleNamespace(config=config, replica=r, shards=Shards(2, shard)),  # type: ignore[arg-type]
+                name,
+            )
             for r, shard in itertools.product(range(2), range(2))
         ]
         assert sum(counting) == (1 if cut_axis(config, name) is None else 2), name
@@ -225,3 +204,42 @@ def test_the_loss_over_a_cut_vocabulary() -> None:
     torch.testing.assert_close(gradient, whole.grad, rtol=0, atol=1e-14)
     for value, _ in found:
         torch.testing.assert_close(value, expected.detach(), rtol=1e-14, atol=0)
+
+
+def job(out: Path) -> Job:
+    """Two stages of three shards, which share the vocabulary, a tied head and dropout."""
+    model = {"num_heads": 3, "d_model": 24, "d_ff": 36, "tied_head": True}
+    made = Job(config=cut(3, stages=2, threads=6, model=model), out=str(out), kind="probe")
+    for folder in made.folders:
+        folder.mkdir()
+    return made
+
+
+PROCESSES = """
+import sys
+from common.runtime.job import JobFile
+from torch_impl.ranks import run_on_ranks
+from common.runtime.worker import no_drift
+from torch_impl.devices import configure
+
+configure(2, 4, "cpu")
+sys.exit(run_on_ranks(JobFile.read(sys.argv[1]).jobs, no_drift))
+"""
+
+
+def test_threads_have_the_bits_of_processes(tmp_path: Path) -> None:
+    threads, processes = job(tmp_path / "threads"), job(tmp_path / "processes")
+    run_lines(threads, build_engine)
+    JobFile(jobs=(processes,)).write(tmp_path / "jobs.json")
+    subprocess.run([sys.executable, "-c", PROCESSES, str(tmp_path / "jobs.json")], check=True)
+    own, theirs = (read_probe(Path(each.out), same_copies=True) for each in (threads, processes))
+    assert first_different_bits(own, theirs) is None
+
+
+def test_the_first_failure_of_a_shard_ends_all(tmp_path: Path) -> None:
+    """In a pass, and between two."""
+    for number, where in enumerate(("step=1,action=F1", "step=0,action=optimizer")):
+        fault = f"exception@device=1,{where}"
+        made = job(tmp_path / str(number)).model_copy(update={"fault": fault})
+        with pytest.raises(RuntimeError, match=fault):
+            run_lines(made, build_engine)
