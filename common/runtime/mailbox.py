@@ -20,22 +20,28 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._mail: dict[Hashable, Any] = {}
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._awaited: dict[Hashable, threading.Condition] = {}
         self.failure: BaseException | None = None
         """Why the pass was stopped: the first error of any stage."""
 
     def put(self, message: Hashable, content: Any) -> None:
         """Leave `content` for whoever takes `message`."""
-        with self._changed:
+        with self._lock:
             self._mail[message] = content
-            self._changed.notify_all()
+            # Nobody else: each thread that wakes for nothing takes Python's lock from one that
+            # works. Four stages whose actions are short are slower than one with that.
+            if message in self._awaited:
+                self._awaited[message].notify()
 
     def take(self, message: Hashable) -> Any:
         """Wait for a message's content. Raises PipelineStopped if a stage fails before."""
-        with self._changed:
-            # Woken by every message and by a failure; without the latter a stage whose sender has
-            # died would wait for ever.
-            self._changed.wait_for(lambda: message in self._mail or self.failure)
+        with self._lock:
+            if message not in self._mail:
+                # Woken by a failure too: else a stage whose sender has died would wait for ever.
+                self._awaited[message] = threading.Condition(self._lock)
+                self._awaited[message].wait_for(lambda: message in self._mail or self.failure)
+                del self._awaited[message]
             self.check()
             return self._mail.pop(message)
 
@@ -55,6 +61,7 @@ class Mailbox:
 
     def stop(self, failure: BaseException) -> None:
         """End the pass for all stages; the first failure is kept."""
-        with self._changed:
+        with self._lock:
             self.failure = self.failure or failure
-            self._changed.notify_all()
+            for arrival in self._awaited.values():
+                arrival.notify()
