@@ -422,5 +422,5 @@ def habits_here(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zoo, "run_jobs_in_worker", run_here)
         patch.setattr(zoo, "base_config", lambda steps: one_block)
-        rows = zoo.run_zoo(folder, [framework], names, [20], seeds=1, timeout_seconds=np.inf)[0]
+        rows = zoo.run_zoo(folder, [(framework, None)], names, [20], 1, timeout_seconds=np.inf)[0]
     return {row.name: row.verdict if row.verdict in GOOD else str(row) for row in rows}

@@ -146,7 +146,7 @@ def test_every_habit_fails_the_ladder_where_the_zoo_says_and_its_baseline_passes
     assert set(drift.HABITS) == set(names)
     here = [name for name in names if name not in PROCESS_WIDE]
     if framework == "paddle":  # its stages are processes, so these runs are in a worker
-        rows = run_zoo(tmp_path, ["paddle"], here, [10], seeds=1, timeout_seconds=np.inf)[0]
+        rows = run_zoo(tmp_path, [("paddle", None)], here, [10], seeds=1, timeout_seconds=np.inf)[0]
         found = {row.name: row.verdict if row.verdict in GOOD else str(row) for row in rows}
     else:
         build_engine = of(framework, "engine").build_engine

@@ -15,17 +15,18 @@ from rich.table import Table
 
 from common.cli.numbers import add_timeout, positive
 from common.cli.options import check_writable, file_to_write
-from common.cli.python import add_python, checked_pythons, named_pythons
+from common.cli.python import add_python, check_names, chosen_frameworks
 from common.harness.launch import IMPLEMENTATIONS, Implementation
-from common.harness.zoo import base_config, run_zoo
+from common.harness.zoo import base_config, run_zoo, spread_runner
 from common.io.console import make_console, say
 from common.io.edges import whole_number
 from common.io.usage import UsageError, chosen
 from common.report.machine import this_machine
-from common.report.zoo import GOOD, Zoo
+from common.report.names import framework_name
+from common.report.zoo import GOOD, Row, Zoo
 from common.report.zoo_page import print_zoo, write_page
 from common.spec.habits import DRIFTS
-from common.spec.run import FRAMEWORKS
+from common.spec.run import FRAMEWORKS, RunConfig
 
 EXIT_OK, EXIT_UNEXPECTED = 0, 1
 PROGRESS_STEPS = 1000
@@ -53,7 +54,8 @@ def register(subcommands: Any) -> None:
         "or a run failed, 2 wrong input.",
     )
     parser.add_argument("--list", action="store_true", help="name the habits and run nothing")
-    parser.add_argument("--frameworks", metavar="F,..", help="which ones (default %(default)s)")
+    which = "which ones; torch@PATH is one in another Python (default %(default)s)"
+    parser.add_argument("--frameworks", metavar="F,..", help=which)
     parser.add_argument("--rows", metavar="NAME,..", help="which habits (default %(default)s)")
     steps = "where the cost is taken; the last one ends the runs (%(default)s)"
     parser.add_argument("--steps", metavar="N,..", help=steps)
@@ -126,11 +128,15 @@ def _read(path: Path) -> Zoo:
 def _merged(zoo: Zoo, more: Zoo) -> Zoo:
     """Return the earlier result with the rows of `more` in place of its own, in the zoo's order."""
     rows = {(row.name, row.framework): row for row in (*zoo.rows, *more.rows)}
-    order = [(drift.name, framework) for drift in DRIFTS for framework in FRAMEWORKS]
+    drifts = [drift.name for drift in DRIFTS]
+
+    def place(row: Row) -> tuple[int, int]:
+        return drifts.index(row.name), FRAMEWORKS.index(row.framework.partition("@")[0])
+
     names = zoo.versions.keys() | more.versions.keys()
     return zoo.model_copy(
         update={
-            "rows": [rows[key] for key in order if key in rows],
+            "rows": sorted(rows.values(), key=place),
             "command": _both(zoo.command, more.command),
             "machine": _both(zoo.machine, more.machine),
             "versions": {n: _both(zoo.versions.get(n), more.versions.get(n)) for n in names},
@@ -145,28 +151,32 @@ def _both(earlier: str | None, later: str | None) -> str:
 def _run(
     arguments: argparse.Namespace, console: Console, implementations: Mapping[str, Implementation]
 ) -> Zoo:
-    frameworks = chosen(arguments.frameworks, FRAMEWORKS, "--frameworks")
+    runners = chosen_frameworks(arguments.frameworks, arguments, "--frameworks")
+    base = base_config(1)
+
+    def named(runner: tuple[str, str | None]) -> RunConfig:
+        return base.model_copy(update={"framework": runner[0], "python": runner[1]})
+
+    check_names([named(runner) for runner in runners])
     names = [drift.name for drift in DRIFTS]
     rows = names if arguments.rows == "all" else chosen(arguments.rows, names, "--rows")
     steps = _steps(arguments.steps)
-    pythons = checked_pythons(named_pythons(arguments))
     with tempfile.TemporaryDirectory() as folder:
         found, spread, versions = run_zoo(
             Path(folder),
-            frameworks,
+            runners,
             rows,
             steps,
             arguments.seeds,
             arguments.timeout,
             steps_shown(console),
             implementations,
-            pythons,
         )
     return Zoo(
         rows=found,
         steps=steps,
         seeds=arguments.seeds,
-        spread_framework="torch" if "torch" in frameworks else frameworks[0],
+        spread_framework=framework_name(named(spread_runner(runners))),
         spread_curve=spread,
         command=arguments.command,
         machine=this_machine().one_line,

@@ -19,6 +19,7 @@ import numpy as np
 from common.harness.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_worker, why_missing
 from common.harness.probes import Run, compare_probe, expected, read_probe
 from common.oracle.limits import Comparison, Difference
+from common.report.names import framework_name
 from common.report.zoo import AVERAGED_STEPS, CURVE_STRIDE, LADDER_STEPS, Row
 from common.runtime.job import Job
 from common.runtime.outcome import Outcome
@@ -57,32 +58,32 @@ def config_of(
 
 def run_zoo(
     folder: Path,
-    frameworks: Sequence[str],
+    runners: Sequence[tuple[str, str | None]],
     names: Sequence[str],
     steps: Sequence[int],
     seeds: int,
     timeout_seconds: float,
     on_step: Callable[[str, int], None] = lambda framework, done: None,
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
-    pythons: Mapping[str, str] | None = None,
 ) -> tuple[list[Row], list[float], dict[str, str]]:
     """Run everything in `folder`; return rows, the spread's curve and all versions.
 
-    `pythons` names interpreters, by framework.
+    `runners` are frameworks, each with the interpreter that is named for it, if any.
     """
     last = max(steps)
 
-    def run_of(drift: Drift, framework: str, on: bool, seed: int = 0) -> RunConfig:
+    def run_of(drift: Drift, runner: tuple[str, str | None], on: bool, seed: int = 0) -> RunConfig:
+        framework, python = runner
         config = config_of(drift, framework, last, on, seed)
-        return config.model_copy(update={"python": (pythons or {}).get(framework)})
+        return config.model_copy(update={"python": python})
 
     # Every habit in every framework that has it; of these, what this machine can run.
     wished = [drift for drift in DRIFTS if drift.name in names]
-    chosen = [(drift, f) for drift in wished for f in frameworks if f in drift.frameworks]
-    on_cpu = [(drift, f) for drift, f in chosen if drift.run.get("device") != "cuda"]
+    chosen = [(drift, one) for drift in wished for one in runners if one[0] in drift.frameworks]
+    on_cpu = [(drift, one) for drift, one in chosen if drift.run.get("device") != "cuda"]
     runnable = chosen if has_cuda() else on_cpu
-    wanted = [run_of(drift, f, on) for drift, f in runnable for on in (False, True)]
-    home = "torch" if "torch" in frameworks else frameworks[0]
+    wanted = [run_of(drift, one, on) for drift, one in runnable for on in (False, True)]
+    home = spread_runner(runners)
 
     def seeded(drift: Drift) -> list[RunConfig]:
         return [run_of(drift, home, on=False, seed=seed) for seed in range(seeds)]
@@ -97,22 +98,31 @@ def run_zoo(
         return [run for config in seeded(drift) if isinstance(run := outcomes[config], Run)]
 
     rows = []
-    for drift, framework in chosen:
-        if (drift, framework) not in runnable:
-            rows.append(_row(drift, framework, "needs CUDA"))
+    for drift, one in chosen:
+        without, with_it = (run_of(drift, one, on) for on in (False, True))
+        if (drift, one) not in runnable:
+            rows.append(_row(drift, without, "needs CUDA"))
             continue
-        pair = [outcomes[run_of(drift, framework, on)] for on in (False, True)]
-        rows.append(_judged(drift, framework, pair[0], pair[1], spread_of(drift), steps))
+        pair = outcomes[without], outcomes[with_it]
+        rows.append(_judged(drift, without, *pair, spread_of(drift), steps))
     plain = [drift for drift, _ in runnable if not (drift.model or drift.train or drift.run)]
     curves = [strided(run.losses) for drift in plain[:1] for run in spread_of(drift)]
     spread = [statistics.stdev(values) for values in zip(*curves, strict=True) if len(curves) > 1]
     return rows, spread, versions_of(outcomes)
 
 
+def spread_runner(runners: Sequence[tuple[str, str | None]]) -> tuple[str, str | None]:
+    """Return whose seeds give the spread: PyTorch's, which are the fastest, or the first one's."""
+    return next((one for one in runners if one[0] == "torch"), runners[0])
+
+
 def versions_of(outcomes: Mapping[RunConfig, Run | str]) -> dict[str, str]:
-    """Return the version of every framework that ran."""
-    said = [run.parts[0].environment for run in outcomes.values() if isinstance(run, Run)]
-    return {str(each["framework"]): str(each["version"]) for each in said}
+    """Return the version of every framework that ran, by its name in tables."""
+    ran = {config: run for config, run in outcomes.items() if isinstance(run, Run)}
+    return {
+        framework_name(config): str(run.parts[0].environment["version"])
+        for config, run in ran.items()
+    }
 
 
 def run_all(
@@ -134,7 +144,7 @@ def run_all(
     outcomes: dict[RunConfig, Run | str] = {}
     done: dict[str, int] = {}
     for number, together in enumerate(groups.values()):
-        framework = together[0].framework
+        framework, name = together[0].framework, framework_name(together[0])
         implementation = implementations[framework]
         if missing := why_missing(implementation, together[0].executor, together[0].python):
             outcomes |= dict.fromkeys(together, f"skipped: {missing}")
@@ -147,9 +157,9 @@ def run_all(
             for config, out in probes
         ]
 
-        def stepped(job: int, step: int, loss: float, framework: str = framework) -> None:
-            done[framework] = done.get(framework, 0) + 1
-            on_step(framework, done[framework])
+        def stepped(job: int, step: int, loss: float, name: str = name) -> None:
+            done[name] = done.get(name, 0) + 1
+            on_step(name, done[name])
 
         ended = run_jobs_in_worker(implementation.module, jobs, home, timeout_seconds, stepped)
         for config, job, outcome in zip(together, jobs, ended, strict=True):
@@ -187,7 +197,7 @@ def place_of(difference: Difference) -> str:
 
 def _judged(
     drift: Drift,
-    framework: str,
+    config: RunConfig,
     baseline: Run | str,
     drifted: Run | str,
     seeds: Sequence[Run],
@@ -195,15 +205,14 @@ def _judged(
 ) -> Row:
     for run in (baseline, drifted):
         if isinstance(run, str):
-            return _row(drift, framework, run)
+            return _row(drift, config, run)
     assert isinstance(baseline, Run) and isinstance(drifted, Run)
-    last = max(steps)
-    row = _measured(drift, framework, baseline, drifted, seeds, steps)
-    wrong = first_failure(config_of(drift, framework, last, on=False), baseline, drift.ladder_steps)
+    row = _measured(drift, config, baseline, drifted, seeds, steps)
+    wrong = first_failure(config, baseline, drift.ladder_steps)
     if wrong is not None:
         return row.model_copy(update={"verdict": "baseline differs", **_found(wrong)})
     # Judged as the run without the habit: the oracle has none.
-    first = first_failure(config_of(drift, framework, last, on=False), drifted, drift.ladder_steps)
+    first = first_failure(config, drifted, drift.ladder_steps)
     if first is None:
         pairs = [(value, drifted.tensors[key]) for key, value in baseline.tensors.items()]
         differ = any(not np.array_equal(*pair) for pair in pairs)
@@ -219,11 +228,11 @@ def _found(first: Difference) -> dict[str, object]:
     return {"check": first.check, "place": place_of(first), **error}
 
 
-def _row(drift: Drift, framework: str, verdict: str) -> Row:
+def _row(drift: Drift, config: RunConfig, verdict: str) -> Row:
     return Row(
         name=drift.name,
         title=drift.title,
-        framework=framework,
+        framework=framework_name(config),
         default_of=drift.default_of,
         dtype=drift.dtype,
         verdict=verdict,
@@ -234,7 +243,7 @@ def _row(drift: Drift, framework: str, verdict: str) -> Row:
 
 def _measured(
     drift: Drift,
-    framework: str,
+    config: RunConfig,
     baseline: Run,
     drifted: Run,
     seeds: Sequence[Run],
@@ -250,7 +259,7 @@ def _measured(
         spread = {n: statistics.stdev(mean_loss(run, n) for run in seeds) for n in steps}
         held_out = statistics.stdev(run.held_out_loss for run in seeds)
         found |= {"spread": spread, "held_out_spread": held_out}
-    return _row(drift, framework, "").model_copy(update=found)
+    return _row(drift, config, "").model_copy(update=found)
 
 
 def mean_loss(run: Run, steps: int) -> float:

@@ -18,6 +18,7 @@ from common.harness.zoo import config_of
 from common.report.zoo import Zoo
 from common.spec.habits import DRIFTS
 from common.spec.run import FRAMEWORKS
+from tests.common.test_interpreters import environment
 from tests.program import assert_refused, words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +94,18 @@ def test_rows_are_run_again_or_added_and_the_others_are_taken_from_an_earlier_re
     assert Zoo.model_validate_json(json_file.read_text()) == whole
 
 
+def test_two_versions_of_a_framework_have_a_row_each(
+    made: tuple[int, Path], tmp_path: Path
+) -> None:
+    new, json_file = environment(tmp_path / "new"), tmp_path / "merged.json"
+    line = "--from {earlier} --rows default-betas --frameworks tensorflow@{new} --json {json}"
+    assert zoo_of_fakes(line, earlier=made[1] / "drift.json", new=new, json=json_file) == 1
+    zoo = Zoo.model_validate_json(json_file.read_text())
+    rows = [(row.framework, row.verdict) for row in zoo.rows if row.name == "default-betas"]
+    assert rows == [("tensorflow", "as expected"), ("tensorflow@new", "as expected")]
+    assert {*zoo.versions} == {"tensorflow", "tensorflow@new"}
+
+
 def test_the_readme_counts_the_habits() -> None:
     assert f"a zoo of {len(DRIFTS)} habits" in (ROOT / "README.md").read_text()
 
@@ -108,6 +121,7 @@ def test_the_list_names_every_habit(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--rows nope", "--rows = 'nope': unknown"),
         ("--frameworks jax", "--frameworks = 'jax': unknown"),
+        ("--frameworks torch@none", "--frameworks torch@none: no such file; expected a Python"),
         ("--steps 10,x", "expected whole numbers"),
         ("--seeds 0", "expected a whole number, at least 1"),
         ("--from /nowhere", "No such file"),

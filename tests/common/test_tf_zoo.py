@@ -26,9 +26,8 @@ pytestmark = pytest.mark.skipif(
 def test_a_habit_of_the_whole_process_gets_one_of_its_own(tmp_path: Path) -> None:
     """oneDNN changes bits, on some machines by more than the limits; TF32 needs a GPU."""
     names = ["tanh-gelu", "onednn", "tf32"]
-    rows = run_zoo(tmp_path, ["tensorflow"], names, [STEPS], seeds=1, timeout_seconds=float("inf"))[
-        0
-    ]
+    runners = [("tensorflow", None)]
+    rows = run_zoo(tmp_path, runners, names, [STEPS], seeds=1, timeout_seconds=float("inf"))[0]
     verdicts = {row.name: row.verdict for row in rows}
     assert list(verdicts) == names
     assert verdicts["tanh-gelu"] == "as expected"
