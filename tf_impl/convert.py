@@ -43,15 +43,12 @@ _MAX_UNPACKED = 20
 """Times the archive's size: Keras does not compress, and weights hardly become smaller."""
 
 
-def plain_model(
-    spec: TransformerSpec, dtype: str = "float32", length: int | None = None
-) -> keras.Sequential:
-    """Return the model whose weights these files hold, still to be loaded, for `length` tokens
-    (default: the context).
+def plain_model(spec: TransformerSpec, dtype: str = "float32") -> keras.Sequential:
+    """Return the model whose weights these files hold, still to be loaded.
 
     It has no dropout: that takes the harness' masks.
     """
-    inputs = keras.Input((length or spec.context_length,), dtype="int64")
+    inputs = keras.Input((spec.context_length,), dtype="int64")
     return keras.Sequential([inputs, *(build_unit(spec, name, dtype) for name in unit_names(spec))])
 
 

@@ -396,22 +396,19 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         losses = self.stages[self.schedule.location[-1][0]].losses()
         return [*losses, *(float(loss) for stage in self.stages for loss in stage.layer_losses)]
 
-    def forward_only(
-        self, x: Any, finish: Callable[[int, tf.Tensor], tf.Tensor] = lambda i, y: y
-    ) -> tf.Tensor:
+    def forward_only(self, x: Any) -> tf.Tensor:
         """Return the prediction without dropout, through the pipeline in micro-batches, or, for a
-        small batch, in single samples.
-
-        `finish(micro_batch, prediction)` is called on the last stage, for what to keep instead.
-        Raises a failed stage's StageFailure.
+        small batch, in single samples. Raises a failed stage's StageFailure.
         """
-        return concatenated(self.forward_pieces(x, finish)[0])
+        return concatenated(self.forward_pieces(x)[0])
 
     def forward_pieces(
         self, x: Any, finish: Callable[[int, tf.Tensor], tf.Tensor] = lambda i, y: y
     ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
         """As `forward_only`, by micro-batch, without any where another process has the last stage;
         and what the layers add to the loss of the mini-batch.
+
+        `finish(micro_batch, prediction)` is called on the last stage, for what to keep instead.
         """
         x = one_tensor(x, "x")
         self._ensure_built(x)

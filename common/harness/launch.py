@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import psutil
 from pydantic import ValidationError
@@ -40,6 +39,7 @@ from common.runtime.job import Job, JobFile, Part
 from common.runtime.loopback import why_no_loopback
 from common.runtime.outcome import Outcome, of_first_line
 from common.runtime.patience import Patience
+from common.runtime.signals import heeding
 from common.runtime.text import with_texts
 from common.runtime.watch import Board
 from common.spec.mesh import Mesh
@@ -104,18 +104,9 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     ignored (nohup, `trap '' INT`) stays ignored.
     """
     stop = threading.Event()
-
-    def set_flag(signal_number: int, frame: FrameType | None) -> None:
-        stop.set()
-
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, set_flag) for number in heeded}
-    try:
+    with heeding(numbers, lambda number, frame: stop.set()):
         yield stop.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def why_missing(

@@ -14,8 +14,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from common.runtime.job import Job, JobFile
 from common.runtime.launchers import Launched
 from common.runtime.meeting import Store
 from common.runtime.patience import Patience
+from common.runtime.signals import heeding
 from common.runtime.text_store import TextStore
 from common.runtime.worker import Switch, no_drift, run_jobs
 from common.runtime.world import World
@@ -61,7 +61,7 @@ def run_on_ranks(ranks: Ranks, jobs: Sequence[Job], switch: Switch = no_drift) -
     `switch` is that of `common.runtime.worker.run_jobs`; every rank calls it.
     """
     status, remaining = 0, list(jobs)
-    with _signals_as_exit():
+    with heeding((signal.SIGTERM, signal.SIGINT), _leave):
         while remaining:
             failed = _run_until_failure(ranks, remaining, switch)
             if failed is None:
@@ -181,25 +181,9 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-@contextmanager
-def _signals_as_exit() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into SystemExit, so that the ranks are ended on the way out."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    # A shell's `nohup` or `trap ''` has ignored some: those stay ignored.
-    heeded = [
-        number
-        for number in (signal.SIGTERM, signal.SIGINT)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    ]
-    before = {number: signal.signal(number, leave) for number in heeded}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _leave(number: int, frame: Any) -> None:
+    """Turn a signal into SystemExit, so that the ranks are ended on the way out."""
+    raise SystemExit(128 + number)
 
 
 def _free_endpoints(count: int) -> list[str]:

@@ -44,13 +44,8 @@ class DeviceMemory:
 
     @property
     def total_bytes(self) -> int:
-        return (
-            self.weights_bytes
-            + self.gradients_bytes
-            + self.moments_bytes
-            + self.activations_bytes
-            + self.recompute_bytes
-        )
+        held = self.activations_bytes + self.recompute_bytes
+        return self.weights_bytes + self.gradients_bytes + self.moments_bytes + held
 
 
 OF_RECOMPUTED_TOKENS = {"paddle": 4}
