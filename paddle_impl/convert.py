@@ -125,9 +125,7 @@ class _ArraysOnly(pickle.Unpickler):
             case ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct"):
                 return _empty_array
             case ("numpy", "ndarray"):
-                return (
-                    None  # the array's type: `_empty_array` does not look, and nobody can call it
-                )
+                return None  # the type: `_empty_array` does not look, and nobody can call it
             case ("numpy", "dtype"):
                 return _number_dtype
             case "collections", "OrderedDict":
@@ -135,7 +133,7 @@ class _ArraysOnly(pickle.Unpickler):
             case ("builtins" | "__builtin__", "tuple"):
                 return tuple
             case ("_codecs", "encode"):  # how pickle protocol 2 writes bytes
-                return _latin1
+                return lambda text, encoding: text.encode("latin1")
         raise ExchangeError(f"the file asks for {module}.{name}; expected a state dict of arrays")
 
 
@@ -150,10 +148,6 @@ def _number_dtype(code: Any, *rest: Any) -> np.dtype[Any]:
     if dtype.kind not in "fiub":
         raise ExchangeError(f"an array of dtype {dtype}; expected float32 or float64")
     return dtype
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
 
 
 def _named(spec: TransformerSpec, model: Transformer) -> Any:

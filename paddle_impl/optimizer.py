@@ -58,13 +58,13 @@ class StageOptimizer:
 
         Differs: by name, since the processes of all stages add their numbers up.
         """
-        own = [item for item in self._named if not item.is_copy and counts(item.name)]
-        squares = [_sum_of_squares(item.parameter.grad) for item in own]
-        return (
-            dict(zip((item.name for item in own), paddle.stack(squares).tolist(), strict=True))
-            if own
-            else {}
-        )
+        squares = {
+            item.name: _sum_of_squares(item.parameter.grad)
+            for item in self._named
+            if not item.is_copy and counts(item.name)
+        }
+        numbers = paddle.stack(list(squares.values())).tolist() if squares else []
+        return dict(zip(squares, numbers, strict=True))
 
     @paddle.no_grad()
     def step(self, step: int, scale: float) -> None:

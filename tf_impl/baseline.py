@@ -63,9 +63,7 @@ class PlainEngine(BaselineEngine):
         apply = optimizer.apply
 
         def apply_dense(gradients: list[Any], *arguments: Any) -> Any:
-            """Return an embedding's gradient comes as rows, one per token: squared one by one, they
-            give another norm.
-            """
+            # An embedding's gradient is rows, one a token: their squares give another norm.
             dense = [tf.convert_to_tensor(gradient) for gradient in gradients]
             self._norm.assign(tf.cast(tf.linalg.global_norm(dense), tf.float64))
             return apply(dense, *arguments)

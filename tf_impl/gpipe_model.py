@@ -1,8 +1,8 @@
 """A Keras model that trains as a pipeline: `GPipeModel(layers, num_stages=4, num_micro_batches=8)`.
 
-    model = GPipeModel([Dense(256, "relu"), Dense(256, "relu"), Dense(10)], num_stages=3,
-    num_micro_batches=4) model.compile("adam",
-    keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    layers = [Dense(256, "relu"), Dense(256, "relu"), Dense(10)]
+    model = GPipeModel(layers, num_stages=3, num_micro_batches=4)
+    model.compile("adam", SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     model.fit(dataset, validation_data=held_out, epochs=3)
 
 It is the synchronous pipeline of GPipe (Huang et al. 2019), with any schedule: the same weights as
@@ -306,7 +306,10 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
             self.apply_gradients()
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-        prediction = concatenated(self._collected_predictions()) if self._reports else None
+        prediction = None
+        if self._reports:
+            pieces = self.stages[self.schedule.location[-1][0]].predictions
+            prediction = concatenated([pieces[i] for i in sorted(pieces)])
         return self._reported(loss, x, y, prediction, sample_weight)
 
     def test_step(self, data: Any) -> dict[str, Any]:
@@ -519,10 +522,6 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
         # A mask depends on the sample's place in the mini-batch, not on how that is cut.
         samples = np.array_split(np.arange(batch_size), pieces or self.schedule.num_micro_batches)
         return [(step_key(self.seed, step), piece) for piece in samples]
-
-    def _collected_predictions(self) -> list[tf.Tensor]:
-        predictions = self.stages[self.schedule.location[-1][0]].predictions
-        return [predictions[i] for i in range(self.schedule.num_micro_batches)]
 
     def _reported(
         self, loss: Any, x: Any, y: Any, prediction: Any, sample_weight: Any

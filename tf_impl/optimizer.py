@@ -22,12 +22,6 @@ def learning_rate(train: TrainSpec, step: int) -> float:
     return train.learning_rate_at(step)
 
 
-def _like(variable: keras.Variable) -> keras.Variable:
-    return keras.Variable(
-        variable.numpy(), dtype=variable.dtype, trainable=False, name=variable.name
-    )
-
-
 def _squared(gradient: tf.Variable) -> tf.Tensor:
     with tf.device(gradient.device):
         return tf.reduce_sum(tf.square(tf.cast(gradient, tf.float64)))
@@ -58,7 +52,10 @@ class StageOptimizer:
             if isinstance(value, keras.Variable)
         }
         with strategy.scope():
-            copies = {name: _like(value) for name, value in scalars.items()}
+            copies = {
+                name: keras.Variable(v.numpy(), dtype=v.dtype, trainable=False, name=v.name)
+                for name, v in scalars.items()
+            }
             rate = keras.Variable(0.0, trainable=False, name="learning_rate")
         # The slots, which are lists of variables, are shared with `optimizer`.
         own = shallow_copy(

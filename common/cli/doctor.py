@@ -152,16 +152,13 @@ def show_installed(
         said = ["not found", "", "", "", ""]
         if one.version and one.answer:
             build = (one.answer.cuda or "CPU build", one.answer.nccl)
-            said = [one.version, one.answer.python, *build, _computes_on(one, gpus)]
+            place = counted(gpus) if gpus and not one.advice else "CPU"
+            said = [one.version, one.answer.python, *build, place]
         rows.append([name, *said, one.interpreter])
     console.print(Grid(titles, rows, titles).rich())
     for name, one in there.items():
         if one.advice:
             say(console, f"{name}: {one.advice}")
-
-
-def _computes_on(one: Installation, gpus: Sequence[Gpu]) -> str:
-    return counted(gpus) if gpus and not one.advice else "CPU"
 
 
 # -------------------------------------------------------------------------------------- its kernels

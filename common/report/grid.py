@@ -28,9 +28,10 @@ class Grid:
 
     def markdown(self) -> str:
         """Return the table as Markdown, a line for each row."""
-        # The colon on the right makes numbers line up.
+        # The colon on the right makes numbers line up. A bar in a cell would end it.
         marks = ["---" if title in self.words else "---:" for title in self.titles]
-        lines = [self.titles, marks, *([in_cell(cell) for cell in row] for row in self.rows)]
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in self.rows]
+        lines = [self.titles, marks, *cells]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def rich(self, fold_titles: bool = False) -> Table:
@@ -46,8 +47,3 @@ class Grid:
         for row, style in zip(self.rows, self.styles or [""] * len(self.rows), strict=True):
             table.add_row(*map(Text, row), style=style or None)
         return table
-
-
-def in_cell(text: str) -> str:
-    """Escape text for a cell of a Markdown table: a bar would end the cell."""
-    return text.replace("|", "\\|")

@@ -142,9 +142,10 @@ def train(
             with (out / "progress.jsonl").open("a", encoding="utf-8") as progress:
                 progress.write(json.dumps(record.model_dump(exclude={"events"})) + "\n")
         on_step(step, loss)
-        if job.saving is not None and _is_due(job.saving.every, step + 1, end):
+        done, saving = step + 1, job.saving
+        if saving and (done == end or (saving.every and done % saving.every == 0)):
             watch.enter("save", step)
-            _save(engine, job, job.saving, corpus, batch)
+            _save(engine, job, saving, corpus, batch)
     watch.enter("end", end)
     if (mesh := Mesh.of(config)).lines > 1 and not job.in_one_process:
         rank = mesh.pipeline(job.line)[engine.devices[0]]
@@ -155,10 +156,6 @@ def train(
 def _record(event: Event) -> EventRecord:
     times = {name: getattr(event, name) for name in EventRecord.model_fields if name != "action"}
     return EventRecord(action=str(event.action), **times)
-
-
-def _is_due(every: int | None, steps_done: int, end: int) -> bool:
-    return steps_done == end or (every is not None and steps_done % every == 0)
 
 
 def _save(engine: Engine, job: Job, saving: Saving, corpus: Corpus, batch: Batch) -> None:

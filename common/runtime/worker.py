@@ -73,7 +73,8 @@ def run_job(
 ) -> Part:
     """Run one job, write what it found, and return it. `corpus` saves reading the text."""
     if corpus is None and job.kind != "generate":  # whose prompt comes in tokens
-        corpus = _corpus(job)
+        # What the parent has read; a job file that was written by hand may leave it out.
+        corpus = load_corpus(job.config) if job.text is None else open_text(job.text)
     began = time.perf_counter()
     engine = build_engine(job.config)
     try:
@@ -93,11 +94,6 @@ def run_job(
         return part
     finally:
         engine.close()
-
-
-def _corpus(job: Job) -> Corpus:
-    """What the parent has read; a job file that was written by hand may leave it out."""
-    return load_corpus(job.config) if job.text is None else open_text(job.text)
 
 
 def _train_job(

@@ -61,7 +61,8 @@ def fill(shop: Shop, rows: Rows, targets: int = TARGETS) -> Rows | None:
 def fill_by(shop: Shop, rows: Rows, target: float) -> Rows | None:
     """Return the same for one target of [3]. The loop is that of `Shop.play`."""
     filled: Rows = [[] for _ in range(shop.p)]
-    orders = [[a for a in row if not shop.is_weight(a)] for row in rows]
+    first_weight = 2 * shop.stages * shop.m
+    orders = [[a for a in row if a < first_weight] for row in rows]
     backlog = [deque[int]() for _ in range(shop.p)]
     held, clock, reached = [0.0] * shop.p, [0.0] * shop.p, [0] * shop.p
     ends_by = list(shop.never_idle)  # each device's share of the value if it is not idle again

@@ -123,9 +123,6 @@ class Shop:
             return stream + 1
         return stream - self.stages  # a W waits for its B, and the last B for its F
 
-    def is_weight(self, a: int) -> bool:
-        return a >= 2 * self.stages * self.m
-
     def fits(self, rows: Rows) -> bool:
         """Return whether no device ever holds more than its limit."""
         return all(

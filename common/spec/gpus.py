@@ -91,7 +91,7 @@ def _chosen(said: str, wanted: str | None) -> tuple[Gpu, ...]:
         if line.count(",") == 4
     ]
     rows = {
-        index: (uuid, Gpu(name, _mebibytes(memory), driver))
+        index: (uuid, Gpu(name, int(memory) * 2**20 if memory.isdecimal() else 0, driver))
         for index, uuid, name, memory, driver in cards
     }
     if wanted is None:
@@ -107,7 +107,3 @@ def _chosen(said: str, wanted: str | None) -> tuple[Gpu, ...]:
             break
         chosen.append(found[0])
     return tuple(chosen)
-
-
-def _mebibytes(text: str) -> int:
-    return int(text) * 2**20 if text.isdecimal() else 0

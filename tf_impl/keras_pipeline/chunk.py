@@ -214,8 +214,8 @@ class Chunk:
         def call(
             layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext | None
         ) -> tf.Tensor:
-            """Return the second time, in a recomputation, with the state that the first time began
-            with, and changing none.
+            """Apply a layer; again, in a recomputation, it sees the states it began with and
+            changes none.
             """
             scope: Any = contextlib.nullcontext()
             if id(layer) in states:  # the second time

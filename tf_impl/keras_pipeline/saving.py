@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -21,11 +21,12 @@ class SavedRow(keras.Model):
     """What the model was made with, but for its layers."""
 
     def get_config(self) -> dict[str, Any]:
+        serialized = keras.saving.serialize_keras_object
         return {
             "name": self.name,
             "trainable": self.trainable,
             "spec": self.spec and self.spec.model_dump(),
-            "layers": [] if self.spec else layer_configs(self.units),
+            "layers": [] if self.spec else [serialized(layer) for layer in self.units],
             "input": None if self._input is None else [list(self._input.shape), self._input.dtype],
             **self._options,
         }
@@ -39,11 +40,12 @@ class SavedRow(keras.Model):
         spec, layers, start, trainable = (
             config.pop(key) for key in ("spec", "layers", "input", "trainable")
         )
-        config["schedule"] = schedule_of(config["schedule"])
+        if "\n" in config["schedule"]:
+            config["schedule"] = parse_schedule(config["schedule"])
+        make = keras.saving.deserialize_keras_object
+        row = TransformerSpec(**spec) if spec else [make(one, custom_objects) for one in layers]
         # Devices are not saved: the model is made for those that are configured here.
-        model = cls(
-            TransformerSpec(**spec) if spec else layers_of(layers, custom_objects), **config
-        )
+        model = cls(row, **config)
         if start:
             model.build(*start)
         if not trainable:
@@ -100,20 +102,6 @@ class SavedRow(keras.Model):
                 master.assign(tf.cast(value, tf.float32))
 
 
-def layer_configs(layers: Sequence[keras.layers.Layer]) -> list[dict[str, Any]]:
-    return [keras.saving.serialize_keras_object(layer) for layer in layers]
-
-
-def layers_of(
-    configs: Sequence[dict[str, Any]], custom_objects: dict[str, Any] | None
-) -> list[keras.layers.Layer]:
-    return [keras.saving.deserialize_keras_object(config, custom_objects) for config in configs]
-
-
 def schedule_text(schedule: str | Schedule) -> str:
     """Return a name, or the text of a schedule, whose file may be gone when it is read."""
     return str(schedule) if isinstance(schedule, Schedule) else schedule
-
-
-def schedule_of(text: str) -> str | Schedule:
-    return parse_schedule(text) if "\n" in text else text
