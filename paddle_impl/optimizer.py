@@ -31,9 +31,8 @@ class StageOptimizer:
         self._named = named
         self._optimizer = self._build()
         # Differs: Paddle makes the moments in its first step; they are to be read and set before.
-        parameters = [item.parameter for item in named]
         self._optimizer._create_accumulators(
-            paddle.static.default_main_program().global_block(), parameters
+            paddle.static.default_main_program().global_block(), [item.parameter for item in named]
         )
 
     def _build(self) -> paddle.optimizer.Optimizer:

@@ -29,8 +29,7 @@ def run_on_ranks(jobs: Sequence[Job]) -> int:
     """Run the jobs, which share a mesh and `device`, a process a rank. Returns the exit status."""
     from paddle_impl.drift import switch  # after `devices.configure`, since it imports Paddle
 
-    size = mesh_of(jobs).size
-    on_cpu = devices.stage_devices(size, jobs[0].config.device)[0] == "cpu"
+    on_cpu = devices.stage_devices(mesh_of(jobs).size, jobs[0].config.device)[0] == "cpu"
     start_method: Literal["fork", "spawn"] = "fork" if on_cpu else "spawn"
     return run(replace(RANKS, start_method=start_method), jobs, switch)
 

@@ -195,8 +195,7 @@ class PipelineEngine:
         return self.model.events
 
     def environment(self) -> dict[str, Any]:
-        used = self.model.shard_devices
-        said = devices.environment(used) | devices.best_track(self.config)
+        said = devices.environment(self.model.shard_devices) | devices.best_track(self.config)
         if said["device_kind"] == "cpu":
             return said
         functions = [each for chunk in self.model.chunks for each in chunk.functions]

@@ -109,11 +109,10 @@ def _operations(graph: Any) -> Iterator[Any]:
 def _has_kernel(op: Any) -> bool:
     from tensorflow.python.framework import kernels  # no public name
 
-    registered = kernels.get_registered_kernels_for_op(op.type).kernel
     return any(
         kernel.device_type in ("GPU", "DEFAULT")  # DEFAULT: of every kind of device
         and all(_is_allowed(op, constraint) for constraint in kernel.constraint)
-        for kernel in registered
+        for kernel in kernels.get_registered_kernels_for_op(op.type).kernel
     )
 
 

@@ -127,8 +127,7 @@ def load_gradients(
     for own in _shards_of(named):
         for k, item in enumerate(own):
             axis = axis_of(item.name) if len(own) > 1 else None
-            array = shard_of(arrays[item.name], axis, k, len(own))
-            gradient_of(item.parameter).assign(array)
+            gradient_of(item.parameter).assign(shard_of(arrays[item.name], axis, k, len(own)))
 
 
 def export_weights(named: Iterable[NamedParameter]) -> dict[str, NDArray[Any]]:

@@ -48,8 +48,7 @@ def main(arguments: list[str]) -> int:
     status = 0
     # First, since a process with threads must not fork.
     for mesh in dict.fromkeys(mesh_of([job]) for job in in_ranks):
-        own = [job for job in in_ranks if mesh_of([job]) == mesh]
-        status |= run_on_ranks(own, switch)
+        status |= run_on_ranks([job for job in in_ranks if mesh_of([job]) == mesh], switch)
     others = [job for job in jobs.jobs if job not in in_ranks]
     left = JobFile(jobs=tuple(others))
     return status | run_jobs(left, build_engine, switch=switch, run=run_lines)

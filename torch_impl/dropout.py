@@ -27,8 +27,7 @@ class ElementHashes:
     def first(self, count: int, device: torch.device) -> Tensor:
         """Return those of `count` elements, after the mixer's first shift: (count,) int32."""
         if count not in self._kept:
-            hashes = _mix_(torch.arange(count, device=device))
-            self._kept[count] = _first_shift(hashes)
+            self._kept[count] = _first_shift(_mix_(torch.arange(count, device=device)))
         return self._kept[count]
 
 

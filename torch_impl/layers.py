@@ -71,17 +71,11 @@ def _rotary_angles(
     """Return the cosines and sines (size, width / 2), rounded once from float64."""
     key = size, width, theta, dtype, device
     if key not in _ANGLES:
-        _ANGLES[key] = _angles(*key)
+        half = width // 2
+        turns = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.arange(size, dtype=torch.float64)[:, None] * turns  # (S, E/2)
+        _ANGLES[key] = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
     return _ANGLES[key]
-
-
-def _angles(
-    size: int, width: int, theta: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    half = width // 2
-    turns = theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = torch.arange(size, dtype=torch.float64)[:, None] * turns  # (S, E/2)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
 def rotate(x: Tensor, theta: float, start: int = 0) -> Tensor:
@@ -254,8 +248,7 @@ class Block(nn.Module):
             x = x + attend(self.norm_1(x))
             return x + feed(self.norm_2(x))  # (B, S, D)
         x = self.norm_1(x + attend(x))
-        x = self.norm_2(x + feed(x))
-        return x  # (B, S, D)
+        return self.norm_2(x + feed(x))  # (B, S, D)
 
 
 class Head(nn.Module):

@@ -176,8 +176,7 @@ class Stage:
             )
             if measures:
                 kept = [*module.parameters(), *module.buffers(), *constants()]
-                others = [*kept, *now.tokens, *now.targets]
-                sizes[chunk] = memory_bytes(saved, others)
+                sizes[chunk] = memory_bytes(saved, [*kept, *now.tokens, *now.targets])
             self.held.note(self.in_flight, self.waiting)
         return None if has_head else y.detach()
 

@@ -52,8 +52,7 @@ class TensorParallelEngine(PlainEngine):
                     **{name: RowwiseParallel() for name in names if name.endswith(ROWS)},
                 }
                 parallelize_module(unit, mesh, plan)
-        units = list(self.model.units)
-        cut = named_parameters(self.model.part, units, config.model.tied_head)
+        cut = named_parameters(self.model.part, list(self.model.units), config.model.tied_head)
         found = {item.name: item.parameter for item in cut if not item.is_copy}
         self._named = [item._replace(parameter=_local(found[item.name])) for item in self._named]
         self._reset_optimizer()

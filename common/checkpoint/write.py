@@ -159,11 +159,10 @@ def write_weights(
         temporary.mkdir(parents=True)
         try:
             _write_shard(temporary, (0,), weights)
-            shards = _wait_for_shards(temporary, 1)
             return _finish(
                 temporary,
                 folder,
-                shards,
+                _wait_for_shards(temporary, 1),
                 steps_done=0,
                 model=model,
                 train=None,

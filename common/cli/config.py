@@ -95,8 +95,7 @@ def _grid(settings: Settings) -> tuple[tuple[RunConfig, ...], str]:
         axes[SCHEDULE] = list(GENERATORS)
     for key, values in axes.items():
         if not values:
-            where = settings[key].where
-            raise UsageError(f"{where}: an empty list; expected at least one value")
+            raise UsageError(f"{settings[key].where}: an empty list; expected at least one value")
     points, fitting, errors = [], [], []
     for combination in itertools.product(*axes.values()):
         choice = dict(zip(axes, combination, strict=True))

@@ -103,8 +103,7 @@ def run(
         zoo.write(folder / "drift.json")
         write_page(zoo, folder)
         say(console, f"page: {folder / 'drift.md'}")
-    good = all(row.verdict in GOOD for row in zoo.rows)
-    return EXIT_OK if good else EXIT_UNEXPECTED
+    return EXIT_OK if all(row.verdict in GOOD for row in zoo.rows) else EXIT_UNEXPECTED
 
 
 def _folder(path: Path) -> Path:

@@ -150,8 +150,7 @@ class _Rank:
         def wait() -> None:
             number = signal.sigwait(heeded)
             with contextlib.suppress(Exception):
-                line = f"ended by {signal.Signals(number).name}"
-                self._note_end(line, number == signal.SIGINT)
+                self._note_end(f"ended by {signal.Signals(number).name}", number == signal.SIGINT)
             with contextlib.suppress(Exception):
                 stack.close()
             os._exit(128 + number)

@@ -124,7 +124,6 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
         folder = make_folder(Path(arguments.out), "train")
         name = run_name(config)
         say(console, f"results in {folder / name}/")
-        #
         goes_on = arguments.max_restarts > 0 or (resume is not None and not arguments.weights)
         say_what_is_forgotten(config, goes_on, console)
         training = Training(
@@ -195,8 +194,7 @@ def _check_faults(faults: Sequence[str], attempts: int, config: RunConfig) -> No
         why = "does not tell its actions; expected executor = table"
         raise UsageError(f"--fault: executor = {config.executor} {why}")
     for fault in map(Fault.parse, faults):
-        counts = {"device": config.stages, "step": config.train.steps}
-        for what, count in counts.items():
+        for what, count in {"device": config.stages, "step": config.train.steps}.items():
             number = getattr(fault, what)
             if number >= count:
                 why = f"there is no {what} {number}; expected 0 to {count - 1}"

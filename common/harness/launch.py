@@ -104,8 +104,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     ignored (nohup, `trap '' INT`) stays ignored.
     """
     stop = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    with heeding(numbers, lambda number, frame: stop.set()):
+    with heeding((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda number, frame: stop.set()):
         yield stop.is_set
 
 
@@ -320,8 +319,7 @@ def _why_it_ended(return_code: int, log: Path) -> str:
         return "killed by SIGKILL: most likely out of memory"
     error = last_error(_text(log))
     if return_code < 0:
-        name = signal.Signals(killed).name
-        return f"crashed with {name}" + (f": {error}" if error else "")
+        return f"crashed with {signal.Signals(killed).name}" + (f": {error}" if error else "")
     return error or f"ended with status {return_code} and without a result"
 
 

@@ -72,11 +72,10 @@ def train(
     for attempt in range(1, training.max_restarts + 2):
         folder = training.folder / f"attempt-{attempt}"
         fault = training.faults[attempt - 1] if attempt <= len(training.faults) else None
-        job = job_of(training, folder, resume, uuid.uuid4().hex, fault)
         try:
             trained.outcome = run_jobs_in_worker(
                 training.module,
-                [job],
+                [job_of(training, folder, resume, uuid.uuid4().hex, fault)],
                 folder,
                 training.timeout_seconds,
                 on_step=lambda _, step, loss: on_step(step, loss),

@@ -151,10 +151,9 @@ def run_all(
             continue
         home = folder / f"{number}-{framework}"
         outs = [str(home / str(number)) for number in range(len(together))]
-        probes = zip(together, outs, strict=True)
         jobs = [
             Job(config=config, out=out, kind="probe", noise=noises.get(config, NOISE))
-            for config, out in probes
+            for config, out in zip(together, outs, strict=True)
         ]
 
         def stepped(job: int, step: int, loss: float, name: str = name) -> None:

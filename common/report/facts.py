@@ -55,8 +55,7 @@ def parity_verdict(collection: Collection) -> Verdict:
         )
         words.append(f"{unchecked} not checked" + (f" ({', '.join(reasons)})" if reasons else ""))
     words += [f"{ended[how]} {how}" for how in ("failed", "skipped") if ended[how]]
-    good = failed + ended["failed"] == 0 and passed > 0
-    return Verdict(good, "; ".join(words) + ".")
+    return Verdict(failed + ended["failed"] == 0 and passed > 0, "; ".join(words) + ".")
 
 
 def timing_note(collection: Collection) -> str:

@@ -64,7 +64,6 @@ def _timeline(name: str, run: Run, home: Path) -> dict[str, Any] | None:
     if not charts:
         return None
     # What a benchmark in another folder has already is left as it is.
-    #
     is_due = run.folder.parent == home or not (run.folder / TRACE).exists()
     figure = draw_timelines(charts, run.folder if is_due else None)
     folder = Path(os.path.relpath(run.folder, home)).as_posix()

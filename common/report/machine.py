@@ -38,10 +38,9 @@ class Machine(BaseModel):
 
 
 def this_machine() -> Machine:
-    logical = psutil.cpu_count() or 1
     return Machine(
         cpu=cpu_name(),
-        cores=psutil.cpu_count(logical=False) or logical,
+        cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
         usable_cpus=usable_cpus(),
         memory_bytes=psutil.virtual_memory().total,
         system=f"{platform.system()} {platform.machine()}",

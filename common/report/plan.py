@@ -58,8 +58,7 @@ def table_of(plans: Sequence[Plan]) -> Table:
 
 def efficiency(plan: Plan) -> str:
     """Say what a plan computes, counted as the report counts it."""
-    flops = model_flops_per_token(plan.config)
-    words = f"model FLOPs: {flops / 1e6:,.2f} million a token"
+    words = f"model FLOPs: {model_flops_per_token(plan.config) / 1e6:,.2f} million a token"
     words += f", {plan.model_flops_per_device / 1e12:,.4g} TFLOP/s per device"
     if plan.peak_flops_per_device is None:
         return words

@@ -224,9 +224,8 @@ def _row(repeats: Sequence[RunResult]) -> Row:
     peaks = [result.peak for result in good if result.peak]
     flops = _median([result.model_flops_per_second for result in good])
     devices = config.stages * config.replicas * config.tensor_parallel
-    as_asked = {name: getattr(config, name) for name in AS_ASKED}
     return Row(
-        **as_asked,
+        **{name: getattr(config, name) for name in AS_ASKED},
         version=next((result.version for result in good), ""),
         schedule=config.schedule_name,
         micro_batches=config.train.micro_batches,

@@ -114,8 +114,7 @@ def summary(zoo: Zoo) -> str:
 
 
 def print_zoo(zoo: Zoo, console: Console) -> None:
-    grid = _grid(zoo)
-    console.print(grid.without(["whose"]).rich())
+    console.print(_grid(zoo).without(["whose"]).rich())
     say(console, summary(zoo))
 
 

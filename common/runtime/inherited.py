@@ -60,10 +60,9 @@ def drop(variables: MutableMapping[str, str]) -> None:
 def report() -> dict[str, Any]:
     """Return the `environment`'s part about the shell, before a framework is configured."""
     heeded = {name: value for name, value in sorted(os.environ.items()) if REPORTED.fullmatch(name)}
-    niceness = os.getpriority(os.PRIO_PROCESS, 0)
     found = {
         "variables": heeded,
         "ignored_variables": os.environ.get(IGNORED, "").split(),
-        "niceness": niceness,
+        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
     }
     return {key: value for key, value in found.items() if value}

@@ -67,9 +67,8 @@ def kernels(config: RunConfig) -> list[Kernel]:
     found += [
         Kernel(f"attention {name}", attention, "GFLOP/s", 3 * layers) for name in ("scores", "mix")
     ]
-    scores = sequences * model.num_heads * model.context_length**2
     passes = {  # with the gradient, each reads x and dy and writes y and dx
-        "softmax and gradient": (scores, layers),
+        "softmax and gradient": ((sequences * model.num_heads * model.context_length**2), layers),
         f"{model.activation} and gradient": (n * f, layers),
         "layer norm and gradient": (n * d, 2 * layers + 1),
         "loss and gradient": (n * model.vocab_size, 1),
@@ -130,8 +129,7 @@ def seconds_of(operation: Callable[[], object], clock: Callable[[], float]) -> f
 def _machine(config: RunConfig) -> tuple[Operations, Mapping[str, Any]]:
     import numpy as np
 
-    kind = "float64" if config.train.dtype == "float64" else "float32"
-    a = np.ones((1024, 1024), kind)
+    a = np.ones((1024, 1024), "float64" if config.train.dtype == "float64" else "float32")
     source, target = np.ones(2**23), np.ones(2**23)
 
     def product() -> None:

@@ -33,8 +33,7 @@ def of_first_line(parts: Sequence[Part], stages: int) -> tuple[Part, ...]:
         for part in parts
         for device, peak in part.peak_memory_bytes.items()
     }
-    own = [part for part in parts if part.line == 0]
     return tuple(
         part.model_copy(update={"peak_memory_bytes": {} if number else peaks})
-        for number, part in enumerate(own)
+        for number, part in enumerate([part for part in parts if part.line == 0])
     )

@@ -80,5 +80,4 @@ class TextStore:
 
     def _proxy(self) -> xmlrpc.client.ServerProxy:
         # A new one for each call: a proxy is for one thread alone.
-        transport = _Transport()
-        return xmlrpc.client.ServerProxy(f"http://{self._address}", transport, allow_none=True)
+        return xmlrpc.client.ServerProxy(f"http://{self._address}", _Transport(), allow_none=True)

@@ -30,8 +30,7 @@ def zb_h1(p: int, m: int) -> Schedule:
     """
     # Device d is d hops below the first: it has d gradients less to wait for, and puts off d Ws
     # instead.
-    found = rows(p, [range(m)], 1, lambda d: p - 1 - d, delay=lambda d: d)
-    return Schedule("zb-h1", found, m)
+    return Schedule("zb-h1", rows(p, [range(m)], 1, lambda d: p - 1 - d, delay=lambda d: d), m)
 
 
 def zb_h2(p: int, m: int) -> Schedule:

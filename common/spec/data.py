@@ -228,11 +228,10 @@ def load_corpus(config: RunConfig) -> Corpus:
 def tokenize(config: RunConfig, text: Text) -> Corpus:
     """Tokenize `text` as `config` says. Raises CorpusError and TokenizerError."""
     path = config.tokenizer_file
-    content = None if path is None else read_content(Path(path))
     corpus = _tokenized(
         text,
         config.tokenizer,
-        content,
+        None if path is None else read_content(Path(path)),
         f"tokenizer {path or config.tokenizer}",
         config.model.vocab_size,
         _words(config),

@@ -59,5 +59,4 @@ def _name(key: str, file: BufferedReader | BufferedRandom, suffix: str) -> str:
 
 def kept_in(kind: str) -> Path:
     """Return the folder of one kind of file. Raises RuntimeError if there is no home."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "triptych" / kind
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych" / kind

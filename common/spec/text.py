@@ -52,8 +52,7 @@ class Text:
 
         Raises CorpusError for what is not UTF-8.
         """
-        checked = self._checked(advance)
-        for document, pieces in itertools.groupby(checked, operator.itemgetter(0)):
+        for document, pieces in itertools.groupby(self._checked(advance), operator.itemgetter(0)):
             chunks = (chunk for _, chunk in pieces)
             if document is None:
                 for chunk in chunks:

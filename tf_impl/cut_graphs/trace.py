@@ -181,8 +181,7 @@ def _backward_again(
         # A piece waits for the one behind it, or the activations of all would be there at once.
         before = len(graph.get_operations())
         with tf.control_dependencies([] if dx is None else [unbundled(dx)]):
-            unit = first if k == 0 else None
-            recorded = _record(starts[k], extra, unit, [piece], variables)
+            recorded = _record(starts[k], extra, first if k == 0 else None, [piece], variables)
         again += graph.get_operations()[before:]
         dx, more = _differentiated(recorded, dx, variables)
         # A weight is in one piece only: the layers that share one are within a piece.

@@ -359,8 +359,7 @@ class Chunk:
                 x = apply_layer(layer, x, None, training=False)
                 losses += self._losses(layer, False, share)
         # Not before: the caller of the model may differentiate it.
-        names = custom_gradients(tf.compat.v1.get_default_graph())
-        weakref.finalize(self, forget_gradients, names)
+        weakref.finalize(self, forget_gradients, custom_gradients(tf.compat.v1.get_default_graph()))
         return x, mask_of(x), total(losses)
 
 

@@ -63,8 +63,7 @@ def find(path: Path) -> Source:
     check_plain(path)
     # What lies beside the link is nearer than what lies beside its target.
     folders = tuple(dict.fromkeys((path.parent, path.resolve().parent)))
-    files = _shards(path) if path.name.endswith(INDEX) else (path,)
-    return Source(files, folders)
+    return Source(_shards(path) if path.name.endswith(INDEX) else (path,), folders)
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
