@@ -1,7 +1,6 @@
 """The heart of this implementation: the backward in two halves, B and W, or both at once.
 
-F, B and W of a stage that is a product, a tanh and another product (docs/schedules.md has the same
-example):
+F, B and W of a stage: a product, a tanh and another product (as in docs/schedules.md):
 
     F    h = tanh(x A)             y = h C
     B    dz = (dy Cᵀ) ⊙ (1 - h²)   dx = dz Aᵀ

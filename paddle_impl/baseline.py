@@ -1,5 +1,4 @@
-"""What a Paddle user would write without this project: a plain training loop. Paddle's own pipeline
-is fleet's.
+"""What a Paddle user would write without this project: a plain loop. Paddle's pipeline is fleet's.
 
 That one, `pipeline.NativePipeline`, lives beside our own because both share fleet's layers; here is
 the loop. It trains the same model, from the same weights, on the same batches, with the same

@@ -8,8 +8,7 @@ The state dict is that of `plain_model`, an ordinary layer without a pipeline:
     logits = model(tokens)  # (B, S) -> (B, S, V)
 
 Differs: `paddle.load` unpickles whatever the file says, so it is not used here. A .pdparams file is
-a pickled dictionary of NumPy arrays; `_ArraysOnly` reads exactly that and refuses every other
-object.
+a pickled dictionary of NumPy arrays; `_ArraysOnly` reads exactly that and nothing else.
 """
 
 from __future__ import annotations

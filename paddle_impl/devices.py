@@ -56,8 +56,7 @@ def stage_devices(ranks: int, device: str) -> list[str]:
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises ValueError for a precision in which the model cannot run on this device, after having
-    tried.
+    """Raise ValueError, after a try, for a precision in which the model cannot run on this device.
 
     Paddle's CPU kernels have bfloat16 for copies and products by element, and for nothing that a
     Transformer consists of. To cast to float32 and back around every operation would be float32

@@ -1,5 +1,4 @@
-"""Dropout: `common.spec.dropout_masks` in Paddle's integers, bit for bit, or Paddle's own
-generator.
+"""Dropout: `common.spec.dropout_masks` in Paddle's integers, bit for bit, or Paddle's own.
 
 Both are drawn on the stage's own device.
 """

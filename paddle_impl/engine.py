@@ -261,8 +261,7 @@ class PipelineEngine:
         return found
 
     def _add_tied_gradients(self) -> None:
-        """The token embedding's gradient: that of its own use plus that of the head's copy, put in
-        both.
+        """The token embedding's gradient: its own plus that of the head's copy, put in both.
 
         Where the two are on different ranks, fleet has done it
         (`PipelineLayer.allreduce_shared_weight_gradients`).

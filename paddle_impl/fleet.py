@@ -138,8 +138,7 @@ def tied_over_ranks(spec: TransformerSpec, schedule: Schedule) -> bool:
 
 
 class NativePipeline(PipelineParallel):
-    """Fleet's own 1F1B (`PipelineParallel.forward_backward_pipeline`), unchanged but for what it
-    lacks.
+    """Fleet's 1F1B (`PipelineParallel.forward_backward_pipeline`), unchanged but for what it lacks.
 
     It records its actions, sets the dropout masks of each micro-batch, and hands on losses of any
     precision: fleet's broadcast sends all but float32 as float16.
@@ -264,8 +263,7 @@ class TablePipeline(NativePipeline):
         if static_scheduler:
             return " ".join(map(str, self.schedule.devices[self.stage_id]))
         self._walked = self.walk(self.schedule, self._reduction.before)
-        # Replicas, and a head tied to an embedding on another rank; fleet's own schedule ends like
-        # this too.
+        # Replicas, and a head tied to another rank's embedding; fleet's own schedule ends so too.
         self._layers.allreduce_shared_weight_gradients()
         return self._broadcast_final_loss(return_micro_batch_loss)
 

@@ -1,5 +1,4 @@
-"""The Transformer's units in plain Paddle: `Embedding`, `Block`, `Head`. They know nothing of
-pipelines.
+"""The Transformer's units in plain Paddle: `Embedding`, `Block`, `Head`. They know no pipeline.
 
 Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E = D / H, F
 feed-forward width, V vocabulary.
@@ -33,8 +32,7 @@ _MASKED = -1e30
 def gelu(x: Tensor) -> Tensor:
     """Return the exact GELU (Hendrycks and Gimpel 2016): 0.5 x (1 + erf(x / sqrt 2)).
 
-    Differs: not written out, since Paddle's kernel is this formula with full-precision constants,
-    in one pass.
+    Differs: not written out: Paddle's kernel is this formula, in full precision and one pass.
     """
     return functional.gelu(x, approximate=False)
 
@@ -143,8 +141,7 @@ class Attention(nn.Layer):
     """Self-attention (Vaswani et al. 2017, section 3.2), with an additive mask if causal.
 
     The key has no bias: softmax cancels it (see `common.spec.run.TransformerSpec`). Where there are
-    fewer heads of keys and values (K), a group of query heads shares each. Shards have some of the
-    heads each.
+    fewer heads of keys and values (K), a group of query heads shares each. Shards have some each.
     """
 
     def __init__(
@@ -249,8 +246,7 @@ class Block(nn.Layer):
 class Head(nn.Layer):
     """The last norm (pre-norm models only) and the projection to the vocabulary.
 
-    A tied head has its own copy of the token embedding (V, D); fleet or the engine keeps both
-    equal.
+    A tied head has a copy of the token embedding (V, D); fleet or the engine keeps both equal.
     """
 
     def __init__(self, spec: TransformerSpec, shards: Shards = WHOLE) -> None:

@@ -1,5 +1,4 @@
-"""Which of its kernels the MKL in Paddle's wheel runs. To be chosen before Paddle computes
-anything.
+"""Which of its kernels the MKL in Paddle's wheel runs, chosen before Paddle computes anything.
 
 Differs: PyTorch and TensorFlow need no such file. Paddle's wheel carries MKL 2019.0.5
 (libs/libmklml_intel.so), which asks the processor for its vendor and on every vendor but Intel runs

@@ -19,11 +19,9 @@ def learning_rate(train: TrainSpec, step: int) -> float:
 
 
 class StageOptimizer:
-    """AdamW (Loshchilov and Hutter 2019: decay first, epsilon after the bias correction) or SGD
-    over `named`.
+    """AdamW (Loshchilov and Hutter 2019: decay first, epsilon after bias correction) or SGD.
 
-    Gradients are clipped in place. A tied weight's copies get the same gradient and so stay equal,
-    bit for bit.
+    Gradients are clipped in place. A tied weight's copies get the same gradient and stay equal.
     """
 
     def __init__(self, train: TrainSpec, named: Sequence[NamedParameter]) -> None:

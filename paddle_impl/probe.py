@@ -63,8 +63,7 @@ def probe_units(
 def _no_gradients(named: Sequence[NamedParameter]) -> Iterator[None]:
     """Sets the parameters' gradients aside.
 
-    Differs: our linear layers add to their weights' gradients themselves, so there is no asking for
-    them apart.
+    Differs: our linear layers add to their weights' gradients themselves: none can be asked for.
     """
     gradients = [item.parameter.grad for item in named]
     # clearing empties their memory

@@ -84,8 +84,7 @@ def join_pipeline(world: World, mesh: Mesh, device: str) -> None:
         "pp_degree": mesh.stages,
         "dp_degree": mesh.replicas,
         "mp_degree": mesh.shards,
-        # Fleet would divide every micro-batch's loss by their number; ours is divided by the tokens
-        # already.
+        # Fleet would divide each micro-batch's loss by their number; ours is divided by the tokens.
         "pp_configs": {"delay_scale_loss": True},
     }
     fleet.init(is_collective=True, strategy=strategy, log_level="ERROR")

@@ -1,8 +1,7 @@
 """Holding a piece's input alone between F and B: fleet's `recompute` (Chen et al. 2016; Huang et
 al. 2019, section 2.3).
 
-Differs: PyTorch's is a method of its chunks (`torch_impl/taps.py`), TensorFlow's is cut from a
-graph.
+Differs: PyTorch's is a method of its chunks (`torch_impl/taps.py`), TensorFlow's is cut.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ def recompute(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     if not x.stop_gradient:
         return fleets_recompute(run, x, preserve_rng_state=False)
-    # Tokens have no gradient, and what nothing differentiable goes into, autograd would not run
-    # backwards.
+    # Tokens have no gradient, and autograd runs nothing backwards that begins with them.
     anchor = paddle.zeros([1])
     anchor.stop_gradient = False
     return fleets_recompute(lambda tokens, _: run(tokens), x, anchor, preserve_rng_state=False)

@@ -3,8 +3,7 @@
 Which group has ended is not written in a schedule. So every message carries its address, its shape,
 and what the receiver is to know of the tokens.
 
-Differs: between the threads of the other frameworks that is an object, which their `Channel` hands
-over.
+Differs: between the others' threads that is an object, which their `Channel` hands over.
 """
 
 from __future__ import annotations

@@ -85,8 +85,7 @@ class Running(threading.Thread):
 
 
 class Link:
-    """A connection to one peer. Messages arrive in the order in which they were sent; sends never
-    wait.
+    """A connection to one peer. Messages arrive in the order of their sends, which never wait.
 
     A message is its length (8 bytes) and the tensor's memory. `peer` is its name in errors.
     """
@@ -163,8 +162,7 @@ class SocketGroup:
             peer: Link(connection, mesh.name(rank_of_peer))
             for peer, (connection, rank_of_peer) in _connect(store, rank, size, group).items()
         }
-        # When nobody uses the group any more, or at the end: atexit would not run in a process made
-        # by fork.
+        # When nobody uses the group any more, or at the end: a forked process runs no atexit.
         util.Finalize(self, _close, args=(self._links,), exitpriority=0)
 
     def name(self) -> str:

@@ -1,8 +1,7 @@
 """Linear layers whose backward leaves the product for the weight in fleet's `WeightGradStore`,
 while that is enabled.
 
-Differs: fleet has such a layer (`SplitBWLinear`); PyTorch's ordinary ones are tapped, TensorFlow's
-graph is cut.
+Differs: fleet has one (`SplitBWLinear`); PyTorch taps its layers, TensorFlow cuts its graph.
 """
 
 from __future__ import annotations

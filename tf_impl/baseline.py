@@ -1,8 +1,7 @@
 """What a Keras user would write without this project: `model.compile`, `model.fit`. TensorFlow has
 no pipeline of its own.
 
-It trains the same model, from the same weights, on the same batches, with the same optimizer and
-threads.
+It has the same model, weights, batches, optimizer and threads.
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ from tf_impl.weights import (
 
 
 class PlainEngine(BaselineEngine):
-    """`keras.Model.fit`, a step at a time: `train_on_batch` calls the function that `fit` calls for
-    every batch.
+    """`keras.Model.fit`, a step at a time: `train_on_batch` calls what `fit` calls for every batch.
 
     The whole mini-batch at once. That function also updates the weights, so here `forward_backward`
     does, and `apply_gradients` only reports; it answers all else that the harness asks

@@ -62,8 +62,7 @@ def write_weights(spec: TransformerSpec, weights: Arrays, path: Path) -> None:
 
 
 def read_weights(spec: TransformerSpec, path: Path) -> Mapping[str, NDArray[Any]]:
-    """Read a file of `plain_model`, or of the whole model as `model.save` writes it. Raises
-    ExchangeError.
+    """Read a file of `plain_model`, or what `model.save` writes of it. Raises ExchangeError.
 
     HDF5 holds no code. A .keras archive may, in its configuration, so its weights alone are read.
     """

@@ -52,8 +52,7 @@ def configure(
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     own_threads = threads_per_stage(stages, threads)
     tf.config.threading.set_intra_op_parallelism_threads(own_threads)
-    # A function that runs on one thread still starts on the pool's; two for each stage never make
-    # one wait.
+    # A function on one thread still starts on the pool's; with two a stage none ever waits.
     tf.config.threading.set_inter_op_parallelism_threads(
         2 * stages if own_threads == 1 else own_threads
     )

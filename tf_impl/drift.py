@@ -1,8 +1,7 @@
 """The habits of `common.spec.habits` that TensorFlow and Keras have: each puts back what the main
 code decides otherwise.
 
-The rest of the package knows nothing of them: `switch` puts a replacement in place and takes it
-away again.
+The rest of the package knows nothing of them: `switch` puts a replacement in and takes it out.
 """
 
 from __future__ import annotations
@@ -158,8 +157,7 @@ def _sparse_embedding_gradient(config: RunConfig) -> list[AbstractContextManager
     """The token embedding's gradient as `tf.gather` gives it: a row for every token of the text, so
     one token has many.
 
-    Keras squares the rows of `tf.IndexedSlices` one by one, in the norm and in Adam's second
-    moment.
+    Keras squares the rows of `tf.IndexedSlices` each, in the norm and in Adam's second moment.
     """
     # Keras would see tf.IndexedSlices; the pipeline adds dense gradients up, so what differs, the
     # sum of squared rows, is computed beside it and put in its place.

@@ -83,8 +83,7 @@ def called_functions(node: Any) -> list[str]:
 def is_repeatable(node: Any, library: Mapping[str, Any], among: frozenset[str] = REPEATED) -> bool:
     """Return whether running a node again, or in another place, changes nothing.
 
-    `library` holds its graph's functions by name; of stateful operations, only those in `among` are
-    harmless.
+    `library` has its graph's functions by name; only stateful operations in `among` are harmless.
     """
     called = called_functions(node)
     if called:  # the loop of an LSTM is stateful, since its body reads weights: look inside

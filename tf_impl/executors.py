@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 def stage_strategies(devices: list[str]) -> list[tf.distribute.Strategy]:
     """One strategy per stage, over that stage's device of every replica (here: one replica).
 
-    Reducing to one device keeps the strategies of different stages apart; collectives would share
-    one group key.
+    Reducing to one device keeps the stages' strategies apart; collectives would share a key.
     """
     import tensorflow as tf
 
@@ -37,8 +36,7 @@ def one_core_per_stage() -> bool:
 
 
 def on_one_thread(device: str, only_own_device: bool) -> bool:
-    """Return whether the functions of a stage on `device` run on TensorFlow's executor on one
-    thread.
+    """Return whether a stage's functions on `device` run on TensorFlow's executor on one thread.
 
     The normal executor spreads independent operations over all cores, so that a lone stage would
     borrow those of the idle ones, and the bubble would hardly show. The one on one thread cannot
@@ -73,8 +71,7 @@ def any_executor() -> contextlib.AbstractContextManager[Any]:
 
 
 class OnCallingThread:
-    """A concrete function, called as an operation: TensorFlow's own call hands it to a thread of
-    its pool.
+    """A concrete function, called as an operation: TensorFlow's call takes a thread of its pool.
 
     There it would start anew on some core, with that core's caches. Its Python also checks every
     argument against the signature, for 0.9 ms at the 71 arguments of a W of 18 ms, with the lock

@@ -9,8 +9,7 @@ It is the synchronous pipeline of GPipe (Huang et al. 2019), with any schedule: 
 training the layers on one device, because a mini-batch's gradients are added up over its
 micro-batches before the optimizer sees them.
 
-Differs: only Keras lets its users compile and fit a pipeline; `tf_impl.engine` is the harness' view
-of this model.
+Differs: only Keras' users compile and fit a pipeline; `tf_impl.engine` is the harness' view.
 """
 
 from __future__ import annotations
@@ -330,8 +329,7 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
     def forward_backward(
         self, x: Any, y: Any, sample_weight: Any = None, step: int | None = None
     ) -> float:
-        """Run the schedule over a mini-batch, replacing the gradients. Returns the mini-batch's
-        loss.
+        """Run the schedule over a mini-batch, replacing the gradients. Returns its loss.
 
         `step` (default: the optimizer's) chooses the Transformer's dropout masks. Raises ValueError
         for a batch with fewer samples than micro-batches, RuntimeError before `compile`, and a
@@ -514,9 +512,7 @@ class GPipeModel(TracedRow, UpdatedRow, SavedRow, StageThreads):
     def dropout_context(
         self, batch_size: int, step: int, pieces: int | None = None
     ) -> list[tuple[int, np.ndarray]]:
-        """Key and sample indices of every micro-batch, or of so many pieces; nothing without
-        dropout.
-        """
+        """Key and sample indices of each micro-batch, or of `pieces`; nothing without dropout."""
         if not self._has_dropout:
             return []
         # A mask depends on the sample's place in the mini-batch, not on how that is cut.

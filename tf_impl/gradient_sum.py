@@ -1,15 +1,13 @@
 """The sum of a chunk's gradients over its replicas, begun while the pipeline still computes.
 
-The sum is in the order of the ranks, as everywhere (`groups.py`). Every rank adds up one slice for
-all:
+The sum is in the order of the ranks, as in `groups.py`. Every rank adds up one slice for all:
 
     rank 0   a0 a1 a2         a0+b0+c0                     all three slices
     rank 1   b0 b1 b2   ──►   a1+b1+c1               ──►   everywhere
     rank 2   c0 c1 c2         a2+b2+c2
              all-to-all       added in rank order    gather
 
-What replicas send may be rounded to a `wire` type of half the size, and so is the sum when it
-travels.
+What replicas send may be rounded to a `wire` type of half the size, and so is the sum they get.
 
 Differs: TensorFlow's collectives return when they are done, so a thread waits for them; PyTorch's
 and Paddle's are asynchronous.

@@ -1,7 +1,6 @@
 """The optimizers of `TrainSpec` as Keras optimizers, which compile a Keras model.
 
-Differs: PyTorch's and Paddle's own optimizers have these formulas already, and a stage's optimizer
-makes them.
+Differs: PyTorch's and Paddle's own optimizers have these formulas, and a stage makes them.
 """
 
 from __future__ import annotations
@@ -133,8 +132,7 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
 def moments_of(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> dict[str, Callable[[keras.Variable], tf.Variable]]:
-    """Return the "first_moment" and "second_moment", as far as the optimizer has them: where a
-    weight's is.
+    """Return by "first_moment" and "second_moment", if it has them, where a weight's is.
 
     `variables` are those it was built for, in that order.
     """

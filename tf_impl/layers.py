@@ -25,11 +25,9 @@ from tf_impl.precision import Linear, RMSNorm, at_least_float32, product, softma
 
 @tf.custom_gradient
 def gelu(x: tf.Tensor) -> Any:
-    """Return the exact GELU (Hendrycks and Gimpel 2016): x Phi(x), with Phi(x) = (1 + erf(x / sqrt
-    2)) / 2.
+    """Return the exact GELU (Hendrycks and Gimpel 2016): 0.5 x (1 + erf(x / sqrt 2)) = x Phi(x).
 
-    `tf.nn.gelu` divides by a constant with 12 digits, `keras.ops.gelu` is the tanh approximation by
-    default.
+    `tf.nn.gelu` divides by a constant with 12 digits, `keras.ops.gelu` is by default the tanh form.
 
     Differs: with a gradient of its own, Phi(x) + x phi(x), it holds `x` alone, as the other
     frameworks' kernels do; a tape would hold three tensors of that size.
@@ -195,8 +193,7 @@ def share_heads(x: tf.Tensor, group: int) -> tf.Tensor:
 def scaled_products(q: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
     """Return q k^T / sqrt(E): (B, H, S, S), in float32 at least.
 
-    Differs: the product is scaled and not the queries, which in bfloat16 would be rounded once
-    more.
+    Differs: the product is scaled, not the queries: in bfloat16 they would be rounded once more.
     """
     return at_least_float32(product(q, k, transpose_b=True)) / math.sqrt(q.shape[-1])
 
@@ -206,8 +203,7 @@ class Attention(Unit):
 
     Where there are fewer heads of keys and values (K), a group of query heads shares each.
 
-    Differs: the last layer is `projection` and not `output`, a name that every Keras layer has for
-    its result.
+    Differs: the last layer is `projection`, not `output`, which is every Keras layer's result.
     """
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -314,8 +310,7 @@ class Block(Unit):
 
 
 class Head(Unit):
-    """The last norm (pre-norm only) and the logits. A tied head holds its own copy of the token
-    embedding.
+    """The last norm (pre-norm only) and the logits. A tied head has a copy of the token embedding.
 
     Differs: the loss is not in here but the `loss` that the Keras model is compiled with.
     """

@@ -123,8 +123,7 @@ class Links:
         name_of: Callable[[int], str],
     ) -> None:
         """`hosts` has that of every rank; `ports_of(port)` tells all ranks this one's, and returns
-        that of every rank; `name_of(rank)` is for messages. Whoever is a peer of this rank has it
-        as one, too.
+        that of every rank; `name_of(rank)` is for messages. Peers are each other's.
         """
         self._mail: dict[tuple[int, Message], NDArray[Any]] = {}
         self._lost: dict[int, Exception] = {}

@@ -1,6 +1,4 @@
-"""The optimizers of `TrainSpec` as Keras optimizers, and any Keras optimizer on one device of
-several.
-"""
+"""`TrainSpec`'s optimizers as Keras optimizers, and any Keras optimizer on one device of several."""
 
 from __future__ import annotations
 
@@ -74,8 +72,7 @@ class StageOptimizer:
         def update(scale: tf.Tensor) -> None:
             # Keras reduces gradients over replicas where it finds none; here there is one.
             def on_replica() -> None:
-                # Also where it is 1: a second trace, in the first step that clips nothing, takes a
-                # second.
+                # Also where it is 1: a second trace, in a step that clips nothing, takes a second.
                 own.apply([g * tf.cast(scale, g.dtype) for g in gradients], variables)
 
             strategy.run(on_replica)

@@ -48,8 +48,7 @@ def products_are_rounded() -> bool:
 
 
 def softmax(scores: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """`tf.nn.softmax` over the last axis of float32 `scores`, rounded to `dtype`; it holds that
-    result alone.
+    """`tf.nn.softmax` over float32 `scores`' last axis, rounded to `dtype`; it holds that alone.
 
     Differs: PyTorch's softmax in bfloat16 is so already.
     """

@@ -1,7 +1,6 @@
 """One process per stage and replica (`common.runtime.ranks`), as TensorFlow's cluster joins them.
 
-Replicas need it, and stages on several hosts. Without either, all stages are threads of one
-process.
+Replicas need it, and stages on several hosts. Without either, stages are one process' threads.
 
 `MultiWorkerMirroredStrategy` starts the cluster: a server in every process, at the address that
 TF_CONFIG would have for it, and the coordination service, which notices in about 10 s when a
@@ -97,8 +96,7 @@ def _join(world: World, config: RunConfig) -> Callable[[RunConfig], Engine]:
 
 def _own_gpus(world: World, shards: int, gpus: int, listed: str | None) -> str:
     """Those of its host's that this process is to see, one for each shard; CUDA_VISIBLE_DEVICES may
-    list them. Neighbours share one where there are fewer, and each takes of its memory what it
-    needs.
+    list them. Neighbours share one where there are fewer, each with the memory it needs.
     """
     first = world.local_rank * shards
     cards = gpus_of_stages(world.local_size * shards, gpus)[first : first + shards]

@@ -1,8 +1,6 @@
-"""One device's part of the pipeline: `Stage` computes, `Channel` hands tensors from device to
-device.
+"""One device's part of the pipeline: `Stage` computes, `Channel` hands tensors on.
 
-A stage calls the functions that `backward` made of its graph. Between the calls it holds what they
-pass on:
+A stage calls the functions made of its graph. Between the calls it holds what they pass on:
 
     forward(i)          saved tensors of micro-batch i; what    dropped by backward or backward_input
                         pieces start from, where B recomputes
@@ -132,9 +130,7 @@ class Stage:
         return y
 
     def _extend(self, chunk: int, count: int, is_new: bool) -> Any:
-        """What runs a chunk on `count` new positions, traced for any number of those before and of
-        sequences.
-        """
+        """What runs a chunk on `count` new positions, traced for any before and any sequences."""
         key = chunk, count, is_new
         if key not in self._extending:
             part = self.chunks[chunk]

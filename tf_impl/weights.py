@@ -1,7 +1,6 @@
 """Canonical names to Keras' variables, one by one, and NumPy arrays in and out of them.
 
-Keras stores Dense kernels as the canonical (in, out) and embeddings as (vocabulary, width): nothing
-is transposed.
+Keras stores Dense kernels as (in, out) and embeddings as (vocabulary, width): as canonical.
 """
 
 from __future__ import annotations
@@ -110,8 +109,7 @@ def _check_all_are_named(
                 )
 
 
-# Differs: a Keras variable has no gradient attribute, so the caller says where the gradient of a
-# parameter is.
+# Differs: a Keras variable has no gradient attribute, so the caller says where it is.
 _GradientOf = Callable[[keras.Variable], tf.Variable]
 
 

@@ -1,8 +1,6 @@
-"""What a PyTorch user would write without this project: a plain training loop, and PyTorch's own
-pipeline.
+"""What a PyTorch user would write without this project: a plain loop, and PyTorch's pipeline.
 
-Both train the same model, from the same weights, on the same batches, with the same optimizer and
-threads.
+Both have the same model, weights, batches, optimizer and threads.
 """
 
 from __future__ import annotations

@@ -24,8 +24,7 @@ class StreamClock(DeviceClock):
         self._begin_seconds, self._begin = time.perf_counter(), self.mark()
 
     def mark(self) -> torch.cuda.Event:
-        # blocking: who waits for it sleeps, so that a GPU that hangs is not taken for a host that
-        # computes.
+        # blocking: who waits for it sleeps, so a GPU that hangs does not look like a busy host.
         self._last = torch.cuda.Event(enable_timing=True, blocking=True)
         self._last.record(torch.cuda.current_stream())
         return self._last

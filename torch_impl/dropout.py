@@ -1,5 +1,4 @@
-"""Dropout: `common.spec.dropout_masks` in PyTorch's integers, bit for bit, or PyTorch's own
-generator.
+"""Dropout: `common.spec.dropout_masks` in PyTorch's integers, bit for bit, or PyTorch's own.
 
 Both are drawn on the stage's own device.
 """

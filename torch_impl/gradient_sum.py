@@ -11,8 +11,7 @@ slice for all:
     rank 2   c0 c1 c2         a2+b2+c2
              all-to-all       added in rank order    all-gather
 
-With 2 ranks the order makes no difference, and the all-reduce is faster: 13 ms against 30 for 16
-MB, with gloo.
+With 2 ranks no order differs, and gloo's all-reduce is faster: 13 ms against 30 for 16 MB.
 
 What replicas send may be rounded to a `wire` type of half the size, and so is the sum when it
 travels. It is added in the gradients' own type.

@@ -1,5 +1,4 @@
-"""CUDA graphs: a stage's training pass is recorded once, action by action, and replayed from then
-on.
+"""CUDA graphs: a stage's training pass is recorded once, action by action, then replayed.
 
 An action of a small model is hundreds of kernels of a few microseconds each, and the host takes
 longer to launch one than the GPU to run it. A replay launches a whole action at once. It runs the

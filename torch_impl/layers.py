@@ -1,5 +1,4 @@
-"""The Transformer's units in plain PyTorch: `Embedding`, `Block`, `Head`. They know nothing of
-pipelines.
+"""The Transformer's units in plain PyTorch: `Embedding`, `Block`, `Head`. They know no pipeline.
 
 Letters in shapes: B samples of a micro-batch, S positions, D width, H heads, E = D / H, F
 feed-forward width, V vocabulary.
@@ -27,8 +26,7 @@ from torch_impl.shards import WHOLE, Shards, embed, row_linear
 def gelu(x: Tensor) -> Tensor:
     """Return the exact GELU (Hendrycks and Gimpel 2016): 0.5 x (1 + erf(x / sqrt 2)).
 
-    Differs: not written out, since PyTorch's kernel is this formula with full-precision constants,
-    in one pass.
+    Differs: not written out: PyTorch's kernel is this formula, in full precision and one pass.
     """
     return functional.gelu(x, approximate="none")
 
@@ -293,8 +291,7 @@ def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
     mini-batch that count.
 
     So the losses and gradients of micro-batches add up, whatever their sizes; one whose targets are
-    all IGNORED adds 0. Logits (B, S, V), targets (B, S). In float32 at least, also from bfloat16
-    logits.
+    all IGNORED adds 0. Logits (B, S, V), targets (B, S). In float32 at least.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = functional.cross_entropy(

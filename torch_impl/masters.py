@@ -19,8 +19,7 @@ def masters(compute: Iterable[NamedParameter], dtype: torch.dtype) -> list[Named
     ones if they have it.
 
     Else each is a float32 master of a parameter in lower precision (Micikevicius et al. 2018), and
-    its gradient is also the other's, so that what the backward adds to a layer's gradient is added
-    in float32.
+    its gradient is also the other's: the backward adds to a layer's in float32.
     """
     result = []
     for item in compute:

@@ -20,11 +20,9 @@ def learning_rate(train: TrainSpec, step: int) -> float:
 
 
 class StageOptimizer:
-    """AdamW (Loshchilov and Hutter 2019: decay first, epsilon after the bias correction) or SGD
-    over `named`.
+    """AdamW (Loshchilov and Hutter 2019: decay first, epsilon after bias correction) or SGD.
 
-    Gradients are clipped in place. A tied weight's copies get the same gradient and so stay equal,
-    bit for bit.
+    Gradients are clipped in place. A tied weight's copies get the same gradient and stay equal.
     """
 
     def __init__(self, train: TrainSpec, named: Sequence[NamedParameter]) -> None:
@@ -88,9 +86,7 @@ class StageOptimizer:
 
     @torch.no_grad()
     def load_state(self, arrays: Mapping[str, NDArray[Any]], steps_done: int) -> None:
-        """Put back what `state` gave after `steps_done` steps. Raises KeyError for a missing
-        moment.
-        """
+        """Load what `state` gave after `steps_done` steps. Raises KeyError for a missing moment."""
         for item in self._named:
             state = {key: torch.empty_like(item.parameter) for key in self._moments.values()}
             for moment, key in self._moments.items():

@@ -1,5 +1,4 @@
-"""bfloat16 as most kernels have it: operands and results in bfloat16, the arithmetic between in
-float32.
+"""bfloat16 as most kernels have it: operands and results in bfloat16, what is between in float32.
 
 Differs: of PyTorch 2.13's CPU kernels it is the backward of LayerNorm that is not so. It sums the
 gradients of weight and bias over the rows in bfloat16: 9 and 14 roundoffs off after 2,048 rows, and

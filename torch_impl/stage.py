@@ -49,8 +49,7 @@ class Pass:
 
 
 class Stage:
-    """The model chunks of one device (`common.runtime.executor.Stage`), for one mini-batch after
-    another.
+    """The model chunks of one device (`common.runtime.executor.Stage`), a mini-batch at a time.
 
     `parts` names the units of each chunk; the stage that holds the head computes the loss.
     `replica` is the one whose micro-batches go through here, `shards` what it shares with others.

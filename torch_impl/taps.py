@@ -1,8 +1,6 @@
-"""Taps: the places in autograd's graph where a chunk's weight gradients are taken apart from the
-rest.
+"""Taps: places in autograd's graph where a chunk's weight gradients are taken apart from the rest.
 
-Differs: only PyTorch's autograd takes a place in its graph (`GradientEdge`) wherever it takes a
-tensor.
+Differs: only PyTorch's autograd takes a place in its graph (`GradientEdge`) as it takes a tensor.
 
 With recomputation (Chen et al. 2016; GPipe, Huang et al. 2019, section 2.3) the first forward
 leaves the taps' places in the graph, and the forward that `torch.utils.checkpoint` runs inside B
@@ -106,8 +104,7 @@ class Chunk(nn.Module):
             finally:
                 self._again = None
 
-        # The masks of dropout depend on the micro-batch and not on a generator's state, so none is
-        # preserved.
+        # Dropout's masks depend on the micro-batch, not on a generator's state: none is preserved.
         result: Tensor = checkpoint(
             run,
             x,

@@ -1,5 +1,4 @@
-"""PyTorch's own pipeline, `torch.distributed.pipelining`: one process per stage, compared with
-ours.
+"""PyTorch's own pipeline, `torch.distributed.pipelining`: one process per stage, beside ours.
 
 Differs: the others have none like it. Paddle's pipeline is fleet's (`paddle_impl/fleet.py`),
 TensorFlow has none.

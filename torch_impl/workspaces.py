@@ -14,8 +14,7 @@ workspaces_freed = 0
 
 
 def free_workspaces(used: Iterable[torch.device]) -> None:
-    """Give back what cuBLAS holds for every thread's stream that has used it (32 MiB each, set by
-    `configure`).
+    """Give back what cuBLAS holds for every thread's stream (32 MiB each, set by `configure`).
 
     For all of the process: others get theirs anew with their next product.
     """

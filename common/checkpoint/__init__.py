@@ -1,5 +1,4 @@
-"""Checkpoints: all that is needed to go on with training, in any framework, on any number of
-stages.
+"""Checkpoints: all that training needs to go on, in any framework, on any number of stages.
 
     step-00000100/
         manifest.json              specification, position, what to expect of each file and tensor
@@ -14,8 +13,7 @@ folder of this name is a whole checkpoint.
 
 What is read may come from anywhere. So names, types, shapes and sizes are checked against the
 specification before memory is taken for any tensor, digests before a tensor is used, and nothing is
-ever unpickled. Every error is a `CheckpointError` of one line: what is wrong, where, and what would
-be right.
+ever unpickled. Every error is a `CheckpointError` of one line: what is wrong, where, what is right.
 """
 
 from common.checkpoint.depot import fetch, open_depot

@@ -59,8 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
             shutil.copyfileobj(file, self.wfile, DIGEST_CHUNK_BYTES)
 
     def do_PUT(self) -> None:
-        # `.step-00000100.<token>.partial/shard-00001.safetensors`, or its note: nothing else is
-        # taken.
+        # `.step-00000100.<token>.partial/shard-00001.safetensors`, or its note; nothing else.
         if not _SENT.fullmatch(name := self._name()):
             self.send_error(404)
             return

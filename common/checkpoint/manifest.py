@@ -190,8 +190,7 @@ NOT_OF_THE_WEIGHTS = ("dropout", "dropout_masks")
 
 
 def differences(manifest: Manifest, config: RunConfig) -> list[str]:
-    """Return what keeps `config` from going on where the checkpoint stands, one line each; none if
-    it can.
+    """Return what keeps `config` from going on from the checkpoint, one line each; none if it can.
 
     Framework, stages, chunks, schedule, partition, micro-batches, recomputation, device and threads
     are free. So is the number of steps if the learning rate does not depend on it. From weights

@@ -77,8 +77,7 @@ class CheckpointWriter:
         written_by: Mapping[str, Any],
         tokenizer: bytes | None = None,
     ) -> Path | None:
-        """Save what `devices` hold; return the folder in the process of device 0, None in the
-        others.
+        """Save what `devices` hold; return the folder in device 0's process, None in the others.
 
         That process waits for the others, as long as they take: whoever started them notices when
         one ends or hangs, and then ends all.

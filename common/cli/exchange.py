@@ -189,8 +189,7 @@ def _read_pretrained(
     arguments: argparse.Namespace, source: Source, implementations: Mapping[str, Implementation]
 ) -> tuple[TransformerSpec, Arrays]:
     """Raises UsageError for options that the file answers, and all that the readers raise."""
-    # The file and its config.json say what the model is; only what they leave open may be an
-    # option.
+    # The file and its config.json say what the model is; options are what they leave open.
     read, options = PRETRAINED[arguments.origin]
     _, line = read_given(argparse.Namespace(**vars(arguments) | {"config": None}), plurals={})
     unused = [name for _, name in line if name not in options]

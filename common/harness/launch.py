@@ -1,5 +1,4 @@
-"""The parent side of a run: starts a worker process, watches it, ends it, and says what came of
-every job.
+"""The parent side of a run: starts a worker, watches it, ends it, and says what came of each job.
 
     [1] write jobs.json; make each job's folder and the board that its devices are watched by
     [2] start `python -m <implementation> jobs.json`, in a session of its own, with the Python that

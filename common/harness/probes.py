@@ -151,8 +151,7 @@ def losses_as_tensors(losses: Sequence[float]) -> Tensors:
 def compare_probe(run: Run, want: Expected, dtype: str) -> Comparison:
     """Return all checks of the parity tests, in order: the first failure is the first that differs.
 
-    If the oracle did fewer steps than the run, later losses and trained parameters are not
-    compared.
+    If the oracle did fewer steps, later losses and trained parameters are not compared.
     """
     steps = len(want.losses)
     curve, oracle_curve = losses_as_tensors(run.losses[:steps]), losses_as_tensors(want.losses)

@@ -5,9 +5,8 @@
                 └── e0: the rest ─┘                     │
     replica 1   e1 + g1 ──► ...  ───────────────────────┘
 
-`common.spec.compression` says what travels. An example of top-k with one value of four: g is
-(3, 1, 0, -2), so (3, 0, 0, 0) is sent and (0, 1, 0, -2) remembered; with the same g again (0, 0, 0,
--4) is sent.
+`common.spec.compression` says what travels. An example of top-k with one value of four: g is (3, 1,
+0, -2), so (3, 0, 0, 0) is sent and (0, 1, 0, -2) remembered; with the same g again (0, 0, 0, -4).
 """
 
 from __future__ import annotations

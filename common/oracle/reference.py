@@ -592,8 +592,7 @@ class Oracle:
     def probe_unit(
         self, batch: Batch, unit: str, x: Array | None, grad: Array
     ) -> tuple[Array, Array | None, Arrays]:
-        """Run one unit alone: return its output, its input's gradient and its parameters'
-        gradients.
+        """Run one unit alone: return its output, and the gradients of its input and parameters.
 
         `x` is its input and `grad` its output's gradient, both of the whole mini-batch: (B, S, D),
         for the head's output (B, S, V). The embedding takes the batch's tokens instead of `x`, and

@@ -96,8 +96,7 @@ def parity(
     """Compare a finished run with a finished oracle. [1]
 
     `rounded` is the oracle's run of `rounded_oracle_config`: a loss curve may differ by what
-    rounded weights or compressed gradients alone make. Compressed gradients are held against its
-    own.
+    rounded weights or compressed gradients alone make; compressed ones are held against its own.
     """
     # The loss curve alone gets one: gradients are of step 0, before anything was rounded twice.
     floor = 0.0
@@ -189,8 +188,7 @@ def compare_runs(
     """Compare in the order of computation: step 0's loss, its gradients from the head to the
     embedding, later losses.
 
-    The later losses may differ by `BFLOAT16_FACTOR` times `curve_floor`, if that is more than their
-    limit.
+    Later losses may differ by `BFLOAT16_FACTOR` x `curve_floor`, if that is more than their limit.
     """
     dtype = "bfloat16" if _is_lossy(config) else config.train.dtype
     plan = plan_partition(config)

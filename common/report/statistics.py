@@ -1,8 +1,7 @@
 """Medians, percentiles and bootstrap intervals of step times.
 
 A sample is what one step took per token. Samples stay apart by repeat (one process each), because
-steps of one process resemble each other more than steps of two: an interval that ignored this would
-be too narrow.
+steps of one process resemble each other: an interval that ignored this would be too narrow.
 """
 
 from __future__ import annotations
@@ -88,8 +87,7 @@ def speed_ratio(row: Samples, baseline: Samples, same_session: bool = True) -> R
     Where both have the same repeats, of one session, the ratio is the median of the ratios within
     each repeat: the runs of one repeat follow each other closely, so that a machine that drifts
     from repeat to repeat changes both. The interval is a percentile bootstrap in two stages
-    (Davison and Hinkley 1997, section 3.8): repeats, then steps within each. Of too few samples
-    there is none.
+    (Davison and Hinkley 1997, section 3.8): repeats, then steps in each; none of too few samples.
     """
     if not row or not baseline or not all(map(len, (*row.values(), *baseline.values()))):
         return None

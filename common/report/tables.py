@@ -392,8 +392,7 @@ LEGEND = (
 
 def columns_for(rows: Sequence[Row]) -> list[Column]:
     """Return all columns except empty ones, and those equal in every row that nobody asked for."""
-    # By title, whether a column would say the same in every row, and that is what nobody asked
-    # about.
+    # By title, whether a column says the same in every row, which is what nobody asked about.
     constant = {
         "run": all(not row.source for row in rows),
         "chunks": all(row.chunks == 1 for row in rows),

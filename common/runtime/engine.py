@@ -45,8 +45,7 @@ class Engine(Protocol):
     on_action: Callable[[int, Action | None], None]
     """Called with the device ahead of each of its actions, and with None after the last, in the
     device's own thread or process. The harness sets it to watch progress and to inject faults. If
-    it raises, the action fails. A framework's own pipeline (`executor = native`) does not call
-    it."""
+    it raises, the action fails. A framework's own pipeline (`native`) does not call it."""
 
     # Training.
 

@@ -1,5 +1,4 @@
-"""Faults on purpose: `triptych train --fault kill@device=1,step=3,action=BW2` shows what a run
-makes of one.
+"""Faults on purpose, to see what a run makes of one: `--fault kill@device=1,step=3,action=BW2`.
 
     exception@...   the action raises
     kill@...        SIGKILL to the process that holds the device
@@ -99,8 +98,7 @@ class Fault:
             case "oom":
                 exhaust_memory()
             case "disk-full":
-                # From now on a write beyond 4 KiB fails with EFBIG, as a full disk would with
-                # ENOSPC.
+                # From now on a write beyond 4 KiB fails (EFBIG), as a full disk would (ENOSPC).
                 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
                 resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, hard))
 

@@ -1,5 +1,4 @@
-"""How a habit of `common.spec.habits` is put back: names are replaced for as long as a context
-lives.
+"""How a habit of `common.spec.habits` is put back: names are replaced while a context lives.
 
 The implementations' `drift.py` list the replacements; no other file of theirs knows of them.
 """

@@ -10,8 +10,7 @@ run's store, once a second, and says what its device is doing (`common.runtime.w
 and every rank watches rank 0's. Where all count and no place changes, they wait for each other: a
 hang. One that fails says why in place of its count, and rank 0 passes it on. Who cannot reach the
 store, or gets no answer, is cut off and ends too. The end is `os._exit` behind one line, since the
-main thread may wait inside the framework for ever; the launcher sees the status and may start all
-anew.
+main thread may wait inside the framework for ever; the launcher sees the status and may start anew.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ class Heartbeat:
         self.name = names[room.rank]
         self._places, self._before = [""] * room.size, [""] * room.size
         self._moved = time.monotonic()
-        # A star: rank 0 watches all, all watch rank 0. So n processes need 2 n looks a second, not
-        # n^2.
+        # A star: rank 0 watches all, all watch rank 0: 2 n looks a second for n processes, not n^2.
         watched = range(1, room.size) if room.rank == 0 else range(1)
         # By rank: what it said last, and when that was new.
         self._last = {rank: ("", time.monotonic()) for rank in watched}
@@ -109,8 +107,7 @@ class Heartbeat:
         # "17 F0": the count says that this process lives, the place that its device moves.
         own = self._places[self._room.rank] = self._of.own()
         self._room.set(f"beat/{self._room.rank}", words or f"{self._count} {own}")
-        # Rank 0 judges and writes the verdict down; the others read it, and judge rank 0
-        # themselves.
+        # Rank 0 judges and writes the verdict down; the others read it, and judge rank 0.
         verdict = self._look(now) if self._room.rank == 0 else self._room.get("verdict")
         if self._room.rank == 0 and (line := words.removeprefix(FAILED)) != words:
             verdict = f"{self._names[0]}: {line}"

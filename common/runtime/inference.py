@@ -4,8 +4,7 @@ Which token comes next is decided by `runtime.sampling` and `runtime.beams`; wha
 pipeline by `runtime.decode`. Here the two meet.
 
 Logits of two frameworks differ by some 1e-15 (float64) or 1e-6 (float32) of their size. A closest
-call well above that means that no framework can have chosen otherwise; below it, the texts may part
-at that token.
+call well above that: no framework can have chosen otherwise; below it, texts may part there.
 """
 
 from __future__ import annotations

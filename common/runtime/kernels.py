@@ -113,8 +113,7 @@ def answer(
 def seconds_of(operation: Callable[[], object], clock: Callable[[], float]) -> float:
     """Return the time of one of the `COPIES`, the median over three calls at least.
 
-    The clock is that of CPU time where a CPU computes: other processes disturb it less than elapsed
-    time.
+    Where a CPU computes it is CPU time, which other processes disturb less than elapsed time.
     """
     taken: list[float] = []
     # Three at least, for a median; more where a call is so short that the clock's steps would show.

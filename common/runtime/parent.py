@@ -15,8 +15,7 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
     """This process gets signal `number` when its parent ends, even by SIGKILL (Linux: prctl(2),
     PR_SET_PDEATHSIG).
 
-    A parent that has ended before this call is known by PARENT, where it is set: then this process
-    exits.
+    A parent that has ended before this call is known by PARENT, if set: then this process exits.
     """
     # What the user's shell ignores or blocks, a parent's end must still do.
     signal.signal(number, signal.SIG_DFL)

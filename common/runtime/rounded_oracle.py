@@ -1,5 +1,4 @@
-"""The oracle as bfloat16 would have it at best: its forward and backward see the weights rounded to
-bfloat16.
+"""The oracle as bfloat16 has it at best: forward and backward see weights rounded to bfloat16.
 
 `python -m common.runtime.rounded_oracle JOBS.json`. Arithmetic, gradients and the weights that the
 optimizer changes stay in float64. So what sets it apart from the oracle is what `--dtype bfloat16`

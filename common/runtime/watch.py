@@ -131,8 +131,7 @@ class Board:
 
 def who_waits(config: RunConfig, lines: Sequence[str]) -> str:
     """Say as `Board.explain` does who hangs and who waits, by every rank's own line (empty for one
-    that has not begun). Of several replicas only those where somebody hangs: the others wait for
-    them.
+    that has not begun). Of several replicas only those where somebody hangs; the others wait.
     """
     mesh, unknown = Mesh.of(config), bytes(_LINE.size)
     found = []
@@ -187,8 +186,7 @@ def explain(config: RunConfig, places: Sequence[Place | None]) -> list[str]:
 def _sender(schedule: Schedule, device: int, action: Action) -> int:
     """Return the virtual stage that an action's input comes from; out of range at the ends."""
     offset = MESSAGE_OFFSET[action.op]
-    # MESSAGE_OFFSET is seen from the sender, hence the minus: F sends to k + 1, so it receives from
-    # k - 1.
+    # MESSAGE_OFFSET is the sender's, hence the minus: F sends to k + 1, so receives from k - 1.
     return -1 if offset is None else schedule.virtual_stage(device, action.chunk) - offset
 
 

@@ -259,8 +259,7 @@ def build_schedule(
 ) -> Schedule:
     """Make a schedule from parsed rows.
 
-    Whatever `options` (micro_batches, chunks, placement) leaves out is counted. Raises
-    ScheduleError.
+    What `options` (micro_batches, chunks, placement) leave out is counted. Raises ScheduleError.
     """
     options = options or {}
     actions = [action for row in rows for action in row]

@@ -33,8 +33,7 @@ from common.schedule.shop import ROUNDING, Shop
 def lower_bound(shop: Shop) -> float:
     """Return a value, in the unit of the costs, that no order of this shop can beat."""
     m, stages = shop.m, shop.stages
-    # One micro-batch alone in the pipeline: nobody waits for a device, so its times are the least
-    # there are.
+    # One micro-batch alone in the pipeline waits for no device: its times are the least there are.
     alone = Shop(
         shop.p, 1, shop.v, shop.shape.placement, shop.costs, [1.0] * shop.p, shop.objective
     )

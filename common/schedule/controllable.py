@@ -124,8 +124,7 @@ def _moved(devices: list[Slots], with_weights: bool) -> list[Slots]:
     """Move what lies in the fill (only `with_weights`) and the drain to earlier slots. [3]"""
     if with_weights:
         devices = [[*slots, _fill(slots)] for slots in devices]
-    # What moves earlier holds its activation longer: not more of them than the pattern itself
-    # holds.
+    # What moves earlier holds its activation longer: not more of them than the pattern itself.
     limit, m = max(map(_held, devices)), len(devices[0][0])
     taken: list[set[int]] = [set() for _ in devices]
     phase = "fill"

@@ -81,8 +81,7 @@ def _lines(simulation: Simulation, ascii_only: bool, why: bool) -> list[_Line]:
     names = (
         [table.label(row) for row in range(table.num_rows)] if table.num_rows <= MAX_COLUMNS else []
     )
-    # The narrowest cell in which every label fits with a space after it, whatever its action's
-    # duration.
+    # The narrowest cell in which every label fits with a space, whatever its action's duration.
     needed = (
         math.ceil((len(n) + 1) * shortest / t)
         for n, t in zip(names, spent.tolist(), strict=False)

@@ -27,9 +27,8 @@ MEASURES: dict[str, Callable[[Simulation], float]] = {
     "with a warm start": lambda simulation: simulation.warm_makespan - float(simulation.busy.max()),
     "peak activations": lambda simulation: max(simulation.peak_memory_per_stage),
 }
-"""What formulas are of, and what the simulator says of it. Bubble time is the idle time of the
-busiest device in a step, and peak activations are those of the fullest, in micro-batches on a whole
-stage."""
+"""What formulas are of, and what the simulator says of it. Bubble time: idle time of the busiest
+device in a step; peak activations: those of the fullest, in micro-batches on a whole stage."""
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,7 @@ def gpipe(p: int, m: int) -> Schedule:
     """Run all forwards, then all backwards (Huang et al. 2019). Bubble fraction (p-1)/(m+p-1); m
     activations in flight.
 
-    The drain runs in the order of the fill, so that weight gradients add up as in every other
-    schedule.
+    The drain runs in the fill's order, so that weight gradients add up as in every schedule.
 
         device 0 F0 F1 F2 F3 ·  ·  ·  BW0── BW1── BW2── BW3──
         device 1 ·  F0 F1 F2 F3 BW0── BW1── BW2── BW3──

@@ -34,8 +34,7 @@ def one_f_one_b(p: int, m: int) -> Schedule:
         device 0 F0 F1 ·  ·  BW0── F2 BW1── F3 BW2── ·  BW3──
         device 1 ·  F0 BW0── F1 BW1── F2 BW2── F3 BW3──
     """
-    # Warm-up: a forward for each of the p - 1 - d devices below, all of which F0 passes before BW0
-    # comes back.
+    # Warm-up: a forward for each of the p - 1 - d devices below: F0 passes them before BW0 is back.
     return Schedule("1f1b", rows(p, [range(m)], 1, lambda d: p - 1 - d), m)
 
 

@@ -49,8 +49,7 @@ def play(
     unit. Sending takes the sender no time, but its line is busy for the `transmissions` (n,) of its
     rows' messages, one after the other (0 by default). `source` (n,) replaces `Table.awaited`.
     """
-    # Lists, not arrays: the loop below reads single numbers, which costs an array ten times as
-    # much.
+    # Lists: the loop below reads single numbers, which costs an array ten times as much.
     sources = (table.awaited if source is None else source).tolist()
     bounds = table.bounds.tolist()
     start, end = [-1.0] * table.num_rows, [-1.0] * table.num_rows

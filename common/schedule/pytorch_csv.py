@@ -8,8 +8,7 @@ stages, in the order of the model; I is B here, and B is BW. Empty cells are idl
 
 PyTorch reads such a file with `_load_csv` of `_PipelineScheduleRuntime`. It writes two kinds
 (`_dump_csv`): "compute_only", and "compute_comms" with messages (SEND_F, RECV_F, ...) and what is
-sharded (UNSHARD, RESHARD, REDUCE_GRAD). The latter follow from the order of the others, so they are
-read past.
+sharded (UNSHARD, RESHARD, REDUCE_GRAD). The latter follow from the others' order: they are skipped.
 """
 
 from __future__ import annotations
@@ -127,8 +126,7 @@ def _build(rows: list[list[_Step]], name: str) -> Schedule:
 
     def action(step: _Step) -> Action:
         stage, op, i, overlaps = step
-        # Before PyTorch had the letter I, "1B0" with a "1W0" in the file was the backward for the
-        # input.
+        # Before PyTorch had the letter I, "1B0" beside a "1W0" was the backward for the input.
         has_halves = [(stage, half, i) in done for half in (Op.B, Op.W)]
         older = op is Op.BW and not overlaps and has_halves == [False, True]
         return Action(Op.B if older else op, i, chunk[stage], overlaps)

@@ -12,8 +12,7 @@
     steps, the better half of them more, and so on until one is left.
 
 It ends early if it reaches `lower_bound`, which no order can beat (`common.schedule.bound`). The
-work is counted in actions, never by the clock, so a search gives the same schedule on every
-machine.
+work is counted in actions, never by the clock, so every machine finds the same schedule.
 
 Memory is counted in activations of one micro-batch: F adds 1, B frees all of it but
 `Costs.kept_by_backward_input`, W frees the rest; a chunk counts 1/v.

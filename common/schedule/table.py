@@ -125,8 +125,7 @@ class Table:
     @cached_property
     def producer(self) -> IntArray:
         """(num_slots,): the first row that fills each slot, -1 where none does. [3]"""
-        # Row by row it would be a dictionary of a million entries; `minimum.at` does all in one
-        # pass.
+        # Row by row it is a dictionary of a million entries; `minimum.at` does all in one pass.
         slots, rows = self.results
         producer = np.full(self.num_slots, self.num_rows, np.int64)  # (num_slots,)
         np.minimum.at(producer, slots, rows)  # the first, if a schedule repeats an action
@@ -180,14 +179,12 @@ class Table:
 
     @cached_property
     def trusted_wrap_arounds(self) -> NDArray[np.bool_]:
-        """(n,): rows that receive from the other end of the devices and are not the first of their
-        group.
+        """(n,): rows that receive from the devices' other end and are not the first of their group.
 
         A group is a run of micro-batches that pass through one chunk one after the other. Only a
         loop of chunks has such rows; `common.schedule.simulate.WrapAround` says what they are for.
         """
-        # A row follows in its group if the row of the same operation before it, on its device, has
-        # the same chunk.
+        # A row follows in its group if its device's row of that operation before it has its chunk.
         follows = np.zeros(self.num_rows, np.bool_)  # (n,)
         for op in (Op.F, Op.B, Op.BW):
             rows = self.rows_of(op)
@@ -238,8 +235,7 @@ def tabulate(schedule: Schedule) -> Table:
     lengths = np.array([len(row) for row in schedule.devices], np.int64)  # (p,)
     total = int(lengths.sum())
     identities = np.fromiter(map(id, chain.from_iterable(schedule.devices)), np.int64, total)
-    # inverse[row] is the number of the row's distinct object, first[number] the first row that has
-    # it.
+    # inverse[row] is the number of the row's distinct object, first[number] its first row.
     _, first, inverse = np.unique(identities, return_index=True, return_inverse=True)
     bounds = np.concatenate([[0], np.cumsum(lengths)])  # (p + 1,)
     device_of_first = np.searchsorted(bounds, first, side="right") - 1

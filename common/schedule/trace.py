@@ -86,8 +86,7 @@ def _events(simulation: Simulation, name: str, pid: int) -> list[dict[str, Any]]
         arrow = {"name": kind, "cat": "message", "id": pid * IDS + row, "pid": pid}
         leaves = start[sender] + (1 - INSIDE) * duration[sender]
         arrives = start[row] + INSIDE * duration[row]
-        # Clocks are read on two threads: a message may seem to arrive before it left, which viewers
-        # drop.
+        # Two threads read clocks: a message may seem to arrive before it left, which viewers drop.
         leaves, arrives = round(min(leaves, arrives), 3), round(arrives, 3)
         events.append(arrow | {"ph": "s", "tid": thread[device[sender]], "ts": leaves})
         events.append(arrow | {"ph": "f", "bp": "e", "tid": thread[device[row]], "ts": arrives})

@@ -77,9 +77,8 @@ def _awaited(simulation: Simulation, first: int) -> tuple[int, int]:
 def critical_path(simulation: Simulation) -> list[int]:
     """Return the rows, from the first in time to the last, that leave one another no slack.
 
-    Each begins when the one before it ends or when its message arrives. Where both happen at once,
-    the action before it on the same device is taken. The second of two that overlap stands for
-    both.
+    Each begins when the one before it ends or its message arrives; of both at once, the action
+    before it on its device is taken. The second of two that overlap stands for both.
     """
     table, start, end = simulation.table, simulation.start, simulation.end
     row = int(end.argmax())

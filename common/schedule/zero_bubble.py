@@ -28,8 +28,7 @@ def zb_h1(p: int, m: int) -> Schedule:
         device 1 ·  F0 F1 ·  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3
         device 2 ·  ·  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3
     """
-    # Device d is d hops below the first: it has d gradients less to wait for, and puts off d Ws
-    # instead.
+    # Device d is d hops below the first: it has d gradients less to wait for, and puts off d Ws.
     return Schedule("zb-h1", rows(p, [range(m)], 1, lambda d: p - 1 - d, delay=lambda d: d), m)
 
 
@@ -64,8 +63,7 @@ def zb_v(p: int, m: int, costs: Costs | None = None) -> Schedule:
         device 0 F0── F1── F2── F0.1 B0.1 W0.1 F1.1 B1.1 W1.1 F3── B0── W0── F2.1 B2.1 W2.1 B1── W1── F3.1 B3.1 ...
         device 1 ·    F0── F0.1 F1── F1.1 B0.1 W0.1 F2── B0── W0── F2.1 B1.1 W1.1 F3── B1── W1── F3.1 B2.1 W2.1 ...
     """  # noqa: E501
-    # The pattern needs 2p - 1 micro-batches; for fewer, the others are left out of it, which breaks
-    # no dependency.
+    # The pattern needs 2p - 1 micro-batches; fewer leave the others out: no dependency breaks.
     full = max(m, 2 * p - 1)
     rows = (_zb_v_row(p, full, device) for device in range(p))
     schedule = Schedule(

@@ -1,5 +1,4 @@
-"""Predict the activation memory of a run: what every unit holds for its backward, counted, not
-measured.
+"""Predict a run's activation memory: what each unit holds for its backward, counted, not measured.
 
 A table says which tensors each framework's own operations save, per unit and micro-batch: the sum
 of the rows whose words (`where`) all hold of the run. Its letters:
@@ -100,8 +99,7 @@ class HeldBytes:
 def unit_held_bytes(config: RunConfig, unit: str, sequences: int) -> HeldBytes:
     """Return what a micro-batch of so many sequences holds in `unit`, without recomputation."""
     model = config.model
-    # PyTorch's fused attention keeps one number a row in place of the scores; it has no dropout of
-    # ours.
+    # PyTorch's fused attention keeps one number a row, not the scores; it has no dropout of ours.
     is_fused = config.track == "best" and not model.dropout and config.framework == "torch"
     words = {
         "any",

@@ -68,8 +68,7 @@ class Compression(NamedTuple):
         """Return the rank of a tensor's factors; 0 where it is sent whole: a vector, or a matrix
         whose factors are no smaller.
         """
-        # R (n1 + n2) numbers in place of n1 n2: for 64 x 64 and R = 4 an eighth; for R = 32 nothing
-        # is saved.
+        # R (n1 + n2) numbers in place of n1 n2: for 64 x 64 and R = 4 an eighth, for R = 32 all.
         pays = len(shape) == 2 and self.rank * sum(shape) < math.prod(shape)
         return self.rank if self.kind == "powersgd" and pays else 0
 

@@ -53,8 +53,7 @@ class Document:
 
 
 def find_files(names: Sequence[str]) -> tuple[CorpusFile, ...]:
-    """Return the files that are named, in this order; those of a folder or a pattern sorted by
-    path.
+    """Return the files that are named, in order; those of a folder or a pattern sorted by path.
 
     A folder stands for all files in it, at any depth, but hidden ones. What exists is no pattern,
     whatever its name. Raises CorpusError.

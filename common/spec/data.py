@@ -89,8 +89,7 @@ class Batch:
 class MicroBatch:
     """A piece of a mini-batch; `samples` are its rows' indices there.
 
-    Its targets may all be IGNORED: it still goes through the pipeline, and adds nothing to loss and
-    gradients.
+    Its targets may all be IGNORED: it still goes through the pipeline, and adds nothing.
     """
 
     inputs: NDArray[np.int64]  # (b, S)

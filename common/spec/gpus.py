@@ -83,8 +83,7 @@ def counted(gpus: Sequence[Gpu]) -> str:
 
 def _chosen(said: str, wanted: str | None) -> tuple[Gpu, ...]:
     """As CUDA reads the variable: indices or beginnings of UUIDs, up to the first wrong one."""
-    # nvidia-smi's lines are index, uuid, name, memory in MiB and driver; a warning among them has
-    # no such line.
+    # nvidia-smi's lines are index, uuid, name, memory in MiB and driver; a warning is no such line.
     cards = [
         [cell.strip() for cell in line.split(",")]
         for line in said.splitlines()

@@ -1,5 +1,4 @@
-"""The drift zoo: numerical habits in which frameworks differ, each of which can be put back, one at
-a time.
+"""The drift zoo: numerical habits in which frameworks differ, each of which can be put back.
 
 Every implementation writes its model so that all three agree (docs/numerics.md). A `Drift` undoes
 one such decision in one framework, the way that framework does it by default or the way its users

@@ -1,5 +1,4 @@
-"""Who computes what where a run has several processes: a mesh with the axes (stage, replica,
-shard).
+"""Who computes what in a run of several processes: a mesh with axes (stage, replica, shard).
 
 With 2 replicas of 3 stages, six processes, in the order of their ranks:
 

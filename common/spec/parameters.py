@@ -4,8 +4,7 @@ Weights, gradients, moments, checkpoints and dumps all use these names. Linear w
 out): `y = x @ weight + bias`. Every implementation maps the names to its own parameters one by one;
 none of them guesses a transpose from a shape.
 
-Letters in shapes: D width of the model, F of the feed-forward layer, V vocabulary, S context
-length.
+Letters in shapes: D width of the model, F of the feed-forward layer, V vocabulary, S context.
 """
 
 from __future__ import annotations
@@ -147,8 +146,7 @@ def initial_weights(model: TransformerSpec, seed: int, dtype: str) -> dict[str, 
         elif "norm" in name:
             value = np.ones(shape)
         else:
-            # 2 x num_layers of these outputs are summed; scaled so, their sum does not grow with
-            # depth.
+            # 2 x num_layers of these outputs are summed; so the sum does not grow with depth.
             residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
             value = _normal(name, shape, seed) * (
                 0.02 / math.sqrt(2 * model.num_layers) if residual else 0.02

@@ -106,8 +106,7 @@ def plan_partition(config: RunConfig) -> PartitionPlan:
             grid = schedule_of(config).grid if is_file else (config.stages, config.chunks)
             inner = even_boundaries(config.model.num_layers, *grid)
         case "balanced":
-            # The backward costs twice the forward in every unit, so forward FLOPs alone order the
-            # plans.
+            # A backward costs twice its forward in every unit, so forward FLOPs order the plans.
             costs = [cost.forward_flops for cost in unit_costs(config.model, config.train)]
             if config.chunks == 1:
                 devices = list(range(config.stages))
@@ -157,9 +156,8 @@ def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
     """Return the boundaries with the smallest possible largest part. [3]
 
     The slowest stage sets the pace of a pipeline (time = sum t_i + (m - 1) max t_i), so the largest
-    part is what to minimise, not the variance. Among equals the last cut is as late as possible,
-    then the one before it, and so on. Costs are 0 or more. Raises ValueError for more parts than
-    units.
+    part is minimised, not the variance. Among equals the last cut is as late as possible, then the
+    one before it, and so on. Costs are 0 or more. Raises ValueError for more parts than units.
 
     Dynamic programming over (parts, units): best(k, end), the smallest largest part when the first
     `end` units are cut into k parts, is the minimum over the last part's start of
@@ -168,8 +166,7 @@ def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
              grows with start     shrinks with start
 
     so the minimum is where the two cross. That point only moves right as `end` grows: O(1)
-    amortised for each, and O(units x parts x log units) in all with the search for the latest equal
-    cut.
+    amortised for each, O(units x parts x log units) in all with the search for the latest cut.
     """
     n = len(costs)
     if not 1 <= parts <= n:
@@ -185,8 +182,7 @@ def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
         # Costs 1 1 4 1 in two parts: the first may end behind unit 0, 1 or 2. It ends behind unit
         # 1, since 1 + 1 and 4 + 1 have the smallest largest part, 5.
         for end in range(k, n - (parts - k) + 1):
-            # The first `start` at which the parts before are no smaller than the last one: the
-            # crossing.
+            # The crossing: the first `start` whose parts before are no smaller than the last one.
             while start < end and before[start] < total[end] - total[start]:
                 start += 1
             largest = before[start] if start < end else math.inf
@@ -205,8 +201,7 @@ def balanced_boundaries(costs: Sequence[float], parts: int) -> list[int]:
 def balanced_over_devices(
     embedding: float, block: float, head: float, num_layers: int, devices: Sequence[int]
 ) -> list[int]:
-    """Return the boundaries with the smallest largest device and then the smallest largest part.
-    [4]
+    """Return the boundaries with the smallest largest device, then smallest largest part. [4]
 
     `devices[k]` is the device of part k, of two or more. All blocks cost the same, so only their
     numbers count. Every inner part gets one, so that none is empty; every other block goes to the
@@ -217,20 +212,17 @@ def balanced_over_devices(
     other device, which is then as full as d is now.
 
     Among the cuts with that largest device, the smallest largest part is wanted. A bound on the
-    parts is a bound on a device's room, under which the same proof holds; the smallest bound that
-    does not make the largest device larger is found by bisection. O(layers x log parts x log
-    layers).
+    parts is a bound on a device's room, under which the same proof holds; the smallest that keeps
+    the largest device is found by bisection. O(layers x log parts x log layers).
     """
-    # The inner parts begin with a block each; the outer ones have the embedding and the head
-    # already.
+    # The inner parts begin with a block each; the outer ones have the embedding and the head.
     last = len(devices) - 1
     least = [0, *[1] * (last - 1), 0]
 
     def fill(bound: float) -> tuple[float, list[int]]:
         """Return the largest device and each part's blocks, within `bound`, or infinity."""
         counts, sizes = least.copy(), [embedding, *[block] * (last - 1), head]
-        # Two heaps, since a sorted list is one: the devices by load, and each device's parts by
-        # size.
+        # Two heaps (a sorted list is one): the devices by load, and each device's parts by size.
         parts = {
             d: sorted((sizes[k], k) for k in range(last + 1) if devices[k] == d)
             for d in set(devices)

@@ -1,5 +1,4 @@
-"""What no run can be: the combinations of valid options that a framework, or an executor, does not
-offer.
+"""What no run can be: combinations of valid options that a framework or executor does not offer.
 
 `why_impossible` is asked wherever a run is put together, before a worker starts, so that whatever
 passes here runs. The rules within one specification (`common.spec.run`) are its own.
@@ -268,8 +267,7 @@ def _why_not_native(config: RunConfig) -> str | None:
             )
     if config.framework == "torch" and name == "1f1b" and m < p:
         return f"micro_batches = {m}; PyTorch's 1f1b takes at least as many as stages, {p}"
-    # p = 4: m = 8 makes 2 rounds of 4, m = 9 two of 4.5, which PyTorch refuses and ours cuts into 5
-    # and 4.
+    # p = 4: m = 8 makes 2 rounds of 4, m = 9 two of 4.5, which PyTorch refuses and we cut 5 and 4.
     rounds = max(1, m // p)  # what our `interleaved` calls groups; PyTorch's are all of one size
     in_rounds = ("interleaved", "interleaved-zb", "zb-h1")
     if config.framework == "torch" and name in in_rounds and m % rounds:

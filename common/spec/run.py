@@ -230,8 +230,7 @@ class TrainSpec(Frozen):
         """Return the learning rate of `step` (from 0): linear warm-up, then down to 0."""
         if step < self.warmup_steps:
             return round_to_float32(self.learning_rate * (step + 1) / self.warmup_steps)
-        # Of 10 steps with 2 of warm-up: half and whole rate, then from 0 / 8 on down to 7 / 8 of
-        # the way.
+        # Of 10 steps with 2 of warm-up: half and whole rate, then 0 / 8 to 7 / 8 of the way down.
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         scale = {
             "constant": 1.0,
@@ -380,8 +379,7 @@ class RunConfig(Frozen):
         """Sequences in the micro-batches of replica 0, which has the largest: 10 sequences for 2
         replicas of 2 micro-batches are 3, 3 and 2, 2.
         """
-        # As if all replicas' micro-batches were one row: the larger ones come first, so replica 0
-        # has them.
+        # All replicas' micro-batches are one row: the larger ones come first, in replica 0.
         size, larger = divmod(self.train.batch_size, self.replicas * self.train.micro_batches)
         return tuple(size + (i < larger) for i in range(self.train.micro_batches))
 

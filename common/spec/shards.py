@@ -78,8 +78,7 @@ def joined(pieces: Sequence[Array], axis: int) -> Array:
 
 def own_tokens(config: RunConfig, shard: int) -> range:
     """Return the tokens whose rows of the embedding, and columns of the head, a shard has."""
-    # 10 tokens over 4 shards: the first two have 3 and begin at 0 and 3, the others 2, from 6 and 8
-    # on.
+    # 10 tokens over 4 shards: two have 3 and begin at 0 and 3, two have 2, from 6 and 8 on.
     if not config.vocab_parallel:
         return range(config.model.vocab_size)
     size, larger = divmod(config.model.vocab_size, config.tensor_parallel)

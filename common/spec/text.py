@@ -47,8 +47,7 @@ class Text:
         return (chunk for _, chunk in self._checked(advance))
 
     def decoded(self, advance: Advance, end_of_document: str = BLANK_LINE) -> Iterator[str]:
-        """Yield the text, in pieces, with `end_of_document` where a document of a .jsonl begins or
-        ends.
+        """Yield the text in pieces, `end_of_document` where a .jsonl's document begins or ends.
 
         Raises CorpusError for what is not UTF-8.
         """

@@ -219,8 +219,7 @@ def read_content(path: Path) -> bytes:
 
 
 def train_byte_pairs(lines: Iterator[str], vocab_size: int, digest: str) -> FileTokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016) trained on the lines of a text of this digest;
-    deterministic.
+    """Byte-pair encoding (Sennrich et al. 2016) trained on a text's lines; deterministic.
 
     What was trained is kept in the user's cache folder, where there is one that can be written.
     """

@@ -51,8 +51,7 @@ def traffic_bytes(config: RunConfig, schedule: Schedule | None = None) -> dict[E
     for stages, count in _messages(config, schedule).items():
         for ranks in lines:
             sent[ranks[stages[0]], ranks[stages[1]]] += count
-    # The same on every line: replica 0 has the largest micro-batches, and shards differ by their
-    # columns alone.
+    # As on every line: replica 0 has the largest micro-batches, shards differ by columns alone.
     sums = _shard_sum_bytes(config, schedule) if mesh.shards > 1 else [0] * mesh.stages
     for stage, shard in itertools.product(range(mesh.stages), range(mesh.shards)):
         gradients = _gradient_bytes(config, schedule, stage, shard if mesh.shards > 1 else None)
@@ -134,14 +133,12 @@ def _shard_sum_bytes(config: RunConfig, schedule: Schedule) -> list[int]:
         count = 0
         for action in actions:
             units = parts[schedule.virtual_stage(device, action.chunk)]
-            # Two in a block: behind the attention's output projection and behind the
-            # feed-forward's.
+            # Two in a block: behind the attention's output projection and the feed-forward.
             sums = 2 * sum(unit.startswith("block") for unit in units)
             end = "embedding" if action.op is Op.F else "head"
             sums += config.vocab_parallel and end in units
             positions = config.micro_batch_sizes[action.micro_batch] * model.context_length  # b S
-            # B and BW sum the inputs' gradients where F summed outputs, so as often; a W sums
-            # nothing.
+            # B and BW sum inputs' gradients where F summed outputs, as often; a W nothing.
             if action.op is not Op.W:
                 count += 2 * sums * positions * model.d_model * element // t
             # Of every position the largest logit, the sum of exponentials and the target's logit:

@@ -1,5 +1,4 @@
-"""Traces a stage once and cuts its graph into the functions F, B and W; `tf_impl.backward` shows
-the idea.
+"""Traces a stage once and cuts its graph into F, B and W; `tf_impl.backward` shows the idea.
 
     trace.py       one graph with the stage's forward and backward
     scissors.py    which of its operations belong to F, B and W, and what crosses between them

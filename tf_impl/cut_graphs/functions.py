@@ -31,8 +31,7 @@ class StageFunctions:
     """The functions of one virtual stage. A dy of the last one (its output is the loss) is no
     argument at all.
 
-    None for what no action of the stage's schedule calls: making a function takes longer than many
-    steps.
+    None for what no action of the schedule calls: making a function takes longer than many steps.
     """
 
     forward: Any

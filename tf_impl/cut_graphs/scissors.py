@@ -1,6 +1,4 @@
-"""Which operations of a trace belong to F, B and W, what crosses from one to another, and functions
-made of them.
-"""
+"""Which operations of a trace belong to F, B and W, what crosses, and functions made of them."""
 
 from __future__ import annotations
 
@@ -47,8 +45,7 @@ class Scissors:
             if op in must_run - of_forward - set(trace.again) and op not in self.repeatable
         ]
         self.dependent = self._dependent_on_data()
-        # What reads a state is the forward's even where only B needs it: in B it would be another
-        # micro-batch's.
+        # What reads a state is F's even where only B needs it: there it is another micro-batch's.
         outputs = [t.op for t in (trace.output, *trace.reported.values())]
         f = ancestors([*outputs, *self.forward_effects, *(self.changing & of_forward)])
         self.forward = f | {t.op for t in trace.inputs}
@@ -99,8 +96,7 @@ class Scissors:
     ) -> Any:
         """Return the part of the graph from `arguments` to `results` as a concrete function.
 
-        `additions` are (accumulator, gradient) pairs: the gradient is added inside the function, in
-        place.
+        `additions` are (accumulator, gradient) pairs: the function adds the gradient, in place.
         """
         wanted = [*results, *(gradient for _, gradient in additions)]
         given = {t.ref() for t in arguments}

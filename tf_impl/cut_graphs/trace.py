@@ -76,8 +76,7 @@ def trace_stage(
             recorded = _record(x, extra, first, rest, variables)
             y, reported = recorded.output, recorded.reported
         num_forward = len(graph.get_operations())
-        # Nothing runs this graph, so the gradient of the output can be a placeholder that B gets as
-        # its argument.
+        # Nothing runs this graph, so the output's gradient can be a placeholder: B's argument.
         dy = None if is_last else tf.compat.v1.placeholder(y.dtype, y.shape)
         if recomputed:
             dx, dw = _backward_again(starts, extra, first, rest, variables, dy, again)

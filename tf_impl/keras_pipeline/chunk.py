@@ -74,8 +74,7 @@ def _move_here(layer: keras.layers.Layer) -> None:
 
 
 class Chunk:
-    """Consecutive layers of the model on one device, with the sums of their gradients: a virtual
-    stage.
+    """A virtual stage: consecutive layers on one device, with the sums of their gradients.
 
     Its life, for layers [Embedding, Dropout, Dense] on the first device:
 
@@ -116,8 +115,7 @@ class Chunk:
         self.evaluate = tf.function(self._evaluate, autograph=False)
 
     def build(self, x: keras.KerasTensor) -> keras.KerasTensor:
-        """Make the weights, on the chunk's device, for an input like `x`. Returns what the output
-        is like.
+        """Make the weights on the chunk's device for an input like `x`; return one like the output.
 
         Raises ValueError for an output that cannot be handed on: several tensors, or integers,
         which have no gradient.
@@ -214,9 +212,7 @@ class Chunk:
         def call(
             layer: keras.layers.Layer, x: tf.Tensor, context: DropoutContext | None
         ) -> tf.Tensor:
-            """Apply a layer; again, in a recomputation, it sees the states it began with and
-            changes none.
-            """
+            """Apply a layer; in a recomputation with the states that it began with."""
             scope: Any = contextlib.nullcontext()
             if id(layer) in states:  # the second time
                 read = [

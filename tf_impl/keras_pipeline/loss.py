@@ -79,8 +79,7 @@ class BatchLoss(NamedTuple):
         size = float(values.shape.num_elements())
         if mask is None:
             return tf.constant(size, tf.float64)
-        # Keras divides by how many elements of the mask count, and by how many values each of them
-        # stands for.
+        # Keras divides by how many elements of the mask count, and how many values each stands for.
         return tf.reduce_sum(tf.cast(mask, tf.float64)) * (size / mask.shape.num_elements())
 
     def _counted(

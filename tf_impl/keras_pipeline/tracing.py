@@ -98,8 +98,7 @@ class TracedRow(keras.Model):
         """By chunk: a function for what of its output the predictions' mask depends on, and of its
         input it takes.
 
-        Where a mask depends on nothing but the tokens, as that of an Embedding, nothing else is
-        computed.
+        Where a mask depends on the tokens alone, as an Embedding's, nothing else is computed.
         """
         # From the last chunk backwards: what one needs of its input is wanted of the one before.
         parts: list[tuple[Any, list[bool]]] = []
@@ -171,9 +170,7 @@ class TracedRow(keras.Model):
         return float(traced.divisor(self._prediction_mask(traced, x), *labels))
 
     def _prediction_mask(self, traced: Traced, x: tf.Tensor) -> np.ndarray | None:
-        """That of the whole mini-batch: its loss is a mean over what counts, known before the first
-        backward.
-        """
+        """The whole mini-batch's: its loss is a mean over what counts, known before any backward."""
         if not self._is_masked:
             return None
         masks = []

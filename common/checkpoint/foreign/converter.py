@@ -1,5 +1,4 @@
-"""The worker side of import and export: `python -m <implementation>.convert`, which alone may import
-its framework.
+"""The worker side of import and export, with a framework: `python -m <implementation>.convert`.
 
     export CHECKPOINT FILE          writes the framework's own file
     import FILE CHECKPOINT SPEC [TOKENIZER]   reads one; SPEC is the model as JSON, TOKENIZER a file, empty for bytes
