@@ -1,4 +1,4 @@
-"""`TrainSpec`'s optimizers as Keras optimizers, and any Keras optimizer on one device of several."""
+"""`TrainSpec`'s optimizers as Keras optimizers, and any one on one device of several."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ class TracedRow(keras.Model):
         return float(traced.divisor(self._prediction_mask(traced, x), *labels))
 
     def _prediction_mask(self, traced: Traced, x: tf.Tensor) -> np.ndarray | None:
-        """The whole mini-batch's: its loss is a mean over what counts, known before any backward."""
+        """The whole mini-batch: its loss is a mean over what counts, known before any backward."""
         if not self._is_masked:
             return None
         masks = []
