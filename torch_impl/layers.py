@@ -246,8 +246,7 @@ class Block(nn.Module):
             x = x + attend(self.norm_1(x))
             return x + feed(self.norm_2(x))  # (B, S, D)
         x = self.norm_1(x + attend(x))
-        x = self.norm_2(x + feed(x))
-        return x  # (B, S, D)
+        return self.norm_2(x + feed(x))  # (B, S, D)
 
 
 class Head(nn.Module):
