@@ -1,10 +1,8 @@
-"""`python -m paddle_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for
-what cannot start.
+"""`python -m paddle_impl JOBS.json`: runs the file's jobs, exits with their status, or 2.
 
 `python -m paddle_impl train run.toml`, started by a launcher: one rank of a run over hosts.
 
-Differs: this process only starts one process per stage, replica and shard, and waits for them
-(`paddle_impl.ranks`).
+Differs: this process starts one per stage, replica and shard, and waits (`paddle_impl.ranks`).
 """
 
 from __future__ import annotations

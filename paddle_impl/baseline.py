@@ -1,8 +1,7 @@
 """What a Paddle user would write without this project: a plain loop. Paddle's pipeline is fleet's.
 
 That one, `pipeline.NativePipeline`, lives beside our own because both share fleet's layers; here is
-the loop. It trains the same model, from the same weights, on the same batches, with the same
-optimizer and threads.
+the loop, with the same model, weights, batches, optimizer and threads.
 """
 
 from __future__ import annotations

@@ -35,8 +35,7 @@ def configure(ranks: int, threads: int | None, device: str) -> None:
     if set(stage_devices(ranks, device)) == {"cpu"} and "FLAGS_use_stride_kernel" not in os.environ:
         import paddle
 
-        # A transposed tensor would be a view, which every product that reads it makes contiguous
-        # with a slow CPU kernel.
+        # A transposed tensor is a view, which every product first copies with a slow CPU kernel.
         paddle.set_flags({"FLAGS_use_stride_kernel": False})
 
 

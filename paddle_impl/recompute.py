@@ -17,8 +17,7 @@ def recompute(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`run(x)`, of which only `x` is kept; the backward runs it again. `run` must give the same
     bits both times.
 
-    Paddle's random state is not put back: what is random in `run` has to follow from its arguments,
-    as our dropout does.
+    Paddle's random state is not put back: what is random in `run` has to follow from its arguments.
     """
     if not x.stop_gradient:
         return fleets_recompute(run, x, preserve_rng_state=False)

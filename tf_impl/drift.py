@@ -154,8 +154,7 @@ def _per_stage_clipping(
 
 
 def _sparse_embedding_gradient(config: RunConfig) -> list[AbstractContextManager[None]]:
-    """The token embedding's gradient as `tf.gather` gives it: a row for every token of the text, so
-    one token has many.
+    """The token embedding's gradient as `tf.gather` gives it: a row for every token of the text.
 
     Keras squares the rows of `tf.IndexedSlices` each, in the norm and in Adam's second moment.
     """

@@ -1,5 +1,4 @@
-"""Dropout: `common.spec.dropout_masks` in TensorFlow's 64-bit integers, bit for bit, or
-TensorFlow's own.
+"""Dropout: `common.spec.dropout_masks` in 64-bit integers, bit for bit, or TensorFlow's own.
 
 Both are drawn on the stage's own device.
 """
@@ -17,9 +16,7 @@ from tf_impl.precision import at_least_float32
 
 
 class DropoutContext(NamedTuple):
-    """What the masks of one micro-batch depend on, besides their site. Tensors, so that one trace
-    serves all steps.
-    """
+    """What one micro-batch's masks depend on besides their site: tensors, so one trace serves all."""
 
     step_key: tf.Tensor  # () int64
     samples: tf.Tensor  # (b,) int64, indices in the mini-batch

@@ -1,5 +1,4 @@
-"""Which operations may run again, and which change something: what a cut, a second forward and many
-micro-batches ask.
+"""Which operations may run again, and which change something, for a cut or a second forward.
 
 TensorFlow calls an operation stateful as soon as it reads a variable, and so the loop of every
 LSTM. What counts here is whether it, or any function that it calls, changes a state, draws a random

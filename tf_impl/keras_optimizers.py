@@ -69,8 +69,7 @@ class AdamW(keras.optimizers.AdamW):
 class SGD(keras.optimizers.SGD):
     """SGD with momentum as PyTorch has it: m = momentum x m + g + decay x w; w -= rate x m.
 
-    Keras' momentum holds the rate as well, so a changing rate gives other numbers, and its weight
-    decay is decoupled.
+    Keras' momentum holds the rate: a changing one differs. Its weight decay is decoupled.
     """
 
     def __init__(

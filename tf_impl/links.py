@@ -14,8 +14,7 @@ taken for something else.
 
 A process that ends closes its sockets, and whoever waits for it gets a ConnectionError at once.
 
-Differs: PyTorch's go through torch.distributed, which has point-to-point messages, Paddle's through
-fleet's groups.
+Differs: torch.distributed has point-to-point messages, and Paddle has fleet's groups.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""bfloat16 as other frameworks' kernels have it: operands and results in bfloat16, the arithmetic
-between in float32.
+"""bfloat16 as other frameworks' kernels have it: operands and results, with float32 between.
 
 Differs: PyTorch's kernels do so themselves. TensorFlow 2.21 on CPU
 
@@ -67,8 +66,7 @@ def softmax(scores: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
 
 
 class Linear(keras.layers.Dense):
-    """`keras.layers.Dense` with the products of `tf_impl.precision`, and a bias whose gradient is
-    summed in float32.
+    """`keras.layers.Dense` with the products of this module, and a bias' gradient in float32.
 
     Differs: PyTorch's linear layer is so already, and it is its LayerNorm that is not
     (`torch_impl.precision`).

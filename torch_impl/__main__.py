@@ -1,5 +1,4 @@
-"""`python -m torch_impl JOBS.json`: runs the jobs of the file and exits with their status; 2 for
-what cannot start.
+"""`python -m torch_impl JOBS.json`: runs the file's jobs, exits with their status, or 2.
 
 `python -m torch_impl train run.toml`, started by a launcher: one rank of a run over hosts.
 """

@@ -7,8 +7,7 @@ F, B and W of a stage: a product, a tanh and another product (as in docs/schedul
     W    dA = xᵀ dz                dC = hᵀ dy
 
 B asks autograd for the gradients of `x` *and of the output of every linear and embedding layer*
-(autograd takes a place in its graph, a `GradientEdge`, wherever it takes a tensor). Here these
-outputs are x A and y:
+(autograd takes a place in its graph, a `GradientEdge`, as it takes a tensor). Here x A and y:
 
     x ◄── · A ◄── tanh ◄── · C ◄── dy       held from F to B: the graph (x, h) and the taps
            └─ tap: dz       └─ tap: dy      held from B to W: (layer A, x, dz) and (layer C, h, dy)
@@ -73,8 +72,7 @@ def backward_input(saved: Forward, gradient: Tensor | None) -> tuple[Tensor | No
     first_direct, first_tap = len(inputs), len(inputs) + len(saved.direct)
     for parameter, piece in zip(saved.direct, found[first_direct:first_tap], strict=True):
         gradient_of(parameter).add_(piece)
-    # Recomputed layers run in the order of the taps, so each tap without an input takes the next
-    # one that B has found.
+    # Recomputed layers run in the taps' order: each tap without an input takes B's next one.
     again = chain.from_iterable(saved.again)
     waiting = [
         (tap.layer, next(again) if tap.x is None else tap.x, piece)

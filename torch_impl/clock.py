@@ -1,5 +1,4 @@
-"""When a GPU did what: its work is only queued, so the times are those of CUDA events, and the host
-may be far ahead.
+"""When a GPU did what: its work is queued and the host may be far ahead, so CUDA events tell.
 
 Differs: TensorFlow's engine waits after every action.
 """

@@ -6,8 +6,7 @@
 
 Every tensor has its canonical shape here, in which a linear layer's weight is (in, out).
 
-Differs: PyTorch's own PowerSGD (`data_parallel.py`) joins tensors to buckets, and waits for a
-backward's hooks.
+Differs: PyTorch's PowerSGD (`data_parallel.py`) joins tensors to buckets, by a backward's hooks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """DistributedDataParallel as its users write it: the whole model in every process, and a plain loop
 over this replica's rows. A baseline for p = 1; why it does not fit a pipeline stands in
-`torch_impl/rank_engine.py`. Its communication hooks compress gradients; that for bfloat16 refuses
-CPUs.
+`torch_impl/rank_engine.py`. Its hooks compress gradients; bfloat16's refuses CPUs.
 
 Differs: TensorFlow's replicas are devices of one process.
 """

@@ -1,8 +1,6 @@
-"""The habits of `common.spec.habits` that PyTorch has or lets its users have: each replaces one
-name of this package.
+"""The habits of `common.spec.habits` in PyTorch: each replaces one name of this package.
 
-The rest of the package knows nothing of them: `switch` puts the replacement in place and takes it
-away again.
+The rest of the package knows nothing of them: `switch` puts one in and takes it out.
 """
 
 from __future__ import annotations

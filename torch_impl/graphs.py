@@ -164,8 +164,7 @@ class GraphedStage:
             static = None if given is None else given.detach().clone()
             graph = torch.cuda.CUDAGraph()
             with ONE_AT_A_TIME:
-                # thread_local: what the other stages' threads do meanwhile is none of this
-                # recording's business.
+                # thread_local: other stages' threads do not matter to this one.
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
                     result = work(static)

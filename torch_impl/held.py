@@ -1,5 +1,4 @@
-"""What autograd holds for the backward, in bytes: looked at once per chunk, counted by
-`common.runtime.held`.
+"""What autograd holds for the backward, in bytes, looked at once per chunk (`common.runtime.held`).
 
 Differs: TensorFlow needs none: what its functions hand to one another is all that is held.
 """

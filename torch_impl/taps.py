@@ -69,8 +69,7 @@ class Chunk(nn.Module):
         """Parameters whose gradients B gives along the way: those of the norms, which are small."""
 
     def _tap(self, layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        # Evaluation leaves no tap, nor does the second forward of a recomputation: it has a graph
-        # of its own, inside B.
+        # Evaluation leaves no tap, nor does a recomputation's second forward: its graph is in B.
         if output.requires_grad and self._again is None:
             # An embedding's input is no activation, and its piece of the graph may never be run.
             holds = self._holds_inputs or isinstance(layer, nn.Embedding)

@@ -1,7 +1,6 @@
 """PyTorch's own pipeline, `torch.distributed.pipelining`: one process per stage, beside ours.
 
-Differs: the others have none like it. Paddle's pipeline is fleet's (`paddle_impl/fleet.py`),
-TensorFlow has none.
+Differs: Paddle's pipeline is fleet's (`paddle_impl/fleet.py`), TensorFlow has none.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The dump of one step: a safetensors file that any implementation of the model can write and read
-(docs/numerics.md).
+"""The dump of one step, a safetensors file that anybody can write and read (docs/numerics.md).
 
 Tensors are named by `common.spec.parameters.TensorKey`. Nothing in a dump is trusted: it is never
 unpickled, its header must describe the file exactly before a tensor is read, and its metadata is

@@ -73,8 +73,7 @@ class DataPosition(Entry):
 class Manifest(Entry):
     """What a checkpoint holds.
 
-    `steps_done` is also the position of the learning rate and the dropout masks, which depend on
-    the step alone.
+    `steps_done` is also where learning rate and dropout masks are: they depend on the step alone.
     """
 
     schema_version: int
@@ -134,8 +133,7 @@ def moments_of(train: TrainSpec) -> tuple[Moment, ...]:
 def check_contents(manifest: Manifest, folder: Path) -> None:
     """Check that the tensors match the specification, and the files the tensors.
 
-    Each tensor is in one of the files, and no file is larger than its tensors make it. Raises
-    CheckpointError.
+    Each tensor is in one file, and no file is larger than its tensors. Raises CheckpointError.
     """
 
     def wrong(text: str) -> CheckpointError:

@@ -145,8 +145,7 @@ def write_weights(
     origin: str,
     tokenizer: bytes | None = None,
 ) -> Path:
-    """Return a checkpoint of weights alone, at step 0, without optimizer state. Raises
-    CheckpointError.
+    """Write a checkpoint of weights alone, at step 0. Raises CheckpointError.
 
     `tokenizer` is the content of their tokenizer.json, empty for bytes, None if unknown. Raises
     CheckpointError, also if `folder` exists.

@@ -283,8 +283,7 @@ def _summary(result: RunResult) -> str:
 def _report(session: _Session, console: Console) -> bool:
     """Print the tables and what went wrong, write the report, and return whether anything failed.
 
-    A run that did not end well, one that trained something else than the oracle, and a failed
-    oracle all count.
+    A run that did not end well, one that trained something else, and a failed oracle count.
     """
     if not session.results:
         return any(result.status == "failed" for result, _ in session.oracles.values())

@@ -9,9 +9,8 @@
 
 A worker leads a session, and with it a process group, that holds all it starts (Paddle's ranks, for
 one), so [4] reaches all of them. The worker has no channel back to the parent but files: whatever
-kills it, what it has written stays, and a missing file is the finding. A worker that dies, in
-whatever way, is an `Outcome` that says so; only the user's own stop is an exception
-(`Interrupted`).
+kills it, what it has written stays, and a missing file is the finding. A worker that dies is an
+`Outcome` that says so; only the user's own stop is an exception (`Interrupted`).
 """
 
 from __future__ import annotations

@@ -65,8 +65,7 @@ def read_probe(folder: Path, same_copies: bool = True) -> Run:
             raise ValueError(f"{path.name}: {error}") from None
         for text, value in arrays.items():
             key = TensorKey.parse(text)
-            # A tied weight lies on the first and the last stage, and both saved it; and every
-            # replica has all weights.
+            # Two stages saved a tied weight, and every replica all weights.
             twin = next((k for k in tensors if k._replace(stage=key.stage) == key), None)
             if same_copies and twin is not None and not np.array_equal(value, tensors[twin]):
                 raise ValueError(f"the copies of {key} differ")
@@ -92,8 +91,7 @@ def expected(
     """Return the oracle's run of `config`, or its first `steps`; computed once for all frameworks,
     partitions and schedules.
 
-    `stores_float32`: after every step its weights are rounded to float32, as whatever trains in
-    float32 has to.
+    `stores_float32`: after every step its weights are rounded to float32, as a float32 run has to.
     """
     # All that changes how a run is computed and not what, so that one oracle serves all of them.
     uncut = {"stages": 1, "chunks": 1, "partition": "even", "schedule": "gpipe"}

@@ -1,5 +1,4 @@
-"""Text at the edges of the program: names of files, numbers that are typed, standard output, files
-that people read.
+"""Text at the program's edges: file names, typed numbers, standard output, files people read.
 
 A name on Linux is bytes. Python keeps those that are not UTF-8 as surrogates (PEP 383), which
 neither JSON nor a terminal takes. So names travel through JSON as `OsText`, files are written with

@@ -282,8 +282,7 @@ def attention(
         q, k = rotate(q, m.rope_theta), rotate(k, m.rope_theta)
     group = m.num_heads // m.kv_heads
     k, v = k.repeat(group, 1), v.repeat(group, 1)  # (B, H, S, E)
-    # Position i sees 0 to i. Minus infinity above the diagonal becomes a weight of exactly 0. An
-    # encoder sees all.
+    # Position i sees 0 to i. Minus infinity becomes a weight of exactly 0. An encoder sees all.
     causal = np.triu(np.full((s, s), -np.inf), 1) if m.causal else 0.0  # (S, S)
     weights = softmax(q @ k.swapaxes(-1, -2) / math.sqrt(m.d_head) + causal)  # (B, H, S, S)
     mask = masks.at(unit, 0, weights.shape)  # (B, H, S, S), or 1.0

@@ -36,8 +36,7 @@ class RowRuns:
 
     @cached_property
     def shown(self) -> Run | None:
-        """The repeat that pictures show: the one in the middle by its median step. None if none has
-        a timed step."""
+        """The repeat that pictures show: the middle by its median step; None if none is timed."""
         timed = [
             run for run in self.runs if run.result.status == "ok" and run.result.tokens_per_second
         ]

@@ -81,8 +81,7 @@ def summarize(values: Sequence[float]) -> Summary | None:
 
 
 def speed_ratio(row: Samples, baseline: Samples, same_session: bool = True) -> Ratio | None:
-    """Return the baseline's median time over the row's; above 1 the row is faster. None if either
-    has no samples.
+    """Return the baseline's median time over the row's (above 1: faster); None without samples.
 
     Where both have the same repeats, of one session, the ratio is the median of the ratios within
     each repeat: the runs of one repeat follow each other closely, so that a machine that drifts

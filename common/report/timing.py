@@ -217,8 +217,7 @@ def _costs(steps: Sequence[_Step]) -> tuple[ActionCost, ...]:
     for k, op in sorted(set(zip(table.virtual_stage.tolist(), table.op.tolist(), strict=True))):
         # By virtual stage and not by device: the embedding's and the head's chunks cost otherwise.
         rows = (table.virtual_stage == k) & (table.op == op)
-        # Mean within a step, median over steps: 3, 3 and 30 ms in one disturbed step of ten move
-        # the cost by nothing.
+        # Mean within a step, median over steps: 30 ms in one disturbed step of ten move nothing.
         spent = np.array([(step.end - step.start)[rows] for step in steps])  # (steps, m)
         p10, p90 = np.percentile(spent, [10, 90]).tolist()
         costs.append(

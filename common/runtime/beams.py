@@ -11,8 +11,7 @@ With n beams, every token does this:
                       as if it ended now (`early_stopping = never`: at the last token, where the
                       penalty favours length), or at once (`yes`)
 
-2n candidates, since each beam can end with one of them and n have to go on. One that ends behind
-the first n is lost.
+2n candidates: each beam can end with one, and n go on. One that ends behind the first n is lost.
 
 Sums are float64 here and float32 in the library, so the two may part at a near-tie: the closest
 call says how near any was, in log-probability, or in score where finished ones are compared.

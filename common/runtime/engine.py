@@ -114,15 +114,13 @@ class Engine(Protocol):
     def optimizer_state(self) -> Arrays:
         """Return the moments: "first_moment/<name>" and, for AdamW, "second_moment/<name>".
 
-        SGD's momentum is the first moment; without momentum there is none. Before the first step
-        they are zeros.
+        SGD's momentum is the first moment; without momentum none. Before the first step they are 0.
         """
 
     def load_optimizer_state(self, state: Mapping[str, NDArray[Any]], steps_done: int) -> None:
         """Continue after `steps_done` steps that left `state`, which is of all devices.
 
-        The next call is `apply_gradients(steps_done)`. From then on every bit is that of a run that
-        was never interrupted.
+        The next call is `apply_gradients(steps_done)`. Then every bit is an uninterrupted run's.
         """
 
     def weights(self) -> Arrays: ...

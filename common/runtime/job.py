@@ -1,5 +1,4 @@
-"""What the parent hands to a worker: a list of jobs in a JSON file. What the worker hands back: files
-in each job's folder.
+"""What the parent hands to a worker, jobs in a JSON file, and back: files in each job's folder.
 
 progress.jsonl        lines as they happen, from the process that holds device 0 (read by the progress bar)
 not-finite-<device>.json   the first tensor of this process that was not finite, where the job was to stop at one

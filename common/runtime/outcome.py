@@ -24,9 +24,8 @@ class Outcome:
 
 
 def of_first_line(parts: Sequence[Part], stages: int) -> tuple[Part, ...]:
-    """Return line 0's parts with the peak memory of all: device s of line l has the number
-    l x stages + s there. All else is the same in every line: losses, and times, which the sums
-    have made equal.
+    """Return line 0's parts with the peak memory of all: device s of line l has the number l x
+    stages + s there. All else is the same in every line: losses, and times by the sums.
     """
     peaks = {
         part.line * stages + device: peak

@@ -12,8 +12,7 @@ PARENT = "TRIPTYCH_PARENT"
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:
-    """This process gets signal `number` when its parent ends, even by SIGKILL (Linux: prctl(2),
-    PR_SET_PDEATHSIG).
+    """This process gets signal `number` when its parent ends, even by SIGKILL (prctl(2) of Linux).
 
     A parent that has ended before this call is known by PARENT, if set: then this process exits.
     """

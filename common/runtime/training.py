@@ -177,8 +177,7 @@ def _save(engine: Engine, job: Job, saving: Saving, corpus: Corpus, batch: Batch
 def _not_finite(
     engine: Engine, job: Job, batch: Batch, what: str, loss_is_finite: bool = False
 ) -> NotFiniteError:
-    """The error, after a note of this process' first tensor that is not finite, for the parent to
-    find the very first.
+    """The error, after a note of this process' first tensor that is not finite, for the parent.
 
     The weights come first, since all that follows inherits from them; then the outputs of the
     units; then the gradients, from the head backwards. Once a step was made (`loss_is_finite`),

@@ -8,8 +8,7 @@ An action is an operation, a micro-batch and, with several chunks per device, a 
     F3      forward of micro-batch 3 (chunk 0)
     BW0.1   whole backward of micro-batch 0 in chunk 1
 
-Operations are those of the Zero Bubble paper (Qi et al. 2024); torch.distributed.pipelining calls
-them F, I, W and B:
+Operations are the Zero Bubble paper's (Qi et al. 2024); torch.distributed.pipelining's F, I, W, B:
 
     F    the forward
     B    the backward for the input gradient, which the stage before waits for
@@ -316,8 +315,7 @@ def build_schedule(
 def canonical(placement: tuple[tuple[int, ...], ...]) -> Placement:
     """Return the placement by its name where it has one. With one chunk per device that is "loop".
 
-    Raises ScheduleError unless every virtual stage from 0 on occurs exactly once, and every device
-    holds at least one.
+    Raises ScheduleError unless every virtual stage from 0 on occurs once, and each device has one.
     """
     numbers = sorted(itertools.chain.from_iterable(placement))
     if numbers != list(range(len(numbers))) or not all(placement):

@@ -47,8 +47,7 @@ def naive(p: int, m: int) -> Schedule:
 
 
 def gpipe(p: int, m: int) -> Schedule:
-    """Run all forwards, then all backwards (Huang et al. 2019). Bubble fraction (p-1)/(m+p-1); m
-    activations in flight.
+    """Run all forwards, then all backwards (Huang et al. 2019): bubble (p-1)/(m+p-1), m in flight.
 
     The drain runs in the fill's order, so that weight gradients add up as in every schedule.
 

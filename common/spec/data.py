@@ -127,8 +127,7 @@ class Corpus:
         return "" if self.tokenizer is None else hashlib.sha256(self.tokenizer).hexdigest()
 
     def training_batch(self, config: RunConfig, step: int) -> Batch:
-        """Return the mini-batch of `step` as `config` trains on it, always (batch_size,
-        context_length).
+        """Return the mini-batch of `step` as `config` trains on it: (batch_size, context_length).
 
         Where a sequence ends early (`sequence_lengths`) or an epoch leaves fewer sequences than fit
         (`sequences_per_epoch`), the rest is token 0 and IGNORED: every framework and schedule sees

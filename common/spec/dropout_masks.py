@@ -14,8 +14,7 @@ A micro-batch passes the indices that its samples have in the mini-batch, so [3]
 masks wherever the mini-batch is cut.
 
 The mixer is Wellons' 32-bit hash with the constants 0x21f0aaad and 0x735a2d97. Both are below 2^31,
-so every product fits a signed 64-bit integer, the one integer type whose arithmetic all three
-frameworks share.
+so every product fits a signed 64-bit integer, whose arithmetic all three frameworks share.
 
 This module is the NumPy reference; each implementation repeats [2] to [5] in its own integers.
 Letters in shapes: B samples of the micro-batch, n elements of one sample's tensor.

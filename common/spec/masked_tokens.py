@@ -1,5 +1,4 @@
-"""Masked-token training, as BERT has it (Devlin et al. 2019, section 3.1): what an encoder sees and
-what it is to predict.
+"""Masked-token training, as BERT's (Devlin et al. 2019, section 3.1): what it sees and predicts.
 
 Of a sequence 15 % of the tokens are chosen, at least one. A chosen token becomes the mask token (80
 %), any token of the vocabulary (10 %), or stays what it is (10 %); it alone is a target. What is

@@ -29,8 +29,7 @@ def balanced_within(
 ) -> list[int] | None:
     """Return the boundaries with the smallest largest device, then the smallest largest part.
 
-    `costs` are those of the embedding, a block and the head; `devices[k]` is the device of part k.
-    None if no cut fits.
+    `costs` are of the embedding, a block and the head, `devices[k]` is part k's. None: no cut fits.
     """
     last, block = len(devices) - 1, costs[1]
     # What a part costs besides its blocks.

@@ -193,8 +193,7 @@ def _tensor_parallel(config: RunConfig) -> Impossible | None:
     elif config.drift is not None:
         why = f"drift = {config.drift} is put back where matrices are whole; expected 1"
     elif not_cut:
-        # Every divisor of what all three have in common fits: for 8 heads, 2 of keys and d_ff =
-        # 1024 that is 1 and 2.
+        # Every divisor of all three fits: for 8 heads, 2 of keys and d_ff = 1024 that is 1 and 2.
         common = math.gcd(*sizes.values())
         fits = [n for n in range(1, common + 1) if common % n == 0]
         why = f"does not divide {' and '.join(not_cut)}; expected one of {fits}"

@@ -9,8 +9,7 @@ A block on two shards:
     f   forward: nothing                    backward: the sum of dx over the shards
     g   forward: the sum over the shards    backward: nothing; then comes the bias
 
-Weights are canonical (in, out) everywhere outside an engine: cut on load (`shard_of`), joined on
-save (`joined`).
+Weights are canonical (in, out) outside an engine: cut on load (`shard_of`), joined on save.
 """
 
 from __future__ import annotations

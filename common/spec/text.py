@@ -95,8 +95,7 @@ def _pieces(
 ) -> Iterator[tuple[Document | None, bytes]]:
     """Yield the documents in pieces, and under None what joins two of them.
 
-    Between plain files stands one line end: they may be parts of one text. A document of a .jsonl
-    is one by itself.
+    Between plain files stands one line end: they may be one text. A .jsonl's document is one.
     """
     if files is None:
         topics: dict[str, str] = pydoc_data.topics.topics

@@ -114,8 +114,7 @@ def _gradient_bytes(config: RunConfig, schedule: Schedule, stage: int, shard: in
     for name, shape in parameter_shapes(config.model).items():
         own = shape if shard is None else shard_shape(config, name, shape, shard)
         message = config.compression.message_bytes(own, element)
-        # Tensor by tensor, since what a compressor sends depends on a tensor's shape: P and Q of a
-        # matrix, a vector whole.
+        # Tensor by tensor: what a compressor sends depends on the shape; of a vector all.
         size[unit_of(name)] += message
         if name == TOKEN_EMBEDDING and config.model.tied_head:
             size["head"] += message

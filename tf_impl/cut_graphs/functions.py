@@ -28,8 +28,7 @@ CHANGED_SINCE = (
 
 @dataclass(frozen=True)
 class StageFunctions:
-    """The functions of one virtual stage. A dy of the last one (its output is the loss) is no
-    argument at all.
+    """The functions of one virtual stage. The last one, whose output is the loss, has no dy.
 
     None for what no action of the schedule calls: making a function takes longer than many steps.
     """

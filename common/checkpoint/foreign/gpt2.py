@@ -1,5 +1,4 @@
-"""A GPT-2 of the transformers library (Radford et al. 2019) from local safetensors files, in
-canonical names.
+"""The transformers library's GPT-2 (Radford et al. 2019) from safetensors, in canonical names.
 
     wte.weight (V, D), wpe.weight (S, D), h.N.ln_1, h.N.attn.c_attn (D, 3 D), h.N.attn.c_proj,
     h.N.ln_2, h.N.mlp.c_fc (D, F), h.N.mlp.c_proj (F, D), ln_f; with or without "transformer.", or a
