@@ -16,7 +16,7 @@ from tf_impl.precision import at_least_float32
 
 
 class DropoutContext(NamedTuple):
-    """What one micro-batch's masks depend on besides their site: tensors, so one trace serves all."""
+    """What one micro-batch's masks depend on besides their site: tensors, for one trace."""
 
     step_key: tf.Tensor  # () int64
     samples: tf.Tensor  # (b,) int64, indices in the mini-batch
