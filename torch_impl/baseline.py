@@ -91,6 +91,7 @@ class PlainEngine(BaselineEngine):
         found, self.model.outputs = self.model.outputs, None
         m = self.config.train.micro_batches
         return {
+            # In as many pieces as the others have micro-batches: each is compared by itself.
             TensorKey(batch.step, "forward", 0, self.replica * m + i, unit, "output"): piece.numpy()
             for unit, output in found
             for i, piece in enumerate(output.cpu().tensor_split(m))

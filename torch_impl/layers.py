@@ -151,6 +151,7 @@ class Attention(nn.Module):
         self.d_head, self.group = spec.d_head, spec.num_heads // spec.kv_heads
         self.rope_theta = spec.rope_theta if spec.position == "rotary" else None
         self.dropout, self.site, self.fused = spec.dropout, site, fused
+        # Once for the longest sequence: shorter ones, and a cache, take a part of it.
         mask = causal_mask(spec.context_length) if spec.causal else None
         self.register_buffer("causal", mask, persistent=False)
 

@@ -70,6 +70,7 @@ class RecordingStage(PipelineStage):
         super().__init__(units, index, count, device)
         self._chunk, self._events = chunk, events
 
+    # PyTorch calls these three for the actions of its table, whatever the schedule.
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
         result = super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
@@ -113,6 +114,7 @@ class PipeliningEngine(PlainEngine):
         device = devices.stage_devices(config.stages, config.device)[rank]
         indices = ours.parts[rank]
         parts = plan_partition(config).parts
+        # A stage of PyTorch's is one of our virtual stages: this rank has one for each chunk.
         units = [Units(config, parts[k], device) for k in indices]
         named = [
             item
@@ -223,6 +225,7 @@ class PipeliningEngine(PlainEngine):
         return torch.empty(shape, dtype=self._named[0].parameter.dtype, device=self._device)
 
     def _micro_batch_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        # A part of the mini-batch's mean, so gradients are added up as they are: scale_grads=False.
         return summed_loss(logits, targets, self._num_tokens)
 
     def _sum_over_ranks(self, numbers: list[float]) -> list[float]:

@@ -94,6 +94,7 @@ def read_dump(path: Path) -> Dump:
             tensors = {_key(path, text): opened.get_tensor(text) for text in entries}
     except SafetensorError as error:
         raise DumpError(f"{path}: {error}") from None
+    # A file is one step: with several, nobody could say which of them differs first.
     steps = {key.step for key in tensors}
     if len(steps) != 1:
         raise DumpError(

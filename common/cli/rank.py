@@ -223,6 +223,7 @@ class _Rank:
     def _settle_replicas(self, world: World, folders: Folders) -> None:
         """Lay as many replicas as there are processes for into the settings."""
         arguments = vars(self._arguments)
+        # Read as one pipeline: so many processes each takes, whatever --replicas says.
         alone = {"run.replicas": "1", "run.compress": "none"}  # one replica sends no gradients
         config, _ = train.read_training(Namespace(**arguments | alone), folders.resume, attempts=1)
         replicas = world.size // (config.stages * config.tensor_parallel)

@@ -244,6 +244,7 @@ def _costs(arguments: argparse.Namespace, stages: int, schedule: Schedule | None
         raise ScheduleError(
             "--kept-for-recompute: nothing is computed again; expected with --recompute"
         )
+    # Of 2 stages with 2 chunks: 1 number for all, 2 for the stages, or 4 for the virtual stages.
     virtual_stages = (
         schedule.num_virtual_stages if schedule is not None and schedule.num_chunks > 1 else None
     )
@@ -460,6 +461,7 @@ def _links(schedule: Schedule, arguments: argparse.Namespace) -> dict[str, int]:
     if size * replicas > MAX_PAIRS:
         most = math.isqrt(MAX_PAIRS // schedule.num_devices // shards)
         raise UsageError(f"--replicas {replicas}: too many to list; expected at most {most}")
+    # A sequence for each micro-batch at least: what travels needs no more of the training.
     sequences = max(base.train.batch_size, replicas * m)
     train = base.train.model_dump() | {"batch_size": sequences, "micro_batches": m}
     run: dict[str, Any] = {"stages": schedule.num_devices, "chunks": schedule.num_chunks}
@@ -532,6 +534,7 @@ def _result(simulation: Simulation, arguments: argparse.Namespace) -> dict[str, 
     if arguments.schedule == SEARCH:
         question = _question(arguments, costs)
         bound = min(map(lower_bound, shops(*question)))
+        # A step is no shorter than `bound` in any order, and in it the devices work for `busy`.
         busy = float(costs.per_micro_batch.mean()) * schedule.num_micro_batches
         result["memory_limit_per_stage"] = [_whole(each) for each in question[3]]
         prefix = "warm_start_" if arguments.objective == "warm" else ""

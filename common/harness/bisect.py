@@ -186,6 +186,7 @@ class _Walk:
             yield from self._tensor("message", ("forward", unit, "output"), "activation")
         yield from self._tensor("loss", ("forward", "head", "loss"), "loss")
         for unit in reversed(self.units):
+            # What the unit made by itself of one input and one gradient of its output.
             alone = [
                 tensor
                 for phase, of, tensor in self.sides[0]

@@ -156,6 +156,7 @@ def compare_probe(run: Run, want: Expected, dtype: str) -> Comparison:
     first, oracle_first = (
         {key: value for key, value in c.items() if key.step == 0} for c in (curve, oracle_curve)
     )
+    # In the order of the computation: the first failure is the one nearest to its cause.
     checks = [
         compare(run.phase("forward"), want.unit_outputs, "activation", dtype),
         compare(first, oracle_first, "loss", dtype),

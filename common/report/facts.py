@@ -37,6 +37,7 @@ def parity_verdict(collection: Collection) -> Verdict:
     passed, failed = said["pass"], said["FAIL"]
     ended = Counter(result.status for result in collection.results)
     words = [f"Parity: {passed} of {len(parities)} runs train what the float64 oracle trains"]
+    # An error over its limit: 0.2 is a fifth of what is allowed.
     if margins := [
         (m, check)
         for parity in parities

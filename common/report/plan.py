@@ -92,6 +92,7 @@ def _size(plan: Plan) -> tuple[str | int, ...]:
 
 def what_binds(plans: Plans, unlimited: Plans) -> str:
     """Say what keeps the best plan from being faster: memory, granularity or the bubble."""
+    # First what more memory would change, then what a finer cut would; what is left is the bubble.
     best, free = plans.found[0], unlimited.found[0]
     if free.step_seconds < best.step_seconds * (1 - WORTH):
         return (
@@ -168,6 +169,7 @@ def draw(path: Path, plans: Plans, unlimited: Plans, limit_bytes: float) -> None
     figure = new_figure(10, 4.5)
     left, right = figure.subplots(1, 2)
     for name, fastest in unlimited.best_per_schedule().items():
+        # A curve is one schedule on one grid of devices: only m changes along it.
         best = {
             plan.config.train.micro_batches: plan
             for plan in unlimited.found

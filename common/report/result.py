@@ -261,6 +261,7 @@ def measured(outcome: Outcome, config: RunConfig, untimed_steps: int) -> dict[st
     if not outcome.parts:
         return fields
     last = outcome.parts[-1]
+    # All processes have the same loss and norm; a step ends with the slowest of them.
     steps = [
         Step(
             step=records[-1].step,

@@ -37,6 +37,7 @@ class Curve:
         """The first x after which the gain is below `KNEE_GAIN`; None without one."""
         if not self.is_judged:
             return None
+        # 100, 112 and 118 tokens/s gain 12 % and then 5 %: the knee is at the second.
         for here, now, after in zip(
             self.x, self.tokens_per_second, self.tokens_per_second[1:], strict=False
         ):

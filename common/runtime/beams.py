@@ -64,6 +64,7 @@ class Beams:
         before, self._running = self._running, []
         rows: list[int] = []
         finished: list[Beam] = []
+        # [2] and [3] in one walk, the likeliest first: n = 2 has 4 candidates, of which 2 go on.
         for rank, (total, row, token) in enumerate(candidates[: 2 * n]):
             text = [*before[row].text, token]
             if not ends[rank] and len(rows) < n:

@@ -86,6 +86,7 @@ def run_decoding(
     """
     count = schedule.num_virtual_stages
     line = schedule.devices[device]
+    # What is still on its way through here, (group, chunk): an end passes all devices like a token.
     going = {(action.micro_batch, action.chunk) for action in line}
     begun: set[int] = set()
     while going:

@@ -96,6 +96,7 @@ class OracleEngine:
 
     def decode(self, feed: Feed) -> None:
         """As the protocol says, one group after another, with no cache: the reference for those."""
+        # The whole text again for every token: slow, without a cache that could be wrong.
         for group in range(self.config.train.micro_batches):
             texts, logits = np.zeros((0, 0), np.int64), None
             while (extension := feed(group, logits)) is not None:

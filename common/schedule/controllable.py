@@ -88,6 +88,7 @@ def why_not_v_min(schedule: Schedule, costs: Costs) -> str | None:
 def _schedule(name: str, m: int, offsets: Sequence[Sequence[int]]) -> Schedule:
     # Every micro-batch is the pattern of the first, 6 slots later for each before it.
     devices = [[first + INTERVAL * np.arange(m) for first in of_device] for of_device in offsets]
+    # The second time without the Ws, which are filled in anew behind it.
     for with_weights in (True, False):
         devices = [slots[:4] for slots in _squeezed(_moved(devices, with_weights))]
     return _in_order([[*slots, _fill(slots)] for slots in devices], name)
@@ -140,6 +141,7 @@ def _moved(devices: list[Slots], with_weights: bool) -> list[Slots]:
             phase = "steady"
         if phase == "drain" or (phase == "fill" and with_weights):
             times = devices[d][kind]
+            # The first free slot in which it can lie without holding too much; else it stays.
             for earlier in range(_earliest(devices, d, kind, i), slot):
                 times[i] = earlier
                 if earlier not in taken[d] and _held(devices[d]) <= limit:

@@ -105,6 +105,7 @@ def _lines(simulation: Simulation, ascii_only: bool, why: bool) -> list[_Line]:
             first = len(prefix) + round(simulation.start[row] * scale)
             last = len(prefix) + round(simulation.end[row] * scale)
             action = table.action(row)
+            # An action fills its cells but the last, which stays free: "BW0── " of 6.
             room = last - first - 1
             word = names[row][:room].ljust(max(room, 0), dash) + ("*" if row in marked else " ")
             text[first:last] = list(word)[: last - first]
@@ -131,6 +132,7 @@ def _fold(lines: list[_Line], width: int | None) -> list[_Line]:
         return lines
     room = max(width - head, 20)
     folded: list[_Line] = []
+    # Each block has the names at its left; a style is cut where the block begins and ends.
     for begin in range(head, total, room):
         for line in lines:
             styles = [

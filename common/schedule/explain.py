@@ -232,6 +232,7 @@ def explain(name: str, simulation: Simulation) -> str:
     sizes = ", ".join(f"{symbol} = {value:g}" for symbol, value in values.items())
     lines = [f"{name}: {explanation.source}", *textwrap.wrap(explanation.text, 100), "", sizes]
     formulas = {formula.measure: formula for formula in explanation.formulas}
+    # A schedule may have no formula for it: the simulation has a number all the same.
     for measure, simulated in MEASURES.items():
         found = f"simulated {_amount(measure, simulated(simulation), simulation)}"
         if formula := formulas.get(measure):

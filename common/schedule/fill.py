@@ -74,6 +74,7 @@ def fill_by(shop: Shop, rows: Rows, target: float) -> Rows | None:
         held[d] += shop.holds[a]
         filled[d].append(a)
 
+    # A device runs until it needs an action that has not run; that one makes it runnable again.
     runnable = list(range(shop.p))
     while runnable:
         d = runnable.pop()

@@ -89,6 +89,7 @@ class Tabu:
         row = self.current[d]
         before = row[start - 1] if start else -1
         held = self.held[before] if start else 0.0
+        # Each row is a list linked both ways: a critical path goes from neighbour to neighbour.
         for at in range(start, stop):
             a = row[at]
             held += self.shop.holds[a]
@@ -115,6 +116,7 @@ class Tabu:
             if best is None or value < best[0]:
                 best = value, move
         if best is None:
+            # All moves are forbidden or break a rule: a few such steps in a row lead to a shake.
             self.stuck += PATIENCE // 4
         else:
             self._make(best[1])
@@ -130,6 +132,8 @@ class Tabu:
             ]
         )
         path = []
+        # Backwards: an action starts when its neighbour on the device ends or its message comes. If
+        # both do at once there are two critical paths, and chance takes one.
         while a >= 0:
             path.append(a)
             waits_for = []
@@ -199,6 +203,7 @@ class Tabu:
         row, stop = self.current[move.d], move.first + len(move.order)
         old, row[move.first : stop] = row[move.first : stop], move.order
         times = self.shop.play(self.current)
+        # What waits for itself in a circle over two devices is never played to its end.
         possible = len(times.order) == self.shop.num_actions
         # About as many steps as a row has actions to swap; longer for what would never end.
         tenure = 8 + len(row) // 6
@@ -220,6 +225,7 @@ class Tabu:
     def _shake(self) -> None:  # [5]
         self._start_from(self.rows)
         self.stuck = 0
+        # Swaps at random; `_guess` is asked for the rules alone, its value does not matter.
         for _ in range(self.chance.randint(3, 12)):
             d = self.chance.randrange(self.shop.p)
             x = self.chance.randrange(len(self.rows[d]) - 1)

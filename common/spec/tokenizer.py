@@ -139,6 +139,7 @@ class FileTokenizer:
     def unknown(self, text: str) -> str:
         with self._one_line():
             encoding = self._library.encode(text, add_special_tokens=False)
+        # The places under some token that is not the unknown one.
         covered = {
             place
             for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
@@ -284,6 +285,7 @@ def blocks_of(text: Iterable[str], end_of_document: str | None = None) -> Iterat
 def _cut(text: str, start: int, end: re.Pattern[str]) -> int | None:
     """Return where the block from `start` ends; None if more of the text is needed to say it."""
     least, most = start + BLOCK_CHARACTERS, start + LONGEST_BLOCKS * BLOCK_CHARACTERS
+    # A place may begin ahead of the least length, as "</s>" does, where it ends behind it.
     for found in end.finditer(text, least - max(map(len, ENDS_OF_TEXT)), most + 1):
         if least <= found.end() <= most:
             return found.end()

@@ -112,6 +112,7 @@ def _spec(tensors: Tensors, config: _Config, said: Mapping[str, Any]) -> Transfo
         "activation": ACTIVATIONS[config.activation_function],
         "norm_epsilon": config.layer_norm_epsilon,
     }
+    # Options are float32 (`common.spec.rounding`), and compared with the same rounding.
     if "norm_epsilon" in said:  # which is rounded
         given["norm_epsilon"] = round_to_float32(config.layer_norm_epsilon)
     for name, field in NOT_IN_THE_WEIGHTS.items():
@@ -191,6 +192,7 @@ def _canonical(arrays: Mapping[str, NDArray[Any]], spec: TransformerSpec) -> Arr
         found["head.output.weight"] = arrays[HEAD].T
     for i in range(spec.num_layers):
         for part in ("weight", "bias"):
+            # c_attn (D, 3 D) has the three side by side; so has its bias, (3 D,).
             query, key, value = np.split(arrays[f"h.{i}.attn.c_attn.{part}"], 3, axis=-1)
             block = {
                 f"norm_1.{part}": arrays[f"h.{i}.ln_1.{part}"],

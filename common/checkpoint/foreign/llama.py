@@ -150,6 +150,7 @@ def write_llama(spec: TransformerSpec, weights: Mapping[str, NDArray[Any]], fold
         "bos_token_id": None,  # the library's defaults would end a text at token 2
         "eos_token_id": None,
     }
+    # A norm has one axis: its transpose is itself.
     tensors = {
         short if short == HEAD else f"model.{short}": np.ascontiguousarray(
             weights[name] if name == TOKEN_EMBEDDING else weights[name].T

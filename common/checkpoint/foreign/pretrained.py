@@ -77,6 +77,7 @@ class Tensors:
         path, entry = self.headers[name]
         if entry.dtype == "BF16":  # the upper half of a float32
             with path.open("rb") as file:
+                # 8 bytes of length, a header in JSON, the tensors: their offsets count from here.
                 length = int.from_bytes(file.read(8), "little")
                 first_byte = 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
             bits = np.fromfile(path, "<u2", math.prod(entry.shape), offset=first_byte)
