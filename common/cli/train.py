@@ -310,7 +310,7 @@ def _timed(outcome: Outcome) -> Outcome:
 
 def drop_tensors(training: Training) -> None:
     """Remove step 0's gradients, as large as the model, and the tokens, as large as the text."""
-    for path in training.folder.glob("attempt-*/part-*.safetensors"):
+    for path in training.folder.glob("attempt-*/**/part-*.safetensors"):
         path.unlink()
     if training.text is not None:
         drop_tokens(training.text)

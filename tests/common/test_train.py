@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,14 @@ def test_restarts_lose_nothing(
     assert len(found.restarts) == len(deaths.split(","))
     first = found.restarts[0]
     assert "SIGKILL" in first or "ValueError: gave up; on from its beginning" in first
+
+
+def test_no_gradients_are_left_of_any_line(tmp_path: Path) -> None:
+    for folder in (tmp_path / "attempt-1", tmp_path / "attempt-1" / "line-1"):
+        folder.mkdir()
+        (folder / "part-0.safetensors").touch()
+    train.drop_tensors(SimpleNamespace(folder=tmp_path, text=None))  # type: ignore[arg-type]
+    assert list(tmp_path.rglob("*.safetensors")) == []
 
 
 def test_without_restarts_a_death_is_a_failure_that_keeps_its_checkpoints(
