@@ -17,15 +17,19 @@ import numpy as np
 import pytest
 import torch
 
+from common.harness.probes import read_probe
 from common.runtime.executor import StageFailure, unwatched
 from common.runtime.inference import generate
 from common.runtime.job import Generation, Job
 from common.schedule.action import Action, Op
 from tests.campaigns.fake_gpu.late_kernels import queue
-from tests.engines import ELSEWHERE, Arrays, Make, batch, check_resumes, different, train
+from tests.engines import ELSEWHERE, Arrays, Make, batch, check_resumes, different, small, train
 from tests.every_framework import check_kernels
+from tests.parity.ladder import first_different_bits
 from torch_impl import backward, streams
+from torch_impl.engine import build_engine
 from torch_impl.roofline import prepare
+from torch_impl.shard_threads import run_lines
 
 DEEP: dict[str, Any] = {"num_layers": 6}
 VEE: dict[str, Any] = {"run": {"chunks": 2}, **DEEP}
@@ -91,6 +95,25 @@ def test_gpus_give_the_bits_of_the_cpu(
         different(everything(tmp_path, make, *rest), everything(tmp_path, on_gpus(gpus), *rest))
         == []
     )
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_shards_give_the_bits_of_the_cpu(
+    gpus: int, on_gpus: Callable[[int], Make], tmp_path: Path
+) -> None:
+    """Two stages of two shards, as threads: all on one GPU, two on each, or one."""
+    on_gpus(gpus)
+    found = []
+    for device in ("cpu", "cuda"):
+        run = {"tensor_parallel": 2, "vocab_parallel": True, "device": device, "threads": 4}
+        model = {"train": {"steps": 3}, "dropout": 0.1, "tied_head": True}
+        config = small("torch", 2, "zb-h1", run=run, **model)
+        job = Job(config=config, out=str(tmp_path / device), kind="probe")
+        for folder in job.folders:
+            folder.mkdir()
+        run_lines(job, build_engine)
+        found.append(read_probe(Path(job.out), same_copies=True))
+    assert first_different_bits(*found) is None
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
