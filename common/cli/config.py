@@ -42,7 +42,8 @@ GRID: tuple[Key, ...] = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add all options of the benchmark, in groups. The namespace holds only those given."""
-    lists = "Each of these takes a list, such as 1,2,4; several lists make a grid."
+    lists = "Each of these takes a list, such as 1,2,4; several lists make a grid, without the "
+    lists += "points that cannot be."
     groups = {
         "grid": parser.add_argument_group("what to compare", lists),
         "bench": parser.add_argument_group("the benchmark"),
@@ -85,8 +86,9 @@ def read_bench(arguments: argparse.Namespace) -> Bench:
 def _grid(settings: Settings) -> tuple[tuple[RunConfig, ...], str]:
     """Return every combination of the listed values, each validated before anything runs.
 
-    Of `all` schedules those are left out that do not fit where another one does; the second result
-    says which, and why.
+    Left out are combinations whose values all run in others (`--replicas 1,2 --compress none,fp16`
+    has no fp16 with one replica), and of `all` schedules those that do not fit where another one
+    does; the second result says which, and why.
     """
     # {schedule: [gpipe, 1f1b], framework: [torch, paddle]} makes four points.
     axes = {key: listed(settings[key].value) for key in GRID if key in settings}
@@ -99,20 +101,27 @@ def _grid(settings: Settings) -> tuple[tuple[RunConfig, ...], str]:
     points, fitting, errors = [], [], []
     for combination in itertools.product(*axes.values()):
         choice = dict(zip(axes, combination, strict=True))
-        place = choice | {SCHEDULE: "all"}
         chosen = {key: Setting(value, settings[key].where) for key, value in choice.items()}
         try:
             points.append(make_run(with_python(settings | chosen)))
-            fitting.append(place)
+            fitting.append(choice)
         except UsageError as error:
-            errors.append((place, choice[SCHEDULE], str(error)))
-    misfits = [error for error in errors if takes_all and error[0] in fitting]
-    if wrong := dict.fromkeys(error[-1] for error in errors if error not in misfits):
-        first, *others = wrong
+            errors.append((choice, str(error)))
+    runs = {key: [choice[key] for choice in fitting] for key in axes}
+    places = [choice | {SCHEDULE: "all"} for choice in fitting] if takes_all else []
+    wrong, left_out = [], []
+    for choice, text in errors:
+        if choice | {SCHEDULE: "all"} in places:
+            left_out.append(f"{choice[SCHEDULE]} ({text})")
+        elif all(value in runs[key] for key, value in choice.items()):
+            left_out.append(text)
+        else:
+            wrong.append(text)
+    if wrong:
+        first, *others = dict.fromkeys(wrong)
         more = f" (and {len(others)} more points of the grid are impossible)" if others else ""
         raise UsageError(first + more)
-    left_out = dict.fromkeys(f"{name} ({text})" for _, name, text in misfits)
-    return tuple(dict.fromkeys(points)), "; ".join(left_out)
+    return tuple(dict.fromkeys(points)), "; ".join(dict.fromkeys(left_out))
 
 
 def _baselines(points: Sequence[RunConfig]) -> list[RunConfig]:

@@ -18,7 +18,7 @@ class Bench:
     points: tuple[RunConfig, ...]
     dry_run: bool = False
     left_out: str = ""
-    """The schedules that `--schedules all` leaves out, and why."""
+    """The points of the grid that cannot be, and why."""
 
 
 class BenchOptions(Frozen):

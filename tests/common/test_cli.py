@@ -90,6 +90,23 @@ def test_all_schedules_but_those_that_do_not_fit() -> None:
         bench(*line, "--stages", "2,9", "--micro-batches", "4")
 
 
+@pytest.mark.parametrize(
+    ("line", "count", "why"),
+    [
+        ("--replicas 1,2 --compress none,fp16", 18, "--compress = fp16: one replica sends no"),
+        ("--frameworks torch,paddle --dtype float32,bfloat16", 6, "--dtype = bfloat16: paddle"),
+        ("--schedules 1f1b,dualpipev --micro-batches 3,4", 9, "--schedules: schedule dualpipev: 3"),
+    ],
+)
+def test_a_combination_that_cannot_be_is_left_out_and_a_value_refused(
+    line: str, count: int, why: str
+) -> None:
+    found = bench("--preset", "tiny", *line.split())
+    assert len(found.points) == count and found.left_out.startswith(why)
+    with pytest.raises(UsageError, match="stages x chunks = 9"):
+        bench("--preset", "tiny", "--stages", "2,9", *line.split())
+
+
 def test_precedence_is_preset_then_file_then_command_line(tmp_path: Path) -> None:
     toml = (
         'preset = "tiny"\nstages = [1, 2]\nschedules = "gpipe"\nrepeats = 3\n[model]\nd_model = '
