@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,10 @@ from common.checkpoint.manifest import MANIFEST, CheckpointError
 from common.checkpoint.read import verify
 from common.io.edges import write_file
 
+TOUCH_SECONDS, GONE_SECONDS = 5.0, 30.0
+"""How often a lock's holder touches it, and how long it must not have for another host to take it:
+a run goes on where its launcher finds processes, without the host that is gone.
+"""
 FOLDER = re.compile(r"step-([0-9]{8,18})")
 
 
@@ -73,7 +79,8 @@ def locked(directory: Path) -> Iterator[None]:
     """Keep other runs out of `directory`, and remove what a dead run has left half-written.
 
     The lock is the kernel's (flock), so it goes with its process, however that ends; `.lock` says
-    for people and other machines who holds it. Raises CheckpointError if another run is in there.
+    for people and other machines who holds it, and is touched while its holder lives. Raises
+    CheckpointError if another run is in there.
     """
     lock, here = directory / ".lock", os.uname().nodename
     try:
@@ -92,18 +99,53 @@ def locked(directory: Path) -> Iterator[None]:
             raise CheckpointError(f"{directory}: {in_use}") from None
         # Not every network's file system carries locks from host to host.
         owner = _owner(lock)
-        if owner and owner["host"] != here:
-            raise CheckpointError(
-                f"{directory}: in use by {owner}; if that run is over, remove {lock}"
-            )
+        if owner and owner["host"] != here and _is_touched(lock):
+            in_use = f"in use by {owner}; use another folder, or wait"
+            raise CheckpointError(f"{directory}: {in_use}")
         since = time.strftime("%FT%TZ", time.gmtime())
-        write_file(lock, json.dumps({"pid": os.getpid(), "host": here, "since": since}))
+        own = json.dumps({"pid": os.getpid(), "host": here, "since": since})
+        write_file(lock, own)
+        over = threading.Event()
+        touching = threading.Thread(target=_touch, args=(lock, own, over), name="lock", daemon=True)
+        touching.start()
         try:
             remove_leftovers(directory)
             yield
         finally:
+            over.set()
+            touching.join()
             remove_leftovers(directory)
             write_file(lock, "")
+
+
+def _touch(lock: Path, own: str, over: threading.Event) -> None:
+    """Show that this process lives. End it where another host has taken the lock meanwhile."""
+    while not over.wait(TOUCH_SECONDS):
+        with contextlib.suppress(OSError):  # the disk may be away for a while
+            if lock.read_text(encoding="utf-8") == own:
+                os.utime(lock)
+            elif owner := _owner(lock):
+                stopped = f"this one had given no sign of life for {GONE_SECONDS:g} s"
+                print(
+                    f"{lock.parent}: now in use by {owner}; {stopped}", file=sys.stderr, flush=True
+                )
+                os._exit(1)
+
+
+def _is_touched(lock: Path) -> bool:
+    """Wait for a sign of life from another host's process, whatever the clocks there say."""
+
+    def touched() -> int:
+        # Opened, since a network's file system may answer from memory otherwise.
+        with lock.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+
+    before, deadline = touched(), time.monotonic() + GONE_SECONDS
+    while touched() == before:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(TOUCH_SECONDS / 10)
+    return True
 
 
 class _Owner(dict[str, Any]):

@@ -63,6 +63,12 @@ MAY_DIFFER = ("corpus", "tokenizer_file", "python", "threads")
 """Settings that hosts may have of their own: the texts are compared, not where they lie."""
 FAREWELL_SECONDS = 1.0
 """How long a process that is not needed any more waits for the others to read or say why."""
+HEARS_SECONDS = 5.0
+"""Within which Paddle's elastic launcher hears from another host's that a process has failed, and
+ends its own. One that sees its own fail meanwhile gives up for good: it sets its state to `failed`
+and waits for a notice that has already come. So rank 0 ends so long after a failure (behind one
+that was killed), and the others so long after rank 0.
+"""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -110,10 +116,12 @@ class _Rank:
     def __init__(self, framework: str, ranks: Ranks, arguments: Namespace) -> None:
         self._framework, self._ranks, self._arguments = framework, ranks, arguments
         self._console = Console(quiet=True)
+        self._launcher = ""
         self._note_end: Callable[[str, bool], None] = lambda line, is_interrupted: None
 
     def run(self) -> int:
         launched = launchers.find(os.environ)  # [1]
+        self._launcher = launched.launcher
         inherited.drop(os.environ)
         # One process speaks for all; the others say only what goes wrong.
         self._console = make_console() if launched.world.rank == 0 else self._console
@@ -268,6 +276,8 @@ class _Rank:
         log = out / f"failed-{stage}.txt"
         record = Record(training, self._arguments.command, self._console, is_first, log)
         linger = 2 * BEAT_SECONDS if is_first else 0.0
+        if self._launcher == launchers.PADDLE:
+            linger = HEARS_SECONDS * (1 if is_first else 2)
         end = end_process(names[world.rank], record.failed, stack.close, linger)
         places = Places(
             lambda: board.line(stage), self._arguments.hang_timeout, partial(who_waits, config)
@@ -302,6 +312,8 @@ class _Rank:
             record.failed(line, traceback.format_exc())
             heart.fail(line)
             print(f"{heart.name}: {line}", file=sys.stderr)
+            if self._launcher == launchers.PADDLE:
+                time.sleep(linger)
             return train.EXIT_FAILED
         if is_first:  # [7]
             record.ok(parts, part.steps)

@@ -24,6 +24,7 @@ from common.io.edges import whole_number
 from common.io.usage import UsageError
 from common.runtime.world import World
 
+PADDLE = "paddle.distributed.launch"
 UNKNOWN = "?"
 """The host of a rank that torchrun does not tell; it is learned at the meeting."""
 EXPECTED = "torchrun, paddle.distributed.launch, srun or TF_CONFIG (docs/hosts.md)"
@@ -83,7 +84,7 @@ def _paddle(env: Mapping[str, str]) -> Launched:
     endpoints = tuple(env["PADDLE_TRAINER_ENDPOINTS"].split(","))
     rank = _number(env, "PADDLE_TRAINER_ID", below=len(endpoints))
     world = World(rank, _checked(endpoints, "PADDLE_TRAINER_ENDPOINTS"))
-    return Launched("paddle.distributed.launch", world, env.get("PADDLE_MASTER", endpoints[0]))
+    return Launched(PADDLE, world, env.get("PADDLE_MASTER", endpoints[0]))
 
 
 def _tf_config(text: str) -> Launched:

@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 
 from common import checkpoint
-from common.checkpoint import CheckpointError, CheckpointWriter
+from common.checkpoint import CheckpointError, CheckpointWriter, directory
 from common.checkpoint import header as header_module
 from common.checkpoint import write as write_module
 from common.runtime.oracle_worker import OracleEngine
 from common.spec.parameters import TOKEN_EMBEDDING, initial_weights, parameter_names, random_arrays
 from common.spec.partition import plan_partition
 from common.spec.run import RunConfig, TrainSpec, TransformerSpec
+from tests.waiting import LONG_SECONDS
 
 CONFIG = RunConfig(
     model=TransformerSpec(
@@ -154,14 +155,39 @@ def test_one_run_at_a_time_and_a_dead_one_does_not_count(tmp_path: Path) -> None
     assert (tmp_path / ".lock").read_text() == ""
 
 
-def test_a_lock_of_another_machine_is_respected(tmp_path: Path) -> None:
+def test_a_lock_of_another_machine_is_respected_while_it_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     owner = {"pid": 1, "host": "elsewhere", "since": "2026-01-01T00:00:00Z"}
-    (tmp_path / ".lock").write_text(json.dumps(owner))
+    lock = tmp_path / ".lock"
+    lock.write_text(json.dumps(owner))
+    monkeypatch.setattr(directory, "TOUCH_SECONDS", 0.01)
+    monkeypatch.setattr(directory, "GONE_SECONDS", LONG_SECONDS)
+    over = threading.Event()
+    elsewhere = threading.Thread(target=directory._touch, args=(lock, lock.read_text(), over))
+    elsewhere.start()
     with (
-        pytest.raises(CheckpointError, match=r"process 1 on elsewhere .* remove .*\.lock"),
+        pytest.raises(CheckpointError, match="in use by process 1 on elsewhere since 2026"),
         checkpoint.locked(tmp_path),
     ):
         pass
+    over.set()
+    elsewhere.join()
+    monkeypatch.setattr(directory, "GONE_SECONDS", 0.0)
+    with checkpoint.locked(tmp_path):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+def test_a_process_whose_lock_another_machine_has_taken_ends(tmp_path: Path) -> None:
+    quick = "from common.checkpoint import directory; directory.TOUCH_SECONDS = 0.01\n"
+    root = Path(__file__).resolve().parents[2]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    held = subprocess.Popen([sys.executable, "-c", quick + HOLD, str(tmp_path)], cwd=root, **pipes)
+    assert held.stdout is not None and held.stdout.readline() == b"locked\n"
+    owner = {"pid": 1, "host": "elsewhere", "since": "2026-01-01T00:00:00Z"}
+    (tmp_path / ".lock").write_text(json.dumps(owner))
+    assert held.wait() == 1
+    assert held.stderr is not None and b"now in use by process 1 on elsewhere" in held.stderr.read()
 
 
 # ------------------------------------------------------------------------------------------- damage

@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -235,19 +236,78 @@ def test_a_host_that_is_gone(hosts: Hosts, tmp_path: Path) -> None:
     assert [result.config.replicas for result in (first, second)] == [2, 1]
     assert [result.config.compress for result in (first, second)] == ["fp16", "none"]
     assert second.resumed_from == str(tmp_path / "saved" / f"step-{second.steps[0].step:08}")
+    assert went_on_alone(tmp_path, second, "torch", words)
+
+
+def why_no_etcd() -> str | None:
+    """Why Paddle's elastic launcher cannot run here."""
+    if not is_here("paddle"):
+        return "Paddle is not beside the tests"
+    if shutil.which("etcd") is None:
+        return "etcd is not installed (Debian: apt install etcd-server)"
+    if find_spec("etcd3") is None:
+        return "Paddle's client of etcd is not installed (pip install etcd3)"
+    return None
+
+
+@pytest.mark.skipif(why_no_etcd() is not None, reason=str(why_no_etcd()))
+def test_paddles_elastic_launcher(hosts: Hosts, tmp_path: Path) -> None:
+    """A process is killed: both hosts go on from the last checkpoint. A host is gone, after that:
+    the other goes on alone. Each with the bits of a run that was never interrupted.
+    """
+    (tmp_path / "run.toml").write_text(SETTINGS)
+    words = ["--stages", "1", *FOR_EVER, "--save-every", "4"]
+    saving = ["--save-dir", "saved", "--keep", "1000000", "--resume", "latest"]
+    server = ["--data-dir", str(tmp_path / "etcd"), "--listen-client-urls", "http://0.0.0.0:2379"]
+    server += ["--advertise-client-urls", f"http://{hosts.addresses[0]}:2379"]
+    with (tmp_path / "etcd.log").open("wb") as log:
+        etcd = subprocess.Popen(
+            ["ip", "netns", "exec", hosts.names[0], "etcd", *server], stdout=log, stderr=log
+        )
+    ranks = []
+    for n, address in enumerate(hosts.addresses):
+        launcher = ["-m", "paddle.distributed.launch", "--nnodes", "1:2", "--nproc_per_node", "1"]
+        launcher += ["--master", f"etcd://{hosts.addresses[0]}:2379", "--host", address]
+        launcher += ["--sort_ip", "1", "--elastic_level", "1", "--log_dir", f"log-{n}"]
+        command = [sys.executable, "-m", "paddle_impl", "train", "run.toml", *words, *saving]
+        command += ["--elastic", "--fault", "kill@step=6"]
+        env = {"OMP_NUM_THREADS": "1", "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+        log_file = tmp_path / f"host-{n}.log"
+        ranks.append(hosts.start(n, [*launcher, "--", *command], log_file, env))
+    out = tmp_path / "results"
+    wait_until(lambda: len(results_in(out)) == 2 and steps_in(out) > 4, ranks[0])
+    hosts.kill(1)
+    wait_until(lambda: len(results_in(out)) == 3 and steps_in(out) > 2, ranks[0])
+    for process in (ranks[0], etcd):
+        process.terminate()
+        process.wait()
+    assert [hosts.processes(n) for n in range(2)] == [[], []]  # no orphan
+    first, second, third = results_in(out)
+    assert [result.config.replicas for result in (first, second, third)] == [2, 2, 1]
+    assert second.resumed_from == str(tmp_path / "saved" / "step-00000004")
+    # Rank 0, which was killed in its step 6, has noted its steps, and has written no result.
+    noted = sorted(out.glob("*/*/progress.jsonl"))[0].read_text().splitlines()
+    assert [step.loss for step in second.steps[:2]] == [json.loads(it)["loss"] for it in noted[4:]]
+    assert third.resumed_from is not None
+    assert went_on_alone(tmp_path, third, "paddle", words)
+
+
+def went_on_alone(folder: Path, result: RunResult, framework: str, words: Sequence[str]) -> bool:
+    """Whether one process has the same losses from the same checkpoint."""
     command = ["-m", "common.cli", "train", "--config", "run.toml", *words, "--out", "alone"]
+    command += ["--framework", framework, "--resume", str(result.resumed_from)]
     alone = subprocess.Popen(
-        [sys.executable, *command, "--resume", second.resumed_from],
-        cwd=tmp_path,
+        [sys.executable, *command],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
     )
-    wait_until(lambda: list(tmp_path.glob("alone/*/checkpoints/step-*")), alone)
+    wait_until(lambda: list(folder.glob("alone/*/checkpoints/step-*")), alone)
     alone.terminate()
     alone.wait()
-    (again,) = results_in(tmp_path / "alone")
-    for ours, theirs in zip(second.steps, again.steps, strict=False):
-        assert (ours.step, ours.loss) == (theirs.step, theirs.loss)
+    (again,) = results_in(folder / "alone")
+    pairs = zip(result.steps, again.steps, strict=False)
+    return all((ours.step, ours.loss) == (theirs.step, theirs.loss) for ours, theirs in pairs)
 
 
 def test_a_hang_in_which_every_process_is_alive(hosts: Hosts, tmp_path: Path) -> None:
