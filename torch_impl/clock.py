@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
@@ -23,6 +24,8 @@ class StreamClock(DeviceClock):
         self._begin_seconds, self._begin = time.perf_counter(), self.mark()
 
     def mark(self) -> torch.cuda.Event:
+        if (begun := self.begun()) is not None:
+            return cast(torch.cuda.Event, begun)
         # blocking: who waits for it sleeps, so a GPU that hangs does not look like a busy host.
         self._last = torch.cuda.Event(enable_timing=True, blocking=True)
         self._last.record(torch.cuda.current_stream())

@@ -148,12 +148,14 @@ def run_stage(
         try:
             before(action)  # [1]
             ready = clock.mark()
-            received = None  # [2] stays None where the model begins (F) or ends (B), and for W
+            # [2] Both stay so where the model begins (F) or ends (B), and for W.
+            received, start = None, ready
             if action.op is Op.F and k > 0:
                 received = channel.receive(Message("activation", i, k), schedule.location[k - 1][0])
             elif action.op in (Op.B, Op.BW) and k < last:
                 received = channel.receive(Message("gradient", i, k), schedule.location[k + 1][0])
-            start = clock.mark()
+            if received is not None:
+                start = clock.mark()
             match action.op:  # [3]
                 case Op.F:
                     result = stage.forward(i, chunk, received)
