@@ -57,7 +57,10 @@ gpu-environments: $(HARNESS)
 	@echo "installing $*'s CUDA build into .venv-$*: some minutes, some GB"
 	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check --retries 2 --timeout 60 \
 		$(if $(INDEX_$*),--extra-index-url $(INDEX_$*)) --editable ".[$*-gpu]" 2>.venv-$*/install.log \
-		|| { echo "not installed: $*: $$(grep ERROR .venv-$*/install.log | tail -n 1) (.venv-$*/install.log)"; exit 1; }
+		|| { echo "not installed: $*: $$(grep -q 'connection broken' .venv-$*/install.log && echo '$(or \
+		$(INDEX_$*),an index) cannot be reached; ')$$(grep ERROR .venv-$*/install.log | tail -n 1) (.venv-$*/install.log)"; exit 1; }
+	@.venv-$*/bin/python common/runtime/installed.py $* | grep -q '"cuda": "[0-9]' \
+		|| { echo "not installed: $*: a CPU build came; expected an index with CUDA builds"; exit 1; }
 	@touch $@
 
 .venv/installed .venv/installed-harness: pyproject.toml
