@@ -247,7 +247,8 @@ class Block(nn.Module):
             x = x + attend(self.norm_1(x))
             return x + feed(self.norm_2(x))  # (B, S, D)
         x = self.norm_1(x + attend(x))
-        return self.norm_2(x + feed(x))  # (B, S, D)
+        x = self.norm_2(x + feed(x))
+        return x  # (B, S, D)
 
 
 class Head(nn.Module):
