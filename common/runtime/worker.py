@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from common.io.edges import write_file
 from common.runtime import inherited
+from common.runtime.allocator import keep_freed_memory
 from common.runtime.dumping import dump
 from common.runtime.engine import Engine
 from common.runtime.inference import evaluate, generate, load_weights
@@ -72,6 +73,7 @@ def run_job(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Part:
     """Run one job, write what it found, and return it. `corpus` saves reading the text."""
+    keep_freed_memory()
     if corpus is None and job.kind != "generate":  # whose prompt comes in tokens
         # What the parent has read; a job file that was written by hand may leave it out.
         corpus = load_corpus(job.config) if job.text is None else open_text(job.text)

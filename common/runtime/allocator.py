@@ -1,0 +1,41 @@
+"""Keep memory that was freed, instead of giving it to the system and asking for it again.
+
+A step frees what it held, and the next one wants the same again. glibc returns a thread's memory as
+soon as 64 MiB of it are free at its end, and the system zeroes every page anew when it is touched.
+Preset `small`, two stages, page faults and system time of a step, before and after (PyTorch):
+
+    gpipe, m = 4    12,700   34 ms      290   0 ms
+    1f1b, m = 8     21,400   52 ms       90   11 ms
+    zb-h1, m = 8     9,700   19 ms      120   0 ms
+
+Whoever was the first to touch the pages paid: the last chunk's F and its B took a tenth longer than
+those of other chunks, in some schedules and not in others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""mallopt(3)."""
+LARGEST_MMAP_THRESHOLD = 2**25
+"""glibc takes no more: half of a thread's heap."""
+HEAP = 2**26
+"""A heap that is free goes back to the system unless the one before it lacks this much."""
+NEVER = 2**30
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc, for this process and those forked from it; nothing where another allocator is at
+    work or the user has tuned this one.
+    """
+    tuned = any(name.startswith("MALLOC_") for name in os.environ)
+    if sys.platform != "linux" or tuned or "GLIBC_TUNABLES" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, NEVER)
+        mallopt(M_TOP_PAD, HEAP)

@@ -1,0 +1,44 @@
+"""Memory that a step has freed is there for the next one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+STEPS = """
+import resource, sys, threading
+import numpy as np
+from common.runtime.allocator import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+
+
+def step():
+    held = [np.ones(2**18) for _ in range(96)]  # 2 MiB each: three heaps of 64
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    del held
+    held = [np.ones(2**18) for _ in range(96)]
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
+thread = threading.Thread(target=step)  # a stage computes in a thread, whose heaps are its own
+thread.start()
+thread.join()
+"""
+
+
+def page_faults(how: str, **variables: str) -> int:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", STEPS, how]
+    return int(subprocess.check_output(command, env=plain | variables, text=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_second_step_touches_no_new_page() -> None:
+    assert page_faults("given back") > 10_000
+    assert page_faults("kept") < 1_000
+    assert page_faults("kept", MALLOC_TOP_PAD_="0") > 10_000  # the user's own setting counts
