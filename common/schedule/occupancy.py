@@ -10,6 +10,7 @@ then tries thousands of partitions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,7 +24,11 @@ def occupancy(schedule: Schedule, kinds: Sequence[int] | None = None) -> list[In
     `kinds[i]` is the kind of micro-batch i, from 0: kinds differ in what they take (one sequence
     more, the forward computed again). The last axis: between F and B, between B and W.
     """
-    kinds = [0] * schedule.num_micro_batches if kinds is None else kinds
+    return _counts(schedule, tuple(kinds or [0] * schedule.num_micro_batches))
+
+
+@lru_cache(maxsize=1024)  # a planner asks once for each kind of recomputation
+def _counts(schedule: Schedule, kinds: tuple[int, ...]) -> list[IntArray]:
     table = tabulate(schedule)
     shape = (table.num_rows, schedule.num_chunks, max(kinds) + 1)
     # A row is one action: F adds a held activation, B turns it into what waits for W, W frees it.
@@ -43,6 +48,8 @@ def _not_exceeded(counts: IntArray) -> IntArray:
     """Return the rows that no other row reaches or exceeds in every place."""
     # (2, 0) is below (2, 1) whatever the sizes; (3, 0) and (2, 1) both stay, as either may be more.
     flat = np.unique(counts.reshape(len(counts), -1), axis=0)
-    exceeded = [bool(((flat >= one).all(axis=1).sum()) > 1) for one in flat]
-    kept: IntArray = flat[~np.array(exceeded)].reshape(-1, *counts.shape[1:])
+    # Some rows at a time, each beside all; every row reaches itself.
+    some = np.array_split(flat, 1 + flat.size * len(flat) // 2**22)
+    exceeded = np.concatenate([(flat >= rows[:, None]).all(2).sum(1) > 1 for rows in some])
+    kept: IntArray = flat[~exceeded].reshape(-1, *counts.shape[1:])
     return kept

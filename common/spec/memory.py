@@ -116,10 +116,11 @@ class Memory:
         if key not in self._chunks:
             # (rows, kinds, 2) counts times (kinds, 2) bytes. 1F1B, device 0 of 2: the one row is 2
             # between F and B and 0 between B and W, so the chunk holds twice what one F leaves.
-            sizes = np.array([self._sizes(part, *kind) for kind in self._kinds])  # (kinds, 2)
+            sizes = [size for kind in self._kinds for size in self._sizes(part, *kind)]
+            counts = self._occupancy[device][:, c].reshape(-1, len(sizes))  # (rows, kinds x 2)
             self._chunks[key] = _Chunk(
                 sum(self._parameters[kind] for kind in part),
-                (self._occupancy[device][:, c] * sizes).sum(axis=(1, 2)),
+                counts @ sizes,
                 self._again(part) if self.config.recompute != "none" else 0,
             )
         return self._chunks[key]
