@@ -185,8 +185,10 @@ def _times(arguments: argparse.Namespace, config: RunConfig, outputs: dict[str, 
             found = Profile.model_validate_json(read_text(path, 2**24))
         except OSError as error:
             raise UsageError(f"--costs {path}: {error.strerror}; expected a file") from None
-        except (ValidationError, ValueError):
-            raise UsageError(f"--costs {path}: not a profile; expected one by --profile") from None
+        except ValidationError as error:
+            is_old = all(each["loc"] == ("schema_version",) for each in error.errors())
+            what = "a profile of another version of triptych" if is_old else "not a profile"
+            raise UsageError(f"--costs {path}: {what}; expected one by --profile") from None
         if difference := found.difference(config, arguments.devices):
             raise UsageError(f"--costs {path}: is of {difference}; expected one of this run")
         return found.times

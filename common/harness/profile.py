@@ -4,9 +4,14 @@ The profile is an ordinary run of a short model on as many devices as the plan w
 stages disturb one another as they will then. Its chunks have one block or three:
 
     2 devices, 3 chunks     embedding │ block.0 │ block.1-3 │ block.4-6 │ block.7 │ head
+    1 device, 4 chunks      embedding │ block.0 │ block.1-3 │ head
 
 Two more blocks take twice a block's time; what is left of one alone is an action's own. Every
-micro-batch size runs twice: with BW in one piece, and with B and W apart.
+micro-batch size runs twice: with BW in one piece, and with B and W apart. The mini-batch is that of
+the run, so that as much is held and as many devices wait as will then.
+
+On a CPU the stages share the cores: the fewer there are, the more threads each has. So fewer
+devices are measured too, for every number of threads (`numbers_of_devices`).
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,6 +31,7 @@ from common.io.usage import UsageError
 from common.report.machine import this_machine
 from common.report.result import measured
 from common.report.timing import Timing
+from common.runtime.cpus import threads_per_stage, usable_cpus
 from common.runtime.job import Job
 from common.schedule.action import Op
 from common.spec.memory import Memory
@@ -33,9 +39,7 @@ from common.spec.partition import plan_partition
 from common.spec.run import RunConfig
 from common.spec.unit_times import ACTION, KINDS, UnitTimes
 
-CHUNK_BLOCKS = (1, 3, 1)
-"""Blocks of a part, by chunk; the embedding and the head stand in for the first and the last."""
-MICRO_BATCHES = 8
+MOST_BLOCKS = 3
 STEPS, UNTIMED_STEPS = 7, 2
 TOGETHER, APART = "interleaved", "interleaved-zb"
 """With BW as one action; with B and W."""
@@ -46,12 +50,14 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    schema_version: Literal[2]
+    """Those before 2 had none: all devices' times alone, of another mini-batch than the run's."""
     machine: str
     version: str
     """Of the framework."""
     devices: int
     config: RunConfig
-    """The run whose units were measured; its layers and mini-batch do not matter."""
+    """The run whose units were measured; its layers do not matter."""
     times: UnitTimes
 
     def difference(self, config: RunConfig, devices: int) -> str | None:
@@ -74,19 +80,35 @@ def micro_batch_sizes(batch_size: int) -> list[int]:
     return [2**k for k in range(batch_size.bit_length())][-8:]
 
 
+def numbers_of_devices(devices: int, threads: int | None) -> list[int]:
+    """Return how many stages to measure on a CPU, the largest first: one number of them for every
+    number of threads that a stage may have, and each that leaves a thread no core of its own.
+
+        4 devices on 8 cores    4 (2 threads each; so have 3)   2 (4)   1 (8)
+        4 devices on 2 cores    4 (half a core each)   3 (two thirds)   2 (1)   1 (2)
+    """
+    found: dict[tuple[int, float], int] = {}
+    for stages in range(devices, 0, -1):
+        each = threads_per_stage(stages, threads)
+        found.setdefault((each, max(1.0, stages * each / usable_cpus())), stages)
+    return list(found.values())
+
+
 def profile_config(config: RunConfig, devices: int, schedule: str, sequences: int) -> RunConfig:
     """Return the run that measures micro-batches of so many sequences."""
-    parts = [number for number in CHUNK_BLOCKS for _ in range(devices)]
-    parts[0] = parts[-1] = 1
+    blocks = [1, 1, MOST_BLOCKS, 1] if devices == 1 else [1, MOST_BLOCKS, 1]
+    # The embedding and the head stand in for the first block and the last.
+    parts = [number for number in blocks for _ in range(devices)]
+    count = max(1, config.train.batch_size // sequences)
     train = {
-        "batch_size": sequences * MICRO_BATCHES,
-        "micro_batches": MICRO_BATCHES,
+        "batch_size": sequences * count,
+        "micro_batches": count,
         "steps": STEPS,
         "warmup_steps": 0,
     }
     run = {
         "stages": devices,
-        "chunks": len(CHUNK_BLOCKS),
+        "chunks": len(blocks),
         "schedule": schedule,
         "partition": tuple(itertools.accumulate(parts[:-1])),
         "recompute": "none",
@@ -99,10 +121,34 @@ def profile_config(config: RunConfig, devices: int, schedule: str, sequences: in
 def profile(
     config: RunConfig,
     devices: int,
+    with_fewer: bool = True,
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
     on_job: Callable[[int, int], None] = lambda done, of: None,
 ) -> Profile:
-    """Measure in a worker process. Raises UsageError where that fails."""
+    """Measure in worker processes, one for each number of devices; without `with_fewer` all of
+    them alone. Raises UsageError where that fails."""
+    whole, said = _measure(config, devices, implementations, on_job)
+    shared = with_fewer and said["device_kind"] == "cpu"
+    numbers = numbers_of_devices(devices, config.threads) if shared else []
+    fewer = {n: _measure(config, n, implementations, on_job)[0] for n in numbers if n != devices}
+    return Profile(
+        schema_version=2,
+        machine=this_machine().one_line,
+        version=str(said["version"]),
+        devices=devices,
+        config=config,
+        times=whole.model_copy(update={"fewer": fewer}),
+    )
+
+
+def _measure(
+    config: RunConfig,
+    devices: int,
+    implementations: Mapping[str, Implementation],
+    on_job: Callable[[int, int], None],
+) -> tuple[UnitTimes, Mapping[str, Any]]:
+    """Return what units take while so many devices compute, and what the worker process said of
+    its environment."""
     runs = [
         profile_config(config, devices, schedule, sequences)
         for sequences in micro_batch_sizes(config.train.batch_size)
@@ -128,13 +174,13 @@ def profile(
             measured(outcome, run, UNTIMED_STEPS)
             for run, outcome in zip(runs, outcomes, strict=True)
         ]
-    version, machine = str(results[0]["environment"]["version"]), this_machine().one_line
+    said = results[0]["environment"]
     times = unit_times(
         [(run, result["timing"]) for run, result in zip(runs, results, strict=True)],
-        f"measured with {config.framework} {version} on {devices} devices of {machine}",
+        f"measured with {config.framework} {said['version']} on {devices} devices of "
+        f"{this_machine().one_line}",
     )
-    times = times.model_copy(update={"peak_flops_per_device": _peak(results[0], runs[0])})
-    return Profile(machine=machine, version=version, devices=devices, config=config, times=times)
+    return times.model_copy(update={"peak_flops_per_device": _peak(results[0], runs[0])}), said
 
 
 def _peak(result: Mapping[str, Any], run: RunConfig) -> float | None:
@@ -164,17 +210,14 @@ def unit_times(timings: Iterable[tuple[RunConfig, Timing]], source: str) -> Unit
     seconds: dict[str, dict[str, dict[int, float]]] = {
         kind: {op.value: {} for op in Op} for kind in (*KINDS, ACTION)
     }
-    most = max(CHUNK_BLOCKS)
-    for op, sizes in found["block", most].items():
+    for op, sizes in found["block", MOST_BLOCKS].items():
         for b in sizes:
 
             def seen(kind: str, units: int, op: Op = op, b: int = b) -> float:
                 return statistics.median(found[kind, units][op][b])
 
-            several = seen("block", most)
-            # One device has no part of one block: nothing is known of its actions.
-            one = seen("block", 1) if ("block", 1) in found else several / most
-            block = min(max(0.0, (several - one) / (most - 1)), one)
+            one = seen("block", 1)
+            block = min(max(0.0, (seen("block", MOST_BLOCKS) - one) / (MOST_BLOCKS - 1)), one)
             times = {"block": block, ACTION: one - block}
             for kind in ("embedding", "head"):
                 times[kind] = max(0.0, seen(kind, 1) - times[ACTION])

@@ -164,6 +164,7 @@ def candidates(
                     for m in sorted(counts):
                         train = base.train.model_copy(update={"micro_batches": m})
                         run = {"stages": stages, "schedule": name, "chunks": v, "train": train}
+                        run["partition"] = "balanced"
                         config = cut.model_copy(update=run)
                         if _schedule(config) is not None:
                             yield config
@@ -184,15 +185,18 @@ def _lines(
 
 
 def plan_one(config: RunConfig, times: UnitTimes, memory_limit_bytes: float) -> Plan | Refused:
-    """Cut the model and simulate a step, with the first kind of recomputation that fits. [2]"""
+    """Cut the model and simulate a step, with the first kind of recomputation that fits. A run
+    that is cut already, at named boundaries, stays so. [2]"""
     schedule = _schedule(config)
     if schedule is None:
         raise ScheduleError(f"schedule {config.schedule} has no such size")
+    times = times.while_so_many_compute(config.stages * config.replicas * config.tensor_parallel)
+    cut = config.partition if isinstance(config.partition, tuple) else None
     nearest: Refused | None = None
     # In this order they cost more and more time, so the first that fits is the fastest. If none
     # does, the nearest one says how much is missing.
     for recompute in RECOMPUTE:
-        tried = config.model_copy(update={"recompute": recompute, "partition": "balanced"})
+        tried = config.model_copy(update={"recompute": recompute, "partition": cut or "balanced"})
         parts, memory = _cut(tried, schedule, times, memory_limit_bytes)
         device = max(range(schedule.num_devices), key=lambda d: memory[d].total_bytes)
         missing = memory[device].total_bytes - memory_limit_bytes
@@ -250,10 +254,10 @@ def _cut(
         ]
 
     # First without the limit: most candidates fit as they are, and what follows is slow.
-    free = balanced([embedding, *[block] * layers, head], devices)
-    parts = parts_of(free)
+    cut = config.partition if isinstance(config.partition, tuple) else None
+    parts = parts_of(cut or balanced([embedding, *[block] * layers, head], devices))
     found = measure(parts)
-    if max(each.total_bytes for each in found) <= limit_bytes:
+    if cut or max(each.total_bytes for each in found) <= limit_bytes:
         return parts, found
 
     last = len(devices) - 1

@@ -56,6 +56,17 @@ class UnitTimes(BaseModel):
     """What one device sends to another; infinite where nobody said so. No part of a profile."""
     peak_flops_per_device: float | None = Field(None, gt=0, allow_inf_nan=False)
     """What a device could multiply in a second; None where nobody measured it."""
+    fewer: Mapping[int, UnitTimes] = {}
+    """By number of devices: the same while so many compute, where fewer devices have more threads
+    each."""
+
+    def while_so_many_compute(self, devices: int) -> UnitTimes:
+        """Return the times of the smallest number of devices that was measured and is enough."""
+        enough = [number for number in self.fewer if number >= devices]
+        if not enough:
+            return self
+        link = {"link_bytes_per_second": self.link_bytes_per_second}
+        return self.fewer[min(enough)].model_copy(update=link)
 
     def of_action(self, op: Op, sequences: int) -> float:
         """Return the seconds of one action besides those of its units."""

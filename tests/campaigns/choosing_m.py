@@ -3,6 +3,7 @@
     python -m tests.campaigns.choosing_m                     the tables that need no measuring
     python -m tests.campaigns.choosing_m --measure FOLDER    deep48 in all frameworks too, 15 min
     python -m tests.campaigns.choosing_m --read FOLDER       that part from an earlier run
+    python -m tests.campaigns.choosing_m --profile FOLDER    the same with new profiles, 5 min
 
 `--frameworks NAME,..` measures only these.
 
@@ -74,13 +75,18 @@ def deep(framework: str, stages: int, m: int) -> RunConfig:
     return base.model_copy(update=run | {"train": train})
 
 
-def measure(folder: Path, frameworks: Sequence[str]) -> None:
-    """Keep a profile and a benchmark of deep48 for every framework."""
+def measure_units(folder: Path, frameworks: Sequence[str]) -> None:
+    """Keep a profile of deep48 for every framework."""
     folder.mkdir(parents=True, exist_ok=True)
     stages = min(STAGES, usable_cpus())
     for framework in frameworks:
-        made = profile(deep(framework, stages, COUNTS[0]), stages)
+        made = profile(deep(framework, stages, COUNTS[0]), stages, with_fewer=False)
         write_file(folder / f"profile-{framework}.json", made.model_dump_json(indent=1))
+
+
+def measure_steps(folder: Path, frameworks: Sequence[str]) -> None:
+    """Keep a benchmark of deep48."""
+    stages = min(STAGES, usable_cpus())
     options = ["--preset", "deep48", "--batch-size", str(BATCH), "--schedules", "1f1b"]
     options += ["--device", "cpu", "--frameworks", ",".join(frameworks)]
     options += ["--stages", str(stages), "--out", str(folder / "bench")]
@@ -155,12 +161,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--measure", type=Path, metavar="FOLDER")
     parser.add_argument("--read", type=Path, metavar="FOLDER")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER")
     parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), metavar="NAME,..")
     arguments = parser.parse_args(argv)
     fill("memory", memory_table(), PAGE)
+    folder, frameworks = arguments.measure or arguments.profile, arguments.frameworks.split(",")
+    if folder:
+        measure_units(folder, frameworks)
     if arguments.measure:
-        measure(arguments.measure, arguments.frameworks.split(","))
-    folder = arguments.measure or arguments.read
+        measure_steps(folder, frameworks)
+    folder = folder or arguments.read
     profiles: dict[str, Profile] = {}
     steps: dict[tuple[str, int], float] = {}
     if folder:

@@ -16,8 +16,10 @@ import pytest
 from common.cli import main as cli
 from common.cli.main import main
 from common.cli.options import read_run
-from common.harness.profile import Profile, profile_config, unit_times
+from common.harness import profile as harness_profile
+from common.harness.profile import Profile, numbers_of_devices, profile_config, unit_times
 from common.report.timing import ActionCost, Timing
+from common.runtime import cpus as runtime_cpus
 from common.schedule.action import Op, ScheduleError
 from common.schedule.generators import GENERATORS, SEARCH, make_schedule
 from common.schedule.occupancy import occupancy
@@ -250,9 +252,39 @@ def test_a_profile_is_put_together_from_runs() -> None:
     assert times.of("block.3", Op.BW, 2) == 3.0 and times.of("head", Op.W, 3) == 4.0
     assert times.of("embedding", Op.F, 8) == 9.0  # on along the last line
     assert times.of_part(["block.0"] * 12, Op.B, 1) == 0.25 + 12 * 2.0
-    alone = measured(1, (1, 3, 1))  # which sees no block by itself, and so no action
-    assert alone.of_part(["block.0"] * 3, Op.B, 1) == pytest.approx(0.25 + 3 * 2.0)
+    alone = measured(1, (1, 1, 3, 1))
+    assert alone.of_part(["block.0"] * 12, Op.B, 1) == 0.25 + 12 * 2.0
     assert times.hop_seconds == 0.25 and times.optimizer_seconds_per_parameter > 0
+
+
+def test_fewer_devices_have_their_own_times() -> None:
+    """On two cores one stage has both of them, and takes half the time."""
+    link = {"link_bytes_per_second": 1e9}
+    two, one = (counted_times(SMALL, rate).model_copy(update=link) for rate in (1e9, 2e9))
+    times = two.model_copy(update={"fewer": {1: one}})
+    alone = SMALL.model_copy(update={"stages": 1})
+    for config, own in ((SMALL, two), (alone, one)):
+        assert plan_one(config, times, float("inf")) == plan_one(config, own, float("inf"))
+
+
+def test_a_cpu_is_measured_with_every_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpus, devices, expected in (
+        (2, 2, [2, 1]),
+        (8, 4, [4, 2, 1]),
+        (2, 4, [4, 3, 2, 1]),
+        (8, 9, [9, 8, 4, 2, 1]),
+    ):
+        for module in (harness_profile, runtime_cpus):
+            monkeypatch.setattr(module, "usable_cpus", lambda cpus=cpus: cpus)
+        assert numbers_of_devices(devices, None) == expected
+
+
+def test_a_run_that_is_cut_stays_cut() -> None:
+    config = SMALL.model_copy(update={"partition": (1,)})
+    even = plan_one(SMALL, counted_times(SMALL, 1e9), float("inf"))
+    uneven = plan_one(config, counted_times(SMALL, 1e9), float("inf"))
+    assert uneven.config.partition == (1,) and even.config.partition == (4,)
+    assert uneven.step_seconds > 1.5 * even.step_seconds
 
 
 def plan(*words: str) -> int:
@@ -321,8 +353,15 @@ def test_the_command_line(
 def test_a_profile_of_another_run_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kept = Profile(machine="m", version="1", devices=2, config=SMALL, times=with_fixed_cost(0.01))
+    head = {"schema_version": 2, "machine": "m", "version": "1", "devices": 2}
+    kept = Profile(**head, config=SMALL, times=with_fixed_cost(0.01))
     path = tmp_path / "profile.json"
+    path.write_text(kept.model_dump_json(exclude={"schema_version"}))
+    assert plan("--devices", "2", "--costs", str(path)) == 2
+    assert "a profile of another version of triptych; expected" in capsys.readouterr().err
+    path.write_text("[]")
+    assert plan("--devices", "2", "--costs", str(path)) == 2
+    assert "not a profile; expected" in capsys.readouterr().err
     path.write_text(kept.model_dump_json())
     assert plan("--devices", "2", "--costs", str(path)) == 0
     assert plan("--devices", "2", "--costs", str(path), "--d-model", "128") == 2
