@@ -1,6 +1,4 @@
-"""The baselines and the track "best" against the oracle, and what stages hold in flight against the
-simulator.
-"""
+"""The baselines and the track "best" against the oracle."""
 
 from __future__ import annotations
 
@@ -10,20 +8,11 @@ import pytest
 
 from common.harness.probes import compare_probe
 from common.schedule.generators import make_schedule
-from common.schedule.simulate import simulate
 from common.spec.rules import why_impossible
 from common.spec.run import FRAMEWORKS, RunConfig
 from tests.parity.ladder import Run, config, expected, run_probes
 
 STAGES, MICRO_BATCHES, STEPS = 2, 4, 10
-
-HELD = {
-    "1f1b": ("1f1b", 1),
-    "gpipe": ("gpipe", 1),
-    "zb-h1": ("zb-h1", 1),
-    "interleaved": ("interleaved", 2),
-}
-"""name: (schedule, chunks)"""
 
 BASELINES: dict[str, tuple[str, str, str, float, str, int]] = {
     "plain": ("plain", "tied", "float32", 0.1, "1f1b", 1),
@@ -62,11 +51,8 @@ def run_config(
 
 def configs(framework: str) -> dict[str, RunConfig]:
     """All runs of one framework on the track "matched"."""
-    held = {
-        n: run_config(framework, "table", "untied", "float32", 0.0, *one) for n, one in HELD.items()
-    }
     found = {n: run_config(framework, *one) for n, one in BASELINES.items() if has(framework, n)}
-    return held | found | sharded_baselines(framework)
+    return found | sharded_baselines(framework)
 
 
 def sharded_baselines(framework: str) -> dict[str, RunConfig]:
@@ -150,26 +136,3 @@ def test_pytorchs_own_schedules_run_what_ours_of_that_name_do(name: str, runs: R
         assert forwards[0] == forwards[1]
         if one.schedule in ("gpipe", "1f1b"):
             assert done == planned
-
-
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_what_is_held_is_what_the_simulator_says(framework: str, runs: Runs) -> None:
-    counts, held = {}, {}
-    for name, run in runs(framework).items():
-        counts[name] = {d: n for part in run.parts for d, n in part.in_flight_peak.items()}
-        held[name] = {
-            d: n for part in run.parts for d, n in part.held_activation_peak_bytes.items()
-        }
-    for name, (schedule, chunks) in HELD.items():
-        simulated = simulate(make_schedule(schedule, STAGES, MICRO_BATCHES, chunks))
-        assert counts[name] == dict(enumerate(simulated.peak_chunks_in_flight_per_stage)), name
-    for device in range(STAGES):
-        one_micro_batch = held["1f1b"][device] / counts["1f1b"][device]
-        assert one_micro_batch == held["gpipe"][device] / MICRO_BATCHES
-        # What B leaves for W comes on top, and is never more than what F left and the gradients of
-        # as much.
-        assert 1 <= held["zb-h1"][device] / held["1f1b"][device] <= 3
-        # Several chunks hold together what one would, and the activations at the cuts between them
-        # twice at most.
-        chunks_in_flight = counts["interleaved"][device]
-        assert 0.5 <= held["interleaved"][device] / (one_micro_batch * chunks_in_flight / 2) <= 2
