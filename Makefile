@@ -76,6 +76,8 @@ bench: install
 	@$(BIN)/python bench_all.py $(PYTHONS) $(ARGS)
 
 # A third worker computes while the others wait: for processes that start, for a host that is gone.
+# Hundreds of processes import the same modules, so these are kept compiled whatever the shell says.
+test: export PYTHONDONTWRITEBYTECODE =
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import gc
+import hashlib
 import os
+import pickle
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import settings
 
+# Before NumPy is there. OpenBLAS' threads wait busily, and beside the tests of the other workers
+# they wait for one another most of the time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from common.harness import probes
 from common.spec import kept
 
 pytest_plugins = ["tests.watchdog"]
@@ -40,6 +50,28 @@ def _nothing_is_kept_in_the_users_home(
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _the_oracle_runs_once_for_all_workers(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Those of pytest-xdist share a folder: there is every run that one of them has needed."""
+    if not hasattr(pytestconfig, "workerinput"):
+        return
+    folder, run = tmp_path_factory.getbasetemp().parent, probes._expected
+
+    @functools.cache
+    def once(*arguments: Any) -> probes.Expected:
+        name = hashlib.sha256(repr(arguments).encode()).hexdigest()
+        with (folder / f"oracle-{name}").open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not file.seek(0, os.SEEK_END):
+                file.write(pickle.dumps(run(*arguments)))
+            file.seek(0)
+            return cast(probes.Expected, pickle.load(file))
+
+    probes._expected = once
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _what_is_there_is_no_garbage() -> None:
     """A collection that looks at all of TensorFlow, and at what other modules left, takes 0.4 s;
@@ -56,6 +88,7 @@ command line names them.
 """
 
 LONGEST_FIRST = ("tensorflow", "paddle", "torch")
+LONG_TOO = ("test_hosts.py", "test_baselines.py", "test_compression.py", "test_faults.py")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -80,8 +113,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
         return str(parameters.params.get("framework", "")) if parameters else ""
 
     def place(item: pytest.Item) -> int:
-        is_long = item.path.name in ("test_frameworks.py", "test_ladder.py")
-        return LONGEST_FIRST.index(framework(item)) if is_long else len(LONGEST_FIRST)
+        if item.path.name in ("test_frameworks.py", "test_ladder.py"):
+            return LONGEST_FIRST.index(framework(item))
+        return len(LONGEST_FIRST) + (item.path.name not in LONG_TOO)
 
     items.sort(key=place)
     for item in items if config.pluginmanager.has_plugin("xdist") else ():
