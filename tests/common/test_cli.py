@@ -497,7 +497,7 @@ def start(
     return subprocess.Popen(
         ["sh", "-c", shell, "sh", *command],
         cwd=ROOT,
-        env=os.environ | variables,
+        env=os.environ | {"FAKE_REPORT": "table"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -534,7 +534,8 @@ def test_a_dry_run_shows_what_each_device_gets_from_every_schedule(
 
 
 def test_rows_that_fail_leave_the_others_intact(tmp_path: Path) -> None:
-    run = start(tmp_path, FAKE_FAULTS="paddle=raise", FAKE_MISSING="tensorflow")
+    faults = {"FAKE_FAULTS": "paddle=raise", "FAKE_MISSING": "tensorflow"}
+    run = start(tmp_path, FAKE_REPORT="whole", **faults)
     output, errors = run.communicate()
     assert run.returncode == 1, errors
     rows = {row["framework"]: row for row in table(tmp_path)}
@@ -565,21 +566,25 @@ def test_a_reader_that_leaves_does_not_end_the_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "before", ["exec <&- >&- 2>&-", "trap '' CHLD", "export PYTHONWARNINGS=error PYTHONOPTIMIZE=2"]
+    ("before", "signals"),
+    [
+        ("exec <&- >&- 2>&-", ()),
+        (
+            "trap '' CHLD INT HUP; export PYTHONWARNINGS=error PYTHONOPTIMIZE=2",
+            (signal.SIGINT, signal.SIGHUP),
+        ),
+    ],
 )
-def test_what_a_shell_hands_down_does_not_end_the_work(tmp_path: Path, before: str) -> None:
-    run = start(tmp_path, "--frameworks", "torch", shell=f'{before}; exec "$@"')
-    output, errors = run.communicate()
-    assert run.returncode == 0, output + errors
-    assert [row["status"] for row in table(tmp_path)] == ["ok"]
-
-
-@pytest.mark.parametrize("name", ["INT", "HUP"])
-def test_an_ignored_signal_does_not_end_the_work(tmp_path: Path, name: str) -> None:
-    run = start(tmp_path, "--frameworks", "torch", shell=f"trap '' {name}; exec \"$@\"")
-    assert run.stdout is not None
-    run.stdout.readline()
-    run.send_signal(getattr(signal, f"SIG{name}"))
+def test_what_a_shell_hands_down_does_not_end_the_work(
+    tmp_path: Path, before: str, signals: tuple[signal.Signals, ...]
+) -> None:
+    """Closed streams; signals that are ignored, and sent; what Python reads."""
+    shell = f'{before}; exec "$@"'
+    run = start(tmp_path, "--frameworks", "torch", shell=shell, FAKE_REPORT="whole")
+    for number in signals:
+        assert run.stdout is not None
+        run.stdout.readline()
+        run.send_signal(number)
     output, errors = run.communicate()
     assert run.returncode == 0, output + errors
     assert [row["status"] for row in table(tmp_path)] == ["ok"]
