@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +82,7 @@ def shared_modules() -> list[str]:
     return sorted(set.intersection(*map(modules, IMPLEMENTATIONS)))
 
 
+@functools.cache
 def public_names(implementation: str, module: str) -> list[str]:
     """Functions, classes with their methods, and constants, in the order of the file."""
     names: list[str] = []
