@@ -23,13 +23,13 @@ from paddle.distributed import ReduceOp
 from paddle.distributed.fleet.layers.mpu import mp_ops
 from paddle.distributed.fleet.meta_parallel.zero_bubble_utils import SplitBWMatmul
 
+from common.spec.shards import ShardSizes
 from paddle_impl.split_linear import Linear
 
 
-class Shards:
+class Shards(ShardSizes):
     """What one shard's layers know of the others: by default, that there are none.
 
-    `columns` has how many tokens of the vocabulary each shard has; empty where each has all.
     Differs: no dataclass, since of one Paddle's tracer (`programs.py`) knows the fields alone.
     """
 
@@ -37,18 +37,6 @@ class Shards:
         self, count: int = 1, shard: int = 0, columns: tuple[int, ...] = (), group: Any = None
     ) -> None:
         self.count, self.shard, self.columns, self.group = count, shard, columns, group
-
-    def part(self, size: int) -> int:
-        """Return a shard's share of heads or features."""
-        return size // self.count
-
-    def tokens(self, vocab_size: int) -> int:
-        """Return how many tokens' rows of the embedding, and columns of the head, are here."""
-        return self.columns[self.shard] if self.columns else vocab_size
-
-    @property
-    def first_token(self) -> int:
-        return sum(self.columns[: self.shard])
 
     def enter(self, x: Tensor) -> Tensor:
         """f, ahead of column layers: those that share it, as query, key and value, share a sum."""

@@ -24,31 +24,18 @@ from torch.nn import functional
 
 from common.spec.data import IGNORED
 from common.spec.run import RunConfig
-from common.spec.shards import own_tokens
+from common.spec.shards import ShardSizes, own_tokens
 from torch_impl.gradient_sum import OrderedSum
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(ShardSizes):
     """What one shard's layers know of the others: by default, that there are none."""
 
     count: int = 1
     shard: int = 0
     columns: tuple[int, ...] = ()
-    """How many tokens of the vocabulary each shard has; empty where each has all."""
     group: Any = None
-
-    def part(self, size: int) -> int:
-        """Return a shard's share of heads or features."""
-        return size // self.count
-
-    def tokens(self, vocab_size: int) -> int:
-        """Return how many tokens' rows of the embedding, and columns of the head, are here."""
-        return self.columns[self.shard] if self.columns else vocab_size
-
-    @property
-    def first_token(self) -> int:
-        return sum(self.columns[: self.shard])
 
     def enter(self, x: Tensor) -> Tensor:
         """f, ahead of column layers: those that share it, as query, key and value, share a sum."""

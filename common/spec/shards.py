@@ -31,6 +31,27 @@ ROWS = ("output", "down")
 """Layers whose inputs are cut. Their bias is whole, and added once, behind the sum."""
 
 
+class ShardSizes:
+    """What one of a stage's shards has of a layer: the base of each framework's `Shards`."""
+
+    count: int
+    shard: int
+    columns: tuple[int, ...]
+    """How many tokens of the vocabulary each shard has; empty where each has all."""
+
+    def part(self, size: int) -> int:
+        """Return a shard's share of heads or features."""
+        return size // self.count
+
+    def tokens(self, vocab_size: int) -> int:
+        """Return how many tokens' rows of the embedding, and columns of the head, are here."""
+        return self.columns[self.shard] if self.columns else vocab_size
+
+    @property
+    def first_token(self) -> int:
+        return sum(self.columns[: self.shard])
+
+
 def cut_axis(config: RunConfig, name: str) -> int | None:
     """Return the axis along which a parameter of this name is cut; None where it stays whole."""
     of_vocabulary = name in (TOKEN_EMBEDDING, "head.output.weight")
