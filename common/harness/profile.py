@@ -177,8 +177,8 @@ def _measure(
     said = results[0]["environment"]
     times = unit_times(
         [(run, result["timing"]) for run, result in zip(runs, results, strict=True)],
-        f"measured with {config.framework} {said['version']} on {devices} devices of "
-        f"{this_machine().one_line}",
+        f"measured with {config.framework} {said['version']} on {devices} "
+        f"device{'s' * (devices > 1)} of {this_machine().one_line}",
     )
     return times.model_copy(update={"peak_flops_per_device": _peak(results[0], runs[0])}), said
 

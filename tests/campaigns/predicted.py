@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = arguments.out or arguments.read
     if arguments.out:
         with tempfile.TemporaryDirectory(prefix="triptych-") as name:
-            oracle = run_oracle(grid(FRAMEWORKS[0], 1)[0], Path(name))
+            oracle = run_oracle(grid(FRAMEWORKS[0], max(SCHEDULES))[0], Path(name))
             for framework in arguments.frameworks.split(","):
                 measure(framework, folder, oracle)
     made = table(read(folder))
