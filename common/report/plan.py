@@ -30,6 +30,12 @@ def size(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
+def milliseconds(seconds: float) -> str:
+    """Return a step for people, with three digits at least: `0.0132`, `431.7`."""
+    ms = seconds * 1e3
+    return f"{ms:,.1f}" if ms >= 10 else f"{ms:.3g}"
+
+
 def table_of(plans: Sequence[Plan]) -> Table:
     """Return one row per plan."""
     words = ("schedule", "recompute", "partition")
@@ -45,7 +51,7 @@ def table_of(plans: Sequence[Plan]) -> Table:
             str(plan.config.train.micro_batches),
             plan.config.recompute,
             boundaries(plan) or "-",
-            f"{plan.step_seconds * 1e3:,.1f}",
+            milliseconds(plan.step_seconds),
             f"{plan.tokens_per_second:,.0f}",
             f"{plan.bubble_fraction:.1%}",
             "-" if plan.mfu is None else f"{plan.mfu:.0%}",
@@ -152,8 +158,8 @@ def verified(plans: Sequence[Plan], results: Sequence[RunResult]) -> Table:
         predicted, measured = plan.step_seconds, statistics.median(steps) if steps else None
         seen = ("-", "-")
         if measured is not None:
-            seen = f"{measured * 1e3:,.1f}", f"{predicted / measured - 1:+.1%}"
-        cells.append([describe(plan), f"{predicted * 1e3:,.1f}", *seen])
+            seen = milliseconds(measured), f"{predicted / measured - 1:+.1%}"
+        cells.append([describe(plan), milliseconds(predicted), *seen])
     return Grid(("plan", "predicted ms", "measured ms", "difference"), cells, ("plan",)).rich()
 
 
