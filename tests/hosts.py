@@ -88,7 +88,8 @@ class Hosts:
             command += ["unshare", "--mount", "--time", "--monotonic", str(ahead_seconds), "--fork"]
             command += ["sh", "-c", f'{mounts}exec "$@"', "sh"]
         command += [sys.executable, *words]
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        variables = {**os.environ, "PYTHONPATH": paths, **env}
         with log.open("wb") as output:
             return subprocess.Popen(
                 command, stdout=output, stderr=output, env=variables, cwd=log.parent

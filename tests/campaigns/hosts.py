@@ -59,7 +59,7 @@ def settle_tcp(hosts: Hosts) -> None:
     """As one sets it for training: a connection that is often idle keeps what it knows of the link.
     BBR, some machines' default, would take it for one of a third of its rate.
     """
-    settings = ("tcp_congestion_control=cubic", "tcp_slow_start_after_idle=0")
+    settings = ("tcp_congestion_control=reno", "tcp_slow_start_after_idle=0")
     for name in hosts.names:
         words = [f"net.ipv4.{setting}" for setting in settings]
         subprocess.run(["ip", "netns", "exec", name, "sysctl", "-qw", *words], check=True)
