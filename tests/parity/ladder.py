@@ -272,11 +272,11 @@ MODELS: dict[str, tuple[str, str, str, str, int, tuple[str, ...]]] = {
     "float32": ("float32", "tied", "pre", "gelu", 8, tuple(VARIANTS)),
     "llama": (
         *("float32", "untied", "pre", "llama", 8),
-        ("one-stage", "uneven", "four", "interleaved-zb", "zb-v", "recompute-full-split"),
+        ("one-stage", "uneven", "interleaved-zb", "zb-v", "recompute-full-split"),
     ),
     "bert": (
         *("float64", "tied", "post", "bert", 8),
-        ("one-stage", "rerun", "uneven", "four", "interleaved-zb", "zb-v", "recompute-full-split"),
+        ("one-stage", "rerun", "uneven", "interleaved-zb", "zb-v", "recompute-full-split"),
     ),
     "float64": (
         *("float64", "untied", "post", "gelu", 10),
@@ -284,7 +284,6 @@ MODELS: dict[str, tuple[str, str, str, str, int, tuple[str, ...]]] = {
             "one-stage",
             "rerun",
             "uneven",
-            "four",
             "interleaved",
             "zb-h1",
             "zb-v",

@@ -99,7 +99,8 @@ def test_replicas_in_every_kind_of_job(tmp_path: Path) -> None:
 
     def config(replicas: int = 2, reduce: str = "overlap") -> RunConfig:
         run = {"chunks": 2, "reduce": reduce, "replicas": replicas, "threads": 4}
-        return small("tensorflow", 2, "zb-v", train=BATCH, run=run, dropout=0.1)
+        even = BATCH | {"batch_size": 12}  # pieces of one size: those of two are traced twice
+        return small("tensorflow", 2, "zb-v", train=even, run=run, dropout=0.1)
 
     folder = tmp_path / "checkpoints"
     saving = Saving(directory=str(folder), every=1, keep=2, token="t")
