@@ -65,12 +65,12 @@ def message_bytes(config: RunConfig) -> int:
     return rows * model.context_length * model.d_model * ELEMENT_BYTES[config.train.dtype]
 
 
-def predicted_seconds(config: RunConfig, flat: Timing, link: Link) -> float:
+def predicted_seconds(config: RunConfig, run: Timing, flat: Timing, link: Link) -> float:
     """The pipeline of a step, from the first action to the last, behind a link: by the simulator,
-    from the actions of the run on two hosts without one.
+    from a run's actions, what a message takes without a link, and the link's two numbers.
     """
     delay = flat.hop_seconds + link.milliseconds / 1e3
-    delayed = flat.model_copy(update={"hop_seconds": delay})
+    delayed = run.model_copy(update={"hop_seconds": delay})
     busy = link.transmission_seconds(message_bytes(config))
     return simulated(schedule_of(config), delayed, busy).makespan / 1e3
 
@@ -88,7 +88,7 @@ def steps(folder: Path) -> str:
             if link is not None:
                 # The rest, loss, norm and optimizer, is none of the simulator's business.
                 rest = ours - here.timing.measured_pipeline_seconds
-                simulation = predicted_seconds(here.config, flat, link) + rest
+                simulation = predicted_seconds(here.config, here.timing, flat, link) + rest
             cells.append(f"{ours * 1e3:,.0f} ({simulation / ours - 1:+.0%})")
         rows.append([place, *cells, min(measured, key=measured.__getitem__)])
     titles = ("step, ms (predicted)", *SCHEDULES, "fastest")
@@ -185,8 +185,8 @@ def picture(folder: Path, path: Path) -> None:
             config = result_of(folder / PLACES[2] / name).config
             flat = timing_of(folder / PLACES[2] / name)
             delays = [10 ** (n / 10) / 10 for n in range(26)]
-            steps = [1e3 * predicted_seconds(config, flat, Link(ms, mbit)) for ms in delays]
-            axes.plot(delays, steps, color=f"C{number}", label=name)
+            times = [1e3 * predicted_seconds(config, flat, flat, Link(ms, mbit)) for ms in delays]
+            axes.plot(delays, times, color=f"C{number}", label=name)
             there = [link for link in LINKS if link.mbit == mbit]
             runs = [timing_of(folder / str(link) / name) for link in there]
             measured = [1e3 * run.measured_pipeline_seconds for run in runs]
