@@ -6,6 +6,7 @@ The rest of the package knows nothing of them: `switch` puts a replacement in an
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -129,7 +130,8 @@ class _AdamWWithEpsilonHat(keras.optimizers.AdamW):
     """Keras' own, with its own epsilon."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options | {"epsilon": 1e-7})
+        # A name of its class would begin with an underscore, which Keras refuses.
+        super().__init__(**options | {"epsilon": 1e-7, "name": "adamw"})
 
 
 class _KerasMomentum(SGD):
@@ -243,7 +245,9 @@ HABITS: dict[str, Habit] = {
     "layer-norm-epsilon": _keras_norm(keras.layers.LayerNormalization),
     "adam-epsilon-hat": replaced(keras_optimizers, "AdamW", _AdamWWithEpsilonHat),
     "sparse-embedding-gradient": _sparse_embedding_gradient,
-    "keras-momentum": replaced(keras_optimizers, "SGD", _KerasMomentum),
+    "keras-momentum": replaced(
+        keras_optimizers, "SGD", functools.partial(_KerasMomentum, name="sgd")
+    ),
     "onednn": _onednn,
     "mean-over-all-labels": replaced(GPipeModel, "_divisor", _all_labels),
     "mean-per-micro-batch": lambda config: [
