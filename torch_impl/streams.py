@@ -1,9 +1,8 @@
 """The streams of GPUs: one or two for the computing of each stage's thread, two for the copies
 between two GPUs.
 
-Differs: TensorFlow and Paddle manage their streams themselves, so their pairs are F, then BW.
-Paddle takes a stream, but nothing shows without a GPU what its allocator and messages do with a
-second one.
+Differs: TensorFlow manages its streams itself. Paddle takes another one for all but its products,
+which stay on the first (docs/frameworks.md). So there a pair is F, then BW.
 """
 
 from __future__ import annotations
