@@ -18,6 +18,7 @@ from paddle.autograd import PyLayer
 from paddle.nn import functional
 
 from common.spec.dropout_masks import MULTIPLIERS, mix, threshold
+from paddle_impl.rounding import at_least_float32, in_dtype
 
 _SIGN = 2**31
 """The sign bit of a 32-bit integer."""
@@ -114,12 +115,18 @@ class _Masked(PyLayer):
     def forward(ctx: Any, x: Tensor, keep: Tensor, probability: float) -> Tensor:
         ctx.save_for_backward(keep)
         ctx.probability = probability
-        return x * (keep.astype(x.dtype) / (1 - probability))
+        return _scaled(x, keep, probability)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensor()
-        return gradient * (keep.astype(gradient.dtype) / (1 - ctx.probability)), None
+        return _scaled(gradient, keep, ctx.probability), None
+
+
+def _scaled(x: Tensor, keep: Tensor, probability: float) -> Tensor:
+    # The factor is not rounded to bfloat16, where 1 / 0.9 would be 1.109.
+    wide = at_least_float32(x)
+    return in_dtype(wide * (keep.astype(wide.dtype) / (1 - probability)), x.dtype)
 
 
 def native_dropout(

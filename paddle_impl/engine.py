@@ -82,7 +82,7 @@ class PipelineEngine:
         process.set_threads(threads_per_stage(joined.world.local_size, config.threads))
         gc.collect()  # an earlier engine of this process: fleet's objects refer to each other
         process.forget_peak_memory()
-        paddle.set_default_dtype(config.train.dtype)
+        paddle.set_default_dtype(config.train.master_dtype)  # that of parameters
         plan = plan_partition(config)
         context = DropoutContext(config.model.dropout_masks == "native")
         tokens = [own_tokens(config, shard) for shard in range(config.tensor_parallel)]
@@ -134,7 +134,7 @@ class PipelineEngine:
         self.pipeline.walk(self.schedule.only_forward())
         key = TensorKey(batch.step, "forward", self._stage, -1, "", "output")
         return {
-            key._replace(micro_batch=self.stage.first + i, unit=unit): output.numpy().copy()
+            key._replace(micro_batch=self.stage.first + i, unit=unit): to_array(output)
             for (unit, i), output in self.stage.outputs.items()
         }
 

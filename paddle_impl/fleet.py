@@ -61,7 +61,7 @@ class StageLayers(PipelineLayer):
         self._plan, self._schedule = plan, schedule
         super().__init__(
             layers=unit_descriptions(
-                config.model, context, shards, tied_over_ranks(config.model, schedule)
+                config, context, shards, tied_over_ranks(config.model, schedule)
             ),
             num_stages=schedule.num_devices,
             topology=fleet.get_hybrid_communicate_group()._topo,
@@ -112,7 +112,7 @@ class StageLayers(PipelineLayer):
 
 
 def unit_descriptions(
-    spec: TransformerSpec, context: DropoutContext, shards: Shards, tied_over_ranks: bool
+    config: RunConfig, context: DropoutContext, shards: Shards, tied_over_ranks: bool
 ) -> list[LayerDesc]:
     """One description per unit; fleet builds those of this rank only.
 
@@ -122,6 +122,8 @@ def unit_descriptions(
     schedule; there they stay two, and the engine adds.
     """
 
+    spec = config.model
+
     def describe(layer: type[nn.Layer], *arguments: Any) -> LayerDesc:
         if tied_over_ranks and layer is not Block:
             # key of the share, layer, its forward (None: its own), the attribute that is shared
@@ -129,7 +131,8 @@ def unit_descriptions(
         return LayerDesc(layer, spec, *arguments)
 
     blocks = [LayerDesc(Block, spec, name, context, shards) for name in unit_names(spec)[1:-1]]
-    return [describe(Embedding, context, shards), *blocks, describe(Head, shards)]
+    first = describe(Embedding, context, shards, config.train.dtype)
+    return [first, *blocks, describe(Head, shards)]
 
 
 def tied_over_ranks(spec: TransformerSpec, schedule: Schedule) -> bool:

@@ -22,6 +22,7 @@ from common.spec.dropout_masks import site_number
 from common.spec.run import TransformerSpec
 from paddle_impl.cache import Cache
 from paddle_impl.dropout import DropoutContext, dropout
+from paddle_impl.rounding import at_least_float32, in_dtype
 from paddle_impl.shards import WHOLE, Shards, embed, row_linear
 from paddle_impl.split_linear import Linear, tied_projection
 
@@ -63,8 +64,9 @@ class _RMSNorm(nn.Layer):
         self.epsilon = spec.norm_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = ((x * x).mean(-1, keepdim=True) + self.epsilon).sqrt()  # (B, S, 1)
-        return x / scale * self.weight
+        wide = at_least_float32(x)
+        scale = ((wide * wide).mean(-1, keepdim=True) + self.epsilon).sqrt()  # (B, S, 1)
+        return in_dtype(wide / scale * self.weight, x.dtype)
 
 
 def norm(spec: TransformerSpec) -> nn.Layer:
@@ -86,18 +88,27 @@ def rotate(x: Tensor, theta: float, start: int = 0) -> Tensor:
     size, half = x.shape[2], x.shape[3] // 2
     positions = np.arange(start, start + size)[:, None]  # (S, 1)
     angles = positions * theta ** (-np.arange(half) / half)  # (S, E/2)
+    wide = at_least_float32(x)
     cos, sin = (
-        paddle.to_tensor(table).astype(x.dtype) for table in (np.cos(angles), np.sin(angles))
+        paddle.to_tensor(table).astype(wide.dtype) for table in (np.cos(angles), np.sin(angles))
     )
-    a, b = x.chunk(2, -1)
-    return paddle.concat([a * cos - b * sin, b * cos + a * sin], -1)
+    a, b = wide.chunk(2, -1)
+    return in_dtype(paddle.concat([a * cos - b * sin, b * cos + a * sin], -1), x.dtype)
 
 
 class Embedding(nn.Layer):
-    """Token embedding, plus a learned position embedding where positions are not rotary."""
+    """Token embedding, plus a learned position embedding where positions are not rotary.
+
+    Differs: it rounds what it has looked up to `dtype`, by default that of its weights, and all
+    layers behind it compute in that.
+    """
 
     def __init__(
-        self, spec: TransformerSpec, context: DropoutContext, shards: Shards = WHOLE
+        self,
+        spec: TransformerSpec,
+        context: DropoutContext,
+        shards: Shards = WHOLE,
+        dtype: str | None = None,
     ) -> None:
         super().__init__()
         self.token = nn.Embedding(shards.tokens(spec.vocab_size), spec.d_model)
@@ -105,12 +116,14 @@ class Embedding(nn.Layer):
             nn.Embedding(spec.context_length, spec.d_model) if spec.position == "learned" else None
         )
         self.dropout, self.context, self.shards = spec.dropout, context, shards
+        self.dtype = getattr(paddle, dtype) if dtype else self.token.weight.dtype
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        x = embed(self.token, tokens, self.shards)  # (B, S, D)
+        x = in_dtype(embed(self.token, tokens, self.shards), self.dtype)  # (B, S, D)
         if self.position is not None:
             start = 0 if cache is None else cache.length
-            x = x + self.position(paddle.arange(start, start + tokens.shape[1]))
+            places = paddle.arange(start, start + tokens.shape[1])
+            x = x + in_dtype(self.position(places), self.dtype)
         return dropout(x, self.dropout, site_number("embedding", 0), self.context)
 
     @property
@@ -178,7 +191,7 @@ class Attention(nn.Layer):
             k, v = share_heads(k, self.group), share_heads(v, self.group)  # (B, H, S, E)
         scores = scaled_products(q, k)  # (B, H, S, S), with a cache (B, H, S, start + S)
         if self.causal is not None and s > 1:  # a single new position sees all that is there
-            scores = scores + self.causal[start : start + s, : start + s]
+            scores = scores + in_dtype(self.causal[start : start + s, : start + s], scores.dtype)
         weights = dropout(
             functional.softmax(scores),
             self.dropout,
@@ -280,7 +293,7 @@ def build_unit(
 
 def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int, shards: Shards = WHOLE) -> Tensor:
     """Return the sum of the tokens' cross-entropies over `num_tokens`, those of the whole
-    mini-batch that count.
+    mini-batch that count. In float32 at least, also from bfloat16.
 
     So the losses and gradients of micro-batches add up, whatever their sizes. Logits (B, S, V),
     targets (B, S); where a target is IGNORED, loss and gradient are 0. Of shards each may have its
@@ -288,7 +301,8 @@ def summed_loss(logits: Tensor, targets: Tensor, num_tokens: int, shards: Shards
 
     Differs: one loss for both. Fleet's `ParallelCrossEntropy` crashes on CPUs.
     """
-    loss = _SummedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten(), shards)
+    wide = at_least_float32(logits)
+    loss = _SummedCrossEntropy.apply(wide.flatten(0, 1), targets.flatten(), shards)
     return loss / num_tokens
 
 

@@ -49,7 +49,7 @@ def probe_units(
                 )
                 paddle.autograd.backward([output], [_piece(stage, output_gradients[name], i)])
                 if name in inputs:
-                    found[backward._replace(micro_batch=number)] = x.grad.numpy()
+                    found[backward._replace(micro_batch=number)] = to_array(x.grad)
             if copies is not None:
                 GradientSum([item.parameter.grad for item in named], copies).finish()
             found |= {

@@ -28,6 +28,7 @@ def static_units(config: RunConfig) -> bool:
         bool(config.model.dropout)
         or config.recompute != "none"
         or config.tensor_parallel > 1
+        or config.train.dtype == "bfloat16"  # a program's linear layers round no weights
         or config.executor == "native"
     )
     # A program's backward is one operation, so B cannot leave W out.

@@ -21,10 +21,10 @@ import paddle
 from paddle import Tensor, nn
 from paddle.distributed import ReduceOp
 from paddle.distributed.fleet.layers.mpu import mp_ops
-from paddle.distributed.fleet.meta_parallel.zero_bubble_utils import SplitBWMatmul
 
 from common.spec.shards import ShardSizes
-from paddle_impl.split_linear import Linear
+from paddle_impl.rounding import in_dtype
+from paddle_impl.split_linear import Linear, linear
 
 
 class Shards(ShardSizes):
@@ -98,8 +98,8 @@ class RowLinear(Linear):
         self.shards = shards
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.shards.leave(SplitBWMatmul.apply(x, self.weight, None))
-        return y if self.bias is None else y + self.bias
+        y = self.shards.leave(linear(x, self.weight, None))
+        return y if self.bias is None else y + in_dtype(self.bias, y.dtype)
 
 
 def row_linear(features: int, out: int, bias: bool | None, shards: Shards) -> Linear:

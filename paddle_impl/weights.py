@@ -14,6 +14,7 @@ from paddle import Tensor, nn
 
 from common.spec.parameters import TOKEN_EMBEDDING
 from paddle_impl.layers import Block, Embedding, Head
+from paddle_impl.rounding import at_least_float32
 
 
 class NamedParameter(NamedTuple):
@@ -123,6 +124,6 @@ def _checked(array: NDArray[Any], item: NamedParameter) -> NDArray[Any]:
 
 
 def to_array(tensor: Tensor) -> NDArray[Any]:
-    """`tensor` in NumPy, with memory of its own."""
-    array: NDArray[Any] = tensor.numpy().copy()
+    """`tensor` in NumPy, with memory of its own; bfloat16, which NumPy lacks, as float32."""
+    array: NDArray[Any] = at_least_float32(tensor).numpy().copy()
     return array

@@ -1,7 +1,7 @@
 """float32 masters of weights in lower precision (Micikevicius et al. 2018).
 
-Differs: TensorFlow's are made by its chunks (`tf_impl/keras_pipeline/chunk.py`), Paddle has no
-bfloat16 on a CPU.
+Differs: TensorFlow's are made by its chunks (`tf_impl/keras_pipeline/chunk.py`), Paddle's are the
+parameters themselves (`paddle_impl/rounding.py`).
 """
 
 from __future__ import annotations

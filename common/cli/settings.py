@@ -25,7 +25,7 @@ from common.schedule import recompute
 from common.schedule.generators import default_chunks, keep_schedule
 from common.spec import habits
 from common.spec.data import CorpusError, load_corpus, text_key
-from common.spec.rules import BFLOAT16, why_impossible
+from common.spec.rules import has_bfloat16, why_impossible
 from common.spec.run import FRAMEWORKS, PRESETS, RunConfig, TrainSpec, TransformerSpec
 from common.spec.tokenizer import read_tokenizer
 
@@ -202,7 +202,8 @@ def adapt(settings: Settings) -> None:
     _refuse_unused(settings)
     default = settings.value("run", "framework")
     if listed(settings.value("train", "dtype")) == ["bfloat16"] and isinstance(default, list):
-        able = [name for name in default if name in BFLOAT16]
+        device = str(settings.value("run", "device"))
+        able = [name for name in default if has_bfloat16(name, device)]
         settings.adapt("run", "framework", able, "default")
     steps = whole_number(settings.value("train", "steps"))  # None: for validation to say so
     if steps:

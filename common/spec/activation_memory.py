@@ -71,18 +71,18 @@ tensorflow  head       pre-norm plain layer  0                                  
 tensorflow  head       vocab                 3f bS + -bS                              0
 paddle      embedding  learned               8 S                                      0
 paddle      embedding  dropout               bSD                                      0
-paddle      embedding  vocab                 e bSD + e bS + 8 bS                      0
-paddle      block      any                   4e bSD + 4e bSA + 2e bSF + 4e bS         4e bSD + 4e bSA + 2e bSF
+paddle      embedding  vocab                 f bSD + f bS + 8 bS                      0
+paddle      block      any                   4e bSD + 4e bSA + 2e bSF + 4f bS         4e bSD + 4e bSA + 2e bSF
 paddle      block      scores                e bHSS                                   0
 paddle      block      relu                  -e bSF                                   0
 paddle      block      dropout               2 bSD + e bHSS + bHSS                    0
 paddle      block      swiglu                2e bSF                                   e bSF
-paddle      block      rms                   2e bSD + -2e bS                          0
-paddle      block      rotary                e bSA + e bSK + 2e SE                    0
+paddle      block      rms                   2e bSD + 4n bSD + -2f bS                 0
+paddle      block      rotary                f bSA + f bSK + 2f SE                    0
 paddle      block      grouped               2e bSK                                   -2e bSA + 2e bSK
-paddle      head       any                   e bSD + e bSV                            e bSD + e bSV
-paddle      head       pre-norm              e bSD + 2e bS                            0
-paddle      head       pre-norm rms          e bSD + -e bS                            0
+paddle      head       any                   e bSD + f bSV                            e bSD + e bSV
+paddle      head       pre-norm              e bSD + 2f bS                            0
+paddle      head       pre-norm rms          e bSD + 2n bSD + -f bS                   0
 """  # noqa: E501
 
 

@@ -29,8 +29,9 @@ NATIVE_SCHEDULES: Mapping[str, tuple[str, ...]] = {
 }
 """What `executor = native` offers, by framework."""
 
-BFLOAT16 = tuple(name for name in FRAMEWORKS if name != "paddle")
-"""Frameworks that can compute this model in bfloat16; see `paddle_impl.devices.check_dtype`."""
+BFLOAT16_ON_CPU = tuple(name for name in FRAMEWORKS if name != "paddle")
+"""Frameworks that can compute this model in bfloat16 on a CPU; see
+`paddle_impl.devices.check_dtype`."""
 
 REPLICATED_BASELINES: Mapping[str, tuple[str, ...]] = {
     "torch": ("plain",),
@@ -81,6 +82,11 @@ def has_cuda() -> bool:
     )
 
 
+def has_bfloat16(framework: str, device: str) -> bool:
+    """Return whether a framework may compute in bfloat16 here, on a `RunConfig.device`."""
+    return framework in BFLOAT16_ON_CPU or (device != "cpu" and has_cuda())
+
+
 def _schedule(config: RunConfig) -> Impossible | None:
     try:
         schedule = schedule_of(config)
@@ -109,10 +115,10 @@ def _device(config: RunConfig) -> Impossible | None:
 def _precision(config: RunConfig) -> Impossible | None:
     if config.train.dtype != "bfloat16":
         return None
-    if config.framework not in BFLOAT16:
+    if not has_bfloat16(config.framework, config.device):
         why = (
-            f"{config.framework} cannot compute in it; expected {' or '.join(BFLOAT16)}, or "
-            "float32 or float64"
+            f"{config.framework} cannot compute in it on a CPU; expected a GPU, "
+            f"{' or '.join(BFLOAT16_ON_CPU)}, or float32 or float64"
         )
     elif config.executor != "table":
         why = f"executor = {config.executor} does not compute in it; expected float32 or float64"

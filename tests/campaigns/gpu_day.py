@@ -28,7 +28,6 @@ from typing import Any
 from common.harness.interpreters import interpreter
 from common.harness.launch import IMPLEMENTATIONS
 from common.spec.gpus import visible_gpus
-from common.spec.rules import BFLOAT16
 
 ROOT = Path(__file__).parents[2]
 BUDGET_SECONDS = 510.0
@@ -194,7 +193,7 @@ def checks(framework: str, gpus: int) -> Iterator[Check]:
     stages, most = ",".join(map(str, counts)), counts[-1]
     tiny = "--preset tiny --num-layers 6 --repeats 1"  # a unit for each of 8 stages
     kinds = ["float32 1f1b", "float32 gpipe", "float32 zb-h1", "float32 zb-h2", "float64 zb-h1"]
-    for kind in [*kinds, *(["bfloat16 1f1b"] if framework in BFLOAT16 else [])]:
+    for kind in [*kinds, "bfloat16 1f1b"]:
         dtype, schedule = kind.split()
         options = f"{tiny} --dtype {dtype} --stages {stages} --schedules {schedule}"
         yield Check(f"{framework} parity {kind}", bench(framework, options), all_agree)
@@ -261,8 +260,7 @@ def timed(frameworks: dict[str, int]) -> Iterator[Check]:
         }
         if framework == "torch":
             runs["small, without CUDA graphs"] = speeds, f"{small} --cuda-graphs off"
-        if framework in BFLOAT16:
-            runs["large, bfloat16"] = not_slower, f"{large} --repeats 1"
+        runs["large, bfloat16"] = not_slower, f"{large} --repeats 1"
         for name, (judge, options) in runs.items():
             command = bench(framework, options)
             yield Check(f"{framework} speed, {name}", command, judge, 240, not_run=why)

@@ -26,7 +26,7 @@ from common.runtime import oracle_worker
 from common.schedule.action import format_schedule
 from common.schedule.generators import GENERATORS, make_schedule
 from common.spec import rules
-from common.spec.run import RunConfig
+from common.spec.run import FRAMEWORKS, RunConfig
 from tests.program import assert_refused, with_defaults, words
 from tests.waiting import marked, wait_until
 
@@ -213,6 +213,15 @@ def test_a_baseline_that_cannot_run_is_no_row() -> None:
     assert frameworks == {"torch", "tensorflow"}
 
 
+def test_paddle_has_bfloat16_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "has_cuda", lambda: True)
+    on_gpus, on_cpu = (
+        bench("--dtype", "bfloat16", "--device", device).points for device in ("cuda", "cpu")
+    )
+    assert {c.framework for c in on_gpus} == {*FRAMEWORKS}
+    assert {c.framework for c in on_cpu} == {"torch", "tensorflow"}
+
+
 def test_a_schedule_file_brings_its_chunks(tmp_path: Path) -> None:
     file = tmp_path / "two.txt"
     file.write_text(format_schedule(make_schedule("interleaved", 2, 2, 2)))
@@ -335,8 +344,8 @@ WRONG = {
     "bfloat16": "executor = plain does not compute in it",
     "--executor native --frameworks torch --drift "
     "default-betas": "executor = native has no such habit",
-    "--frameworks paddle --dtype bfloat16": "paddle cannot compute in it; expected torch or "
-    "tensorflow",
+    "--frameworks paddle --dtype bfloat16": "paddle cannot compute in it on a CPU; expected a GPU, "
+    "torch or tensorflow",
     "--device cuda": "--device = cuda: this machine has no NVIDIA driver; expected cpu or auto",
     "--corpus /no/such/text": "/no/such/text: No such file or directory",
     "--config /no/such.toml": "expected a readable TOML file",

@@ -44,7 +44,7 @@ def bfloat16_run(framework: str, t: int = 1) -> RunConfig:
 def test_paddles_block_is_theirs_with_the_statistics_of_both_norms(t: int) -> None:
     theirs = MegatronModel(s=64, b=3, h=32, a=4, L=1, t=t).layer_bytes("none")
     ours = unit_held_bytes(bfloat16_run("paddle", t), "block.0", 3).forward
-    assert ours - theirs == 4 * 2 * 3 * 64  # mean and deviation, 2 bytes each
+    assert ours - theirs == 4 * 4 * 3 * 64  # mean and deviation, 4 bytes each
 
 
 def test_a_parameter_takes_as_many_bytes_as_ours() -> None:
