@@ -7,6 +7,7 @@ kernels.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from torch_impl.engine import build_engine
 from torch_impl.roofline import prepare
 from torch_impl.shard_threads import run_lines
 
+PAUSE_SECONDS = int(os.environ.get("FAKE_PAUSE_MS", "30")) / 1e3
+"""Of a stream that is to be late."""
 DEEP: dict[str, Any] = {"num_layers": 6}
 VEE: dict[str, Any] = {"run": {"chunks": 2}, **DEEP}
 LONG: dict[str, Any] = {"train": {"batch_size": 16, "micro_batches": 8}, **DEEP}
@@ -187,7 +190,7 @@ def test_a_late_stream_is_waited_for(
 
     def pause() -> None:
         if (here := torch.cuda.current_stream()) in slow:
-            queue(here.device, lambda: time.sleep(0.03))
+            queue(here.device, lambda: time.sleep(PAUSE_SECONDS))
 
     def enter_late(pairs: Any, action: Action) -> None:
         enter(pairs, action)
