@@ -108,6 +108,10 @@ def profile_config(config: RunConfig, devices: int, schedule: str, sequences: in
     }
     run = {
         "stages": devices,
+        # A unit's times are those of a whole one: the plan divides them among shards.
+        "replicas": 1,
+        "tensor_parallel": 1,
+        "vocab_parallel": False,
         "chunks": len(blocks),
         "schedule": schedule,
         "partition": tuple(itertools.accumulate(parts[:-1])),

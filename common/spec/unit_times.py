@@ -25,8 +25,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from common.schedule.action import Op
 from common.spec.partition import unit_costs
@@ -34,7 +35,10 @@ from common.spec.run import RunConfig
 
 KINDS = ("embedding", "block", "head")
 ACTION = "action"
-"""What every action takes besides its units, among the kinds; old profiles have none."""
+"""What every action takes besides its units, among the kinds; counted times have none."""
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+BySize = Annotated[Mapping[PositiveInt, Seconds], Field(min_length=1)]
 
 
 class UnitTimes(BaseModel):
@@ -44,13 +48,13 @@ class UnitTimes(BaseModel):
 
     source: str
     """Where they are from, for people."""
-    seconds: Mapping[str, Mapping[str, Mapping[int, float]]]
+    seconds: Mapping[str, Mapping[str, BySize]]
     """By kind of unit, or ACTION, operation and sequences in a micro-batch."""
-    hop_seconds: float = 0.0
+    hop_seconds: Seconds = 0.0
     """From the end of a sender to the start of a receiver that was waiting."""
-    rest_seconds: float = 0.0
+    rest_seconds: Seconds = 0.0
     """A step outside the pipeline, whatever the model: batch in, loss out."""
-    optimizer_seconds_per_parameter: float = 0.0
+    optimizer_seconds_per_parameter: Seconds = 0.0
     """The norm, clipping and the update, on the device that has the most parameters."""
     link_bytes_per_second: float = Field(float("inf"), gt=0, exclude=True)
     """What one device sends to another; infinite where nobody said so. No part of a profile."""
@@ -59,6 +63,13 @@ class UnitTimes(BaseModel):
     fewer: Mapping[int, UnitTimes] = {}
     """By number of devices: the same while so many compute, where fewer devices have more threads
     each."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        for kind in (*KINDS, *self.seconds):
+            if not {op.value for op in Op} <= self.seconds.get(kind, {}).keys():
+                raise ValueError(f"{kind}: expected times of all operations")
+        return self
 
     def while_so_many_compute(self, devices: int) -> UnitTimes:
         """Return the times of the smallest number of devices that was measured and is enough."""

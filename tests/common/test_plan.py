@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import shlex
 from collections.abc import Sequence
@@ -17,7 +18,13 @@ from common.cli import main as cli
 from common.cli.main import main
 from common.cli.options import read_run
 from common.harness import profile as harness_profile
-from common.harness.profile import Profile, numbers_of_devices, profile_config, unit_times
+from common.harness.profile import (
+    Profile,
+    micro_batch_sizes,
+    numbers_of_devices,
+    profile_config,
+    unit_times,
+)
 from common.report.timing import ActionCost, Timing
 from common.runtime import cpus as runtime_cpus
 from common.schedule.action import Op, ScheduleError
@@ -350,6 +357,15 @@ def test_the_command_line(
     assert read_run(arguments, reads_text=False).stages == found[0]["config"]["stages"]
 
 
+def test_a_profile_measures_whole_units_of_one_pipeline() -> None:
+    base = SMALL.model_copy(
+        update={"replicas": 2, "tensor_parallel": 2, "vocab_parallel": True, "stages": 1}
+    )
+    for sequences in micro_batch_sizes(base.train.batch_size):
+        run = profile_config(base, 4, "interleaved", sequences)
+        assert (run.stages, run.replicas, run.tensor_parallel) == (4, 1, 1)
+
+
 def test_a_profile_of_another_run_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -359,9 +375,18 @@ def test_a_profile_of_another_run_is_refused(
     path.write_text(kept.model_dump_json(exclude={"schema_version"}))
     assert plan("--devices", "2", "--costs", str(path)) == 2
     assert "a profile of another version of triptych; expected" in capsys.readouterr().err
-    path.write_text("[]")
-    assert plan("--devices", "2", "--costs", str(path)) == 2
-    assert "not a profile; expected" in capsys.readouterr().err
+    whole = json.loads(kept.model_dump_json())
+    for place, wrong in (("seconds", {}), ("seconds", None), ("hop_seconds", -1.0)):
+        path.write_text(json.dumps(whole | {"times": whole["times"] | {place: wrong}}))
+        assert plan("--devices", "2", "--costs", str(path)) == 2
+        assert "not a profile; expected" in capsys.readouterr().err
+    # No sizes of one operation, a time that is none, an operation that is missing.
+    for wrong in ({"F": {}}, {"F": {"1": -1.0}}, {"F": {"1": math.inf}}, {"F": {"0": 1.0}}, None):
+        block = {} if wrong is None else whole["times"]["seconds"]["block"] | wrong
+        seconds = whole["times"]["seconds"] | {"block": block}
+        path.write_text(json.dumps(whole | {"times": whole["times"] | {"seconds": seconds}}))
+        assert plan("--devices", "2", "--costs", str(path)) == 2
+        assert "not a profile; expected" in capsys.readouterr().err
     path.write_text(kept.model_dump_json())
     assert plan("--devices", "2", "--costs", str(path)) == 0
     assert plan("--devices", "2", "--costs", str(path), "--d-model", "128") == 2
