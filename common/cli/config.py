@@ -119,7 +119,7 @@ def _grid(settings: Settings) -> tuple[tuple[RunConfig, ...], str]:
             wrong.append(text)
     if wrong:
         first, *others = dict.fromkeys(wrong)
-        more = f" (and {len(others)} more points of the grid are impossible)" if others else ""
+        more = f" (the first of {len(others) + 1} impossible points of the grid)" if others else ""
         raise UsageError(first + more)
     return tuple(dict.fromkeys(points)), "; ".join(dict.fromkeys(left_out))
 

@@ -26,10 +26,11 @@ from common.io.usage import UsageError
 from common.report.machine import git_commit, this_machine
 from common.report.progress import PlainProgress, progress_view
 from common.report.result import Parity, RunResult, measured
-from common.runtime.faults import Fault
+from common.runtime.faults import PHASES, Fault
 from common.runtime.outcome import Outcome
 from common.runtime.text import drop_tokens, write_text
 from common.spec.data import Corpus
+from common.spec.partition import schedule_of
 from common.spec.run import RunConfig
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
@@ -175,7 +176,7 @@ def read_training(
     """
     saved = None if resume is None else Saved(resume, checkpoint.read_manifest(resume))
     config = read_run(arguments, saved)
-    _check_faults(arguments.fault, attempts, config)
+    _check_faults(arguments.fault, attempts, config, arguments.save_every)
     if saved is not None:
         manifest = saved.manifest
         manifest = manifest.without_training() if arguments.weights else manifest
@@ -183,7 +184,9 @@ def read_training(
     return config, load_text(config, saved, may_be_another=arguments.weights is not None)
 
 
-def _check_faults(faults: Sequence[str], attempts: int, config: RunConfig) -> None:
+def _check_faults(
+    faults: Sequence[str], attempts: int, config: RunConfig, save_every: int | None
+) -> None:
     """Refuse faults that would never happen. Raises UsageError."""
     if len(faults) > attempts:
         raise UsageError(
@@ -199,6 +202,14 @@ def _check_faults(faults: Sequence[str], attempts: int, config: RunConfig) -> No
             if number >= count:
                 why = f"there is no {what} {number}; expected 0 to {count - 1}"
                 raise UsageError(f"--fault {fault}: {why}")
+        done, action = fault.step + 1, fault.action
+        if action == "save" and done < config.train.steps and done % (save_every or done + 1):
+            why = f"step {fault.step} does not save; expected {config.train.steps - 1}, the last"
+            raise UsageError(f"--fault {fault}: {why}, or one that --save-every names")
+        actions = [str(each) for each in schedule_of(config).devices[fault.device]]
+        if action not in (None, *PHASES, *actions):
+            why = f"device {fault.device} has no {action} in schedule {config.schedule}"
+            raise UsageError(f"--fault {fault}: {why}; expected one of {', '.join(actions)}")
 
 
 def choose(asked: str | None, directory: Path | None, console: Console) -> Path | None:

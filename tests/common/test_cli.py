@@ -429,6 +429,14 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
         ("bisect framework=torch,framework=paddle x", "--framework: given twice; expected once"),
         ("train --fault kill@device=2 --steps 1", "there is no device 2; expected 0 to 1"),
         ("train --fault kill@step=9 --steps 2", "there is no step 9; expected 0 to 1"),
+        (
+            "train --fault kill@action=B0 --stages 1 --micro-batches 2",
+            "device 0 has no B0 in schedule 1f1b; expected one of F0, BW0, F1, BW1",
+        ),
+        (
+            "train --fault disk-full@step=2 --save-every 2 --steps 6",
+            "step 2 does not save; expected 5, the last, or one that --save-every names",
+        ),
         ("report results/example --sweep", "--sweep: no two ranked rows differ"),
         (
             "report results/example --out /dev/null",
