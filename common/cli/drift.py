@@ -159,6 +159,12 @@ def _run(
     check_names([named(runner) for runner in runners])
     names = [drift.name for drift in DRIFTS]
     rows = names if arguments.rows == "all" else chosen(arguments.rows, names, "--rows")
+    having = {name for drift in DRIFTS if drift.name in rows for name in drift.frameworks}
+    if not having & {framework for framework, _ in runners}:
+        why = f"not a habit of {arguments.frameworks}"
+        raise UsageError(
+            f"--rows {arguments.rows}: {why}; expected --frameworks {','.join(sorted(having))}"
+        )
     steps = _steps(arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
         found, spread, versions = run_zoo(

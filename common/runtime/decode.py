@@ -117,6 +117,4 @@ def run_decoding(
                 channel.tell(message, extension, receiver)
                 channel.send(message, y, receiver)
             except Exception as error:
-                raise StageFailure(
-                    f"device {device}, action {action}: {type(error).__name__}: {error}"
-                ) from error
+                raise StageFailure(device, action, error) from error

@@ -121,6 +121,11 @@ class Channel(Protocol[Tensor]):
 class StageFailure(RuntimeError):
     """An action failed. The text says which, on which device; the cause is the original error."""
 
+    def __init__(self, device: int, action: Action, error: Exception) -> None:
+        # A MemoryError, for one, has no text.
+        what = f"{type(error).__name__}: {error}".removesuffix(": ")
+        super().__init__(f"device {device}, action {action}: {what}")
+
 
 def run_stage(
     schedule: Schedule,
@@ -173,9 +178,7 @@ def run_stage(
             del received, result  # else this frame keeps an activation alive in the next wait
             marks.append((action, ready, start, clock.mark()))
         except Exception as error:
-            raise StageFailure(
-                f"device {device}, action {action}: {type(error).__name__}: {error}"
-            ) from error
+            raise StageFailure(device, action, error) from error
     # Only now are marks turned into times: asking a GPU for one earlier would wait for its queue.
     events: list[Event] = []
     for action, *when in marks:

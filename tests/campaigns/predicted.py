@@ -23,6 +23,7 @@ from common.harness.bench import run_name
 from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_worker
 from common.harness.profile import Profile, profile
 from common.io.edges import write_file
+from common.io.usage import UsageError, chosen
 from common.report.compare import oracle_config, parity
 from common.report.grid import Grid
 from common.report.machine import this_machine
@@ -211,12 +212,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), metavar="NAME,..")
     arguments = parser.parse_args(argv)
     folder = arguments.out or arguments.read
+    try:
+        frameworks = chosen(arguments.frameworks, FRAMEWORKS, "--frameworks")
+    except UsageError as error:
+        parser.error(str(error))
     if arguments.out:
         with tempfile.TemporaryDirectory(prefix="triptych-") as name:
             oracle = run_oracle(grid(FRAMEWORKS[0], max(SCHEDULES))[0], Path(name))
-            for framework in arguments.frameworks.split(","):
+            for framework in frameworks:
                 measure(framework, folder, oracle)
-    made = table(read(folder))
+    found = read(folder)
+    if not found:
+        parser.error(f"{folder}: holds no cells; expected a folder of an earlier --out")
+    made = table(found)
     print(made)
     fill("predicted", f"{made}\n\n{this_machine().one_line}.", PAGE)
     return 0

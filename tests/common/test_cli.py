@@ -447,6 +447,10 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
         ("simulate --schedule 1f1 --stages 2 --micro-batches 2", "did you mean 1f1b?"),
         ("drift --rows tanh-glu", "--rows = 'tanh-glu': unknown; expected tanh-gelu"),
         (
+            "drift --rows onednn,tanh-gelu --frameworks torch,paddle",
+            "not a habit of torch,paddle; expected --frameworks tensorflow",
+        ),
+        (
             "train --executor native --fault kill",
             "executor = native does not tell its actions; expected executor = table",
         ),

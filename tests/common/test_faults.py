@@ -163,7 +163,7 @@ def test_a_worker_whose_parent_ended_before_it_began_ends_too() -> None:
 
 REAL = {
     "torch": {
-        "oom@device=1,step=3,action=F1": ("device 1, action F1: MemoryError",),
+        "oom@device=1,step=3,action=F1": ("device 1, action F1: MemoryError; on from",),
         "hang@device=1,step=4,action=BW2": (
             "device 1 hangs in BW2, step 4; ",
             "device 0 waits for the gradient of micro-batch 2 into virtual stage 0 from device 1",
@@ -171,7 +171,7 @@ REAL = {
     },
     "paddle": {
         "kill@device=1,step=2,action=BW1": ("stage 1 was ended by SIGKILL; on from step-00000002",),
-        "oom@device=1,step=3,action=F1": ("device 1, action F1: MemoryError",),
+        "oom@device=1,step=3,action=F1": ("device 1, action F1: MemoryError; on from",),
         "hang@step=4,action=F3": (
             "device 0 hangs in F3, step 4; ",
             "device 1 waits for the activation of micro-batch 3 into virtual stage 1 from device 0",
