@@ -27,5 +27,5 @@ def test_every_picture_and_part_is_there(monkeypatch: pytest.MonkeyPatch) -> Non
         assert f"images/{name}.png" in PAGE
         assert (DOCS / "images" / f"{name}.png").stat().st_size > 5000
     assert make_schedules.draw_text(make_schedules.make_schedule("1f1b", 4, 8)) in PAGE
-    for part in ("curve", "measured", "searches"):
+    for part in ("curve", "half-cores", "searches"):
         assert f"<!-- made: {part} -->\n| " in PAGE
