@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,10 @@ def test_the_peak_is_the_systems(make: Make) -> None:
     lines = Path("/proc/self/status").read_text().splitlines()
     kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     assert engine.peak_memory_bytes() == {0: pytest.approx(kibibytes * 1024, rel=0.02)}
+
+
+def test_every_vector_function_of_mkl_is_called_before_threads_start() -> None:
+    of_mkl = "acos|asin|atan|cosh?|erf|erfc|erfinv|exp|expm1|log|log10|log1p|log2|sinh?|sqrt|tanh?"
+    source = "".join(path.read_text() for path in Path(devices.__file__).parent.glob("*.py"))
+    called = set(re.findall(rf"\.({of_mkl})_?\(", source))
+    assert {"exp", "cos"} <= called <= set(devices.VECTOR_FUNCTIONS)
