@@ -5,7 +5,7 @@
     python -m tests.campaigns.choosing_m --read FOLDER       that part from an earlier run
     python -m tests.campaigns.choosing_m --profile FOLDER    the same with new profiles, 5 min
 
-`--frameworks NAME,..` measures only these.
+`--frameworks NAME ...` measures only these.
 
 Run it in the repository's root, with nothing else running. A stage wants a core to itself: so many
 stages are measured as there are cores, 4 at most.
@@ -162,10 +162,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", type=Path, metavar="FOLDER")
     parser.add_argument("--read", type=Path, metavar="FOLDER")
     parser.add_argument("--profile", type=Path, metavar="FOLDER")
-    parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), metavar="NAME,..")
+    parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS)
     arguments = parser.parse_args(argv)
     fill("memory", memory_table(), PAGE)
-    folder, frameworks = arguments.measure or arguments.profile, arguments.frameworks.split(",")
+    folder, frameworks = arguments.measure or arguments.profile, arguments.frameworks
     if folder:
         measure_units(folder, frameworks)
     if arguments.measure:

@@ -123,6 +123,8 @@ def _megabytes(size: int) -> str:
 
 def main() -> None:
     if len(sys.argv) > 1:
+        if sys.argv[1] not in FRAMEWORKS:
+            raise SystemExit(f"{sys.argv[1]}: expected nothing, or one of {', '.join(FRAMEWORKS)}")
         print(json.dumps(measure(sys.argv[1])))
         return
     # Not in the frameworks' processes, which it would make larger.

@@ -217,5 +217,7 @@ PARTS: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
+    if wrong := set(sys.argv[1:]) - PARTS.keys():
+        raise SystemExit(f"{', '.join(wrong)}: no part; expected one of {', '.join(PARTS)}")
     for part_name in sys.argv[1:] or PARTS:
         PARTS[part_name]()
