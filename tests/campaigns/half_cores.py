@@ -25,6 +25,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from common.cli.main import main as triptych
 from common.report.grid import Grid
 from common.report.result import RunResult
@@ -66,9 +68,12 @@ class HalfCore:
         else:
             (self._folder / "cpu.max").write_text(f"{half} {PERIOD_MICROSECONDS}")
 
-    def take(self, pid: int) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended, and its status tells why
-            (self._folder / "cgroup.procs").write_text(str(pid))
+    def take(self, process: psutil.Process) -> None:
+        """Take a process and those that it has started."""
+        # One that has ended is gone, and its status tells why.
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            for each in (process, *process.children(recursive=True)):
+                (self._folder / "cgroup.procs").write_text(str(each.pid))
 
     def close(self) -> None:
         self._folder.rmdir()
@@ -103,14 +108,14 @@ def train(out: Path, framework: str, words: list[str], cores: list[HalfCore]) ->
     while b"step 1" not in (out / "log-0").read_bytes() and started[0].poll() is None:
         time.sleep(0.05)
     for core, process in zip(cores, started, strict=True):
-        core.take(process.pid)
+        core.take(psutil.Process(process.pid))
     if any([process.wait() for process in started]):  # noqa: C419  wait for all of them
         out.rename(out.with_name(f"failed-{out.name}"))
         raise SystemExit(f"{out.name} failed: see failed-{out.name}")
 
 
 def measure(folder: Path, preset: str, frameworks: list[str]) -> None:
-    run = ["--preset", preset, "--device", "cpu", "--steps", "12"]
+    run = ["--preset", preset, "--device", "cpu", "--steps", "9"]
     run += ["--partition", "balanced"]
     several = ["--stages", str(STAGES), "--micro-batches", str(MICRO_BATCHES)]
     for framework in frameworks:
