@@ -68,10 +68,11 @@ class HalfCore:
         else:
             (self._folder / "cpu.max").write_text(f"{half} {PERIOD_MICROSECONDS}")
 
-    def take(self, process: psutil.Process) -> None:
+    def take(self, pid: int) -> None:
         """Take a process and those that it has started."""
         # One that has ended is gone, and its status tells why.
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            process = psutil.Process(pid)
             for each in (process, *process.children(recursive=True)):
                 (self._folder / "cgroup.procs").write_text(str(each.pid))
 
@@ -105,10 +106,12 @@ def train(out: Path, framework: str, words: list[str], cores: list[HalfCore]) ->
         env = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": config}
         with (out / f"log-{number}").open("wb") as log:
             started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=out))
-    while b"step 1" not in (out / "log-0").read_bytes() and started[0].poll() is None:
-        time.sleep(0.05)
+    while started[0].poll() is None and not any(
+        file.stat().st_size for file in out.glob("*/*/progress.jsonl")
+    ):
+        time.sleep(0.05)  # until the first step is done
     for core, process in zip(cores, started, strict=True):
-        core.take(psutil.Process(process.pid))
+        core.take(process.pid)
     if any([process.wait() for process in started]):  # noqa: C419  wait for all of them
         out.rename(out.with_name(f"failed-{out.name}"))
         raise SystemExit(f"{out.name} failed: see failed-{out.name}")
