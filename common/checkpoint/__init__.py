@@ -13,7 +13,8 @@ folder of this name is a whole checkpoint.
 
 What is read may come from anywhere. So names, types, shapes and sizes are checked against the
 specification before memory is taken for any tensor, digests before a tensor is used, and nothing is
-ever unpickled. Every error is a `CheckpointError` of one line: what is wrong, where, what is right.
+ever unpickled. Every error is a `CheckpointError` of one line: what is wrong, where, and what is
+expected.
 """
 
 from common.checkpoint.depot import fetch, open_depot

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
+from common.harness.launch import IMPLEMENTATIONS
 from common.harness.zoo import run_all
 from common.io.figure import new_figure
 from common.oracle.compression import ReplicatedOracle
@@ -117,13 +118,13 @@ def _by_oracle(compress: str, train: Mapping[str, object]) -> Trained:
 
 def step_seconds(hosts: Hosts, folder: Path, framework: str, compress: str, port: int) -> float:
     """The median step of two replicas on two hosts, behind the slow link."""
-    name, module = f"{framework}-{port}", {"tensorflow": "tf"}.get(framework, framework)
+    name, module = f"{framework}-{port}", IMPLEMENTATIONS[framework].module
     (folder / f"{name}.toml").write_text(SETTINGS.format(compress=compress, steps=TIMED_STEPS))
     workers = [f"10.78.0.{n + 1}:{port}" for n in range(2)]
     started = []
     for n in range(2):
         said = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": n}}
-        words = ["-m", f"{module}_impl", "train", f"{name}.toml", "--out", name]
+        words = ["-m", module, "train", f"{name}.toml", "--out", name]
         log, env = folder / f"{name}-{n}.log", {"TF_CONFIG": json.dumps(said)}
         started.append(hosts.start(n, words, log, env))
     if any([process.wait() for process in started]):  # noqa: C419  wait for both

@@ -22,12 +22,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 
 from common.cli.main import main as triptych
+from common.harness.launch import IMPLEMENTATIONS
 from common.report.grid import Grid
 from common.report.result import RunResult
 from common.schedule.generators import make_schedule
@@ -96,7 +97,7 @@ def train(out: Path, framework: str, words: list[str], cores: list[HalfCore]) ->
         return
     print(out, flush=True)
     out.mkdir(parents=True)
-    module = {"torch": "torch_impl", "tensorflow": "tf_impl", "paddle": "paddle_impl"}[framework]
+    module = IMPLEMENTATIONS[framework].module
     command = [sys.executable, "-m", module, "train", *words, "--out", str(out)]
     workers = [f"127.0.0.1:{7100 + number}" for number in range(len(cores))]
     started = []
@@ -117,9 +118,8 @@ def train(out: Path, framework: str, words: list[str], cores: list[HalfCore]) ->
         raise SystemExit(f"{out.name} failed: see failed-{out.name}")
 
 
-def measure(folder: Path, preset: str, frameworks: list[str]) -> None:
-    run = ["--preset", preset, "--device", "cpu", "--steps", "9"]
-    run += ["--partition", "balanced"]
+def measure(folder: Path, preset: str, frameworks: Sequence[str]) -> None:
+    run = ["--preset", preset, "--device", "cpu", "--steps", "9", "--partition", "balanced"]
     several = ["--stages", str(STAGES), "--micro-batches", str(MICRO_BATCHES)]
     for framework in frameworks:
         home = folder / framework
@@ -189,13 +189,14 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="small")
-    parser.add_argument("--frameworks", default=",".join(FRAMEWORKS))
+    parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS)
     parser.add_argument("--page", type=Path, default=PAGE, help="default: docs/schedules.md")
     arguments = parser.parse_args()
     folder = arguments.out.resolve()
-    measure(folder, arguments.preset, arguments.frameworks.split(","))
-    print(page(folder))
-    fill("half-cores", page(folder), arguments.page)
+    measure(folder, arguments.preset, arguments.frameworks)
+    made = page(folder)
+    print(made)
+    fill("half-cores", made, arguments.page)
 
 
 if __name__ == "__main__":

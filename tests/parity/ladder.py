@@ -4,7 +4,7 @@ started.
 The cases cover every value of p, m and dtype, every combination of head, norm and activation, all
 kinds of partition, micro-batches with different numbers of tokens, or none, and of different sizes
 (8 sequences in 3 or 5). "bert" is an encoder, trained on masked tokens, so that its micro-batches
-have different numbers of targets. They train for 100 AdamW steps (30 where `LONG` says so) with
+have different numbers of targets. They train for 100 AdamW steps (or 30, see `LONG`) with
 clipping, warm-up and cosine: four blocks over four stages, else two blocks. The variants are runs
 of three steps whose bits must be equal. All runs of a framework share as few worker processes as
 the framework allows, since frameworks start slowly.
