@@ -19,13 +19,12 @@ import ctypes
 import os
 import sys
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 """mallopt(3)."""
-LARGEST_MMAP_THRESHOLD = 2**25
-"""glibc takes no more: half of a thread's heap."""
-HEAP = 2**26
-"""A heap that is free goes back to the system unless the one before it lacks this much."""
-NEVER = 2**30
+ROOM = 2**26
+"""By how much the heap grows at least."""
+NEVER = 2**31 - 1
+"""More free memory than this at the heap's end goes back to the system: mallopt takes an int."""
 
 
 def keep_freed_memory() -> None:
@@ -37,6 +36,8 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+        # One heap for all threads: that of another thread takes no block of 64 MiB or more.
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_MAX, 0)  # else blocks of more than 32 MiB never come from a heap
         mallopt(M_TRIM_THRESHOLD, NEVER)
-        mallopt(M_TOP_PAD, HEAP)
+        mallopt(M_TOP_PAD, ROOM)

@@ -17,11 +17,15 @@ if sys.argv[1] == "kept":
     keep_freed_memory()
 
 
+def hold(mib):
+    return [np.ones(mib * 2**17) for _ in range(192 // mib)]
+
+
 def step():
-    held = [np.ones(2**18) for _ in range(96)]  # 2 MiB each: three heaps of 64
+    held = [hold(mib) for mib in (2, 48, 96)]  # a tensor may be larger than a thread's heap, 64 MiB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     del held
-    held = [np.ones(2**18) for _ in range(96)]
+    held = [hold(mib) for mib in (2, 48, 96)]
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
