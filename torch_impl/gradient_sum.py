@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.functional import pad
 
+from torch_impl.gradients import added
+
 
 class OrderedSum:
     """The sum of a vector over a group; it starts on construction, and takes the vector over."""
@@ -51,11 +53,8 @@ class OrderedSum:
         self._work.wait()
         if not self._in_slices:
             return self._flat
-        first, *others = self._unpacked(self._got).view(self._count, -1)  # (slice,) of every rank
-        total = first.clone()
-        for other in others:
-            total += other
-        total = self._packed(total)
+        pieces = self._unpacked(self._got).view(self._count, -1)  # (slice,) of every rank
+        total = self._packed(added([*pieces]))
         distributed.all_gather_single(self._sent, total, group=self._group)
         return self._unpacked(self._sent)[: len(self._flat)]
 

@@ -1,9 +1,12 @@
-"""The gradient of a parameter, for all who know that it is there.
+"""The gradient of a parameter, for all who know that it is there; and sums in the order of ranks.
 
-Differs: only PyTorch keeps it on the parameter, where it may be None.
+Differs: only PyTorch keeps a gradient on its parameter, where it may be None.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
 
 from torch import Tensor
 
@@ -13,3 +16,9 @@ def gradient_of(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         raise RuntimeError(f"a parameter of shape {list(parameter.shape)} has no gradient yet")
     return parameter.grad
+
+
+def added(pieces: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the ranks' pieces, in their order."""
+    first, *others = pieces
+    return reduce(Tensor.add_, others, first.clone())

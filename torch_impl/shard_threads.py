@@ -18,7 +18,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -32,6 +31,7 @@ from common.runtime.worker import run_job
 from common.schedule.action import Schedule
 from common.spec.run import RunConfig
 from torch_impl import devices, streams
+from torch_impl.gradients import added
 from torch_impl.shard_engine import ShardEngine
 from torch_impl.shards import Shards, columns_of
 from torch_impl.stage import Channel
@@ -57,13 +57,20 @@ def run_lines(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
         try:
             run_job(job.of_line(shard), lambda config: ThreadEngine(config, shard, meeting))
         except Exception as error:
-            meeting.stop(error)
+            meeting.stop(_of_shard(shard, error))
 
     shards = range(job.config.tensor_parallel)
     with ThreadPoolExecutor(len(shards), "shard") as lines:
         list(lines.map(run_line, shards))
     if meeting.failure is not None:
         raise meeting.failure
+
+
+def _of_shard(shard: int, failure: BaseException) -> RuntimeError:
+    """The failure with the shard's name: all of them have the same devices."""
+    named = RuntimeError(f"shard {shard}: {type(failure).__name__}: {failure}".removesuffix(": "))
+    named.__cause__ = failure
+    return named
 
 
 class Meeting(Channel):
@@ -96,9 +103,9 @@ class ThreadShards(Shards):
     def sum(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1)
         if self.count == 2:
-            return _added(self.exchanged([flat, flat])).view_as(x)
+            return added(self.exchanged([flat, flat])).view_as(x)
         # As processes do it: each adds up one slice for all.
-        own = _added(self.exchanged(flat.tensor_split(self.count)))
+        own = added(self.exchanged(flat.tensor_split(self.count)))
         return torch.cat(self.gathered(own)).view_as(x)
 
     def gathered(self, x: Any) -> list[Any]:
@@ -118,11 +125,6 @@ class ThreadShards(Shards):
             for other in others
         }
         return [found.get(shard, pieces[own]) for shard in range(self.count)]
-
-
-def _added(pieces: Sequence[Tensor]) -> Tensor:
-    first, *others = pieces
-    return reduce(Tensor.add_, others, first.clone())
 
 
 class ThreadEngine(ShardEngine):
@@ -153,7 +155,7 @@ class ThreadEngine(ShardEngine):
 
     def _open_channel(self, schedule: Schedule, mode: Mode) -> Channel:
         channel = _LineChannel(self._torch_devices, self._copy_streams)
-        channel.meeting = self._meeting
+        channel.meeting, channel.shard = self._meeting, self.shards.shard
         return channel
 
 
@@ -161,7 +163,8 @@ class _LineChannel(Channel):
     """That of one line: what stops it stops them all."""
 
     meeting: Meeting
+    shard: int
 
     def stop(self, failure: BaseException) -> None:
         super().stop(failure)
-        self.meeting.stop(failure)
+        self.meeting.stop(_of_shard(self.shard, failure))

@@ -87,8 +87,9 @@ def _grid(settings: Settings) -> tuple[tuple[RunConfig, ...], str]:
     """Return every combination of the listed values, each validated before anything runs.
 
     Left out are combinations whose values all run in others (`--replicas 1,2 --compress none,fp16`
-    has no fp16 with one replica), and of `all` schedules those that do not fit where another one
-    does; the second result says which, and why.
+    has no fp16 with one replica), or that an option of the whole grid does not go with
+    (`--tensor-parallel 1,2 --vocab-parallel`); and of `all` schedules those that do not fit where
+    another one does. The second result says which, and why.
     """
     # {schedule: [gpipe, 1f1b], framework: [torch, paddle]} makes four points.
     axes = {key: listed(settings[key].value) for key in GRID if key in settings}
@@ -113,7 +114,11 @@ def _grid(settings: Settings) -> tuple[tuple[RunConfig, ...], str]:
     for choice, text in errors:
         if choice | {SCHEDULE: "all"} in places:
             left_out.append(f"{choice[SCHEDULE]} ({text})")
-        elif all(value in runs[key] for key, value in choice.items()):
+        elif all(value in runs[key] for key, value in choice.items()) or any(
+            text.startswith((f"{each.where} ", f"{each.where}:"))
+            for key, each in settings.items()
+            if key not in axes and fitting
+        ):
             left_out.append(text)
         else:
             wrong.append(text)

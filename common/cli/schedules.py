@@ -216,9 +216,10 @@ def add_costs(parser: argparse.ArgumentParser, memory: bool = True) -> None:
 
 def _numbers(text: str) -> _Numbers:
     found = tuple(number(word) for word in text.split(","))
-    if any(each is None or each < 0 for each in found):
+    # Far below the largest float: sums and products of many stay finite.
+    if any(each is None or not 0 <= each <= 1e100 for each in found):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number or a comma list of numbers, 0 or more"
+            f"{text!r} is not a number or a comma list of numbers, 0 to 1e100"
         )
     return tuple(each or 0.0 for each in found)
 
@@ -453,10 +454,11 @@ def _links(schedule: Schedule, arguments: argparse.Namespace) -> dict[str, int]:
     ):
         raise UsageError(f"--preset {arguments.preset}: {why}")
     m, size = schedule.num_micro_batches, schedule.num_devices * replicas * shards
-    if hosts > size:
+    if size % hosts:
         axes = f"{replicas} x {schedule.num_devices} stages" + f" x {shards} shards" * (shards > 1)
         raise UsageError(
-            f"--hosts {hosts}: more than the {size} processes of {axes}; expected at most {size}"
+            f"--hosts {hosts}: does not divide the {size} processes of {axes}; expected a divisor "
+            f"of {size}"
         )
     if size * replicas > MAX_PAIRS:
         most = math.isqrt(MAX_PAIRS // schedule.num_devices // shards)

@@ -118,6 +118,8 @@ def _train(arguments: argparse.Namespace, implementations: Mapping[str, Implemen
     with checkpoint.locked(directory) if directory else nullcontext():
         resume = choose(arguments.resume or arguments.weights, directory, console)
         config, corpus = read_training(arguments, resume, arguments.max_restarts + 1)
+        if resume is not None and arguments.weights is None:
+            check_steps_of_faults(arguments.fault, checkpoint.read_manifest(resume).steps_done)
         if directory is not None:
             check_room(directory, None if arguments.weights else resume)
         implementation = implementations[config.framework]
@@ -210,6 +212,14 @@ def _check_faults(
         if action not in (None, *PHASES, *actions):
             why = f"device {fault.device} has no {action} in schedule {config.schedule}"
             raise UsageError(f"--fault {fault}: {why}; expected one of {', '.join(actions)}")
+
+
+def check_steps_of_faults(faults: Sequence[str], first_step: int) -> None:
+    """Refuse faults in steps that are done. Raises UsageError."""
+    for fault in map(Fault.parse, faults):
+        if fault.step < first_step:
+            why = f"the checkpoint has done step {fault.step}; expected {first_step} or more"
+            raise UsageError(f"--fault {fault}: {why}")
 
 
 def choose(asked: str | None, directory: Path | None, console: Console) -> Path | None:

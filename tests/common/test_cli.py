@@ -94,6 +94,7 @@ def test_all_schedules_but_those_that_do_not_fit() -> None:
     ("line", "count", "why"),
     [
         ("--replicas 1,2 --compress none,fp16", 18, "--compress = fp16: one replica sends no"),
+        ("--tensor-parallel 1,2 --vocab-parallel", 6, "--vocab-parallel: cuts among shards"),
         ("--frameworks torch,paddle --dtype float32,bfloat16", 6, "--dtype = bfloat16: paddle"),
         ("--schedules 1f1b,dualpipev --micro-batches 3,4", 9, "--schedules: schedule dualpipev: 3"),
     ],

@@ -216,6 +216,7 @@ def test_wrong_input_is_one_line_and_status_2(
         "change: framework",
         f"--resume {last} --norm post --seed 1": "model.norm: the checkpoint has pre, the run post "
         "(and 1 more)",
+        f"--resume {last} --steps 9 --fault kill@step=1": "has done step 1; expected 2 or more",
         f"--resume {last} --steps 2": "all 2 of 2 steps are done; use more --steps",
         f"--resume {last} --dtype float32": "train.dtype: the checkpoint has float64, the "
         "run float32",
