@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
+from common.spec.habits import DRIFTS
 from tests.campaigns.make_readme import PAGES, table
+from tests.common.test_mirror import shared_modules
 
 ENGLISH, CHINESE = (page.read_text(encoding="utf-8") for page in PAGES)
 
@@ -29,3 +31,8 @@ def test_the_table_is_that_of_the_example() -> None:
     for text in (ENGLISH, CHINESE):
         assert f"<!-- made: table -->\n{table()}\n<!-- end -->" in text
     assert ENGLISH.count("\n") < 120
+
+
+def test_what_it_counts_is_so_many() -> None:
+    assert f"share {len(shared_modules())} files" in ENGLISH
+    assert f"{len(DRIFTS)} habits" in ENGLISH
