@@ -76,12 +76,12 @@ bench: install
 	@$(BIN)/python bench_all.py $(PYTHONS) $(ARGS)
 
 # A third worker computes while the others wait: for processes that start, for a host that is gone.
+# Types are a test (tests/test_types.py), so that mypy, which has one thread, leaves no core idle.
 # Hundreds of processes import the same modules, so these are kept compiled whatever the shell says.
 test: export PYTHONDONTWRITEBYTECODE =
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 3 $(ARGS)
 
 docs: install

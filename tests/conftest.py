@@ -88,7 +88,7 @@ command line names them.
 """
 
 LONGEST_FIRST = ("tensorflow", "paddle", "torch")
-LONG_TOO = ("test_hosts.py", "test_baselines.py", "test_compression.py", "test_faults.py")
+LONG_TOO = ("test_types.py", "test_hosts.py", "test_faults.py")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -112,11 +112,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
         parameters = getattr(item, "callspec", None)
         return str(parameters.params.get("framework", "")) if parameters else ""
 
+    def home(item: pytest.Item) -> str:
+        """Tests of parity share the runs of their framework."""
+        is_parity = item.path.parent.name == "parity" and framework(item)
+        return "parity" if is_parity else item.path.name
+
     def place(item: pytest.Item) -> int:
-        if item.path.name in ("test_frameworks.py", "test_ladder.py"):
+        if home(item) in ("test_frameworks.py", "parity"):
             return LONGEST_FIRST.index(framework(item))
         return len(LONGEST_FIRST) + (item.path.name not in LONG_TOO)
 
     items.sort(key=place)
     for item in items if config.pluginmanager.has_plugin("xdist") else ():
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}:{framework(item)}"))
+        item.add_marker(pytest.mark.xdist_group(f"{home(item)}:{framework(item)}"))

@@ -139,7 +139,9 @@ def run_all(
         # Differs: a Paddle rank is a process and fleet starts once, so runs of one mesh share them.
         mesh = Mesh.of(config) if config.framework == "paddle" else None
         alone = config.drift if config.drift in PROCESS_WIDE else None
-        shared = (config.framework, config.python, mesh, config.device, alone)
+        # TensorFlow's kernels are those of a process too.
+        track = config.track if config.framework == "tensorflow" else None
+        shared = (config.framework, config.python, mesh, config.device, alone, track)
         groups.setdefault(shared, []).append(config)
     outcomes: dict[RunConfig, Run | str] = {}
     done: dict[str, int] = {}

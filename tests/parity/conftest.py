@@ -1,4 +1,8 @@
-"""Starts the probes of a framework once per session, and prints the margins at the end."""
+"""Starts the probes of a framework once per session, and prints the margins at the end.
+
+Frameworks start slowly: all runs that the chosen tests need share as few worker processes as the
+framework allows. A module says which it needs in `configs(framework, folder)`.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ from collections.abc import Callable
 import pytest
 
 from common.oracle.limits import Comparison
-from common.spec.run import FRAMEWORKS
-from tests.parity.ladder import Probed, run_ladder
+from common.spec.run import FRAMEWORKS, RunConfig
+from tests.parity.ladder import EXTREME_NOISE, Probed, Runs, extreme_config, run_probes
 
 MARGINS: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
 
@@ -20,11 +24,17 @@ def framework(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def ladder(framework: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Probed]:
-    """All runs of the framework, by name. Where they fail, all its tests do, and nothing runs
-    again.
-    """
-    return run_ladder(framework, tmp_path_factory.mktemp(framework))
+def runs(
+    framework: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Runs:
+    """By name. Where they fail, all tests of the framework do, and nothing runs again."""
+    folder = tmp_path_factory.mktemp(framework)
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    wanted: dict[str, RunConfig] = {}
+    for module in dict.fromkeys(item.module for item in items if "runs" in item.fixturenames):
+        wanted |= module.configs(framework, folder)
+    found = run_probes(wanted, folder, {extreme_config(framework): EXTREME_NOISE})
+    return {name: Probed(one, found[name]) for name, one in wanted.items()}
 
 
 @pytest.fixture

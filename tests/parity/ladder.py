@@ -6,8 +6,7 @@ kinds of partition, micro-batches with different numbers of tokens, or none, and
 (8 sequences in 3 or 5). "bert" is an encoder, trained on masked tokens, so that its micro-batches
 have different numbers of targets. They train for 100 AdamW steps (or 30, see `LONG`) with
 clipping, warm-up and cosine: four blocks over four stages, else two blocks. The variants are runs
-of three steps whose bits must be equal. All runs of a framework share as few worker processes as
-the framework allows, since frameworks start slowly.
+of three steps whose bits must be equal.
 """
 
 from __future__ import annotations
@@ -174,9 +173,13 @@ SHARDED: dict[str, tuple[bool, str, dict[str, Any]]] = {
     "t2-d2-2-2-float64": (True, "d2-2-2-float64", {}),
 }
 CASES |= {name: CASES[whole] for name, (_, whole, _) in SHARDED.items()}
-LONG = {"d2-2-2-float64", "d2-2-2-float32-llama", "t2-1-4-float64-llama"}
-"""Of these, whose d p t processes a step keeps busy, the cases that train for 100 steps; the others
-do for 30.
+LONG = {
+    *(f"{p}-{m}-{dtype}" for p in (1, 2, 4) for m in (1, 4) for dtype in ("float32", "float64")),
+    *("4-4-float32-llama", "4-4-float32-bert", "2-4-float32-uneven"),
+    *("d2-2-2-float64", "d2-2-2-float32-llama", "t2-1-4-float64-llama"),
+}
+"""The cases that train for 100 steps: every p, m and dtype, and one of each further kind. What the
+others add (another block, another cut of the mini-batch) is there from the first step on: 30 do.
 """
 
 
@@ -184,11 +187,10 @@ def case_config(framework: str, case: str) -> RunConfig:
     """The run of a ladder case."""
     vocab_parallel, whole, model = SHARDED.get(case, (False, case, {}))
     d, sequences, run = REPLICATED.get(whole, (1, 8, CASES[whole]))
-    is_short = (case in REPLICATED or case in SHARDED) and case not in LONG
     return config(
         framework,
         *run,
-        steps=30 if is_short else 100,
+        steps=100 if case in LONG else 30,
         uneven=case.endswith("uneven"),
         num_layers=4 if run[0] == 4 else 2,
         batch_size=sequences,
@@ -276,19 +278,11 @@ MODELS: dict[str, tuple[str, str, str, str, int, tuple[str, ...]]] = {
     ),
     "bert": (
         *("float64", "tied", "post", "bert", 8),
-        ("one-stage", "rerun", "uneven", "interleaved-zb", "zb-v", "recompute-full-split"),
+        ("one-stage", "uneven", "interleaved-zb", "zb-v", "recompute-full-split"),
     ),
     "float64": (
         *("float64", "untied", "post", "gelu", 10),
-        (
-            "one-stage",
-            "rerun",
-            "uneven",
-            "interleaved",
-            "zb-h1",
-            "zb-v",
-            "recompute-full-split",
-        ),
+        ("one-stage", "uneven", "interleaved", "zb-h1", "zb-v", "recompute-full-split"),
     ),
 }
 """dtype, head, norm, activation, batch size, and the variants: 8 sequences make micro-batches of 2;
@@ -353,20 +347,24 @@ class Probed(NamedTuple):
     run: Run
 
 
-def run_ladder(framework: str, folder: Path) -> dict[str, Probed]:
+Runs = dict[str, Probed]
+
+
+def configs(framework: str, folder: Path) -> dict[str, RunConfig]:
     """All runs of a framework: cases by name, variants as "model/variant", and "extreme"."""
-    configs = {name: case_config(framework, name) for name in CASES} | {
+    found = {name: case_config(framework, name) for name in CASES} | {
         "extreme": extreme_config(framework)
     }
     for model in MODELS:
-        configs |= {
+        found |= {
             f"{model}/{name}": one
             for name, one in variant_configs(framework, model, folder).items()
         }
-    if framework not in rules.TENSOR_PARALLEL:
-        configs = {name: one for name, one in configs.items() if one.tensor_parallel == 1}
-    runs = run_probes(configs, folder, {configs["extreme"]: EXTREME_NOISE})
-    return {name: Probed(one, runs[name]) for name, one in configs.items()}
+    return {
+        name: one
+        for name, one in found.items()
+        if one.tensor_parallel == 1 or framework in rules.TENSOR_PARALLEL
+    }
 
 
 def run_probes(

@@ -13,18 +13,20 @@ from common.schedule.simulate import simulate
 from common.spec.memory import Memory
 from common.spec.rules import TENSOR_PARALLEL
 from common.spec.run import RunConfig
+from tests.parity import ladder
 from tests.parity.ladder import (
     CASES,
     EXTREME_NOISE,
     MODELS,
-    Probed,
     Run,
+    Runs,
     expected,
     first_different_bits,
 )
 
-Ladder = dict[str, Probed]
 Judge = Callable[[str, str, Comparison], None]
+
+configs = ladder.configs
 
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -37,25 +39,28 @@ def _has_shards(request: pytest.FixtureRequest, framework: str) -> None:
 
 
 @every_case
-def test_against_the_oracle(framework: str, case: str, ladder: Ladder, judge: Judge) -> None:
-    one, run = ladder[case]
+def test_against_the_oracle(framework: str, case: str, runs: Runs, judge: Judge) -> None:
+    one, run = runs[case]
     want, dtype = expected(one), one.train.dtype
     judge(framework, dtype, compare_probe(run, want, dtype))
     assert want.losses[-1] < want.losses[0] - 0.3, "the run must learn, or its curve proves nothing"
 
 
 @every_case
-def test_executed_equals_planned(case: str, ladder: Ladder) -> None:
-    assert_executed_equals_planned(*ladder[case])
+def test_executed_equals_planned(case: str, runs: Runs) -> None:
+    assert_executed_equals_planned(*runs[case])
 
 
 @every_case
-def test_every_device_holds_what_is_predicted(case: str, ladder: Ladder) -> None:
-    one, run = ladder[case]
+def test_every_device_holds_what_is_predicted(case: str, runs: Runs) -> None:
+    assert_holds_what_is_predicted(*runs[case])
+
+
+def assert_holds_what_is_predicted(one: RunConfig, run: Run) -> None:
     predicted = [each.activations_bytes for each in Memory.of_run(one)]
     held = {d: count for part in run.parts for d, count in part.held_activation_peak_bytes.items()}
-    # TensorFlow's count has been seen 0.9 % off.
-    off = 0.01 if one.framework == "tensorflow" else 0.0
+    # TensorFlow's count has been seen 0.9 % off, and that of a split backward which recomputes.
+    off = 0.01 if one.framework == "tensorflow" or one.recompute == "full" else 0.0
     assert held == pytest.approx(dict(enumerate(predicted)), rel=off)
 
 
@@ -76,12 +81,15 @@ def assert_executed_equals_planned(one: RunConfig, run: Run) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_schedule_and_partition_gives_the_same_bits(model: str, ladder: Ladder) -> None:
+def test_every_schedule_and_partition_gives_the_same_bits(model: str, runs: Runs) -> None:
     variants = {
-        name.split("/")[1]: each for name, each in ladder.items() if name.startswith(f"{model}/")
+        name.split("/")[1]: each for name, each in runs.items() if name.startswith(f"{model}/")
     }
     for one, run in variants.values():
         assert_executed_equals_planned(one, run)
+        # TensorFlow's W of a SwiGLU keeps one tensor (B, S, F) that the others do without.
+        if (one.framework, one.model.activation) != ("tensorflow", "swiglu"):
+            assert_holds_what_is_predicted(one, run)
     first, few = variants["one-stage"], variants.pop("few", None)
     for one, run in (first, *([few] if few else [])):
         comparison = compare_probe(run, expected(one), one.train.dtype)
@@ -90,7 +98,7 @@ def test_every_schedule_and_partition_gives_the_same_bits(model: str, ladder: La
     assert not any(different.values()), {name: where for name, where in different.items() if where}
 
 
-def test_logits_far_apart(framework: str, ladder: Ladder, judge: Judge) -> None:
+def test_logits_far_apart(framework: str, runs: Runs, judge: Judge) -> None:
     """Weights so large that logits and attention scores lie hundreds apart, at the limits of every
     other run.
 
@@ -98,16 +106,16 @@ def test_logits_far_apart(framework: str, ladder: Ladder, judge: Judge) -> None:
     attention, where Paddle's kernel is used, nothing shows: beside a weight of 1 one of exp(-64)
     changes no bit.
     """
-    one, run = ladder["extreme"]
+    one, run = runs["extreme"]
     want = expected(one, EXTREME_NOISE)
     assert min(want.losses) > 64, "a mean loss that no clipped kernel can have"
     judge(framework, "float64", compare_probe(run, want, "float64"))
 
 
 @pytest.mark.parametrize("framework", ["torch"], indirect=True)
-def test_a_wrong_model_fails_and_the_first_place_is_named(ladder: Ladder) -> None:
+def test_a_wrong_model_fails_and_the_first_place_is_named(runs: Runs) -> None:
     """An epsilon of 1e-3 (Keras' default) instead of 1e-5: the first norm is in block 0."""
-    one, run = ladder["2-4-float64"]
+    one, run = runs["2-4-float64"]
     wrong = one.model_copy(update={"model": one.model.model_copy(update={"norm_epsilon": 1e-3})})
     comparison = compare(
         run.phase("forward"), expected(wrong).unit_outputs, "activation", "float64"
