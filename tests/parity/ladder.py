@@ -294,7 +294,7 @@ every kind of variant (one stage, more, cut unevenly, chunks, a split backward, 
 only one has every variant.
 """
 IN_ORDER_ALONE = {
-    *("one-stage-1f1b", "naive", "rerun-again", "zb-h2"),
+    *("one-stage-1f1b", "naive", "gpipe", "rerun-again", "split", "zb-h2"),
     *("interleaved-overlap", "v-half", "v-min"),
 }
 """Variants that differ from another one in the order of the actions alone. TensorFlow, which traces
