@@ -96,6 +96,10 @@ class Schedule:
     first_micro_batch: int = field(default=0, compare=False)
     """The first micro-batch's number in the text form, for messages; actions count from 0."""
 
+    def __hash__(self) -> int:
+        # Its actions too would be thousands, each time that a cache is asked for a schedule.
+        return hash((self.name, len(self.devices), self.num_micro_batches, self.num_chunks))
+
     @property
     def num_devices(self) -> int:
         return len(self.devices)

@@ -27,9 +27,13 @@ def occupancy(schedule: Schedule, kinds: Sequence[int] | None = None) -> list[In
     return _counts(schedule, tuple(kinds or [0] * schedule.num_micro_batches))
 
 
+remembered_table = lru_cache(maxsize=4096)(tabulate)
+"""A planner plays a schedule too, and asks again without its memory limit."""
+
+
 @lru_cache(maxsize=1024)  # a planner asks once for each kind of recomputation
 def _counts(schedule: Schedule, kinds: tuple[int, ...]) -> list[IntArray]:
-    table = tabulate(schedule)
+    table = remembered_table(schedule)
     shape = (table.num_rows, schedule.num_chunks, max(kinds) + 1)
     # A row is one action: F adds a held activation, B turns it into what waits for W, W frees it.
     # The sum over the rows so far is what is held after each action.
@@ -47,7 +51,7 @@ def _counts(schedule: Schedule, kinds: tuple[int, ...]) -> list[IntArray]:
 def _not_exceeded(counts: IntArray) -> IntArray:
     """Return the rows that no other row reaches or exceeds in every place."""
     # (2, 0) is below (2, 1) whatever the sizes; (3, 0) and (2, 1) both stay, as either may be more.
-    flat = np.unique(counts.reshape(len(counts), -1), axis=0)
+    flat = np.array(sorted(set(map(tuple, counts.reshape(len(counts), -1).tolist()))))
     # Some rows at a time, each beside all; every row reaches itself.
     some = np.array_split(flat, 1 + flat.size * len(flat) // 2**22)
     exceeded = np.concatenate([(flat >= rows[:, None]).all(2).sum(1) > 1 for rows in some])

@@ -13,9 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-
-import numpy as np
+from functools import cached_property, lru_cache
+from typing import Any
 
 from common.schedule.action import Schedule
 from common.schedule.occupancy import occupancy
@@ -43,9 +42,12 @@ class DeviceMemory:
     """What a backward that computes its forward again holds besides, for one piece at a time."""
 
     @property
+    def state_bytes(self) -> int:
+        return self.weights_bytes + self.gradients_bytes + self.moments_bytes
+
+    @property
     def total_bytes(self) -> int:
-        held = self.activations_bytes + self.recompute_bytes
-        return self.weights_bytes + self.gradients_bytes + self.moments_bytes + held
+        return self.state_bytes + self.activations_bytes + self.recompute_bytes
 
 
 OF_RECOMPUTED_TOKENS = {"paddle": 4}
@@ -62,7 +64,7 @@ def kinds_of(units: Sequence[str]) -> Part:
 @dataclass(frozen=True)
 class _Chunk:
     parameters: int
-    held: IntArray
+    held: Sequence[int]
     """(rows,): its activation bytes at each of the device's fullest moments."""
     again: int
 
@@ -91,24 +93,30 @@ class Memory:
         # partners, thousands of times.
         chunks = [self._chunk(device, c, part) for c, part in enumerate(parts)]
         parameters = sum(chunk.parameters for chunk in chunks)
-        kinds = {kind for part in parts for kind in part}
-        if model.tied_head and "head" in kinds and "embedding" not in kinds:
-            # The head's copy of the embedding.
-            parameters += len(own_tokens(config, 0)) * model.d_model
-        master = ELEMENT_BYTES[config.train.master_dtype]
-        # AdamW in bfloat16: 4 + 2 bytes of weights, 4 of gradients and 8 of moments make 18 a
-        # parameter; in float32 there is no copy, which leaves 16.
-        copy = ELEMENT_BYTES[config.train.dtype] if config.train.dtype == "bfloat16" else 0
-        moments = {"adamw": 2, "sgd": int(config.train.momentum > 0)}[config.train.optimizer]
+        if model.tied_head:
+            kinds = {kind for part in parts for kind in part}
+            if "head" in kinds and "embedding" not in kinds:  # the head's copy of the embedding
+                parameters += len(own_tokens(config, 0)) * model.d_model
+        weights, gradients, moments = self._bytes_per_parameter
         return DeviceMemory(
             parameters,
-            parameters * (master + copy),
-            parameters * master,
-            parameters * master * moments,
+            parameters * weights,
+            parameters * gradients,
+            parameters * moments,
             # The fullest moment of the device, not the sum of its chunks' own fullest ones.
-            int(np.sum([chunk.held for chunk in chunks], axis=0).max()),
+            max(map(sum, zip(*(chunk.held for chunk in chunks), strict=True))),
             max(chunk.again for chunk in chunks),
         )
+
+    @cached_property
+    def _bytes_per_parameter(self) -> tuple[int, int, int]:
+        train = self.config.train
+        master = ELEMENT_BYTES[train.master_dtype]
+        # AdamW in bfloat16: 4 + 2 bytes of weights, 4 of gradients and 8 of moments make 18 a
+        # parameter; in float32 there is no copy, which leaves 16.
+        copy = ELEMENT_BYTES[train.dtype] if train.dtype == "bfloat16" else 0
+        moments = {"adamw": 2, "sgd": int(train.momentum > 0)}[train.optimizer]
+        return master + copy, master, master * moments
 
     def _chunk(self, device: int, c: int, part: Part) -> _Chunk:
         """Return what chunk c adds to its device, whatever the other chunks hold."""
@@ -116,14 +124,24 @@ class Memory:
         if key not in self._chunks:
             # (rows, kinds, 2) counts times (kinds, 2) bytes. 1F1B, device 0 of 2: the one row is 2
             # between F and B and 0 between B and W, so the chunk holds twice what one F leaves.
-            sizes = [size for kind in self._kinds for size in self._sizes(part, *kind)]
+            parameters, sizes, again = self._of_part(part)
             counts = self._occupancy[device][:, c].reshape(-1, len(sizes))  # (rows, kinds x 2)
-            self._chunks[key] = _Chunk(
+            self._chunks[key] = _Chunk(parameters, (counts @ sizes).tolist(), again)
+        return self._chunks[key]
+
+    def _of_part(self, part: Part) -> tuple[int, list[int], int]:
+        """Return its parameters, its bytes by kind of micro-batch, and what B computes again."""
+        if part not in self._parts:
+            self._parts[part] = (
                 sum(self._parameters[kind] for kind in part),
-                counts @ sizes,
+                [size for kind in self._kinds for size in self._sizes(part, *kind)],
                 self._again(part) if self.config.recompute != "none" else 0,
             )
-        return self._chunks[key]
+        return self._parts[part]
+
+    @cached_property
+    def _parts(self) -> dict[Part, tuple[int, list[int], int]]:
+        return {}
 
     @cached_property
     def _chunks(self) -> dict[tuple[int, int, Part], _Chunk]:
@@ -147,11 +165,13 @@ class Memory:
     @cached_property
     def _parameters(self) -> dict[str, int]:
         """Of the embedding, one block and the head; of a shard, the first, which has most."""
-        one = self.config.model.model_copy(update={"num_layers": 1})
-        sizes = {"embedding": 0, "block": 0, "head": 0}
-        for name, shape in parameter_shapes(one).items():
-            own = shard_shape(self.config, name, shape, 0)
-            sizes[unit_of(name).partition(".")[0]] += math.prod(own)
+        sizes: dict[str, int] = self._of_all_alike("parameters")
+        if not sizes:
+            sizes |= {"embedding": 0, "block": 0, "head": 0}
+            one = self.config.model.model_copy(update={"num_layers": 1})
+            for name, shape in parameter_shapes(one).items():
+                own = shard_shape(self.config, name, shape, 0)
+                sizes[unit_of(name).partition(".")[0]] += math.prod(own)
         return sizes
 
     def _sizes(self, part: Part, sequences: int, recomputed: bool) -> tuple[int, int]:
@@ -170,11 +190,9 @@ class Memory:
 
     def _again(self, part: Part) -> int:
         """Return what B computes again at once: the largest piece, of the largest micro-batch."""
-        sequences = self.config.micro_batch_sizes[0]
-        return max(
-            sum(self._unit(unit, sequences).forward for unit in piece)
-            for piece in self._pieces(part)
-        )
+        sequences, _ = self._kinds[-1]
+        pieces = set(self._pieces(part))
+        return max(sum(self._unit(unit, sequences).forward for unit in piece) for piece in pieces)
 
     def _pieces(self, part: Part) -> list[Part]:
         # What is recomputed at once: `every-1` a unit, `full` all units of the chunk.
@@ -188,4 +206,17 @@ class Memory:
 
     @cached_property
     def _known(self) -> dict[tuple[str, int], HeldBytes]:
-        return {}
+        return self._of_all_alike("held")
+
+    def _of_all_alike(self, what: str) -> dict[Any, Any]:
+        """What is known of a unit, whatever the schedule and the micro-batches: a planner asks for
+        the same few numbers for every candidate.
+        """
+        run = self.config
+        parallel = run.tensor_parallel, run.vocab_parallel
+        return _remembered(what, run.framework, run.track, run.model, run.train.dtype, *parallel)
+
+
+@lru_cache(maxsize=64)
+def _remembered(*of: object) -> dict[Any, Any]:
+    return {}

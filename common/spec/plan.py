@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 from common.schedule.action import Op, Schedule, ScheduleError
 from common.schedule.generators import GENERATORS, SEARCH, make_schedule
+from common.schedule.occupancy import remembered_table
 from common.schedule.play import play
-from common.schedule.table import OP_CODE, OPS, Table, tabulate
+from common.schedule.table import OP_CODE, OPS
 from common.spec.efficiency import model_flops_per_token
 from common.spec.memory import DeviceMemory, Memory, kinds_of
 from common.spec.memory_limit import balanced_within
@@ -225,9 +226,12 @@ def _schedule(config: RunConfig) -> Schedule | None:
     return _made(config.schedule, config.stages, config.train.micro_batches, config.chunks)
 
 
-@lru_cache(maxsize=4096)
-def _table(schedule: Schedule) -> Table:
-    return tabulate(schedule)
+@lru_cache(maxsize=64)
+def _fastest_cut(
+    embedding: float, block: float, head: float, layers: int, devices: tuple[int, ...]
+) -> list[int]:
+    """Remembered, since recomputation changes nothing about it."""
+    return balanced([embedding, *[block] * layers, head], devices)
 
 
 def _cut(
@@ -241,7 +245,7 @@ def _cut(
     embedding, block, head = (
         sum(_seconds(config, times, unit, op, sequences) for op in (Op.F, Op.BW)) for unit in KINDS
     )
-    devices = [device for device, _ in schedule.location]
+    devices = tuple(device for device, _ in schedule.location)
 
     def parts_of(inner: Sequence[int]) -> list[tuple[str, ...]]:
         edges = [0, *inner, len(units)]
@@ -255,9 +259,12 @@ def _cut(
 
     # First without the limit: most candidates fit as they are, and what follows is slow.
     cut = config.partition if isinstance(config.partition, tuple) else None
-    parts = parts_of(cut or balanced([embedding, *[block] * layers, head], devices))
+    parts = parts_of(cut or _fastest_cut(embedding, block, head, layers, devices))
     found = measure(parts)
     if cut or max(each.total_bytes for each in found) <= limit_bytes:
+        return parts, found
+    # Weights, gradients and moments are the same however the model is cut, so this is soon said.
+    if sum(each.state_bytes for each in found) > limit_bytes * schedule.num_devices:
         return parts, found
 
     last = len(devices) - 1
@@ -286,7 +293,7 @@ def _step(
 ) -> tuple[float, float]:
     """Return the seconds of a step and the bubble fraction. The optimizer waits for the device with
     the most parameters."""
-    table, train = _table(schedule), config.train
+    table, train = remembered_table(schedule), config.train
     sizes = np.array(config.micro_batch_sizes)[table.micro_batch]  # (n,)
     recomputed = [config.recomputes(i) for i in range(train.micro_batches)]
     again = np.array(recomputed)[table.micro_batch] & np.isin(table.op, _BACKWARD)  # (n,)
