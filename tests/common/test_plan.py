@@ -255,11 +255,11 @@ def test_a_profile_is_put_together_from_runs() -> None:
         assert all(tuple(map(len, plan_partition(run).parts)) == units for run, _ in runs)
         return unit_times(runs, "here")
 
-    times = measured(2, (1, 1, 3, 3, 1, 1))
+    times = measured(2, (1, 1, 2, 2, 1, 1))
     assert times.of("block.3", Op.BW, 2) == 3.0 and times.of("head", Op.W, 3) == 4.0
     assert times.of("embedding", Op.F, 8) == 9.0  # on along the last line
     assert times.of_part(["block.0"] * 12, Op.B, 1) == 0.25 + 12 * 2.0
-    alone = measured(1, (1, 1, 3, 1))
+    alone = measured(1, (1, 1, 5, 1))
     assert alone.of_part(["block.0"] * 12, Op.B, 1) == 0.25 + 12 * 2.0
     assert times.hop_seconds == 0.25 and times.optimizer_seconds_per_parameter > 0
 
