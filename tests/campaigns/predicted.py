@@ -45,6 +45,7 @@ SCHEDULES = {
 }
 """By p: each with its v. On one device most are the same row of F and BW."""
 STEPS, UNTIMED_STEPS = 7, 2
+GOAL = 0.05
 
 
 @dataclass(frozen=True)
@@ -189,15 +190,16 @@ def _text(cell: Cell | None) -> str:
 
 def summary(framework: str, cells: Sequence[Cell]) -> str:
     """Say how wrong the model is, how much of it is the machine, and what the best plan costs."""
-    errors = [cell.error for cell in cells]
+    errors, spreads = [cell.error for cell in cells], [cell.spread for cell in cells]
     best = min(cells, key=lambda cell: cell.predicted)
     regret = best.middle / min(cell.middle for cell in cells) - 1
     p, name, v, m = _place(best.config)
     return (
-        f"{framework}: the error is {statistics.median(map(abs, errors)):.1%} in the median and "
-        f"{max(errors, key=abs):+.1%} at worst; two runs of the same cell differ by "
-        f"{statistics.median(cell.spread for cell in cells):.1%} in the median and "
-        f"{max(cell.spread for cell in cells):.1%} at most. The plan called best, {name} with "
+        f"{framework}: {sum(abs(error) <= GOAL for error in errors)} of {len(errors)} cells are "
+        f"within {GOAL:.0%}; the error is {statistics.median(map(abs, errors)):.1%} in the median, "
+        f"{statistics.mean(errors):+.1%} in the mean and {max(errors, key=abs):+.1%} at worst; "
+        f"two runs of the same cell differ by {statistics.median(spreads):.1%} in the median and "
+        f"{max(spreads):.1%} at most. The plan called best, {name} with "
         f"p = {p}, v = {v}, m = {m}, takes {regret:.1%} longer than the fastest."
     )
 
