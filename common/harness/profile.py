@@ -1,7 +1,7 @@
 """Measure what every kind of unit takes in one framework, as it takes it in a pipeline.
 
 The profile is an ordinary run on as many devices as the plan will have, so that stages disturb one
-another as they will then. A device has about as many blocks as the plan's, one or two of them alone:
+another as they will then. A device has about as many blocks as the plan's, some of them alone:
 
     2 devices, 3 chunks     embedding │ block.0 │ block.1-2 │ block.3-4 │ block.5 │ head
     1 device, 4 chunks      embedding │ block.0 │ block.1-5 │ head                         6 blocks
