@@ -141,7 +141,7 @@ class Memory:
 
     @cached_property
     def _parts(self) -> dict[Part, tuple[int, list[int], int]]:
-        return {}
+        return self._of_all_alike("parts", tuple(self._kinds), self.config.recompute)
 
     @cached_property
     def _chunks(self) -> dict[tuple[int, int, Part], _Chunk]:
@@ -208,7 +208,7 @@ class Memory:
     def _known(self) -> dict[tuple[str, int], HeldBytes]:
         return self._of_all_alike("held")
 
-    def _of_all_alike(self, what: str) -> dict[Any, Any]:
+    def _of_all_alike(self, *what: object) -> dict[Any, Any]:
         """What is known of a unit, whatever the schedule and the micro-batches: a planner asks for
         the same few numbers for every candidate.
         """
@@ -217,6 +217,6 @@ class Memory:
         return _remembered(what, run.framework, run.track, run.model, run.train.dtype, *parallel)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _remembered(*of: object) -> dict[Any, Any]:
     return {}
