@@ -57,7 +57,7 @@ def test_without_a_gpu_it_says_so_and_runs_nothing(
 
 @pytest.mark.parametrize(
     ("framework", "gpus"),
-    [("torch", 1), ("torch", 8), ("tensorflow", 2), ("paddle", 1), ("paddle", 8)],
+    [("torch", 1), ("torch", 8), ("tensorflow", 8), ("paddle", 1), ("paddle", 8)],
 )
 def test_every_benchmark_is_one_that_can_be(
     framework: str, gpus: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,24 @@ def test_on_the_cpu_cuda_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", None)
     monkeypatch.setattr(torch.cuda, "device_count", None)
     assert devices.stage_devices(2, "cpu") == [torch.device("cpu")] * 2
+
+
+@pytest.mark.parametrize("run", [{}, {"executor": "plain"}])
+def test_a_closed_engine_gives_back_what_cublas_holds(
+    run: dict[str, Any], make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[str] = []
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: freed.append("all"), raising=False
+    )
+    engine = make(1, run=run)
+    engine.close()
+    assert freed == []
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(engine, "_device", gpu, raising=False)
+    monkeypatch.setattr(engine, "_torch_devices", [gpu], raising=False)
+    engine.close()
+    assert freed == ["all"]
 
 
 @pytest.mark.parametrize(("threads", "per_stage"), [(2, 1), (4, 2)])
