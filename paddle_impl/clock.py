@@ -31,8 +31,6 @@ class StreamClock(DeviceClock):
         self._begin_seconds, self._begin = time.perf_counter(), self.mark()
 
     def mark(self) -> Event:
-        if (begun := self.begun()) is not None:
-            return begun
         self._last = Event(enable_timing=True)
         self._last.record()
         return self._last

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import cast
 
 import torch
 
@@ -18,14 +17,14 @@ from common.schedule.action import Action
 class StreamClock(DeviceClock):
     """The clock of a pass on the calling thread's streams, and where its GPU is."""
 
+    _last: torch.cuda.Event
+
     def __init__(self, note: Callable[[Action], None]) -> None:
         super().__init__(note)
         torch.cuda.current_stream().synchronize()
         self._begin_seconds, self._begin = time.perf_counter(), self.mark()
 
     def mark(self) -> torch.cuda.Event:
-        if (begun := self.begun()) is not None:
-            return cast(torch.cuda.Event, begun)
         # blocking: who waits for it sleeps, so a GPU that hangs does not look like a busy host.
         self._last = torch.cuda.Event(enable_timing=True, blocking=True)
         self._last.record(torch.cuda.current_stream())

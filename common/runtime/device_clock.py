@@ -15,10 +15,11 @@ class DeviceClock:
     A framework adds `mark`, whose events tell whether they are done (`query`), and `seconds`.
     """
 
-    mark: Callable[[], Any]
+    _last: Any
+    """The latest mark."""
 
     def __init__(self, note: Callable[[Action], None]) -> None:
-        self._note, self._begun = note, None
+        self._note = note
         self._queued: list[tuple[Action, Any]] = []
         self._reached, self._noted = 0, -1
         self._lock = threading.Lock()
@@ -26,19 +27,11 @@ class DeviceClock:
     def begin(self, action: Action) -> None:
         """Note what the host is about to queue."""
         with self._lock:
-            self._begun = None
-            mark = self.mark()
-            self._queued.append((action, mark))
-            self._begun = mark
+            # The device is there when it has passed the end of the action before. Another event
+            # here would take the host as long as a small kernel.
+            self._queued.append((action, self._last))
             self._noted = len(self._queued) - 1
             self._note(action)
-
-    def begun(self) -> Any:
-        """Return the mark of `begin` to the first `mark` behind it: nothing lies between the two,
-        and an event takes the host as long as a small kernel.
-        """
-        mark, self._begun = self._begun, None
-        return mark
 
     def note_again(self) -> None:
         """Note the action that the device is at, unless it was noted last. For any thread."""

@@ -59,8 +59,8 @@ def test_a_thread_notes_the_action_that_the_gpu_is_at_while_the_host_waits() -> 
     with clock.followed(one, note) as before:
         for text in ("F0", "F1", "BW0"):  # the host queues all of them at once
             before(parse_action(text))
-        one.mark()  # ready, which is where BW0 begins: no event of its own
-        last = one.mark()
+            one.mark()  # ready
+            last = one.mark()  # its end, where the next one begins
         gpu = threading.Thread(target=go_on)
         gpu.start()
         seconds = one.seconds(last)  # ends only because F0 and BW0 were noted again

@@ -54,9 +54,9 @@ def test_a_hang_has_the_name_of_the_action_that_the_gpu_is_at(noted: list[str]) 
     assert noted == []
     for text in ("F0", "F1", "BW0", "BW1"):  # the host queues all of them at once
         clock.begin(parse_action(text))
-        clock.mark()  # ready, which is where it begins: no event of its own
-        clock.mark()  # its end
-    begun = Event.made[1::2]
+        clock.mark()  # ready
+        clock.mark()  # its end, where the next one begins
+    begun = Event.made[::2]
     for reached, expected in ((0, ["F0"]), (0, []), (1, ["F1"]), (3, ["BW1"]), (3, [])):
         DONE[:] = Event.made[: Event.made.index(begun[reached]) + 1]
         noted.clear()
