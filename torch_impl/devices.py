@@ -14,9 +14,6 @@ from common.spec.run import RunConfig
 if TYPE_CHECKING:
     import torch
 
-VECTOR_FUNCTIONS = ("cos", "exp", "log", "sin", "sqrt")
-"""What the model, its loss and its optimizer call of MKL's vector library, by PyTorch's name."""
-
 
 def configure(stages: int, threads: int | None, device: str) -> None:
     """Set what must be set, then import PyTorch. Raises ValueError for CUDA where there is none."""
@@ -30,12 +27,12 @@ def configure(stages: int, threads: int | None, device: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    # MKL looks for a function's kernel when it is first called. Two stages that do so at once may
-    # get one of half the precision, for this once (github.com/pytorch/pytorch/issues/188792): a
-    # loss was off by 1e-13 in float64, in one run of nine. So the first call is here.
-    for dtype in (torch.float32, torch.float64):
-        for name in VECTOR_FUNCTIONS:
-            getattr(torch, name)(torch.ones(8, dtype=dtype))
+    # MKL's vector functions (exp, log, cos ...) ask what the processor is when the first of them is
+    # called, and write the answer in two steps: 9, then what 9 means in their table. A thread that
+    # reads the 9 takes a kernel of half the precision for one call. That was a loss 1e-13 off in
+    # float64, in one run of nine (github.com/pytorch/pytorch/issues/188792). All of them share the
+    # answer, so one call suffices, before there are threads.
+    torch.ones(8, dtype=torch.float64).exp()
     if stage_devices(stages, device)[0].type == "cuda":
         torch.use_deterministic_algorithms(True)
         # Else every new tensor is filled with NaN, to show who reads it too early.

@@ -30,7 +30,6 @@ DIFFERENCES = {
     "cache": {"Held": "what goes into a traced function, and what comes out"},
     "convert": {"Transformer": "a Keras Sequential makes a model of layers without a class"},
     "devices": {
-        "VECTOR_FUNCTIONS": "only PyTorch's stages are threads that call MKL",
         "fused_attention": "the part of PyTorch's best track; TensorFlow's is a flag, Paddle's in "
         "`programs.py`",
         "check_dtype": "only Paddle lacks bfloat16 kernels",

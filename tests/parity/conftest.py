@@ -15,7 +15,8 @@ from common.oracle.limits import Comparison
 from common.spec.run import FRAMEWORKS, RunConfig
 from tests.parity.ladder import EXTREME_NOISE, Probed, Runs, extreme_config, run_probes
 
-MARGINS: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+MARGINS: dict[tuple[str, ...], dict[str, tuple[float, str]]] = defaultdict(dict)
+"""By framework, precision and test: of each check the worst share of its limit, and whose it is."""
 
 
 @pytest.fixture(scope="session", params=FRAMEWORKS)
@@ -38,16 +39,24 @@ def runs(
 
 
 @pytest.fixture
-def judge() -> Callable[[str, str, Comparison], None]:
+def judge(request: pytest.FixtureRequest) -> Callable[[str, str, Comparison], None]:
     """Fails with the first tensor that differs; records how much of each limit was used."""
+    # Apart by test: logits far apart always need much, and would hide a case that needs more.
+    test = request.node.originalname.removeprefix("test_").replace("_", " ")
+    case = str(request.node.callspec.params.get("case", ""))
 
     def check(framework: str, dtype: str, comparison: Comparison) -> None:
-        worst = MARGINS[framework, dtype]
-        for name, ratio in comparison.margins().items():
-            worst[name] = max(worst.get(name, 0.0), ratio)
+        _keep_worst(
+            (framework, dtype, test), {n: (r, case) for n, r in comparison.margins().items()}
+        )
         assert comparison.passed, comparison.report()
 
     return check
+
+
+def _keep_worst(key: tuple[str, ...], found: dict[str, tuple[float, str]]) -> None:
+    together = MARGINS[key]
+    together |= {name: max(each, together.get(name, (0.0, ""))) for name, each in found.items()}
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -59,9 +68,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 class MarginsOfWorkers:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: object) -> None:
-        for framework, dtype, worst in getattr(node, "workeroutput", {}).get("margins", []):
-            together = MARGINS[framework, dtype]
-            together |= {name: max(ratio, together.get(name, 0.0)) for name, ratio in worst.items()}
+        for *key, worst in getattr(node, "workeroutput", {}).get("margins", []):
+            _keep_worst(tuple(key), worst)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,6 +80,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not MARGINS:
         return
     terminalreporter.section("parity margins: worst observed value / its limit (below 1 passes)")
-    for (framework, dtype), worst in sorted(MARGINS.items()):
-        cells = "  ".join(f"{name} {ratio:.3f}" for name, ratio in worst.items())
-        terminalreporter.write_line(f"{framework:<11}{dtype:<9}{cells}")
+    for (framework, dtype, test), worst in sorted(MARGINS.items()):
+        cells = (f"{name} {ratio:.3f} {case}".rstrip() for name, (ratio, case) in worst.items())
+        terminalreporter.write_line(f"{framework:<11}{dtype:<9}{test}: {', '.join(cells)}")
