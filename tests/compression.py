@@ -7,6 +7,7 @@ got in a file; `check` compares all files with the oracle, and the bytes sent wi
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +70,17 @@ def gradients(replica: int, step: int) -> Arrays:
     if step == 1:
         found["block.0.attention.query.weight"][:] = 0
     return found
+
+
+def start_ranks(count: int, rank: Callable[[int], None]) -> int:
+    """Run `rank(r)` in so many forked processes; return the worst exit status."""
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=rank, args=(r,)) for r in range(count)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
+    return max(abs(each.exitcode or 0) for each in ranks)
 
 
 def exchange(framework: str, rank: int, folder: Path, make: Callable[[RunConfig], Sum]) -> None:

@@ -4,7 +4,6 @@ tests.tensorflow.compressing FOLDER` (`tests.compression`).
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 from common.runtime.ranks import _free_endpoints
 from common.runtime.world import World
 from common.spec.run import RunConfig
-from tests.compression import REPLICAS, TENSORS, Arrays, Sum, config, exchange
+from tests.compression import REPLICAS, TENSORS, Arrays, Sum, config, exchange, start_ranks
 from tf_impl import devices
 
 SENT = {"CollectiveAllToAllV2": True, "CollectiveGatherV2": False}
@@ -56,12 +55,13 @@ def summing(ranks: Any, configuration: RunConfig) -> Sum:
     return add
 
 
-def _rank(world: World, folder: Path) -> None:
+def _rank(endpoints: tuple[str, ...], folder: Path, rank: int) -> None:
     from tf_impl import ranks
 
-    ranks._join(world, config("tensorflow", "none", "float32", world.size))
-    exchange("tensorflow", world.rank, folder, partial(summing, ranks._joined))
-    ranks._wait_for_all(world.size)
+    size = len(endpoints)
+    ranks._join(World(rank, endpoints), config("tensorflow", "none", "float32", size))
+    exchange("tensorflow", rank, folder, partial(summing, ranks._joined))
+    ranks._wait_for_all(size)
 
 
 def main(folder: Path) -> int:
@@ -69,15 +69,7 @@ def main(folder: Path) -> int:
     import tf_impl.rank_engine  # noqa: F401  the ranks inherit it
 
     endpoints = tuple(_free_endpoints(max(REPLICAS)))
-    fork = multiprocessing.get_context("fork")
-    ranks = [
-        fork.Process(target=_rank, args=(World(r, endpoints), folder)) for r in range(max(REPLICAS))
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    return max(abs(rank.exitcode or 0) for rank in ranks)
+    return start_ranks(len(endpoints), partial(_rank, endpoints, folder))
 
 
 if __name__ == "__main__":

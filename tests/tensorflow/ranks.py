@@ -4,8 +4,8 @@ of them has predicted in `FOLDER/<rank>.npy`.
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from common.runtime.ranks import _free_endpoints
 from common.runtime.training import starting_weights
 from common.runtime.world import World
 from common.spec.run import RunConfig
+from tests.compression import start_ranks
 from tests.engines import small
 from tf_impl import devices
 
@@ -31,22 +32,16 @@ def main(folder: Path) -> int:
     import tf_impl.rank_engine  # noqa: F401  the ranks inherit it
 
     endpoints = tuple(_free_endpoints(2))
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=_rank, args=(World(r, endpoints), folder)) for r in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    return max(abs(rank.exitcode or 0) for rank in ranks)
+    return start_ranks(2, partial(_rank, endpoints, folder))
 
 
-def _rank(world: World, folder: Path) -> None:
+def _rank(endpoints: tuple[str, ...], folder: Path, rank: int) -> None:
     from tf_impl import ranks
 
-    engine = ranks._join(world, config())(config())
+    engine = ranks._join(World(rank, endpoints), config())(config())
     engine.reset(starting_weights(Job(config=config(), out="", noise=0.1)))
-    np.save(folder / f"{world.rank}.npy", engine.predict(TOKENS))
-    ranks._wait_for_all(world.size)
+    np.save(folder / f"{rank}.npy", engine.predict(TOKENS))
+    ranks._wait_for_all(2)
 
 
 if __name__ == "__main__":

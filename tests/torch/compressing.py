@@ -4,7 +4,6 @@ tests.torch.compressing FOLDER` (`tests.compression`).
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import distributed
 
 from common.spec.run import RunConfig
-from tests.compression import REPLICAS, TENSORS, Arrays, Sum, exchange
+from tests.compression import REPLICAS, TENSORS, Arrays, Sum, exchange, start_ranks
 from torch_impl.compression import Compressor
 from torch_impl.weights import NamedParameter, to_array
 
@@ -67,7 +66,7 @@ def summing(groups: dict[int, Any], config: RunConfig) -> Sum:
     return add
 
 
-def _rank(rank: int, folder: Path) -> None:
+def _rank(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     size = max(REPLICAS)
     store = f"file://{folder / 'store'}"
@@ -79,15 +78,5 @@ def _rank(rank: int, folder: Path) -> None:
     distributed.barrier()
 
 
-def main(folder: Path) -> int:
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=_rank, args=(r, folder)) for r in range(max(REPLICAS))]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    return max(abs(rank.exitcode or 0) for rank in ranks)
-
-
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(start_ranks(max(REPLICAS), partial(_rank, Path(sys.argv[1]))))
