@@ -1,5 +1,5 @@
 """Builds the fake GPUs and starts pytest on them: python -m tests.campaigns.fake_gpu [options of
-pytest]
+pytest], or `host_path` alone (`host_path.py`)
 
 The interpreter needs PyTorch's CUDA build, which brings the headers of CUDA; the machine needs gcc.
 Exit status 2: missing.
@@ -69,4 +69,8 @@ def build() -> Path:
 if __name__ == "__main__":
     library = build()
     os.environ |= {"LD_PRELOAD": str(library), "FAKE_GPUS": "8", "PYTHONPATH": str(ROOT)}
-    os.execv(sys.executable, [sys.executable, "-m", "pytest", "-q", str(HERE), *sys.argv[1:]])
+    what = ["pytest", "-q", str(HERE), *sys.argv[1:]]
+    if sys.argv[1:] == ["host_path"]:
+        os.environ["FAKE_IDLE"] = "1"
+        what = [f"{__package__}.host_path"]
+    os.execv(sys.executable, [sys.executable, "-m", *what])
