@@ -22,6 +22,6 @@ def recompute(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if not x.stop_gradient:
         return fleets_recompute(run, x, preserve_rng_state=False)
     # Tokens have no gradient, and autograd runs nothing backwards that begins with them.
-    anchor = paddle.zeros([1])
+    anchor = paddle.zeros([1], "float32")  # 4 bytes, also in float64
     anchor.stop_gradient = False
     return fleets_recompute(lambda tokens, _: run(tokens), x, anchor, preserve_rng_state=False)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from torch_impl.gradients import gradient_of
+from torch_impl.shards import OwnTokens
 from torch_impl.taps import Tap
 
 
@@ -105,4 +106,5 @@ def _add_weight_gradient(layer: nn.Linear | nn.Embedding, x: Tensor, gradient: T
                 gradient_of(layer.bias).add_(rows.sum(0, dtype=total.dtype))
         case nn.Embedding():
             total = gradient_of(layer.weight)
-            total.index_add_(0, x.flatten(), rows.to(total.dtype))
+            places = layer.places(x) if isinstance(layer, OwnTokens) else x  # (B, S)
+            total.index_add_(0, places.flatten(), rows.to(total.dtype))

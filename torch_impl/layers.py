@@ -20,7 +20,7 @@ from common.spec.run import TransformerSpec
 from torch_impl.cache import Cache
 from torch_impl.dropout import DropoutContext, dropout
 from torch_impl.precision import LayerNorm, RMSNorm
-from torch_impl.shards import WHOLE, Shards, embed, row_linear
+from torch_impl.shards import WHOLE, Shards, embed, row_linear, token_embedding
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class Embedding(nn.Module):
 
     def __init__(self, spec: TransformerSpec, shards: Shards = WHOLE) -> None:
         super().__init__()
-        self.token = nn.Embedding(shards.tokens(spec.vocab_size), spec.d_model)
+        self.token = token_embedding(spec.vocab_size, spec.d_model, shards)
         self.shards = shards
         self.position = (
             nn.Embedding(spec.context_length, spec.d_model) if spec.position == "learned" else None

@@ -117,15 +117,37 @@ def row_linear(features: int, out: int, bias: bool, shards: Shards) -> nn.Linear
     return RowLinear(features, out, bias, shards)
 
 
+class OwnTokens(nn.Embedding):
+    """The rows of a shard's tokens, which takes tokens of the whole vocabulary: what is held for W
+    is then the mini-batch itself.
+    """
+
+    def __init__(self, vocab_size: int, features: int, shards: Shards) -> None:
+        super().__init__(shards.tokens(vocab_size), features)
+        self.first_token = shards.first_token
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(self.places(tokens))
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Return every token's row. Any will do for another shard's: its gradient is zeros."""
+        return (tokens - self.first_token).clamp(0, self.num_embeddings - 1)
+
+
+def token_embedding(vocab_size: int, features: int, shards: Shards) -> nn.Embedding:
+    """Return the rows of the vocabulary, or of a shard's part of it."""
+    if not shards.columns:
+        return nn.Embedding(vocab_size, features)
+    return OwnTokens(vocab_size, features, shards)
+
+
 def embed(token: nn.Embedding, tokens: Tensor, shards: Shards) -> Tensor:
     """Return the tokens' rows (B, S, D). One that another shard has is zeros here until the sum."""
+    rows: Tensor = token(tokens)  # (B, S, D)
     if not shards.columns:
-        found: Tensor = token(tokens)
-        return found
+        return rows
     here = tokens - shards.first_token
     outside = (here < 0) | (here >= token.num_embeddings)
-    # Any row will do for those outside: its gradient gets zeros of them.
-    rows = token(here.clamp(0, token.num_embeddings - 1))  # (B, S, D)
     return shards.leave(rows.masked_fill(outside[..., None], 0))
 
 

@@ -43,11 +43,13 @@ torch       block      relu                  -e bSF                             
 torch       block      dropout               2e bSD + 2e bHSS                         0
 torch       block      swiglu                2e bSF                                   e bSF
 torch       block      rms                   2f bSD + -2f bS + -4n D                  0
+torch       block      plain layer           -4n D                                    0
 torch       block      fused rotary          e bSA                                    0
 torch       block      grouped               0                                        -2e bSA + 2e bSK
 torch       head       any                   e bSD + f bSV + f                        e bSD + e bSV
 torch       head       pre-norm              f bSD + 2f bS + 4n D                     0
 torch       head       pre-norm rms          f bSD + -f bS + -2n D                    0
+torch       head       pre-norm plain layer  -2n D                                    0
 torch       head       vocab                 2f bS + 10 bS + -f                       0
 tensorflow  embedding  any                   0                                        e bSD
 tensorflow  embedding  dropout               bSD                                      bSD

@@ -40,8 +40,8 @@ Four kinds of operations need care:
 
 Recomputation (Chen et al. 2016; GPipe, Huang et al. 2019, section 2.3) asks nothing new of the cut:
 the trace has the forward twice, and only the second one is differentiated. It is no ancestor of y,
-so it falls to B, and all that crosses from F to B is what it starts from. (`tf.recompute_grad` does
-the same, but out of sight of a B that aims into it.)
+so it falls to B, with what W alone needs of it, and all that crosses from F to B is what it starts
+from. (`tf.recompute_grad` does the same, but out of sight of a B that aims into it.)
 
 The idea of splitting the backward is the Zero Bubble paper's (Qi et al. 2024, section 2).
 

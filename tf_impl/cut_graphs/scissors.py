@@ -49,9 +49,12 @@ class Scissors:
         outputs = [t.op for t in (trace.output, *trace.reported.values())]
         f = ancestors([*outputs, *self.forward_effects, *(self.changing & of_forward)])
         self.forward = f | {t.op for t in trace.inputs}
-        b = ancestors([trace.input_gradient.op, *self.backward_effects])
-        self.backward_input = b - self.forward
         w = ancestors([t.op for t in trace.weight_gradients])
+        # What W alone needs of a second forward is B's too. In W it would cost more memory: the two
+        # factors of SwiGLU would wait for it instead of their product.
+        again = w & set(trace.again)
+        b = ancestors([trace.input_gradient.op, *self.backward_effects, *again])
+        self.backward_input = b - self.forward
         self.backward_weight = w - self.forward - self.backward_input
 
     def _dependent_on_data(self) -> set[tf.Operation]:
