@@ -355,7 +355,13 @@ def held_bytes(
 
 ONE_BLOCK: dict[str, Any] = {"num_layers": 1}
 MEMORY_GRID: tuple[tuple[int, str, dict[str, Any], dict[str, Any]], ...] = (
-    (2, "zb-h1", {}, ONE_BLOCK | {"activation": "gelu_tanh", "dropout": 0.1, "dtype": "bfloat16"}),
+    (
+        2,
+        "zb-h1",
+        {},
+        ONE_BLOCK
+        | {"activation": "gelu_tanh", "dropout": 0.1, "biases": False, "dtype": "bfloat16"},
+    ),
     (
         2,
         "interleaved",
