@@ -25,6 +25,7 @@ from torch import Tensor
 
 from common.runtime.cpus import threads_per_stage
 from common.runtime.engine import Engine
+from common.runtime.executor import described
 from common.runtime.job import Job
 from common.runtime.mode import Mode
 from common.runtime.worker import run_job
@@ -68,7 +69,7 @@ def run_lines(job: Job, build_engine: Callable[[RunConfig], Engine]) -> None:
 
 def _of_shard(shard: int, failure: BaseException) -> RuntimeError:
     """The failure with the shard's name: all of them have the same devices."""
-    named = RuntimeError(f"shard {shard}: {type(failure).__name__}: {failure}".removesuffix(": "))
+    named = RuntimeError(f"shard {shard}: {described(failure)}")
     named.__cause__ = failure
     return named
 

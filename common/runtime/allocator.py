@@ -19,10 +19,8 @@ import ctypes
 import os
 import sys
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 """mallopt(3)."""
-ROOM = 2**26
-"""By how much the heap grows at least."""
 NEVER = 2**31 - 1
 """More free memory than this at the heap's end goes back to the system: mallopt takes an int."""
 
@@ -40,4 +38,3 @@ def keep_freed_memory() -> None:
         mallopt(M_ARENA_MAX, 1)
         mallopt(M_MMAP_MAX, 0)  # else blocks of more than 32 MiB never come from a heap
         mallopt(M_TRIM_THRESHOLD, NEVER)
-        mallopt(M_TOP_PAD, ROOM)

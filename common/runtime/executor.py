@@ -118,13 +118,16 @@ class Channel(Protocol[Tensor]):
         """Wait for the tensor that `device` sends or has sent under this address."""
 
 
+def described(error: BaseException) -> str:
+    """Return its type and its text; a MemoryError, for one, has none."""
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
 class StageFailure(RuntimeError):
     """An action failed. The text says which, on which device; the cause is the original error."""
 
     def __init__(self, device: int, action: Action, error: Exception) -> None:
-        # A MemoryError, for one, has no text.
-        what = f"{type(error).__name__}: {error}".removesuffix(": ")
-        super().__init__(f"device {device}, action {action}: {what}")
+        super().__init__(f"device {device}, action {action}: {described(error)}")
 
 
 def run_stage(
