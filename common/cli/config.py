@@ -110,18 +110,22 @@ def _grid(settings: Settings) -> tuple[tuple[RunConfig, ...], str]:
             errors.append((choice, str(error)))
     runs = {key: [choice[key] for choice in fitting] for key in axes}
     places = [choice | {SCHEDULE: "all"} for choice in fitting] if takes_all else []
-    wrong, left_out = [], []
+    wrong, left_out, of_the_whole = [], [], []
     for choice, text in errors:
         if choice | {SCHEDULE: "all"} in places:
             left_out.append(f"{choice[SCHEDULE]} ({text})")
-        elif all(value in runs[key] for key, value in choice.items()) or any(
+        elif all(value in runs[key] for key, value in choice.items()):
+            left_out.append(text)
+        elif any(
             text.startswith((f"{each.where} ", f"{each.where}:"))
             for key, each in settings.items()
-            if key not in axes and fitting
+            if key not in axes
         ):
-            left_out.append(text)
+            of_the_whole.append(text)
         else:
             wrong.append(text)
+    # Where nothing fits, what is wrong with a value of the grid is said first.
+    (left_out if fitting else wrong).extend(of_the_whole)
     if wrong:
         first, *others = dict.fromkeys(wrong)
         more = f" (the first of {len(others) + 1} impossible points of the grid)" if others else ""

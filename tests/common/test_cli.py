@@ -428,6 +428,10 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
         ("train --resume=", "--resume: empty; expected latest|PATH"),
         ("simulate --schedule 1f1b --stages 2 --stages 3", "--stages: given twice; expected once"),
         ("bisect framework=torch,framework=paddle x", "--framework: given twice; expected once"),
+        (
+            "bench --preset tiny --frameworks torch --tensor-parallel 1,3 --vocab-parallel",
+            "--tensor-parallel = 3: does not divide num_heads = 2",
+        ),
         ("train --fault kill@device=2 --steps 1", "there is no device 2; expected 0 to 1"),
         ("train --fault kill@step=9 --steps 2", "there is no step 9; expected 0 to 1"),
         (
