@@ -1,4 +1,4 @@
-"""The heart of this implementation: the backward in two halves, B and W, or both in a row.
+"""The heart of this implementation: the backward in two halves, B and W, or both at once.
 
 F, B and W of a stage: a product, a tanh and another product (as in docs/schedules.md):
 
@@ -14,8 +14,8 @@ B asks autograd for the gradients of `x` *and of the output of every linear and 
 
 W needs no graph any more: a layer's weight gradient is the product of what went in and what its tap
 gave. So the split repeats no forward and does no work twice, the graph is freed in B, and products
-add straight into the gradients. Both halves in a row are the whole backward, so every schedule
-gives the same bits.
+add straight into the gradients. BW does the same products, each as soon as autograd comes to its
+tap, while dz and dy are still in the processor's cache. So every schedule gives the same bits.
 
 Words that only PyTorch needs:
 
@@ -58,7 +58,8 @@ Waiting = list[tuple[nn.Linear | nn.Embedding, Tensor, Tensor]]
 
 
 def backward(saved: Forward, gradient: Tensor | None) -> Tensor | None:
-    """B and W in a row: from the output's gradient (b, S, D) to the input's; None at the ends."""
+    """B and W at once: from the output's gradient (b, S, D) to the input's; None at the ends."""
+    saved.taps = [tap for tap in saved.taps if not _adds_on_the_way(tap)]
     result, waiting = backward_input(saved, gradient)
     backward_weight(waiting)
     return result
@@ -80,6 +81,24 @@ def backward_input(saved: Forward, gradient: Tensor | None) -> tuple[Tensor | No
         for tap, piece in zip(saved.taps, found[first_tap:], strict=True)
     ]
     return found[0] if inputs else None, waiting
+
+
+def _adds_on_the_way(tap: Tap) -> bool:
+    """Have autograd add the weight gradient when it comes to the tap. False where it does not: it
+    need not go through an embedding, and what went into a recomputed layer is not there yet.
+    """
+    layer, x, output = tap
+    number = output.output_nr
+    if x is None or isinstance(layer, nn.Embedding):
+        return False
+
+    # It must not hold the tap, which holds the node that holds it: such a ring stays in memory
+    # until Python looks for rings.
+    def add(gradients: tuple[Tensor, ...]) -> None:
+        _add_weight_gradient(layer, x, gradients[number])
+
+    output.node.register_prehook(add)
+    return True
 
 
 @torch.no_grad()

@@ -196,7 +196,7 @@ class Stage:
         return x
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
-        """B and W in a row."""
+        """B and W at once."""
         return backward(self.in_flight.pop((micro_batch, chunk)), gradient)
 
     def backward_input(

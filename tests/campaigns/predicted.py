@@ -6,12 +6,18 @@ docs/planning.md. Run it in the repository's root, with nothing else running.
     python -m tests.campaigns.predicted --read FOLDER    the table from an earlier run
 
 `--frameworks NAME,..` measures only these. A machine drifts by more than the model may be wrong: so
-the grid runs ahead of the profile and, in the reverse order, behind it.
+the grid runs ahead of a profile and, in the reverse order, behind it. Each further one of
+`--rounds N` adds a profile and a grid, 10 min; a cell's error is then the median of its rounds':
+
+    grid 0    profile 0    grid 1 (backwards)    profile 1    grid 2    ...
+    └──────── round 0 ──────────┘
+                           └────────────── round 1 ──────────────┘
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import textwrap
@@ -53,13 +59,24 @@ class Cell:
     """One place of the grid in one framework; times in seconds."""
 
     config: RunConfig
-    predicted: float
+    predictions: tuple[float, ...]
+    """From the profile of every round."""
     measured: tuple[float, ...]
-    """Medians of its runs."""
+    """Medians of its runs, one more than there are rounds."""
+
+    @property
+    def errors(self) -> list[float]:
+        """Of every round."""
+        around = map(statistics.mean, itertools.pairwise(self.measured))
+        return [own / middle - 1 for own, middle in zip(self.predictions, around, strict=True)]
 
     @property
     def error(self) -> float:
-        return self.predicted / self.middle - 1
+        return statistics.median(self.errors)
+
+    @property
+    def predicted(self) -> float:
+        return statistics.median(self.predictions)
 
     @property
     def middle(self) -> float:
@@ -67,8 +84,9 @@ class Cell:
 
     @property
     def spread(self) -> float:
-        """How far two runs of the same cell lie apart."""
-        return max(self.measured) / min(self.measured) - 1
+        """How far two runs of the same cell lie apart, one behind the other."""
+        pairs = itertools.pairwise(self.measured)
+        return statistics.median(max(pair) / min(pair) - 1 for pair in pairs)
 
 
 def grid(framework: str, stages: int) -> list[RunConfig]:
@@ -87,16 +105,17 @@ def grid(framework: str, stages: int) -> list[RunConfig]:
     return found
 
 
-def measure(framework: str, out: Path, oracle: tuple[RunResult, Path]) -> None:
-    """Keep a result for every run of the grid, and the profile between them."""
+def measure(framework: str, out: Path, oracle: tuple[RunResult, Path], rounds: int) -> None:
+    """Keep a result for every run of the grid, and the profiles between them."""
     folder = out / framework
     both = [grid(framework, stages) for stages in SCHEDULES]
-    for configs in both:
-        run(configs, folder, oracle, 0)
-    made = profile(both[-1][0], max(SCHEDULES))
-    write_file(folder / "profile.json", made.model_dump_json(indent=1))
-    for configs in reversed(both):
-        run(configs[::-1], folder, oracle, 1)
+    for number in range(rounds + 1):
+        if number:
+            made = profile(both[-1][0], max(SCHEDULES))
+            write_file(folder / f"profile-{number - 1}.json", made.model_dump_json(indent=1))
+        step = -1 if number % 2 else 1
+        for configs in both[::step]:
+            run(configs[::step], folder, oracle, number)
 
 
 def run(
@@ -142,22 +161,34 @@ def read(folder: Path) -> dict[str, list[Cell]]:
     """Return the cells of every framework that was measured, those that passed parity."""
     found: dict[str, list[Cell]] = {}
     for framework in FRAMEWORKS:
-        path = folder / framework / "profile.json"
-        if not path.exists():
-            continue
-        times = Profile.model_validate_json(path.read_text(encoding="utf-8")).times
-        seconds: dict[RunConfig, list[float]] = {}
-        for each in sorted(path.parent.glob("*/result.json")):
+        profiles = [
+            Profile.model_validate_json(path.read_text(encoding="utf-8"))
+            for path in sorted((folder / framework).glob("profile-*.json"))
+        ]
+        seconds: dict[RunConfig, dict[int, float]] = {}
+        for each in (folder / framework).glob("*/result.json"):
             result = RunResult.read(each)
             if result.parity.status == "pass":
                 middle = statistics.median(result.steady_seconds)
-                seconds.setdefault(result.config, []).append(middle)
-        found[framework] = []
-        for config, steps in seconds.items():
-            plan = plan_one(config, times, float("inf"))
-            assert isinstance(plan, Plan)
-            found[framework].append(Cell(config, plan.step_seconds, tuple(steps)))
+                seconds.setdefault(result.config, {})[result.repeat] = middle
+        cells = [
+            Cell(
+                config,
+                tuple(_predicted(config, each) for each in profiles),
+                tuple(steps[repeat] for repeat in sorted(steps)),
+            )
+            for config, steps in seconds.items()
+            if len(steps) == len(profiles) + 1
+        ]
+        if cells:
+            found[framework] = cells
     return found
+
+
+def _predicted(config: RunConfig, made: Profile) -> float:
+    plan = plan_one(config, made.times, float("inf"))
+    assert isinstance(plan, Plan)
+    return plan.step_seconds
 
 
 def table(cells: Mapping[str, Sequence[Cell]]) -> str:
@@ -198,7 +229,7 @@ def summary(framework: str, cells: Sequence[Cell]) -> str:
         f"{framework}: {sum(abs(error) <= GOAL for error in errors)} of {len(errors)} cells are "
         f"within {GOAL:.0%}; the error is {statistics.median(map(abs, errors)):.1%} in the median, "
         f"{statistics.mean(errors):+.1%} in the mean and {max(errors, key=abs):+.1%} at worst; "
-        f"two runs of the same cell differ by {statistics.median(spreads):.1%} in the median and "
+        f"two runs of a cell in a row differ by {statistics.median(spreads):.1%} in the median and "
         f"{max(spreads):.1%} at most. The plan called best, {name} with "
         f"p = {p}, v = {v}, m = {m}, takes {regret:.1%} longer than the fastest."
     )
@@ -211,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--out", type=Path, metavar="FOLDER")
     action.add_argument("--read", type=Path, metavar="FOLDER")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N")
     parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), metavar="NAME,..")
     arguments = parser.parse_args(argv)
     folder = arguments.out or arguments.read
@@ -222,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="triptych-") as name:
             oracle = run_oracle(grid(FRAMEWORKS[0], max(SCHEDULES))[0], Path(name))
             for framework in frameworks:
-                measure(framework, folder, oracle)
+                measure(framework, folder, oracle, arguments.rounds)
     found = read(folder)
     if not found:
         parser.error(f"{folder}: holds no cells; expected a folder of an earlier --out")

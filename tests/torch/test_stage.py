@@ -4,6 +4,7 @@ fails.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,21 @@ def test_b_frees_the_graph_and_w_frees_the_rest(make: Make) -> None:
     assert (len(alive), len(stage.waiting)) == (0, 1)
     stage.backward_weight(0, 0)
     assert (len(stage.waiting), len(stage.in_flight)) == (0, 0)
+
+
+def test_bw_leaves_nothing_for_the_garbage_collector(make: Make) -> None:
+    engine = make(2)
+    stage = engine.stages[0]
+    stage.begin(batch(engine), Mode.TRAIN)
+    output = stage.forward(0, 0, None)
+    inputs = weakref.WeakSet(tap.x for tap in stage.in_flight[0, 0].taps)
+    assert len(inputs) > 0
+    gc.disable()
+    try:
+        stage.backward(0, 0, torch.ones_like(output))
+        assert len(inputs) == 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("schedule", "peaks"), [("gpipe", [4, 4]), ("1f1b", [2, 1])])
