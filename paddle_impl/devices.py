@@ -14,6 +14,7 @@ from common.runtime.cpus import cpu_name, threads_per_stage
 from common.spec.gpus import gpus_of_stages, visible_gpus
 from common.spec.run import RunConfig
 from paddle_impl import mkl
+from paddle_impl.denormals import flush_denormals
 
 
 def configure(ranks: int, threads: int | None, device: str) -> None:
@@ -23,6 +24,7 @@ def configure(ranks: int, threads: int | None, device: str) -> None:
     Paddle is imported in here, after the environment is set. (MKL's kernels were chosen by the
     package, `paddle_impl.mkl`.)
     """
+    flush_denormals()  # before there are threads
     count = str(threads_per_stage(ranks, threads))
     os.environ.update(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count, OPENBLAS_NUM_THREADS=count)
     os.environ.update(
