@@ -1,12 +1,20 @@
-"""Memory that a step has freed is there for the next one."""
+"""Memory that a step or a job has freed is there for the next one."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from common.runtime.job import Job, JobFile
+from common.runtime.worker import run_jobs
+from common.spec.run import RunConfig
 
 STEPS = """
 import resource, sys, threading
@@ -46,3 +54,23 @@ def test_a_second_step_touches_no_new_page() -> None:
     assert page_faults("given back") > 10_000
     assert page_faults("kept") < 1_000
     assert page_faults("kept", MALLOC_TOP_PAD_="0") > 10_000  # the user's own setting counts
+
+
+def test_a_jobs_engine_is_gone_when_the_next_begins(tmp_path: Path) -> None:
+    class Engine:
+        def __init__(self) -> None:
+            self.ring = self
+
+    alive = weakref.WeakSet[Engine]()
+
+    def run(job: Job, build_engine: Any) -> None:
+        assert not alive
+        alive.add(build_engine(job.config))
+
+    job = Job(config=RunConfig(), out=str(tmp_path))
+    gc.disable()
+    try:
+        status = run_jobs(JobFile(jobs=(job, job)), lambda config: Engine(), run=run)  # type: ignore[arg-type,return-value]
+    finally:
+        gc.enable()
+    assert status == 0
