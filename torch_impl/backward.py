@@ -59,7 +59,15 @@ Waiting = list[tuple[nn.Linear | nn.Embedding, Tensor, Tensor]]
 
 def backward(saved: Forward, gradient: Tensor | None) -> Tensor | None:
     """B and W at once: from the output's gradient (b, S, D) to the input's; None at the ends."""
-    saved.taps = [tap for tap in saved.taps if not _adds_on_the_way(tap)]
+    later = []
+    for tap in saved.taps:
+        # The backward need not go through an embedding, and what went into a recomputed layer is
+        # not there yet.
+        if tap.x is None or isinstance(tap.layer, nn.Embedding):
+            later.append(tap)
+        else:
+            _add_on_the_way(tap.layer, tap.x, tap.output)
+    saved.taps = later
     result, waiting = backward_input(saved, gradient)
     backward_weight(waiting)
     return result
@@ -83,22 +91,16 @@ def backward_input(saved: Forward, gradient: Tensor | None) -> tuple[Tensor | No
     return found[0] if inputs else None, waiting
 
 
-def _adds_on_the_way(tap: Tap) -> bool:
-    """Have autograd add the weight gradient when it comes to the tap. False where it does not: it
-    need not go through an embedding, and what went into a recomputed layer is not there yet.
-    """
-    layer, x, output = tap
+def _add_on_the_way(layer: nn.Linear, x: Tensor, output: GradientEdge) -> None:
+    """Have autograd add the layer's weight gradient when it comes to the tap at `output`."""
     number = output.output_nr
-    if x is None or isinstance(layer, nn.Embedding):
-        return False
 
-    # It must not hold the tap, which holds the node that holds it: such a ring stays in memory
+    # It must not hold the edge, which holds the node that holds it: such a ring stays in memory
     # until Python looks for rings.
     def add(gradients: tuple[Tensor, ...]) -> None:
         _add_weight_gradient(layer, x, gradients[number])
 
     output.node.register_prehook(add)
-    return True
 
 
 @torch.no_grad()

@@ -2,18 +2,16 @@
 stages with m = 8, and a plain loop, all in one process and step by step in turns: a machine that
 gets faster and slower within minutes does so for all. Run it with nothing else running.
 
-    python -m tests.campaigns.plain_loop [--batch-size 128] [--steps 24]     5 min
+    python -m tests.campaigns.plain_loop     128 sequences, 24 steps, 5 min
 
 Whether the same runs pass parity `bench_all.py` says (the command in docs/schedules.md).
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 
 from common.report.machine import this_machine
 from common.runtime.allocator import keep_freed_memory
@@ -22,17 +20,18 @@ from common.runtime.training import starting_weights
 from common.spec.data import load_corpus
 from common.spec.run import RunConfig, preset
 
-STAGES, MICRO_BATCHES, UNTIMED_STEPS = 2, 8, 2
+STAGES, MICRO_BATCHES, SEQUENCES = 2, 8, 128
+STEPS, UNTIMED_STEPS = 24, 2
 SCHEDULES = {"1f1b": 1, "zb-v": 2, "dualpipev": 2}
 """With their v."""
 
 
-def configs(batch_size: int) -> dict[str, RunConfig]:
+def configs() -> dict[str, RunConfig]:
     """Return the runs by name, the plain loop first."""
     base = preset("small").model_copy(update={"framework": "torch", "device": "cpu"})
 
     def config(count: int, **run: object) -> RunConfig:
-        train = {"batch_size": batch_size, "micro_batches": count, "warmup_steps": 0}
+        train = {"batch_size": SEQUENCES, "micro_batches": count, "warmup_steps": 0}
         own = {"train": base.train.model_copy(update=train)} | run
         return RunConfig.model_validate(dict(base) | own)
 
@@ -43,12 +42,12 @@ def configs(batch_size: int) -> dict[str, RunConfig]:
     return found
 
 
-def measure(batch_size: int, steps: int) -> dict[str, list[float]]:
+def measure() -> dict[str, list[float]]:
     """Return the seconds of every step by run."""
     from torch_impl import devices
 
     keep_freed_memory()
-    runs = configs(batch_size)
+    runs = configs()
     devices.configure(1, None, "cpu")  # all cores for this thread; stages have threads of their own
     from torch_impl.engine import build_engine
 
@@ -58,7 +57,7 @@ def measure(batch_size: int, steps: int) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         for name, engine in engines.items():
             engine.reset(starting_weights(Job(config=runs[name], out=folder)))
-    for step in range(steps):
+    for step in range(STEPS):
         batch = corpus.training_batch(runs["plain loop"], step)
         for name, engine in engines.items():
             start = time.perf_counter()
@@ -70,14 +69,8 @@ def measure(batch_size: int, steps: int) -> dict[str, list[float]]:
     return seconds
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N")
-    parser.add_argument("--steps", type=int, default=24, metavar="N")
-    arguments = parser.parse_args(argv)
-    found = measure(arguments.batch_size, arguments.steps)
+def main() -> int:
+    found = measure()
     plain = found["plain loop"][UNTIMED_STEPS:]
     for name, every in found.items():
         steps = every[UNTIMED_STEPS:]

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.cli.numbers import positive
 from common.harness.bench import run_name
 from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_worker
 from common.harness.profile import Profile, profile
@@ -161,9 +162,10 @@ def read(folder: Path) -> dict[str, list[Cell]]:
     """Return the cells of every framework that was measured, those that passed parity."""
     found: dict[str, list[Cell]] = {}
     for framework in FRAMEWORKS:
+        rounds = len([*(folder / framework).glob("profile-*.json")])
         profiles = [
-            Profile.model_validate_json(path.read_text(encoding="utf-8"))
-            for path in sorted((folder / framework).glob("profile-*.json"))
+            Profile.model_validate_json((folder / framework / f"profile-{i}.json").read_text())
+            for i in range(rounds)
         ]
         seconds: dict[RunConfig, dict[int, float]] = {}
         for each in (folder / framework).glob("*/result.json"):
@@ -242,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--out", type=Path, metavar="FOLDER")
     action.add_argument("--read", type=Path, metavar="FOLDER")
-    parser.add_argument("--rounds", type=int, default=1, metavar="N")
+    parser.add_argument("--rounds", type=positive, default=1, metavar="N")
     parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), metavar="NAME,..")
     arguments = parser.parse_args(argv)
     folder = arguments.out or arguments.read
