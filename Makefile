@@ -5,7 +5,7 @@
 #                make bench TORCH_PYTHON=/opt/envs/torch takes PyTorch from there (also TENSORFLOW_PYTHON, PADDLE_PYTHON)
 # make test      lint, types, tests; make test ARGS="-k parity" passes options to pytest
 # make test-cuda PyTorch's engine on GPUs that are not there; needs gcc, and installs PyTorch's CUDA build into .venv-cuda
-# make gpu-day   all that is worth running on a machine with GPUs, in ten minutes; make gpu-day PYTHON=... names the Python that
+# make gpu-day   all that is worth running on a machine with GPUs, ten minutes a framework; make gpu-day PYTHON=... names the Python that
 #                has the frameworks, ARGS=FOLDER where the results go
 # make drift     the drift zoo in all frameworks, a quarter of an hour; makes docs/drift.md
 # make margins   how much of every parity limit is used, a quarter of an hour; makes docs/margins.md

@@ -138,9 +138,12 @@ def norm_backward(
 
 def _erf(x: Array) -> Array:
     # SciPy is a dependency for this alone: with math.erf, value by value, a step of the preset
-    # `small` takes 3.7 s instead of 2.5. Imported only now: `--help` should not wait for it.
-    from scipy.special import erf
-
+    # `small` takes 3.7 s instead of 2.5. Imported only now: `--help` should not wait for it. A
+    # worker that dumps has an oracle too, and may run in an environment that has no SciPy.
+    try:
+        from scipy.special import erf
+    except ImportError:
+        return np.asarray(np.vectorize(math.erf, otypes=[x.dtype])(x))
     return np.asarray(erf(x))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,9 @@ def test_every_check_is_one_line_whatever_happens(tmp_path: Path) -> None:
         Check("elsewhere", not_run="needs several GPUs"),
     ):
         day.run(check)
+    day.budget_seconds = time.monotonic() - day.began + 0.5
+    for name in ("cut short", "too late"):
+        day.run(Check(name, python("import time; time.sleep(100_000)")))
     lines = [line.split(" | ") for line in (tmp_path / "verdicts.md").read_text().splitlines()]
     assert [(verdict.strip("| "), name, seen.rstrip(" |")) for verdict, name, _, seen in lines] == [
         ("pass", "good", "fine"),
@@ -43,6 +47,8 @@ def test_every_check_is_one_line_whatever_happens(tmp_path: Path) -> None:
         ("FAIL", "no result", "no summary.json"),
         ("FAIL", "endless", "not done after 0 s, in command 1"),
         ("not run", "elsewhere", "needs several GPUs"),
+        ("not run", "cut short", "not done after 0 s, in command 1"),
+        ("not run", "too late", "no time left"),
     ]
 
 

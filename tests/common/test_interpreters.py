@@ -8,11 +8,13 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.cli.main import main
 from common.harness import interpreters
 from common.harness.interpreters import NEEDED, InterpreterError, ask, interpreter, why_lacking
+from common.oracle.reference import gelu
 from common.report.names import framework_name, interpreter_name
 from common.runtime.installed import cuda_in, version_in
 from common.spec.run import preset
@@ -184,6 +186,13 @@ def test_what_a_worker_needs_is_what_it_imports() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {line.split(">")[0] for line in project["dependencies"]}
     assert declared & set(done.stdout.split()) == set(NEEDED)
+
+
+def test_the_oracle_in_a_worker_needs_no_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.linspace(-6, 6, 97).reshape(-1, 1)
+    expected = gelu(x)
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    np.testing.assert_allclose(gelu(x), expected, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize(
