@@ -10,7 +10,12 @@ Preset `small`, two stages, page faults and system time of a step, before and af
 
 Whoever is the first to touch a page pays for it, so an action's time would depend on the schedule.
 What a step gains is at the limit of what can be measured: two turns each without and with it, in
-ms, gave 437, 400 and 405, 385 (gpipe), 414, 398 and 389, 396 (1f1b); in TensorFlow no difference.
+ms, gave 437, 400 and 405, 385 (gpipe), 414, 398 and 389, 396 (1f1b).
+
+Each thread keeps a heap of its own. One heap for all (M_ARENA_MAX = 1) has as few page faults, but
+every job of a process leaves it more broken up, and TensorFlow's operations allocate all the time:
+on one stage, six jobs of a process took 714 ms a step with one heap and 646 with several (medians
+of two processes each, in turns).
 """
 
 from __future__ import annotations
@@ -19,10 +24,12 @@ import ctypes
 import os
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """mallopt(3)."""
 NEVER = 2**31 - 1
 """More free memory than this at the heap's end goes back to the system: mallopt takes an int."""
+HEAP_BYTES = 64 * 2**20
+"""Of the pieces that a thread's heap is made of."""
 
 
 def keep_freed_memory() -> None:
@@ -34,7 +41,9 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
-        # One heap for all threads: that of another thread takes no block of 64 MiB or more.
-        mallopt(M_ARENA_MAX, 1)
-        mallopt(M_MMAP_MAX, 0)  # else blocks of more than 32 MiB never come from a heap
+        # Else blocks of more than 32 MiB never come from a heap. Those too large for a thread's
+        # heap come from the first thread's, which has no pieces.
+        mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, NEVER)
+        # A free piece of a thread's heap goes back unless the one below it lacks so much.
+        mallopt(M_TOP_PAD, HEAP_BYTES)
