@@ -45,5 +45,6 @@ def keep_freed_memory() -> None:
         # heap come from the first thread's, which has no pieces.
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, NEVER)
-        # A free piece of a thread's heap goes back unless the one below it lacks so much.
+        # A thread's last piece, once free, goes back if the one below has more than this at its
+        # end, which it cannot have.
         mallopt(M_TOP_PAD, HEAP_BYTES)
