@@ -142,7 +142,7 @@ def _erf(x: Array) -> Array:
     # worker that dumps has an oracle too, and may run in an environment that has no SciPy.
     try:
         from scipy.special import erf
-    except ImportError:
+    except ModuleNotFoundError:
         return np.asarray(np.vectorize(math.erf, otypes=[x.dtype])(x))
     return np.asarray(erf(x))
 

@@ -311,14 +311,14 @@ class Day:
     def _seen(self, check: Check, left: float) -> str:
         folder = self.out / check.name.replace(",", "").replace(" ", "-")
         folder.mkdir(parents=True)
-        ends, output = time.monotonic() + min(check.seconds, left), ""
+        seconds, output = min(check.seconds, left), ""
+        ends = time.monotonic() + seconds
         for i, command in enumerate(check.commands):
             status, said = self._run(command, folder, ends)
             output += said
             with (folder / "output.txt").open("a", encoding="utf-8") as file:
                 file.write(f"$ {' '.join(command)}\n{said}exit status {status}\n")
             if status is None:
-                seconds = min(check.seconds, left)
                 raise TimeoutError(f"not done after {seconds:.0f} s, in command {i + 1}")
             if status not in check.statuses:
                 last = [line for line in said.splitlines() if line.strip()][-1:] or ["no output"]
@@ -410,13 +410,13 @@ def main(arguments: list[str]) -> int:
     day.write(f"Python {sys.version.split()[0]}; {'; '.join(versions)}\n")
     day.write("| verdict | check | time | seen |\n| --- | --- | --- | --- |")
     frameworks = {name: count for name, (count, _) in seen.items() if count}
-    day.budget_seconds *= max(len(frameworks), 1)
     for name in PROBES:
         if name not in frameworks:
             day.run(Check(f"{name}, all", not_run=f"sees no GPU: {seen[name][1]}"))
     if not frameworks:
         print("no framework of this Python sees a GPU", file=sys.stderr)
         return 2
+    day.budget_seconds *= len(frameworks)
     together = [check for name, count in frameworks.items() for check in checks(name, count)]
     # A run keeps about one core busy, and a GPU has room for many small models.
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) * 2 // 3)) as pool:

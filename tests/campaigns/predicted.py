@@ -164,7 +164,9 @@ def read(folder: Path) -> dict[str, list[Cell]]:
     for framework in FRAMEWORKS:
         rounds = len([*(folder / framework).glob("profile-*.json")])
         profiles = [
-            Profile.model_validate_json((folder / framework / f"profile-{i}.json").read_text())
+            Profile.model_validate_json(
+                (folder / framework / f"profile-{i}.json").read_text("utf-8")
+            )
             for i in range(rounds)
         ]
         seconds: dict[RunConfig, dict[int, float]] = {}
