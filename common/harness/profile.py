@@ -1,21 +1,31 @@
 """Measure what every kind of unit takes in one framework, as it takes it in a pipeline.
 
 The profile is an ordinary run on as many devices as the plan will have, so that stages disturb one
-another as they will then. A device has about as many blocks as the plan's, some of them alone:
+another as they will then. A device has about as many blocks as the plan's, once in chunks and once
+in one piece:
 
-    2 devices, 3 chunks     embedding │ block.0 │ block.1-2 │ block.3-4 │ block.5 │ head
-    1 device, 4 chunks      embedding │ block.0 │ block.1-5 │ head                         6 blocks
+    2 devices    embedding │ block.0 │ block.1-2 │ block.3-4 │ block.5 │ head
+                 embedding, block.0-2 │ block.3-5, head
+    1 device     embedding │ block.0 │ block.1-5 │ head                              6 blocks
+                 embedding, block.0-5, head
 
-Four more blocks take four times a block's time; what is left of one alone is an action's own. With
-fewer blocks on a device more stays in the caches: of preset `small` on one device, a block's BW in
-Paddle took 24 ms among 4 and 27 among 6. It does not grow for ever: an F in PyTorch took 4.9 ms a
-block among 8 and among 12. So a deep model is cut to eight.
+A block's time is the slope over the number of blocks in a chunk, an action's own what is left at
+none. B of chunks of one, two and three blocks took 14.2, 27.7 and 42.2 ms: 14.0 for each block and
+0.1 for the action. With fewer blocks on a device more stays in the caches: of preset `small` on one
+device, a block's BW in Paddle took 24 ms among 4 and 27 among 6. It does not grow for ever: an F in
+PyTorch took 4.9 ms a block among 8 and among 12. So a deep model is cut to eight.
 
-Every micro-batch size runs twice: with BW in one piece, and with B and W apart. The mini-batch is
-that of the run, so that as much is held and as many devices wait as will then.
+Every micro-batch size runs twice each way: with BW in one piece, and with B and W apart. The
+mini-batch is that of the run, so that as much is held and as many devices wait as will then.
 
 On a CPU the stages share the cores: the fewer there are, the more threads each has. So fewer
 devices are measured too, for every number of threads (`numbers_of_devices`).
+
+A machine gets faster and slower within minutes. So the sizes are gone through there in chunks and
+back in one piece, and every number of devices is met once early and once late:
+
+    2 devices there    1 device there    1 device back    2 devices back
+    1 2 4 8 16         1 2 4 8 16        16 8 4 2 1       16 8 4 2 1        sequences
 """
 
 from __future__ import annotations
@@ -24,10 +34,11 @@ import itertools
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from common.harness.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_worker
@@ -47,8 +58,8 @@ from common.spec.unit_times import ACTION, KINDS, UnitTimes
 MOST_BLOCKS = 8
 """On a device."""
 STEPS, UNTIMED_STEPS = 7, 2
-TOGETHER, APART = "interleaved", "interleaved-zb"
-"""With BW as one action; with B and W."""
+IN_CHUNKS, IN_ONE_PIECE = ("interleaved", "interleaved-zb"), ("1f1b", "zb-h1")
+"""Schedules with BW as one action, and with B and W."""
 
 
 class Profile(BaseModel):
@@ -106,6 +117,8 @@ def profile_config(config: RunConfig, devices: int, schedule: str, sequences: in
     of_plan = math.ceil(config.model.num_layers / devices)
     longest = max(2, min(of_plan, MOST_BLOCKS) - 1)
     blocks = [1, 1, longest, 1] if devices == 1 else [1, longest, 1]
+    if schedule in IN_ONE_PIECE:
+        blocks = [sum(blocks)]
     # The embedding and the head stand in for the first block and the last.
     parts = [number for number in blocks for _ in range(devices)]
     count = max(1, config.train.batch_size // sequences)
@@ -140,33 +153,55 @@ def profile(
 ) -> Profile:
     """Measure in worker processes, one for each number of devices; without `with_fewer` all of
     them alone. Raises UsageError where that fails."""
-    whole, said = _measure(config, devices, implementations, on_job)
+    there = _measure(config, devices, IN_CHUNKS, implementations, on_job)
+    said = there[0][1]["environment"]
     shared = with_fewer and said["device_kind"] == "cpu"
-    numbers = numbers_of_devices(devices, config.threads) if shared else []
-    fewer = {n: _measure(config, n, implementations, on_job)[0] for n in numbers if n != devices}
+    numbers = numbers_of_devices(devices, config.threads) if shared else [devices]
+    found = {devices: there}
+    for n in numbers[1:]:
+        found[n] = _measure(config, n, IN_CHUNKS, implementations, on_job)
+    for n in reversed(numbers):
+        found[n] += _measure(config, n, IN_ONE_PIECE, implementations, on_job)
+    machine = this_machine().one_line
+    times = {
+        n: unit_times(
+            [(run, result["timing"]) for run, result in measurements],
+            f"measured with {config.framework} {said['version']} on {n} "
+            f"device{'s' * (n > 1)} of {machine}",
+        ).model_copy(update={"peak_flops_per_device": _peak(*measurements[0])})
+        for n, measurements in found.items()
+    }
+    whole = times.pop(devices)
     return Profile(
         schema_version=2,
-        machine=this_machine().one_line,
+        machine=machine,
         version=str(said["version"]),
         devices=devices,
         config=config,
-        times=whole.model_copy(update={"fewer": fewer}),
+        times=whole.model_copy(update={"fewer": times}),
     )
+
+
+_Measurements = list[tuple[RunConfig, Mapping[str, Any]]]
+"""Runs and their results."""
 
 
 def _measure(
     config: RunConfig,
     devices: int,
+    schedules: Sequence[str],
     implementations: Mapping[str, Implementation],
     on_job: Callable[[int, int], None],
-) -> tuple[UnitTimes, Mapping[str, Any]]:
-    """Return what units take while so many devices compute, and what the worker process said of
-    its environment."""
+) -> _Measurements:
+    """Run all micro-batch sizes in one worker process: from the smallest on in chunks, from the
+    largest on in one piece."""
     runs = [
         profile_config(config, devices, schedule, sequences)
         for sequences in micro_batch_sizes(config.train.batch_size)
-        for schedule in (TOGETHER, APART)
+        for schedule in schedules
     ]
+    if schedules == IN_ONE_PIECE:
+        runs.reverse()
     with tempfile.TemporaryDirectory(prefix="triptych-") as name:
         folder = Path(name)
         jobs = [Job(config=run, out=str(folder / str(i))) for i, run in enumerate(runs)]
@@ -183,20 +218,13 @@ def _measure(
                     f"{run.train.batch_size} sequences: "
                     f"{outcome.reason}"
                 )
-        results = [
-            measured(outcome, run, UNTIMED_STEPS)
+        return [
+            (run, measured(outcome, run, UNTIMED_STEPS))
             for run, outcome in zip(runs, outcomes, strict=True)
         ]
-    said = results[0]["environment"]
-    times = unit_times(
-        [(run, result["timing"]) for run, result in zip(runs, results, strict=True)],
-        f"measured with {config.framework} {said['version']} on {devices} "
-        f"device{'s' * (devices > 1)} of {this_machine().one_line}",
-    )
-    return times.model_copy(update={"peak_flops_per_device": _peak(results[0], runs[0])}), said
 
 
-def _peak(result: Mapping[str, Any], run: RunConfig) -> float | None:
+def _peak(run: RunConfig, result: Mapping[str, Any]) -> float | None:
     """Return what one stage could multiply: its card, or its share of a card or of the CPU."""
     said = result["environment"]
     probe = Probe.of_run(run, said)
@@ -207,40 +235,41 @@ def _peak(result: Mapping[str, Any], run: RunConfig) -> float | None:
 
 
 def unit_times(timings: Iterable[tuple[RunConfig, Timing]], source: str) -> UnitTimes:
-    """Put the timings of `profile_config`'s runs together; of equal parts, the median counts."""
-    found: dict[tuple[str, int], dict[Op, dict[int, list[float]]]] = {}
-    hops, optimizer = [], []
+    """Put the timings of `profile_config`'s runs together: of every operation and micro-batch size
+    the times, none below zero, that come nearest to those of all parts."""
+    from scipy.optimize import nnls  # here: a plan by counted FLOPs can do without
+
+    names = (*KINDS, ACTION)
+    # Of every part what it has, an action once, and the seconds it took.
+    found: dict[tuple[Op, int], list[tuple[list[int], float]]] = {}
+    hops, receives, optimizer = [], [], []
     for run, timing in timings:
-        parts = plan_partition(run).parts
+        parts = [[unit.partition(".")[0] for unit in part] for part in plan_partition(run).parts]
         sequences = run.micro_batch_sizes[0]
         for cost in timing.costs:
-            part = parts[cost.virtual_stage]
-            of_part = found.setdefault((part[0].partition(".")[0], len(part)), {})
-            of_part.setdefault(Op(cost.op), {}).setdefault(sequences, []).append(cost.seconds)
+            counts = [[*parts[cost.virtual_stage], ACTION].count(name) for name in names]
+            found.setdefault((Op(cost.op), sequences), []).append((counts, cost.seconds))
         hops.append(timing.hop_seconds)
+        receives.append(timing.receive_seconds)
         rest = timing.measured_step_seconds - timing.measured_pipeline_seconds
         optimizer.append(rest / _most_parameters(run))
     seconds: dict[str, dict[str, dict[int, float]]] = {
-        kind: {op.value: {} for op in Op} for kind in (*KINDS, ACTION)
+        name: {op.value: {} for op in Op} for name in names
     }
-    longest = max(units for kind, units in found if kind == "block")
-    for op, sizes in found["block", longest].items():
-        for b in sizes:
-
-            def seen(kind: str, units: int, op: Op = op, b: int = b) -> float:
-                return statistics.median(found[kind, units][op][b])
-
-            one = seen("block", 1)
-            block = min(max(0.0, (seen("block", longest) - one) / (longest - 1)), one)
-            times = {"block": block, ACTION: one - block}
-            for kind in ("embedding", "head"):
-                times[kind] = max(0.0, seen(kind, 1) - times[ACTION])
-            for kind, value in times.items():
-                seconds[kind][op.value][b] = value
+    for (op, b), rows in found.items():
+        has = np.array([counts for counts, _ in rows])  # (parts, kinds)
+        took = np.array([each for _, each in rows])  # (parts,)
+        # Long actions differ by more than short ones, but by less than in proportion.
+        weights = 1 / np.sqrt(np.maximum(took, 1e-9))  # (parts,)
+        nearest, _ = nnls(has * weights[:, None], took * weights)
+        for name, value in zip(names, nearest.tolist(), strict=True):
+            seconds[name][op.value][b] = value
     return UnitTimes(
         source=source,
         seconds=seconds,
-        hop_seconds=statistics.median(hops),
+        # A run in which no message was waited for, or none was there before, has 0.
+        hop_seconds=statistics.median([each for each in hops if each] or [0.0]),
+        receive_seconds=statistics.median([each for each in receives if each] or [0.0]),
         optimizer_seconds_per_parameter=statistics.median(optimizer),
     )
 

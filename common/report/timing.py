@@ -78,6 +78,8 @@ class Timing(BaseModel):
     costs: tuple[ActionCost, ...]
     hop_seconds: float
     """From the end of a sender to the start of a receiver that was waiting."""
+    receive_seconds: float = 0.0
+    """From ready to start where the message was there already."""
     placement: Annotated[Placement, AfterValidator(_canonical)]
     measured_pipeline_seconds: float
     """From the first action of any stage to the last."""
@@ -181,6 +183,7 @@ def measure(
     return Timing(
         costs=costs,
         hop_seconds=hop,
+        receive_seconds=_receive_seconds(measured),
         placement=schedule.placement,
         measured_pipeline_seconds=middle,
         simulated_pipeline_seconds=model.makespan,
@@ -242,6 +245,16 @@ def _hop_seconds(steps: Sequence[_Step]) -> float:
         if waited.any():
             # A receiver may be off before its sender's clock has said that the sender ended.
             means.append(float(np.maximum(step.start - sent, 0.0)[waited].mean()))
+    return statistics.median(means) if means else 0.0
+
+
+def _receive_seconds(steps: Sequence[_Step]) -> float:
+    """From ready to start of those whose message was there, as for `ActionCost`; 0 if none was."""
+    means = []
+    for step in steps:
+        there = step.table.receives & (step.ready >= step.sender_end)
+        if there.any():
+            means.append(float((step.start - step.ready)[there].mean()))
     return statistics.median(means) if means else 0.0
 
 

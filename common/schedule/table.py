@@ -161,6 +161,14 @@ class Table:
         return source
 
     @cached_property
+    def receives(self) -> NDArray[np.bool_]:
+        """(n,): whether a row's input comes from another virtual stage, on whatever device."""
+        is_forward, is_weight = self.op == OP_CODE[Op.F], self.op == OP_CODE[Op.W]
+        end = np.where(is_forward, 0, self.schedule.num_virtual_stages - 1)  # of the model  # (n,)
+        receives: NDArray[np.bool_] = ~is_weight & (self.virtual_stage != end)
+        return receives
+
+    @cached_property
     def leads(self) -> IntArray:
         """The rows whose next row overlaps with them."""
         return np.flatnonzero(self.overlaps) - 1

@@ -302,10 +302,12 @@ def _step(
         cost, rows = _costs(config, parts, times, size), sizes == size
         place = table.virtual_stage[rows]
         spent[rows] = cost[table.op[rows], place] + again[rows] * cost[OP_CODE[Op.F], place]
+    # A receiver needs that long for every message, whether it waited for it or not.
+    spent += table.receives * times.receive_seconds
     spent[table.leads + 1] += spent[table.leads]  # two that overlap: the second takes both times
     spent[table.leads] = 0.0
     link, d = times.link_bytes_per_second, config.replicas
-    hops = [times.hop_seconds] * table.num_rows
+    hops = [max(0.0, times.hop_seconds - times.receive_seconds)] * table.num_rows
     sent = table.messages * sizes * _sequence_bytes(config) / link
     played = play(table, spent.tolist(), hops, transmissions=sent.tolist())
     makespan = max(played.end)

@@ -52,6 +52,8 @@ class UnitTimes(BaseModel):
     """By kind of unit, or ACTION, operation and sequences in a micro-batch."""
     hop_seconds: Seconds = 0.0
     """From the end of a sender to the start of a receiver that was waiting."""
+    receive_seconds: Seconds = 0.0
+    """What an action takes to get a message that is there already."""
     rest_seconds: Seconds = 0.0
     """A step outside the pipeline, whatever the model: batch in, loss out."""
     optimizer_seconds_per_parameter: Seconds = 0.0

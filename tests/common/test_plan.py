@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -19,6 +20,8 @@ from common.cli.main import main
 from common.cli.options import read_run
 from common.harness import profile as harness_profile
 from common.harness.profile import (
+    IN_CHUNKS,
+    IN_ONE_PIECE,
     Profile,
     micro_batch_sizes,
     numbers_of_devices,
@@ -241,27 +244,63 @@ def test_a_profile_is_put_together_from_runs() -> None:
                 for k, count in enumerate(units)
                 for op in ops
             ),
-            hop_seconds=0.25,
+            hop_seconds=0.25 * (units != (8,)),
+            receive_seconds=0.125 * (len(units) > 2),
             measured_step_seconds=3.0,
             measured_pipeline_seconds=2.0,
         )
 
-    def measured(devices: int, units: Sequence[int]) -> UnitTimes:
+    def measured(devices: int, chunks: Sequence[int], pieces: Sequence[int]) -> UnitTimes:
+        layouts = [(name, chunks) for name in IN_CHUNKS] + [(name, pieces) for name in IN_ONE_PIECE]
         runs = [
-            (profile_config(SMALL, devices, name, b), timing(b + 1.0, split, units))
+            (profile_config(SMALL, devices, name, b), timing(b + 1.0, "zb" in name, units))
             for b in (1, 2, 4)
-            for name, split in (("interleaved", False), ("interleaved-zb", True))
+            for name, units in layouts
         ]
-        assert all(tuple(map(len, plan_partition(run).parts)) == units for run, _ in runs)
+        for (run, _), (_, units) in zip(runs, itertools.cycle(layouts)):
+            assert tuple(map(len, plan_partition(run).parts)) == units
         return unit_times(runs, "here")
 
-    times = measured(2, (1, 1, 2, 2, 1, 1))
-    assert times.of("block.3", Op.BW, 2) == 3.0 and times.of("head", Op.W, 3) == 4.0
-    assert times.of("embedding", Op.F, 8) == 9.0  # on along the last line
-    assert times.of_part(["block.0"] * 12, Op.B, 1) == 0.25 + 12 * 2.0
-    alone = measured(1, (1, 1, 5, 1))
-    assert alone.of_part(["block.0"] * 12, Op.B, 1) == 0.25 + 12 * 2.0
-    assert times.hop_seconds == 0.25 and times.optimizer_seconds_per_parameter > 0
+    times = measured(2, (1, 1, 2, 2, 1, 1), (4, 4))
+    alone = measured(1, (1, 1, 5, 1), (8,))
+    about = functools.partial(pytest.approx, rel=1e-12)
+    assert times.of("block.3", Op.BW, 2) == about(3.0) and times.of("head", Op.W, 3) == about(4.0)
+    assert times.of("embedding", Op.F, 8) == about(9.0)  # on along the last line
+    for each in (times, alone):
+        assert each.of_part(["block.0"] * 12, Op.B, 1) == about(0.25 + 12 * 2.0)
+        assert (each.hop_seconds, each.receive_seconds) == (0.25, 0.125)  # of runs that have them
+        assert each.optimizer_seconds_per_parameter > 0
+
+
+def test_no_unit_of_a_profile_takes_less_than_nothing() -> None:
+    """An embedding that is done before a block's action has begun; a block still has its time."""
+    run = profile_config(SMALL, 2, "interleaved", 1)
+    costs = tuple(
+        ActionCost(virtual_stage=k, op=op, seconds=s, p10_seconds=0, p90_seconds=0, count=1)
+        for op in ("F", "B", "W", "BW")
+        for k, s in enumerate((0.01, 1.0, 1.5, 1.5, 1.0, 0.01))
+    )
+    known = {"hop_seconds": 0.0, "measured_step_seconds": 1.0, "measured_pipeline_seconds": 1.0}
+    times = unit_times([(run, Timing.model_construct(costs=costs, **known))], "here")
+    assert min(times.of(kind, Op.F, 1) for kind in times.seconds) == 0.0
+    assert times.of_part(["block.0"] * 2, Op.F, 1) == pytest.approx(1.5, rel=0.1)
+
+
+def test_a_message_that_is_there_takes_time_too() -> None:
+    """On one stage of two chunks, each micro-batch comes to the second and back to the first."""
+    config = SMALL.model_copy(update={"stages": 1, "chunks": 2, "schedule": "interleaved"})
+    free = counted_times(SMALL, 1e12)
+    slow = free.model_copy(update={"receive_seconds": 0.5})
+    plans = [plan_one(config, times, float("inf")) for times in (free, slow)]
+    fast, late = (plan.step_seconds for plan in plans if isinstance(plan, Plan))
+    assert late - fast == pytest.approx(2 * config.train.micro_batches * 0.5)
+    # Whoever waits has it within the hop.
+    hop = free.model_copy(update={"hop_seconds": 1.0})
+    both = hop.model_copy(update={"receive_seconds": 1.0})
+    config = SMALL.model_copy(update={"stages": 2, "schedule": "naive"})
+    plans = [plan_one(config, times, float("inf")) for times in (hop, both)]
+    fast, late = (plan.step_seconds for plan in plans if isinstance(plan, Plan))
+    assert late == pytest.approx(fast)
 
 
 def test_fewer_devices_have_their_own_times() -> None:

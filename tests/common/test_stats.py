@@ -155,6 +155,19 @@ def test_the_parts_of_a_step_by_hand() -> None:
     assert timing.measured_bubble_fraction == pytest.approx(1 - 5.25 / 12)
 
 
+def test_a_message_that_is_there_is_received_for_a_while() -> None:
+    schedule = make_schedule("gpipe", 2, 2)
+    rows = {
+        0: [("F0", 0, 0, 1), ("F1", 1, 1, 2), ("BW0", 2, 7, 8), ("BW1", 8, 8.5, 9.5)],
+        1: [("F0", 0, 1.25, 3), ("F1", 3, 3.25, 4), ("BW0", 4, 4, 6), ("BW1", 6, 6, 7.5)],
+    }
+    events = {device: [event(*row) for row in own] for device, own in rows.items()}
+    timing = measure([events], [10.0], schedule, untimed_steps=0)
+    assert timing is not None
+    assert timing.receive_seconds == pytest.approx(0.375)  # the mean of F1's 0.25 and BW1's 0.5
+    assert timing.hop_seconds == pytest.approx(0.625)  # of F0's 0.25 and BW0's 1
+
+
 def test_what_is_no_record_of_the_schedule_has_no_timing() -> None:
     schedule = make_schedule("1f1b", 2, 2)
     events = played(schedule, Costs.uniform(2))
