@@ -6,7 +6,9 @@ import argparse
 import json
 import re
 import shlex
+import sys
 from argparse import ArgumentTypeError
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from common.cli.numbers import positive
 from common.cli.options import add_run_options, file_to_write, flag, read_run
 from common.harness.bench import run_bench
 from common.harness.options import Bench, BenchOptions
-from common.harness.profile import Profile, profile
+from common.harness.profile import Profile, Results, profile, run_all
 from common.io.bounded import read_text
 from common.io.console import make_console, say
 from common.io.edges import number, write_file
@@ -178,6 +180,14 @@ def _verify(arguments: argparse.Namespace, plans: Plans, console: Console) -> in
     return status
 
 
+def _run_aloud(runs: Sequence[RunConfig]) -> Results:
+    """Say what a profile does, which takes minutes."""
+    names = " and ".join(dict.fromkeys(run.schedule for run in runs))
+    what = f"profile: {len(runs)} runs of {names}, stages = {runs[0].stages}"
+    print(what, file=sys.stderr, flush=True)
+    return run_all(runs)
+
+
 def _times(arguments: argparse.Namespace, config: RunConfig, outputs: dict[str, Path]) -> UnitTimes:
     if arguments.costs:
         path = Path(arguments.costs)
@@ -193,7 +203,7 @@ def _times(arguments: argparse.Namespace, config: RunConfig, outputs: dict[str, 
             raise UsageError(f"--costs {path}: is of {difference}; expected one of this run")
         return found.times
     if "profile" in outputs:
-        made = profile(config, arguments.devices)
+        made = profile(config, arguments.devices, run_all=_run_aloud)
         write_file(outputs["profile"], made.model_dump_json(indent=1) + "\n")
         return made.times
     return counted_times(config, COUNTED_FLOPS)

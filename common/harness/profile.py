@@ -10,10 +10,12 @@ in one piece:
                  embedding, block.0-5, head
 
 A block's time is the slope over the number of blocks in a chunk, an action's own what is left at
-none. B of chunks of one, two and three blocks took 14.2, 27.7 and 42.2 ms: 14.0 for each block and
-0.1 for the action. With fewer blocks on a device more stays in the caches: of preset `small` on one
-device, a block's BW in Paddle took 24 ms among 4 and 27 among 6. It does not grow for ever: an F in
-PyTorch took 4.9 ms a block among 8 and among 12. So a deep model is cut to eight.
+none. In TensorFlow (preset `small`, four sequences) B of one, two and three blocks took 14.2, 27.7
+and 42.2 ms: 14.0 for each block and 0.1 for the action.
+
+With fewer blocks on a device more stays in the caches: of `small` on one device, a block's BW in
+Paddle took 24 ms among 4 and 27 among 6. It does not grow for ever: an F in PyTorch took 4.9 ms a
+block among 8 and among 12. So a deep model is cut to eight.
 
 Every micro-batch size runs twice each way: with BW in one piece, and with B and W apart. The
 mini-batch is that of the run, so that as much is held and as many devices wait as will then.
@@ -41,7 +43,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from common.harness.launch import IMPLEMENTATIONS, Implementation, run_jobs_in_worker
+from common.harness.launch import IMPLEMENTATIONS, run_jobs_in_worker
 from common.harness.peak import Probe, peak_of
 from common.io.usage import UsageError
 from common.report.machine import this_machine
@@ -144,24 +146,52 @@ def profile_config(config: RunConfig, devices: int, schedule: str, sequences: in
     return RunConfig.model_validate(dict(config) | run)
 
 
+Results = Sequence[Mapping[str, Any]]
+"""Of runs, as `common.report.result.measured` returns them."""
+
+
+def run_all(runs: Sequence[RunConfig]) -> Results:
+    """Run all in one worker process. Raises UsageError where one fails."""
+    with tempfile.TemporaryDirectory(prefix="triptych-") as name:
+        folder = Path(name)
+        jobs = [Job(config=run, out=str(folder / str(i))) for i, run in enumerate(runs)]
+        module = IMPLEMENTATIONS[runs[0].framework].module
+        outcomes = run_jobs_in_worker(module, jobs, folder)
+        for run, outcome in zip(runs, outcomes, strict=True):
+            if outcome.status != "ok":
+                raise UsageError(
+                    f"--profile: {run.framework}, {run.schedule}, "
+                    f"{run.train.batch_size} sequences: "
+                    f"{outcome.reason}"
+                )
+        return [
+            measured(outcome, run, UNTIMED_STEPS)
+            for run, outcome in zip(runs, outcomes, strict=True)
+        ]
+
+
 def profile(
     config: RunConfig,
     devices: int,
     with_fewer: bool = True,
-    implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
-    on_job: Callable[[int, int], None] = lambda done, of: None,
+    run_all: Callable[[Sequence[RunConfig]], Results] = run_all,
 ) -> Profile:
-    """Measure in worker processes, one for each number of devices; without `with_fewer` all of
-    them alone. Raises UsageError where that fails."""
-    there = _measure(config, devices, IN_CHUNKS, implementations, on_job)
-    said = there[0][1]["environment"]
+    """Measure in worker processes, two for each number of devices; without `with_fewer` all of
+    them alone. `run_all` runs what one of them is to run."""
+    sizes = micro_batch_sizes(config.train.batch_size)
+
+    def measure(n: int, schedules: Sequence[str], order: int) -> list[tuple[RunConfig, Any]]:
+        runs = [profile_config(config, n, schedule, b) for b in sizes for schedule in schedules]
+        return [*zip(runs[::order], run_all(runs[::order]), strict=True)]
+
+    found = {devices: measure(devices, IN_CHUNKS, 1)}
+    said = found[devices][0][1]["environment"]
     shared = with_fewer and said["device_kind"] == "cpu"
     numbers = numbers_of_devices(devices, config.threads) if shared else [devices]
-    found = {devices: there}
     for n in numbers[1:]:
-        found[n] = _measure(config, n, IN_CHUNKS, implementations, on_job)
+        found[n] = measure(n, IN_CHUNKS, 1)
     for n in reversed(numbers):
-        found[n] += _measure(config, n, IN_ONE_PIECE, implementations, on_job)
+        found[n] += measure(n, IN_ONE_PIECE, -1)
     machine = this_machine().one_line
     times = {
         n: unit_times(
@@ -180,48 +210,6 @@ def profile(
         config=config,
         times=whole.model_copy(update={"fewer": times}),
     )
-
-
-_Measurements = list[tuple[RunConfig, Mapping[str, Any]]]
-"""Runs and their results."""
-
-
-def _measure(
-    config: RunConfig,
-    devices: int,
-    schedules: Sequence[str],
-    implementations: Mapping[str, Implementation],
-    on_job: Callable[[int, int], None],
-) -> _Measurements:
-    """Run all micro-batch sizes in one worker process: from the smallest on in chunks, from the
-    largest on in one piece."""
-    runs = [
-        profile_config(config, devices, schedule, sequences)
-        for sequences in micro_batch_sizes(config.train.batch_size)
-        for schedule in schedules
-    ]
-    if schedules == IN_ONE_PIECE:
-        runs.reverse()
-    with tempfile.TemporaryDirectory(prefix="triptych-") as name:
-        folder = Path(name)
-        jobs = [Job(config=run, out=str(folder / str(i))) for i, run in enumerate(runs)]
-        outcomes = run_jobs_in_worker(
-            implementations[config.framework].module,
-            jobs,
-            folder,
-            on_step=lambda job, step, loss: on_job(job, len(jobs)),
-        )
-        for run, outcome in zip(runs, outcomes, strict=True):
-            if outcome.status != "ok":
-                raise UsageError(
-                    f"--profile: {run.framework}, {run.schedule}, "
-                    f"{run.train.batch_size} sequences: "
-                    f"{outcome.reason}"
-                )
-        return [
-            (run, measured(outcome, run, UNTIMED_STEPS))
-            for run, outcome in zip(runs, outcomes, strict=True)
-        ]
 
 
 def _peak(run: RunConfig, result: Mapping[str, Any]) -> float | None:
