@@ -2,35 +2,33 @@
 every framework, and what it costs to trust the plan that is called best; a table of
 docs/planning.md. Run it in the repository's root, with nothing else running.
 
-    python -m tests.campaigns.predicted --out FOLDER     preset small, parity checked, 18 min
+    python -m tests.campaigns.predicted --out FOLDER     preset small, parity checked, 25 min
     python -m tests.campaigns.predicted --read FOLDER    the table from an earlier run
 
 `--frameworks NAME,..` measures only these. A machine drifts by more than the model may be wrong: so
-the cells run between the runs of the profile, once on its way there and once on its way back.
+the grid runs ahead of a profile and, in the reverse order, behind it. Each further one of
+`--rounds N` adds a profile and a grid, 15 min; what counts is the mean of the rounds:
 
-    there, p = 2    there, p = 1    back, p = 1    back, p = 2        a worker process each
-    profile, cell, cell, profile, cell, profile, ...
-
-`--rounds N` does so N times, in a FOLDER of an earlier run in addition; a cell's error is the
-median of its rounds'. A round takes 5 min in PyTorch and Paddle, 8 in TensorFlow.
+    grid 0    profile 0    grid 1 (backwards)    profile 1    grid 2    ...
+    └──────── round 0 ──────────┘
+                           └────────────── round 1 ──────────────┘
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import itertools
 import statistics
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.cli.numbers import positive
 from common.harness.bench import run_name
 from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_worker
-from common.harness.profile import IN_ONE_PIECE, Profile, Results, profile
+from common.harness.profile import Profile, profile
 from common.io.edges import write_file
 from common.io.usage import UsageError, chosen
 from common.report.compare import oracle_config, parity
@@ -65,34 +63,26 @@ class Cell:
     predictions: tuple[float, ...]
     """From the profile of every round."""
     measured: tuple[float, ...]
-    """Medians of its runs, two in every round."""
-
-    @property
-    def errors(self) -> list[float]:
-        """Of every round."""
-        steps = map(statistics.mean, self._rounds)
-        return [own / step - 1 for own, step in zip(self.predictions, steps, strict=True)]
-
-    @property
-    def error(self) -> float:
-        return statistics.median(self.errors)
+    """Medians of its runs, one more than there are rounds."""
 
     @property
     def predicted(self) -> float:
-        return statistics.median(self.predictions)
+        return statistics.mean(self.predictions)
 
     @property
     def middle(self) -> float:
-        return statistics.mean(self.measured)
+        """The mean of the rounds: what lies between two profiles is of two of them."""
+        return statistics.mean(map(statistics.mean, itertools.pairwise(self.measured)))
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.middle - 1
 
     @property
     def spread(self) -> float:
-        """How far the two runs of a round lie apart."""
-        return statistics.median(max(pair) / min(pair) - 1 for pair in self._rounds)
-
-    @property
-    def _rounds(self) -> list[tuple[float, float]]:
-        return [*zip(self.measured[::2], self.measured[1::2], strict=True)]
+        """How far two runs of the same cell lie apart, one behind the other."""
+        pairs = itertools.pairwise(self.measured)
+        return statistics.median(max(pair) / min(pair) - 1 for pair in pairs)
 
 
 def grid(framework: str, stages: int) -> list[RunConfig]:
@@ -112,64 +102,42 @@ def grid(framework: str, stages: int) -> list[RunConfig]:
 
 
 def measure(framework: str, out: Path, oracle: tuple[RunResult, Path], rounds: int) -> None:
-    """Keep a profile of every round, and two results for every run of the grid."""
+    """Keep a result for every run of the grid, and the profiles between them."""
     folder = out / framework
-    before = len([*folder.glob("profile-*.json")])
-    for number in range(before, before + rounds):
-        run_all = functools.partial(run_with_cells, folder=folder, oracle=oracle, number=number)
-        stages = max(SCHEDULES)
-        made = profile(grid(framework, stages)[0], stages, run_all=run_all)
-        write_file(folder / f"profile-{number}.json", made.model_dump_json(indent=1))
+    both = [grid(framework, stages) for stages in SCHEDULES]
+    for number in range(rounds + 1):
+        if number:
+            made = profile(both[-1][0], max(SCHEDULES))
+            write_file(folder / f"profile-{number - 1}.json", made.model_dump_json(indent=1))
+        step = -1 if number % 2 else 1
+        for configs in both[::step]:
+            run(configs[::step], folder, oracle, number)
 
 
-def run_with_cells(
-    runs: Sequence[RunConfig], folder: Path, oracle: tuple[RunResult, Path], number: int
-) -> Results:
-    """Run a part of a profile in one worker process, the grid's cells between its runs, and keep
-    these; return the results of the profile's."""
-    is_back = runs[0].schedule in IN_ONE_PIECE
-    cells = grid(runs[0].framework, runs[0].stages)[:: -1 if is_back else 1]
-    # As evenly as can be: of 14 cells and 10 runs, a cell at 1/28, a run at 1/20, a cell at 3/28.
-    places = [
-        ((i + 0.5) / len(own), config, own is cells)
-        for own in (runs, cells)
-        for i, config in enumerate(own)
-    ]
-    places.sort(key=lambda place: place[0])
-    found = []
-    with tempfile.TemporaryDirectory(prefix="triptych-") as name:
-        jobs = [Job(config=c, out=str(Path(name) / str(i))) for i, (_, c, _) in enumerate(places)]
-        module = IMPLEMENTATIONS[runs[0].framework].module
-        outcomes = run_jobs_in_worker(module, jobs, Path(name))
-        for job, outcome, (_, config, is_cell) in zip(jobs, outcomes, places, strict=True):
-            known = measured(outcome, config, UNTIMED_STEPS)
-            if is_cell:
-                keep(known, job, folder, oracle, 2 * number + is_back)
-            elif outcome.status != "ok":
-                raise SystemExit(f"the profile failed: {outcome.reason}")
-            else:
-                found.append(known)
-    return found
-
-
-def keep(
-    known: Mapping[str, Any], job: Job, folder: Path, oracle: tuple[RunResult, Path], repeat: int
+def run(
+    configs: Sequence[RunConfig], folder: Path, oracle: tuple[RunResult, Path], repeat: int
 ) -> None:
-    """Write a cell's result, with its parity."""
-    result = RunResult(
-        **known,
-        preset="small",
-        repeat=repeat,
-        config=job.config,
-        command="python -m tests.campaigns.predicted",
-        machine=this_machine(),
-    )
-    if result.status == "ok":
-        result = result.model_copy(update={"parity": parity(result, Path(job.out), *oracle)})
-    print(f"{run_name(job.config, repeat)}: {result.parity.status} {result.reason}", flush=True)
-    kept = folder / run_name(job.config, repeat)
-    kept.mkdir(parents=True, exist_ok=True)
-    result.write(kept / "result.json")
+    """Run them in one worker process and keep their results."""
+    with tempfile.TemporaryDirectory(prefix="triptych-") as name:
+        jobs = [Job(config=c, out=str(Path(name) / str(i))) for i, c in enumerate(configs)]
+        module = IMPLEMENTATIONS[configs[0].framework].module
+        outcomes = run_jobs_in_worker(module, jobs, Path(name))
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            result = RunResult(
+                **measured(outcome, job.config, UNTIMED_STEPS),
+                preset="small",
+                repeat=repeat,
+                config=job.config,
+                command="python -m tests.campaigns.predicted",
+                machine=this_machine(),
+            )
+            if result.status == "ok":
+                verdict = parity(result, Path(job.out), *oracle)
+                result = result.model_copy(update={"parity": verdict})
+            print(f"{run_name(job.config, repeat)}: {result.parity.status} {result.reason}")
+            kept = folder / run_name(job.config, repeat)
+            kept.mkdir(parents=True, exist_ok=True)
+            result.write(kept / "result.json")
 
 
 def run_oracle(config: RunConfig, folder: Path) -> tuple[RunResult, Path]:
@@ -209,7 +177,7 @@ def read(folder: Path) -> dict[str, list[Cell]]:
                 tuple(steps[repeat] for repeat in sorted(steps)),
             )
             for config, steps in seconds.items()
-            if len(steps) == 2 * len(profiles)
+            if len(steps) == len(profiles) + 1
         ]
         if cells:
             found[framework] = cells
@@ -260,8 +228,8 @@ def summary(framework: str, cells: Sequence[Cell]) -> str:
         f"{framework}: {sum(abs(error) <= GOAL for error in errors)} of {len(errors)} cells are "
         f"within {GOAL:.0%}; the error is {statistics.median(map(abs, errors)):.1%} in the median, "
         f"{statistics.mean(errors):+.1%} in the mean and {max(errors, key=abs):+.1%} at worst; "
-        f"two runs of a cell in a round differ by {statistics.median(spreads):.1%} in the median "
-        f"and {max(spreads):.1%} at most. The plan called best, {name} with "
+        f"two runs of a cell in a row differ by {statistics.median(spreads):.1%} in the median and "
+        f"{max(spreads):.1%} at most. The plan called best, {name} with "
         f"p = {p}, v = {v}, m = {m}, takes {regret:.1%} longer than the fastest."
     )
 

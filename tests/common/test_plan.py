@@ -405,6 +405,30 @@ def test_a_profile_measures_whole_units_of_one_pipeline() -> None:
         assert (run.stages, run.replicas, run.tensor_parallel) == (4, 1, 1)
 
 
+def test_a_profile_is_measured_and_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = tmp_path / "profile.json", tmp_path / "plans.json"
+    words = ["--devices", "2", "--framework", "torch", "--preset", "tiny", "--device", "cpu"]
+    words += ["--batch-size", "2", "--json", str(data)]
+    assert plan(*words, "--profile", str(path)) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"profile: 4 runs of {' and '.join(names)}, stages = {stages}"
+        for names, stages in (
+            *((IN_CHUNKS, 2), (IN_CHUNKS, 1)),
+            *((IN_ONE_PIECE[::-1], 1), (IN_ONE_PIECE[::-1], 2)),
+        )
+    ]
+    kept = Profile.model_validate_json(path.read_text())
+    for times in (kept.times, kept.times.fewer[1]):
+        assert all(times.of("block.0", op, b) > 0 for op in Op for b in (1, 2))
+        assert times.peak_flops_per_device
+    first = json.loads(data.read_text())
+    assert plan(*words, "--costs", str(path)) == 0
+    assert json.loads(data.read_text()) == first
+
+
 def test_a_profile_of_another_run_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
