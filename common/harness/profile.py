@@ -223,12 +223,12 @@ def _peak(run: RunConfig, result: Mapping[str, Any]) -> float | None:
 
 
 def unit_times(timings: Iterable[tuple[RunConfig, Timing]], source: str) -> UnitTimes:
-    """Put the timings of `profile_config`'s runs together: of every operation and micro-batch size
-    the times, none below zero, that come nearest to those of all parts."""
+    """Fit unit times to the timings of `profile_config`'s runs: by least squares, none below zero,
+    for every operation and micro-batch size."""
     from scipy.optimize import nnls  # here: a plan by counted FLOPs can do without
 
     names = (*KINDS, ACTION)
-    # Of every part what it has, an action once, and the seconds it took.
+    # For every part: how often it has each name (an action once), and the seconds it took.
     found: dict[tuple[Op, int], list[tuple[list[int], float]]] = {}
     hops, receives, optimizer = [], [], []
     for run, timing in timings:

@@ -422,7 +422,7 @@ def test_a_profile_is_measured_and_read_again(
     ]
     kept = Profile.model_validate_json(path.read_text())
     for times in (kept.times, kept.times.fewer[1]):
-        assert all(times.of("block.0", op, b) > 0 for op in Op for b in (1, 2))
+        assert all(times.of_part(["block.0"], op, b) > 0 for op in Op for b in (1, 2))
         assert times.peak_flops_per_device
     first = json.loads(data.read_text())
     assert plan(*words, "--costs", str(path)) == 0
