@@ -19,7 +19,7 @@ from common.cli.numbers import positive
 from common.cli.options import add_run_options, file_to_write, flag, read_run
 from common.harness.bench import run_bench
 from common.harness.options import Bench, BenchOptions
-from common.harness.profile import Profile, Results, profile, run_all
+from common.harness.profile import Profile, profile
 from common.io.bounded import read_text
 from common.io.console import make_console, say
 from common.io.edges import number, write_file
@@ -180,12 +180,11 @@ def _verify(arguments: argparse.Namespace, plans: Plans, console: Console) -> in
     return status
 
 
-def _run_aloud(runs: Sequence[RunConfig]) -> Results:
-    """Say what a profile does, which takes minutes."""
+def _say_measured(runs: Sequence[RunConfig]) -> None:
+    """Say what a profile does next: all of it takes minutes."""
     names = " and ".join(dict.fromkeys(run.schedule for run in runs))
     what = f"profile: {len(runs)} runs of {names}, stages = {runs[0].stages}"
     print(what, file=sys.stderr, flush=True)
-    return run_all(runs)
 
 
 def _times(arguments: argparse.Namespace, config: RunConfig, outputs: dict[str, Path]) -> UnitTimes:
@@ -203,7 +202,7 @@ def _times(arguments: argparse.Namespace, config: RunConfig, outputs: dict[str, 
             raise UsageError(f"--costs {path}: is of {difference}; expected one of this run")
         return found.times
     if "profile" in outputs:
-        made = profile(config, arguments.devices, run_all=_run_aloud)
+        made = profile(config, arguments.devices, on_worker=_say_measured)
         write_file(outputs["profile"], made.model_dump_json(indent=1) + "\n")
         return made.times
     return counted_times(config, COUNTED_FLOPS)

@@ -146,43 +146,20 @@ def profile_config(config: RunConfig, devices: int, schedule: str, sequences: in
     return RunConfig.model_validate(dict(config) | run)
 
 
-Results = Sequence[Mapping[str, Any]]
-"""Of runs, as `common.report.result.measured` returns them."""
-
-
-def run_all(runs: Sequence[RunConfig]) -> Results:
-    """Run all in one worker process. Raises UsageError where one fails."""
-    with tempfile.TemporaryDirectory(prefix="triptych-") as name:
-        folder = Path(name)
-        jobs = [Job(config=run, out=str(folder / str(i))) for i, run in enumerate(runs)]
-        module = IMPLEMENTATIONS[runs[0].framework].module
-        outcomes = run_jobs_in_worker(module, jobs, folder)
-        for run, outcome in zip(runs, outcomes, strict=True):
-            if outcome.status != "ok":
-                raise UsageError(
-                    f"--profile: {run.framework}, {run.schedule}, "
-                    f"{run.train.batch_size} sequences: "
-                    f"{outcome.reason}"
-                )
-        return [
-            measured(outcome, run, UNTIMED_STEPS)
-            for run, outcome in zip(runs, outcomes, strict=True)
-        ]
-
-
 def profile(
     config: RunConfig,
     devices: int,
     with_fewer: bool = True,
-    run_all: Callable[[Sequence[RunConfig]], Results] = run_all,
+    on_worker: Callable[[Sequence[RunConfig]], None] = lambda runs: None,
 ) -> Profile:
     """Measure in worker processes, two for each number of devices; without `with_fewer` all of
-    them alone. `run_all` runs what one of them is to run."""
+    them alone. `on_worker(runs)` is called ahead of each. Raises UsageError where a run fails."""
     sizes = micro_batch_sizes(config.train.batch_size)
 
     def measure(n: int, schedules: Sequence[str], order: int) -> list[tuple[RunConfig, Any]]:
         runs = [profile_config(config, n, schedule, b) for b in sizes for schedule in schedules]
-        return [*zip(runs[::order], run_all(runs[::order]), strict=True)]
+        on_worker(runs[::order])
+        return _run_all(runs[::order])
 
     found = {devices: measure(devices, IN_CHUNKS, 1)}
     said = found[devices][0][1]["environment"]
@@ -210,6 +187,26 @@ def profile(
         config=config,
         times=whole.model_copy(update={"fewer": times}),
     )
+
+
+def _run_all(runs: Sequence[RunConfig]) -> list[tuple[RunConfig, Any]]:
+    """Run all in one worker process; return each with its result."""
+    with tempfile.TemporaryDirectory(prefix="triptych-") as name:
+        folder = Path(name)
+        jobs = [Job(config=run, out=str(folder / str(i))) for i, run in enumerate(runs)]
+        module = IMPLEMENTATIONS[runs[0].framework].module
+        outcomes = run_jobs_in_worker(module, jobs, folder)
+        for run, outcome in zip(runs, outcomes, strict=True):
+            if outcome.status != "ok":
+                raise UsageError(
+                    f"--profile: {run.framework}, {run.schedule}, "
+                    f"{run.train.batch_size} sequences: "
+                    f"{outcome.reason}"
+                )
+        return [
+            (run, measured(outcome, run, UNTIMED_STEPS))
+            for run, outcome in zip(runs, outcomes, strict=True)
+        ]
 
 
 def _peak(run: RunConfig, result: Mapping[str, Any]) -> float | None:

@@ -12,7 +12,7 @@ The five parts add up to the step's time, on every stage.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -122,6 +122,12 @@ class _Step:
     def sender_end(self) -> np.ndarray:
         """(n,): the end of the row that sends the message; minus infinity where there is none."""
         return np.where(self.table.source >= 0, self.end[self.table.source], -np.inf)
+
+    @property
+    def waited(self) -> np.ndarray:
+        """(n,): whether the row was ready before its sender had ended."""
+        waited: np.ndarray = self.ready < self.sender_end
+        return waited
 
 
 def executed_schedule(
@@ -237,24 +243,19 @@ def _costs(steps: Sequence[_Step]) -> tuple[ActionCost, ...]:
 
 
 def _hop_seconds(steps: Sequence[_Step]) -> float:
-    """From a sender's end to a waiting receiver's start, as for `ActionCost`; 0 if none waited."""
-    means = []
-    for step in steps:
-        sent = step.sender_end
-        waited = (step.table.source >= 0) & (step.ready < sent)
-        if waited.any():
-            # A receiver may be off before its sender's clock has said that the sender ended.
-            means.append(float(np.maximum(step.start - sent, 0.0)[waited].mean()))
-    return statistics.median(means) if means else 0.0
+    """From a sender's end to a waiting receiver's start; 0 if none waited."""
+    # A receiver may be off before its sender's clock has said that the sender ended.
+    return _as_cost(np.maximum(step.start - step.sender_end, 0.0)[step.waited] for step in steps)
 
 
 def _receive_seconds(steps: Sequence[_Step]) -> float:
-    """From ready to start of those whose message was there, as for `ActionCost`; 0 if none was."""
-    means = []
-    for step in steps:
-        there = step.table.receives & (step.ready >= step.sender_end)
-        if there.any():
-            means.append(float((step.start - step.ready)[there].mean()))
+    """From ready to start of those whose message was there; 0 if none was."""
+    return _as_cost((step.start - step.ready)[step.table.receives & ~step.waited] for step in steps)
+
+
+def _as_cost(seconds: Iterable[np.ndarray]) -> float:
+    """Return the median over steps of each one's mean, as for `ActionCost`; 0 without any."""
+    means = [float(of_step.mean()) for of_step in seconds if of_step.size]
     return statistics.median(means) if means else 0.0
 
 

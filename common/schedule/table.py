@@ -163,9 +163,9 @@ class Table:
     @cached_property
     def receives(self) -> NDArray[np.bool_]:
         """(n,): whether a row's input comes from another virtual stage, on whatever device."""
-        is_forward, is_weight = self.op == OP_CODE[Op.F], self.op == OP_CODE[Op.W]
-        end = np.where(is_forward, 0, self.schedule.num_virtual_stages - 1)  # of the model  # (n,)
-        receives: NDArray[np.bool_] = ~is_weight & (self.virtual_stage != end)
+        receives = np.zeros(self.num_rows, np.bool_)
+        for _, _, offset, rows, _ in self.needs:
+            receives[rows] |= offset != 0
         return receives
 
     @cached_property
