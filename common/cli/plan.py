@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from common.cli.numbers import positive
@@ -20,7 +19,6 @@ from common.cli.options import add_run_options, file_to_write, flag, read_run
 from common.harness.bench import run_bench
 from common.harness.options import Bench, BenchOptions
 from common.harness.profile import Profile, profile
-from common.io.bounded import read_text
 from common.io.console import make_console, say
 from common.io.edges import number, write_file
 from common.io.usage import UsageError, chosen
@@ -191,19 +189,15 @@ def _times(arguments: argparse.Namespace, config: RunConfig, outputs: dict[str, 
     if arguments.costs:
         path = Path(arguments.costs)
         try:
-            found = Profile.model_validate_json(read_text(path, 2**24))
-        except OSError as error:
-            raise UsageError(f"--costs {path}: {error.strerror}; expected a file") from None
-        except ValidationError as error:
-            is_old = all(each["loc"] == ("schema_version",) for each in error.errors())
-            what = "a profile of another version of triptych" if is_old else "not a profile"
-            raise UsageError(f"--costs {path}: {what}; expected one by --profile") from None
+            found = Profile.read(path)
+        except UsageError as error:
+            raise UsageError(f"--costs {error}") from None
         if difference := found.difference(config, arguments.devices):
             raise UsageError(f"--costs {path}: is of {difference}; expected one of this run")
         return found.times
     if "profile" in outputs:
         made = profile(config, arguments.devices, on_worker=_say_measured)
-        write_file(outputs["profile"], made.model_dump_json(indent=1) + "\n")
+        made.write(outputs["profile"])
         return made.times
     return counted_times(config, COUNTED_FLOPS)
 

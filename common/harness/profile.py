@@ -41,10 +41,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.harness.launch import IMPLEMENTATIONS, run_jobs_in_worker
 from common.harness.peak import Probe, peak_of
+from common.io.bounded import read_text
+from common.io.edges import write_file
 from common.io.usage import UsageError
 from common.report.machine import this_machine
 from common.report.result import measured
@@ -78,6 +80,22 @@ class Profile(BaseModel):
     config: RunConfig
     """The run whose units were measured; its layers do not matter."""
     times: UnitTimes
+
+    @classmethod
+    def read(cls, path: Path) -> Profile:
+        """Read a profile. Raises UsageError for any other file, or another schema version."""
+        try:
+            return cls.model_validate_json(read_text(path, 2**24))
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}; expected a file") from None
+        except ValidationError as error:
+            is_old = all(each["loc"] == ("schema_version",) for each in error.errors())
+            what = "a profile of another version of triptych" if is_old else "not a profile"
+            raise UsageError(f"{path}: {what}; expected one by plan --profile") from None
+
+    def write(self, path: Path) -> None:
+        """Write the profile as JSON."""
+        write_file(path, self.model_dump_json(indent=1) + "\n")
 
     def difference(self, config: RunConfig, devices: int) -> str | None:
         """Say in what the profile is of another run, None if it is not."""

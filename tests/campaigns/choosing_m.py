@@ -21,8 +21,8 @@ from pathlib import Path
 
 from common.cli.main import main as triptych
 from common.harness.profile import Profile, profile
-from common.io.edges import write_file
 from common.io.figure import new_figure
+from common.io.usage import UsageError
 from common.report.collect import collect
 from common.report.grid import Grid
 from common.runtime.cpus import usable_cpus
@@ -81,7 +81,7 @@ def measure_units(folder: Path, frameworks: Sequence[str]) -> None:
     stages = min(STAGES, usable_cpus())
     for framework in frameworks:
         made = profile(deep(framework, stages, COUNTS[0]), stages, with_fewer=False)
-        write_file(folder / f"profile-{framework}.json", made.model_dump_json(indent=1))
+        made.write(folder / f"profile-{framework}.json")
 
 
 def measure_steps(folder: Path, frameworks: Sequence[str]) -> None:
@@ -174,13 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     profiles: dict[str, Profile] = {}
     steps: dict[tuple[str, int], float] = {}
     if folder:
-        profiles = {
-            framework: Profile.model_validate_json(
-                (folder / f"profile-{framework}.json").read_text(encoding="utf-8")
-            )
-            for framework in FRAMEWORKS
-            if (folder / f"profile-{framework}.json").exists()
-        }
+        known = {framework: folder / f"profile-{framework}.json" for framework in FRAMEWORKS}
+        try:
+            profiles = {name: Profile.read(path) for name, path in known.items() if path.exists()}
+        except UsageError as error:
+            parser.error(str(error))
         steps = measured_steps(folder)
         machines = "; ".join(dict.fromkeys(kept.machine for kept in profiles.values()))
         fill("knee", f"{knee_table(profiles, steps)}\n\n{machines}.", PAGE)

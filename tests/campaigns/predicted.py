@@ -29,7 +29,6 @@ from common.cli.numbers import positive
 from common.harness.bench import run_name
 from common.harness.launch import IMPLEMENTATIONS, ORACLE_MODULE, run_jobs_in_worker
 from common.harness.profile import Profile, profile
-from common.io.edges import write_file
 from common.io.usage import UsageError, chosen
 from common.report.compare import oracle_config, parity
 from common.report.grid import Grid
@@ -108,7 +107,7 @@ def measure(framework: str, out: Path, oracle: tuple[RunResult, Path], rounds: i
     for number in range(rounds + 1):
         if number:
             made = profile(both[-1][0], max(SCHEDULES))
-            write_file(folder / f"profile-{number - 1}.json", made.model_dump_json(indent=1))
+            made.write(folder / f"profile-{number - 1}.json")
         step = -1 if number % 2 else 1
         for configs in both[::step]:
             run(configs[::step], folder, oracle, number)
@@ -159,10 +158,7 @@ def read(folder: Path) -> dict[str, list[Cell]]:
     for framework in FRAMEWORKS:
         rounds = len([*(folder / framework).glob("profile-*.json")])
         profiles = [
-            Profile.model_validate_json(
-                (folder / framework / f"profile-{i}.json").read_text("utf-8")
-            )
-            for i in range(rounds)
+            Profile.read(folder / framework / f"profile-{number}.json") for number in range(rounds)
         ]
         seconds: dict[RunConfig, dict[int, float]] = {}
         for each in (folder / framework).glob("*/result.json"):
@@ -254,7 +250,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             oracle = run_oracle(grid(FRAMEWORKS[0], max(SCHEDULES))[0], Path(name))
             for framework in frameworks:
                 measure(framework, folder, oracle, arguments.rounds)
-    found = read(folder)
+    try:
+        found = read(folder)
+    except UsageError as error:
+        parser.error(str(error))
     if not found:
         parser.error(f"{folder}: holds no cells; expected a folder of an earlier --out")
     made = table(found)

@@ -420,7 +420,7 @@ def test_a_profile_is_measured_and_read_again(
             *((IN_ONE_PIECE[::-1], 1), (IN_ONE_PIECE[::-1], 2)),
         )
     ]
-    kept = Profile.model_validate_json(path.read_text())
+    kept = Profile.read(path)
     for times in (kept.times, kept.times.fewer[1]):
         assert all(times.of_part(["block.0"], op, b) > 0 for op in Op for b in (1, 2))
         assert times.peak_flops_per_device
