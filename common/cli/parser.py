@@ -32,6 +32,8 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("usage", "%(prog)s [options]")
         super().__init__(allow_abbrev=False, **options)
         self._given: set[str] = set()
+        self.refused: dict[str, str] = {}
+        """Options that other subcommands have, with why this one does not."""
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
         """Parse, and refuse what is left over: only this parser knows the subcommand's options."""
@@ -42,8 +44,11 @@ class Parser(argparse.ArgumentParser):
         if not rest[0].startswith("-"):
             what = "belongs to no option; a list takes commas, such as 1,2,4"
             raise UsageError(f"{rest[0]!r}: {what}")
+        name = rest[0].split("=")[0]
+        if name in self.refused:
+            raise UsageError(f"{name}: {self.refused[name]}")
         known = [option for action in self._actions for option in action.option_strings]
-        hint = closest(rest[0].split("=")[0], known, "see --help")
+        hint = closest(name, known, "see --help")
         raise UsageError(f"{rest[0]}: unknown option{hint}")
 
     def show_only(self, common: Set[str]) -> None:

@@ -92,6 +92,9 @@ def register(subcommands: Any) -> None:
         "included, and print predicted beside measured steps",
     )
     add_run_options(parser, without=(*DECIDED, *UNWEIGHED), preset="small")
+    parser.refused = {flag(name): "is what plan decides" for name in DECIDED}
+    parser.refused |= {"--schedule": "is what plan decides; --schedules limits the choice"}
+    parser.refused |= {flag(name): "is not in plan's time model" for name in UNWEIGHED}
     parser.set_defaults(run=_plan)
 
 

@@ -98,7 +98,8 @@ def _size(plan: Plan) -> tuple[str | int, ...]:
 
 def what_binds(plans: Plans, unlimited: Plans) -> str:
     """Say what keeps the best plan from being faster: memory, granularity or the bubble."""
-    # First what more memory would change, then what a finer cut would; what is left is the bubble.
+    # First what more memory would change, then what a finer cut would; what is left is the bubble,
+    # if there is one.
     best, free = plans.found[0], unlimited.found[0]
     if free.step_seconds < best.step_seconds * (1 - WORTH):
         return (
@@ -106,6 +107,8 @@ def what_binds(plans: Plans, unlimited: Plans) -> str:
             f"{1 - free.step_seconds / best.step_seconds:.1%} less, with "
             f"{size(free.peak_bytes)} on its fullest device"
         )
+    if best.bubble_fraction < 1e-9:
+        return "arithmetic: no device waits"
     m = best.config.train.micro_batches
     finer = [
         plan

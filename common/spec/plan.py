@@ -123,9 +123,15 @@ def make_plans(
     found = [result for result in results if isinstance(result, Plan)]
     refused = [result for result in results if isinstance(result, Refused)]
     return Plans(
-        tuple(sorted(found, key=lambda plan: plan.step_seconds)),
+        tuple(sorted(found, key=_rank)),
         tuple(sorted(refused, key=lambda each: each.missing_bytes)),
     )
+
+
+def _rank(plan: Plan) -> tuple[float, int, int]:
+    """Order by the step; of equal ones the least memory and the fewest chunks come first."""
+    # On one device every schedule takes the same: without rounding the last bit would decide.
+    return float(f"{plan.step_seconds:.9g}"), plan.peak_bytes, plan.config.chunks
 
 
 def candidates(

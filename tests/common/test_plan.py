@@ -351,6 +351,24 @@ def test_more_devices_than_units_are_left_idle() -> None:
     assert many[0] == many[1] != []
 
 
+def test_of_equal_steps_the_smallest_is_best(capsys: pytest.CaptureFixture[str]) -> None:
+    # One device has no bubble, whatever the schedule: not the last bit of a sum may decide.
+    best, *others = make_plans(SMALL, 1, counted_times(SMALL, 1e12)).found
+    assert others[-1].step_seconds == pytest.approx(best.step_seconds, rel=1e-6)
+    assert best.config.chunks == 1 and best.peak_bytes == min(p.peak_bytes for p in others)
+    assert plan("--devices", "1") == 0
+    assert "limited by arithmetic: no device waits" in capsys.readouterr().out
+
+
+def test_an_option_that_a_plan_decides_is_said_to_be_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for option in ("--stages=2", "--micro-batches=4", "--schedule=1f1b", "--compress=fp16"):
+        assert plan("--devices", "2", option) == 2
+        said = capsys.readouterr().err
+        assert option.split("=")[0] in said and "plan" in said and "unknown" not in said
+
+
 @pytest.mark.parametrize("axis", ["--replicas", "--tensor-parallel"])
 def test_too_few_devices_for_one_stage_are_said(
     axis: str, capsys: pytest.CaptureFixture[str]
@@ -377,7 +395,7 @@ def test_the_command_line(
     said = capsys.readouterr().out
     assert "limited by" in said and "left out: gpipe" in said and picture.stat().st_size > 0
     found = json.loads(data.read_text())["plans"]
-    assert found == sorted(found, key=lambda each: each["step_seconds"])
+    assert found == sorted(found, key=lambda each: float(f"{each['step_seconds']:.9g}"))
     assert plan("--devices", "2", "--memory-limit", "1MB") == 1
     assert plan("--devices", "4", "--replicas-allowed", "--shards-allowed") == 2
     assert "expected --link SIZE" in capsys.readouterr().err
