@@ -24,7 +24,7 @@ from common.io.edges import number, write_file
 from common.io.usage import UsageError, chosen
 from common.report import plan as shown
 from common.report.collect import collect
-from common.schedule.generators import GENERATORS
+from common.schedule.generators import GENERATORS, SEARCH
 from common.spec.efficiency import model_flops_per_token
 from common.spec.plan import Plans, make_plans
 from common.spec.run import RunConfig
@@ -118,7 +118,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = read_run(arguments, reads_text=bool(arguments.profile))
     config = config.model_copy(update={"vocab_parallel": cuts or config.vocab_parallel})
     named = arguments.schedules
-    schedules = [] if named is None else chosen(named, GENERATORS, "--schedules")
+    weighed = [name for name in GENERATORS if name != SEARCH]  # it takes seconds for every m
+    schedules = weighed if named is None else chosen(named, weighed, "--schedules")
     outputs = {
         option: file_to_write(path, f"--{option}")
         for option in ("json", "output", "profile")
@@ -236,6 +237,8 @@ def command(arguments: argparse.Namespace, config: RunConfig) -> str:
         words += ["--config", arguments.config]
     elif not hasattr(arguments, "bench.preset"):
         words += ["--preset", "small"]
+    for path in arguments.python:
+        words += ["--python", path]
     for dest, value in vars(arguments).items():
         if name := dest.partition(".")[2]:
             option = flag(name)

@@ -413,6 +413,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
     schedule, costs = plan(arguments.schedule, arguments)
     _check_overlap([schedule], arguments)
     simulation = _simulated(schedule, costs)
+    if arguments.formulas and simulation.makespan == 0:
+        raise UsageError("--formulas: every cost is 0; expected one above it")
     result = _result(simulation, arguments)
     if _is_mesh(arguments):
         result["bytes_per_step"] = _links(schedule, arguments)

@@ -37,7 +37,7 @@ from common.schedule.simulate import Costs, peak_held_bytes, simulate
 from common.spec.memory import Memory
 from common.spec.memory_limit import balanced_within
 from common.spec.partition import plan_partition
-from common.spec.plan import Plan, candidates, make_plans, plan_one
+from common.spec.plan import RECOMPUTE, Plan, candidates, make_plans, plan_one
 from common.spec.run import RunConfig, preset
 from common.spec.traffic import traffic_bytes
 from common.spec.unit_times import UnitTimes, counted_times
@@ -349,6 +349,26 @@ def test_more_devices_than_units_are_left_idle() -> None:
     axes = {"has_replicas": True, "has_shards": True}
     many = [list(candidates(SMALL, n, ["1f1b"], **axes)) for n in (10**18, 10**17)]
     assert many[0] == many[1] != []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "limit"), [("1f1b", 2.447e9), ("zb-h1", 3e9), ("gpipe", 2.56e9), ("1f1b", 1e12)]
+)
+def test_of_all_recomputation_that_fits_the_fastest_is_chosen(
+    schedule: str, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A cut that memory makes uneven can cost more than to recompute.
+    base = preset("gpt2-small")
+    run = {"stages": 4, "schedule": schedule, "partition": "balanced"}
+    train = base.train.model_copy(update={"micro_batches": 8})
+    config = base.model_copy(update=run | {"train": train})
+    times = counted_times(config, 1e12)
+    best, alone = plan_one(config, times, limit), []
+    for mode in RECOMPUTE:
+        monkeypatch.setattr("common.spec.plan.RECOMPUTE", (mode,))
+        alone.append(plan_one(config, times, limit))
+    assert isinstance(best, Plan)
+    assert best.step_seconds == min(p.step_seconds for p in alone if isinstance(p, Plan))
 
 
 def test_of_equal_steps_the_smallest_is_best(capsys: pytest.CaptureFixture[str]) -> None:
