@@ -24,9 +24,8 @@ from common.io.edges import number, write_file
 from common.io.usage import UsageError, chosen
 from common.report import plan as shown
 from common.report.collect import collect
-from common.schedule.generators import GENERATORS, SEARCH
 from common.spec.efficiency import model_flops_per_token
-from common.spec.plan import Plans, make_plans
+from common.spec.plan import WEIGHED, Plans, make_plans
 from common.spec.run import RunConfig
 from common.spec.unit_times import UnitTimes, counted_times
 
@@ -92,9 +91,9 @@ def register(subcommands: Any) -> None:
         "included, and print predicted beside measured steps",
     )
     add_run_options(parser, without=(*DECIDED, *UNWEIGHED), preset="small")
-    parser.refused = {flag(name): "is what plan decides" for name in DECIDED}
-    parser.refused |= {"--schedule": "is what plan decides; --schedules limits the choice"}
-    parser.refused |= {flag(name): "is not in plan's time model" for name in UNWEIGHED}
+    parser.refused = {flag(name): "plan decides this" for name in DECIDED}
+    parser.refused |= {"--schedule": "plan decides this; --schedules limits the choice"}
+    parser.refused |= {flag(name): "plan's time model does not know it" for name in UNWEIGHED}
     parser.set_defaults(run=_plan)
 
 
@@ -118,8 +117,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = read_run(arguments, reads_text=bool(arguments.profile))
     config = config.model_copy(update={"vocab_parallel": cuts or config.vocab_parallel})
     named = arguments.schedules
-    weighed = [name for name in GENERATORS if name != SEARCH]  # it takes seconds for every m
-    schedules = weighed if named is None else chosen(named, weighed, "--schedules")
+    schedules = [] if named is None else chosen(named, WEIGHED, "--schedules")
     outputs = {
         option: file_to_write(path, f"--{option}")
         for option in ("json", "output", "profile")

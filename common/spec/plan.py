@@ -2,8 +2,8 @@
 
     [1] `candidates` lists p, schedule, v and m: every one that the model and the schedule allow;
                      where they may be, also d replicas and t shards, so that d p t devices are used
-    [2] `plan_one`   cuts the model for one of them, within the memory limit, with what
-                     recomputation is fastest, and simulates a step
+    [2] `plan_one`   cuts the model for one of them, within the memory limit, with the
+                     fastest recomputation that fits, and simulates a step
     [3] `make_plans` ranks what fits, and keeps for each schedule why the rest did not
 
 Memory: `common.spec.memory`. Time: `common.spec.unit_times` and `common.schedule.play`, and over
@@ -43,6 +43,8 @@ from common.spec.unit_times import KINDS, UnitTimes
 
 RECOMPUTE = ("none", "except-last", "every-1", "full")
 """From the one that costs least time to the one that holds least."""
+WEIGHED = [name for name in GENERATORS if name != SEARCH]
+"""A search takes seconds for every m, and there are hundreds of candidates."""
 MOST_PER_DEVICE = 64
 """Micro-batches: more would only make the table longer."""
 
@@ -115,7 +117,7 @@ def make_plans(
     has_shards: bool = False,
 ) -> Plans:
     """Plan every candidate and rank them. [3]"""
-    names = schedules or list(GENERATORS)
+    names = schedules or WEIGHED
     results = [
         plan_one(config, times, memory_limit_bytes)
         for config in candidates(base, devices, names, has_replicas, has_shards)
@@ -165,8 +167,7 @@ def candidates(
             for name in names:
                 chunks = GENERATORS[name].chunks
                 for v in [chunks] if chunks else [2, 3, 4]:
-                    # A search takes seconds for every m, and there are hundreds of candidates.
-                    if name == SEARCH or stages * v > units:
+                    if stages * v > units:
                         continue
                     for m in sorted(counts):
                         train = base.train.model_copy(update={"micro_batches": m})
@@ -192,8 +193,8 @@ def _lines(
 
 
 def plan_one(config: RunConfig, times: UnitTimes, memory_limit_bytes: float) -> Plan | Refused:
-    """Cut the model and simulate a step, with the kind of recomputation that is fastest of those
-    that fit. A run that is cut already, at named boundaries, stays so. [2]"""
+    """Cut the model and simulate a step, with the fastest recomputation that fits. A run that is
+    cut already, at named boundaries, stays so. [2]"""
     schedule = _schedule(config)
     if schedule is None:
         raise ScheduleError(f"schedule {config.schedule} has no such size")
@@ -206,7 +207,7 @@ def plan_one(config: RunConfig, times: UnitTimes, memory_limit_bytes: float) -> 
     # devices with 2.447 GB. If none fits, the nearest one says how much is missing.
     for recompute in RECOMPUTE:
         tried = config.model_copy(update={"recompute": recompute, "partition": cut or "balanced"})
-        parts, memory, is_free = _cut(tried, schedule, times, memory_limit_bytes)
+        parts, memory, is_fastest = _cut(tried, schedule, times, memory_limit_bytes)
         device = max(range(schedule.num_devices), key=lambda d: memory[d].total_bytes)
         missing = memory[device].total_bytes - memory_limit_bytes
         if missing <= 0:
@@ -217,7 +218,7 @@ def plan_one(config: RunConfig, times: UnitTimes, memory_limit_bytes: float) -> 
             plan = Plan(final, step, bubble, tuple(memory), times.peak_flops_per_device)
             if fastest is None or step < fastest.step_seconds:
                 fastest = plan
-            if is_free:
+            if is_fastest:
                 break
         # Not always the last: what a piece computes again is held too, and the largest with `full`.
         elif nearest is None or missing < nearest.missing_bytes:
@@ -250,8 +251,8 @@ def _fastest_cut(
 def _cut(
     config: RunConfig, schedule: Schedule, times: UnitTimes, limit_bytes: float
 ) -> tuple[list[tuple[str, ...]], list[DeviceMemory], bool]:
-    """Return the parts of the fastest cut that fits, or of the fastest of all if none does; and
-    whether the limit left the cut as it would be without one."""
+    """Return the parts of the fastest cut that fits, or of the fastest of all if none does; what
+    they hold; and whether they are of the fastest of all."""
     memory = Memory(config, schedule)
     units, layers = unit_names(config.model), config.model.num_layers
     sequences = config.micro_batch_sizes[0]

@@ -482,7 +482,7 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
         ("plan --devices 2 --schedules zb-9", "'zb-9': unknown"),
         ("plan --devices 2 --costs nowhere.json", "nowhere.json: No such file"),
         (f"plan --devices 2 --costs {__file__}", "not a profile"),
-        ("plan --devices 2 --stages 2", "--stages: is what plan decides"),
+        ("plan --devices 2 --stages 2", "--stages: plan decides this"),
         ("plan --devices 0", "at least 1"),
         ("plan --devices 2 --output plan.xyz", "expected a picture, .png or .svg"),
     ],
