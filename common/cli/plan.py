@@ -25,7 +25,7 @@ from common.io.usage import UsageError, chosen
 from common.report import plan as shown
 from common.report.collect import collect
 from common.spec.efficiency import model_flops_per_token
-from common.spec.plan import WEIGHED, Plans, make_plans
+from common.spec.plan import WEIGHED, Plans, best_per_schedule, make_plans
 from common.spec.run import RunConfig
 from common.spec.unit_times import UnitTimes, counted_times
 
@@ -147,29 +147,23 @@ def _plan(arguments: argparse.Namespace) -> int:
     limit = arguments.memory_limit
     axes = arguments.replicas_allowed, arguments.shards_allowed
     plans = make_plans(config, arguments.devices, times, limit, schedules, *axes)
-    # Once more without the limit: what memory costs is the difference of the two best.
-    unlimited = (
-        plans
-        if limit == float("inf")
-        else make_plans(config, arguments.devices, times, float("inf"), schedules, *axes)
-    )
     if "json" in outputs:
         write_file(outputs["json"], json.dumps(as_data(plans), indent=1) + "\n")
     if "output" in outputs:
-        shown.draw(outputs["output"], plans, unlimited, limit)
+        shown.draw(outputs["output"], plans, limit)
     if not plans.found:
         if not plans.refused:
             raise UsageError("--schedules: none has a size for this model; expected others")
         say(console, f"nothing fits: {shown.missing(plans.refused[0])}")
         return EXIT_NOTHING_FITS
-    shown.show(console, plans, unlimited)
+    shown.show(console, plans)
     say(console, f"run it: {command(arguments, plans.found[0].config)}")
     return _verify(arguments, plans, console) if arguments.verify else EXIT_OK
 
 
 def _verify(arguments: argparse.Namespace, plans: Plans, console: Console) -> int:
     """Run the best plans of the best schedules and print what was predicted beside it."""
-    best = list(plans.best_per_schedule().values())[:VERIFIED]
+    best = list(best_per_schedule(plans.found).values())[:VERIFIED]
     out = Path(arguments.verify)
     before = set(out.iterdir()) if out.is_dir() else set()
     options = BenchOptions(out=arguments.verify, preset=getattr(arguments, "bench.preset", "small"))
@@ -205,7 +199,7 @@ def _times(arguments: argparse.Namespace, config: RunConfig, outputs: dict[str, 
 
 
 def as_data(plans: Plans) -> dict[str, Any]:
-    """Return all plans, the fastest first, and what did not fit, for JSON."""
+    """Return all plans, the fastest first, and of what did not fit the nearest, for JSON."""
     return {
         "plans": [
             {
@@ -222,7 +216,7 @@ def as_data(plans: Plans) -> dict[str, Any]:
         ],
         "refused": [
             {"config": r.config.model_dump(mode="json")}
-            | {"device": r.device, "missing_bytes": r.missing_bytes}
+            | {"device": r.device, "missing_bytes": r.missing_bytes, "count": r.count}
             for r in plans.refused
         ],
     }

@@ -16,7 +16,7 @@ from common.report.result import RunResult
 from common.spec.efficiency import model_flops_per_token
 from common.spec.memory import DeviceMemory
 from common.spec.mesh import Mesh
-from common.spec.plan import Plan, Plans, Refused
+from common.spec.plan import Plan, Plans, Refused, best_per_schedule
 
 WORTH = 0.005
 """A gain below this share of a step is none."""
@@ -96,11 +96,11 @@ def _size(plan: Plan) -> tuple[str | int, ...]:
     )
 
 
-def what_binds(plans: Plans, unlimited: Plans) -> str:
+def what_binds(plans: Plans) -> str:
     """Say what keeps the best plan from being faster: memory, granularity or the bubble."""
     # First what more memory would change, then what a finer cut would; what is left is the bubble,
     # if there is one.
-    best, free = plans.found[0], unlimited.found[0]
+    best, free = plans.found[0], plans.unlimited[0]
     if free.step_seconds < best.step_seconds * (1 - WORTH):
         return (
             f"memory: without a limit {describe(free)} would take "
@@ -112,7 +112,7 @@ def what_binds(plans: Plans, unlimited: Plans) -> str:
     m = best.config.train.micro_batches
     finer = [
         plan
-        for plan in unlimited.found
+        for plan in plans.unlimited
         if plan.config.train.micro_batches > m and _size(plan) == _size(best)
     ]
     if m == best.config.train.batch_size:
@@ -135,20 +135,17 @@ def describe(plan: Plan | Refused) -> str:
     return f"{config.schedule} {words} v={config.chunks} m={config.train.micro_batches}{again}"
 
 
-def show(console: Console, plans: Plans, unlimited: Plans) -> None:
+def show(console: Console, plans: Plans) -> None:
     """Print the best plan with its reasons, the best of every schedule, and why others are out."""
     best = plans.found[0]
-    console.print(table_of(list(plans.best_per_schedule().values())), soft_wrap=True)
+    console.print(table_of(list(best_per_schedule(plans.found).values())), soft_wrap=True)
     say(console, f"\nbest: {describe(best)}")
     console.print(memory_table(best.memory))
     say(console, efficiency(best))
-    say(console, f"limited by {what_binds(plans, unlimited)}")
-    nearest: dict[str, Refused] = {}
+    say(console, f"limited by {what_binds(plans)}")
     for refused in plans.refused:
-        nearest.setdefault(refused.config.schedule, refused)
-    for name, refused in nearest.items():
-        out = sum(each.config.schedule == name for each in plans.refused)
-        say(console, f"left out: {name}, {out} of them; {missing(refused)}")
+        name = refused.config.schedule
+        say(console, f"left out: {name}, {refused.count} of them; {missing(refused)}")
 
 
 def verified(plans: Sequence[Plan], results: Sequence[RunResult]) -> Table:
@@ -167,21 +164,21 @@ def verified(plans: Sequence[Plan], results: Sequence[RunResult]) -> Table:
 
 
 def missing(refused: Refused) -> str:
-    """Say by how much a candidate misses the limit, with the recomputation that holds least."""
+    """Say by how much the nearest candidate misses the limit."""
     return (
         f"{describe(refused)} needs {size(refused.missing_bytes)} more on device {refused.device}"
     )
 
 
-def draw(path: Path, plans: Plans, unlimited: Plans, limit_bytes: float) -> None:
+def draw(path: Path, plans: Plans, limit_bytes: float) -> None:
     """Draw throughput against m for every schedule, and the memory that it takes."""
     figure = new_figure(10, 4.5)
     left, right = figure.subplots(1, 2)
-    for name, fastest in unlimited.best_per_schedule().items():
+    for name, fastest in best_per_schedule(plans.unlimited).items():
         # A curve is one schedule on one grid of devices: only m changes along it.
         best = {
             plan.config.train.micro_batches: plan
-            for plan in unlimited.found
+            for plan in plans.unlimited
             if _size(plan) == _size(fastest)
         }
         ms = sorted(best)

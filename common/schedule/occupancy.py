@@ -27,11 +27,11 @@ def occupancy(schedule: Schedule, kinds: Sequence[int] | None = None) -> list[In
     return _counts(schedule, tuple(kinds or [0] * schedule.num_micro_batches))
 
 
-remembered_table = lru_cache(maxsize=4096)(tabulate)
-"""A planner plays a schedule too, and asks again without its memory limit."""
+remembered_table = lru_cache(maxsize=16)(tabulate)
+"""A planner plays a schedule too."""
 
 
-@lru_cache(maxsize=1024)  # a planner asks once for each kind of recomputation
+@lru_cache(maxsize=16)  # a planner asks once for each kind of recomputation
 def _counts(schedule: Schedule, kinds: tuple[int, ...]) -> list[IntArray]:
     table = remembered_table(schedule)
     shape = (table.num_rows, schedule.num_chunks, max(kinds) + 1)
@@ -43,18 +43,28 @@ def _counts(schedule: Schedule, kinds: tuple[int, ...]) -> list[IntArray]:
         rows = row[table.op == OP_CODE[op]]
         between[rows, table.chunk[rows], kind[rows]] = forward, waiting
     return [
-        _not_exceeded(np.cumsum(between[a:b], axis=0))
-        for a, b in zip(table.bounds[:-1], table.bounds[1:], strict=True)
+        _fullest(between[a:b]) for a, b in zip(table.bounds[:-1], table.bounds[1:], strict=True)
     ]
 
 
-def _not_exceeded(counts: IntArray) -> IntArray:
+def _fullest(changes: IntArray) -> IntArray:
+    """Return what is held after each action, where no other holds as much in every place."""
+    counts, places = np.cumsum(changes, axis=0), tuple(range(1, changes.ndim))
+    # Of F F BW only the second F is worth a look: BW holds less than the F before it, and the
+    # first F less than the one behind it.
+    frees, adds = np.all(changes <= 0, places), np.all(changes >= 0, places)
+    counts = counts[~(frees | np.append(adds[1:], False))]
+    kept: IntArray = not_exceeded(counts.reshape(len(counts), -1)).reshape(-1, *changes.shape[1:])
+    return kept
+
+
+def not_exceeded(rows: IntArray) -> IntArray:
     """Return the rows that no other row reaches or exceeds in every place."""
     # (2, 0) is below (2, 1) whatever the sizes; (3, 0) and (2, 1) both stay, as either may be more.
     # A set: of so few rows np.unique takes ten times as long to find the different ones.
-    flat = np.array(sorted(set(map(tuple, counts.reshape(len(counts), -1).tolist()))))
+    flat = np.array(sorted(set(map(tuple, rows.tolist()))))
     # Some rows at a time, each beside all; every row reaches itself.
     some = np.array_split(flat, 1 + flat.size * len(flat) // 2**22)
     exceeded = np.concatenate([(flat >= rows[:, None]).all(2).sum(1) > 1 for rows in some])
-    kept: IntArray = flat[~exceeded].reshape(-1, *counts.shape[1:])
+    kept: IntArray = flat[~exceeded]
     return kept

@@ -68,7 +68,9 @@ def play(
                 if sent < 0:  # [2]
                     waiting.setdefault(sender, []).append(device)
                     break
-                now = max(now, sent + delays[row])
+                arrival = sent + delays[row]
+                if arrival > now:  # `max` would take twice as long
+                    now = arrival
             start[row] = now  # [3]
             now += durations[row]
             end[row] = now

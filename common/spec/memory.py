@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
+
 from common.schedule.action import Schedule
-from common.schedule.occupancy import occupancy
+from common.schedule.occupancy import not_exceeded, occupancy
 from common.schedule.table import IntArray
 from common.spec.activation_memory import HeldBytes, unit_held_bytes
 from common.spec.parameters import parameter_shapes, unit_of
@@ -61,6 +63,26 @@ def kinds_of(units: Sequence[str]) -> Part:
     return tuple(unit.partition(".")[0] for unit in units)
 
 
+Counts = tuple[int, ...]
+"""The numbers of blocks of a device's chunks."""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What a device holds, in bytes, for every cut: the largest of these lines."""
+
+    places: tuple[int, ...]
+    """The virtual stages of its chunks, from the first to the last."""
+    per_block: IntArray
+    """(rows, v): what a block in chunk c adds to each line, 0 or more."""
+    besides: IntArray
+    """(rows,): what is held besides blocks."""
+    least: Counts
+    """The fewest blocks that the chunks may have: none in the first and the last of the model."""
+    least_bytes: int
+    """What it holds with those, where the lines may be too high: see `Memory.lines`."""
+
+
 @dataclass(frozen=True)
 class _Chunk:
     parameters: int
@@ -79,24 +101,21 @@ class Memory:
     @staticmethod
     def of_run(config: RunConfig) -> list[DeviceMemory]:
         """Return the memory of every device of a run as it stands."""
-        schedule = schedule_of(config)
-        parts, memory = plan_partition(config).parts, Memory(config, schedule)
+        return Memory(config, schedule_of(config)).of_parts(plan_partition(config).parts)
+
+    def of_parts(self, parts: Sequence[Sequence[str]]) -> list[DeviceMemory]:
+        """Return the memory of every device, if `parts[k]` names the units of virtual stage k."""
         return [
-            memory.of_device(d, [kinds_of(parts[k]) for k in own])
-            for d, own in enumerate(schedule.parts)
+            self.of_device(d, [kinds_of(parts[k]) for k in own])
+            for d, own in enumerate(self.schedule.parts)
         ]
 
     def of_device(self, device: int, parts: Sequence[Part]) -> DeviceMemory:
         """Return what `device` holds, if `parts[c]` are the kinds of its chunk c's units. [3]"""
-        config, model = self.config, self.config.model
         # Chunk by chunk, and remembered: a search for a cut asks for the same chunk with other
         # partners, thousands of times.
         chunks = [self._chunk(device, c, part) for c, part in enumerate(parts)]
-        parameters = sum(chunk.parameters for chunk in chunks)
-        if model.tied_head:
-            kinds = {kind for part in parts for kind in part}
-            if "head" in kinds and "embedding" not in kinds:  # the head's copy of the embedding
-                parameters += len(own_tokens(config, 0)) * model.d_model
+        parameters = sum(chunk.parameters for chunk in chunks) + self._copied(parts)
         weights, gradients, moments = self._bytes_per_parameter
         return DeviceMemory(
             parameters,
@@ -107,6 +126,55 @@ class Memory:
             max(map(sum, zip(*(chunk.held for chunk in chunks), strict=True))),
             max(chunk.again for chunk in chunks),
         )
+
+    def lines(self, device: int) -> Lines:
+        """Return `of_device(...).total_bytes` for any numbers of blocks in the device's chunks.
+
+        Exact from the first block on, for the modes of recomputation that have no number but 1. The
+        first can add more than the others: it is then the largest piece of `every-1`.
+        """
+        ks, last = self.schedule.parts[device], self.schedule.num_virtual_stages - 1
+
+        def part(k: int, blocks: int) -> Part:
+            return ("embedding",) * (k == 0) + ("block",) * blocks + ("head",) * (k == last)
+
+        one, two = ([self._chunk(device, c, part(k, n)) for c, k in enumerate(ks)] for n in (1, 2))
+        per_parameter = sum(self._bytes_per_parameter)
+        # What one block more adds to each row of counts; and that without any, of all chunks.
+        held = np.array([chunk.held for chunk in one]).T  # (rows, v)
+        slope = np.array([chunk.held for chunk in two]).T - held
+        tied = self._copied([part(k, 1) for k in ks])
+        besides = (held - slope).sum(axis=1) + per_parameter * (
+            sum(2 * a.parameters - b.parameters for a, b in zip(one, two, strict=True)) + tied
+        )
+        slope = slope + per_parameter * self._parameters["block"]
+        # Once more for every chunk whose piece may be the largest: `full` computes all of it again.
+        again = np.array([chunk.again for chunk in one])
+        more = np.array([chunk.again for chunk in two]) - again
+        if more.any():
+            slope = (slope[:, None, :] + np.diag(more)).reshape(-1, len(ks))
+            besides = (besides[:, None] + (again - more)).reshape(-1)
+        else:
+            besides = besides + again.max()
+        # Of 200 lines 25 may ever be the largest. To find them takes longer than to look at all of
+        # them, unless many blocks can be spread in many ways.
+        if self.config.model.num_layers > 4 * self.schedule.num_virtual_stages:
+            *of_chunks, besides = not_exceeded(np.column_stack((slope, besides))).T
+            slope = np.array(of_chunks).T
+        least = tuple(int(0 < k < last) for k in ks)
+        fewest = [part(k, n) for k, n in zip(ks, least, strict=True)]
+        return Lines(ks, slope, besides, least, self.of_device(device, fewest).total_bytes)
+
+    @cached_property
+    def all_lines(self) -> list[Lines]:
+        return [self.lines(d) for d in range(self.schedule.num_devices)]
+
+    def _copied(self, parts: Sequence[Part]) -> int:
+        """Return the parameters of a tied head's copy of the embedding, on another device."""
+        kinds = {kind for part in parts for kind in part}
+        if not self.config.model.tied_head or "head" not in kinds or "embedding" in kinds:
+            return 0
+        return len(own_tokens(self.config, 0)) * self.config.model.d_model
 
     @cached_property
     def _bytes_per_parameter(self) -> tuple[int, int, int]:

@@ -4,7 +4,8 @@
                      where they may be, also d replicas and t shards, so that d p t devices are used
     [2] `plan_one`   cuts the model for one of them, within the memory limit, with the
                      fastest recomputation that fits, and simulates a step
-    [3] `make_plans` ranks what fits, and keeps for each schedule why the rest did not
+    [3] `_nearest`   finds by how much the others of a schedule miss the limit
+    [4] `make_plans` ranks what fits
 
 Memory: `common.spec.memory`. Time: `common.spec.unit_times` and `common.schedule.play`, and over
 a link of so many bytes a second what travels (`common.spec.traffic` has the same bytes):
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -32,8 +33,8 @@ from common.schedule.occupancy import remembered_table
 from common.schedule.play import play
 from common.schedule.table import OP_CODE, OPS
 from common.spec.efficiency import model_flops_per_token
-from common.spec.memory import DeviceMemory, Memory, kinds_of
-from common.spec.memory_limit import balanced_within
+from common.spec.memory import DeviceMemory, Memory
+from common.spec.memory_limit import balanced_within, least_limit
 from common.spec.mesh import Mesh
 from common.spec.parameters import unit_names
 from common.spec.partition import balanced
@@ -86,25 +87,31 @@ class Plan:
 
 @dataclass(frozen=True)
 class Refused:
-    """A candidate that does not fit with any recomputation, and by how much the best one misses."""
+    """What needs least, of a schedule's candidates that do not fit, whatever is recomputed."""
 
     config: RunConfig
     device: int
     missing_bytes: int
+    count: int
+    """How many candidates these are."""
 
 
 @dataclass(frozen=True)
 class Plans:
-    """What was found, the fastest first, and what did not fit, the nearest first."""
+    """What fits, the fastest first, and of what does not the nearest, one for a schedule."""
 
     found: tuple[Plan, ...]
     refused: tuple[Refused, ...]
+    unlimited: tuple[Plan, ...]
+    """All as they would be without the limit, the fastest first."""
 
-    def best_per_schedule(self) -> dict[str, Plan]:
-        best: dict[str, Plan] = {}
-        for plan in self.found:
-            best.setdefault(plan.config.schedule, plan)
-        return best
+
+def best_per_schedule(plans: Iterable[Plan]) -> dict[str, Plan]:
+    """Return the first plan of each schedule."""
+    best: dict[str, Plan] = {}
+    for plan in plans:
+        best.setdefault(plan.config.schedule, plan)
+    return best
 
 
 def make_plans(
@@ -116,24 +123,35 @@ def make_plans(
     has_replicas: bool = False,
     has_shards: bool = False,
 ) -> Plans:
-    """Plan every candidate and rank them. [3]"""
-    names = schedules or WEIGHED
-    results = [
-        plan_one(config, times, memory_limit_bytes)
-        for config in candidates(base, devices, names, has_replicas, has_shards)
-    ]
-    found = [result for result in results if isinstance(result, Plan)]
-    refused = [result for result in results if isinstance(result, Refused)]
+    """Plan every candidate and rank them. [4]"""
+    found, unlimited, refused = [], [], dict[str, Refused]()
+    for config in candidates(base, devices, schedules or WEIGHED, has_replicas, has_shards):
+        memories = _memories(config)
+        free = _fastest(memories, times, float("inf"))
+        assert free is not None
+        unlimited.append(free)
+        if free.peak_bytes <= memory_limit_bytes:
+            found.append(free)
+        elif plan := _fastest(memories, times, memory_limit_bytes):
+            found.append(plan)
+        else:
+            best = refused.get(config.schedule) or _refused(
+                free.config, free.memory, memory_limit_bytes, 0
+            )
+            refused[config.schedule] = _nearest(memories, memory_limit_bytes, best)
     return Plans(
         tuple(sorted(found, key=_rank)),
-        tuple(sorted(refused, key=lambda each: each.missing_bytes)),
+        tuple(sorted(refused.values(), key=lambda each: each.missing_bytes)),
+        tuple(sorted(unlimited, key=_rank)),
     )
 
 
-def _rank(plan: Plan) -> tuple[float, int, int]:
-    """Order by the step; of equal ones the least memory and the fewest chunks come first."""
+def _rank(plan: Plan) -> tuple[float, int, int, int, int]:
+    """Order by the step; of equal ones the least memory and the fewest parts come first."""
     # On one device every schedule takes the same: without rounding the last bit would decide.
-    return float(f"{plan.step_seconds:.9g}"), plan.peak_bytes, plan.config.chunks
+    config = plan.config
+    parts = config.chunks, config.stages, config.train.micro_batches
+    return float(f"{plan.step_seconds:.9g}"), plan.peak_bytes, *parts
 
 
 def candidates(
@@ -143,7 +161,7 @@ def candidates(
     has_replicas: bool = False,
     has_shards: bool = False,
 ) -> Iterator[RunConfig]:
-    """Yield the runs to compare, not yet cut. [1]
+    """Yield the runs to compare, not yet cut; those that hold less come first, as a rule. [1]
 
     m: the divisors of a replica's share of the mini-batch, and multiples of the stages, whose
     pieces may be uneven; at most `MOST_PER_DEVICE` for each, where 1f1b's bubble is below 1/64.
@@ -163,13 +181,13 @@ def candidates(
         counts = {m for m in range(1, most + 1) if batch % m == 0}
         counts |= {used * k for k in range(1, 9) if used * k <= most}
         # Fewer devices are worth a look only where stages are all there is.
-        for stages in range(1, used + 1) if d * t == 1 else [used]:
+        for stages in range(used, 0, -1) if d * t == 1 else [used]:
             for name in names:
                 chunks = GENERATORS[name].chunks
                 for v in [chunks] if chunks else [2, 3, 4]:
                     if stages * v > units:
                         continue
-                    for m in sorted(counts):
+                    for m in sorted(counts, reverse=True):
                         train = base.train.model_copy(update={"micro_batches": m})
                         run = {"stages": stages, "schedule": name, "chunks": v, "train": train}
                         run["partition"] = "balanced"
@@ -192,43 +210,64 @@ def _lines(
             yield d, t
 
 
-def plan_one(config: RunConfig, times: UnitTimes, memory_limit_bytes: float) -> Plan | Refused:
-    """Cut the model and simulate a step, with the fastest recomputation that fits. A run that is
-    cut already, at named boundaries, stays so. [2]"""
+def plan_one(config: RunConfig, times: UnitTimes, memory_limit_bytes: float) -> Plan | None:
+    """Cut the model and simulate a step, with the fastest recomputation that fits; None if none
+    does. A run that is cut already, at named boundaries, stays so. [2]"""
+    return _fastest(_memories(config), times, memory_limit_bytes)
+
+
+def _memories(config: RunConfig) -> list[Memory]:
+    """Return the run's memory with every mode of recomputation."""
     schedule = _schedule(config)
     if schedule is None:
         raise ScheduleError(f"schedule {config.schedule} has no such size")
-    times = times.while_so_many_compute(config.stages * config.replicas * config.tensor_parallel)
-    cut = config.partition if isinstance(config.partition, tuple) else None
+    return [Memory(config.model_copy(update={"recompute": mode}), schedule) for mode in RECOMPUTE]
+
+
+def _fastest(memories: Sequence[Memory], times: UnitTimes, limit_bytes: float) -> Plan | None:
+    run = memories[0].config
+    times = times.while_so_many_compute(run.stages * run.replicas * run.tensor_parallel)
     fastest: Plan | None = None
-    nearest: Refused | None = None
     # In this order they cost more and more time for the same cut. But to recompute more can be
     # faster where otherwise memory would make the cut uneven: 3.4 s for 4.0 s of gpt2-small on four
-    # devices with 2.447 GB. If none fits, the nearest one says how much is missing.
-    for recompute in RECOMPUTE:
-        tried = config.model_copy(update={"recompute": recompute, "partition": cut or "balanced"})
-        parts, memory, is_fastest = _cut(tried, schedule, times, memory_limit_bytes)
-        device = max(range(schedule.num_devices), key=lambda d: memory[d].total_bytes)
-        missing = memory[device].total_bytes - memory_limit_bytes
-        if missing <= 0:
-            boundaries = tuple(np.cumsum([len(part) for part in parts])[:-1].tolist())
-            final = tried.model_copy(update={"partition": boundaries})
-            parameters = max(each.parameters for each in memory)
-            step, bubble = _step(final, schedule, parts, parameters, times)
-            plan = Plan(final, step, bubble, tuple(memory), times.peak_flops_per_device)
-            if fastest is None or step < fastest.step_seconds:
-                fastest = plan
-            if is_fastest:
-                break
-        # Not always the last: what a piece computes again is held too, and the largest with `full`.
-        elif nearest is None or missing < nearest.missing_bytes:
-            nearest = Refused(tried, device, int(missing))
-    found = fastest or nearest
-    assert found is not None
-    return found
+    # devices with 2.447 GB.
+    for memory in memories:
+        found = _cut(memory, times, limit_bytes)
+        if found is None:
+            continue
+        parts, held, is_fastest = found
+        boundaries = tuple(np.cumsum([len(part) for part in parts])[:-1].tolist())
+        config = memory.config.model_copy(update={"partition": boundaries})
+        parameters = max(each.parameters for each in held)
+        step, bubble = _step(config, memory.schedule, parts, parameters, times)
+        if fastest is None or step < fastest.step_seconds:
+            fastest = Plan(config, step, bubble, tuple(held), times.peak_flops_per_device)
+        if is_fastest:
+            break
+    return fastest
 
 
-@lru_cache(maxsize=4096)
+def _nearest(memories: Sequence[Memory], limit_bytes: float, best: Refused) -> Refused:
+    """Return the one that needs least, of these in any cut and of the `best` so far. [3]"""
+    for memory in reversed(memories):  # what recomputes most needs least, as a rule
+        # Most are soon known to need more than the best so far, and only a better one is measured.
+        config, below = memory.config, limit_bytes + best.missing_bytes
+        inner = least_limit(config.model.num_layers, memory.all_lines, below)
+        if inner is not None:
+            held = memory.of_parts(_parts(config, inner))
+            cut = config.model_copy(update={"partition": tuple(inner)})
+            best = _refused(cut, held, limit_bytes, best.count)
+    return replace(best, count=best.count + 1)
+
+
+def _refused(
+    config: RunConfig, held: Sequence[DeviceMemory], limit_bytes: float, count: int
+) -> Refused:
+    device = max(range(len(held)), key=lambda d: held[d].total_bytes)
+    return Refused(config, device, int(held[device].total_bytes - limit_bytes), count)
+
+
+@lru_cache(maxsize=16)
 def _made(name: str, stages: int, micro_batches: int, chunks: int) -> Schedule | None:
     try:
         return make_schedule(name, stages, micro_batches, chunks)
@@ -249,12 +288,12 @@ def _fastest_cut(
 
 
 def _cut(
-    config: RunConfig, schedule: Schedule, times: UnitTimes, limit_bytes: float
-) -> tuple[list[tuple[str, ...]], list[DeviceMemory], bool]:
-    """Return the parts of the fastest cut that fits, or of the fastest of all if none does; what
-    they hold; and whether they are of the fastest of all."""
-    memory = Memory(config, schedule)
-    units, layers = unit_names(config.model), config.model.num_layers
+    memory: Memory, times: UnitTimes, limit_bytes: float
+) -> tuple[list[tuple[str, ...]], list[DeviceMemory], bool] | None:
+    """Return the parts of the fastest cut that fits, what they hold, and whether none is faster
+    without the limit; None if none fits."""
+    config, schedule = memory.config, memory.schedule
+    layers = config.model.num_layers
     sequences = config.micro_batch_sizes[0]
     # A cut adds one action to every part, so what an action costs besides changes nothing.
     embedding, block, head = (
@@ -262,41 +301,28 @@ def _cut(
     )
     devices = tuple(device for device, _ in schedule.location)
 
-    def parts_of(inner: Sequence[int]) -> list[tuple[str, ...]]:
-        edges = [0, *inner, len(units)]
-        return [tuple(units[a:b]) for a, b in itertools.pairwise(edges)]
-
-    def measure(parts: Sequence[tuple[str, ...]]) -> list[DeviceMemory]:
-        return [
-            memory.of_device(d, [kinds_of(parts[k]) for k in own])
-            for d, own in enumerate(schedule.parts)
-        ]
-
     # First without the limit: most candidates fit as they are, and what follows is slow.
     cut = config.partition if isinstance(config.partition, tuple) else None
-    parts = parts_of(cut or _fastest_cut(embedding, block, head, layers, devices))
-    found = measure(parts)
-    if cut or max(each.total_bytes for each in found) <= limit_bytes:
+    parts = _parts(config, cut or _fastest_cut(embedding, block, head, layers, devices))
+    found = memory.of_parts(parts)
+    if max(each.total_bytes for each in found) <= limit_bytes:
         return parts, found, True
     # Weights, gradients and moments are the same however the model is cut, so this is soon said.
-    if sum(each.state_bytes for each in found) > limit_bytes * schedule.num_devices:
-        return parts, found, True
-
-    last = len(devices) - 1
-
+    if cut or sum(each.state_bytes for each in found) > limit_bytes * schedule.num_devices:
+        return None
     # The limit changes the cut: the first device has the most micro-batches in flight and the last
     # one the logits, so both may have to do with fewer blocks than would be fastest.
-    def fits(device: int, counts: tuple[int, ...]) -> bool:
-        own = [
-            ("embedding",) * (k == 0) + ("block",) * n + ("head",) * (k == last)
-            for k, n in zip(schedule.parts[device], counts, strict=True)
-        ]
-        return memory.of_device(device, own).total_bytes <= limit_bytes
-
-    inner = balanced_within((embedding, block, head), layers, devices, fits)
+    inner = balanced_within((embedding, block, head), layers, memory.all_lines, limit_bytes)
     if inner is None:
-        return parts, found, True
-    return parts_of(inner), measure(parts_of(inner)), False
+        return None
+    parts = _parts(config, inner)
+    return parts, memory.of_parts(parts), False
+
+
+def _parts(config: RunConfig, inner: Sequence[int]) -> list[tuple[str, ...]]:
+    """Return the units of every virtual stage, cut at these boundaries."""
+    units = unit_names(config.model)
+    return [tuple(units[a:b]) for a, b in itertools.pairwise([0, *inner, len(units)])]
 
 
 def _step(
@@ -323,8 +349,10 @@ def _step(
     spent[table.leads] = 0.0
     link, d = times.link_bytes_per_second, config.replicas
     hops = [max(0.0, times.hop_seconds - times.receive_seconds)] * table.num_rows
-    sent = table.messages * sizes * _sequence_bytes(config) / link
-    played = play(table, spent.tolist(), hops, transmissions=sent.tolist())
+    sent = None
+    if link < float("inf"):
+        sent = (table.messages * sizes * _sequence_bytes(config) / link).tolist()
+    played = play(table, spent.tolist(), hops, transmissions=sent)
     makespan = max(played.end)
     gradients = parameters * ELEMENT_BYTES[train.master_dtype]
     optimizer = parameters * times.optimizer_seconds_per_parameter

@@ -118,7 +118,7 @@ def counted_times(config: RunConfig, flops_per_second: float) -> UnitTimes:
         cost.unit.partition(".")[0]: cost.forward_flops for cost in unit_costs(one.model, one.train)
     }
     return UnitTimes(
-        source=f"counted, at {flops_per_second / 1e9:,.0f} GFLOP/s",
+        source=f"counted, at an assumed {flops_per_second / 1e9:,.0f} GFLOP/s",
         seconds={
             # BW is B and W in one: twice a forward.
             kind: {
