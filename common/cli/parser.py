@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Sequence, Set
 from typing import Any, NoReturn
@@ -31,6 +32,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         options.setdefault("usage", "%(prog)s [options]")
         super().__init__(allow_abbrev=False, **options)
+        # No option begins with a digit: `-5GB` is a wrong value, and not an option without one.
+        self._negative_number_matcher = re.compile("-[0-9.]")
         self._given: set[str] = set()
         self.refused: dict[str, str] = {}
         """Options that other subcommands have, with why this one does not."""

@@ -20,7 +20,7 @@ from common.harness.bench import run_bench
 from common.harness.options import Bench, BenchOptions
 from common.harness.profile import Profile, profile
 from common.io.console import make_console, say
-from common.io.edges import number, write_file
+from common.io.edges import number, printable, write_file
 from common.io.usage import UsageError, chosen
 from common.report import plan as shown
 from common.report.collect import collect
@@ -30,7 +30,8 @@ from common.spec.run import RunConfig
 from common.spec.unit_times import UnitTimes, counted_times
 
 EXIT_OK, EXIT_NOTHING_FITS = 0, 1
-UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 DECIDED = ("stages", "chunks", "schedule", "partition", "recompute", "executor", "micro_batches")
 """What the plan decides, and so does not take."""
 UNWEIGHED = ("compress",)
@@ -43,7 +44,7 @@ def register(subcommands: Any) -> None:
     """Add the subcommand to argparse's subparsers."""
     parser = subcommands.add_parser(
         "plan",
-        description="Compares every p, schedule, v and m for this model by a memory and a time "
+        description="Compares p, schedules, v up to 4 and m for this model by a memory and a time "
         "model, cuts the model to fit, recomputes where it must, and ranks what fits. "
         "Exit status: 0; 1 if nothing fits, with the nearest that does not; 2 wrong input.",
         usage="%(prog)s --devices N [options]",
@@ -87,8 +88,9 @@ def register(subcommands: Any) -> None:
     parser.add_argument(
         "--verify",
         metavar="FOLDER",
-        help=f"then run the best {VERIFIED} schedules' plans as a benchmark in FOLDER, parity "
-        "included, and print predicted beside measured steps",
+        help="then run the best plan, the runner-up and the best of other schedules, "
+        f"{VERIFIED} in all, as a benchmark in FOLDER, parity included, and print predicted beside "
+        "measured steps",
     )
     add_run_options(parser, without=(*DECIDED, *UNWEIGHED), preset="small")
     parser.refused = {flag(name): "plan decides this" for name in DECIDED}
@@ -143,7 +145,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     console = make_console()
     times = _times(arguments, config, outputs)
     times = times.model_copy(update={"link_bytes_per_second": arguments.link})
-    say(console, f"costs: {times.source}")
+    say(console, f"costs: {printable(times.source)}")
     limit = arguments.memory_limit
     axes = arguments.replicas_allowed, arguments.shards_allowed
     plans = make_plans(config, arguments.devices, times, limit, schedules, *axes)
@@ -162,8 +164,13 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace, plans: Plans, console: Console) -> int:
-    """Run the best plans of the best schedules and print what was predicted beside it."""
-    best = list(best_per_schedule(plans.found).values())[:VERIFIED]
+    """Run the best plans and print what was predicted beside it."""
+    # The best plan, the runner-up, which may be of the same schedule, and the best of the others.
+    top = plans.found[:2]
+    others = best_per_schedule(plans.found)
+    for plan in top:
+        others.pop(plan.config.schedule, None)
+    best = [*top, *others.values()][:VERIFIED]
     out = Path(arguments.verify)
     before = set(out.iterdir()) if out.is_dir() else set()
     options = BenchOptions(out=arguments.verify, preset=getattr(arguments, "bench.preset", "small"))
@@ -189,7 +196,7 @@ def _times(arguments: argparse.Namespace, config: RunConfig, outputs: dict[str, 
         except UsageError as error:
             raise UsageError(f"--costs {error}") from None
         if difference := found.difference(config, arguments.devices):
-            raise UsageError(f"--costs {path}: is of {difference}; expected one of this run")
+            raise UsageError(f"--costs {path}: is of {difference}")
         return found.times
     if "profile" in outputs:
         made = profile(config, arguments.devices, on_worker=_say_measured)

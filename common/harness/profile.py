@@ -100,9 +100,16 @@ class Profile(BaseModel):
     def difference(self, config: RunConfig, devices: int) -> str | None:
         """Say in what the profile is of another run, None if it is not."""
         if devices != self.devices:
-            return f"{self.devices} devices"
+            return f"{self.devices} devices; expected {devices}"
         mine, theirs = _what_counts(self.config), _what_counts(config)
-        return next((f"{name} = {mine[name]}" for name in mine if mine[name] != theirs[name]), None)
+        return next(
+            (
+                f"{name} = {mine[name]}; expected {theirs[name]}"
+                for name in mine
+                if mine[name] != theirs[name]
+            ),
+            None,
+        )
 
 
 def _what_counts(config: RunConfig) -> dict[str, object]:

@@ -24,10 +24,16 @@ WORTH = 0.005
 
 def size(count: float) -> str:
     """Return bytes for people: `3.1 GB`."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * factor:  # 999.6 kB are 1 MB, and not 1e+03 kB
             return f"{count / factor:,.3g} {unit}"
-    return f"{count:.0f} bytes"
+    return f"{count:.0f} byte{'s' * (count != 1)}"
+
+
+def size_enough(count: int) -> str:
+    """Return bytes that are no fewer: with the 303,001 that are missing, `304 kB` is enough."""
+    step = 10 ** max(0, len(str(count)) - 3)
+    return size(-(-count // step) * step)
 
 
 def milliseconds(seconds: float) -> str:
@@ -84,7 +90,7 @@ def memory_table(memory: Sequence[DeviceMemory]) -> Table:
     return Grid(titles, cells, ()).rich()
 
 
-def boundaries(plan: Plan) -> str:
+def boundaries(plan: Plan | Refused) -> str:
     return ",".join(map(str, plan.config.partition))
 
 
@@ -128,6 +134,7 @@ def what_binds(plans: Plans) -> str:
 
 
 def describe(plan: Plan | Refused) -> str:
+    """Say which schedule, sizes and recomputation."""
     config = plan.config
     again = f", recompute {config.recompute}" if config.recompute != "none" else ""
     axes = {"p": config.stages, "d": config.replicas, "t": config.tensor_parallel}
@@ -165,28 +172,32 @@ def verified(plans: Sequence[Plan], results: Sequence[RunResult]) -> Table:
 
 def missing(refused: Refused) -> str:
     """Say by how much the nearest candidate misses the limit."""
-    return (
-        f"{describe(refused)} needs {size(refused.missing_bytes)} more on device {refused.device}"
-    )
+    cut = f", partition {boundaries(refused)}" if refused.config.stages > 1 else ""
+    more = size_enough(refused.missing_bytes)
+    return f"{describe(refused)}{cut} needs {more} more on device {refused.device}"
 
 
 def draw(path: Path, plans: Plans, limit_bytes: float) -> None:
     """Draw throughput against m for every schedule, and the memory that it takes."""
-    figure = new_figure(10, 4.5)
+    figure = new_figure(10, 5)
     left, right = figure.subplots(1, 2)
-    for name, fastest in best_per_schedule(plans.unlimited).items():
+    chosen = plans.found[0] if plans.found else None
+    shown = best_per_schedule(plans.unlimited)
+    if chosen is not None:  # what was chosen lies on its own curve
+        shown[chosen.config.schedule] = chosen
+    for i, (name, fastest) in enumerate(shown.items()):
         # A curve is one schedule on one grid of devices: only m changes along it.
         best = {
             plan.config.train.micro_batches: plan
             for plan in plans.unlimited
             if _size(plan) == _size(fastest)
         }
+        style = {"marker": ".", "linestyle": "-" if i < 10 else "--"}  # there are ten colors
         ms = sorted(best)
         speed = [best[m].tokens_per_second for m in ms]
-        (line,) = left.plot(ms, speed, marker=".", label=f"{name}, p = {fastest.config.stages}")
+        (line,) = left.plot(ms, speed, label=f"{name}, p = {fastest.config.stages}", **style)
         peaks = [best[m].peak_bytes / 1e9 for m in ms]
-        right.plot(ms, peaks, marker=".", color=line.get_color(), label=name)
-    chosen = plans.found[0] if plans.found else None
+        right.plot(ms, peaks, color=line.get_color(), **style)
     if chosen is not None:
         m = chosen.config.train.micro_batches
         left.plot(m, chosen.tokens_per_second, "o", ms=12, mfc="none", mec="black")
@@ -200,5 +211,5 @@ def draw(path: Path, plans: Plans, limit_bytes: float) -> None:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("micro-batches m")
         axes.set_ylabel(title)
-    left.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=150)

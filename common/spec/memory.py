@@ -203,7 +203,7 @@ class Memory:
             self._parts[part] = (
                 sum(self._parameters[kind] for kind in part),
                 [size for kind in self._kinds for size in self._sizes(part, *kind)],
-                self._again(part) if self.config.recompute != "none" else 0,
+                self._again(part) if any(again for _, again in self._kinds) else 0,
             )
         return self._parts[part]
 
@@ -224,6 +224,11 @@ class Memory:
     def _kind_of(self) -> list[tuple[int, bool]]:
         sizes = self.config.micro_batch_sizes
         return [(size, self.config.recomputes(i)) for i, size in enumerate(sizes)]
+
+    @property
+    def recomputed(self) -> int:
+        """How many micro-batches compute their forward again."""
+        return sum(again for _, again in self._kind_of)
 
     @cached_property
     def _occupancy(self) -> list[IntArray]:

@@ -1,16 +1,16 @@
 """Cut the model so that every device stays within its memory, and no device is slower than need be.
 
 The devices of a pipeline differ twice: the first holds the embedding and the most micro-batches in
-flight, the last the head and its logits. Under a limit the fastest cut that fits gives the first
-device fewer blocks than the others, which no even split does.
+flight, the last the head and its logits. Under a limit the best cut that fits usually gives the
+first device fewer blocks than the others, which no even split does.
 
-    [1] `Room.split`        of the ways to spread n blocks over a device's chunks, the evenest that fits
+    [1] `Room.split`        of the ways to spread n blocks over a device's chunks, the most even one that fits
     [2] `balanced_within`   the largest device that has to be, then the largest part
     [3] `least_limit`       the smallest limit under which there is a cut at all
 
-Whatever fits still fits with a block less in some chunk (`Lines`). So of every device only the most
-blocks matter that it has room for, and both searches are bisections: a model of L blocks has a cut
-where the devices together have room for L.
+Whatever fits still fits with a block less in some chunk (`Lines`). So all that matters of a device is
+how many blocks it has room for, and both searches are bisections: a model of L blocks has a cut where
+the devices together have room for L.
 
 Example: one block costs 1, three devices have room for 2, 5 and 9 blocks, and there are 12. With a
 largest device of 4 they hold 2 + 4 + 4; with one of 5, 2 + 5 + 5, which is enough: 2 5 5.

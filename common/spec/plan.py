@@ -2,8 +2,9 @@
 
     [1] `candidates` lists p, schedule, v and m: every one that the model and the schedule allow;
                      where they may be, also d replicas and t shards, so that d p t devices are used
-    [2] `plan_one`   cuts the model for one of them, within the memory limit, with the
-                     fastest recomputation that fits, and simulates a step
+    [2] `plan_one`   cuts the model for one of them, within the memory limit, so that the largest
+                     device is as small as can be; with the fastest recomputation that fits; and
+                     simulates a step
     [3] `_nearest`   finds by how much the others of a schedule miss the limit
     [4] `make_plans` ranks what fits
 
@@ -33,7 +34,7 @@ from common.schedule.occupancy import remembered_table
 from common.schedule.play import play
 from common.schedule.table import OP_CODE, OPS
 from common.spec.efficiency import model_flops_per_token
-from common.spec.memory import DeviceMemory, Memory
+from common.spec.memory import DeviceMemory, Memory, kinds_of
 from common.spec.memory_limit import balanced_within, least_limit
 from common.spec.mesh import Mesh
 from common.spec.parameters import unit_names
@@ -130,15 +131,21 @@ def make_plans(
         free = _fastest(memories, times, float("inf"))
         assert free is not None
         unlimited.append(free)
+        # A device's share of weights, gradients and moments: the same in every cut and mode.
+        share = sum(each.state_bytes for each in free.memory) / config.stages
         if free.peak_bytes <= memory_limit_bytes:
             found.append(free)
-        elif plan := _fastest(memories, times, memory_limit_bytes):
+        elif share <= memory_limit_bytes and (
+            plan := _fastest(memories, times, memory_limit_bytes)
+        ):
             found.append(plan)
         else:
             best = refused.get(config.schedule) or _refused(
                 free.config, free.memory, memory_limit_bytes, 0
             )
-            refused[config.schedule] = _nearest(memories, memory_limit_bytes, best)
+            if share < memory_limit_bytes + best.missing_bytes:
+                best = _nearest(memories, memory_limit_bytes, best)
+            refused[config.schedule] = replace(best, count=best.count + 1)
     return Plans(
         tuple(sorted(found, key=_rank)),
         tuple(sorted(refused.values(), key=lambda each: each.missing_bytes)),
@@ -251,20 +258,20 @@ def _nearest(memories: Sequence[Memory], limit_bytes: float, best: Refused) -> R
     """Return the one that needs least, of these in any cut and of the `best` so far. [3]"""
     for memory in reversed(memories):  # what recomputes most needs least, as a rule
         # Most are soon known to need more than the best so far, and only a better one is measured.
-        config, below = memory.config, limit_bytes + best.missing_bytes
+        config, below = memory.config, int(limit_bytes) + best.missing_bytes
         inner = least_limit(config.model.num_layers, memory.all_lines, below)
         if inner is not None:
             held = memory.of_parts(_parts(config, inner))
             cut = config.model_copy(update={"partition": tuple(inner)})
             best = _refused(cut, held, limit_bytes, best.count)
-    return replace(best, count=best.count + 1)
+    return best
 
 
 def _refused(
     config: RunConfig, held: Sequence[DeviceMemory], limit_bytes: float, count: int
 ) -> Refused:
     device = max(range(len(held)), key=lambda d: held[d].total_bytes)
-    return Refused(config, device, int(held[device].total_bytes - limit_bytes), count)
+    return Refused(config, device, held[device].total_bytes - int(limit_bytes), count)
 
 
 @lru_cache(maxsize=16)
@@ -283,22 +290,29 @@ def _schedule(config: RunConfig) -> Schedule | None:
 def _fastest_cut(
     embedding: float, block: float, head: float, layers: int, devices: tuple[int, ...]
 ) -> list[int]:
-    """Remembered, since recomputation changes nothing about it."""
+    """Remembered: with counted costs all candidates of one placement have the same."""
     return balanced([embedding, *[block] * layers, head], devices)
 
 
 def _cut(
     memory: Memory, times: UnitTimes, limit_bytes: float
 ) -> tuple[list[tuple[str, ...]], list[DeviceMemory], bool] | None:
-    """Return the parts of the fastest cut that fits, what they hold, and whether none is faster
-    without the limit; None if none fits."""
+    """Return the parts of the cut with the smallest largest device that fits, what they hold, and
+    whether they are those without the limit; None if none fits."""
     config, schedule = memory.config, memory.schedule
     layers = config.model.num_layers
-    sequences = config.micro_batch_sizes[0]
-    # A cut adds one action to every part, so what an action costs besides changes nothing.
-    embedding, block, head = (
-        sum(_seconds(config, times, unit, op, sequences) for op in (Op.F, Op.BW)) for unit in KINDS
-    )
+    # What a step computes of each unit. A cut adds the same number of actions to every part, so
+    # what an action costs besides changes nothing.
+    sequences, m = config.micro_batch_sizes[0], config.train.micro_batches
+    again = memory.recomputed
+    backward = (Op.B, Op.W) if schedule.splits_backward else (Op.BW,)
+    work = [
+        (m + again) * _seconds(config, times, unit, Op.F, sequences)
+        + m * sum(_seconds(config, times, unit, op, sequences) for op in backward)
+        for unit in KINDS
+    ]
+    # In blocks, and without the last digits: no rounding may decide between two equal cuts.
+    embedding, block, head = (round(each / (work[1] or 1.0), 9) for each in work)
     devices = tuple(device for device, _ in schedule.location)
 
     # First without the limit: most candidates fit as they are, and what follows is slow.
@@ -307,8 +321,7 @@ def _cut(
     found = memory.of_parts(parts)
     if max(each.total_bytes for each in found) <= limit_bytes:
         return parts, found, True
-    # Weights, gradients and moments are the same however the model is cut, so this is soon said.
-    if cut or sum(each.state_bytes for each in found) > limit_bytes * schedule.num_devices:
+    if cut:
         return None
     # The limit changes the cut: the first device has the most micro-batches in flight and the last
     # one the logits, so both may have to do with fewer blocks than would be fastest.
@@ -366,12 +379,11 @@ def _costs(
     config: RunConfig, parts: Sequence[Sequence[str]], times: UnitTimes, sequences: int
 ) -> NDArray[np.float64]:
     """Return (4, K): the seconds of every operation on every part."""
-
-    def of_part(part: Sequence[str], op: Op) -> float:
-        units = (_seconds(config, times, unit, op, sequences) for unit in part)
-        return times.of_action(op, sequences) + sum(units)
-
-    return np.array([[of_part(part, op) for part in parts] for op in OPS])
+    counts = np.array([[kinds_of(part).count(kind) for part in parts] for kind in KINDS])  # (3, K)
+    units = [[_seconds(config, times, kind, op, sequences) for kind in KINDS] for op in OPS]
+    action = np.array([[times.of_action(op, sequences)] for op in OPS])  # (4, 1)
+    costs: NDArray[np.float64] = action + np.array(units) @ counts
+    return costs
 
 
 def _seconds(config: RunConfig, times: UnitTimes, unit: str, op: Op, sequences: int) -> float:

@@ -37,7 +37,8 @@ KINDS = ("embedding", "block", "head")
 ACTION = "action"
 """What every action takes besides its units, among the kinds; counted times have none."""
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=1e6)]
+"""Of one action: more than eleven days is a mistake."""
 BySize = Annotated[Mapping[PositiveInt, Seconds], Field(min_length=1)]
 
 
@@ -71,6 +72,11 @@ class UnitTimes(BaseModel):
         for kind in (*KINDS, *self.seconds):
             if not {op.value for op in Op} <= self.seconds.get(kind, {}).keys():
                 raise ValueError(f"{kind}: expected times of all operations")
+            if kind not in (*KINDS, ACTION):
+                raise ValueError(f"{kind}: expected {', '.join(KINDS)} or {ACTION}")
+        forward = [self.seconds[kind][Op.F.value] for kind in KINDS]
+        if max(max(each.values()) for each in forward) < 1e-9:
+            raise ValueError("F: expected a nanosecond or more, of some unit")
         return self
 
     def while_so_many_compute(self, devices: int) -> UnitTimes:

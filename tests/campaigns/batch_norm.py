@@ -42,6 +42,8 @@ TRAINED: Sequence[tuple[Kind, int]] = (
     ("batch norm", 32),
     ("deferred batch norm", 32),
 )
+LONGER = 200, 1000, 3000
+"""Steps: how the two go on. In PyTorch alone: the others take hours, and do the same."""
 LAST = 20
 """Training loss: the mean over so many last steps."""
 ONE_BATCH = np.array([[1.0], [3.0], [5.0]])
@@ -76,7 +78,20 @@ def measure(framework: str) -> dict[str, Any]:
         "momentum": defaults.momentum,
         "new share": new_share,
         "variance": "biased" if abs(variance - 8 / 3) < 1e-3 else "unbiased",
+        "longer": longer(ops) if framework == "torch" else {},
     }
+
+
+def longer(ops: Ops) -> dict[str, list[str]]:
+    """Return training / held-out loss after more and more steps."""
+    rows: dict[str, list[str]] = {}
+    for kind, m in (TRAINED[0], TRAINED[3]):
+        for steps in LONGER:
+            config = run_config(steps)
+            losses, held_out = train(ops, config, kind, m, load_corpus(config))
+            cell = f"{sum(losses[-LAST:]) / LAST:.2f} / {held_out:.2f}"
+            rows.setdefault(f"{kind}, m = {m}", []).append(cell)
+    return rows
 
 
 def gradients_grid(found: Mapping[str, Mapping[str, Any]]) -> Grid:
@@ -99,6 +114,11 @@ def losses_grid(found: Mapping[str, Mapping[str, Any]]) -> Grid:
             losses = one["curves"][name][-LAST:]
             cells[-1] += [f"{sum(losses) / LAST:.2f} / {one['held out'][name]:.2f}"]
     return Grid(["training / held-out loss", *found], cells, ["training / held-out loss"])
+
+
+def longer_grid(rows: Mapping[str, Sequence[str]]) -> Grid:
+    titles = ["training / held-out loss", *(f"{steps:,} steps" for steps in LONGER)]
+    return Grid(titles, [[name, *cells] for name, cells in rows.items()], titles[:1])
 
 
 def same_curves(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -167,6 +187,8 @@ def picture(found: Mapping[str, Mapping[str, Any]]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     if argv:
+        if argv[0] not in FRAMEWORKS:
+            raise SystemExit(__doc__)
         print(json.dumps(measure(argv[0])))
         return 0
     found = {}
@@ -189,6 +211,7 @@ def write_page(found: Mapping[str, Mapping[str, Any]]) -> None:
     check = f"With LayerNorm and m = 1 all three are within {oracle:.0e} of the project's oracle."
     fill("gradients", f"{gradients_grid(found).markdown()}\n{check}", PAGE)
     fill("losses", f"{losses_grid(found).markdown()}\n{same_curves(found)}", PAGE)
+    fill("longer", longer_grid(found["torch"]["longer"]).markdown().rstrip(), PAGE)
     fill("defaults", defaults_grid(found).markdown().rstrip(), PAGE)
     picture(found)
 

@@ -479,6 +479,7 @@ def test_a_schedule_that_cannot_run_is_refused(tmp_path: Path) -> None:
         ("doctor --json no/such/folder/x.json", "--json"),
         ("plan --devices 2 --memory-limit 3parsecs", "expected a size such as 32GB"),
         ("plan --devices 2 --memory-limit 0GB", "expected a size such as 32GB"),
+        ("plan --devices 2 --memory-limit -5GB", "expected a size such as 32GB"),
         ("plan --devices 2 --schedules zb-9", "'zb-9': unknown"),
         ("plan --devices 2 --costs nowhere.json", "nowhere.json: No such file"),
         (f"plan --devices 2 --costs {__file__}", "not a profile"),

@@ -28,6 +28,7 @@ from common.harness.profile import (
     profile_config,
     unit_times,
 )
+from common.report.plan import size, size_enough
 from common.report.timing import ActionCost, Timing
 from common.runtime import cpus as runtime_cpus
 from common.schedule.action import Op, ScheduleError
@@ -173,6 +174,10 @@ def test_recomputation_holds_less_and_needs_a_piece_at_a_time() -> None:
 
     assert total("full")[0] < total("every-1")[0] < total("none")[0]
     assert 0 == total("none")[1] < total("every-1")[1] < total("full")[1]
+    # The last micro-batch of one is not computed again.
+    train = SMALL.train.model_copy(update={"micro_batches": 1})
+    one = SMALL.model_copy(update={"recompute": "except-last", "train": train})
+    assert Memory.of_run(one)[0].recompute_bytes == 0
 
 
 def test_a_plans_step_is_the_simulators() -> None:
@@ -388,6 +393,16 @@ def test_a_run_that_is_cut_stays_cut() -> None:
     assert uneven.step_seconds > 1.5 * even.step_seconds
 
 
+def test_bytes_for_people() -> None:
+    assert [size(n) for n in (1, 999, 999_499, 999_600, 5e12)] == [
+        *("1 byte", "999 bytes", "999 kB", "1 MB", "5 TB")
+    ]
+    # Whoever adds what is said to be missing has enough.
+    assert [size_enough(n) for n in (7, 303_001, 303_000, 999_001)] == [
+        *("7 bytes", "304 kB", "303 kB", "1 MB")
+    ]
+
+
 def plan(*words: str) -> int:
     return main(["plan", *words])
 
@@ -424,6 +439,28 @@ def test_of_all_recomputation_that_fits_the_fastest_is_chosen(
         alone.append(plan_one(config, times, limit))
     assert isinstance(best, Plan)
     assert best.step_seconds == min(p.step_seconds for p in alone if isinstance(p, Plan))
+
+
+@pytest.mark.parametrize(("schedule", "recompute"), [("zb-h1", "none"), ("1f1b", "full")])
+def test_a_cut_is_balanced_by_what_the_schedule_computes(
+    schedule: str, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B and W apart may take longer than BW in some units, and recomputation takes F twice."""
+    draw = random.Random(schedule)
+    monkeypatch.setattr("common.spec.plan.RECOMPUTE", (recompute,))
+    train = SMALL.train.model_copy(update={"micro_batches": 16})
+    config = SMALL.model_copy(update={"schedule": schedule, "train": train})
+    for _ in range(60):
+        seconds = {
+            kind: {op.value: {1: 10 ** draw.uniform(-2, 0)} for op in Op}
+            for kind in ("embedding", "block", "head")
+        }
+        times = UnitTimes(source="made up", seconds=seconds)
+        cuts = [config.model_copy(update={"partition": (k,)}) for k in range(1, 8)]
+        every = [plan for cut in cuts if (plan := plan_one(cut, times, math.inf))]
+        best = plan_one(config.model_copy(update={"partition": "balanced"}), times, math.inf)
+        assert best is not None
+        assert best.step_seconds <= 1.03 * min(plan.step_seconds for plan in every)
 
 
 def test_of_equal_steps_the_smallest_is_best(capsys: pytest.CaptureFixture[str]) -> None:
@@ -536,8 +573,14 @@ def test_a_profile_of_another_run_is_refused(
         path.write_text(json.dumps(whole | {"times": whole["times"] | {place: wrong}}))
         assert plan("--devices", "2", "--costs", str(path)) == 2
         assert "not a profile; expected" in capsys.readouterr().err
+    nothing = {op.value: {"1": 0.0} for op in Op}
+    for wrong_kinds in (dict.fromkeys(whole["times"]["seconds"], nothing), {"blok": nothing}):
+        seconds = whole["times"]["seconds"] | wrong_kinds
+        path.write_text(json.dumps(whole | {"times": whole["times"] | {"seconds": seconds}}))
+        assert plan("--devices", "2", "--costs", str(path)) == 2
+        assert "not a profile; expected" in capsys.readouterr().err
     # No sizes of one operation, a time that is none, an operation that is missing.
-    for wrong in ({"F": {}}, {"F": {"1": -1.0}}, {"F": {"1": math.inf}}, {"F": {"0": 1.0}}, None):
+    for wrong in ({"F": {}}, {"F": {"1": -1.0}}, {"F": {"1": 1e7}}, {"F": {"0": 1.0}}, None):
         block = {} if wrong is None else whole["times"]["seconds"]["block"] | wrong
         seconds = whole["times"]["seconds"] | {"block": block}
         path.write_text(json.dumps(whole | {"times": whole["times"] | {"seconds": seconds}}))
