@@ -28,7 +28,7 @@ def occupancy(schedule: Schedule, kinds: Sequence[int] | None = None) -> list[In
 
 
 remembered_table = lru_cache(maxsize=16)(tabulate)
-"""A planner plays a schedule too."""
+"""A planner wants it once more, to play the schedule."""
 
 
 @lru_cache(maxsize=16)  # a planner asks once for each kind of recomputation

@@ -167,7 +167,7 @@ def balanced_within(
     return _boundaries(rooms, num_layers, within(part))
 
 
-def least_limit(num_layers: int, lines: Sequence[Lines], below: float) -> list[int] | None:
+def least_limit(num_layers: int, lines: Sequence[Lines], below: int) -> list[int] | None:
     """Return the boundaries of the cut that fits under the smallest limit, in bytes. [3]
 
     None if it is not less than `below`, which is soon known.
@@ -188,10 +188,9 @@ def least_limit(num_layers: int, lines: Sequence[Lines], below: float) -> list[i
             held[d] = room.most(num_layers)
         return sum(held) >= num_layers
 
-    highest = int(min(below - 1, 2**62))
-    if not has_cut(highest):
+    if not has_cut(below - 1):
         return None
-    limit = bisect_left(range(highest), True, key=has_cut)
+    limit = bisect_left(range(below - 1), True, key=has_cut)
     rooms = rooms_under(limit)
     most = [room.most(num_layers) for room in rooms]
     return _boundaries(rooms, num_layers, most)

@@ -1,7 +1,7 @@
 """Find the fastest way to run a model on so many devices within so much memory.
 
-    [1] `candidates` lists p, schedule, v and m: every one that the model and the schedule allow;
-                     where they may be, also d replicas and t shards, so that d p t devices are used
+    [1] `candidates` lists p, schedule, v and m, as the model and the schedule allow; where they
+                     may be, also d replicas and t shards, so that d p t devices are used
     [2] `plan_one`   cuts the model for one of them, within the memory limit, so that the largest
                      device is as small as can be; with the fastest recomputation that fits; and
                      simulates a step

@@ -37,7 +37,7 @@ KINDS = ("embedding", "block", "head")
 ACTION = "action"
 """What every action takes besides its units, among the kinds; counted times have none."""
 
-Seconds = Annotated[float, Field(ge=0, le=1e6)]
+Seconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 """Of one action: more than eleven days is a mistake."""
 BySize = Annotated[Mapping[PositiveInt, Seconds], Field(min_length=1)]
 

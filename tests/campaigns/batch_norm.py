@@ -89,9 +89,12 @@ def longer(ops: Ops) -> dict[str, list[str]]:
         for steps in LONGER:
             config = run_config(steps)
             losses, held_out = train(ops, config, kind, m, load_corpus(config))
-            cell = f"{sum(losses[-LAST:]) / LAST:.2f} / {held_out:.2f}"
-            rows.setdefault(f"{kind}, m = {m}", []).append(cell)
+            rows.setdefault(f"{kind}, m = {m}", []).append(both(losses, held_out))
     return rows
+
+
+def both(losses: Sequence[float], held_out: float) -> str:
+    return f"{sum(losses[-LAST:]) / LAST:.2f} / {held_out:.2f}"
 
 
 def gradients_grid(found: Mapping[str, Mapping[str, Any]]) -> Grid:
@@ -111,8 +114,7 @@ def losses_grid(found: Mapping[str, Mapping[str, Any]]) -> Grid:
         name = f"{kind}, m = {m}"
         cells.append([name])
         for one in found.values():
-            losses = one["curves"][name][-LAST:]
-            cells[-1] += [f"{sum(losses) / LAST:.2f} / {one['held out'][name]:.2f}"]
+            cells[-1] += [both(one["curves"][name], one["held out"][name])]
     return Grid(["training / held-out loss", *found], cells, ["training / held-out loss"])
 
 

@@ -134,7 +134,7 @@ def one_limited_cut(draw: random.Random) -> tuple[Loads, Loads]:
 
     every = [loads(inner) for inner in itertools.combinations(range(1, layers + 2), p * v - 1)]
     least = min(held for _, held in every)
-    inner, smallest = balanced_within(ends, layers, lines, limit), least_limit(layers, lines, 1e9)
+    inner, smallest = balanced_within(ends, layers, lines, limit), least_limit(layers, lines, 10**9)
     assert least_limit(layers, lines, least) is None and smallest is not None
     ours = None if inner is None else loads(inner)[0]
     best = min((each for each, held in every if held <= limit), default=None)
@@ -580,7 +580,8 @@ def test_a_profile_of_another_run_is_refused(
         assert plan("--devices", "2", "--costs", str(path)) == 2
         assert "not a profile; expected" in capsys.readouterr().err
     # No sizes of one operation, a time that is none, an operation that is missing.
-    for wrong in ({"F": {}}, {"F": {"1": -1.0}}, {"F": {"1": 1e7}}, {"F": {"0": 1.0}}, None):
+    times = (-1.0, math.inf, math.nan, 1e7)
+    for wrong in ({"F": {}}, *({"F": {"1": t}} for t in times), {"F": {"0": 1.0}}, None):
         block = {} if wrong is None else whole["times"]["seconds"]["block"] | wrong
         seconds = whole["times"]["seconds"] | {"block": block}
         path.write_text(json.dumps(whole | {"times": whole["times"] | {"seconds": seconds}}))
